@@ -1,0 +1,278 @@
+"""The options of a run: every name, type, bound and default stands here, once.
+
+`Config` is a frozen dataclass. Flags, a YAML file, what a run folder has saved and the defaults meet in
+`resolve`, which tells all errors at once. The command line makes its flags from the same fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from . import quantizations
+from .errors import ConfigError
+
+DEFAULT_OUTPUT_DIR = Path("outputs")
+
+
+def option(default: Any, text: str, *, flag: str | None = None, kind: str = "training") -> Any:
+    """A field of `Config`: its default, the sentence that `--help` shows, and the group it is shown in.
+
+    Args:
+        default: the value when nobody gives one.
+        text: one sentence for `--help`.
+        flag: the flag's name where it isn't the field's in kebab case; "" for no flag at all.
+        kind: the group in `--help` and in the printed config.
+    """
+    return field(default=default, metadata={"help": text, "flag": flag, "kind": kind})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run, resolved. Paths are absolute, names are in their canonical case."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+
+    train_data: tuple[Path, ...] = option((), "Files of chats: JSONL, JSON, CSV or Parquet.", kind="data")
+    eval_data: tuple[Path, ...] = option((), "Held-out chats, in place of a part of the training data.", kind="data")
+    eval_split: Annotated[float, Ge(0), Lt(1)] = option(
+        0.05, "Share of the chats that is held out, chosen by content.", kind="data"
+    )
+    skip_bad: bool = option(False, "Leave bad chats out (they are counted and listed) and go on.", kind="data")
+    max_seq_length: Annotated[int, Ge(8)] = option(
+        2048, "Longest chat in tokens; of longer ones whole turns are left out, and it is said.", kind="data"
+    )
+    template_date: str | None = option(
+        None, "Date (YYYY-MM-DD) that stands in a template which prints today's; default: the first run's.", kind="data"
+    )
+
+    base_model: str = option("smollm2-135m", "Name from `kolotune models`, hub id or folder.", kind="model")
+    hf_token: str | None = option(
+        None, "Where the hub token is read: a file, or - for standard input. Never the token itself.", kind="model"
+    )
+    engine: Literal["native"] = option("native", "What trains.", kind="model")
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "Arithmetic of the frozen weights in training; auto: bf16 where the processor is fast at it.", kind="model"
+    )
+    load_in_4bit: bool = option(False, "Keep the base in 4 bits while training (bitsandbytes).", kind="model")
+
+    epochs: Annotated[int, Ge(0)] = option(3, "Times that every chat is trained on.")
+    learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.")
+    scheduler_type: Literal["cosine", "linear", "constant"] = option("cosine", "How the learning rate goes down.")
+    warmup_steps: Annotated[int, Ge(0)] | None = option(
+        None, "Steps in which the learning rate rises; default: a tenth of all, at most 100."
+    )
+    weight_decay: Annotated[float, Ge(0), Le(1)] = option(0.01, "AdamW's weight decay.")
+    batch_size: Annotated[int, Ge(1)] = option(4, "Chats computed at once.")
+    gradient_accumulation: Annotated[int, Ge(1)] = option(1, "Batches that make one step.")
+    max_grad_norm: Annotated[float, Ge(0)] = option(1.0, "Gradients are clipped to this norm; 0: never.")
+    seed: Annotated[int, Ge(0), Lt(2**32)] = option(42, "Seed of initial weights, order and dropout.")
+    lora_rank: Annotated[int, Ge(1), Le(4096)] = option(16, "Rank of the adapter.")
+    lora_alpha: Annotated[float, Gt(0)] = option(32.0, "Scale of the adapter; it is multiplied by alpha / rank.")
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(0.0, "Dropout before the adapter.")
+    target_modules: tuple[str, ...] = option(
+        ("all-linear",), "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head."
+    )
+    early_stopping: Annotated[int, Ge(0)] = option(
+        0, "Stop when the held-out loss has not improved in so many epochs, and keep the best; 0: never."
+    )
+    checkpoint_steps: Annotated[int, Ge(0)] = option(
+        100, "A checkpoint is written every so many steps and after each epoch; 0: after each epoch only."
+    )
+    use_checkpoint: bool = option(False, "Go on from the newest whole checkpoint, or start when there is none.")
+
+    merge_dtype: Literal["f16", "bf16", "fp32"] = option(
+        "f16", "How merged weights are stored (where a value is too large for f16, fp32 is taken, and it is said).", kind="export"
+    )
+    quantization: tuple[str, ...] = option(
+        ("Q4_K_M",), "One or several of llama.cpp's, as Q4_K_M,Q8_0; none: f16 only.", kind="export"
+    )
+    system: str | None = option(None, "System prompt for the Modelfile.", kind="export")
+    parameter: tuple[str, ...] = option(
+        (), "PARAMETER for the Modelfile, as temperature=0.7; may be given several times.", kind="export"
+    )
+    compare: bool = option(True, "Compare base, tuned and quantized at the end.", flag="", kind="export")
+    output_dir: Path = option(DEFAULT_OUTPUT_DIR, "The run folder.", kind="export")
+
+
+FIELDS = {each.name: each for each in dataclasses.fields(Config)}
+
+
+def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
+    """One config out of several layers.
+
+    Args:
+        layers: each ``(values, what it is called in messages, folder that its relative paths start from)``;
+            a later layer wins. A value of None says nothing, an explicit 0, empty string or False counts.
+
+    Raises:
+        ConfigError: unknown keys and impossible values, all of them in one message.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+    for layer, origin, folder in layers:
+        for key, value in layer.items():
+            if key not in FIELDS:
+                problems.append(f"{origin}: unknown option {key!r}{_did_you_mean(key)}")
+            elif value is not None:
+                values[key] = _normalized(key, value, folder)
+                origins[key] = origin
+    config = None
+    try:
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        for each in error.errors():
+            key = str(each["loc"][0]) if each["loc"] else ""
+            problems.append(f"{origins.get(key, 'config')}: {_shown(key)} {_in_words(each)}")
+    problems += _cross_checks(config, values)
+    if config is None or problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _normalized(key: str, value: Any, folder: Path) -> Any:
+    """`value` in its canonical form: lists from comma lists, absolute paths, capitals for quantizations."""
+    if key in ("train_data", "eval_data"):
+        items = [value] if isinstance(value, (str, Path)) else value
+        return tuple(_absolute(each, folder) for each in items) if isinstance(items, (list, tuple)) else items
+    if key == "output_dir":
+        return _absolute(value, folder)
+    if key == "hf_token" and value != "-":
+        return str(_absolute(value, folder))
+    if key == "base_model" and isinstance(value, str) and value.startswith(("./", "../", "/", "~", ".\\", "..\\")):
+        return str(_absolute(value, folder))
+    if key in ("quantization", "target_modules"):
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            return items
+        names = [part.strip() for each in items for part in str(each).split(",") if part.strip()]
+        if key == "quantization":
+            names = [quantizations.NONE if name.upper() == "F16" else name.upper() for name in names]
+        return tuple(dict.fromkeys(names))
+    if key == "parameter":
+        if isinstance(value, Mapping):
+            return tuple(f"{name}={each}" for name, each in value.items())
+        return (value,) if isinstance(value, str) else value
+    if key == "template_date":
+        return str(value)
+    return value
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if not isinstance(value, (str, Path)):
+        return value
+    return Path(folder, Path(value).expanduser()).absolute()
+
+
+def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]:
+    """What single fields can't tell: names of quantizations, dates, and options that exclude each other."""
+    problems = []
+    for name in values.get("quantization", ()):
+        if problem := quantizations.problem_with(str(name)):
+            problems.append(f"quantization: {problem}")
+    date = values.get("template_date")
+    if date is not None and not _is_date(str(date)):
+        problems.append(f"template-date: {date!r} is no date of the form YYYY-MM-DD")
+    for each in values.get("parameter", ()):
+        if "=" not in str(each):
+            problems.append(f"parameter: {each!r} is not of the form name=value")
+    token = values.get("hf_token")
+    if token not in (None, "-") and not Path(str(token)).is_file():
+        # The value is not repeated here: it may be the token itself.
+        problems.append("hf-token: takes a file or - for standard input, never the token itself: a command line is visible to all")
+    if config is None:
+        return problems
+    if config.eval_data and "eval_split" in values and config.eval_split > 0:
+        problems.append("eval-data and eval-split exclude each other")
+    if quantizations.NONE in config.quantization and len(config.quantization) > 1:
+        problems.append("quantization: none does not go with another")
+    if config.load_in_4bit and config.dtype == "fp32":
+        problems.append("load-in-4bit computes in bf16: --dtype fp32 does not go with it")
+    return problems
+
+
+def _is_date(text: str) -> bool:
+    import datetime
+
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _did_you_mean(key: str) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), FIELDS, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _shown(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    message = str(error["msg"]).replace("Input should be", "must be")
+    value = error.get("input")
+    if error.get("loc", [""])[0] == "hf_token":
+        return message
+    return f"{message[0].lower()}{message[1:]}, not {value!r}" if not isinstance(value, Mapping) else message
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The options of a YAML file; keys in kebab or snake case.
+
+    Raises:
+        ConfigError: no such file, no valid YAML (with its line), or no mapping.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}", "Give a YAML file, such as `kolotune init` writes.") from None
+    try:
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ConfigError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}", "Mend that line.") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds no options of the form `name: value`", "See the file `kolotune init` writes.")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load_file` reads back; where the token comes from is left out."""
+    import yaml
+
+    plain: dict[str, Any] = {}
+    for name in FIELDS:
+        value = getattr(config, name)
+        if name == "hf_token" or value is None:
+            continue
+        plain[name] = _plain(value)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def as_record(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """The options `names` as plain values for a record."""
+    return {name: _plain(getattr(config, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return value

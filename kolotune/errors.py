@@ -1,0 +1,103 @@
+"""Every failure that kolotune expects, as one tree.
+
+    KolotuneError                     1   anything below; never raised itself
+    ├── ConfigError                   2   a flag, a config file or a combination of them is wrong
+    ├── DataError                     3   the chats can't be used
+    ├── ModelError                    4   the base model or an adapter can't be used
+    │   ├── ModelNotFoundError        5   no such model or folder
+    │   ├── AccessError               6   the hub wants a login or an approval
+    │   └── OfflineError              7   the hub or the package index can't be reached
+    ├── TemplateError                 8   the chat template can't be used for training
+    ├── TrainingError                 9   training stopped
+    ├── ToolchainError               10   llama.cpp is missing, too old or failed
+    ├── ArtifactError                11   a file that was made, or given, is not what it should be
+    ├── RunFolderError               12   the run folder is missing, busy or not a run folder
+    ├── SpaceError                   13   not enough disk or memory
+    └── Interrupted                 130   Ctrl-C or a termination signal
+
+Each carries one line of cause, one line of what to do (``hint``) and the exit code above. The command
+line prints both and no traceback; anything else that is raised is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class KolotuneError(Exception):
+    """Base of all expected failures.
+
+    Args:
+        cause: what went wrong, one line, with file and line where there is one.
+        hint: what the user can do about it, one line.
+    """
+
+    exit_code = 1
+    default_hint = ""
+
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.hint = hint or self.default_hint
+
+
+class ConfigError(KolotuneError):
+    exit_code = 2
+    default_hint = "See `kolotune run --help` for the options and their values."
+
+
+class DataError(KolotuneError):
+    exit_code = 3
+    default_hint = "Run `kolotune check DATA` to see every problem with its line."
+
+
+class ModelError(KolotuneError):
+    exit_code = 4
+    default_hint = "`kolotune models` lists what can be tuned here."
+
+
+class ModelNotFoundError(ModelError):
+    exit_code = 5
+
+
+class AccessError(ModelError):
+    exit_code = 6
+    default_hint = "Log in with `hf auth login`, set HF_TOKEN, or pass a file with --hf-token FILE."
+
+
+class OfflineError(ModelError):
+    exit_code = 7
+    default_hint = "Check the network, or give a local folder as --base-model."
+
+
+class TemplateError(KolotuneError):
+    exit_code = 8
+    default_hint = "Use a base model whose chat template kolotune can prove, or mend the template."
+
+
+class TrainingError(KolotuneError):
+    exit_code = 9
+    default_hint = "The log in the run folder has the details; --use-checkpoint goes on from the last good state."
+
+
+class ToolchainError(KolotuneError):
+    exit_code = 10
+    default_hint = "`kolotune doctor` shows what is missing and how to get it."
+
+
+class ArtifactError(KolotuneError):
+    exit_code = 11
+    default_hint = "Run the same command again: the damaged part is made anew."
+
+
+class RunFolderError(KolotuneError):
+    exit_code = 12
+    default_hint = "`kolotune run DATA --output-dir FOLDER` makes a run folder."
+
+
+class SpaceError(KolotuneError):
+    exit_code = 13
+    default_hint = "Free some space, or choose another --output-dir."
+
+
+class Interrupted(KolotuneError):
+    exit_code = 130
+    default_hint = "Run the same command again; with --use-checkpoint, training goes on where it stopped."

@@ -1,0 +1,99 @@
+"""The only place that knows the names of files in a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import RunFolderError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder: results at its root under the names users know, the rest below `.kolotune`."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        """Where kolotune keeps what is not a result."""
+        return self.root / ".kolotune"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def merged_model(self) -> Path:
+        return self.root / "merged_model"
+
+    @property
+    def gguf(self) -> Path:
+        """The unquantized GGUF."""
+        return self.root / "Merged.gguf"
+
+    def quantized(self, name: str) -> Path:
+        """The GGUF of quantization `name`."""
+        return self.root / f"Merged{name}.gguf"
+
+    def modelfile(self, quantization: str = "") -> Path:
+        """The Modelfile of the unquantized GGUF, or of a quantization."""
+        return self.root / f"Modelfile{quantization}"
+
+    @property
+    def prepared(self) -> Path:
+        """Token ids, labels and the tokenizer with its frozen template."""
+        return self.state / "prepared"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.prepared / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.state / "checkpoints"
+
+    @property
+    def job(self) -> Path:
+        """What the engine is asked to do."""
+        return self.state / "train_job.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.state / "logs"
+
+    @property
+    def lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
+    def hash_cache(self) -> Path:
+        return self.state / "hashes.json"
+
+    def record(self, stage: str) -> Path:
+        return self.state / f"{stage}.json"
+
+    def log(self, stage: str) -> Path:
+        return self.logs / f"{stage}.log"
+
+    def relative(self, path: Path) -> str:
+        """`path` as it is written in records: relative to the root, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
+
+    def require(self) -> RunFolder:
+        """This folder, if it is a run folder.
+
+        Raises:
+            RunFolderError: it does not exist or holds no saved config.
+        """
+        if not self.config.is_file():
+            raise RunFolderError(f"{self.root}: is no run folder (there is no {self.config.name} in it)")
+        return self

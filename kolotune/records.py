@@ -1,0 +1,177 @@
+"""What went into a stage and what came out, and from that: why a stage has to run again.
+
+A record is written after the stage's outputs, so it can't promise what is not there. Content decides: inputs
+and outputs are compared by SHA-256, never by time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .config import Config
+from .files import Hasher, remove, size_of, write_json
+from .layout import RunFolder
+from .reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with.
+
+    Attributes:
+        config: the resolved options.
+        run: the run folder.
+        base: the folder of the base model.
+        source: an adapter or merged folder made elsewhere (`kolotune export`), in place of the run's own.
+    """
+
+    config: Config
+    run: RunFolder
+    base: Path
+    source: Path | None = None
+
+
+class Stage(Protocol):
+    """One step of the road; each is a module in `stages/` with these names."""
+
+    NAME: str
+    DOING: str
+
+    def options(self, config: Config) -> dict[str, Any]:
+        """The options that its outputs depend on."""
+
+    def inputs(self, context: Context) -> dict[str, Path]:
+        """The files and folders that it reads, by the name that they have in messages."""
+
+    def outputs(self, context: Context) -> list[Path]:
+        """The files and folders that it makes."""
+
+    def packages(self) -> Sequence[str]:
+        """The installed packages whose version its outputs depend on."""
+
+    def preflight(self, context: Context, reporter: Reporter) -> None:
+        """Raises now what could only fail later; called before any stage runs."""
+
+    def run(self, context: Context, reporter: Reporter) -> dict[str, Any]:
+        """Makes the outputs; returns facts worth keeping in the record."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished stage: its fingerprint (options, hashes of inputs, versions), outputs and facts."""
+
+    stage: str
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    outputs: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    started: str
+    finished: str
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def read(run: RunFolder, name: str) -> Record | None:
+    """The record of stage `name`; None when there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Record(**json.loads(run.record(name).read_text(encoding="utf-8")))
+    return None
+
+
+def versions_of(stage: Stage) -> dict[str, str]:
+    """The versions of the packages that the stage depends on; "-" where one is not installed."""
+    found = {}
+    for name in stage.packages():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "-"
+    return found
+
+
+def reasons(stage: Stage, context: Context, hasher: Hasher) -> list[str]:
+    """Why the stage has to run, one sentence each; empty when its outputs stand and nothing has changed."""
+    record = read(context.run, stage.NAME)
+    if record is None:
+        return ["it has not run yet"]
+    found = [
+        f"{name.replace('_', '-')} changed from {record.options.get(name)} to {value}"
+        for name, value in _through_json(stage.options(context.config)).items()
+        if record.options.get(name) != value
+    ]
+    found += [
+        f"{label} changed"
+        for label, path in stage.inputs(context).items()
+        if record.inputs.get(label) != hasher.of(path)
+    ]
+    found += [
+        f"{name} changed from {record.versions.get(name)} to {version}"
+        for name, version in versions_of(stage).items()
+        if record.versions.get(name) != version
+    ]
+    for path in stage.outputs(context):
+        name = context.run.relative(path)
+        if not path.exists():
+            found.append(f"{name} is missing")
+        elif record.outputs.get(name, {}).get("sha256") != hasher.of(path):
+            found.append(f"{name} is not the file that was made")
+    return found
+
+
+def write(stage: Stage, context: Context, hasher: Hasher, facts: dict[str, Any], started: str) -> Record:
+    """Writes the record of a stage whose outputs are in place."""
+    record = Record(
+        stage=stage.NAME,
+        options=_through_json(stage.options(context.config)),
+        inputs={label: hasher.of(path) for label, path in stage.inputs(context).items()},
+        versions=versions_of(stage),
+        outputs={
+            context.run.relative(path): {"size": size_of(path), "sha256": hasher.of(path)}
+            for path in stage.outputs(context)
+        },
+        facts=facts,
+        started=started,
+        finished=now(),
+    )
+    write_json(context.run.record(stage.NAME), dataclasses.asdict(record))
+    return record
+
+
+def _through_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as it comes back from a record, so that tuples and lists compare equal."""
+    loaded: dict[str, Any] = json.loads(json.dumps(value))
+    return loaded
+
+
+def mark(run: RunFolder, name: str, state: str, cause: str = "") -> None:
+    """Notes that stage `name` is running, failed or was interrupted; for `status` only."""
+    write_json(_mark_file(run, name), {"state": state, "cause": cause, "time": now()})
+
+
+def unmark(run: RunFolder, name: str) -> None:
+    """Forgets what `mark` noted: the stage is done."""
+    remove(_mark_file(run, name))
+
+
+def marked(run: RunFolder, name: str) -> dict[str, str]:
+    """What `mark` noted last; empty when the stage is done or was never started."""
+    with contextlib.suppress(OSError, ValueError):
+        loaded: dict[str, str] = json.loads(_mark_file(run, name).read_text(encoding="utf-8"))
+        return loaded
+    return {}
+
+
+def _mark_file(run: RunFolder, name: str) -> Path:
+    return run.state / f"{name}.unfinished.json"

@@ -1,0 +1,241 @@
+"""The only place that prints: rich in a terminal, plain lines elsewhere, JSON lines for programs.
+
+Errors are red, successes green, what is being done yellow. Text that comes from files or other programs is
+stripped of control characters here, so that nothing can steer the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """A running count."""
+
+    def update(self, done: int, total: int, **fields: Any) -> None:
+        """Shows that `done` of `total` are done; `fields` are shown beside it."""
+
+
+class Reporter(Protocol):
+    """What the rest of kolotune says to the user."""
+
+    def doing(self, text: str) -> None:
+        """Says what is being done now."""
+
+    def success(self, text: str) -> None:
+        """Says that something is finished."""
+
+    def note(self, text: str) -> None:
+        """Says something worth knowing."""
+
+    def warning(self, text: str) -> None:
+        """Says something that the user should look at."""
+
+    def failure(self, cause: str, hint: str) -> None:
+        """Says what went wrong and what to do."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Shows rows of text."""
+
+    def result(self, text: str, **fields: Any) -> None:
+        """Prints what was asked for, without any ornament."""
+
+    def progress(self, title: str) -> contextlib.AbstractContextManager[Progress]:
+        """Shows a running count while the block runs."""
+
+
+def clean(text: str) -> str:
+    """`text` without control and formatting characters other than newline and tab."""
+    return "".join(
+        char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
+
+
+def make_reporter(as_json: bool = False) -> Reporter:
+    """The reporter that suits where the output goes."""
+    if as_json:
+        return JsonReporter()
+    return RichReporter() if sys.stdout.isatty() else PlainReporter()
+
+
+class PlainReporter:
+    """One line a message, no colours; for files and pipes."""
+
+    seconds_between = 10.0
+
+    def doing(self, text: str) -> None:
+        self._line(f"... {text}")
+
+    def success(self, text: str) -> None:
+        self._line(f"ok  {text}")
+
+    def note(self, text: str) -> None:
+        self._line(f"    {text}")
+
+    def warning(self, text: str) -> None:
+        self._line(f"warning: {text}")
+
+    def failure(self, cause: str, hint: str) -> None:
+        print(clean(f"error: {cause}"), file=sys.stderr)
+        if hint:
+            print(clean(f"       {hint}"), file=sys.stderr, flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        cells = [list(columns), *[list(row) for row in rows]]
+        widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+        self._line(title)
+        for row in cells:
+            self._line("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+    def result(self, text: str, **fields: Any) -> None:
+        del fields
+        self._line(text)
+
+    @contextlib.contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        yield _PlainProgress(self, title)
+
+    def _line(self, text: str) -> None:
+        print(clean(text), flush=True)
+
+
+class _PlainProgress:
+    def __init__(self, reporter: PlainReporter, title: str) -> None:
+        self._reporter, self._title = reporter, title
+        self._next = 0.0
+
+    def update(self, done: int, total: int, **fields: Any) -> None:
+        if time.monotonic() < self._next and done < total:
+            return
+        self._next = time.monotonic() + self._reporter.seconds_between
+        shown = " ".join(f"{name} {value}" for name, value in fields.items())
+        self._reporter.note(f"{self._title} {done}/{total} {shown}")
+
+
+class JsonReporter:
+    """Every message as one JSON object a line."""
+
+    def doing(self, text: str) -> None:
+        self._event("doing", text=text)
+
+    def success(self, text: str) -> None:
+        self._event("success", text=text)
+
+    def note(self, text: str) -> None:
+        self._event("note", text=text)
+
+    def warning(self, text: str) -> None:
+        self._event("warning", text=text)
+
+    def failure(self, cause: str, hint: str) -> None:
+        self._event("failure", cause=cause, hint=hint)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._event("table", title=title, rows=[dict(zip(columns, row, strict=True)) for row in rows])
+
+    def result(self, text: str, **fields: Any) -> None:
+        self._event("result", text=text, **fields)
+
+    @contextlib.contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        yield _JsonProgress(self, title)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        print(json.dumps({"event": kind, **fields}), flush=True)
+
+
+class _JsonProgress:
+    def __init__(self, reporter: JsonReporter, title: str) -> None:
+        self._reporter, self._title = reporter, title
+
+    def update(self, done: int, total: int, **fields: Any) -> None:
+        self._reporter._event("progress", title=self._title, done=done, total=total, **fields)
+
+
+class RichReporter:
+    """Colours and a live progress bar."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._out = Console(highlight=False)
+        self._err = Console(stderr=True, highlight=False)
+
+    def doing(self, text: str) -> None:
+        self._print(text, "yellow")
+
+    def success(self, text: str) -> None:
+        self._print(text, "green")
+
+    def note(self, text: str) -> None:
+        self._print(text, "")
+
+    def warning(self, text: str) -> None:
+        self._print(f"warning: {text}", "bold yellow")
+
+    def failure(self, cause: str, hint: str) -> None:
+        self._err.print(clean(f"error: {cause}"), style="bold red", markup=False)
+        if hint:
+            self._err.print(clean(hint), markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*[Text(clean(cell)) for cell in row])
+        self._out.print(table)
+
+    def result(self, text: str, **fields: Any) -> None:
+        del fields
+        self._out.print(clean(text), markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("[yellow]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        with Bar(*columns, console=self._out, transient=False) as bar:
+            yield _RichProgress(bar, bar.add_task(title, total=None, shown=""))
+
+    def _print(self, text: str, style: str) -> None:
+        self._out.print(clean(text), style=style, markup=False)
+
+
+class _RichProgress:
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, done: int, total: int, **fields: Any) -> None:
+        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
+        self._bar.update(self._task, completed=done, total=total, shown=shown)
+
+
+def size_in_words(count: float) -> str:
+    """A number of bytes as people read it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "KB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def fields_in_words(fields: Mapping[str, Any]) -> str:
+    """``name value, name value`` for a line of text."""
+    return ", ".join(f"{name} {value}" for name, value in fields.items())

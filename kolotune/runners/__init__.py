@@ -1,0 +1,1 @@
+"""Runners: where a stage's processes run."""

@@ -1,0 +1,95 @@
+"""Starts processes on this machine. The only place in kolotune that does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..files import explained
+
+_PATIENCE_SECONDS = 10.0
+# Values of these are secrets or would leak into what a child writes.
+_KEPT_FROM_CHILDREN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    on_line: Callable[[str], bool] | None = None,
+) -> int:
+    """Runs a program to its end; its output goes to `log`.
+
+    Args:
+        argv: the program and its arguments, never a shell string.
+        log: file that the output is appended to.
+        env: variables set for it in addition to this process's own, less the hub's tokens.
+        cwd: folder it is started in.
+        on_line: sees every line of output first; a line for which it returns True stays out of the log.
+
+    Returns:
+        The exit code; negative when a signal ended it.
+
+    Raises:
+        SpaceError, ArtifactError: the log can't be written.
+        OSError: the program can't be started.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("a", encoding="utf-8")
+    except OSError as error:
+        raise explained(error, log) from error
+    with output:
+        child = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**inherited, "PYTHONUNBUFFERED": "1", **(env or {})},
+            cwd=cwd,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if on_line is None or not on_line(line.rstrip("\n")):
+                    output.write(line)
+                    output.flush()
+            return child.wait()
+        finally:
+            _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Stops a child that still runs: politely, then by force."""
+    if child.poll() is None:
+        with contextlib.suppress(OSError):
+            child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The argv that runs a module of this environment, isolated from the folder it is started in."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def last_lines(log: Path, count: int = 1) -> str:
+    """The last lines of a log that are not empty, for an error message; "" when there are none."""
+    with contextlib.suppress(OSError):
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return " | ".join([line for line in lines if line][-count:])
+    return ""
