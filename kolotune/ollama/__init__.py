@@ -1,0 +1,1 @@
+"""What Ollama reads: Modelfiles, and Go templates derived from the chat template that was trained with."""
