@@ -1,0 +1,1 @@
+"""The native engine: LoRA on any causal language model of transformers, in plain PyTorch."""

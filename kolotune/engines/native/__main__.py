@@ -1,0 +1,43 @@
+"""``python -m kolotune.engines.native JOB``: trains, and answers with events on standard output."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from ...errors import KolotuneError, TrainingError
+from ..job import TrainJob, emit
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job in the file `arguments[0]`; returns the exit code."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        job = TrainJob.read(Path(arguments[0]))
+        from .training import train
+
+        train(job)
+    except KolotuneError as error:
+        traceback.print_exc()
+        emit("error", kind=type(error).__name__, cause=error.cause, hint=error.hint)
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        emit(
+            "error",
+            kind=TrainingError.__name__,
+            cause="the GPU is out of memory",
+            hint="Halve --batch-size and double --gradient-accumulation (same result), or add --load-in-4bit.",
+        )
+        return TrainingError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

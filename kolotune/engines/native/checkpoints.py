@@ -1,0 +1,118 @@
+"""Checkpoints: everything that training needs to go on bit for bit, whole or invisible."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...errors import TrainingError
+from ...files import hash_file, remove, replacing
+from ..job import TrainJob
+
+_KEPT = 2
+_TENSORS, _STATE = "state.safetensors", "state.json"
+
+
+@dataclass
+class State:
+    """Where a training stands.
+
+    Attributes:
+        step: steps done.
+        best_loss: the lowest held-out loss so far, None before the first evaluation.
+        evaluations_since_best: evaluations since then.
+        tensors: the adapter (PEFT's names), ``optimizer.*``, ``rng.*``, and ``best.*`` when a best one is kept.
+    """
+
+    step: int = 0
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with `prefix`, without it."""
+        return {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
+
+
+def save(job: TrainJob, state: State) -> None:
+    """Writes a checkpoint, and removes the oldest ones only after it has been read back."""
+    folder = Path(job.checkpoints)
+    target = folder / f"step-{state.step:08d}"
+    with replacing(target) as partial:
+        partial.mkdir(parents=True)
+        save_file({name: each.contiguous() for name, each in state.tensors.items()}, partial / _TENSORS)
+        facts = {
+            "identity": job.identity(),
+            "step": state.step,
+            "best_loss": state.best_loss,
+            "evaluations_since_best": state.evaluations_since_best,
+            "sha256": hash_file(partial / _TENSORS),
+        }
+        (partial / _STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    if _whole(target) is not None:
+        for old in _by_step(folder)[_KEPT:]:
+            remove(old)
+
+
+def newest(job: TrainJob) -> State | None:
+    """The newest whole checkpoint; None when there is none.
+
+    Raises:
+        TrainingError: it belongs to other data, another base or other settings.
+    """
+    for folder in _by_step(Path(job.checkpoints)):
+        facts = _whole(folder)
+        if facts is None:
+            continue
+        differing = [name for name, value in job.identity().items() if facts["identity"].get(name) != value]
+        if differing:
+            raise TrainingError(
+                f"{folder.name}: the checkpoint belongs to a training with other {', '.join(sorted(differing))}",
+                "Give the settings it was made with, or leave --use-checkpoint out to train anew.",
+            )
+        tensors = load_file(folder / _TENSORS)
+        return State(facts["step"], facts["best_loss"], facts["evaluations_since_best"], tensors)
+    return None
+
+
+def clear(job: TrainJob) -> None:
+    """Removes all checkpoints: a new training begins."""
+    remove(Path(job.checkpoints))
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """The checkpoints, newest first; by the number in their name, never by time."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True)
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """The facts of a checkpoint whose tensors are what was written; None when it is damaged."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        return facts if hash_file(folder / _TENSORS) == facts["sha256"] and facts["identity"] else None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of the random generators that dropout draws from."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: State) -> None:
+    """Puts back what `random_state` saved."""
+    torch.set_rng_state(state.tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in state.tensors:
+        torch.cuda.set_rng_state(state.tensors["rng.cuda"])

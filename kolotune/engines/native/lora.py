@@ -1,0 +1,127 @@
+"""LoRA: low-rank adapters beside frozen linear layers, in PEFT's names and file format.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...files import replacing
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus ``scale * B(A(dropout(x)))``.
+
+    Args:
+        base: the layer, ``[in] → [out]``; its weights stay frozen in their dtype.
+        rank: rows of A and columns of B.
+        alpha: the product is scaled by ``alpha / rank``.
+        dropout: probability with which inputs of A are zeroed in training.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        device = base.weight.device
+        # The adapter is kept in fp32 whatever the base is in: its updates are smaller than bf16's steps.
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] → [..., out]`` in x's dtype."""
+        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        delta = nn.functional.linear(low, self.lora_B.to(x.dtype))
+        return torch.add(self.base(x), delta, alpha=self.scale)
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> dict[str, LoraLinear]:
+    """Freezes the model and puts an adapter beside each targeted linear layer.
+
+    Args:
+        model: a causal language model of transformers.
+        rank, alpha, dropout: see `LoraLinear`.
+        targets: last parts of layer names, or ``all-linear`` for all but the head.
+
+    Returns:
+        The adapters by the layer's full name, in the model's order.
+
+    Raises:
+        ConfigError: a target is no linear layer of the model.
+    """
+    model.requires_grad_(False)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+    leaves = {name.rpartition(".")[2] for name in linear}
+    if list(targets) != [ALL_LINEAR]:
+        unknown = sorted(set(targets) - leaves)
+        if unknown:
+            raise ConfigError(
+                f"target-modules: this model has no linear layer {', '.join(unknown)}",
+                f"Its linear layers are: {', '.join(sorted(leaves))}.",
+            )
+        leaves = set(targets)
+    adapters = {}
+    for name, layer in linear.items():
+        parent_name, _, leaf = name.rpartition(".")
+        if leaf in leaves:
+            adapters[name] = LoraLinear(layer, rank, alpha, dropout)
+            setattr(model.get_submodule(parent_name), leaf, adapters[name])
+    return adapters
+
+
+def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """The adapters' weights under PEFT's names: A ``[rank, in]`` and B ``[out, rank]``, fp32, on the CPU."""
+    tensors = {}
+    for name, adapter in adapters.items():
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(adapter, part).detach().to("cpu", copy=True).contiguous()
+            tensors[f"base_model.model.{name}.{part}.weight"] = weight
+    return tensors
+
+
+def load_tensors(adapters: dict[str, LoraLinear], tensors: dict[str, Tensor]) -> None:
+    """Puts weights from `adapter_tensors` back."""
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            for part in ("lora_A", "lora_B"):
+                getattr(adapter, part).copy_(tensors[f"base_model.model.{name}.{part}.weight"])
+
+
+def save_adapter(
+    folder: Path, tensors: dict[str, Tensor], *, base_name: str, rank: int, alpha: float, dropout: float
+) -> None:
+    """Writes a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all."""
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    config = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": modules,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    with replacing(folder) as partial:
+        partial.mkdir()
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,29 @@
+"""How the learning rate goes up and down; the formulas are those of transformers' schedules."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup(steps: int, wanted: int | None) -> int:
+    """Steps of warmup: what is wanted, or a tenth of all, at most 100."""
+    return min(steps // 10, 100) if wanted is None else wanted
+
+
+def factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
+    """What the peak learning rate is multiplied by.
+
+    Args:
+        kind: "cosine", "linear" or "constant".
+        step: number of the step, from 0.
+        steps: number of all steps.
+        warmup_steps: the rate rises from 0 in so many steps.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if kind == "constant":
+        return 1.0
+    rest = max(1, steps - warmup_steps)
+    if kind == "linear":
+        return max(0.0, (steps - step) / rest)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / rest)))

@@ -1,0 +1,261 @@
+"""The training loop, and what it needs of the model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import TrainingError
+from ...files import replacing
+from ...hardware import best_device
+from ..job import TrainJob, emit
+from . import checkpoints, lora, schedule
+from .batches import IGNORED, Batch, Tokens, in_order, steps_in_epoch, steps_of
+from .checkpoints import State
+
+
+def load_model(job: TrainJob, device: str) -> nn.Module:
+    """The base model with its weights in the job's dtype, frozen later by `lora.add_adapters`.
+
+    Raises:
+        TrainingError: transformers can't load it, or bitsandbytes is missing.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    options: dict[str, Any] = {"dtype": dtype}
+    if job.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            job.base_model, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+        )
+    except ImportError as error:
+        raise TrainingError(f"the base model can't be loaded: {error}", "pip install 'kolotune[four-bit]'") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise TrainingError(f"the base model can't be loaded: {str(error).splitlines()[0]}") from error
+    if not job.load_in_4bit:
+        model.to(device)
+    module: nn.Module = model
+    return module
+
+
+class Trainer:
+    """One training: model, adapters, optimizer, and where it stands."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job = job
+        self.device = best_device()
+        self.tokens = Tokens.load(Path(job.data) / "train.safetensors")
+        held_out = Path(job.data) / "held_out.safetensors"
+        self.held_out = Tokens.load(held_out) if held_out.is_file() else None
+        torch.manual_seed(job.seed)
+        self.model = load_model(job, self.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.adapters = lora.add_adapters(
+            self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
+        )
+        self.parameters = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
+        self.steps_in_epoch = steps_in_epoch(len(self.tokens), job.batch_size, job.gradient_accumulation)
+        self.steps = self.steps_in_epoch * job.epochs
+        self.warmup_steps = schedule.warmup(self.steps, job.warmup_steps)
+        self.state = State()
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """The summed cross-entropy of a batch's labelled tokens, fp32 ``[]``.
+
+        Logits are computed only at positions where at least one chat has a label next.
+        """
+        batch = batch.to(self.device)
+        kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
+        logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
+        if not self._keeps_logits:
+            logits = logits[:, batch.positions]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def step(self, batches: Sequence[Batch], rate: float) -> float:
+        """One optimizer step over the mean loss of all labelled tokens in `batches`; returns that loss.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; the weights are those before the step.
+        """
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        labels = max(1, sum(batch.labels for batch in batches))
+        total = 0.0
+        for batch in batches:
+            loss = self.loss_sum(batch) / labels
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss)
+        limit = self.job.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
+                "Lower --learning-rate; the state before this step is kept for --use-checkpoint.",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """The mean loss of the held-out chats' labelled tokens; None when nothing is held out."""
+        if self.held_out is None or len(self.held_out) == 0:
+            return None
+        self.model.eval()
+        total, labels = 0.0, 0
+        for batch in in_order(self.held_out, self.job.batch_size):
+            total += float(self.loss_sum(batch))
+            labels += batch.labels
+        return total / max(1, labels)
+
+    def snapshot(self) -> State:
+        """The whole state, as it goes into a checkpoint."""
+        tensors = lora.adapter_tensors(self.adapters)
+        for index, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
+        tensors |= checkpoints.random_state()
+        tensors |= {name: each for name, each in self.state.tensors.items() if name.startswith("best.")}
+        return State(self.state.step, self.state.best_loss, self.state.evaluations_since_best, tensors)
+
+    def restore(self, state: State) -> None:
+        """Puts back what `snapshot` gave."""
+        lora.load_tensors(self.adapters, state.tensors)
+        for index, parameter in enumerate(self.parameters):
+            saved = state.part(f"optimizer.{index}.")
+            if saved:
+                self.optimizer.state[parameter] = {
+                    name: each if name == "step" else each.to(self.device) for name, each in saved.items()
+                }
+        checkpoints.restore_random_state(state)
+        self.state = state
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, for each step and each evaluation."""
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        """Keeps what an earlier process wrote up to step `steps_done` and drops the rest."""
+        kept: list[str] = []
+        if steps_done and path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    if json.loads(line)["step"] <= steps_done:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that a crash cut off
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **fields: Any) -> None:
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+
+def train(job: TrainJob) -> None:
+    """Trains the adapter of `job` and writes it.
+
+    Raises:
+        TrainingError: see `Trainer.step` and `checkpoints.newest`.
+    """
+    state = checkpoints.newest(job) if job.resume else None
+    trainer = Trainer(job)
+    if state is not None:
+        trainer.restore(state)
+        emit("note", text=f"going on from step {state.step}")
+    else:
+        checkpoints.clear(job)
+    metrics = Metrics(Path(job.metrics), trainer.state.step)
+    stopped = False
+    if trainer.state.step == 0:
+        _evaluate(trainer, metrics)
+    first_epoch, first_step = divmod(trainer.state.step, max(1, trainer.steps_in_epoch))
+    for epoch in range(first_epoch, job.epochs):
+        _train_epoch(trainer, metrics, epoch, first_step if epoch == first_epoch else 0)
+        _evaluate(trainer, metrics)
+        checkpoints.save(job, trainer.snapshot())
+        stopped = bool(job.early_stopping) and trainer.state.evaluations_since_best >= job.early_stopping
+        if stopped:
+            emit("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
+            break
+    best = trainer.state.part("best.")
+    lora.save_adapter(
+        Path(job.adapter),
+        best or lora.adapter_tensors(trainer.adapters),
+        base_name=job.base_name,
+        rank=job.lora_rank,
+        alpha=job.lora_alpha,
+        dropout=job.lora_dropout,
+    )
+    emit("result", steps=trainer.state.step, stopped_early=stopped, device=trainer.device)
+
+
+def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> None:
+    job = trainer.job
+    steps = steps_of(trainer.tokens, epoch, job.seed, job.batch_size, job.gradient_accumulation, first)
+    for batches in steps:
+        started = time.perf_counter()
+        rate = job.learning_rate * schedule.factor(
+            job.scheduler_type, trainer.state.step, trainer.steps, trainer.warmup_steps
+        )
+        try:
+            loss = trainer.step(batches, rate)
+        except TrainingError:
+            checkpoints.save(job, trainer.snapshot())
+            raise
+        trainer.state.step += 1
+        speed = sum(batch.tokens for batch in batches) / (time.perf_counter() - started)
+        metrics.write(
+            step=trainer.state.step,
+            epoch=round(trainer.state.step / trainer.steps_in_epoch, 4),
+            loss=loss,
+            learning_rate=rate,
+            tokens_per_second=round(speed, 1),
+            memory_mb=_memory_mb(trainer.device),
+            time=round(time.time(), 3),
+        )
+        emit("step", step=trainer.state.step, steps=trainer.steps, loss=loss, tokens_per_second=speed)
+        in_epoch = trainer.state.step % trainer.steps_in_epoch
+        if job.checkpoint_steps and trainer.state.step % job.checkpoint_steps == 0 and in_epoch:
+            checkpoints.save(job, trainer.snapshot())
+
+
+def _evaluate(trainer: Trainer, metrics: Metrics) -> None:
+    loss = trainer.evaluate()
+    if loss is None:
+        return
+    state = trainer.state
+    metrics.write(step=state.step, held_out_loss=loss, time=round(time.time(), 3))
+    emit("evaluation", step=state.step, held_out_loss=loss)
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_loss, state.evaluations_since_best = loss, 0
+        if trainer.job.early_stopping:
+            best = {f"best.{name}": each for name, each in lora.adapter_tensors(trainer.adapters).items()}
+            state.tensors = {**state.tensors, **best}
+    else:
+        state.evaluations_since_best += 1
+
+
+def _memory_mb(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    import psutil
+
+    return int(psutil.Process().memory_info().rss) >> 20
