@@ -1,0 +1,236 @@
+"""Base models: the names kolotune knows, where they come from, and what a usable folder is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import smollm2
+from .cache import cache_folder
+from .errors import AccessError, ConfigError, ModelError, ModelNotFoundError, OfflineError
+from .reporter import Reporter
+
+# Everything that training and export read; never pickles, never the original/ copies of the weights.
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
+_HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A base model known by name.
+
+    Attributes:
+        name: as the user writes it, in any case.
+        source: where it comes from, in words.
+        parameters: number of weights.
+        needs_token: whether the hub asks for a login and an approval.
+    """
+
+    name: str
+    source: str
+    parameters: int
+    needs_token: bool
+
+
+KNOWN: tuple[KnownModel, ...] = (
+    KnownModel(smollm2.NAME, "Python package, no account needed", 134_515_008, False),
+    KnownModel("meta-llama/Llama-3.2-1B-Instruct", "hub", 1_235_814_400, True),
+    KnownModel("meta-llama/Llama-3.2-3B-Instruct", "hub", 3_212_749_824, True),
+    KnownModel("meta-llama/Llama-3.1-8B-Instruct", "hub", 8_030_261_248, True),
+)
+
+
+def canonical(name: str) -> str:
+    """A known model's name in its own spelling; any other name as it is."""
+    return next((known.name for known in KNOWN if known.name.lower() == name.lower()), name)
+
+
+def locate(name: str) -> Path | None:
+    """The folder of a base model that is on this machine already; None when it isn't."""
+    name = canonical(name)
+    if name == smollm2.NAME:
+        folder = smollm2.folder()
+        return folder if folder.is_dir() else None
+    if Path(name).is_dir():
+        return Path(name)
+    return _from_hub_cache(name) if _is_hub_id(name) else None
+
+
+def resolve(name: str, token_source: str | None, reporter: Reporter) -> Path:
+    """The folder of a base model, downloaded when it has to be.
+
+    Args:
+        name: a known name, a hub id (``owner/name``) or a folder.
+        token_source: "-" (standard input), a file that holds the hub token, or None (HF_TOKEN or the hub's login).
+        reporter: told what is downloaded.
+
+    Raises:
+        ModelNotFoundError, AccessError, OfflineError: it can't be had.
+        ModelError: it is no model that kolotune can tune.
+    """
+    name = canonical(name)
+    if name == smollm2.NAME:
+        return smollm2.unpacked(reporter)
+    if Path(name).exists():
+        return checked_folder(Path(name))
+    if not _is_hub_id(name):
+        raise ModelNotFoundError(
+            f"base model {name!r}: there is no such folder, and it is no hub id (owner/name)",
+            f"Known by name: {', '.join(known.name for known in KNOWN)}.",
+        )
+    cached = _from_hub_cache(name)
+    if cached is not None:
+        return checked_folder(cached)
+    reporter.doing(f"downloading {name}")
+    return checked_folder(_download(name, read_token(token_source)))
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and ".." not in name and len(name) <= 96
+
+
+def _from_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    try:
+        return checked_folder(folder)
+    except ModelError:
+        return None  # a download that was cut off: the hub's client goes on with it
+
+
+def read_token(source: str | None) -> str | None:
+    """The hub token from a file or from standard input ("-"); None leaves it to HF_TOKEN and the hub's login.
+
+    Raises:
+        ConfigError: there is nothing to read.
+    """
+    if source is None:
+        return None
+    try:
+        text = sys.stdin.readline() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"hf-token: {source} can't be read", "Give a file that holds the token alone.") from None
+    if not text.strip():
+        raise ConfigError("hf-token: there was no token to read", "Give a file that holds the token alone.")
+    return text.strip()
+
+
+def _download(name: str, token: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    def fetch() -> Path:
+        files = [each.rfilename for each in HfApi().model_info(name, token=token).siblings or []]
+        if not any(each.endswith(".safetensors") for each in files):
+            raise ModelError(f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded.")
+        return Path(
+            snapshot_download(name, token=token, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_IGNORED))
+        )
+
+    return _explaining(name, fetch)
+
+
+def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
+    """Calls the hub and turns its errors into four different messages; none repeats what the hub answered."""
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        return fetch()
+    except errors.GatedRepoError:
+        raise AccessError(
+            f"{name}: is gated, and this account has no access",
+            f"Ask for access on the model's page, then give the account's token (HF_TOKEN or --hf-token FILE).",  # noqa: F541
+        ) from None
+    except errors.RepositoryNotFoundError as error:
+        if getattr(error.response, "status_code", 404) == 401 and not os.environ.get("HF_TOKEN"):
+            raise AccessError(f"{name}: the hub wants a login (401), or there is no such model") from None
+        raise ModelNotFoundError(
+            f"{name}: the hub has no such model, or this account may not see it", "Check the spelling, or log in."
+        ) from None
+    except errors.HfHubHTTPError as error:
+        code = getattr(error.response, "status_code", 0)
+        if code in (401, 403):
+            raise AccessError(f"{name}: the hub refused the token ({code})") from None
+        raise OfflineError(f"{name}: the hub answered {code}", "Try again later; finished files are kept.") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError):
+        raise OfflineError(f"{name}: is not on this machine, and the hub can't be reached") from None
+
+
+def checked_folder(folder: Path) -> Path:
+    """`folder`, if it holds a model that can be tuned: config, tokenizer and whole safetensors files.
+
+    Raises:
+        ModelError: something is missing or damaged, or the weights are pickled or quantized.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{folder}: is no model folder (there is no config.json)", "Give a folder in the hub's format.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{config_file}: can't be read: {error}", "Download the model again.") from None
+    if not isinstance(config, dict) or not config.get("architectures"):
+        raise ModelError(f"{config_file}: names no architecture", "Give a folder in the hub's format.")
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{folder}: its weights are quantized already", "Tune the unquantized model; --load-in-4bit quantizes it for training."
+        )
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise ModelError(f"{folder}: has no tokenizer (tokenizer.json)", "Copy the tokenizer's files into the folder.")
+    weight_files(folder)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, each one's header checked.
+
+    Raises:
+        ModelError: there are none, one is missing from the index's list, or a header is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelError(f"{index}: can't be read", "Download the model again.") from None
+        if any(Path(name).name != name for name in names):
+            raise ModelError(f"{index}: names files outside the folder", "Download the model from its own page.")
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+        found = f"only pickled ones ({pickled[0]}), which can run code and are never loaded" if pickled else "none"
+        raise ModelError(f"{folder}: has no safetensors weights: {found}", "Convert the weights to safetensors first.")
+    for path in files:
+        _check_header(path)
+    return files
+
+
+def _check_header(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing, though the index names it", "Download the model again.")
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            handle.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: is damaged ({error})", "Download the model again.") from None
+
+
+def cached_models() -> list[Path]:
+    """Folders of base models in kolotune's own cache."""
+    folder = cache_folder("models")
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
