@@ -1,0 +1,16 @@
+"""``python -m kolotune`` and the `kolotune` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    from .cli import run_command_line
+
+    return run_command_line(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

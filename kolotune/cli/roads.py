@@ -1,0 +1,184 @@
+"""The verbs that make things: run, each stage, export."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .. import adapters
+from ..config import DEFAULT_OUTPUT_DIR, Config
+from ..errors import ConfigError, RunFolderError
+from ..layout import RunFolder
+from .options import ConfigFile, Data, Json, config_of, given, reporter, show, with_options
+
+Run = Annotated[Path, typer.Argument(help="The run folder.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this module."""
+    for verb in (run, prepare, train, merge, convert, quantize, modelfile, export):
+        app.command()(verb)
+
+
+@with_options("data", "model", "training", "export")
+def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
+    """All stages: from chats to Modelfiles, each stage only if something it depends on changed."""
+    from .. import pipeline
+
+    say = reporter(json)
+    resolved = config_of(flags, data, config)
+    if not resolved.train_data:
+        raise ConfigError("no training data was given", "Name a file: kolotune run chats.jsonl")
+    show(resolved, say)
+    folder = pipeline.run(resolved, say)
+    say.success(f"Done: {folder.root}")
+    shown = _as_typed(folder.root)
+    say.note(f"talk to it:          kolotune chat {shown}")
+    name = resolved.quantization[0] if resolved.quantization else ""
+    file = folder.modelfile("" if name == "NONE" else name).name
+    say.note(f"put it into Ollama:  cd {shown} && ollama create my-model -f {file}")
+    return 0
+
+
+@with_options("data", "model", "export", leave_out=("quantization", "system", "parameter", "merge_dtype"))
+def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
+    """Chats to tokens with labels."""
+    from .. import pipeline
+
+    folder = Path(given(flags).get("output_dir", DEFAULT_OUTPUT_DIR))
+    saved = RunFolder(folder).config
+    resolved = config_of(flags, data, config, saved if saved.is_file() and not data else None)
+    pipeline.run(resolved, reporter(json), ["prepare"])
+    return 0
+
+
+@with_options("model", "training")
+def train(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
+    """Prepared tokens to an adapter."""
+    return _stage("train", run, json, flags)
+
+
+@with_options()
+def merge(
+    run: Run = DEFAULT_OUTPUT_DIR,
+    adapter: Annotated[Optional[Path], typer.Option(help="An adapter made elsewhere, in PEFT's format.")] = None,  # noqa: UP045
+    base: Annotated[Optional[str], typer.Option(help="Its base model; default: the one it names.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Folder to make; may not exist yet.")] = None,  # noqa: UP045
+    merge_dtype: Annotated[Optional[str], typer.Option(metavar="f16|bf16|fp32", help="How weights are stored.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> int:
+    """An adapter and its base to one model folder; with --adapter and --out outside a run too."""
+    flags = {"merge_dtype": merge_dtype}
+    if adapter is None and out is None and base is None:
+        return _stage("merge", run, json, flags)
+    if adapter is None or out is None:
+        raise ConfigError("merge: --adapter and --out go together", "kolotune merge --adapter A --out M")
+    return _merge_elsewhere(adapter, base, out, config_of(flags), json)
+
+
+@with_options()
+def convert(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:
+    """The merged model to an unquantized GGUF."""
+    return _stage("convert", run, json, {})
+
+
+@with_options()
+def quantize(
+    run: Run = DEFAULT_OUTPUT_DIR,
+    quantization: Annotated[Optional[str], typer.Option(help="One or several, as Q4_K_M,Q8_0.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> int:
+    """The unquantized GGUF to smaller ones."""
+    return _stage("quantize", run, json, {"quantization": quantization})
+
+
+@with_options("export", leave_out=("output_dir", "merge_dtype", "compare"))
+def modelfile(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
+    """Modelfiles for the GGUFs."""
+    return _stage("modelfile", run, json, flags)
+
+
+@with_options("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="An adapter or a merged model, made elsewhere.")],
+    base: Annotated[Optional[str], typer.Option(help="The adapter's base model; default: the one it names.")] = None,  # noqa: UP045
+    json: Json = False,
+    **flags: Any,
+) -> int:
+    """An adapter or a merged model made elsewhere to GGUF and Modelfile, without training."""
+    from .. import pipeline
+
+    say = reporter(json)
+    source = folder.absolute()
+    wanted = given(flags)
+    if adapters.is_adapter(source):
+        wanted["base_model"] = base or _named_base(source)
+        names = ["merge", "convert", "quantize", "modelfile"]
+    else:
+        wanted["base_model"] = str(source)
+        names = ["convert", "quantize", "modelfile"]
+    resolved = config_of(wanted)
+    show(resolved, say)
+    run_folder = pipeline.run(resolved, say, names, source)
+    say.success(f"Done: {run_folder.root}")
+    return 0
+
+
+def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
+    """Runs one stage of a run folder whose earlier stages are done."""
+    from .. import pipeline
+
+    folder = RunFolder(root.absolute()).require()
+    for each in pipeline.status(folder):
+        if each.name == name:
+            break
+        if each.state != "done":
+            raise RunFolderError(
+                f"{folder.root}: {each.name} comes before {name} and is not done ({'; '.join(each.why)})",
+                f"Run `kolotune {each.name} {_as_typed(folder.root)}` first, or `kolotune run` for all stages.",
+            )
+    resolved = config_of(flags, saved=folder.config)
+    resolved = dataclasses.replace(resolved, output_dir=folder.root)
+    pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder))
+    return 0
+
+
+def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config, json: bool) -> int:
+    from .. import models
+    from ..files import replacing
+    from ..stages import merge as stage
+
+    say = reporter(json)
+    if out.exists():
+        raise ConfigError(f"{out}: is there already", "Name a folder that does not exist; nothing is overwritten.")
+    base_folder = models.resolve(base or _named_base(adapter), None, say)
+    with replacing(out.absolute()) as partial:
+        partial.mkdir()
+        stage.merge_adapter(
+            adapter,
+            base_folder,
+            partial,
+            tokenizer=stage.tokenizer_of(adapter, base_folder),
+            dtype=config.merge_dtype,
+            reporter=say,
+        )
+    say.success(f"merged: {out}")
+    return 0
+
+
+def _named_base(adapter: Path) -> str:
+    name = adapters.read(adapter).base_name
+    if not name:
+        raise ConfigError(f"{adapter}: does not name its base model", "Give it with --base.")
+    return name
+
+
+def _as_typed(path: Path) -> str:
+    """A path as the user would type it: relative where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

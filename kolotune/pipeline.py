@@ -1,0 +1,214 @@
+"""Select, run, record: the whole road from chats to Modelfiles on one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import config as configs
+from . import hardware, models, records
+from .config import Config
+from .errors import Interrupted, KolotuneError, RunFolderError, SpaceError
+from .files import Hasher, explained, size_of, write_json, write_text
+from .layout import RunFolder
+from .records import Context, Stage
+from .reporter import Reporter, size_in_words
+from .stages import convert, merge, modelfile, prepare, quantize, train
+
+STAGES: tuple[Stage, ...] = (prepare, train, merge, convert, quantize, modelfile)
+NAMES = tuple(stage.NAME for stage in STAGES)
+
+
+def run(config: Config, reporter: Reporter, names: Sequence[str] = NAMES, source: Path | None = None) -> RunFolder:
+    """Runs the stages `names` in the run folder of `config`, each only if something that it depends on changed.
+
+    Args:
+        config: the resolved options.
+        reporter: where progress and results are told.
+        names: names of stages, in any order.
+        source: adapter or merged folder made elsewhere, in place of what the run's own stages made.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        KolotuneError: see `errors`.
+    """
+    folder = RunFolder(config.output_dir)
+    stages = [stage for stage in STAGES if stage.NAME in names]
+    with _locked(folder):
+        config = _with_choices(config, folder)
+        base = models.resolve(config.base_model, config.hf_token, reporter)
+        context = Context(config, folder, base, source)
+        write_text(folder.config, configs.dump(config))
+        hasher = Hasher()
+        _preflight(stages, context, reporter, hasher)
+        for stage in stages:
+            _run_or_skip(stage, context, reporter, hasher)
+    return folder
+
+
+def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Hasher) -> None:
+    reasons = records.reasons(stage, context, hasher)
+    if not reasons:
+        reporter.success(f"{stage.NAME}: done before, nothing it depends on has changed")
+        return
+    reporter.doing(f"{stage.NAME}: {stage.DOING} ({'; '.join(reasons)})")
+    started, clock = records.now(), time.monotonic()
+    records.mark(context.run, stage.NAME, "running")
+    try:
+        facts = stage.run(context, reporter)
+        records.write(stage, context, hasher, facts, started)
+    except KolotuneError as error:
+        records.mark(context.run, stage.NAME, "failed", error.cause)
+        raise
+    except KeyboardInterrupt:
+        records.mark(context.run, stage.NAME, "interrupted")
+        raise Interrupted(f"stopped during {stage.NAME}") from None
+    except OSError as error:
+        raise explained(error, Path(error.filename or context.run.root)) from error
+    records.unmark(context.run, stage.NAME)
+    made = ", ".join(f"{path.name} ({size_in_words(size_of(path))})" for path in stage.outputs(context))
+    reporter.success(f"{stage.NAME}: {made} in {time.monotonic() - clock:.1f} s")
+
+
+def _preflight(stages: Sequence[Stage], context: Context, reporter: Reporter, hasher: Hasher) -> None:
+    """What is known to fail is not started: every stage that has work is asked before the first one works."""
+    first = next((index for index, stage in enumerate(stages) if records.reasons(stage, context, hasher)), None)
+    if first is None:
+        return
+    for stage in stages[first:]:
+        stage.preflight(context, reporter)
+    _check_space(stages[first:], context)
+
+
+def _check_space(stages: Sequence[Stage], context: Context) -> None:
+    """Refuses to start when the disk can't hold what the stages make.
+
+    The merged model and the f16 GGUF are 2 bytes a weight each, as the base's files are; a quantization is at
+    most as large as Q8_0's 8.5 bits.
+    """
+    names = {stage.NAME for stage in stages}
+    weights = sum(path.stat().st_size for path in context.base.glob("*.safetensors"))
+    needed = weights * (("merge" in names) + ("convert" in names))
+    if "quantize" in names:
+        needed += int(weights * 8.5 / 16) * len(context.config.quantization)
+    free = shutil.disk_usage(context.run.root).free
+    if needed > free:
+        raise SpaceError(
+            f"{context.run.root}: the run makes about {size_in_words(needed)}, but only {size_in_words(free)} are free"
+        )
+
+
+def _with_choices(config: Config, folder: RunFolder) -> Config:
+    """The config with what is chosen automatically; what the folder's first run chose is kept."""
+    file = folder.state / "choices.json"
+    try:
+        chosen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        chosen = {}
+    if "template_date" not in chosen:
+        chosen["template_date"] = records.now()[:10]
+    if "dtype" not in chosen and config.dtype == "auto":
+        chosen["dtype"] = hardware.best_dtype()
+    write_json(file, chosen)
+    if config.template_date is None:
+        config = dataclasses.replace(config, template_date=chosen["template_date"])
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=chosen["dtype"])
+    return config
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Keeps a second run out of the folder; the lock of a dead process is free again by itself."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explained(error, folder.root) from error
+    holder = folder.state / "lock_holder.json"
+    lock = FileLock(folder.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise RunFolderError(
+            f"{folder.root}: is in use by {who.strip()}", "Wait for it to end, or choose another --output-dir."
+        ) from None
+    except OSError as error:
+        raise explained(error, folder.lock) from error
+    try:
+        write_text(holder, f"process {os.getpid()}\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageStatus:
+    """One stage's state: "done", "will run", "interrupted", "failed", and why."""
+
+    name: str
+    state: str
+    why: list[str]
+
+
+def status(folder: RunFolder) -> list[StageStatus]:
+    """The state of each stage of a run folder, from records and a cache of hashes.
+
+    Raises:
+        RunFolderError: it is no run folder.
+        ConfigError: its saved config can't be read.
+    """
+    folder.require()
+    config = configs.resolve((configs.load_file(folder.config), str(folder.config), folder.root))
+    config = dataclasses.replace(config, output_dir=folder.root)
+    base = models.locate(config.base_model) or folder.root / "base model is not on this machine"
+    context = Context(config, folder, base, recorded_source(folder))
+    hasher = Hasher(folder.hash_cache)
+    found: list[StageStatus] = []
+    for stage in STAGES:
+        if context.source is not None and records.read(folder, stage.NAME) is None:
+            continue
+        why = records.reasons(stage, context, hasher)
+        waits_for = [each.name for each in found if each.state != "done"]
+        if not why and waits_for:
+            why = [f"{waits_for[0]} runs before it"]
+        mark = records.marked(folder, stage.NAME)
+        state = _state_of(mark, bool(why), folder)
+        if why and mark.get("cause"):
+            why = [mark["cause"], *why]
+        found.append(StageStatus(stage.NAME, state, why))
+    hasher.save()
+    return found
+
+
+def _state_of(mark: dict[str, str], has_work: bool, folder: RunFolder) -> str:
+    if not has_work:
+        return "done"
+    state = mark.get("state", "will run")
+    if state == "running" and not (folder.state / "lock_holder.json").is_file():
+        return "interrupted"
+    return state
+
+
+def recorded_source(folder: RunFolder) -> Path | None:
+    file = folder.state / "source.json"
+    if not file.is_file():
+        return None
+    return Path(json.loads(file.read_text(encoding="utf-8"))["source"])
+
+
+def remember_source(folder: RunFolder, source: Path) -> None:
+    """Notes that the run folder exports `source` instead of an adapter of its own."""
+    write_json(folder.state / "source.json", {"source": str(source)})

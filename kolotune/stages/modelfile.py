@@ -1,0 +1,156 @@
+"""modelfile: a Modelfile for each GGUF, with the trained template in Ollama's language and all stops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters import is_adapter
+from ..chats.masking import end_token
+from ..chats.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, special_tokens, template_text
+from ..config import Config, as_record
+from ..errors import ArtifactError
+from ..files import write_text
+from ..layout import RunFolder
+from ..ollama import parameters
+from ..ollama.modelfile import Modelfile, render
+from ..ollama.template import NotDerivable, TurnFormat, derive, stop_strings
+from ..quantizations import NONE
+from ..records import Context
+from ..reporter import Reporter
+
+NAME = "modelfile"
+DOING = "writing the Modelfiles"
+
+
+def options(config: Config) -> dict[str, Any]:
+    """See `records.Stage`."""
+    return as_record(config, ("system", "parameter", "quantization"))
+
+
+def inputs(context: Context) -> dict[str, Path]:
+    """See `records.Stage`."""
+    folder = _trained_tokenizer(context)
+    return {f"the trained {name}": folder / name for name in TOKENIZER_FILES}
+
+
+def outputs(context: Context) -> list[Path]:
+    """See `records.Stage`."""
+    return [file for file, _ in _files(context)]
+
+
+def packages() -> Sequence[str]:
+    """See `records.Stage`."""
+    return ("jinja2", "transformers")
+
+
+def _files(context: Context) -> list[tuple[Path, Path]]:
+    """Each Modelfile and the GGUF that it names."""
+    run = context.run
+    quantized = [(run.modelfile(name), run.quantized(name)) for name in context.config.quantization if name != NONE]
+    return [(run.modelfile(), run.gguf), *quantized]
+
+
+def _trained_tokenizer(context: Context) -> Path:
+    if context.source is None:
+        return context.run.tokenizer
+    return context.run.merged_model if is_adapter(context.source) else context.source
+
+
+def tokenizer_folder(run: RunFolder) -> Path:
+    """The folder of a finished run that holds the trained tokenizer and template.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    source = run.state / "source.json"
+    folders = [run.tokenizer, run.merged_model]
+    if source.is_file():
+        folders.append(Path(json.loads(source.read_text(encoding="utf-8"))["source"]))
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise ArtifactError(f"{run.root}: its tokenizer is missing")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served: the Go template (None: Ollama chooses, for `reason`), caveats, and the stops."""
+
+    template: str | None
+    reason: str
+    caveats: tuple[str, ...]
+    stops: tuple[str, ...]
+
+
+def serving_of(tokenizer: Path) -> Serving:
+    """Derives template and stops from the tokenizer and chat template in a folder.
+
+    Raises:
+        ModelError, TemplateError: there is no tokenizer or no usable template.
+    """
+    loaded = load_tokenizer(tokenizer)
+    template = chat_template(loaded, template_text(tokenizer))
+    named = special_tokens(loaded)
+    special = frozenset(str(each) for each in loaded.added_tokens_decoder.values() if each.special)
+    end = end_token(template, special)
+    found = derive(lambda messages, opened: template.render(messages, None, opened), named.get("bos_token", ""))
+    if isinstance(found, NotDerivable):
+        stops = tuple(dict.fromkeys(each for each in (end, named.get("eos_token", "")) if each))
+        return Serving(None, found.reason, (), stops)
+    stops = stop_strings(found, named.get("eos_token", ""), end, special)
+    return Serving(_go_template(found, tokenizer), "", found.caveats, stops)
+
+
+def stops_of(tokenizer: Path) -> tuple[str, ...]:
+    """The texts that end an answer of the model whose tokenizer is in a folder."""
+    return serving_of(tokenizer).stops
+
+
+def _go_template(found: TurnFormat, tokenizer: Path) -> str:
+    """The template, with a BOS exactly when the GGUF does not make Ollama add one itself."""
+    file = tokenizer / "tokenizer_config.json"
+    adds = json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") if file.is_file() else False
+    return found.go_template(include_bos=bool(found.bos) and adds is not True)
+
+
+def preflight(context: Context, reporter: Reporter) -> None:
+    """The user's parameters and system prompt must be of a kind that a Modelfile carries.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    del reporter
+    render(Modelfile("./Merged.gguf", system=context.config.system, parameters=_parameters(context.config)))
+
+
+def _parameters(config: Config) -> parameters.Parameters:
+    pairs = [each.split("=", 1) for each in config.parameter]
+    return parameters.validate([(name.strip(), value) for name, value in pairs])
+
+
+def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+    """Writes the Modelfiles; each has been parsed back and is equal."""
+    serving = serving_of(_trained_tokenizer(context))
+    if serving.template is None:
+        reporter.warning(f"no TEMPLATE is written, because {serving.reason}; Ollama then uses the one in the GGUF")
+    for caveat in serving.caveats:
+        reporter.note(f"in Ollama: {caveat}")
+    chosen = _parameters(context.config)
+    stops = tuple(("stop", stop) for stop in serving.stops if ("stop", stop) not in chosen)
+    for file, gguf in _files(context):
+        if not gguf.is_file():
+            raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")
+        text = render(
+            Modelfile(
+                f"./{gguf.name}",
+                template=serving.template,
+                system=context.config.system,
+                parameters=(*stops, *chosen),
+            )
+        )
+        write_text(file, text)
+    return {"stops": list(serving.stops), "template": serving.template is not None, "caveats": list(serving.caveats)}

@@ -1,0 +1,141 @@
+"""prepare: chats → token ids with labels, and the tokenizer with its frozen template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..chats.preparing import Part, Prepared, prepare_chats, require_good
+from ..chats.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES, writes_bos
+from ..config import Config, as_record
+from ..errors import ConfigError
+from ..files import replacing
+from ..records import Context
+from ..reporter import Reporter
+
+NAME = "prepare"
+DOING = "reading, checking and encoding the chats"
+
+
+def options(config: Config) -> dict[str, Any]:
+    """See `records.Stage`."""
+    return as_record(config, ("eval_split", "skip_bad", "max_seq_length", "template_date"))
+
+
+def inputs(context: Context) -> dict[str, Path]:
+    """See `records.Stage`."""
+    files = {f"training data {path.name}": path for path in context.config.train_data}
+    files |= {f"held-out data {path.name}": path for path in context.config.eval_data}
+    return files | {f"the base model's {name}": context.base / name for name in TOKENIZER_FILES}
+
+
+def outputs(context: Context) -> list[Path]:
+    """See `records.Stage`."""
+    return [context.run.prepared]
+
+
+def packages() -> Sequence[str]:
+    """See `records.Stage`."""
+    return ("tokenizers", "transformers", "jinja2")
+
+
+def preflight(context: Context, reporter: Reporter) -> None:
+    """Data is needed, and chats no longer than the model can read."""
+    del reporter
+    if not context.config.train_data:
+        raise ConfigError("no training data was given", "Name a file: kolotune run chats.jsonl")
+    limit = json.loads((context.base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if isinstance(limit, int) and context.config.max_seq_length > limit:
+        raise ConfigError(
+            f"max-seq-length {context.config.max_seq_length}: the base model reads at most {limit} tokens",
+            f"Give --max-seq-length {limit} or less.",
+        )
+
+
+def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+    """Writes the run folder's prepared part; see `Prepared.summary` for the facts."""
+    prepared = prepare_chats(context.config, context.base)
+    require_good(prepared, context.config.skip_bad)
+    tell(prepared, reporter)
+    with replacing(context.run.prepared) as partial:
+        partial.mkdir(parents=True)
+        _write_tokens(prepared.train, partial / "train.safetensors")
+        if prepared.held_out.chats:
+            _write_tokens(prepared.held_out, partial / "held_out.safetensors")
+        _write_chats(prepared.held_out, partial / "held_out.jsonl")
+        write_tokenizer(prepared, context.base, partial / "tokenizer")
+    return prepared.summary()
+
+
+def tell(prepared: Prepared, reporter: Reporter) -> None:
+    """Says what was read, what is trained on, and everything that was left out."""
+    for name, shape in prepared.shapes.items():
+        reporter.note(f"{name}: {shape}")
+    facts = prepared.summary()
+    reporter.note(
+        f"{facts['chats']} chats to train on, {facts['held_out_chats']} held out; {facts['tokens']} tokens, "
+        f"{facts['labelled_tokens']} of them answers; lengths {facts['shortest']} to {facts['longest']}, "
+        f"median {facts['median']}"
+    )
+    said = {
+        "duplicates": "exact copies of other chats were left out",
+        "in_both_parts": "held-out chats also stand in the training data; they were taken out of the held-out part",
+        "shortened": f"chats were too long: {facts['turns_left_out']} whole turns at their ends were left out",
+        "too_long": "chats were left out: not even their first answer fits --max-seq-length",
+        "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
+        "and can't be served with the same ids",
+        "boundary_merges": "chats have an answer whose first characters merge with the prompt's last token",
+    }
+    for name, sentence in said.items():
+        if facts[name]:
+            reporter.warning(f"{facts[name]} {sentence}")
+    if prepared.problems:
+        reporter.warning(f"{len(prepared.problems)} bad chats were left out:")
+        for problem in prepared.problems:
+            reporter.note(str(problem))
+
+
+def write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
+    """Copies the base's tokenizer with the template as it is trained, and with the BOS that the template writes.
+
+    The base's own files, not what a library would save of them: the dry conversion has proven just these.
+    """
+    folder.mkdir()
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    (folder / TEMPLATE_FILE).write_text(prepared.jinja, encoding="utf-8", newline="")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config.pop("chat_template", None)
+    # Who serves adds a BOS exactly when this says so: it must be what the training chats had.
+    config["add_bos_token"] = writes_bos(prepared.template, prepared.jinja)
+    config["add_eos_token"] = False
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokens(part: Part, path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    lengths = [len(each.ids) for each in part.encoded]
+    save_file(
+        {
+            "ids": np.fromiter((token for each in part.encoded for token in each.ids), np.int32, sum(lengths)),
+            "labelled": np.fromiter((flag for each in part.encoded for flag in each.labelled), np.uint8, sum(lengths)),
+            "offsets": np.cumsum([0, *lengths], dtype=np.int64),
+        },
+        path,
+    )
+
+
+def _write_chats(part: Part, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for chat in part.chats:
+            record: dict[str, Any] = {"messages": chat.message_dicts()}
+            if chat.tools:
+                record["tools"] = list(chat.tools)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,108 @@
+"""quantize: unquantized GGUF → one GGUF for each quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import llamacpp, records
+from ..config import Config, as_record
+from ..errors import ArtifactError, ToolchainError
+from ..files import Hasher, remove, replacing
+from ..llamacpp import gguf_file
+from ..quantizations import FILE_TYPES, NONE
+from ..records import Context
+from ..reporter import Reporter
+from ..runners import local
+
+NAME = "quantize"
+DOING = "quantizing"
+
+
+def options(config: Config) -> dict[str, Any]:
+    """See `records.Stage`."""
+    return as_record(config, ("quantization",))
+
+
+def inputs(context: Context) -> dict[str, Path]:
+    """See `records.Stage`."""
+    return {"the unquantized GGUF": context.run.gguf}
+
+
+def outputs(context: Context) -> list[Path]:
+    """See `records.Stage`."""
+    return [context.run.quantized(name) for name in wanted(context.config)]
+
+
+def packages() -> Sequence[str]:
+    """See `records.Stage`."""
+    return ("llama-cpp-python",)
+
+
+def wanted(config: Config) -> list[str]:
+    """The quantizations to make."""
+    return [name for name in config.quantization if name != NONE]
+
+
+def preflight(context: Context, reporter: Reporter) -> None:
+    """The library must be there; names were checked with the config."""
+    if wanted(context.config):
+        llamacpp.ensure(reporter)
+
+
+def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+    """Makes what is missing. What an earlier run made of the same GGUF is kept; of another GGUF, removed.
+
+    Raises:
+        ToolchainError: the quantizer failed.
+        ArtifactError: what it wrote is not whole.
+    """
+    folder = context.run
+    if not folder.gguf.is_file():
+        raise ArtifactError(f"{folder.gguf}: there is no GGUF to quantize", "Run `kolotune convert` first.")
+    hasher = Hasher()
+    source = hasher.of(folder.gguf)
+    before = records.read(folder, NAME)
+    made: dict[str, dict[str, str]] = dict(before.facts.get("made", {})) if before else {}
+    for name, fact in list(made.items()):
+        path = folder.quantized(name)
+        if fact["source"] != source or hasher.of(path) != fact["sha256"]:
+            if path.exists() and name not in wanted(context.config):
+                reporter.note(f"{path.name} was made of another training and is removed")
+            remove(path)
+            remove(folder.modelfile(name))
+            del made[name]
+    for name in wanted(context.config):
+        if name not in made:
+            reporter.doing(f"quantizing to {name}")
+            quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter)
+            made[name] = {"source": source, "sha256": Hasher().of(folder.quantized(name))}
+    return {"made": made}
+
+
+def quantize_file(source: Path, target: Path, name: str, log: Path, reporter: Reporter) -> None:
+    """Quantizes one GGUF and reads the result back before it gets its name.
+
+    Raises:
+        ToolchainError: the quantizer failed.
+        ArtifactError: what it wrote is not whole or has other tensors.
+    """
+    toolchain = llamacpp.ensure(reporter)
+    with replacing(target) as partial:
+        files = [str(source.absolute()), str(partial.absolute())]
+        if toolchain.quantizer is not None:
+            argv = [str(toolchain.quantizer), *files, name]
+        else:
+            argv = local.python("kolotune.llamacpp.quantizer", *files, name)
+        code = local.run(argv, log=log)
+        if code != 0 or not partial.is_file():
+            raise ToolchainError(f"quantizing to {name} failed: {local.last_lines(log)}", f"The log is {log}.")
+        summary = gguf_file.read(partial)
+        original = gguf_file.read(source)
+        if {key: value[0] for key, value in summary.tensors.items()} != {
+            key: value[0] for key, value in original.tensors.items()
+        }:
+            raise ArtifactError(f"{target}: its tensors are not those of {source.name}")
+        if int(summary.fields.get("general.file_type", -1)) != FILE_TYPES[name]:
+            raise ArtifactError(f"{target}: is not of type {name}")

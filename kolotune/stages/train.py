@@ -1,0 +1,135 @@
+"""train: tokens → adapter, by an engine that is started as a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import errors
+from ..config import Config, as_record
+from ..engines.job import TrainJob, event_of
+from ..errors import ArtifactError, KolotuneError, TrainingError
+from ..files import Hasher
+from ..models import canonical
+from ..records import Context
+from ..reporter import Progress, Reporter
+from ..runners import local
+
+NAME = "train"
+DOING = "training the adapter"
+_OPTIONS = (
+    "engine", "dtype", "load_in_4bit", "epochs", "learning_rate", "scheduler_type", "warmup_steps", "weight_decay",
+    "batch_size", "gradient_accumulation", "max_grad_norm", "seed", "lora_rank", "lora_alpha", "lora_dropout",
+    "target_modules", "early_stopping",
+)  # fmt: skip
+_KILLED = (-9, 137)
+
+
+def options(config: Config) -> dict[str, Any]:
+    """See `records.Stage`."""
+    return as_record(config, _OPTIONS)
+
+
+def inputs(context: Context) -> dict[str, Path]:
+    """See `records.Stage`."""
+    return {"the prepared chats": context.run.prepared, "the base model": context.base}
+
+
+def outputs(context: Context) -> list[Path]:
+    """See `records.Stage`."""
+    return [context.run.adapter]
+
+
+def packages() -> Sequence[str]:
+    """See `records.Stage`."""
+    return ("torch", "transformers")
+
+
+def preflight(context: Context, reporter: Reporter) -> None:
+    """The engine's packages must be there."""
+    import importlib.util
+
+    del reporter
+    needed = ["torch", "transformers"] + (["bitsandbytes"] if context.config.load_in_4bit else [])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = "four-bit" if missing == ["bitsandbytes"] else "local"
+        raise TrainingError(f"training needs {', '.join(missing)}", f"Install it: pip install 'kolotune[{extra}]'.")
+
+
+def make_job(context: Context) -> TrainJob:
+    """The job for the engine, with the hashes of what it reads."""
+    hasher, run, config = Hasher(), context.run, context.config
+    chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
+    return TrainJob(
+        base_model=str(context.base),
+        base_name=canonical(config.base_model),
+        base_sha256=hasher.of(context.base),
+        data=str(run.prepared),
+        data_sha256=hasher.of(run.prepared),
+        adapter=str(run.adapter),
+        checkpoints=str(run.checkpoints),
+        metrics=str(run.metrics),
+        resume=config.use_checkpoint,
+        checkpoint_steps=config.checkpoint_steps,
+        **chosen,
+    )
+
+
+def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+    """Starts the engine and shows its progress; raises its errors in its words."""
+    if not context.run.prepared.is_dir():
+        raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")
+    job = make_job(context)
+    job.write(context.run.job)
+    log = context.run.log(NAME)
+    with reporter.progress("training") as progress:
+        events = _Events(reporter, progress)
+        argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
+        code = local.run(argv, log=log, env={"TOKENIZERS_PARALLELISM": "false"}, on_line=events)
+    if events.error is not None:
+        raise events.error
+    if code in _KILLED:
+        raise TrainingError(
+            "the training process was killed, most likely because memory ran out",
+            "Halve --batch-size and double --gradient-accumulation (same result); --use-checkpoint goes on.",
+        )
+    if code != 0:
+        raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")
+    return events.facts
+
+
+class _Events:
+    """Takes the engine's events out of its output."""
+
+    def __init__(self, reporter: Reporter, progress: Progress) -> None:
+        self._reporter, self._progress = reporter, progress
+        self.error: KolotuneError | None = None
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self, line: str) -> bool:
+        event = event_of(line)
+        if event is None:
+            return False
+        kind = event.pop("event")
+        if kind == "step":
+            self.facts["final_loss"] = event["loss"]
+            self._progress.update(
+                event["step"],
+                event["steps"],
+                loss=f"{event['loss']:.4f}",
+                speed=f"{event['tokens_per_second']:.0f} tokens/s",
+            )
+        elif kind == "evaluation":
+            self.facts.setdefault("first_held_out_loss", event["held_out_loss"])
+            self.facts["held_out_loss"] = event["held_out_loss"]
+            self._reporter.note(f"held-out loss after step {event['step']}: {event['held_out_loss']:.4f}")
+        elif kind == "note":
+            self._reporter.note(str(event["text"]))
+        elif kind == "result":
+            self.facts |= event
+        elif kind == "error":
+            raised = getattr(errors, str(event["kind"]), TrainingError)
+            self.error = raised(str(event["cause"]), str(event["hint"]))
+        return True

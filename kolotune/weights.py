@@ -1,0 +1,127 @@
+"""Tensors of a model folder, read one at a time and written one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHARD_BYTES = 5_000_000_000
+_ENTRY_BYTES = 160  # upper bound of a header entry beside its name
+_NAMES = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float64": "F64",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+
+
+def tensors_in(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in the safetensors files, in the files' order, one in memory at a time.
+
+    Raises:
+        ArtifactError: a file is damaged, or a name stands in two of them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    seen: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - no mapping
+                    if name in seen:
+                        raise ArtifactError(f"{path}: tensor {name} stands in two files", "Download the model again.")
+                    seen.add(name)
+                    yield name, handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path}: can't be read: {error}", "Download the model again.") from error
+
+
+class ShardWriter:
+    """Writes tensors as they come into safetensors files of at most 5 GB, and the index when there are several.
+
+    A file's header stands before its data but is known only after it, so room is left for it: the format allows
+    spaces at its end.
+
+    Args:
+        folder: an existing folder.
+        names: the names of all tensors to come.
+        shard_bytes: a file is closed before it grows larger.
+    """
+
+    def __init__(self, folder: Path, names: list[str], shard_bytes: int = _SHARD_BYTES) -> None:
+        self._folder = folder
+        self._room = -(-(sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names) + 64) // 8) * 8
+        self._limit = shard_bytes
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Appends one tensor."""
+        import torch
+
+        size = tensor.numel() * tensor.element_size()
+        if self._file is None or (self._end() and self._end() + size > self._limit):
+            self._open()
+        assert self._file is not None
+        start = self._end()
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(memoryview(flat.numpy()))
+        self._shards[-1][name] = {
+            "dtype": _NAMES[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + size],
+        }
+        self.total_bytes += size
+
+    def close(self) -> list[Path]:
+        """Writes the headers, gives the files their names and returns them."""
+        self._finish()
+        count = len(self._shards)
+        paths = []
+        weight_map = {}
+        for number, header in enumerate(self._shards, 1):
+            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            paths.append(self._temporary(number).replace(self._folder / name))
+            weight_map |= {tensor: name for tensor in header if tensor != "__metadata__"}
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=2) + "\n"
+            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        return paths
+
+    def _end(self) -> int:
+        return max((each["data_offsets"][1] for each in self._shards[-1].values() if "shape" in each), default=0)
+
+    def _temporary(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05d}.partial"
+
+    def _open(self) -> None:
+        self._finish()
+        self._shards.append({"__metadata__": {"format": "pt"}})
+        self._file = self._temporary(len(self._shards)).open("wb")
+        self._file.write(b"\0" * (8 + self._room))
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        header = json.dumps(self._shards[-1], separators=(",", ":")).encode()
+        if len(header) > self._room:
+            raise ArtifactError("the header of a weights file does not fit", "This is a bug; report it.")
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.close()
+        self._file = None
