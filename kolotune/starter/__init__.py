@@ -1,0 +1,1 @@
+"""The starter chats that `kolotune init` copies into a new folder."""
