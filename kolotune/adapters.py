@@ -103,14 +103,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ModelError(f"{folder}: holds no adapter (there is no {CONFIG})", "Give a folder in PEFT's format.") from None
+        raise ModelError(
+            f"{folder}: holds no adapter (there is no {CONFIG})", "Give a folder in PEFT's format."
+        ) from None
     except ValueError as error:
         raise ArtifactError(f"{path}: is no JSON: {error}", "Copy the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: is no LoRA adapter", "Only LoRA adapters can be merged.")
     for option in ("use_dora", "use_bdlora", "alora_invocation_tokens", "megatron_config"):
         if config.get(option):
-            raise ModelError(f"{path}: {option} is not supported", "Merge it with the tool that made it, then `kolotune export`.")
+            raise ModelError(
+                f"{path}: {option} is not supported", "Merge it with the tool that made it, then `kolotune export`."
+            )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ArtifactError(f"{path}: r is no rank", "Copy the adapter again.")
     return config

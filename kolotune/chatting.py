@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from . import config as configs
 from . import models, records
 from .adapters import is_adapter
 from .cache import cache_folder
-from .chats.tokenizer import chat_template, load_tokenizer, template_text
+from .chats.tokenizer import template_of
 from .config import Config
 from .errors import ArtifactError, ConfigError
 from .files import Hasher
@@ -33,7 +32,7 @@ class Talk:
 
     def __init__(self, model: GgufModel, tokenizer: Path, stops: tuple[str, ...], system: str | None) -> None:
         self._model, self._stops = model, stops
-        self._template = chat_template(load_tokenizer(tokenizer), template_text(tokenizer))
+        self._template = template_of(tokenizer)
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, *, temperature: float, max_tokens: int, seed: int) -> Iterator[str]:
@@ -57,7 +56,12 @@ class Talk:
 
 
 def open_chat(
-    run: RunFolder, reporter: Reporter, *, quantization: str | None = None, base: bool = False, system: str | None = None
+    run: RunFolder,
+    reporter: Reporter,
+    *,
+    quantization: str | None = None,
+    base: bool = False,
+    system: str | None = None,
 ) -> Talk:
     """A talk with the GGUF of a run.
 
@@ -74,12 +78,12 @@ def open_chat(
     run.require()
     config = configs.resolve((configs.load_file(run.config), str(run.config), run.root))
     name = (quantization or config.quantization[0]).upper() if config.quantization or quantization else NONE
-    if base:
-        path = _base_gguf(run, config, name, reporter)
-    else:
-        path = _own_gguf(run, name)
-    tokenizer = modelfile.tokenizer_folder(run)
-    return Talk(GgufModel(path), tokenizer, modelfile.stops_of(tokenizer), config.system if system is None else system)
+    path = _base_gguf(run, config, name, reporter) if base else _own_gguf(run, name)
+    written = records.read(run, modelfile.NAME)
+    if written is None:
+        raise ArtifactError(f"{run.root}: has no Modelfiles yet", "Run `kolotune run` first.")
+    stops = tuple(written.facts["stops"])
+    return Talk(GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system)
 
 
 def _own_gguf(run: RunFolder, name: str) -> Path:
@@ -88,7 +92,9 @@ def _own_gguf(run: RunFolder, name: str) -> Path:
     record = records.read(run, stage)
     if not path.is_file() or record is None:
         there = ", ".join(sorted(each.name for each in run.root.glob("*.gguf"))) or "none"
-        raise ArtifactError(f"{path}: there is no such GGUF in this run (there is: {there})", "Run `kolotune run` first.")
+        raise ArtifactError(
+            f"{path}: there is no such GGUF in this run (there is: {there})", "Run `kolotune run` first."
+        )
     facts = record.facts.get("made", {}).get(name) or record.outputs.get(path.name) or {}
     if facts.get("sha256") != Hasher(run.hash_cache).of(path):
         raise ArtifactError(f"{path}: is not the file that the run made")
@@ -111,8 +117,3 @@ def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) ->
     if not target.is_file():
         quantize.quantize_file(plain, target, name, run.log("base"), reporter)
     return target
-
-
-def questions_of(path: Path) -> list[str]:
-    """The questions in a JSONL file of ``{"question": …}``."""
-    return [str(json.loads(line)["question"]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

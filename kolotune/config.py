@@ -58,7 +58,9 @@ class Config:
     )
     engine: Literal["native"] = option("native", "What trains.", kind="model")
     dtype: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "Arithmetic of the frozen weights in training; auto: bf16 where the processor is fast at it.", kind="model"
+        "auto",
+        "Arithmetic of the frozen weights in training; auto: bf16 where the processor is fast at it.",
+        kind="model",
     )
     load_in_4bit: bool = option(False, "Keep the base in 4 bits while training (bitsandbytes).", kind="model")
 
@@ -88,7 +90,9 @@ class Config:
     use_checkpoint: bool = option(False, "Go on from the newest whole checkpoint, or start when there is none.")
 
     merge_dtype: Literal["f16", "bf16", "fp32"] = option(
-        "f16", "How merged weights are stored (where a value is too large for f16, fp32 is taken, and it is said).", kind="export"
+        "f16",
+        "How merged weights are stored (where a value is too large for f16, fp32 is taken, and it is said).",
+        kind="export",
     )
     quantization: tuple[str, ...] = option(
         ("Q4_K_M",), "One or several of llama.cpp's, as Q4_K_M,Q8_0; none: f16 only.", kind="export"
@@ -188,7 +192,9 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
     token = values.get("hf_token")
     if token not in (None, "-") and not Path(str(token)).is_file():
         # The value is not repeated here: it may be the token itself.
-        problems.append("hf-token: takes a file or - for standard input, never the token itself: a command line is visible to all")
+        problems.append(
+            "hf-token: takes a file or - for standard input, never the token itself: a command line is visible to all"
+        )
     if config is None:
         return problems
     if config.eval_data and "eval_split" in values and config.eval_split > 0:
@@ -238,13 +244,17 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}", "Give a YAML file, such as `kolotune init` writes.") from None
+        raise ConfigError(
+            f"{path}: can't be read: {error}", "Give a YAML file, such as `kolotune init` writes."
+        ) from None
     try:
         loaded = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise ConfigError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}", "Mend that line.") from None
+        raise ConfigError(
+            f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}", "Mend that line."
+        ) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def best_device() -> str:
-    """"cuda", "mps" or "cpu": the first that PyTorch can use here."""
+    """ "cuda", "mps" or "cpu": the first that PyTorch can use here."""
     import torch
 
     if torch.cuda.is_available():
@@ -17,7 +17,7 @@ def best_device() -> str:
 
 
 def best_dtype() -> str:
-    """"bf16" where products of bf16 matrices are fast, else "fp32".
+    """ "bf16" where products of bf16 matrices are fast, else "fp32".
 
     Without bf16 instructions a processor computes bf16 by way of fp32, slower than fp32 itself.
     """

@@ -132,7 +132,9 @@ def _download(name: str, token: str | None) -> Path:
     def fetch() -> Path:
         files = [each.rfilename for each in HfApi().model_info(name, token=token).siblings or []]
         if not any(each.endswith(".safetensors") for each in files):
-            raise ModelError(f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded.")
+            raise ModelError(
+                f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded."
+            )
         return Path(
             snapshot_download(name, token=token, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_IGNORED))
         )
@@ -142,7 +144,7 @@ def _download(name: str, token: str | None) -> Path:
 
 def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
     """Calls the hub and turns its errors into four different messages; none repeats what the hub answered."""
-    import httpx
+    import httpx2
     from huggingface_hub import errors
 
     try:
@@ -163,7 +165,7 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
         if code in (401, 403):
             raise AccessError(f"{name}: the hub refused the token ({code})") from None
         raise OfflineError(f"{name}: the hub answered {code}", "Try again later; finished files are kept.") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError):
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError):
         raise OfflineError(f"{name}: is not on this machine, and the hub can't be reached") from None
 
 
@@ -175,7 +177,9 @@ def checked_folder(folder: Path) -> Path:
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ModelError(f"{folder}: is no model folder (there is no config.json)", "Give a folder in the hub's format.")
+        raise ModelError(
+            f"{folder}: is no model folder (there is no config.json)", "Give a folder in the hub's format."
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -184,7 +188,8 @@ def checked_folder(folder: Path) -> Path:
         raise ModelError(f"{config_file}: names no architecture", "Give a folder in the hub's format.")
     if config.get("quantization_config"):
         raise ModelError(
-            f"{folder}: its weights are quantized already", "Tune the unquantized model; --load-in-4bit quantizes it for training."
+            f"{folder}: its weights are quantized already",
+            "Tune the unquantized model; --load-in-4bit quantizes it for training.",
         )
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json)", "Copy the tokenizer's files into the folder.")

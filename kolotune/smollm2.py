@@ -43,7 +43,9 @@ def unpacked(reporter: Reporter) -> Path:
         import torch
         import transformers
     except ImportError:
-        raise ModelError("this needs PyTorch and transformers", "Install them: pip install 'kolotune[local]'.") from None
+        raise ModelError(
+            "this needs PyTorch and transformers", "Install them: pip install 'kolotune[local]'."
+        ) from None
     del torch, transformers
     reporter.doing(f"fetching {NAME} (93 MB) and unpacking it, once")
     target.parent.mkdir(parents=True, exist_ok=True)

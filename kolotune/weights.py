@@ -79,7 +79,7 @@ class ShardWriter:
         assert self._file is not None
         start = self._end()
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(flat.numpy()))
+        self._file.write(flat.numpy().data)
         self._shards[-1][name] = {
             "dtype": _NAMES[str(tensor.dtype)],
             "shape": list(tensor.shape),
@@ -92,7 +92,7 @@ class ShardWriter:
         self._finish()
         count = len(self._shards)
         paths = []
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, header in enumerate(self._shards, 1):
             name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             paths.append(self._temporary(number).replace(self._folder / name))

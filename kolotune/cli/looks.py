@@ -61,7 +61,9 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
 
 def _with_marks(encoded: Any, tokenizer: Any) -> str:
     """The chat's text with its trained parts between ⟦ and ⟧."""
-    parts, run, state = [], [], False
+    parts: list[str] = []
+    run: list[int] = []
+    state = False
     for token, labelled in [*zip(encoded.ids, encoded.labelled, strict=True), (None, None)]:
         if labelled is not state:
             text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -42,7 +42,11 @@ def commented_config() -> str:
     """A config file that names every option with its default, commented out, but for the training data."""
     defaults = dump(Config())
     values = {line.split(":")[0]: line for line in defaults.splitlines() if not line.startswith((" ", "-"))}
-    lines = ["# Options of a kolotune run; `kolotune run --help` shows them too.", "# Uncomment what you want to change.", ""]
+    lines = [
+        "# Options of a kolotune run; `kolotune run --help` shows them too.",
+        "# Uncomment what you want to change.",
+        "",
+    ]
     kind = ""
     for field in dataclasses.fields(Config):
         if field.name == "hf_token":

@@ -15,7 +15,17 @@ from ..files import write_json
 
 # A resumed training must agree in all but these.
 _MAY_DIFFER_ON_RESUME = frozenset(
-    {"base_model", "data", "adapter", "checkpoints", "metrics", "epochs", "checkpoint_steps", "early_stopping", "resume"}
+    {
+        "base_model",
+        "data",
+        "adapter",
+        "checkpoints",
+        "metrics",
+        "epochs",
+        "checkpoint_steps",
+        "early_stopping",
+        "resume",
+    }
 )
 
 

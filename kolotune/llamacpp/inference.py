@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,11 +31,6 @@ class GgufModel:
             self._model = llama_cpp.Llama(str(path), n_ctx=context, n_gpu_layers=-1, verbose=False)
         except (ValueError, RuntimeError) as error:
             raise ArtifactError(f"{path}: llama.cpp can't load it: {error}") from None
-        self._ends = frozenset(
-            token
-            for token in range(self._model.n_vocab())
-            if llama_cpp.llama_vocab_is_eog(self._model._model.vocab, token)
-        )
 
     @property
     def context(self) -> int:
@@ -44,6 +40,10 @@ class GgufModel:
     def tokens(self, text: str) -> list[int]:
         """The ids of `text` as a server reads it: special tokens count, none is added."""
         return list(self._model.tokenize(text.encode("utf-8"), add_bos=False, special=True))
+
+    def _ends(self, token: int) -> bool:
+        """Whether the GGUF names `token` as one that ends an answer."""
+        return bool(self._library.llama_vocab_is_eog(self._model._model.vocab, token))
 
     def generate(
         self, prompt: Sequence[int], stops: Sequence[str], *, temperature: float, max_tokens: int, seed: int
@@ -58,12 +58,11 @@ class GgufModel:
             seed: of the sampling.
         """
         self._model.set_seed(seed)
-        pending, count = b"", 0
+        pending = b""
         tokens = self._model.generate(list(prompt), temp=temperature, top_k=40, top_p=0.95, reset=True)
-        for token in tokens:
-            if token in self._ends or count >= max_tokens:
+        for token in itertools.islice(tokens, max_tokens):
+            if self._ends(token):
                 break
-            count += 1
             pending += self._model.detokenize([token], special=True)
             text, rest = _decoded(pending)
             at = min((text.find(stop) for stop in stops if stop in text), default=-1)

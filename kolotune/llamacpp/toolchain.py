@@ -20,7 +20,8 @@ from ..reporter import Reporter
 VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _CONVERTER = "convert_hf_to_gguf.py"
-_WANTED = (_CONVERTER, "conversion", "gguf-py", "models/templates", "LICENSE")
+_WANTED = (_CONVERTER, "conversion", "gguf-py", "models/templates", "models/ggml-vocab-qwen2.gguf", "LICENSE")
+_FORMAT = 2  # raised when other files are wanted
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def find() -> Toolchain | None:
     if own:
         root = Path(own).expanduser().absolute()
         if not (root / _CONVERTER).is_file():
-            raise ToolchainError(f"LLAMA_CPP_DIR={root}: there is no {_CONVERTER}", "Unset it, or give a llama.cpp folder.")
+            raise ToolchainError(
+                f"LLAMA_CPP_DIR={root}: there is no {_CONVERTER}", "Unset it, or give a llama.cpp folder."
+            )
         programs = [root / "build" / "bin" / "llama-quantize", root / "llama-quantize"]
         return Toolchain(root, "own", next((path for path in programs if path.is_file()), None))
     root = _pinned_root()
@@ -90,7 +93,9 @@ def check_library() -> str:
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
-        raise ToolchainError("llama-cpp-python is not installed", "Install it: pip install 'kolotune[local]'.") from None
+        raise ToolchainError(
+            "llama-cpp-python is not installed", "Install it: pip install 'kolotune[local]'."
+        ) from None
     if version != VERSION:
         raise ToolchainError(
             f"llama-cpp-python is {version}, the converter's version is {VERSION}",
@@ -112,7 +117,7 @@ def templates_folder() -> Path:
 
 
 def _pinned_root() -> Path:
-    return cache_folder("toolchain") / f"llama.cpp-{VERSION}"
+    return cache_folder("toolchain") / f"llama.cpp-{VERSION}-{_FORMAT}"
 
 
 def _unpack(archive: Path, target: Path) -> None:

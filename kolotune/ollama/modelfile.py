@@ -301,9 +301,7 @@ def _check_path(path: str) -> None:
         reason = "has a character that a Modelfile can't carry in a path"
     else:
         return
-    raise ConfigError(
-        f"FROM {path!r} {reason}.", "Name a file in the folder of the Modelfile, as ./Merged.gguf."
-    )
+    raise ConfigError(f"FROM {path!r} {reason}.", "Name a file in the folder of the Modelfile, as ./Merged.gguf.")
 
 
 def _check_characters(what: str, text: str) -> None:

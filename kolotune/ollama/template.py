@@ -80,9 +80,7 @@ def stop_strings(
     written = before[len(_common((prompt, before))) :]
     found = [end_token, eos_token]
     # The longest first, as the tokenizer reads them.
-    tokens = sorted(
-        (token for token in special_tokens if token.strip()), key=lambda token: (-len(token), token)
-    )
+    tokens = sorted((token for token in special_tokens if token.strip()), key=lambda token: (-len(token), token))
     if tokens:
         pattern = re.compile("|".join(map(re.escape, tokens)))
         for text in turn_format.texts():
@@ -193,9 +191,7 @@ def _with_system(render: RenderFn, turns: TurnFormat) -> TurnFormat:
     if _S not in text:
         if text != render(_chat(*contents[1:]), True):
             _fail("it does not write the system text, yet writes something else because of it")
-        return replace(
-            turns, caveats=("The chat template leaves system texts out, and so does the Ollama template.",)
-        )
+        return replace(turns, caveats=("The chat template leaves system texts out, and so does the Ollama template.",))
     first = _pieces(text, contents)
     last = _pieces(text, (*contents[1:5], _S, _U3))
     if first is not None:

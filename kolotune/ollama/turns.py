@@ -97,9 +97,7 @@ class TurnFormat:
         return self.opening
 
     def _user_before(self, first: bool, last: bool, systems: str) -> str:
-        if systems and (
-            (first and self.system_style == "first_user") or (last and self.system_style == "last_user")
-        ):
+        if systems and ((first and self.system_style == "first_user") or (last and self.system_style == "last_user")):
             return self.system.wrap(systems)
         return self.first_user if first else self.user.before
 
@@ -130,9 +128,7 @@ class TurnFormat:
             lines.append("{{- $first := true }}")
         if self.system_style == "last_user":
             lines.append("{{- $user := -1 }}")
-            lines.append(
-                '{{- range $i, $m := .Messages }}{{ if eq $m.Role "user" }}{{ $user = $i }}{{ end }}{{ end }}'
-            )
+            lines.append('{{- range $i, $m := .Messages }}{{ if eq $m.Role "user" }}{{ $user = $i }}{{ end }}{{ end }}')
         lines.append("{{- range $i, $m := .Messages }}")
         lines.append("{{- $last := eq (len (slice $.Messages $i)) 1 }}")
         lines += self._go_turns()

@@ -97,9 +97,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     return convert_folder(merged, context.run.gguf, context.run.log(NAME), reporter)
 
 
-def convert_folder(
-    model: Path, target: Path, log: Path, reporter: Reporter, *, exact: bool = True
-) -> dict[str, Any]:
+def convert_folder(model: Path, target: Path, log: Path, reporter: Reporter, *, exact: bool = True) -> dict[str, Any]:
     """Converts a model folder to a GGUF, reads it back and checks it against the folder.
 
     Args:

@@ -105,11 +105,6 @@ def serving_of(tokenizer: Path) -> Serving:
     return Serving(_go_template(found, tokenizer), "", found.caveats, stops)
 
 
-def stops_of(tokenizer: Path) -> tuple[str, ...]:
-    """The texts that end an answer of the model whose tokenizer is in a folder."""
-    return serving_of(tokenizer).stops
-
-
 def _go_template(found: TurnFormat, tokenizer: Path) -> str:
     """The template, with a BOS exactly when the GGUF does not make Ollama add one itself."""
     file = tokenizer / "tokenizer_config.json"

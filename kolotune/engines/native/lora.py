@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,9 @@ class LoraLinear(nn.Module):
         return torch.add(self.base(x), delta, alpha=self.scale)
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> dict[str, LoraLinear]:
+def add_adapters(
+    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]
+) -> dict[str, LoraLinear]:
     """Freezes the model and puts an adapter beside each targeted linear layer.
 
     Args:
@@ -63,8 +65,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, dropout: float, targ
         ConfigError: a target is no linear layer of the model.
     """
     model.requires_grad_(False)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    linear = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+    }
     leaves = {name.rpartition(".")[2] for name in linear}
     if list(targets) != [ALL_LINEAR]:
         unknown = sorted(set(targets) - leaves)

@@ -33,7 +33,7 @@ def load_model(job: TrainJob, device: str) -> nn.Module:
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
     options: dict[str, Any] = {"dtype": dtype}
     if job.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     try:

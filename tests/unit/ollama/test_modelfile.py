@@ -53,9 +53,9 @@ MODELFILES = st.builds(
     parameters=st.lists(
         PARAMETERS, max_size=4, unique_by=lambda pair: pair[0] + str(pair[1]) * (pair[0] == "stop")
     ).map(tuple),
-    comments=st.lists(
-        st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]) | st.just(" ")), max_size=2
-    ).map(tuple),
+    comments=st.lists(st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]) | st.just(" ")), max_size=2).map(
+        tuple
+    ),
 )
 
 
@@ -258,9 +258,7 @@ def test_refuses(text: str) -> None:
 
 
 def test_all_commands_are_read() -> None:
-    text = (
-        'FROM x\nMESSAGE user "hi\nyou"\nMESSAGE assistant yes\nREQUIRES 0.14\nADAPTER ./a\nparameter seed 1'
-    )
+    text = 'FROM x\nMESSAGE user "hi\nyou"\nMESSAGE assistant yes\nREQUIRES 0.14\nADAPTER ./a\nparameter seed 1'
     got = [(command.name, command.args) for command in read_commands(text)]
     assert got == [
         ("model", "x"),

@@ -147,14 +147,10 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any
         pytest.skip("needs Go's compiler: `go` is not on PATH")
     program = tmp_path_factory.mktemp("go") / "render"
     source = Path(__file__).parents[2] / "go" / "render.go"
-    subprocess.run(
-        ["go", "build", "-o", program, source], check=True, env={**os.environ, "GO111MODULE": "off"}
-    )
+    subprocess.run(["go", "build", "-o", program, source], check=True, env={**os.environ, "GO111MODULE": "off"})
 
     def run(jobs: list[dict[str, Any]]) -> list[list[str]]:
-        done = subprocess.run(
-            [program], input=json.dumps(jobs), capture_output=True, encoding="utf-8", check=True
-        )
+        done = subprocess.run([program], input=json.dumps(jobs), capture_output=True, encoding="utf-8", check=True)
         texts: list[list[str]] = json.loads(done.stdout)
         return texts
 
@@ -220,9 +216,7 @@ def test_qwen3_leaves_thoughts_to_the_model() -> None:
 def test_default_system_text() -> None:
     _, turns = family("SmolLM2")
     assert turns.bos == ""
-    assert turns.render(chat("user: hi"), True).startswith(
-        "<|im_start|>system\nYou are a helpful AI assistant"
-    )
+    assert turns.render(chat("user: hi"), True).startswith("<|im_start|>system\nYou are a helpful AI assistant")
     assert turns.render(chat("system: S", "user: hi"), True).startswith("<|im_start|>system\nS<|im_end|>\n")
     assert turns.caveats == ()
 
@@ -353,8 +347,6 @@ def test_go_renders_any_chat_as_the_proof_does(go: Callable[[list[dict[str, Any]
         for length in (0, 1, 1, 1, 2, 2, 2, 3, 3, 3, *range(4, 12)) * 5
     ]
     formats = [family(name)[1] for name in [*FAMILIES, "nasty", "Apertus-8B-Instruct"]]
-    for turns, texts in zip(
-        formats, go([job(turns.go_template(True), chats) for turns in formats]), strict=True
-    ):
+    for turns, texts in zip(formats, go([job(turns.go_template(True), chats) for turns in formats]), strict=True):
         for messages, text in zip(chats, texts, strict=True):
             assert text == turns.render(messages, True), (messages, turns)
