@@ -16,7 +16,7 @@ class Message:
 
     Attributes:
         role: one of `ROLES`.
-        content: the text; empty only where `tool_calls` or `reasoning` stand in its place.
+        content: the text; empty only where `tool_calls` stand in its place.
         reasoning: the thinking that came before the answer (assistant only), or None.
         tool_calls: calls of tools in the OpenAI shape (assistant only).
         name: the tool's name (tool only), or None.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..adapters import is_adapter
 from ..chats.masking import end_token
+from ..chats.template import freeze_date
 from ..chats.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, special_tokens, template_text
 from ..config import Config, as_record
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from ..files import write_text
 from ..layout import RunFolder
 from ..ollama import parameters
@@ -78,22 +81,26 @@ def tokenizer_folder(run: RunFolder) -> Path:
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served: the Go template (None: Ollama chooses, for `reason`), caveats, and the stops."""
+    """How a model is served: the Go template (None: Ollama chooses, for `reason`), caveats, and the stops.
+
+    `takes_system` is False where the trained template refuses system turns.
+    """
 
     template: str | None
     reason: str
     caveats: tuple[str, ...]
     stops: tuple[str, ...]
+    takes_system: bool = True
 
 
-def serving_of(tokenizer: Path) -> Serving:
-    """Derives template and stops from the tokenizer and chat template in a folder.
+def serving_of(tokenizer: Path, jinja: str) -> Serving:
+    """Derives template and stops from a chat template and the tokenizer in a folder.
 
     Raises:
         ModelError, TemplateError: there is no tokenizer or no usable template.
     """
     loaded = load_tokenizer(tokenizer)
-    template = chat_template(loaded, template_text(tokenizer))
+    template = chat_template(loaded, jinja)
     named = special_tokens(loaded)
     special = frozenset(str(each) for each in loaded.added_tokens_decoder.values() if each.special)
     end = end_token(template, special)
@@ -102,7 +109,7 @@ def serving_of(tokenizer: Path) -> Serving:
         stops = tuple(dict.fromkeys(each for each in (end, named.get("eos_token", "")) if each))
         return Serving(None, found.reason, (), stops)
     stops = stop_strings(found, named.get("eos_token", ""), end, special)
-    return Serving(_go_template(found, tokenizer), "", found.caveats, stops)
+    return Serving(_go_template(found, tokenizer), "", found.caveats, stops, not found.refuses_system)
 
 
 def _go_template(found: TurnFormat, tokenizer: Path) -> str:
@@ -113,12 +120,21 @@ def _go_template(found: TurnFormat, tokenizer: Path) -> str:
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """The user's parameters and system prompt must be of a kind that a Modelfile carries.
+    """The template must be one that can be served, and parameters and system prompt of a kind that is carried.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: a Modelfile can't carry the user's values, or the template has no place for a system prompt.
+        TemplateError: answers of this template have no end.
     """
     del reporter
+    folder = context.source if context.source is not None and not is_adapter(context.source) else context.base
+    day = date.fromisoformat(context.config.template_date or records.now()[:10])
+    serving = serving_of(folder, freeze_date(template_text(folder), day))
+    if context.config.system and not serving.takes_system:
+        raise ConfigError(
+            "system: the chat template of this model refuses system prompts",
+            "Put the instruction into the chats' user turns and leave --system out.",
+        )
     render(Modelfile("./Merged.gguf", system=context.config.system, parameters=_parameters(context.config)))
 
 
@@ -129,7 +145,8 @@ def _parameters(config: Config) -> parameters.Parameters:
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     """Writes the Modelfiles; each has been parsed back and is equal."""
-    serving = serving_of(_trained_tokenizer(context))
+    folder = _trained_tokenizer(context)
+    serving = serving_of(folder, template_text(folder))
     if serving.template is None:
         reporter.warning(f"no TEMPLATE is written, because {serving.reason}; Ollama then uses the one in the GGUF")
     for caveat in serving.caveats:

@@ -1,0 +1,48 @@
+# Every target sets up what it needs first; `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: setup demo test test-all lint format lock bench clean
+
+setup: $(VENV)/.ready
+
+# llama.cpp is built here from its source archive (3 to 5 minutes); pip keeps the wheel for the next time.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/kolotune run --config examples/lighthouse/kolotune.yaml --output-dir $(DEMO)
+	$(BIN)/python examples/lighthouse/judge.py $(DEMO) --limit 1
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m ""
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python bench/training_speed.py
+
+# The lock names no index and no build of torch, so that it serves machines with and without a GPU.
+lock: setup
+	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra local --extra dev --no-emit-index-url \
+	  --no-emit-find-links --no-header --no-annotate --constraint constraints.txt -o requirements.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
+
+clean:
+	rm -rf $(VENV) $(DEMO)
