@@ -1,5 +1,49 @@
-"""kolotune: from a file of chats to a model that runs in Ollama."""
+"""kolotune: from a file of chats to a model that runs in Ollama.
+
+from pathlib import Path
+import kolotune
+
+config = kolotune.resolve(({"train_data": ["chats.jsonl"], "output_dir": "outputs"}, "my script", Path.cwd()))
+run_folder = kolotune.run(config)
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config, resolve
+    from .layout import RunFolder
+    from .reporter import Reporter
+
 __version__ = "0.1.0"
+__all__ = ["Config", "RunFolder", "load_run", "resolve", "run"]
+_HOMES = {"Config": "config", "resolve": "config", "RunFolder": "layout"}
+
+
+def run(config: Config, reporter: Reporter | None = None) -> RunFolder:
+    """Runs all stages that have work; see `pipeline.run`."""
+    from .pipeline import run as run_pipeline
+    from .reporter import make_reporter
+
+    return run_pipeline(config, reporter or make_reporter())
+
+
+def load_run(folder: Path | str) -> RunFolder:
+    """The run folder at a path.
+
+    Raises:
+        RunFolderError: it is none.
+    """
+    from .layout import RunFolder as Folder
+
+    return Folder(Path(folder).absolute()).require()
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the rest of the public names when they are asked for."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,6 +71,20 @@ class RunFolder:
         return self.state / "logs"
 
     @property
+    def source(self) -> Path:
+        """Names what is exported in place of an adapter of the run's own."""
+        return self.state / "source.json"
+
+    @property
+    def choices(self) -> Path:
+        """What was chosen automatically, once."""
+        return self.state / "choices.json"
+
+    @property
+    def lock_holder(self) -> Path:
+        return self.state / "lock_holder.json"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 

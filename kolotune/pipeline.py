@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,29 @@ def run(config: Config, reporter: Reporter, names: Sequence[str] = NAMES, source
     folder = RunFolder(config.output_dir)
     stages = [stage for stage in STAGES if stage.NAME in names]
     with _locked(folder):
-        config = _with_choices(config, folder)
-        base = models.resolve(config.base_model, config.hf_token, reporter)
-        context = Context(config, folder, base, source)
-        write_text(folder.config, configs.dump(config))
-        hasher = Hasher()
-        _preflight(stages, context, reporter, hasher)
-        for stage in stages:
-            _run_or_skip(stage, context, reporter, hasher)
+        try:
+            config = _with_choices(config, folder)
+            base = models.resolve(config.base_model, config.hf_token, reporter)
+            context = Context(config, folder, base, source)
+            hasher = Hasher()
+            _preflight(stages, context, reporter, hasher)
+            # Only now: a run that was refused leaves what the folder had.
+            write_text(folder.config, configs.dump(config))
+            _remember_source(folder, source)
+            for stage in stages:
+                _run_or_skip(stage, context, reporter, hasher)
+        except KolotuneError:
+            _log_traceback(folder)
+            raise
     return folder
+
+
+def _log_traceback(folder: RunFolder) -> None:
+    """Keeps where an expected error came from; the screen shows its cause and what to do."""
+    with suppress(OSError):
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        with folder.log("error").open("a", encoding="utf-8") as log:
+            log.write(f"{records.now()}\n{traceback.format_exc()}\n")
 
 
 def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Hasher) -> None:
@@ -109,7 +124,7 @@ def _check_space(stages: Sequence[Stage], context: Context) -> None:
 
 def _with_choices(config: Config, folder: RunFolder) -> Config:
     """The config with what is chosen automatically; what the folder's first run chose is kept."""
-    file = folder.state / "choices.json"
+    file = folder.choices
     try:
         chosen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -135,7 +150,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
         folder.state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explained(error, folder.root) from error
-    holder = folder.state / "lock_holder.json"
+    holder = folder.lock_holder
     lock = FileLock(folder.lock)
     try:
         lock.acquire(timeout=0)
@@ -197,18 +212,20 @@ def _state_of(mark: dict[str, str], has_work: bool, folder: RunFolder) -> str:
     if not has_work:
         return "done"
     state = mark.get("state", "will run")
-    if state == "running" and not (folder.state / "lock_holder.json").is_file():
+    if state == "running" and not (folder.lock_holder).is_file():
         return "interrupted"
     return state
 
 
 def recorded_source(folder: RunFolder) -> Path | None:
-    file = folder.state / "source.json"
-    if not file.is_file():
+    """What the run folder exports in place of an adapter of its own; None when it trains one."""
+    if not folder.source.is_file():
         return None
-    return Path(json.loads(file.read_text(encoding="utf-8"))["source"])
+    return Path(json.loads(folder.source.read_text(encoding="utf-8"))["source"])
 
 
-def remember_source(folder: RunFolder, source: Path) -> None:
-    """Notes that the run folder exports `source` instead of an adapter of its own."""
-    write_json(folder.state / "source.json", {"source": str(source)})
+def _remember_source(folder: RunFolder, source: Path | None) -> None:
+    if source is None:
+        folder.source.unlink(missing_ok=True)
+    else:
+        write_json(folder.source, {"source": str(source)})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import sys
@@ -145,6 +143,8 @@ def _python() -> tuple[str, str, str]:
 
 
 def _package(name: str) -> tuple[str, str, str]:
+    import importlib.metadata
+
     try:
         return name, "ok", importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -180,6 +180,8 @@ def _default_model() -> tuple[str, str, str]:
 
 
 def _device() -> tuple[str, str, str]:
+    import importlib.util
+
     from ..hardware import best_device, best_dtype
 
     if importlib.util.find_spec("torch") is None:

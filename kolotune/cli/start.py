@@ -10,7 +10,6 @@ import typer
 
 from ..config import Config, dump
 from ..errors import ConfigError
-from ..files import write_text
 from .options import reporter
 
 CONFIG_NAME, CHATS_NAME = "kolotune.yaml", "chats.jsonl"
@@ -24,6 +23,8 @@ def add_to(app: typer.Typer) -> None:
 def init(folder: Annotated[Path, typer.Argument(help="Folder to make or to fill.")] = Path(".")) -> int:
     """Writes a few starter chats and a commented config into a folder."""
     import importlib.resources
+
+    from ..files import write_text
 
     chats = importlib.resources.files("kolotune.starter").joinpath(CHATS_NAME).read_text(encoding="utf-8")
     files = {folder / CHATS_NAME: chats, folder / CONFIG_NAME: commented_config()}

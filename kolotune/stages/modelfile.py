@@ -69,7 +69,7 @@ def tokenizer_folder(run: RunFolder) -> Path:
     Raises:
         ArtifactError: there is none.
     """
-    source = run.state / "source.json"
+    source = run.source
     folders = [run.tokenizer, run.merged_model]
     if source.is_file():
         folders.append(Path(json.loads(source.read_text(encoding="utf-8"))["source"]))

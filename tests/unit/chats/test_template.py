@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import locale
-import os
 from pathlib import Path
 
 import pytest
@@ -16,17 +14,6 @@ from kolotune.errors import TemplateError
 
 DATE = datetime.date(2026, 3, 5)
 USER = {"role": "user", "content": "Hi"}
-
-
-@pytest.fixture(scope="session")
-def templates_folder() -> Path:
-    """llama.cpp's collection of real templates."""
-    try:
-        return Path(importlib.import_module("kolotune.llamacpp").templates_folder())
-    except Exception:
-        if "KOLOTUNE_TEMPLATES" not in os.environ:
-            pytest.skip("neither kolotune.llamacpp nor KOLOTUNE_TEMPLATES knows where the templates are")
-    return Path(os.environ["KOLOTUNE_TEMPLATES"])
 
 
 @pytest.mark.parametrize(

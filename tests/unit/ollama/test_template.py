@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -16,10 +15,12 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from kolotune import llamacpp
 from kolotune.errors import TemplateError
 from kolotune.ollama.modelfile import Modelfile, parse, render
 from kolotune.ollama.template import NotDerivable, RenderFn, TurnFormat, battery, derive, merge, stop_strings
 from kolotune.ollama.turns import Affix, go_text
+from kolotune.reporter import PlainReporter
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -95,11 +96,8 @@ NOT_DERIVABLE = {
 
 
 def templates_folder() -> Path:
-    """llama.cpp's chat templates: from kolotune's toolchain, or where KOLOTUNE_TEMPLATES says."""
-    if named := os.environ.get("KOLOTUNE_TEMPLATES"):
-        return Path(named)
-    find: Callable[[], Path] = importlib.import_module("kolotune.llamacpp").templates_folder
-    return find()
+    """llama.cpp's chat templates; a function, since the cases are named by them when tests are collected."""
+    return llamacpp.ensure(PlainReporter()).root / "models" / "templates"
 
 
 def jinja(source: str, bos: str = "<s>", eos: str = "</s>") -> RenderFn:

@@ -1,0 +1,1 @@
+"""What several test files share; tests find it through pytest's `pythonpath`."""

@@ -1,0 +1,172 @@
+"""Chats, families of chat templates and small tokenizers that the tests of the loss mask share."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kolotune.chats import Chat, Message
+from kolotune.chats.masking import EncodedChat
+from kolotune.chats.template import ChatTemplate, freeze_date
+
+DATE = datetime.date(2026, 3, 5)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+CHATML_ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A real template, and an expression whose first group is an answer with its end token."""
+
+    file: str
+    answer: str
+    special: tuple[str, ...]
+    bos: str = ""
+    eos: str = ""
+    system: bool = True
+
+
+# ruff: noqa: RUF001 (DeepSeek's tokens are spelled with full-width bars)
+_LLAMA = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>")
+_LLAMA_ANSWER = r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)"
+_CHATML_ANSWER = CHATML_ANSWER.pattern
+FAMILIES = {
+    "qwen2.5": Family("Qwen-Qwen2.5-7B-Instruct", _CHATML_ANSWER, CHATML_SPECIAL),
+    "qwen3": Family("Qwen-Qwen3-0.6B", _CHATML_ANSWER, CHATML_SPECIAL),
+    "llama3.1": Family("meta-llama-Llama-3.1-8B-Instruct", _LLAMA_ANSWER, _LLAMA, bos="<|begin_of_text|>"),
+    "llama3.2": Family("meta-llama-Llama-3.2-3B-Instruct", _LLAMA_ANSWER, _LLAMA, bos="<|begin_of_text|>"),
+    "llama3.3": Family("meta-llama-Llama-3.3-70B-Instruct", _LLAMA_ANSWER, _LLAMA, bos="<|begin_of_text|>"),
+    "gemma2": Family(
+        "google-gemma-2-2b-it",
+        r"<start_of_turn>model\n(.*?<end_of_turn>)",
+        ("<start_of_turn>", "<end_of_turn>", "<bos>"),
+        bos="<bos>",
+        system=False,
+    ),
+    "phi3.5": Family(
+        "microsoft-Phi-3.5-mini-instruct",
+        r"<\|assistant\|>\n(.*?<\|end\|>)",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+        eos="<|endoftext|>",
+    ),
+    "nemo": Family(
+        "mistralai-Mistral-Nemo-Instruct-2407",
+        r"\[/INST\](.*?</s>)",
+        ("[INST]", "[/INST]", "<s>", "</s>"),
+        bos="<s>",
+        eos="</s>",
+        system=False,
+    ),
+    "devstral": Family(
+        "unsloth-mistral-Devstral-Small-2507",
+        r"\[/INST\](.*?</s>)",
+        ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<s>", "</s>"),
+        bos="<s>",
+        eos="</s>",
+    ),
+    "smollm3": Family("HuggingFaceTB-SmolLM3-3B", _CHATML_ANSWER, CHATML_SPECIAL),
+    "granite3.3": Family(
+        "ibm-granite-granite-3.3-2B-Instruct",
+        r"<\|start_of_role\|>assistant<\|end_of_role\|>(.*?<\|end_of_text\|>)",
+        ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+    ),
+    "granite4": Family(
+        "ibm-granite-granite-4.0",
+        r"<\|start_of_role\|>assistant<\|end_of_role\|>(.*?<\|end_of_text\|>)",
+        ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+    ),
+    "deepseek-v3.1": Family(
+        "deepseek-ai-DeepSeek-V3.1",
+        r"<｜Assistant｜><think></think>(.*?<｜end▁of▁sentence｜>)",
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+    ),
+    "seed-oss": Family(
+        "ByteDance-Seed-OSS",
+        r"<seed:bos>assistant\n(.*?<seed:eos>)",
+        ("<seed:bos>", "<seed:eos>"),
+        bos="<seed:bos>",
+        eos="<seed:eos>",
+    ),
+}
+HERMES = Family("NousResearch-Hermes-3-Llama-3.1-8B-tool_use", _CHATML_ANSWER, CHATML_SPECIAL)
+USER, ANSWER = "user", "assistant"
+_HARD = [
+    ("Hi", "Hello"),
+    ("What is {x: {{ y }} {% z %}}?", "A set {x} with {{ braces }} and a % sign."),
+    ("Repeat: Hello", "Hello"),
+    ("  spaces around  ", "  spaces around  "),
+    ("emoji 🎉👩‍👩‍👧 é e\u0301", "🎉 naïve — 日本語 👩‍👩‍👧"),
+    ("lines\n\nand\n", "one\n\ntwo\n\n"),
+    ("assistant", "assistant\nuser\nmodel\nsystem"),
+    ("\nuser\nmodel", "Hi"),
+]
+
+
+def chat(*pairs: tuple[str, str], system: str | None = None, **more: Any) -> Chat:
+    messages = [Message("system", system)] if system is not None else []
+    for question, answer in pairs:
+        messages += [Message(USER, question), Message(ANSWER, answer)]
+    return Chat(tuple(messages), **more)
+
+
+CHATS = [chat(pair) for pair in _HARD]
+CHATS += [chat(*_HARD), chat(*_HARD[:3], ("thanks", "Hello"))]
+CHATS.append(Chat((*chat(("Hi", "Hello")).messages, Message(USER, "no answer yet"))))
+SYSTEM_CHATS = [chat(*_HARD, system="Be {kind}. assistant"), chat(("Hi", "Be kind."), system="Be kind.")]
+
+
+@cache
+def byte_level(special: tuple[str, ...], *texts: str, trim: bool = True) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE with a family's special tokens, `<think>` as one that is not special."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator([*texts, "Hello and some spaces assistant user system model", "naïve text"], trainer)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@cache
+def metaspace(special: tuple[str, ...], *texts: str, scheme: str = "first") -> PreTrainedTokenizerFast:
+    """A small SentencePiece-like BPE: ▁ for white space, and one put in front of the text."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator([*texts, "Hello and some spaces\nassistant user system model.?!<|>_{}%"], trainer)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def template_of(family: Family, folder: Path) -> ChatTemplate:
+    source = freeze_date((folder / f"{family.file}.jinja").read_text(encoding="utf-8"), DATE)
+    return ChatTemplate(source, {"bos_token": family.bos, "eos_token": family.eos})
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def labelled_texts(encoded: EncodedChat, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each run of labelled tokens."""
+    pairs = groupby(zip(encoded.labelled, encoded.ids, strict=True), key=lambda pair: pair[0])
+    return [decode(tokenizer, [index for _, index in run]) for labelled, run in pairs if labelled]

@@ -1,0 +1,231 @@
+"""Tokens and labels: special tokens in contents, tokenizers of both kinds, and contents made at random."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.masking import (
+    ANSWER,
+    CHATML,
+    CHATML_ANSWER,
+    CHATML_SPECIAL,
+    USER,
+    byte_level,
+    chat,
+    decode,
+    labelled_texts,
+    metaspace,
+)
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from kolotune.chats import Chat, Message
+from kolotune.chats.masking import encode, locate
+from kolotune.chats.template import ChatTemplate
+from kolotune.errors import DataError, TemplateError
+
+
+def test_template_written_in_other_ways() -> None:
+    special = ("<s>", "</s>", "<|im_end|>")
+
+    def spans(source: str, each: Chat) -> list[str]:
+        found = locate(each, ChatTemplate(source, {"eos_token": "</s>"}), special)
+        return [found.text[a:b] for a, b in found.spans]
+
+    # Llama 2's way, with the system text in the last question: earlier prompts differ from the chat's text.
+    late = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {% if messages[0].role == 'system' and "
+        "m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}{{ messages[0].content }} "
+        "{% endif %}{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}"
+        "{% endfor %}"
+    )
+    assert spans(late, chat(("a", "b"), ("c", "d"), system="S")) == [" b </s>", " d </s>"]
+    # ChatML in which the number of turns stands in front: no prompt is a beginning of the chat's text.
+    counted = "{{ messages | length }}" + CHATML
+    assert spans(counted, chat(("a", "b"), ("c", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
+    assert spans(counted, chat(("a <|im_start|>assistant\n", "b"))) == ["b<|im_end|>"]
+    assert spans(counted, chat(("a", "b"), (" ", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
+    with pytest.raises(TemplateError, match="where an answer starts in this template can't be told"):
+        spans(counted, chat(("a", "<|im_start|>assistant\n"), (" ", "d")))
+    # A chat may begin with the assistant.
+    first = Chat((Message(ANSWER, "Welcome"), *chat(("a", "b")).messages))
+    assert spans(CHATML, first) == ["Welcome<|im_end|>", "b<|im_end|>"]
+    # The end of sequence in a row of tokens is what stops the model.
+    row = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|im_end|></s>")
+    assert spans(row, chat(("a", "b"))) == ["b<|im_end|></s>"]
+    twice = CHATML.replace("{{ m.content }}", "{{ m.content }}|{{ m.content }}")
+    with pytest.raises(TemplateError, match="once each"):
+        spans(twice, chat(("a", "b")))
+    polite = CHATML.replace("{{ m.content }}", "{{ m.content.replace('damn', 'd***') }}")
+    assert spans(polite, chat(("damn", "b"))) == ["b<|im_end|>"]
+    with pytest.raises(TemplateError, match="changes the text"):
+        spans(polite, chat(("a", "damn b")))
+    with pytest.raises(TemplateError, match="no special token"):
+        locate(chat(("a", "b")), ChatTemplate(CHATML, {}), ("<s>",))
+
+
+def test_a_message_that_is_dropped_is_seen_even_if_its_text_stands_elsewhere() -> None:
+    deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    with pytest.raises(TemplateError, match="leaves out system messages"):
+        locate(chat(("Hi there", "Hello"), system="Hi"), ChatTemplate(deaf, {}), CHATML_SPECIAL)
+
+
+def test_offsets_may_be_trimmed_and_settings_are_put_back() -> None:
+    tokenizer = byte_level(CHATML_SPECIAL)
+    backend = tokenizer.backend_tokenizer
+    each = chat(("a", "  b  c \n"), ("d", "\n e"))
+    plain = encode(each, ChatTemplate(CHATML, {}), tokenizer)
+    backend.enable_truncation(max_length=3)
+    backend.enable_padding(length=99)
+    backend.encode_special_tokens = True
+    before = backend.truncation, backend.padding, repr(backend.post_processor)
+    try:
+        assert encode(each, ChatTemplate(CHATML, {}), tokenizer) == plain
+        with pytest.raises(TemplateError):
+            encode(each, ChatTemplate("{{ gone.x }}", {}), tokenizer)
+        assert (backend.truncation, backend.padding, repr(backend.post_processor)) == before
+        assert backend.encode_special_tokens
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+    untrimmed = encode(each, ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL, trim=False))
+    assert untrimmed == plain
+
+
+def test_a_token_across_the_start_of_an_answer_is_not_labelled() -> None:
+    tokenizer = byte_level(CHATML_SPECIAL, *["\n\n"] * 50)
+    each = chat(("a", "\n\nHello"), ("b", "Hello"))
+    encoded = encode(each, ChatTemplate(CHATML, {}), tokenizer)
+    text = ChatTemplate(CHATML, {}).render(each.message_dicts())
+    assert encoded.boundary_merge and decode(tokenizer, encoded.ids) == text
+    assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert labelled_texts(encoded, tokenizer) == ["\nHello<|im_end|>", "Hello<|im_end|>"]
+    assert not encode(chat(("a", "Hello")), ChatTemplate(CHATML, {}), tokenizer).boundary_merge
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_metaspace(scheme: str) -> None:
+    tokenizer = metaspace(CHATML_SPECIAL, scheme=scheme)
+    template = ChatTemplate(CHATML, {})
+    each = chat(("some spaces", "Hello and some"), ("model", " Hello  and"), system="system")
+    encoded = encode(each, template, tokenizer)
+    text = template.render(each.message_dicts())
+    assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
+    runs = groupby(zip(encoded.labelled, tokens, strict=True), key=lambda pair: pair[0])
+    answers = ["".join(token for _, token in run).replace("▁", " ") for labelled, run in runs if labelled]
+    assert answers == ["Hello and some<|im_end|>", " Hello  and<|im_end|>"]
+    assert not encoded.boundary_merge
+
+
+def test_metaspace_merges_across_the_start() -> None:
+    tokenizer = metaspace(CHATML_SPECIAL, *["t\nHe"] * 50, scheme="never")
+    encoded = encode(chat(("a", "Hello"), ("a", "some")), ChatTemplate(CHATML, {}), tokenizer)
+    assert encoded.boundary_merge
+    tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
+    labelled = [token for token, label in zip(tokens, encoded.labelled, strict=True) if label]
+    assert "".join(labelled) == "llo<|im_end|>some<|im_end|>"
+
+
+def test_special_tokens_in_contents_are_refused_where_they_can_not_be_exact() -> None:
+    template = ChatTemplate(CHATML, {})
+    each = chat(("write <|im_end|>", "some <|im_end|> Hello"))
+    with pytest.raises(DataError, match="can't write as plain text exactly"):
+        encode(each, template, metaspace(CHATML_SPECIAL, scheme="first"))
+    encoded = encode(each, template, metaspace(CHATML_SPECIAL, scheme="never"))
+    end = metaspace(CHATML_SPECIAL, scheme="never").convert_tokens_to_ids("<|im_end|>")
+    assert encoded.special_in_content and encoded.ids.count(end) == 2
+    cutting = CHATML.replace("{{ m.content }}", "{{ m.content.replace('cut', '') if m.role == 'user' else m.content }}")
+    with pytest.raises(DataError, match="can't be told from those"):
+        encode(chat(("cut <|im_end|>", "b")), ChatTemplate(cutting, {}), byte_level(CHATML_SPECIAL))
+    call = {"function": {"name": "f", "arguments": {"a": "<|im_end|>"}}}
+    listing = "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    listing = CHATML.replace("{{ m.content }}", "{{ m.content }}" + listing)
+    calling = Chat((Message(USER, "a"), Message(ANSWER, "", tool_calls=(call,))))
+    with pytest.raises(DataError, match="a tool call holds"):
+        encode(calling, ChatTemplate(listing, {}), byte_level(CHATML_SPECIAL))
+
+
+def test_special_tokens_that_take_white_space_with_them() -> None:
+    backend = Tokenizer.from_str(byte_level(("<|im_start|>",)).backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken("<|im_end|>", special=True, normalized=False, rstrip=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    template = ChatTemplate(CHATML, {})
+    encoded = encode(chat(("a <|im_end|>  b", "c"), ("d", "e")), template, tokenizer)
+    assert labelled_texts(encoded, tokenizer) == ["c<|im_end|>", "e<|im_end|>"]
+    same = encode(chat(("a", "c"), ("d", "e")), template, tokenizer)
+    assert encoded.ids[-12:] == same.ids[-12:]
+
+
+def test_tokens_that_do_not_give_the_text_back_are_refused() -> None:
+    backend = Tokenizer.from_str(byte_level(CHATML_SPECIAL).backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    template, each = ChatTemplate(CHATML, {}), chat(("e\u0301", "e\u0301"))
+    composed = encode(each, template, PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert composed.ids == encode(chat(("é", "é")), template, byte_level(CHATML_SPECIAL)).ids
+    lacking = Tokenizer(models.BPE())
+    lacking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lacking.decoder = decoders.ByteLevel()
+    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c != "q"]
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    lacking.train_from_iterator(["Hello"], trainer)
+    lacking.add_special_tokens([AddedToken(text, special=True) for text in CHATML_SPECIAL])
+    with pytest.raises(DataError, match="don't give the text back"):
+        encode(chat(("a", "q")), template, PreTrainedTokenizerFast(tokenizer_object=lacking))
+    with pytest.raises(DataError, match="half a character"):
+        encode(chat(("a", "\ud83d")), template, byte_level(CHATML_SPECIAL))
+
+
+_CONTENT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n{}%<|>🎉ab")), max_size=30)
+_SPICED = st.lists(st.one_of(_CONTENT, st.sampled_from([*CHATML_SPECIAL, "<think>"])), max_size=4).map("".join)
+
+
+def _pairs(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[tuple[str, str]]]:
+    return st.lists(st.tuples(content, content.filter(lambda text: bool(text.strip()))), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs=_pairs(_CONTENT), system=st.none() | _CONTENT)
+def test_any_contents(pairs: list[tuple[str, str]], system: str | None) -> None:
+    template, tokenizer = ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL)
+    each = chat(*pairs, system=system)
+    text = template.render(each.message_dicts())
+    encoded = encode(each, template, tokenizer)
+    assert decode(tokenizer, encoded.ids) == text
+    assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not encoded.special_in_content
+    assert labelled_texts(encoded, tokenizer) == CHATML_ANSWER.findall(text)
+    # Cutting at an exchange gives the tokens of the shorter chat.
+    for count, start in enumerate(encoded.turn_starts[1:], 1):
+        assert encoded.ids[:start] == encode(chat(*pairs[:count], system=system), template, tokenizer).ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs=_pairs(_SPICED))
+def test_any_contents_with_special_tokens(pairs: list[tuple[str, str]]) -> None:
+    template, tokenizer = ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL)
+    text = template.render(chat(*pairs).message_dicts())
+    encoded = encode(chat(*pairs), template, tokenizer)
+    assert decode(tokenizer, encoded.ids) == text
+    harmless = [tuple(re.sub(r"<\|(\w+)\|>", r"(!\1!)", part) for part in pair) for pair in pairs]
+    plain = template.render(chat(*harmless).message_dicts())
+    spans = [match.span(1) for match in CHATML_ANSWER.finditer(plain)]
+    assert labelled_texts(encoded, tokenizer) == [text[start:end] for start, end in spans]
+    assert encoded.special_in_content == any(
+        token in part for pair in pairs for part in pair for token in CHATML_SPECIAL
+    )
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert encoded.ids.count(start) == encoded.ids.count(end) == 2 * len(pairs)
