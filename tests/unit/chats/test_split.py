@@ -1,0 +1,53 @@
+"""Which chats are held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kolotune.chats import Chat, Message
+from kolotune.chats.split import content_hash, split
+
+
+def chats(count: int) -> list[Chat]:
+    return [
+        Chat((Message("user", f"question {number}"), Message("assistant", f"answer {number}")), Path("a.jsonl"), number)
+        for number in range(count)
+    ]
+
+
+def test_a_share_is_held_out_and_nothing_is_lost() -> None:
+    train, held_out = split(chats(2000), 0.05)
+    assert len(train) + len(held_out) == 2000
+    assert 60 < len(held_out) < 140
+    assert not set(map(content_hash, train)) & set(map(content_hash, held_out))
+
+
+def test_adding_chats_moves_no_other() -> None:
+    _, before = split(chats(500), 0.05)
+    _, after = split(chats(1000), 0.05)
+    assert set(map(content_hash, before)) <= set(map(content_hash, after))
+
+
+def test_order_of_the_files_plays_no_part() -> None:
+    _, forward = split(chats(300), 0.1)
+    _, backward = split(chats(300)[::-1], 0.1)
+    assert set(map(content_hash, forward)) == set(map(content_hash, backward))
+
+
+def test_twenty_chats_give_at_least_one_and_fewer_may_give_none() -> None:
+    for count in (20, 25, 40):
+        assert len(split(chats(count), 0.0001)[1]) == 1
+    assert split(chats(19), 0.0001)[1] == []
+
+
+def test_no_share_and_no_room() -> None:
+    assert split(chats(100), 0.0)[1] == []
+    train, held_out = split(chats(1), 0.999999)
+    assert (len(train), len(held_out)) == (1, 0)
+
+
+def test_where_a_chat_was_read_plays_no_part() -> None:
+    one = Chat((Message("user", "a"), Message("assistant", "b")), Path("x"), 1)
+    other = Chat((Message("user", "a"), Message("assistant", "b")), Path("y"), 9)
+    assert content_hash(one) == content_hash(other)
+    assert content_hash(one) != content_hash(Chat((Message("user", "a"), Message("assistant", "b", reasoning="c"))))

@@ -1,0 +1,41 @@
+"""The toolchain: pinned, or a user's own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from kolotune import llamacpp
+from kolotune.errors import ToolchainError
+from kolotune.llamacpp import toolchain as module
+
+
+def test_converter_and_library_are_of_one_version(toolchain: llamacpp.Toolchain) -> None:
+    assert toolchain.version == importlib.metadata.version("llama-cpp-python") == module.check_library()
+    assert toolchain.converter.is_file()
+    assert (toolchain.root / "gguf-py").is_dir()
+    assert len(list(llamacpp.templates_folder().glob("*.jinja"))) > 50
+
+
+def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    with pytest.raises(ToolchainError, match="convert_hf_to_gguf"):
+        llamacpp.find()
+    (tmp_path / "convert_hf_to_gguf.py").write_text("", encoding="utf-8")
+    found = llamacpp.find()
+    assert found is not None and found.version == "own" and found.quantizer is None
+    program = tmp_path / "build" / "bin" / "llama-quantize"
+    program.parent.mkdir(parents=True)
+    program.write_text("", encoding="utf-8")
+    found = llamacpp.find()
+    assert found is not None and found.quantizer == program
+
+
+def test_nothing_fetched_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
+    assert llamacpp.find() is None
+    with pytest.raises(ToolchainError, match="not been fetched"):
+        llamacpp.templates_folder()

@@ -1,0 +1,83 @@
+"""The served template and stops of SmolLM2, and what a Modelfile refuses before training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from kolotune import config as configs
+from kolotune import smollm2
+from kolotune.chats.tokenizer import template_text
+from kolotune.errors import ConfigError
+from kolotune.layout import RunFolder
+from kolotune.ollama.modelfile import parse
+from kolotune.records import Context
+from kolotune.reporter import PlainReporter
+from kolotune.stages import modelfile
+
+
+@pytest.fixture
+def context(tmp_path: Path, reporter: PlainReporter) -> Context:
+    """A run folder with GGUFs in place (empty ones: a Modelfile only names them) and SmolLM2's tokenizer."""
+    base = smollm2.unpacked(reporter)
+    run = RunFolder(tmp_path)
+    run.prepared.mkdir(parents=True)
+    run.tokenizer.symlink_to(base)
+    for path in (run.gguf, run.quantized("Q4_K_M")):
+        path.write_bytes(b"")
+    config = configs.resolve(
+        ({"output_dir": tmp_path, "system": "Be kind.", "parameter": ["temperature=0.5"]}, "t", tmp_path)
+    )
+    return Context(config, run, base)
+
+
+def test_what_is_written_is_what_ollama_reads(context: Context, reporter: PlainReporter) -> None:
+    facts = modelfile.run(context, reporter)
+    for name, gguf in (("", "./Merged.gguf"), ("Q4_K_M", "./MergedQ4_K_M.gguf")):
+        found = parse(context.run.modelfile(name).read_text(encoding="utf-8"))
+        assert found.from_ == gguf
+        assert found.system == "Be kind."
+        assert ("temperature", 0.5) in found.parameters
+        assert {value for key, value in found.parameters if key == "stop"} == {"<|im_start|>", "<|im_end|>"}
+        assert found.template is not None and "<|im_start|>user" in found.template
+    assert set(facts["stops"]) == {"<|im_start|>", "<|im_end|>"}
+
+
+def test_smollm2_has_no_bos_in_its_template(context: Context) -> None:
+    serving = modelfile.serving_of(context.base, template_text(context.base))
+    assert serving.template is not None and serving.reason == ""
+    assert serving.template.count("<|im_start|>assistant") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameter": ("no_such=1",)}, "unknown"),
+        ({"parameter": ("temperature=warm",)}, "temperature"),
+        ({"system": 'x"""\nADAPTER /etc/shadow'}, "system"),
+        ({"system": "zero\u200bwidth"}, "system"),
+    ],
+)
+def test_what_can_not_be_carried_is_refused_before_training(
+    context: Context, reporter: PlainReporter, changes: dict[str, object], words: str
+) -> None:
+    changed = dataclasses.replace(context, config=dataclasses.replace(context.config, **changes))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"(?i){words}"):
+        modelfile.preflight(changed, reporter)
+
+
+def test_a_template_that_refuses_system_prompts(context: Context, reporter: PlainReporter, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in context.base.iterdir():
+        (base / file.name).symlink_to(file)
+    source = template_text(context.base)
+    (base / "chat_template.jinja").unlink()
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + source
+    (base / "chat_template.jinja").write_text(refusing, encoding="utf-8")
+    with pytest.raises(ConfigError, match="refuses system"):
+        modelfile.preflight(dataclasses.replace(context, base=base), reporter)
+    without = dataclasses.replace(context, base=base, config=dataclasses.replace(context.config, system=None))
+    modelfile.preflight(without, reporter)
