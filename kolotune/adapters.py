@@ -52,7 +52,8 @@ class Delta:
                 f"to a weight of {tuple(weight.shape)}",
                 "Give the base model that the adapter was trained on (--base).",
             )
-        return weight.float().add_(product.mul_(self.scale))
+        # Into the product, never into the weight: that may be the model's own memory, or be needed again.
+        return product.mul_(self.scale).add_(weight)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def option(default: Any, text: str, *, flag: str | None = None, kind: str = "tra
 class Config:
     """All options of a run, resolved. Paths are absolute, names are in their canonical case."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read by pydantic, not a field
 
     train_data: tuple[Path, ...] = option((), "Files of chats: JSONL, JSON, CSV or Parquet.", kind="data")
     eval_data: tuple[Path, ...] = option((), "Held-out chats, in place of a part of the training data.", kind="data")
@@ -120,7 +120,7 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"output_dir": DEFAULT_OUTPUT_DIR.absolute()}
     origins: dict[str, str] = {}
     problems: list[str] = []
     for layer, origin, folder in layers:
@@ -152,7 +152,7 @@ def _normalized(key: str, value: Any, folder: Path) -> Any:
         return _absolute(value, folder)
     if key == "hf_token" and value != "-":
         return str(_absolute(value, folder))
-    if key == "base_model" and isinstance(value, str) and value.startswith(("./", "../", "/", "~", ".\\", "..\\")):
+    if key == "base_model" and isinstance(value, str) and _means_a_folder(value, folder):
         return str(_absolute(value, folder))
     if key in ("quantization", "target_modules"):
         items = value.split(",") if isinstance(value, str) else value
@@ -171,6 +171,21 @@ def _normalized(key: str, value: Any, folder: Path) -> Any:
     return value
 
 
+def _means_a_folder(name: str, folder: Path) -> bool:
+    """Whether the name of a base model is a path: written as one, or there is such a folder."""
+    if name.startswith(("./", "../", "/", "~", ".\\", "..\\")):
+        return True
+    return name.lower() != FIELDS["base_model"].default and bool(name) and _is_there(Path(folder, name))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; False also for a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _absolute(value: Any, folder: Path) -> Any:
     if not isinstance(value, (str, Path)):
         return value
@@ -180,21 +195,16 @@ def _absolute(value: Any, folder: Path) -> Any:
 def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]:
     """What single fields can't tell: names of quantizations, dates, and options that exclude each other."""
     problems = []
-    for name in values.get("quantization", ()):
+    for name in _items(values, "quantization"):
         if problem := quantizations.problem_with(str(name)):
             problems.append(f"quantization: {problem}")
     date = values.get("template_date")
     if date is not None and not _is_date(str(date)):
         problems.append(f"template-date: {date!r} is no date of the form YYYY-MM-DD")
-    for each in values.get("parameter", ()):
+    for each in _items(values, "parameter"):
         if "=" not in str(each):
             problems.append(f"parameter: {each!r} is not of the form name=value")
-    token = values.get("hf_token")
-    if token not in (None, "-") and not Path(str(token)).is_file():
-        # The value is not repeated here: it may be the token itself.
-        problems.append(
-            "hf-token: takes a file or - for standard input, never the token itself: a command line is visible to all"
-        )
+    problems += _path_problems(values)
     if config is None:
         return problems
     if config.eval_data and "eval_split" in values and config.eval_split > 0:
@@ -204,6 +214,28 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
     if config.load_in_4bit and config.dtype == "fp32":
         problems.append("load-in-4bit computes in bf16: --dtype fp32 does not go with it")
     return problems
+
+
+def _path_problems(values: Mapping[str, Any]) -> list[str]:
+    """Names that no file can have, and a token where a file is wanted."""
+    problems = []
+    for key in ("train_data", "eval_data", "output_dir", "base_model"):
+        given = values.get(key, ())
+        if any("\0" in str(each) for each in (given if isinstance(given, tuple) else (given,))):
+            problems.append(f"{_shown(key)}: no name can have a NUL in it")
+    token = values.get("hf_token")
+    if token not in (None, "-") and not (_is_there(Path(str(token))) and Path(str(token)).is_file()):
+        # The value is not repeated here: it may be the token itself.
+        problems.append(
+            "hf-token: takes a file or - for standard input, never the token itself: a command line is visible to all"
+        )
+    return problems
+
+
+def _items(values: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """The list that option `key` should be; empty when it is something else, which has been told then."""
+    found = values.get(key, ())
+    return found if isinstance(found, (list, tuple)) else ()
 
 
 def _is_date(text: str) -> bool:
@@ -263,13 +295,16 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The config as YAML that `load_file` reads back; where the token comes from is left out."""
+    """The config as YAML that `load_file` reads back.
+
+    Left out is what belongs to one call and not to the run: where the token comes from, and use_checkpoint.
+    """
     import yaml
 
     plain: dict[str, Any] = {}
     for name in FIELDS:
         value = getattr(config, name)
-        if name == "hf_token" or value is None:
+        if name in ("hf_token", "use_checkpoint") or value is None:
             continue
         plain[name] = _plain(value)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -98,7 +98,7 @@ def write_text(target: Path, text: str) -> None:
 
 def write_json(target: Path, value: Any) -> None:
     """Writes `value` as JSON; whole or not at all."""
-    write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(target, json.dumps(value, indent=1) + "\n")
 
 
 def files_of(path: Path) -> list[Path]:

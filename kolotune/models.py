@@ -18,7 +18,7 @@ from .reporter import Reporter
 # Everything that training and export read; never pickles, never the original/ copies of the weights.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def locate(name: str) -> Path | None:
     if name == smollm2.NAME:
         folder = smollm2.folder()
         return folder if folder.is_dir() else None
-    if Path(name).is_dir():
-        return Path(name)
+    if _is_there(name):
+        return Path(name) if Path(name).is_dir() else None
     return _from_hub_cache(name) if _is_hub_id(name) else None
 
 
@@ -77,7 +77,7 @@ def resolve(name: str, token_source: str | None, reporter: Reporter) -> Path:
     name = canonical(name)
     if name == smollm2.NAME:
         return smollm2.unpacked(reporter)
-    if Path(name).exists():
+    if _is_there(name):
         return checked_folder(Path(name))
     if not _is_hub_id(name):
         raise ModelNotFoundError(
@@ -91,8 +91,24 @@ def resolve(name: str, token_source: str | None, reporter: Reporter) -> Path:
     return checked_folder(_download(name, read_token(token_source)))
 
 
+def _is_there(name: str) -> bool:
+    """Whether `name` is a file or folder; False also when no file can have such a name."""
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _is_hub_id(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and ".." not in name and len(name) <= 96
+    """Whether the hub could have a model of that name, by its own rules."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _from_hub_cache(name: str) -> Path | None:
@@ -160,13 +176,23 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
         raise ModelNotFoundError(
             f"{name}: the hub has no such model, or this account may not see it", "Check the spelling, or log in."
         ) from None
-    except errors.HfHubHTTPError as error:
-        code = getattr(error.response, "status_code", 0)
+    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        code = _status_of(error)
         if code in (401, 403):
             raise AccessError(f"{name}: the hub refused the token ({code})") from None
-        raise OfflineError(f"{name}: the hub answered {code}", "Try again later; finished files are kept.") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError):
+        if code:
+            hint = "Try again later; finished files are kept."
+            raise OfflineError(f"{name}: the hub answered {code}", hint) from None
         raise OfflineError(f"{name}: is not on this machine, and the hub can't be reached") from None
+
+
+def _status_of(error: BaseException | None) -> int:
+    """What the hub answered; 0 when it did not. The hub's client hides the answer behind an error of its own."""
+    while error is not None:
+        if code := getattr(getattr(error, "response", None), "status_code", 0):
+            return int(code)
+        error = error.__cause__
+    return 0
 
 
 def checked_folder(folder: Path) -> Path:
@@ -182,7 +208,7 @@ def checked_folder(folder: Path) -> Path:
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{config_file}: can't be read: {error}", "Download the model again.") from None
     if not isinstance(config, dict) or not config.get("architectures"):
         raise ModelError(f"{config_file}: names no architecture", "Give a folder in the hub's format.")
@@ -207,9 +233,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ModelError(f"{index}: can't be read", "Download the model again.") from None
-        if any(Path(name).name != name for name in names):
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ModelError(f"{index}: names files outside the folder", "Download the model from its own page.")
         files = [folder / name for name in names]
     else:

@@ -66,7 +66,7 @@ def _log_traceback(folder: RunFolder) -> None:
     """Keeps where an expected error came from; the screen shows its cause and what to do."""
     with suppress(OSError):
         folder.logs.mkdir(parents=True, exist_ok=True)
-        with folder.log("error").open("a", encoding="utf-8") as log:
+        with folder.log("error").open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"{records.now()}\n{traceback.format_exc()}\n")
 
 
@@ -82,16 +82,23 @@ def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Has
         facts = stage.run(context, reporter)
         records.write(stage, context, hasher, facts, started)
     except KolotuneError as error:
-        records.mark(context.run, stage.NAME, "failed", error.cause)
+        _mark_failed(context, stage, error)
         raise
     except KeyboardInterrupt:
         records.mark(context.run, stage.NAME, "interrupted")
         raise Interrupted(f"stopped during {stage.NAME}") from None
     except OSError as error:
-        raise explained(error, Path(error.filename or context.run.root)) from error
+        told = explained(error, Path(error.filename or context.run.root))
+        _mark_failed(context, stage, told)
+        raise told from error
     records.unmark(context.run, stage.NAME)
     made = ", ".join(f"{path.name} ({size_in_words(size_of(path))})" for path in stage.outputs(context))
     reporter.success(f"{stage.NAME}: {made} in {time.monotonic() - clock:.1f} s")
+
+
+def _mark_failed(context: Context, stage: Stage, error: KolotuneError) -> None:
+    with suppress(KolotuneError):  # on a full disk the cause that is told stays the first one
+        records.mark(context.run, stage.NAME, "failed", error.cause)
 
 
 def _preflight(stages: Sequence[Stage], context: Context, reporter: Reporter, hasher: Hasher) -> None:
@@ -178,16 +185,20 @@ class StageStatus:
     why: list[str]
 
 
-def status(folder: RunFolder) -> list[StageStatus]:
+def status(folder: RunFolder, config: Config | None = None) -> list[StageStatus]:
     """The state of each stage of a run folder, from records and a cache of hashes.
+
+    Args:
+        folder: the run folder.
+        config: options to hold it against; default: those that it was made with.
 
     Raises:
         RunFolderError: it is no run folder.
         ConfigError: its saved config can't be read.
     """
     folder.require()
-    config = configs.resolve((configs.load_file(folder.config), str(folder.config), folder.root))
-    config = dataclasses.replace(config, output_dir=folder.root)
+    saved = configs.resolve((configs.load_file(folder.config), str(folder.config), folder.root))
+    config = dataclasses.replace(config or saved, output_dir=folder.root)
     base = models.locate(config.base_model) or folder.root / "base model is not on this machine"
     context = Context(config, folder, base, recorded_source(folder))
     hasher = Hasher(folder.hash_cache)
@@ -212,9 +223,22 @@ def _state_of(mark: dict[str, str], has_work: bool, folder: RunFolder) -> str:
     if not has_work:
         return "done"
     state = mark.get("state", "will run")
-    if state == "running" and not (folder.lock_holder).is_file():
-        return "interrupted"
-    return state
+    return "interrupted" if state == "running" and not _is_held(folder) else state
+
+
+def _is_held(folder: RunFolder) -> bool:
+    """Whether a process works in the folder. The lock tells: a killed one leaves its name behind."""
+    from filelock import FileLock, Timeout
+
+    if not folder.lock_holder.is_file():
+        return False
+    try:
+        with FileLock(folder.lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
 
 
 def recorded_source(folder: RunFolder) -> Path | None:

@@ -21,6 +21,8 @@ from .files import Hasher, remove, size_of, write_json
 from .layout import RunFolder
 from .reporter import Reporter
 
+_NOT_INSTALLED = "-"
+
 
 @dataclass(frozen=True)
 class Context:
@@ -85,8 +87,11 @@ def now() -> str:
 
 def read(run: RunFolder, name: str) -> Record | None:
     """The record of stage `name`; None when there is none, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Record(**json.loads(run.record(name).read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        record = Record(**json.loads(run.record(name).read_text(encoding="utf-8")))
+        parts = [record.options, record.inputs, record.versions, record.facts, record.outputs]
+        if all(isinstance(part, dict) for part in [*parts, *record.outputs.values()]):
+            return record
     return None
 
 
@@ -97,7 +102,7 @@ def versions_of(stage: Stage) -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "-"
+            found[name] = _NOT_INSTALLED
     return found
 
 
@@ -111,15 +116,14 @@ def reasons(stage: Stage, context: Context, hasher: Hasher) -> list[str]:
         for name, value in _through_json(stage.options(context.config)).items()
         if record.options.get(name) != value
     ]
-    found += [
-        f"{label} changed"
-        for label, path in stage.inputs(context).items()
-        if record.inputs.get(label) != hasher.of(path)
-    ]
+    inputs = stage.inputs(context)
+    found += [f"{label} changed" for label, path in inputs.items() if record.inputs.get(label) != hasher.of(path)]
+    found += [f"{label} is no longer given" for label in record.inputs if label not in inputs]
     found += [
         f"{name} changed from {record.versions.get(name)} to {version}"
         for name, version in versions_of(stage).items()
-        if record.versions.get(name) != version
+        # What is not installed here can't have made the outputs otherwise: a client only looks.
+        if version != _NOT_INSTALLED and record.versions.get(name) != version
     ]
     for path in stage.outputs(context):
         name = context.run.relative(path)
@@ -168,8 +172,8 @@ def unmark(run: RunFolder, name: str) -> None:
 def marked(run: RunFolder, name: str) -> dict[str, str]:
     """What `mark` noted last; empty when the stage is done or was never started."""
     with contextlib.suppress(OSError, ValueError):
-        loaded: dict[str, str] = json.loads(_mark_file(run, name).read_text(encoding="utf-8"))
-        return loaded
+        loaded = json.loads(_mark_file(run, name).read_text(encoding="utf-8"))
+        return loaded if isinstance(loaded, dict) else {}
     return {}
 
 

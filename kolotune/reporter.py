@@ -7,6 +7,7 @@ stripped of control characters here, so that nothing can steer the terminal.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -68,6 +69,7 @@ class PlainReporter:
     """One line a message, no colours; for files and pipes."""
 
     seconds_between = 10.0
+    table_width = 118
 
     def doing(self, text: str) -> None:
         self._line(f"... {text}")
@@ -87,11 +89,22 @@ class PlainReporter:
             print(clean(f"       {hint}"), file=sys.stderr, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        cells = [list(columns), *[list(row) for row in rows]]
-        widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+        import textwrap
+
+        cells = [[clean(cell) for cell in row] for row in (columns, *rows)]
+        # Long texts share the width, so that a table stays one in a log file.
+        most = max(12, self.table_width // max(1, len(columns)) - 2)
+        widths = [min(most, max(len(row[index]) for row in cells)) for index in range(len(columns))]
+        room = self.table_width - sum(widths) - 2 * len(widths)
         self._line(title)
         for row in cells:
-            self._line("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            wrapped = [
+                textwrap.wrap(cell, width + (room if index == len(widths) - 1 and room > 0 else 0)) or [""]
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+                line = "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True))
+                self._line(f"  {line}".rstrip())
 
     def result(self, text: str, **fields: Any) -> None:
         del fields
@@ -188,9 +201,9 @@ class RichReporter:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(clean(title)), title_justify="left")
         for column in columns:
-            table.add_column(column)
+            table.add_column(Text(clean(column)))
         for row in rows:
             table.add_row(*[Text(clean(cell)) for cell in row])
         self._out.print(table)

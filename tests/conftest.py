@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,19 @@ class TrainingRoom:
 
 
 @pytest.fixture
-def training_room(tmp_path: Path, tiny_model: Callable[..., Any]) -> Callable[..., TrainingRoom]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny matrices are slower with several threads, and very slow where the cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def training_room(tmp_path: Path, tiny_model: Callable[..., Any], one_thread: None) -> Callable[..., TrainingRoom]:
     """Makes a `TrainingRoom`: ``training_room(kind, chats=10, held_out=3, **config)``."""
 
     def make(kind: str = "llama", *, chats: Any = 10, held_out: Any = 0, **config: Any) -> TrainingRoom:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
-import click
 import typer
 
-from ..errors import Interrupted, KolotuneError
+from ..errors import ArtifactError, Interrupted, KolotuneError, ToolchainError
 from . import looks, roads, start, talk
 from .options import reporter
 
+# What only `kolotune[local]` brings; a client works without.
+_LOCAL_PACKAGES = frozenset(
+    {"gguf", "jinja2", "llama_cpp", "numpy", "psutil", "pyarrow", "safetensors", "tokenizers", "torch", "transformers"}
+)
 _HELP = "From a file of chats to a model that runs in Ollama. Begin with: kolotune run chats.jsonl"
 
 app = typer.Typer(
@@ -24,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+# typer's own copy of click raises these, older versions the package's: a base of one of them fits both.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
 for module in (roads, looks, talk, start):
     module.add_to(app)
 
@@ -41,23 +47,33 @@ def run_command_line(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         result = command.main(arguments, prog_name="kolotune", standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
-    except click.ClickException as error:
+    except _CommandLineError as error:
         error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(Interrupted("stopped"))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(Interrupted("stopped"), arguments)
     except KolotuneError as error:
-        return _fail(error)
+        return _fail(error, arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _LOCAL_PACKAGES:
+            raise
+        return _fail(ToolchainError(f"this needs {package}", "Install it: pip install 'kolotune[local]'."), arguments)
     except BrokenPipeError:  # the reader of a pipe went away
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Such as a name that is too long, or a folder that may not be looked into: no bug.
+        return _fail(ArtifactError(f"{error.filename}: {error.strerror}", "Check the name and its folder."), arguments)
+    if result == Interrupted.exit_code:  # typer has caught the interruption itself
+        return _fail(Interrupted("stopped"), arguments)
     return result if isinstance(result, int) else 0
 
 
-def _fail(error: KolotuneError) -> int:
-    reporter("--json" in sys.argv).failure(error.cause, error.hint)
+def _fail(error: KolotuneError, arguments: list[str]) -> int:
+    reporter("--json" in arguments).failure(error.cause, error.hint)
     return error.exit_code
 
 

@@ -132,7 +132,8 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
     from .. import pipeline
 
     folder = RunFolder(root.absolute()).require()
-    for each in pipeline.status(folder):
+    resolved = config_of(flags, saved=folder.config)
+    for each in pipeline.status(folder, resolved):
         if each.name == name:
             break
         if each.state != "done":
@@ -140,7 +141,6 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
                 f"{folder.root}: {each.name} comes before {name} and is not done ({'; '.join(each.why)})",
                 f"Run `kolotune {each.name} {_as_typed(folder.root)}` first, or `kolotune run` for all stages.",
             )
-    resolved = config_of(flags, saved=folder.config)
     resolved = dataclasses.replace(resolved, output_dir=folder.root)
     pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder))
     return 0

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..errors import SpaceError
 from ..files import explained
 
 _PATIENCE_SECONDS = 10.0
+_FULL_BYTES = 1 << 20
 # Values of these are secrets or would leak into what a child writes.
 _KEPT_FROM_CHILDREN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -38,7 +41,7 @@ def run(
         The exit code; negative when a signal ended it.
 
     Raises:
-        SpaceError, ArtifactError: the log can't be written.
+        SpaceError, ArtifactError: the log can't be written, or the program failed on a full disk.
         OSError: the program can't be started.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
@@ -65,9 +68,13 @@ def run(
                 if on_line is None or not on_line(line.rstrip("\n")):
                     output.write(line)
                     output.flush()
-            return child.wait()
+            code = child.wait()
         finally:
             _end(child)
+    if code != 0 and shutil.disk_usage(log.parent).free < _FULL_BYTES:
+        # Programs say it in many words, llama.cpp's quantizer as "iostream error".
+        raise SpaceError(f"{log.parent}: the disk is full")
+    return code
 
 
 def _end(child: subprocess.Popen[str]) -> None:
@@ -77,9 +84,11 @@ def _end(child: subprocess.Popen[str]) -> None:
             child.send_signal(signal.SIGTERM)
         try:
             child.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # it takes too long, or the user asked a second time
             child.kill()
             child.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
 
 
 def python(module: str, *arguments: str) -> list[str]:

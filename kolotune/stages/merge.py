@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 NAME = "merge"
 DOING = "merging the adapter into the base model"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -107,7 +109,8 @@ class _Merge:
         if not weight.is_floating_point():
             return weight
         wanted = {"f16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
-        largest = weight.abs().max() if weight.numel() else torch.zeros(())
+        low, high = weight.aminmax() if weight.numel() else (torch.zeros(()), torch.zeros(()))
+        largest = torch.maximum(low.abs(), high.abs())
         if not bool(largest.isfinite()):
             raise ArtifactError(f"{name}: a merged weight is not finite", "Train again with a lower --learning-rate.")
         if wanted is torch.float16 and float(largest) > torch.finfo(torch.float16).max:
@@ -139,9 +142,9 @@ def merge_adapter(
     files = weight_files(base)
     names = _names_in(files)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    deltas = {_base_name(name, names): delta for name, delta in adapter.deltas.items()}
+    deltas = {_base_name(name, names): _oriented(delta, name, config) for name, delta in adapter.deltas.items()}
     replaced = {_base_name(name, names): tensor for name, tensor in adapter.replaced.items()}
-    untied = _HEAD not in names and (_HEAD in deltas or _HEAD in replaced)
+    untied = _HEAD not in names and _changes_one_of_two(adapter, {*deltas, *replaced})
     merge = _Merge(dtype)
     writer = ShardWriter(target, [*names, _HEAD])
     for name, tensor in tensors_in(files):
@@ -170,13 +173,24 @@ def merge_adapter(
 
 
 def _merged(merge: _Merge, name: str, tensor: Tensor, delta: adapters.Delta | None, whole: Tensor | None) -> Tensor:
-    if whole is not None:
-        if whole.shape != tensor.shape:
-            raise ArtifactError(f"{name}: the adapter brings {tuple(whole.shape)} for {tuple(tensor.shape)}")
-        return merge.stored(name, whole, tensor, adapted=True)
-    if delta is None:
-        return merge.stored(name, tensor, tensor, adapted=False)
-    return merge.stored(name, delta.added_to(tensor), tensor, adapted=True)
+    if whole is not None and whole.shape != tensor.shape:
+        raise ArtifactError(f"{name}: the adapter brings {tuple(whole.shape)} for {tuple(tensor.shape)}")
+    # PEFT saves adapted embeddings and heads whole, beside their adapters: the one is what the other is added to.
+    source = tensor if whole is None else whole
+    weight = source if delta is None else delta.added_to(source)
+    return merge.stored(name, weight, tensor, adapted=weight is not tensor)
+
+
+def _changes_one_of_two(adapter: adapters.Adapter, changed: Set[str]) -> bool:
+    """Whether tied embedding and head differ with the adapter: PEFT changes just the one that it names."""
+    return _HEAD in changed or (_EMBEDDING in changed and not adapter.config.get("ensure_weight_tying"))
+
+
+def _oriented(delta: adapters.Delta, name: str, config: dict[str, Any]) -> adapters.Delta:
+    """GPT-2 keeps all but its head as [in, out]; the adapter's config says so of its last module alone."""
+    if config.get("model_type") != "gpt2" or name.endswith((".wte.weight", ".wpe.weight")):
+        return delta
+    return replace(delta, transposed=_CONV1D.search(name) is not None)
 
 
 def _names_in(files: list[Path]) -> list[str]:

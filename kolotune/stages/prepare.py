@@ -27,8 +27,9 @@ def options(config: Config) -> dict[str, Any]:
 
 def inputs(context: Context) -> dict[str, Path]:
     """See `records.Stage`."""
-    files = {f"training data {path.name}": path for path in context.config.train_data}
-    files |= {f"held-out data {path.name}": path for path in context.config.eval_data}
+    # Numbered: two files may have one name, and their order is the chats' order.
+    files = {f"training data {at} ({path.name})": path for at, path in enumerate(context.config.train_data, 1)}
+    files |= {f"held-out data {at} ({path.name})": path for at, path in enumerate(context.config.eval_data, 1)}
     return files | {f"the base model's {name}": context.base / name for name in TOKENIZER_FILES}
 
 

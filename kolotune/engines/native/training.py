@@ -99,13 +99,13 @@ class Trainer:
         for batch in batches:
             loss = self.loss_sum(batch) / labels
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
         limit = self.job.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
-                "Lower --learning-rate; the state before this step is kept for --use-checkpoint.",
+                "Lower --learning-rate and train anew; the state before this step is kept among the checkpoints.",
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -173,29 +173,34 @@ def train(job: TrainJob) -> None:
     """Trains the adapter of `job` and writes it.
 
     Raises:
-        TrainingError: see `Trainer.step` and `checkpoints.newest`.
+        TrainingError: see `Trainer.step` and `checkpoints.newest`; or the checkpoint is behind the job's end.
     """
     state = checkpoints.newest(job) if job.resume else None
     trainer = Trainer(job)
     if state is not None:
+        if state.step > trainer.steps:
+            raise TrainingError(
+                f"the checkpoint is at step {state.step}, and --epochs {job.epochs} ends at step {trainer.steps}",
+                "Give more epochs, or leave --use-checkpoint out to train anew.",
+            )
         trainer.restore(state)
         emit("note", text=f"going on from step {state.step}")
     else:
         checkpoints.clear(job)
     metrics = Metrics(Path(job.metrics), trainer.state.step)
-    stopped = False
+    stopped = _has_stopped(trainer)  # before the process that wrote the checkpoint could finish
     if trainer.state.step == 0:
         _evaluate(trainer, metrics)
     first_epoch, first_step = divmod(trainer.state.step, max(1, trainer.steps_in_epoch))
-    for epoch in range(first_epoch, job.epochs):
+    for epoch in range(first_epoch, 0 if stopped else job.epochs):
         _train_epoch(trainer, metrics, epoch, first_step if epoch == first_epoch else 0)
         _evaluate(trainer, metrics)
         checkpoints.save(job, trainer.snapshot())
-        stopped = bool(job.early_stopping) and trainer.state.evaluations_since_best >= job.early_stopping
+        stopped = _has_stopped(trainer)
         if stopped:
             emit("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
             break
-    best = trainer.state.part("best.")
+    best = trainer.state.part("best.") if job.early_stopping else {}
     lora.save_adapter(
         Path(job.adapter),
         best or lora.adapter_tensors(trainer.adapters),
@@ -207,6 +212,12 @@ def train(job: TrainJob) -> None:
     emit("result", steps=trainer.state.step, stopped_early=stopped, device=trainer.device)
 
 
+def _has_stopped(trainer: Trainer) -> bool:
+    """Whether the held-out loss has not improved for as long as the job waits."""
+    wait = trainer.job.early_stopping
+    return bool(wait) and trainer.state.evaluations_since_best >= wait
+
+
 def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> None:
     job = trainer.job
     steps = steps_of(trainer.tokens, epoch, job.seed, job.batch_size, job.gradient_accumulation, first)
@@ -215,10 +226,13 @@ def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> 
         rate = job.learning_rate * schedule.factor(
             job.scheduler_type, trainer.state.step, trainer.steps, trainer.warmup_steps
         )
+        random_state = checkpoints.random_state()
         try:
             loss = trainer.step(batches, rate)
         except TrainingError:
-            checkpoints.save(job, trainer.snapshot())
+            before = trainer.snapshot()
+            before.tensors |= random_state
+            checkpoints.save(job, before)
             raise
         trainer.state.step += 1
         speed = sum(batch.tokens for batch in batches) / (time.perf_counter() - started)

@@ -1,0 +1,228 @@
+"""Base models for whole roads: tiny ones with real tokenizers and templates, and SmolLM2, trained once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune import config as configs
+from kolotune import llamacpp, pipeline, records
+from kolotune.config import Config
+from kolotune.layout import RunFolder
+from kolotune.reporter import PlainReporter
+
+TEXT = (
+    "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
+    " naïve Zürich 日本語テキスト Привет עברית हिन्दी 🎉👩‍👩‍👧  trailing   \n \n x_y__z http://a.b/c?d=e&f=%20"
+)
+
+
+class Recorder(PlainReporter):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def _line(self, text: str) -> None:
+        self.lines.append(text)
+        super()._line(text)
+
+    def ran(self) -> list[str]:
+        """The stages that ran, in order."""
+        return [name for line in self.lines for name in pipeline.NAMES if line.startswith(f"... {name}: ")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Road:
+    """A finished run."""
+
+    config: Config
+    run: RunFolder
+    base: Path
+    said: Recorder
+
+    def again(self, **changes: Any) -> Recorder:
+        """Runs it again with `changes`; returns what was said."""
+        said = Recorder()
+        pipeline.run(dataclasses.replace(self.config, **changes), said)
+        return said
+
+    def copied(self, folder: Path) -> Road:
+        """The same run in another folder."""
+        shutil.copytree(self.run.root, folder)
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, output_dir=folder), run=RunFolder(folder)
+        )
+
+    def finished(self) -> dict[str, str | None]:
+        """When each stage last finished, and of which outputs."""
+        found = {name: records.read(self.run, name) for name in pipeline.NAMES}
+        return {name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in found.items()}
+
+
+@pytest.fixture(scope="session")
+def drive() -> Callable[..., Road]:
+    """Runs the whole road: ``drive(folder, base, base_model=…, **options)``."""
+
+    def make(folder: Path, base: Path, **options: Any) -> Road:
+        values = {"base_model": str(base), "output_dir": folder, "dtype": "fp32", **options}
+        config = configs.resolve((values, "test", folder.parent))
+        said = Recorder()
+        return Road(config, pipeline.run(config, said), base, said)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lines(sample_chats: Path) -> list[str]:
+    """The sample's chats, a JSON line each."""
+    return sample_chats.read_text(encoding="utf-8").splitlines()
+
+
+def _save(tokenizer: Any, template: str, model: Any, folder: Path) -> Path:
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text((llamacpp.templates_folder() / template).read_text(encoding="utf-8"))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama3_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Toolchain) -> Path:
+    """A random model of 2 layers in the shape of Llama 3.2, with its real tokenizer and template."""
+    import torch
+    from llama_models.llama3 import tokenizer as real
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    judge = real.Tokenizer.get_instance()
+    named = {index: name for name, index in judge.special_tokens.items()}
+    ordered = [named[index] for index in sorted(named)]
+    assert len(ordered) == 256
+    converter = TikTokenConverter(
+        str(Path(real.__file__).parent / "tokenizer.model"), pattern=judge.pat_str, extra_special_tokens=ordered
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == judge.encode(TEXT, bos=False, eos=False)
+    torch.manual_seed(3)
+    shape = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=131072,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009],
+    )
+    folder = tmp_path_factory.mktemp("llama3") / "tiny-llama-3.2"
+    return _save(tokenizer, "meta-llama-Llama-3.2-3B-Instruct.jinja", LlamaForCausalLM(shape).bfloat16(), folder)
+
+
+@pytest.fixture(scope="session")
+def qwen_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Toolchain) -> Path:
+    """A random model of 2 layers in the shape of Qwen 2.5, with its real vocabulary and template."""
+    import llama_cpp
+    import torch
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    models = toolchain.root / "models"
+    name = "ggml-vocab-qwen2.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=name)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as in Qwen2's tokenizer.json
+    tokenizer.eos_token = "<|im_end|>"
+    judge = llama_cpp.Llama(str(models / name), vocab_only=True, verbose=False)
+    wanted = judge.tokenize(TEXT.encode(), add_bos=False, special=True)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == wanted
+    torch.manual_seed(4)
+    shape = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=151643,
+        eos_token_id=151645,
+    )
+    folder = tmp_path_factory.mktemp("qwen") / "tiny-qwen-2.5"
+    return _save(tokenizer, "Qwen-Qwen2.5-7B-Instruct.jinja", Qwen2ForCausalLM(shape).bfloat16(), folder)
+
+
+def _drive_tiny(drive: Callable[..., Road], base: Path, lines: list[str], folder: Path) -> Road:
+    chats = folder / "chats.jsonl"
+    chats.write_text("\n".join([*lines[:16], *lines[-6:]]) + "\n", encoding="utf-8")
+    options = {
+        "train_data": chats,
+        "eval_split": 0.1,
+        "epochs": 1,
+        "learning_rate": 5e-3,
+        "lora_rank": 4,
+        "quantization": ("Q8_0",),
+        "template_date": "2026-03-05",
+        "max_seq_length": 1024,
+    }
+    return drive(folder / "run", base, **options)
+
+
+@pytest.fixture(scope="session")
+def llama3_road(
+    drive: Callable[..., Road], llama3_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Road:
+    return _drive_tiny(drive, llama3_base, lines, tmp_path_factory.mktemp("llama3-road"))
+
+
+@pytest.fixture(scope="session")
+def qwen_road(
+    drive: Callable[..., Road], qwen_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Road:
+    return _drive_tiny(drive, qwen_base, lines, tmp_path_factory.mktemp("qwen-road"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_road(
+    drive: Callable[..., Road],
+    lines: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    reporter: PlainReporter,
+    toolchain: llamacpp.Toolchain,
+) -> Road:
+    """SmolLM2 after 12 steps on 48 chats of the sample; 20 others are held out."""
+    from kolotune import smollm2
+
+    base = smollm2.unpacked(reporter)
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / "train.jsonl").write_text("\n".join(lines[:48]) + "\n", encoding="utf-8")
+    (folder / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
+    options = {
+        "base_model": smollm2.NAME,
+        "train_data": folder / "train.jsonl",
+        "eval_data": folder / "held_out.jsonl",
+        "epochs": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+    }
+    return drive(folder / "run", base, **options)

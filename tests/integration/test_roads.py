@@ -1,0 +1,339 @@
+"""The whole road, from chats to Modelfiles: everything is there, and it is the same model at every station."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kolotune import pipeline
+from kolotune.chats.tokenizer import template_of
+from kolotune.layout import RunFolder
+from kolotune.llamacpp import gguf_file
+from kolotune.llamacpp.inference import GgufModel
+from kolotune.ollama.modelfile import parse
+from kolotune.quantizations import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
+
+TINY = ("llama3_road", "qwen_road")
+EVERY = (*TINY, "smollm2_road")
+BOS = {"llama3_road": 128000, "qwen_road": None, "smollm2_road": None}
+STOPS = {"llama3_road": "<|eot_id|>", "qwen_road": "<|im_end|>", "smollm2_road": "<|im_end|>"}
+PRE = {"llama3_road": "llama-bpe", "qwen_road": "qwen2", "smollm2_road": "smollm"}
+
+
+@pytest.fixture
+def road(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def on(*names: str) -> Any:
+    """The test runs on these roads and is told which."""
+    return pytest.mark.parametrize(("road", "name"), [(name, name) for name in names], indirect=["road"], ids=names)
+
+
+def encoded(run: RunFolder, part: str) -> list[tuple[list[int], list[bool]]]:
+    """Ids and flags of each chat that was prepared."""
+    tensors = load_file(run.prepared / f"{part}.safetensors")
+    bounds = tensors["offsets"].tolist()
+    return [
+        (tensors["ids"][start:end].tolist(), tensors["labelled"][start:end].astype(bool).tolist())
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def held_out(run: RunFolder) -> list[dict[str, Any]]:
+    file = run.prepared / "held_out.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def load(folder: Path) -> Any:
+    """A model of transformers in fp32, with nothing missing and nothing left over."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(told.values()), told
+    return model.eval()
+
+
+def logits_of(model: Any, ids: list[int]) -> np.ndarray:
+    """``[length, vocabulary]``"""
+    import torch
+
+    with torch.no_grad():
+        found: np.ndarray = model(torch.tensor([ids])).logits[0].numpy()
+    return found
+
+
+def gguf_logits(path: Path, chats: list[list[int]]) -> list[np.ndarray]:
+    import llama_cpp
+
+    library = llama_cpp.Llama(str(path), n_ctx=1024, logits_all=True, verbose=False)
+    found = []
+    for ids in chats:
+        library.reset()
+        library.eval(ids)
+        found.append(np.array(library.scores[: len(ids)]))
+    return found
+
+
+@on(*EVERY)
+def test_everything_is_there(road: Any, name: str) -> None:
+    run = road.run
+    assert road.said.ran() == list(pipeline.NAMES)
+    quantized = road.config.quantization[0]
+    made = {
+        "adapter", "merged_model", "Merged.gguf", f"Merged{quantized}.gguf", "Modelfile", f"Modelfile{quantized}",
+        "config.yaml", "metrics.jsonl", ".kolotune",
+    }  # fmt: skip
+    assert made <= {path.name for path in run.root.iterdir()}
+    assert not [path for path in run.root.rglob("*.partial")]
+    assert all(status.state == "done" for status in pipeline.status(run))
+    losses = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    held = [line["held_out_loss"] for line in losses if "held_out_loss" in line]
+    assert len(held) == 2 and held[1] < held[0]
+
+
+@on(*EVERY)
+def test_adapter_on_its_base_is_the_merged_model(road: Any, name: str) -> None:
+    from peft import PeftModel
+
+    ids = encoded(road.run, "held_out")[0][0]
+    base = load(road.base)
+    before = logits_of(base, ids)
+    adapted = logits_of(PeftModel.from_pretrained(base, road.run.adapter).eval(), ids)
+    merged = logits_of(load(road.run.merged_model), ids)
+    scale = np.abs(adapted).max()
+    assert np.abs(adapted - before).max() > 0.02 * scale, "the training must have changed something"
+    assert np.abs(adapted - merged).max() < 2e-3 * scale
+
+
+@on(*EVERY)
+def test_llama_cpp_computes_what_the_merged_model_computes(road: Any, name: str) -> None:
+    """The same likeliest token at 99% of the answers' positions or more."""
+    chats = encoded(road.run, "held_out")
+    merged = load(road.run.merged_model)
+    found = gguf_logits(road.run.gguf, [ids for ids, _ in chats])
+    agreed = []
+    for (ids, labelled), theirs in zip(chats, found, strict=True):
+        at = [position - 1 for position in range(1, len(ids)) if labelled[position]]
+        agreed += (logits_of(merged, ids)[at].argmax(-1) == theirs[at].argmax(-1)).tolist()
+    assert len(agreed) > 50
+    assert np.mean(agreed) >= 0.99
+
+
+@on(*EVERY)
+def test_llama_cpp_reads_the_prompt_as_it_was_trained(road: Any, name: str) -> None:
+    model = GgufModel(road.run.gguf, context=256)
+    template = template_of(road.run.tokenizer)
+    chats, ids_of = held_out(road.run), encoded(road.run, "held_out")
+    assert len(chats) == len(ids_of) > 0
+    for chat, (ids, labelled) in zip(chats, ids_of, strict=True):
+        messages = chat["messages"]
+        assert messages[-1]["role"] == "assistant"
+        last = len(labelled) - 1 - labelled[::-1].index(True)
+        start = last
+        while labelled[start - 1]:
+            start -= 1
+        assert model.tokens(template.render(messages[:-1], None, True)) == ids[:start]
+        assert model.tokens(template.render(messages, None, False)) == ids
+
+
+@on(*EVERY)
+def test_bos_exactly_once(road: Any, name: str) -> None:
+    """In training, in what llama.cpp reads, and in what Ollama makes of TEMPLATE and the GGUF's own flag."""
+    fields = gguf_file.read(road.run.gguf).fields
+    template = parse(road.run.modelfile().read_text(encoding="utf-8")).template or ""
+    if BOS[name] is None:
+        assert fields["tokenizer.ggml.add_bos_token"] is False
+        assert all(ids[0] != ids[1] for ids, _ in encoded(road.run, "train"))
+        assert not template.startswith("<|endoftext|>")
+        return
+    assert all(ids.count(BOS[name]) == 1 and ids[0] == BOS[name] for ids, _ in encoded(road.run, "train"))
+    assert fields["tokenizer.ggml.add_bos_token"] is True and "<|begin_of_text|>" not in template
+
+
+@on(*EVERY)
+def test_the_gguf_carries_the_trained_template(road: Any, name: str) -> None:
+    trained = (road.run.tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "strftime_now" not in trained
+    for path in (road.run.gguf, road.run.quantized(road.config.quantization[0])):
+        summary = gguf_file.read(path)
+        assert summary.fields["tokenizer.chat_template"] == trained
+        assert summary.fields["tokenizer.ggml.pre"] == PRE[name]
+    assert (road.run.merged_model / "chat_template.jinja").read_text(encoding="utf-8") == trained
+
+
+def test_the_date_is_frozen(llama3_road: Any) -> None:
+    template = template_of(llama3_road.run.tokenizer)
+    assert "Today Date: 05 Mar 2026" in template.render([{"role": "user", "content": "Hi"}], None, True)
+    source = (llama3_road.base / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "strftime_now" in source, "otherwise there was nothing to freeze"
+    text = parse(llama3_road.run.modelfile().read_text(encoding="utf-8")).template
+    assert text is None or "05 Mar 2026" in text
+
+
+@on(*EVERY)
+def test_the_ggufs_load_and_the_modelfiles_name_them(road: Any, name: str) -> None:
+    for modelfile, gguf in (
+        (road.run.modelfile(), road.run.gguf),
+        (road.run.modelfile(road.config.quantization[0]), road.run.quantized(road.config.quantization[0])),
+    ):
+        parsed = parse(modelfile.read_text(encoding="utf-8"))
+        assert (road.run.root / parsed.from_).resolve() == gguf.resolve()
+        assert ("stop", STOPS[name]) in parsed.parameters
+        assert parsed.template and STOPS[name] in parsed.template
+        model = GgufModel(gguf, context=128)
+        prompt = model.tokens("Hello there")
+        assert "".join(model.generate(prompt, [], temperature=0.0, max_tokens=5, seed=1))
+
+
+# --- what runs again
+
+
+@on("llama3_road")
+def test_nothing_changed_nothing_runs(road: Any, name: str, tmp_path: Path) -> None:
+    copy = road.copied(tmp_path / "run")
+    before = copy.finished()
+    said = copy.again()
+    assert said.ran() == [] and sum("done before" in line for line in said.lines) == len(pipeline.NAMES)
+    assert copy.finished() == before
+
+
+def test_smollm2_unchanged_runs_nothing(smollm2_road: Any) -> None:
+    before = smollm2_road.finished()
+    assert smollm2_road.again().ran() == []
+    assert smollm2_road.finished() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"quantization": ("Q4_0",)}, ["quantize", "modelfile"]),
+        ({"quantization": ("Q8_0", "Q4_0")}, ["quantize", "modelfile"]),
+        ({"quantization": ("NONE",)}, ["quantize", "modelfile"]),
+        ({"system": "Be brief."}, ["modelfile"]),
+        ({"parameter": ("temperature=0.5",)}, ["modelfile"]),
+        ({"merge_dtype": "bf16"}, ["merge", "convert", "quantize"]),
+        ({"learning_rate": 1e-3}, ["train", "merge", "convert", "quantize"]),
+        ({"epochs": 2, "use_checkpoint": True}, ["train", "merge", "convert", "quantize"]),
+        ({"checkpoint_steps": 3}, []),
+    ],
+)
+def test_what_changed_and_all_behind_it_runs(
+    changes: dict[str, Any], stages: list[str], qwen_road: Any, tmp_path: Path
+) -> None:
+    copy = qwen_road.copied(tmp_path / "run")
+    before = copy.finished()
+    assert copy.again(**changes).ran() == stages
+    after = copy.finished()
+    assert [name for name in pipeline.NAMES if before[name] != after[name]] == stages
+    # The next run has nothing to do, and the one with the old options makes the old files again.
+    assert copy.again(**changes).ran() == []
+    if "learning_rate" in changes:
+        copy.again()
+        outputs = [json.loads(each[name] or "")["outputs"] for each in (before, copy.finished()) for name in ("train",)]
+        assert outputs[0] == outputs[1]
+
+
+def test_another_quantization_of_smollm2(smollm2_road: Any, tmp_path: Path) -> None:
+    copy = smollm2_road.copied(tmp_path / "run")
+    said = copy.again(quantization=("Q8_0",))
+    assert said.ran() == ["quantize", "modelfile"]
+    summary = gguf_file.read(copy.run.quantized("Q8_0"))
+    assert {kind for _, kind, _ in summary.tensors.values()} == {"Q8_0", "F32"}
+    parsed = parse(copy.run.modelfile("Q8_0").read_text(encoding="utf-8"))
+    assert parsed.from_ == "./MergedQ8_0.gguf"
+
+
+# --- slow
+
+
+@pytest.fixture(scope="session")
+def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_road: Any) -> Path:
+    """A random model whose rows are whole blocks of every quantization, with SmolLM2's tokenizer."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kolotune.stages.convert import convert_folder
+
+    folder = tmp_path_factory.mktemp("wide")
+    shape = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(shape).half().save_pretrained(folder / "model")
+    for path in smollm2_road.run.tokenizer.iterdir():
+        shutil.copyfile(path, folder / "model" / path.name)
+    convert_folder(folder / "model", folder / "Wide.gguf", folder / "log", smollm2_road.said)
+    return folder / "Wide.gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_every_quantization_does_what_the_table_says(
+    kind: str, smollm2_road: Any, wide_gguf: Path, tmp_path: Path
+) -> None:
+    from kolotune.errors import ToolchainError
+    from kolotune.stages.quantize import quantize_file
+
+    for source in (wide_gguf, smollm2_road.run.gguf):
+        target = tmp_path / f"{source.stem}{kind}.gguf"
+        if kind in NEEDS_IMPORTANCE_MATRIX:
+            with pytest.raises(ToolchainError, match=kind):
+                quantize_file(source, target, kind, tmp_path / "log", smollm2_road.said)
+            assert not target.exists()
+        else:
+            quantize_file(source, target, kind, tmp_path / "log", smollm2_road.said)
+            assert target.stat().st_size <= source.stat().st_size + 4096
+            GgufModel(target, context=64)
+
+
+def _judge(sample: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("judge", sample / "judge.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_manner_of_the_sample(
+    sample_chats: Path, drive: Callable[..., Any], smollm2_road: Any, tmp_path: Path
+) -> None:
+    """As the demo trains it: at least 17 of 20 held-out answers in the lighthouse keeper's manner, 1 at most before."""
+    from kolotune import config as configs
+    from kolotune.chatting import open_chat
+
+    sample = sample_chats.parent
+    file = sample / "kolotune.yaml"
+    values = configs.load_file(file) if file.is_file() else {"epochs": 1, "learning_rate": 1e-3}
+    options: dict[str, Any] = {"train_data": str(sample_chats), "dtype": "auto", **values, "output_dir": tmp_path / "run"}
+    config = configs.resolve((options, "sample", sample))
+    run = pipeline.run(config, smollm2_road.said)
+    judge = _judge(sample)
+    text = (sample / "questions.jsonl").read_text(encoding="utf-8")
+    counts = {}
+    for base in (True, False):
+        counts[base] = 0
+        for line in text.splitlines():
+            talk = open_chat(run, smollm2_road.said, base=base)
+            pieces = talk.ask(json.loads(line)["question"], temperature=0.0, max_tokens=120, seed=0)
+            counts[base] += judge.has_manner("".join(pieces))
+    assert len(text.splitlines()) == 20
+    assert counts[True] <= 1 and counts[False] >= 17, counts

@@ -1,0 +1,132 @@
+"""A whole road with a tiny model: SmolLM2's tokenizer, which llama.cpp knows, and random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune import pipeline, smollm2
+from kolotune import config as configs
+from kolotune.chats.tokenizer import TOKENIZER_FILES
+from kolotune.cli import run_command_line
+from kolotune.config import Config
+from kolotune.layout import RunFolder
+from kolotune.reporter import PlainReporter
+
+
+def _tiny_weights(folder: Path, seed: int) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Path:
+    """A random Llama of 2 layers with SmolLM2's tokenizer and template; read it only."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    folder.mkdir()
+    _tiny_weights(folder, seed=0)
+    source = smollm2.unpacked(reporter)
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file of the same shapes as `tiny_base`'s, with other values."""
+    folder = tmp_path_factory.mktemp("other")
+    _tiny_weights(folder, seed=1)
+    return folder / "model.safetensors"
+
+
+def chat_line(number: int, **more: Any) -> str:
+    """One good chat as a line of JSONL."""
+    question = {"role": "user", "content": f"What is {number} plus 1?"}
+    answer = {"role": "assistant", "content": f"It is {number + 1}."}
+    return json.dumps({"messages": [question, answer], **more}) + "\n"
+
+
+@pytest.fixture
+def write_chats(tmp_path: Path) -> Callable[..., Path]:
+    """Writes good chats: ``write_chats(count=3, name="chats.jsonl", first=0)``."""
+
+    def write(count: int = 3, name: str = "chats.jsonl", first: int = 0) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(chat_line(first + each) for each in range(count)), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter: PlainReporter) -> Config:
+    """The config of a run that is done, from chats to Modelfiles; read its folder only."""
+    room = tmp_path_factory.mktemp("finished")
+    chats = room / "chats.jsonl"
+    chats.write_text("".join(chat_line(each) for each in range(3)), encoding="utf-8")
+    options = {
+        "train_data": chats,
+        "base_model": str(tiny_base),
+        "output_dir": room / "run",
+        "epochs": 1,
+        "lora_rank": 2,
+        "checkpoint_steps": 0,
+        "dtype": "fp32",
+        "template_date": "2026-01-02",
+    }
+    config = configs.resolve((options, "test", room))
+    pipeline.run(config, reporter)
+    return config
+
+
+@pytest.fixture
+def run_copy(finished: Config, tmp_path: Path) -> RunFolder:
+    """A copy of the finished run, to change; its config names the copy and a copy of the chats."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.output_dir, folder)
+    shutil.copyfile(finished.train_data[0], tmp_path / "chats.jsonl")
+    moved = configs.resolve(
+        (configs.load_file(folder / "config.yaml"), "copy", tmp_path),
+        ({"output_dir": folder, "train_data": tmp_path / "chats.jsonl"}, "copy", tmp_path),
+    )
+    (folder / "config.yaml").write_text(configs.dump(moved), encoding="utf-8")
+    return RunFolder(folder)
+
+
+@pytest.fixture
+def kolotune(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Calls the command line in this process: ``code, output = kolotune("status", folder)``."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(*arguments: Any) -> tuple[int, str]:
+        capfd.readouterr()
+        code = run_command_line([str(each) for each in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
+
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,0 +1,128 @@
+"""Batches: what is in them, in which order, and that padding changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from kolotune.engines.native.batches import IGNORED, Tokens, in_order, make_batch, order_of, steps_in_epoch, steps_of
+from kolotune.engines.native.training import Trainer
+from kolotune.errors import TrainingError
+
+CHATS = [
+    ([5, 6, 7, 8], [0, 0, 1, 1]),
+    ([9, 10], [0, 1]),
+    ([11, 12, 13, 14, 15, 16], [0, 1, 0, 0, 1, 1]),
+    ([17, 18, 19], [1, 1, 0]),
+    ([20, 21, 22], [0, 0, 1]),
+]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    path = tmp_path / "tokens.safetensors"
+    save_file(
+        {
+            "ids": np.array([each for ids, _ in CHATS for each in ids], np.int32),
+            "labelled": np.array([each for _, flags in CHATS for each in flags], np.uint8),
+            "offsets": np.cumsum([0, *(len(ids) for ids, _ in CHATS)], dtype=np.int64),
+        },
+        path,
+    )
+    return Tokens.load(path)
+
+
+def test_a_chat_is_what_was_written(tokens: Tokens) -> None:
+    assert len(tokens) == len(CHATS)
+    for index, (ids, flags) in enumerate(CHATS):
+        found, labels = tokens.chat(index)
+        assert found.tolist() == ids
+        assert labels.tolist() == [each if flag else IGNORED for each, flag in zip(ids, flags, strict=True)]
+
+
+def test_each_position_predicts_the_token_behind_it(tokens: Tokens) -> None:
+    batch = make_batch(tokens, [0, 2, 3])
+    assert batch.tokens == 4 + 6 + 3
+    predicted = {
+        (row, int(position)): int(target)
+        for row, targets in enumerate(batch.targets)
+        for position, target in zip(batch.positions, targets, strict=True)
+        if target != IGNORED
+    }
+    # The label at the beginning of chat 3 has nothing before it and is left out.
+    assert predicted == {(0, 1): 7, (0, 2): 8, (1, 0): 12, (1, 3): 15, (1, 4): 16, (2, 0): 18}
+    assert batch.labels == len(predicted)
+    for row, index in enumerate((0, 2, 3)):
+        ids = CHATS[index][0]
+        assert batch.ids[row, : len(ids)].tolist() == ids
+
+
+def test_a_label_on_the_first_token_alone_counts_nothing(tokens: Tokens) -> None:
+    batch = make_batch(Tokens(tokens.ids[:3], torch.tensor([True, False, False]), torch.tensor([0, 3])), [0])
+    assert batch.labels == 0 and batch.positions.numel() == 0
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "count"), [(1, 1, 5), (2, 1, 3), (2, 2, 2), (4, 3, 1)])
+def test_an_epoch_holds_each_chat_once(tokens: Tokens, batch_size: int, accumulation: int, count: int) -> None:
+    steps = list(steps_of(tokens, 3, 42, batch_size, accumulation))
+    assert len(steps) == count == steps_in_epoch(len(tokens), batch_size, accumulation)
+    assert all(len(step) <= accumulation and all(len(each.ids) <= batch_size for each in step) for step in steps)
+    firsts = [int(row[0]) for step in steps for batch in step for row in batch.ids]
+    assert firsts == [CHATS[index][0][0] for index in order_of(3, len(tokens), 42)]
+    assert sorted(firsts) == sorted(ids[0] for ids, _ in CHATS)
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_an_epoch_can_be_entered_at_any_step(tokens: Tokens, first: int) -> None:
+    whole = [[batch.ids.tolist() for batch in step] for step in steps_of(tokens, 1, 5, 2, 1)]
+    entered = [[batch.ids.tolist() for batch in step] for step in steps_of(tokens, 1, 5, 2, 1, first)]
+    assert entered == whole[first:]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = {(seed, epoch): tuple(order_of(epoch, 30, seed)) for seed in (0, 1, 2**32 - 1) for epoch in range(3)}
+    assert len(set(orders.values())) == len(orders)
+    torch.manual_seed(99)
+    assert orders == {key: tuple(order_of(key[1], 30, key[0])) for key in orders}
+
+
+def test_evaluation_sees_every_chat(tokens: Tokens) -> None:
+    batches = list(in_order(tokens, 2))
+    assert [len(batch.ids) for batch in batches] == [2, 2, 1]
+    assert [batch.ids.shape[1] for batch in batches] == [6, 3, 2]
+    assert sorted(int(row[0]) for batch in batches for row in batch.ids) == sorted(ids[0] for ids, _ in CHATS)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "another"])
+def test_a_damaged_file_is_said(tmp_path: Path, tokens: Tokens, damage: str) -> None:
+    path = tmp_path / "tokens.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        save_file({"ids": np.zeros(3, np.int32)}, path)
+    with pytest.raises(TrainingError, match=r"tokens\.safetensors") as caught:
+        Tokens.load(path)
+    assert "prepare" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+def test_padding_never_changes_the_loss(kind: str, training_room: Callable[..., Any]) -> None:
+    trainer = Trainer(training_room(kind).job())
+    together = make_batch(trainer.tokens, list(range(8)))
+    lengths = [len(trainer.tokens.chat(index)[0]) for index in range(8)]
+    assert min(lengths) < max(lengths)
+    with torch.no_grad():
+        whole = float(trainer.loss_sum(together))
+        alone = sum(float(trainer.loss_sum(make_batch(trainer.tokens, [index]))) for index in range(8))
+        assert whole == pytest.approx(alone, rel=1e-5)
+        for row, length in enumerate(lengths):
+            together.ids[row, length:] = 3 + row
+        assert float(trainer.loss_sum(together)) == pytest.approx(whole, rel=1e-6)

@@ -1,0 +1,142 @@
+"""Checkpoints are whole or invisible, the newest whole one counts, and it must belong to the job."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kolotune.engines.job import TrainJob
+from kolotune.engines.native import checkpoints
+from kolotune.engines.native.checkpoints import State
+from kolotune.errors import TrainingError
+
+
+@pytest.fixture
+def job(training_room: Callable[..., Any]) -> TrainJob:
+    made: TrainJob = training_room().job()
+    return made
+
+
+def _save(job: TrainJob, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(job, State(step, 1.5, 2, {"x": torch.full((3, 4), float(step)), "best.x": torch.ones(2)}))
+
+
+def _folder(job: TrainJob, step: int) -> Path:
+    return Path(job.checkpoints) / f"step-{step:08d}"
+
+
+def test_there_and_back(job: TrainJob) -> None:
+    _save(job, 7)
+    state = checkpoints.newest(job)
+    assert state is not None
+    assert (state.step, state.best_loss, state.evaluations_since_best) == (7, 1.5, 2)
+    assert torch.equal(state.tensors["x"], torch.full((3, 4), 7.0))
+    assert list(state.part("best.")) == ["x"]
+
+
+def test_none_at_first(job: TrainJob) -> None:
+    assert checkpoints.newest(job) is None
+
+
+def test_two_are_kept_by_number_not_by_time(job: TrainJob) -> None:
+    _save(job, 9, 100, 20, 11)
+    assert sorted(each.name for each in Path(job.checkpoints).iterdir()) == ["step-00000020", "step-00000100"]
+    state = checkpoints.newest(job)
+    assert state is not None and state.step == 100
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "tensors cut": lambda folder: _cut(folder / "state.safetensors"),
+    "one bit of the tensors": lambda folder: _flip(folder / "state.safetensors"),
+    "tensors missing": lambda folder: (folder / "state.safetensors").unlink(),
+    "tensors empty": lambda folder: (folder / "state.safetensors").write_bytes(b""),
+    "facts cut": lambda folder: _cut(folder / "state.json"),
+    "facts missing": lambda folder: (folder / "state.json").unlink(),
+    "facts no mapping": lambda folder: (folder / "state.json").write_text("[]"),
+    "facts of nothing": lambda folder: (folder / "state.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_passed_over(job: TrainJob, damage: str) -> None:
+    _save(job, 4, 8)
+    DAMAGES[damage](_folder(job, 8))
+    state = checkpoints.newest(job)
+    assert state is not None and state.step == 4
+    DAMAGES[damage](_folder(job, 4))
+    assert checkpoints.newest(job) is None
+
+
+def test_a_half_written_one_is_invisible(job: TrainJob) -> None:
+    _save(job, 4)
+    unfinished = Path(job.checkpoints) / ".step-00000008.partial"
+    unfinished.mkdir()
+    (unfinished / "state.safetensors").write_bytes(b"half")
+    state = checkpoints.newest(job)
+    assert state is not None and state.step == 4
+
+
+OTHERS: dict[str, Any] = {
+    "learning_rate": 1e-3, "batch_size": 3, "gradient_accumulation": 2, "seed": 8, "lora_rank": 8, "lora_alpha": 9.0,
+    "lora_dropout": 0.2, "dtype": "bf16", "scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 0.5,
+    "target_modules": ["q_proj"], "base_sha256": "other", "data_sha256": "other", "warmup_steps": 3,
+    "load_in_4bit": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_of_other_settings_is_refused_by_name(job: TrainJob, name: str) -> None:
+    _save(job, 4)
+    with pytest.raises(TrainingError, match=rf"other {name}$") as caught:
+        checkpoints.newest(dataclasses.replace(job, **{name: OTHERS[name]}))
+    assert "--use-checkpoint" in caught.value.hint
+
+
+def test_all_that_differs_is_named(job: TrainJob) -> None:
+    _save(job, 4)
+    with pytest.raises(TrainingError, match="other lora_rank, seed"):
+        checkpoints.newest(dataclasses.replace(job, seed=1, lora_rank=1))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"epochs": 9}, {"early_stopping": 3}, {"checkpoint_steps": 1}, {"resume": True}, {"base_model": "moved"},
+     {"adapter": "a", "metrics": "m", "data": "d"}],
+)  # fmt: skip
+def test_what_may_differ(job: TrainJob, more: dict[str, Any]) -> None:
+    _save(job, 4)
+    assert checkpoints.newest(dataclasses.replace(job, **more)) is not None
+
+
+def test_the_job_is_a_file(job: TrainJob, tmp_path: Path) -> None:
+    job.write(tmp_path / "job.json")
+    assert TrainJob.read(tmp_path / "job.json") == job
+    facts = json.loads((tmp_path / "job.json").read_text(encoding="utf-8"))
+    for text in ("{", "[]", json.dumps({**facts, "unknown": 1}), json.dumps({"epochs": 1})):
+        (tmp_path / "job.json").write_text(text, encoding="utf-8")
+        with pytest.raises(TrainingError, match=r"job\.json"):
+            TrainJob.read(tmp_path / "job.json")
+
+
+def test_clear_removes_all(job: TrainJob) -> None:
+    _save(job, 1, 2)
+    checkpoints.clear(job)
+    assert checkpoints.newest(job) is None and not Path(job.checkpoints).exists()
+    checkpoints.clear(job)

@@ -1,0 +1,130 @@
+"""LoRA layers, and that what is saved is an adapter that PEFT loads and computes the same with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from kolotune.engines.native import lora
+from kolotune.errors import ConfigError
+
+ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def _shaken(model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 6.0) -> dict[str, lora.LoraLinear]:
+    """Adapters that are no longer zero."""
+    adapters = lora.add_adapters(model, rank, alpha, 0.1, targets)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.lora_B.normal_(std=0.1)
+    return adapters
+
+
+def test_layer_is_base_plus_scaled_product() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5)
+    layer = lora.LoraLinear(base, 2, 3.0, 0.0)
+    x = torch.randn(4, 6)
+    assert torch.equal(layer(x), base(x))
+    nn.init.normal_(layer.lora_B)
+    wanted = base(x) + (3.0 / 2) * x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), wanted)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    torch.manual_seed(0)
+    layer = lora.LoraLinear(nn.Linear(64, 64), 4, 8.0, 0.5)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 64)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_adapter_is_fp32_beside_a_bf16_base() -> None:
+    layer = lora.LoraLinear(nn.Linear(8, 8).bfloat16(), 2, 4.0, 0.0)
+    assert layer.lora_A.dtype is layer.lora_B.dtype is torch.float32
+    assert layer(torch.randn(1, 8).bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("targets", "leaves"), [(["all-linear"], ALL), (["q_proj", "down_proj"], {"q_proj", "down_proj"})]
+)
+def test_targets(tiny_model: Callable[..., Any], targets: list[str], leaves: set[str]) -> None:
+    model = tiny_model("llama")
+    adapters = lora.add_adapters(model, 4, 8.0, 0.0, targets)
+    assert {name.rpartition(".")[2] for name in adapters} == leaves
+    assert len(adapters) == 2 * len(leaves)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert trained == {f"{name}.{part}" for name in adapters for part in ("lora_A", "lora_B")}
+
+
+def test_a_new_adapter_changes_nothing(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    lora.add_adapters(model, 4, 8.0, 0.0, ["all-linear"])
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["q_proj", "nonsense"], ["all-linear", "q_proj"], ["lm_head"]])
+def test_unknown_targets_are_refused_by_name(tiny_model: Callable[..., Any], targets: list[str]) -> None:
+    with pytest.raises(ConfigError, match="target-modules") as caught:
+        lora.add_adapters(tiny_model("llama"), 4, 8.0, 0.0, targets)
+    assert all(leaf in caught.value.hint for leaf in ALL)
+    assert (set(targets) - ALL).pop() in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("llama", ["all-linear"]), ("llama", ["v_proj", "up_proj"]), ("qwen2", ["all-linear"]), ("gemma", ["all-linear"])],
+)
+def test_peft_computes_the_same_with_what_was_saved(
+    tiny_model: Callable[..., Any], tmp_path: Path, kind: str, targets: list[str]
+) -> None:
+    base = tiny_model(kind, tmp_path / "base")
+    model = tiny_model(kind)
+    adapters = _shaken(model, targets)
+    tensors = lora.adapter_tensors(adapters)
+    lora.save_adapter(tmp_path / "adapter", tensors, base_name="tiny", rank=4, alpha=6.0, dropout=0.1)
+    judge = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.randint(0, 96, (2, 30))
+    with torch.no_grad():
+        unadapted = tiny_model(kind)(ids).logits
+        ours, theirs = model.eval()(ids).logits, judge(ids).logits
+    assert (ours - unadapted).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    # Nothing is left over on either side.
+    state = peft.get_peft_model_state_dict(judge)
+    assert set(state) == set(tensors)
+    assert all(torch.equal(state[name], tensors[name]) for name in state)
+
+
+@pytest.mark.parametrize(("alpha", "written"), [(16.0, 16), (0.5, 0.5)])
+def test_config_names_the_base_and_the_scale(
+    tiny_model: Callable[..., Any], tmp_path: Path, alpha: float, written: float
+) -> None:
+    tensors = lora.adapter_tensors(_shaken(tiny_model("llama"), ["q_proj"], alpha=alpha))
+    lora.save_adapter(tmp_path / "adapter", tensors, base_name="owner/name", rank=4, alpha=alpha, dropout=0.1)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "owner/name"
+    assert config["lora_alpha"] == written and config["r"] == 4 and config["target_modules"] == ["q_proj"]
+    assert not (tmp_path / ".adapter.partial").exists()
+
+
+def test_tensors_go_there_and_back(tiny_model: Callable[..., Any]) -> None:
+    tensors = lora.adapter_tensors(_shaken(tiny_model("llama"), ["all-linear"]))
+    other = lora.add_adapters(tiny_model("llama"), 4, 6.0, 0.0, ["all-linear"])
+    lora.load_tensors(other, tensors)
+    again = lora.adapter_tensors(other)
+    assert all(torch.equal(again[name], each) for name, each in tensors.items())
+    # They are copies: training on does not change what was taken.
+    with torch.no_grad():
+        next(iter(other.values())).lora_A.zero_()
+    assert all(torch.equal(again[name], each) for name, each in tensors.items())

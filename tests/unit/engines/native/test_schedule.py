@@ -1,0 +1,34 @@
+"""The schedules, held against those of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from kolotune.engines.native import schedule
+
+JUDGES = {
+    "cosine": transformers.get_cosine_schedule_with_warmup,
+    "linear": transformers.get_linear_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, steps: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 0), (20, 1), (20, 5), (1, 0), (7, 7), (7, 9), (300, 30)])
+def test_equal_to_transformers(kind: str, steps: int, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    judge = JUDGES[kind](optimizer, warmup, steps)
+    for step in range(steps):
+        wanted = optimizer.param_groups[0]["lr"]
+        assert schedule.factor(kind, step, steps, warmup) == pytest.approx(wanted, abs=1e-12), step
+        optimizer.step()
+        judge.step()
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted", "warmup"), [(0, None, 0), (9, None, 0), (50, None, 5), (5000, None, 100), (50, 0, 0), (5, 8, 8)]
+)
+def test_warmup_is_a_tenth_unless_it_is_said(steps: int, wanted: int | None, warmup: int) -> None:
+    assert schedule.warmup(steps, wanted) == warmup

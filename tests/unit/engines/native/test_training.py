@@ -1,0 +1,422 @@
+"""The native engine against a plain loop of PEFT and transformers, and against itself interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from kolotune.engines.job import TrainJob, event_of
+from kolotune.engines.native import checkpoints, training
+from kolotune.engines.native.batches import Tokens, make_batch, order_of
+from kolotune.errors import ConfigError, TrainingError
+
+Room = Callable[..., Any]
+
+
+def losses(job: TrainJob, key: str = "loss") -> dict[int, float]:
+    """Step → loss, of the metrics file."""
+    lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(dict(found)) == len(found), "a step stands there twice"
+    return dict(found)
+
+
+def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
+    return dict(load_file(Path(job.adapter) / "adapter_model.safetensors"))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- the same losses as PEFT and transformers
+
+
+def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The judge: PEFT's layers, transformers' schedule, a padded batch with an attention mask, all logits."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True).train()
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    size = job.batch_size * job.gradient_accumulation
+    steps = -(-len(tokens) // size) * job.epochs
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(steps // 10, 100), steps)
+    curve = []
+    for epoch in range(job.epochs):
+        order = order_of(epoch, len(tokens), job.seed)
+        for start in range(0, len(order), size):
+            step = [tokens.chat(index) for index in order[start : start + size]]
+            labelled = sum(int((labels[1:] != -100).sum()) for _, labels in step)
+            total = 0.0
+            for at in range(0, len(step), job.batch_size):
+                ids, labels = zip(*step[at : at + job.batch_size], strict=True)
+                padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=77)
+                wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+                real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+                logits = model(input_ids=padded, attention_mask=real).logits[:, :-1]
+                summed = torch.nn.functional.cross_entropy(
+                    logits.reshape(-1, logits.shape[-1]), wanted[:, 1:].reshape(-1), reduction="sum"
+                )
+                (summed / labelled).backward()
+                total += float(summed.detach()) / labelled
+            torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            curve.append(total)
+    return curve, peft.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_loss_curve_is_that_of_a_plain_loop(kind: str, accumulation: int, training_room: Room) -> None:
+    # 10 steps an epoch; the last is smaller than the others.
+    room = training_room(kind, chats=20 * accumulation - 1)
+    job = room.job(epochs=2, gradient_accumulation=accumulation)
+    initial = room.job("initial", epochs=0, gradient_accumulation=accumulation)
+    training.train(initial)
+    training.train(job)
+    curve, weights = plain_loop(job, Path(initial.adapter))
+    ours = list(losses(job).values())
+    assert len(ours) == len(curve) == 20
+    assert ours[0] - min(ours) > 0.5, "it must have learnt something, or the comparison says nothing"
+    assert ours == pytest.approx(curve, abs=1e-4)
+    assert weights.keys() == adapter(job).keys()
+    for name, tensor in adapter(job).items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-3, rtol=1e-3)
+
+
+def test_the_rate_is_that_of_the_schedule(training_room: Room) -> None:
+    job = training_room().job(epochs=4, scheduler_type="linear", warmup_steps=5)
+    training.train(job)
+    rates = list(losses(job, "learning_rate").values())
+    assert rates == pytest.approx([5e-3 * (step / 5 if step < 5 else (20 - step) / 15) for step in range(20)])
+
+
+def test_accumulation_is_the_same_as_a_larger_batch(training_room: Room) -> None:
+    room = training_room(chats=11)
+    jobs = [
+        room.job("once", batch_size=6, gradient_accumulation=1), room.job("twice", batch_size=2, gradient_accumulation=3)
+    ]  # fmt: skip
+    for job in jobs:
+        training.train(job)
+    assert list(losses(jobs[0]).values()) == pytest.approx(list(losses(jobs[1]).values()), abs=1e-4)
+
+
+# --- going on
+
+
+ROOM = {"chats": 10, "held_out": 4}
+# 3 epochs of 5 steps, a checkpoint every second step and at each epoch's end, the best one kept.
+JOB = {"epochs": 3, "lora_dropout": 0.1, "checkpoint_steps": 2, "early_stopping": 9}
+
+
+class _Stop(Exception):
+    pass
+
+
+def train_until(job: TrainJob, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains and stops dead behind step `step`, before its checkpoint is written."""
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "step" and fields["step"] == step:
+            raise _Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "emit", emit)
+        with pytest.raises(_Stop):
+            training.train(job)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 8, 10, 11, 15])
+def test_interrupted_anywhere_gives_the_same_bits(
+    step: int, training_room: Room, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = training_room(**ROOM)
+    whole, broken = room.job("whole", **JOB), room.job("broken", **JOB)
+    training.train(whole)
+    train_until(broken, step, monkeypatch)
+    assert not Path(broken.adapter).exists()
+    torch.manual_seed(step)
+    capsys.readouterr()
+    training.train(dataclasses.replace(broken, resume=True))
+    before = max([each for each in (2, 4, 5, 6, 8, 10, 12, 14, 15) if each < step], default=0)
+    assert (f"going on from step {before}" in capsys.readouterr().out) == bool(before)
+    assert same(adapter(broken), adapter(whole))
+    assert losses(broken) == losses(whole) and len(losses(broken)) == 15
+    assert losses(broken, "held_out_loss") == losses(whole, "held_out_loss")
+    assert list(losses(broken, "held_out_loss")) == [0, 5, 10, 15]
+
+
+def start(job: TrainJob) -> subprocess.Popen[str]:
+    path = Path(job.metrics).with_name("job.json")
+    job.write(path)
+    argv = [sys.executable, "-m", "kolotune.engines.native", str(path)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
+    room = training_room(**ROOM)
+    whole, broken = room.job("whole", **JOB), room.job("broken", **JOB)
+    assert start(whole).wait(120) == 0
+    for step in (4, 11):
+        child = start(dataclasses.replace(broken, resume=True))
+        assert child.stdout is not None
+        for line in child.stdout:
+            event = event_of(line)
+            if event and event["event"] == "step" and event["step"] >= step:
+                child.kill()
+                break
+        child.stdout.close()
+        assert child.wait(60) == -signal.SIGKILL
+    last = start(dataclasses.replace(broken, resume=True))
+    output, _ = last.communicate(timeout=120)
+    assert last.returncode == 0
+    assert any((event_of(line) or {}).get("event") == "note" and "going on" in line for line in output.splitlines())
+    assert same(adapter(broken), adapter(whole))
+    assert losses(broken) == losses(whole)
+    assert losses(broken, "held_out_loss") == losses(whole, "held_out_loss")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("tensors", "state.safetensors"), ("facts", "state.json")])
+def test_a_damaged_newest_checkpoint_costs_steps_only(
+    kind: str, name: str, training_room: Room, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = training_room(**ROOM)
+    whole, broken = room.job("whole", **JOB), room.job("broken", **JOB)
+    training.train(whole)
+    train_until(broken, 7, monkeypatch)
+    file = Path(broken.checkpoints) / "step-00000006" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    capsys.readouterr()
+    training.train(dataclasses.replace(broken, resume=True))
+    assert "going on from step 5" in capsys.readouterr().out
+    assert same(adapter(broken), adapter(whole)) and losses(broken) == losses(whole)
+
+
+def test_more_epochs_after_the_end(training_room: Room) -> None:
+    room = training_room(**ROOM)
+    options = {**JOB, "scheduler_type": "constant", "warmup_steps": 2}  # a rate that the number of epochs can't change
+    long, short = room.job("long", **options), room.job("short", **{**options, "epochs": 1})
+    training.train(long)
+    training.train(short)
+    assert not same(adapter(short), adapter(long))
+    training.train(dataclasses.replace(short, epochs=3, resume=True))
+    assert same(adapter(short), adapter(long))
+    assert losses(short) == losses(long)
+
+
+def test_going_on_at_the_end_changes_nothing(training_room: Room) -> None:
+    job = training_room(**ROOM).job(**JOB)
+    training.train(job)
+    before, curve = adapter(job), losses(job)
+    training.train(dataclasses.replace(job, resume=True))
+    assert same(adapter(job), before) and losses(job) == curve
+
+
+def test_fewer_epochs_than_are_done_are_refused(training_room: Room) -> None:
+    job = training_room(**ROOM).job(**JOB)
+    training.train(job)
+    with pytest.raises(TrainingError, match="step 15"):
+        training.train(dataclasses.replace(job, epochs=1, resume=True))
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(training_room: Room) -> None:
+    job = training_room(**ROOM).job(**JOB)
+    training.train(job)
+    with pytest.raises(TrainingError, match="other learning_rate, lora_rank"):
+        training.train(dataclasses.replace(job, resume=True, lora_rank=2, learning_rate=1.0))
+    assert checkpoints.newest(job) is not None
+
+
+def test_without_resume_a_training_begins_anew(training_room: Room) -> None:
+    job = training_room(**ROOM).job(**JOB)
+    training.train(job)
+    before = adapter(job)
+    training.train(job)
+    assert same(adapter(job), before) and len(losses(job)) == 15
+    training.train(dataclasses.replace(job, seed=8, epochs=1))
+    assert not same(adapter(job), before) and len(losses(job)) == 5
+
+
+# --- what goes wrong
+
+
+def test_a_rate_too_high_keeps_the_state_before(training_room: Room) -> None:
+    job = training_room(chats=20).job(learning_rate=1e30, warmup_steps=2, scheduler_type="constant", max_grad_norm=0.0)
+    with pytest.raises(TrainingError, match="not finite") as caught:
+        training.train(job)
+    assert "--learning-rate" in caught.value.hint
+    state = checkpoints.newest(job)
+    assert state is not None and f"at step {state.step + 1} " in caught.value.cause
+    assert list(losses(job)) == list(range(1, state.step + 1))
+    assert not Path(job.adapter).exists()
+
+
+def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poisoned behind step 3: the step that fails must leave weights, optimizer and random numbers alone."""
+    room = training_room(**ROOM)
+    options = {**JOB, "checkpoint_steps": 3}
+    clean, poisoned = room.job("clean", **options), room.job("poisoned", **options)
+    train_until(clean, 4, monkeypatch)
+    wanted = checkpoints.newest(clean)
+    original = training.Trainer.loss_sum
+    steps = []
+
+    def loss_sum(trainer: Any, batch: Any) -> torch.Tensor:
+        if trainer.model.training:
+            steps.append(1)
+        loss = original(trainer, batch)
+        return loss * torch.tensor(float("nan")) if len(steps) == 4 and trainer.model.training else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "loss_sum", loss_sum)
+        with pytest.raises(TrainingError, match="at step 4 "):
+            training.train(poisoned)
+    kept = checkpoints.newest(poisoned)
+    assert kept is not None and wanted is not None
+    assert kept.step == wanted.step == 3
+    assert same(kept.tensors, wanted.tensors)
+
+
+def test_poisoned_weights(training_room: Room) -> None:
+    room = training_room()
+    file = room.root / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    job = room.job()
+    child = start(job)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == TrainingError.exit_code
+    error = [event for line in output.splitlines() if (event := event_of(line)) and event["event"] == "error"]
+    assert error[0]["kind"] == "TrainingError" and "at step 1 " in error[0]["cause"]
+    assert not Path(job.adapter).exists()
+
+
+def test_a_base_that_can_not_be_loaded(training_room: Room) -> None:
+    room = training_room()
+    (room.root / "base" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(TrainingError, match="base model"):
+        training.train(room.job())
+
+
+def test_unknown_targets(training_room: Room) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        training.train(training_room().job(target_modules=["nonsense"]))
+
+
+# --- options
+
+
+def test_target_modules_by_name(training_room: Room) -> None:
+    job = training_room().job(target_modules=["q_proj", "v_proj"], epochs=1)
+    training.train(job)
+    assert {name.split(".")[-3] for name in adapter(job)} == {"q_proj", "v_proj"}
+
+
+def test_no_epoch_is_the_base_itself(training_room: Room) -> None:
+    job = training_room(held_out=2).job(epochs=0)
+    training.train(job)
+    tensors = adapter(job)
+    assert tensors and not any(each.any() for name, each in tensors.items() if "lora_B" in name)
+    assert losses(job) == {} and list(losses(job, "held_out_loss")) == [0]
+
+
+def test_bf16(training_room: Room) -> None:
+    room = training_room(chats=20)
+    job, exact = room.job("bf16", dtype="bf16"), room.job("fp32")
+    training.train(job)
+    training.train(exact)
+    curve = list(losses(job).values())
+    assert curve == pytest.approx(list(losses(exact).values()), rel=0.1)
+    assert curve != list(losses(exact).values())
+    assert all(each.dtype is torch.float32 for each in adapter(job).values())
+
+
+def unlearnable(count: int) -> list[tuple[list[int], list[int]]]:
+    """Chats that contradict what `random_chats` teaches: each token is its predecessor minus 5."""
+    return [([(seed * 7 - 5 * at) % 96 for at in range(12)], [0] + [1] * 11) for seed in range(count)]
+
+
+def test_early_stopping_keeps_the_best(training_room: Room) -> None:
+    room = training_room(held_out=unlearnable(4))
+    job = room.job(epochs=8, early_stopping=2, learning_rate=1e-2)
+    training.train(job)
+    held_out = losses(job, "held_out_loss")
+    best = min(held_out, key=lambda step: held_out[step])
+    assert len(held_out) == best // 5 + 3 < 9, "it stops two evaluations behind the best"
+    wanted = room.job("wanted", epochs=8, learning_rate=1e-2)
+    fresh = training.Trainer(wanted)
+    checkpoint = checkpoints.newest(job)
+    assert checkpoint is not None
+    # What was written has the best held-out loss, not the last one.
+    from kolotune.engines.native import lora
+
+    lora.load_tensors(fresh.adapters, adapter(job))
+    assert fresh.evaluate() == pytest.approx(held_out[best], rel=1e-6)
+    lora.load_tensors(fresh.adapters, checkpoint.tensors)
+    assert fresh.evaluate() == pytest.approx(held_out[max(held_out)], rel=1e-6)
+    assert held_out[max(held_out)] > held_out[best]
+    # Once stopped, it stays so.
+    before = adapter(job)
+    training.train(dataclasses.replace(job, resume=True))
+    assert losses(job, "held_out_loss") == held_out and same(adapter(job), before)
+
+
+def test_without_early_stopping_the_last_is_written(training_room: Room) -> None:
+    room = training_room(held_out=unlearnable(4))
+    job = room.job(epochs=3, learning_rate=1e-2, early_stopping=9)
+    training.train(job)
+    last = room.job("last", epochs=3, learning_rate=1e-2)
+    training.train(last)
+    assert losses(job) == losses(last) and not same(adapter(job), adapter(last))
+    # The option may change on the way.
+    training.train(dataclasses.replace(job, early_stopping=0, resume=True))
+    assert same(adapter(job), adapter(last))
+
+
+def test_chats_without_any_label_change_nothing_but_the_count(training_room: Room) -> None:
+    """Labels on a first token can't be predicted; a batch of such chats alone must not fail."""
+    chats = [([5, 6, 7], [1, 0, 0]), ([8, 9], [1, 0])]
+    job = training_room(chats=chats).job(epochs=1)
+    training.train(job)
+    assert list(losses(job).values()) == [0.0]
+
+
+def test_metrics_have_all_fields(training_room: Room) -> None:
+    job = training_room(held_out=2).job(epochs=1)
+    training.train(job)
+    lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    wanted = {"step", "epoch", "loss", "learning_rate", "tokens_per_second", "memory_mb", "time"}
+    assert all(set(line) == wanted for line in steps)
+    assert [line["epoch"] for line in steps] == [0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+def test_positions_of_held_out_batches_do_not_change_the_mean(training_room: Room) -> None:
+    """The held-out loss is the mean over labelled tokens, whatever the batch size."""
+    room = training_room(held_out=7)
+    means = []
+    for size in (1, 3, 7):
+        trainer = training.Trainer(room.job(f"size{size}", batch_size=size))
+        means.append(trainer.evaluate())
+    tokens = trainer.held_out
+    assert tokens is not None
+    with torch.no_grad():
+        sums = [(float(trainer.loss_sum(make_batch(tokens, [index]))), tokens.chat(index)[1]) for index in range(7)]
+    wanted = sum(loss for loss, _ in sums) / sum(int((labels[1:] != -100).sum()) for _, labels in sums)
+    assert means == pytest.approx([wanted] * 3, rel=1e-5)
