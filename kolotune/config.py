@@ -211,8 +211,6 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         problems.append("eval-data and eval-split exclude each other")
     if quantizations.NONE in config.quantization and len(config.quantization) > 1:
         problems.append("quantization: none does not go with another")
-    if config.load_in_4bit and config.dtype == "fp32":
-        problems.append("load-in-4bit computes in bf16: --dtype fp32 does not go with it")
     return problems
 
 

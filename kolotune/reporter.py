@@ -93,13 +93,22 @@ class PlainReporter:
 
         cells = [[clean(cell) for cell in row] for row in (columns, *rows)]
         # Long texts share the width, so that a table stays one in a log file.
-        most = max(12, self.table_width // max(1, len(columns)) - 2)
-        widths = [min(most, max(len(row[index]) for row in cells)) for index in range(len(columns))]
+        widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+        if sum(widths) + 2 * len(widths) > self.table_width:
+            most = max(12, self.table_width // max(1, len(columns)) - 2)
+            widths = [min(most, width) for width in widths]
         room = self.table_width - sum(widths) - 2 * len(widths)
         self._line(title)
         for row in cells:
             wrapped = [
-                textwrap.wrap(cell, width + (room if index == len(widths) - 1 and room > 0 else 0)) or [""]
+                # Names and paths stay whole, to be copied.
+                textwrap.wrap(
+                    cell,
+                    width + (room if index == len(widths) - 1 and room > 0 else 0),
+                    break_on_hyphens=False,
+                    break_long_words=False,
+                )
+                or [""]
                 for index, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             for parts in itertools.zip_longest(*wrapped, fillvalue=""):

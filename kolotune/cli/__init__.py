@@ -73,6 +73,9 @@ def run_command_line(arguments: list[str]) -> int:
 
 
 def _fail(error: KolotuneError, arguments: list[str]) -> int:
+    if isinstance(error, Interrupted):  # it ends now; more Ctrl-C must not end it in a traceback
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     reporter("--json" in arguments).failure(error.cause, error.hint)
     return error.exit_code
 

@@ -24,6 +24,7 @@ from ..runners import local
 
 NAME = "convert"
 DOING = "converting to GGUF"
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
 # The converter must find everything in the folder and ask nobody.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -123,6 +124,11 @@ def convert_folder(model: Path, target: Path, log: Path, reporter: Reporter, *, 
         if code != 0 or not partial.is_file():
             raise ToolchainError(f"llama.cpp's converter failed: {local.last_lines(log)}", f"The log is {log}.")
         summary = gguf_file.read(partial)
+        wanted = _wanted_bos(model)
+        if wanted is not None and summary.fields.get(_ADD_BOS, wanted) != wanted:
+            # The converter believes tokenizer.json's post-processor, which the chats were not encoded with.
+            gguf_file.set_flag(partial, _ADD_BOS, wanted)
+            summary = gguf_file.read(partial)
         _check_against(summary, model, target)
     return {
         "architecture": summary.architecture,
@@ -154,7 +160,13 @@ def _check_against(summary: gguf_file.GgufSummary, merged: Path, shown: Path) ->
     template = merged / TEMPLATE_FILE
     if template.is_file() and summary.fields.get("tokenizer.chat_template") != template.read_text(encoding="utf-8"):
         raise ArtifactError(f"{shown}: its chat template is not the one that was trained with")
-    config = merged / "tokenizer_config.json"
-    wanted = json.loads(config.read_text(encoding="utf-8")).get("add_bos_token") if config.is_file() else None
-    if isinstance(wanted, bool) and bool(summary.fields.get("tokenizer.ggml.add_bos_token", wanted)) != wanted:
+    wanted = _wanted_bos(merged)
+    if wanted is not None and bool(summary.fields.get(_ADD_BOS, wanted)) != wanted:
         raise ArtifactError(f"{shown}: its BOS is not the one that was trained with")
+
+
+def _wanted_bos(model: Path) -> bool | None:
+    """Whether who serves the model has to add a BOS; None: its folder doesn't say."""
+    config = model / "tokenizer_config.json"
+    wanted = json.loads(config.read_text(encoding="utf-8")).get("add_bos_token") if config.is_file() else None
+    return wanted if isinstance(wanted, bool) else None

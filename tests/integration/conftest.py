@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +23,17 @@ TEXT = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
     " naïve Zürich 日本語テキスト Привет עברית हिन्दी 🎉👩‍👩‍👧  trailing   \n \n x_y__z http://a.b/c?d=e&f=%20"
 )
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# As in Llama 3.2's tokenizer.json: 256 from number 128000 on.
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{at}|>" for at in range(3, 248)),
+]  # fmt: skip
 
 
 class Recorder(PlainReporter):
@@ -63,7 +76,9 @@ class Road:
     def finished(self) -> dict[str, str | None]:
         """When each stage last finished, and of which outputs."""
         found = {name: records.read(self.run, name) for name in pipeline.NAMES}
-        return {name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in found.items()}
+        return {
+            name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in found.items()
+        }
 
 
 @pytest.fixture(scope="session")
@@ -96,21 +111,33 @@ def _save(tokenizer: Any, template: str, model: Any, folder: Path) -> Path:
 def llama3_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Toolchain) -> Path:
     """A random model of 2 layers in the shape of Llama 3.2, with its real tokenizer and template."""
     import torch
-    from llama_models.llama3 import tokenizer as real
+    from tokenizers import processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    judge = real.Tokenizer.get_instance()
-    named = {index: name for name, index in judge.special_tokens.items()}
-    ordered = [named[index] for index in sorted(named)]
-    assert len(ordered) == 256
-    converter = TikTokenConverter(
-        str(Path(real.__file__).parent / "tokenizer.model"), pattern=judge.pat_str, extra_special_tokens=ordered
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+            """A token in base64 and its number a line; the converter's own way needs another package."""
+            lines = Path(tiktoken_url).read_text(encoding="ascii").splitlines()
+            return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+
+    spec = importlib.util.find_spec("llama_models")
+    assert spec is not None and spec.origin is not None
+    vocabulary = Path(spec.origin).parent / "llama3" / "tokenizer.model"
+    converter = Converter(str(vocabulary), pattern=LLAMA3_PATTERN, extra_special_tokens=LLAMA3_SPECIAL)
+    backend = converter.converted()
+    first = "<|begin_of_text|>"
+    backend.post_processor = processors.Sequence(  # as in Llama 3.2's tokenizer.json
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, 128000)]
+            ),
+        ]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
-    )
-    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == judge.encode(TEXT, bos=False, eos=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    assert len(tokenizer) == 128256 and tokenizer.convert_tokens_to_ids("<|eot_id|>") == 128009
     torch.manual_seed(3)
     shape = LlamaConfig(
         vocab_size=128256,
@@ -210,18 +237,19 @@ def smollm2_road(
     reporter: PlainReporter,
     toolchain: llamacpp.Toolchain,
 ) -> Road:
-    """SmolLM2 after 12 steps on 48 chats of the sample; 20 others are held out."""
+    """SmolLM2 after 12 steps on 36 chats of the sample; 20 others are held out."""
     from kolotune import smollm2
 
     base = smollm2.unpacked(reporter)
     folder = tmp_path_factory.mktemp("smollm2")
-    (folder / "train.jsonl").write_text("\n".join(lines[:48]) + "\n", encoding="utf-8")
+    (folder / "train.jsonl").write_text("\n".join(lines[:36]) + "\n", encoding="utf-8")
     (folder / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
     options = {
         "base_model": smollm2.NAME,
         "train_data": folder / "train.jsonl",
         "eval_data": folder / "held_out.jsonl",
         "epochs": 1,
+        "batch_size": 3,
         "learning_rate": 1e-3,
         "warmup_steps": 2,
     }

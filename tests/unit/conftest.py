@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kolotune import pipeline, smollm2
 from kolotune import config as configs
+from kolotune import pipeline, smollm2
 from kolotune.chats.tokenizer import TOKENIZER_FILES
 from kolotune.cli import run_command_line
 from kolotune.config import Config

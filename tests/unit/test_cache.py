@@ -32,7 +32,9 @@ def index(tmp_path: Path, monkeypatch: Any) -> tuple[Path, str]:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_thing/data.txt", "data")
         archive.writestr("tiny_thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
-        archive.writestr("tiny_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr("tiny_thing-1.0.dist-info/RECORD", "")
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1"}.items():
         monkeypatch.setenv(name, value)

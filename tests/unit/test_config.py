@@ -203,7 +203,6 @@ def test_unknown_quantizations_are_listed_against_the_known(name: str) -> None:
     [
         ({"quantization": "none,Q8_0"}, "none does not go with another"),
         ({"eval_data": "e.jsonl", "eval_split": 0.1}, "exclude each other"),
-        ({"load_in_4bit": True, "dtype": "fp32"}, "load-in-4bit"),
         ({"template_date": "2026-02-30"}, "no date"),
         ({"output_dir": "a\0b"}, "NUL"),
         ({"train_data": ["a\0b"]}, "NUL"),

@@ -13,6 +13,7 @@ PREFIX = "LLAMA_FTYPE_MOSTLY_"
 def test_the_table_is_the_library_s() -> None:
     library = {name.removeprefix(PREFIX): getattr(llama_cpp, name) for name in dir(llama_cpp) if PREFIX in name}
     assert library.pop("F16") == 1  # that is "none" here: the converter writes it
+    assert library.pop("NVFP4") == 39  # has a number, but llama_model_quantize calls it invalid (see the slow test)
     assert library == FILE_TYPES
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kolotune.errors import ArtifactError
-from kolotune.llamacpp import gguf_file
+from kolotune.llamacpp import Toolchain, gguf_file
 
 
 @pytest.fixture
@@ -84,3 +84,54 @@ def test_mutations_never_raise_anything_else(whole: Path) -> None:
 def test_no_file_at_all(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         gguf_file.read(tmp_path / "none.gguf")
+
+
+def test_the_same_as_the_format_s_own_reader(whole: Path) -> None:
+    judge, summary = gguf.GGUFReader(whole), gguf_file.read(whole)
+    assert summary.tensors == {
+        each.name: (tuple(map(int, each.shape)), each.tensor_type.name, int(each.n_bytes)) for each in judge.tensors
+    }
+    wanted = {name: field.contents() for name, field in judge.fields.items() if not name.startswith("GGUF.")}
+    assert summary.fields.keys() == wanted.keys()
+    for name, value in summary.fields.items():
+        assert value == wanted[name] or value == len(wanted[name]), name
+
+
+def test_a_vocabulary_alone_is_no_model(toolchain: Toolchain) -> None:
+    with pytest.raises(ArtifactError, match="holds no model"):
+        gguf_file.read(toolchain.root / "models" / "ggml-vocab-qwen2.gguf")
+
+
+def test_all_kinds_of_fields(tmp_path: Path) -> None:
+    path = tmp_path / "kinds.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    values: dict[str, tuple[str, object]] = {
+        "a": ("uint8", 200), "b": ("int8", -100), "c": ("uint16", 60000), "d": ("int16", -30000),
+        "e": ("uint32", 4_000_000_000), "f": ("int32", -2_000_000_000), "g": ("float32", 0.5), "h": ("bool", True),
+        "i": ("string", "naïve 🎉"), "j": ("uint64", 2**63), "k": ("int64", -(2**62)), "l": ("float64", 0.1),
+        "m": ("array", [1, 2, 3]), "n": ("array", ["x", ""]), "o": ("array", [True, False]),
+        "p": ("array", [1.5] * 65), "q": ("array", ["ü"] * 65),
+    }  # fmt: skip
+    for name, (kind, value) in values.items():
+        getattr(writer, f"add_{kind}")(name, value)
+    writer.add_tensor("x", np.zeros((2, 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    fields = gguf_file.read(path).fields
+    assert {name: fields[name] for name in values} == {
+        name: len(value) if isinstance(value, list) and len(value) > 64 else value
+        for name, (_, value) in values.items()
+    }
+
+
+def test_a_flag_is_changed_in_place(whole: Path) -> None:
+    before = whole.read_bytes()
+    gguf_file.set_flag(whole, "tokenizer.ggml.add_bos_token", True)
+    assert gguf_file.read(whole).fields["tokenizer.ggml.add_bos_token"] is True
+    assert sum(one != other for one, other in zip(before, whole.read_bytes(), strict=True)) == 1
+    for name in ("tokenizer.ggml.add_eos_token", "llama.block_count"):
+        gguf_file.set_flag(whole, name, False)
+    gguf_file.set_flag(whole, "tokenizer.ggml.add_bos_token", False)
+    assert whole.read_bytes() == before

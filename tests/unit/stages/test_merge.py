@@ -30,10 +30,9 @@ def shaken(model: Any, config: peft.LoraConfig) -> Any:
     torch.manual_seed(5)
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        del name
     return adapted.eval()
 
 
@@ -207,9 +206,7 @@ def test_weights_that_are_not_finite(
 
 
 def test_a_sharded_base(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
-    model = shaken(
-        tiny_model("llama", tmp_path / "base", shard="100KB"), peft.LoraConfig(r=4, target_modules=LINEAR)
-    )
+    model = shaken(tiny_model("llama", tmp_path / "base", shard="100KB"), peft.LoraConfig(r=4, target_modules=LINEAR))
     model.save_pretrained(tmp_path / "adapter")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
