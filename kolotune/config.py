@@ -302,7 +302,7 @@ def dump(config: Config) -> str:
     plain: dict[str, Any] = {}
     for name in FIELDS:
         value = getattr(config, name)
-        if name in ("hf_token", "use_checkpoint") or value is None:
+        if name in ("hf_token", "use_checkpoint") or value is None or (name == "eval_split" and config.eval_data):
             continue
         plain[name] = _plain(value)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
