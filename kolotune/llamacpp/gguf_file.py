@@ -19,6 +19,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SHORT = 64  # longer arrays are given by their length
 _ALIGNMENT = 32
+_NEWER = {42: ("Q2_0", 64, 18)}  # the pinned llama.cpp writes it, the gguf package (0.19) doesn't know it yet
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,16 @@ class _Header:
 
         del name
         shape = tuple(int(self._number("<Q")) for _ in range(self._number("<I")))
-        kind = gguf.GGMLQuantizationType(self._number("<I"))
+        number = self._number("<I")
+        if number in _NEWER:
+            kind, block, size = _NEWER[number]
+        else:
+            known = gguf.GGMLQuantizationType(number)
+            kind, (block, size) = known.name, gguf.GGML_QUANT_SIZES[known]
         elements = 1
         for extent in shape:
             elements *= extent
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        return shape, kind.name, elements // block * size, int(self._number("<Q"))
+        return shape, kind, elements // block * size, int(self._number("<Q"))
 
 
 def read(path: Path) -> GgufSummary:
