@@ -21,16 +21,15 @@ from .errors import ConfigError
 DEFAULT_OUTPUT_DIR = Path("outputs")
 
 
-def option(default: Any, text: str, *, flag: str | None = None, kind: str = "training") -> Any:
+def option(default: Any, text: str, *, kind: str = "training") -> Any:
     """A field of `Config`: its default, the sentence that `--help` shows, and the group it is shown in.
 
     Args:
         default: the value when nobody gives one.
         text: one sentence for `--help`.
-        flag: the flag's name where it isn't the field's in kebab case; "" for no flag at all.
         kind: the group in `--help` and in the printed config.
     """
-    return field(default=default, metadata={"help": text, "flag": flag, "kind": kind})
+    return field(default=default, metadata={"help": text, "kind": kind})
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Config:
     parameter: tuple[str, ...] = option(
         (), "PARAMETER for the Modelfile, as temperature=0.7; may be given several times.", kind="export"
     )
-    compare: bool = option(True, "Compare base, tuned and quantized at the end.", flag="", kind="export")
+    compare: bool = option(True, "Accepted for scripts; so far a run compares nothing at its end.", kind="export")
     output_dir: Path = option(DEFAULT_OUTPUT_DIR, "The run folder.", kind="export")
 
 

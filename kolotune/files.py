@@ -58,7 +58,8 @@ def explained(error: OSError, path: Path) -> SpaceError | ArtifactError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SpaceError(f"{path}: the disk is full")
     return ArtifactError(
-        f"{path}: can't be written: {error.strerror or error}", "Choose an --output-dir that you may write to."
+        f"{path}: can't be read or written: {error.strerror or error}",
+        "Check the name and your rights there; --output-dir chooses another run folder.",
     )
 
 

@@ -102,7 +102,7 @@ def _is_there(name: str) -> bool:
 def _is_hub_id(name: str) -> bool:
     """Whether the hub could have a model of that name, by its own rules."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

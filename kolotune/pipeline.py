@@ -114,12 +114,14 @@ def _preflight(stages: Sequence[Stage], context: Context, reporter: Reporter, ha
 def _check_space(stages: Sequence[Stage], context: Context) -> None:
     """Refuses to start when the disk can't hold what the stages make.
 
-    The merged model and the f16 GGUF are 2 bytes a weight each, as the base's files are; a quantization is at
+    The merged model and the unquantized GGUF are as large as the base's files (2 bytes a weight), twice that
+    in fp32; a quantization is at
     most as large as Q8_0's 8.5 bits.
     """
     names = {stage.NAME for stage in stages}
     weights = sum(path.stat().st_size for path in context.base.glob("*.safetensors"))
-    needed = weights * (("merge" in names) + ("convert" in names))
+    wide = 2 if context.config.merge_dtype == "fp32" else 1
+    needed = wide * weights * (("merge" in names) + ("convert" in names))
     if "quantize" in names:
         needed += int(weights * 8.5 / 16) * len(context.config.quantization)
     free = shutil.disk_usage(context.run.root).free

@@ -112,7 +112,7 @@ def reasons(stage: Stage, context: Context, hasher: Hasher) -> list[str]:
     if record is None:
         return ["it has not run yet"]
     found = [
-        f"{name.replace('_', '-')} changed from {record.options.get(name)} to {value}"
+        f"{name.replace('_', '-')} changed from {_in_words(record.options.get(name))} to {_in_words(value)}"
         for name, value in _through_json(stage.options(context.config)).items()
         if record.options.get(name) != value
     ]
@@ -151,6 +151,13 @@ def write(stage: Stage, context: Context, hasher: Hasher, facts: dict[str, Any],
     )
     write_json(context.run.record(stage.NAME), dataclasses.asdict(record))
     return record
+
+
+def _in_words(value: Any) -> str:
+    """An option's value as the user would write it."""
+    if value in (None, "", []):
+        return "nothing"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _through_json(value: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 
@@ -256,8 +256,3 @@ def size_in_words(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in ("B", "KB") else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def fields_in_words(fields: Mapping[str, Any]) -> str:
-    """``name value, name value`` for a line of text."""
-    return ", ".join(f"{name} {value}" for name, value in fields.items())

@@ -50,7 +50,7 @@ def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **
 
     folder = Path(given(flags).get("output_dir", DEFAULT_OUTPUT_DIR))
     saved = RunFolder(folder).config
-    resolved = config_of(flags, data, config, saved if saved.is_file() and not data else None)
+    resolved = config_of(flags, data, config, saved if saved.is_file() else None)
     pipeline.run(resolved, reporter(json), ["prepare"])
     return 0
 

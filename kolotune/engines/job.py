@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +89,6 @@ class TrainJob:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this job."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _MAY_DIFFER_ON_RESUME}
-
-
-def identity_digest(identity: Mapping[str, Any]) -> str:
-    """A short name for an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def emit(event: str, **fields: Any) -> None:

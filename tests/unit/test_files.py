@@ -90,7 +90,7 @@ def test_system_errors_are_told_in_the_users_words(tmp_path: Path) -> None:
     assert "Permission denied" in other.cause
     assert other.hint
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="can't be written"):
+    with pytest.raises(ArtifactError, match="can't be read or written"):
         files.write_text(tmp_path / "file" / "below", "x")
     assert (tmp_path / "file").read_text() == ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -16,19 +15,15 @@ from typing import Any
 
 import psutil
 import pytest
+from support.runs import config_of, partials, states
 
 from kolotune import config as configs
 from kolotune import pipeline, records
 from kolotune.config import Config
-from kolotune.errors import KolotuneError, RunFolderError, SpaceError
+from kolotune.errors import KolotuneError, RunFolderError
 from kolotune.files import Hasher
 from kolotune.layout import RunFolder
 from kolotune.reporter import PlainReporter
-
-
-def config_of(run: RunFolder, **changes: Any) -> Config:
-    saved = configs.resolve((configs.load_file(run.config), "saved", run.root))
-    return configs.resolve((dataclasses.asdict(saved), "saved", run.root), (changes, "changes", run.root.parent))
 
 
 def to_run(run: RunFolder, **changes: Any) -> dict[str, list[str]]:
@@ -37,19 +32,10 @@ def to_run(run: RunFolder, **changes: Any) -> dict[str, list[str]]:
     return {each.name: each.why for each in found if each.state != "done" and "runs before it" not in each.why[0]}
 
 
-def states(run: RunFolder) -> dict[str, str]:
-    return {each.name: each.state for each in pipeline.status(run)}
-
-
 def hashes(run: RunFolder) -> dict[str, str]:
     hasher = Hasher()
     paths = [*run.root.glob("*.gguf"), *run.root.glob("Modelfile*"), run.adapter, run.merged_model, run.prepared]
     return {path.name: hasher.of(path) for path in paths}
-
-
-def partials(run: RunFolder) -> list[Path]:
-    found = [path for path in run.root.rglob("*") if path.name.endswith((".partial", ".old"))]
-    return [path for path in found if path.parent != run.checkpoints]  # a terminated engine may leave one there
 
 
 def test_a_finished_run_has_everything_and_says_so(finished: Config) -> None:
@@ -93,13 +79,13 @@ def test_times_and_the_clock_play_no_part(run_copy: RunFolder, monkeypatch: Any)
         ({"skip_bad": True}, {"prepare": ["skip-bad changed from False to True"]}),
         ({"epochs": 2}, {"train": ["epochs changed from 1 to 2"]}),
         ({"learning_rate": 0}, {"train": ["learning-rate changed from 0.0002 to 0.0"]}),
-        ({"target_modules": "q_proj"}, {"train": ["target-modules changed from ['all-linear'] to ['q_proj']"]}),
+        ({"target_modules": "q_proj"}, {"train": ["target-modules changed from all-linear to q_proj"]}),
         ({"merge_dtype": "bf16"}, {"merge": ["merge-dtype changed from f16 to bf16"]}),
         (
             {"system": "Be kind."},
-            {"modelfile": ["system changed from None to Be kind."]},
+            {"modelfile": ["system changed from nothing to Be kind."]},
         ),
-        ({"parameter": ["temperature=0.1"]}, {"modelfile": ["parameter changed from [] to ['temperature=0.1']"]}),
+        ({"parameter": ["temperature=0.1"]}, {"modelfile": ["parameter changed from nothing to temperature=0.1"]}),
         ({"checkpoint_steps": 7, "use_checkpoint": True, "compare": False}, {}),
     ],
 )
@@ -419,104 +405,3 @@ def test_after_a_kill_the_next_run_makes_the_same(run_copy: RunFolder, kolotune:
     run_copy.config.write_text(configs.dump(configs.resolve((saved, "saved", run_copy.root))))
     assert kolotune("run", "--config", run_copy.config, *flags)[0] == 0
     assert hashes(run_copy) == before
-
-
-# --- storage
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a folder: ``mount("-t", "tmpfs", …)``; skips where that is not allowed."""
-    made: list[Path] = []
-
-    def do(*arguments: str) -> Path:
-        place = tmp_path / f"mount{len(made)}"
-        place.mkdir()
-        if shutil.which("mount") is None:
-            pytest.skip("there is no mount")
-        done = subprocess.run(["mount", *arguments, str(place)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        made.append(place)
-        return place
-
-    yield do
-    for place in reversed(made):
-        # Lazily: a file may still be mapped by what the test holds.
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def tmpfs(mount: Callable[..., Path], size: str) -> Path:
-    return mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
-
-
-def test_too_little_space_is_said_before_any_work(
-    run_copy: RunFolder, mount: Callable[..., Path], reporter: PlainReporter
-) -> None:
-    small = tmpfs(mount, "4m")
-    with pytest.raises(SpaceError, match=r"makes about .* MB, but only .* are free") as error:
-        pipeline.run(config_of(run_copy, output_dir=small / "run"), reporter)
-    assert error.value.exit_code == 13
-    assert not (small / "run" / ".kolotune" / "prepared").exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "free"),
-    [
-        ("prepare", 1_000_000),
-        ("merge", 3_000_000),
-        pytest.param("train", 24_000, marks=pytest.mark.slow),
-        pytest.param("convert", 3_000_000, marks=pytest.mark.slow),
-        pytest.param("quantize", 3_000_000, marks=pytest.mark.slow),
-    ],
-)
-def test_a_disk_that_fills_up_is_a_space_error_and_leaves_nothing_half_made(
-    run_copy: RunFolder,
-    mount: Callable[..., Path],
-    reporter: PlainReporter,
-    monkeypatch: Any,
-    stage: str,
-    free: int,
-) -> None:
-    """The estimate is passed over, as when another program fills the disk in the meantime."""
-    small = RunFolder(tmpfs(mount, "60m") / "run")
-    before = ["prepare", "train", "merge", "convert", "quantize"]
-    results = {"train": "adapter", "merge": "merged_model", "convert": "Merged.gguf"}
-    names = [".kolotune", "config.yaml", *(results[each] for each in before[: before.index(stage)] if each in results)]
-    if stage != "prepare":
-        small.root.mkdir()
-        for name in names:
-            source = run_copy.root / name
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, small.root / name)
-        small.record(stage).unlink()
-    ballast = small.root.parent / "ballast"
-    ballast.write_bytes(b"x" * (shutil.disk_usage(small.root.parent).free - free))
-    monkeypatch.setattr(pipeline, "_check_space", lambda *_: None)
-    with pytest.raises(SpaceError, match="disk is full") as error:
-        pipeline.run(config_of(run_copy, output_dir=small.root), reporter, [stage])
-    assert error.value.exit_code == 13
-    assert partials(small) == []
-    ballast.unlink()
-    if stage != "prepare":  # the first stage fails in a folder that has no saved config's record yet
-        assert states(small)[stage] in ("failed", "interrupted")  # where even the note had no room
-
-
-def test_a_read_only_folder_is_told(run_copy: RunFolder, mount: Callable[..., Path], kolotune: Any) -> None:
-    place = mount("--bind", str(run_copy.root))
-    done = subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting read-only is not allowed here")
-    code, output = kolotune("run", "--config", run_copy.config, "--output-dir", place, "--system", "x")
-    assert code == 11
-    assert "Read-only file system" in output
-    assert "--output-dir" in output
-    assert "Traceback" not in output
-    assert kolotune("status", place)[0] == 0
-
-
-def test_an_output_folder_that_is_a_file_is_told(run_copy: RunFolder, kolotune: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    code, output = kolotune("run", "--config", run_copy.config, "--output-dir", tmp_path / "file")
-    assert code == 11
-    assert "can't be written" in output
-    assert (tmp_path / "file").read_text() == "mine"

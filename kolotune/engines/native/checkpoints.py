@@ -59,6 +59,8 @@ def save(job: TrainJob, state: State) -> None:
     if _whole(target) is not None:
         for old in _by_step(folder)[_KEPT:]:
             remove(old)
+        for unfinished in folder.glob(".step-*"):  # what a process that was ended left behind
+            remove(unfinished)
 
 
 def newest(job: TrainJob) -> State | None:

@@ -245,7 +245,7 @@ def test_modelfile_rewrites_only_the_modelfiles(kolotune: Call, run_copy: RunFol
     adapter = (run_copy.adapter / "adapter_model.safetensors").stat().st_ino
     code, output = kolotune("modelfile", run_copy.root, "--system", 'Say "aye"', "--parameter", "temperature=0.3")
     assert code == 0, output
-    assert "system changed from None to" in output
+    assert "system changed from nothing to" in output
     for path in (run_copy.modelfile(), run_copy.modelfile("Q4_K_M")):
         assert 'SYSTEM """Say "aye' in path.read_text() or 'Say "aye"' in path.read_text()
         assert "PARAMETER temperature 0.3" in path.read_text()
