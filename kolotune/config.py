@@ -11,13 +11,17 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from . import quantizations
 from .errors import ConfigError
 
+if TYPE_CHECKING:
+    import yaml
+
+_YAML_LINE_BREAKS = "\x85\u2028\u2029"
 DEFAULT_OUTPUT_DIR = Path("outputs")
 
 
@@ -277,7 +281,7 @@ def load_file(path: Path) -> dict[str, Any]:
             f"{path}: can't be read: {error}", "Give a YAML file, such as `kolotune init` writes."
         ) from None
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=_strict_loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
@@ -289,6 +293,26 @@ def load_file(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds no options of the form `name: value`", "See the file `kolotune init` writes.")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _strict_loader() -> type[yaml.SafeLoader]:
+    """YAML's safe loader, but a key that stands twice is an error: PyYAML would take the last one in silence."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def dump(config: Config) -> str:
@@ -304,7 +328,10 @@ def dump(config: Config) -> str:
         if name in ("hf_token", "use_checkpoint") or value is None or (name == "eval_split" and config.eval_data):
             continue
         plain[name] = _plain(value)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if any(each in text for each in _YAML_LINE_BREAKS):  # PyYAML writes them as they are, and reads them as a space
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=False)
+    return text
 
 
 def as_record(config: Config, names: Sequence[str]) -> dict[str, Any]:

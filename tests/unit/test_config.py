@@ -314,6 +314,7 @@ def test_no_value_of_a_yaml_file_raises_anything_but_a_config_error(values: dict
     ("text", "words"),
     [
         ("epochs: 1\nlora_rank: [1\n", "options.yaml:3: no valid YAML"),
+        ("epochs: 1\nseed: 2\nepochs: 3\n", "options.yaml:3: no valid YAML: epochs stands there twice"),
         ("epochs: 1\n\tseed: 2\n", "options.yaml:2: no valid YAML"),
         ("system: !!python/object/apply:os.system ['touch made']\n", "options.yaml:1: no valid YAML"),
         ("system: !!python/name:os.system\n", "no valid YAML"),
