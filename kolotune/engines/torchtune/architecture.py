@@ -65,10 +65,9 @@ def read(folder: Path) -> Llama:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'}: can't be read: {error}", "Download the model again.") from None
-    if config.get("architectures") != ["LlamaForCausalLM"]:
-        raise _unknown(
-            folder, f"it is a {', '.join(map(str, config.get('architectures') or ['model without a name']))}"
-        )
+    architectures = config.get("architectures") or ["model of an unnamed architecture"]
+    if architectures != ["LlamaForCausalLM"]:
+        raise _unknown(folder, f"it is a {', '.join(map(str, architectures))}")
     for name, wanted in _FIXED.items():
         if config.get(name, wanted) != wanted:
             raise _unknown(folder, f"it has {name} {config[name]!r}, and torchtune's Llamas have {wanted!r}")
@@ -89,7 +88,7 @@ def read(folder: Path) -> Llama:
             tied=bool(config.get("tie_word_embeddings", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _unknown(folder, f"its config.json gives no usable {error}") from None
+        raise _unknown(folder, f"a number is missing or wrong in its config.json ({error})") from None
     if shape.embed_dim % heads or (config.get("head_dim") or shape.head_dim) != shape.head_dim:
         raise _unknown(folder, f"its heads have {config.get('head_dim')} columns, not hidden size / heads")
     if heads % shape.num_kv_heads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEPT = 2
-_FACTS, _ADAPTER = "checkpoint.json", "adapter_model.safetensors"
+_FACTS, _ADAPTER = "checkpoint.txt", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def _by_epoch(root: Path) -> list[Path]:
 def _whole(folder: Path) -> dict[str, Any] | None:
     """The facts of a checkpoint whose files are those that were written together; None when it is damaged."""
     try:
-        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        digest_of_facts, _, text = (folder / _FACTS).read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() != digest_of_facts:
+            return None
+        facts: dict[str, Any] = json.loads(text)
         same = all(hash_file(folder / name) == digest for name, digest in facts["sha256"].items())
         proper = len(facts["sha256"]) == 2 and _ADAPTER in facts["sha256"] and isinstance(facts["identity"], dict)
         numbers = isinstance(facts["step"], int) and folder.name == f"epoch-{facts['epoch']:06d}"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ADAPTER, STATE, FACTS = "adapter_model.safetensors", "state.safetensors", "checkpoint.json"
+ADAPTER, STATE, FACTS = "adapter_model.safetensors", "state.safetensors", "checkpoint.txt"
 _CHUNK = 4 << 20
 
 
@@ -67,7 +67,9 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         "step": state.step,
         "sha256": {file: _hash(partial / file) for file in (ADAPTER, STATE)},
     }
-    (partial / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    text = json.dumps(facts, indent=1)
+    # The facts' own hash stands before them: a damaged setting must not be told as another setting.
+    (partial / FACTS).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
     for path in partial.iterdir():
         with path.open("rb+") as handle:
             os.fsync(handle.fileno())
@@ -81,7 +83,7 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
 
 def load(folder: Path) -> State:
     """What `save` wrote; the driver has checked the hashes."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8").partition("\n")[2])
     adapter: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Tensor]] = {}
     random: dict[str, Tensor] = {}
