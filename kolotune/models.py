@@ -18,6 +18,7 @@ from .reporter import Reporter
 # Everything that training and export read; never pickles, never the original/ copies of the weights.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
+_WANTED = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_IGNORED)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -116,7 +117,8 @@ def _from_hub_cache(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+        # What was never asked for is not missing: without these patterns the Llamas' original/ would count.
+        folder = Path(snapshot_download(name, local_files_only=True, **_WANTED))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     try:
@@ -151,9 +153,7 @@ def _download(name: str, token: str | None) -> Path:
             raise ModelError(
                 f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded."
             )
-        return Path(
-            snapshot_download(name, token=token, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_IGNORED))
-        )
+        return Path(snapshot_download(name, token=token, **_WANTED))
 
     return _explaining(name, fetch)
 

@@ -92,12 +92,12 @@ def _metavar(hint: Any) -> str:
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
-    told = []
+    parts = [str(field.metadata["help"])]
     if field.default is not None and field.default is not False and field.default != ():
-        told.append(f"default: {_in_words(field.default)}")
+        parts.append(f"[default: {_in_words(field.default)}]")
     if field.metadata["torchtune"] is not None:
-        told.append(f"torchtune: {_in_words(field.metadata['torchtune'])}")
-    return f"{field.metadata['help']} [{'; '.join(told)}]" if told else str(field.metadata["help"])
+        parts.append(f"[with torchtune: {_in_words(field.metadata['torchtune'])}]")
+    return " ".join(parts)
 
 
 def _in_words(default: Any) -> str:
