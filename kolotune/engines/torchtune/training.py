@@ -144,8 +144,8 @@ def _run_recipe(
     code = local.run(
         [str(place.python), "-P", "-m", "kolotune_recipe", str(folder / "task.json")],
         log=_log(job),
-        # Of kolotune it sees that one folder; progress bars would fill the log.
-        env={"PYTHONPATH": str(_INSIDE), "PYTHONNOUSERSITE": "1", "TQDM_DISABLE": "1"},
+        # Of kolotune it sees that one folder; it needs no network, and progress bars would fill the log.
+        env={"PYTHONPATH": str(_INSIDE), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
         cwd=folder,
         on_line=answers,
         ends_with_us=True,

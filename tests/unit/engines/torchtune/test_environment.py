@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,15 @@ def test_it_is_made_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert not (target / "left over").exists()
     said: list[str] = []
     assert environment.ensure(said.append) == made and not said, "made once"
+
+
+def test_two_at_once_make_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only("# only the standard library\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(environment, "_PROOF", "import json")
+    said: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: environment.ensure(said.append), range(4)))
+    assert len(said) == 1 and len({each.folder for each in made}) == 1
 
 
 def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

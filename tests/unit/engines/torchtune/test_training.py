@@ -83,15 +83,6 @@ def test_it_computes_what_a_plain_loop_computes(tied: bool, options: dict[str, A
     assert told[len(ours)] == pytest.approx(judged, rel=1e-5)
 
 
-def test_the_rate_is_that_of_the_schedule(training_room: Room) -> None:
-    import math
-
-    job = training_room("llama").job(epochs=2, warmup_steps=4)
-    training.train(job)
-    wanted = [step / 4 if step < 4 else 0.5 * (1 + math.cos(math.pi * (step - 4) / 6)) for step in range(10)]
-    assert list(losses(job, "learning_rate").values()) == pytest.approx([5e-3 * each for each in wanted])
-
-
 def test_the_head_in_bf16_and_the_base_in_4_bits(training_room: Room) -> None:
     room = training_room("llama", held_out=3, hidden_size=128, intermediate_size=128, num_key_value_heads=4)
     targets = ["q_proj", "k_proj", "lm_head"]
@@ -258,7 +249,9 @@ def test_what_it_cannot_do_is_refused_before_work(training_room: Room) -> None:
 
 def test_what_it_does_otherwise_is_said(training_room: Room, capfd: pytest.CaptureFixture[str]) -> None:
     room = training_room("llama", chats=random_chats(6, 3))
-    training.train(room.job(epochs=1, warmup_steps=100, checkpoint_steps=2))
+    job = room.job(epochs=1, warmup_steps=100, checkpoint_steps=2)
+    training.train(job)
+    assert list(losses(job, "learning_rate").values()) == pytest.approx([5e-3 * step / 100 for step in range(3)])
     said = capfd.readouterr().out
     assert "the warmup of 100 steps is longer than the training (3 steps)" in said
     assert "checkpoint after each epoch only" in said

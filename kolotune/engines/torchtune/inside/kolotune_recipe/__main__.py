@@ -9,7 +9,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from .events import emit
+from .events import NotFiniteError, emit
 
 _STDIN = 0
 
@@ -30,8 +30,6 @@ def main(task_file: str) -> int:
 
 
 def _kind_of(error: Exception) -> str:
-    from .recipe import NotFiniteError
-
     if isinstance(error, NotFiniteError):
         return "not finite"
     text = str(error)

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+class NotFiniteError(Exception):
+    """A gradient or the loss is no number."""
+
+
 def emit(event: str, **fields: Any) -> None:
     """Prints an event as a line of JSON."""
     print(json.dumps({"event": event, **fields}), flush=True)

@@ -22,14 +22,10 @@ from torchtune.models import convert_weights
 
 from . import checkpoint
 from .chats import IGNORED, Chats, Loader, in_order
-from .events import emit
+from .events import NotFiniteError, emit
 
 _RECIPES = Path(torchtune.__file__).parent.parent / "recipes"
 _COMPONENT = "_component_"
-
-
-class NotFiniteError(Exception):
-    """A gradient or the loss is no number; the weights are those before the step."""
 
 
 def _base_class() -> Any:
@@ -148,7 +144,7 @@ class Recipe(_base_class()):  # type: ignore[misc] # its base is known when it i
         """Called with the gradients in place and the weights as they were."""
         self._rate = float(optimizer.param_groups[0]["lr"])
         gradients = [each.grad for each in self.adapter_params.values() if each.grad is not None]
-        if not all(bool(each.isfinite().all()) for each in gradients):
+        if not torch.stack([each.isfinite().all() for each in gradients]).all():
             raise NotFiniteError(f"a gradient is not finite at step {self.global_step + 1}")
 
     def _on_step(self, loss: float) -> None:
