@@ -172,7 +172,7 @@ def _out_of_memory(job: TrainJob, cause: str) -> TrainingError:
         hint = "Halve --batch-size and double --gradient-accumulation (same result)"
     else:
         hint = "Lower --max-seq-length or --lora-rank, or take a smaller base model"
-    return TrainingError(cause, f"{hint}; --use-checkpoint goes on from the last epoch.")
+    return TrainingError(cause, f"{hint}; --use-checkpoint goes on from the last epoch. See {_log(job)}.")
 
 
 class _Answers:
@@ -213,6 +213,7 @@ class _Answers:
         if event["kind"] == "not finite":
             return TrainingError(
                 event["text"],
-                "Lower --learning-rate and train anew; the last whole epoch is kept among the checkpoints.",
+                "Lower --learning-rate and train anew; the last whole epoch is kept among the checkpoints. "
+                f"See {_log(self._job)}.",
             )
         return TrainingError(f"torchtune stopped: {event['text']}", f"See {_log(self._job)}.")

@@ -25,6 +25,7 @@ from kolotune.engines.job import TrainJob
 from kolotune.engines.torchtune import training
 from kolotune.engines.torchtune.environment import ensure
 from kolotune.errors import ConfigError, TrainingError
+from kolotune.runners.watchdog import WATCH_STDIN
 
 Room = Callable[..., Any]
 PLANTED = "planted-value-8d1f"
@@ -141,13 +142,15 @@ def driver(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[tup
     job = training_room("llama", chats=40, held_out=2).job(epochs=400, lora_dropout=0.1, batch_size=4)
     job.write(Path(job.metrics).with_name("job.json"))
     argv = [sys.executable, "-m", "kolotune.engines.torchtune", str(Path(job.metrics).with_name("job.json"))]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    env = {**os.environ, WATCH_STDIN: "1"}
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     while not (Path(job.checkpoints) / "epoch-000002").exists():
         assert process.stdout.readline(), "the driver ended"
     yield job, process
     process.kill()
-    process.communicate()
+    process.wait()
+    process.stdout.close()
 
 
 def gone(process: psutil.Process) -> bool:
@@ -160,16 +163,20 @@ def gone(process: psutil.Process) -> bool:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", ["killed", "asked to stop", "its parent is gone"])
 def test_torchtune_ends_with_its_driver_and_the_run_is_finished_later(
-    number: signal.Signals, driver: tuple[TrainJob, subprocess.Popen[str]]
+    how: str, driver: tuple[TrainJob, subprocess.Popen[str]]
 ) -> None:
     job, process = driver
     (child,) = psutil.Process(process.pid).children()
     assert "kolotune_recipe" in child.cmdline()
     assert "HF_TOKEN" not in child.environ() and PLANTED not in str(child.environ()) + str(child.cmdline())
-    process.send_signal(number)
-    assert process.wait(20) in (-signal.SIGKILL, 130)
+    if how == "its parent is gone":
+        assert process.stdin is not None
+        process.stdin.close()
+    else:
+        process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGTERM)
+    assert process.wait(20) == (-signal.SIGKILL if how == "killed" else 130)
     assert gone(child)
     done = max(int(path.name[-6:]) for path in Path(job.checkpoints).glob("epoch-*"))
     training.train(dataclasses.replace(job, epochs=done + 1, resume=True))
