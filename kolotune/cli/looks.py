@@ -181,7 +181,7 @@ def _torchtune() -> tuple[str, str, str]:
     except KolotuneError as error:
         return "torchtune", "missing", f"{error.cause}. {error.hint}"
     if found is None:  # --fix leaves it out: most runs need none, and it is large
-        return "torchtune", "none", f"made on first use, or now with: python -m {environment.__name__}"
+        return "torchtune", "none", f"made on first use, or now with: python -m {environment.MODULE}"
     return "torchtune", "ok", str(found.folder)
 
 

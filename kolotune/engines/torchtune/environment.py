@@ -20,6 +20,7 @@ from ...errors import KolotuneError, OfflineError, ToolchainError
 from ...files import explained, remove, write_json
 from ...runners import local
 
+MODULE = "kolotune.engines.torchtune.environment"
 VARIABLE = "KOLOTUNE_TORCHTUNE"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _MARKER = "kolotune.json"  # written last: an environment without it is not whole
@@ -49,7 +50,7 @@ def pinned() -> str:
 def fingerprint() -> str:
     """What a training in the environment depends on; known before the environment is made."""
     given = os.environ.get(VARIABLE)
-    return pinned() if not given else _made_from(Path(given)) or _OTHER
+    return pinned() if not given else _made_from(_folder_of(given)) or _OTHER
 
 
 def find() -> Environment | None:
@@ -60,11 +61,11 @@ def find() -> Environment | None:
     """
     given = os.environ.get(VARIABLE)
     if given:
-        folder = Path(given).expanduser().absolute()
+        folder = _folder_of(given)
         if not _python_of(folder).is_file():
             raise ToolchainError(
                 f"{VARIABLE}={folder}: there is no Python in it",
-                f"Unset it, or make one there: python -m {__spec__.name if __spec__ else __name__} {folder}",
+                f"Unset it, or make one there: python -m {MODULE} {folder}",
             )
         return Environment(folder, _made_from(folder) or _OTHER)
     return _whole(_cached())
@@ -143,6 +144,10 @@ def _made_from(folder: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["requirements"])
     return None
+
+
+def _folder_of(given: str) -> Path:
+    return Path(given).expanduser().absolute()
 
 
 def _cached() -> Path:
