@@ -38,7 +38,9 @@ def _configs() -> dict[str, Callable[..., Any]]:
 
     return {
         "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
         "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
         "gemma": transformers.GemmaConfig,
         "gpt2": transformers.GPT2Config,
     }
@@ -72,6 +74,10 @@ def tiny_model() -> Callable[..., Any]:
             shape = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
         if kind == "gemma":
             shape |= {"head_dim": 16, "tie_word_embeddings": True}
+        if kind == "qwen3":
+            shape |= {"head_dim": 32}
+        if kind == "mistral":
+            shape |= {"sliding_window": None}
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(_configs()[kind](**{**shape, **more}))
         with torch.no_grad():

@@ -11,11 +11,11 @@ from ..config import Config, as_record
 from ..errors import ArtifactError, ConfigError, ToolchainError
 from ..files import Hasher, remove, replacing
 from ..llamacpp import gguf_file
-from ..models import weight_files
 from ..quantizations import FILE_TYPES, NONE, WHOLE_BLOCKS_ONLY
 from ..records import Context
 from ..reporter import Reporter
 from ..runners import local
+from ..weights import weight_files
 
 NAME = "quantize"
 DOING = "quantizing"

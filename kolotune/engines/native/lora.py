@@ -6,7 +6,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,31 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+
+
+class LoraPair:
+    """The two trained matrices beside one linear layer, in fp32 whatever the layer is in.
+
+    An adapter's updates are smaller than bf16's steps.
+
+    Attributes:
+        lora_A: ``[rank, in]``, begins random.
+        lora_B: ``[out, rank]``, begins as zeros.
+        scale: their product is multiplied by it.
+        dropout: probability with which inputs of A are zeroed in training.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float) -> None:
+        self.lora_A, self.lora_B = _new_matrices(inputs, outputs, rank, torch.device("cpu"))
+        self.scale = alpha / rank
+        self.dropout = dropout
+
+
+def _new_matrices(inputs: int, outputs: int, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    a = nn.Parameter(torch.empty(rank, inputs, dtype=torch.float32, device=device))
+    b = nn.Parameter(torch.zeros(outputs, rank, dtype=torch.float32, device=device))
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, b
 
 
 class LoraLinear(nn.Module):
@@ -32,10 +57,7 @@ class LoraLinear(nn.Module):
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         device = base.weight.device
-        # The adapter is kept in fp32 whatever the base is in: its updates are smaller than bf16's steps.
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A, self.lora_B = _new_matrices(base.in_features, base.out_features, rank, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] → [..., out]`` in x's dtype."""
@@ -66,15 +88,7 @@ def add_adapters(
     linear = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
     }
-    leaves = {name.rpartition(".")[2] for name in linear}
-    if list(targets) != [ALL_LINEAR]:
-        unknown = sorted(set(targets) - leaves)
-        if unknown:
-            raise ConfigError(
-                f"target-modules: this model has no linear layer {', '.join(unknown)}",
-                f"Its linear layers are: {', '.join(sorted(leaves))}.",
-            )
-        leaves = set(targets)
+    leaves = targeted({name.rpartition(".")[2] for name in linear}, targets)
     adapters = {}
     for name, layer in linear.items():
         parent_name, _, leaf = name.rpartition(".")
@@ -84,7 +98,24 @@ def add_adapters(
     return adapters
 
 
-def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+def targeted(leaves: set[str], targets: Sequence[str]) -> set[str]:
+    """Which of a model's linear layers, by the last parts of their names, get an adapter.
+
+    Raises:
+        ConfigError: a target is none of them.
+    """
+    if list(targets) == [ALL_LINEAR]:
+        return leaves
+    unknown = sorted(set(targets) - leaves)
+    if unknown:
+        raise ConfigError(
+            f"target-modules: this model has no linear layer {', '.join(unknown)}",
+            f"Its linear layers are: {', '.join(sorted(leaves))}.",
+        )
+    return set(targets)
+
+
+def adapter_tensors(adapters: Mapping[str, LoraPair | LoraLinear]) -> dict[str, Tensor]:
     """The adapters' weights under PEFT's names: A ``[rank, in]`` and B ``[out, rank]``, fp32, on the CPU."""
     tensors = {}
     for name, adapter in adapters.items():
@@ -94,7 +125,7 @@ def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_tensors(adapters: dict[str, LoraLinear], tensors: dict[str, Tensor]) -> None:
+def load_tensors(adapters: Mapping[str, LoraPair | LoraLinear], tensors: dict[str, Tensor]) -> None:
     """Puts weights from `adapter_tensors` back."""
     with torch.no_grad():
         for name, adapter in adapters.items():

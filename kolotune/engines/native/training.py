@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import TrainingError
 from ...hardware import best_device
@@ -18,36 +16,9 @@ from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit
 from ..metrics import Metrics
 from . import checkpoints, lora, schedule
-from .batches import IGNORED, Batch, Tokens, in_order, steps_in_epoch, steps_of
+from .batches import Tokens, longest_first, steps_in_epoch, steps_of
 from .checkpoints import State
-
-
-def load_model(job: TrainJob, device: str) -> nn.Module:
-    """The base model with its weights in the job's dtype, frozen later by `lora.add_adapters`.
-
-    Raises:
-        TrainingError: transformers can't load it, or bitsandbytes is missing.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
-    if job.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            job.base_model, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
-        )
-    except ImportError as error:
-        raise TrainingError(f"the base model can't be loaded: {error}", "pip install 'kolotune[four-bit]'") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise TrainingError(f"the base model can't be loaded: {str(error).splitlines()[0]}") from error
-    if not job.load_in_4bit:
-        model.to(device)
-    module: nn.Module = model
-    return module
+from .model import open_model
 
 
 class Trainer:
@@ -59,47 +30,29 @@ class Trainer:
         self.tokens = Tokens.load(Path(job.data) / "train.safetensors")
         held_out = Path(job.data) / "held_out.safetensors"
         self.held_out = Tokens.load(held_out) if held_out.is_file() else None
-        torch.manual_seed(job.seed)
-        self.model = load_model(job, self.device)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.adapters = lora.add_adapters(
-            self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
+        longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
+        self.model = open_model(job, self.device, longest)
+        self.adapters = self.model.adapters
+        self.parameters = [getattr(pair, part) for pair in self.adapters.values() for part in ("lora_A", "lora_B")]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device != "mps"
         )
-        self.parameters = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
         self.steps_in_epoch = steps_in_epoch(len(self.tokens), job.batch_size, job.gradient_accumulation)
         self.steps = self.steps_in_epoch * job.epochs
         self.warmup_steps = schedule.warmup(self.steps, job.warmup_steps)
         self.state = State()
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """The summed cross-entropy of a batch's labelled tokens, fp32 ``[]``.
-
-        Logits are computed only at positions where at least one chat has a label next.
-        """
-        batch = batch.to(self.device)
-        kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
-        logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
-        if not self._keeps_logits:
-            logits = logits[:, batch.positions]
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-
-    def step(self, batches: Sequence[Batch], rate: float) -> float:
-        """One optimizer step over the mean loss of all labelled tokens in `batches`; returns that loss.
+    def step(self, indices: Sequence[int], rate: float) -> float:
+        """One optimizer step over the mean loss of all labelled tokens of the chats `indices`; returns that loss.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are those before the step.
         """
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        labels = max(1, sum(batch.labels for batch in batches))
+        labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
         total = 0.0
-        for batch in batches:
-            loss = self.loss_sum(batch) / labels
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        for group in self.model.groups(self.tokens, indices):
+            total += self.model.backward(self.tokens, group, 1 / labels) / labels
         limit = self.job.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(total) or not math.isfinite(norm):
@@ -107,22 +60,20 @@ class Trainer:
                 f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
                 "Lower --learning-rate and train anew; the state before this step is kept among the checkpoints.",
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group_options in self.optimizer.param_groups:
+            group_options["lr"] = rate
         self.optimizer.step()
+        self.model.updated()
         return total
 
-    @torch.no_grad()
     def evaluate(self) -> float | None:
         """The mean loss of the held-out chats' labelled tokens; None when nothing is held out."""
-        if self.held_out is None or len(self.held_out) == 0:
+        held_out = self.held_out
+        if held_out is None or len(held_out) == 0:
             return None
-        self.model.eval()
-        total, labels = 0.0, 0
-        for batch in in_order(self.held_out, self.job.batch_size):
-            total += float(self.loss_sum(batch))
-            labels += batch.labels
-        return total / max(1, labels)
+        groups = self.model.groups(held_out, longest_first(held_out))
+        total = sum(self.model.loss(held_out, group) for group in groups)
+        return total / max(1, sum(held_out.labels_of(index) for index in range(len(held_out))))
 
     def snapshot(self) -> State:
         """The whole state, as it goes into a checkpoint."""
@@ -137,6 +88,7 @@ class Trainer:
     def restore(self, state: State) -> None:
         """Puts back what `snapshot` gave."""
         lora.load_tensors(self.adapters, state.tensors)
+        self.model.updated()
         for index, parameter in enumerate(self.parameters):
             saved = state.part(f"optimizer.{index}.")
             if saved:
@@ -198,22 +150,22 @@ def _has_stopped(trainer: Trainer) -> bool:
 
 def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> None:
     job = trainer.job
-    steps = steps_of(trainer.tokens, epoch, job.seed, job.batch_size, job.gradient_accumulation, first)
-    for batches in steps:
+    size = job.batch_size * job.gradient_accumulation
+    for indices in steps_of(len(trainer.tokens), epoch, job.seed, size, first):
         started = time.perf_counter()
         rate = job.learning_rate * schedule.factor(
             job.scheduler_type, trainer.state.step, trainer.steps, trainer.warmup_steps
         )
         random_state = checkpoints.random_state()
         try:
-            loss = trainer.step(batches, rate)
+            loss = trainer.step(indices, rate)
         except TrainingError:
             before = trainer.snapshot()
             before.tensors |= random_state
             checkpoints.save(job, before)
             raise
         trainer.state.step += 1
-        speed = sum(batch.tokens for batch in batches) / (time.perf_counter() - started)
+        speed = sum(trainer.tokens.length_of(index) for index in indices) / (time.perf_counter() - started)
         metrics.write(
             step=trainer.state.step,
             epoch=round(trainer.state.step / trainer.steps_in_epoch, 4),

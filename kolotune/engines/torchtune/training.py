@@ -9,8 +9,8 @@ from typing import Any
 
 from ...errors import KolotuneError, TrainingError
 from ...files import write_json
-from ...models import weight_files
 from ...runners import local
+from ...weights import weight_files
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit, event_of
 from ..metrics import Metrics

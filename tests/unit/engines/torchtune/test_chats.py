@@ -20,6 +20,16 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "train.safetensors"
 
 
+def agrees(batch: dict[str, torch.Tensor], theirs: batches.Tokens, indices: list[int]) -> None:
+    """The batch holds just these chats, with just these labels."""
+    assert len(batch["tokens"]) == len(indices)
+    for ids, labels, index in zip(batch["tokens"], batch["labels"], indices, strict=True):
+        wanted_ids, wanted = theirs.chat(index)
+        length = len(wanted_ids)
+        assert torch.equal(ids[:length], wanted_ids) and torch.equal(labels[1:length], wanted[1:])
+        assert labels[0] == IGNORED and bool((labels[length:] == IGNORED).all())
+
+
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (3, 2), (4, 5), (20, 1)])
 def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, accumulation: int) -> None:
     ours = Loader(Chats.load(file), batch_size, accumulation, seed=7)
@@ -28,16 +38,15 @@ def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, a
         ours.set_epoch(epoch)
         found = list(ours)
         assert len(found) == len(ours) and len(found) % accumulation == 0, "torchtune drops what makes no whole step"
-        steps = list(batches.steps_of(theirs, epoch, 7, batch_size, accumulation))
+        steps = list(batches.steps_of(CHATS, epoch, 7, batch_size * accumulation))
         assert len(steps) == len(found) // accumulation
         for number, step in enumerate(steps):
             mine = found[number * accumulation : (number + 1) * accumulation]
             real = [batch for batch in mine if (batch["labels"] != IGNORED).any()]
-            assert len(real) == len(step)
-            for batch, other in zip(real, step, strict=True):
-                assert torch.equal(batch["tokens"], other.ids)
-                assert torch.equal(batch["labels"][:, other.positions + 1], other.targets)
-                assert int((batch["labels"] != IGNORED).sum()) == other.labels
+            rows = [step[at : at + batch_size] for at in range(0, len(step), batch_size)]
+            assert len(real) == len(rows)
+            for batch, indices in zip(real, rows, strict=True):
+                agrees(batch, theirs, indices)
         assert sum(len(batch["tokens"]) for batch in found if batch["tokens"].shape[1] > 1) == CHATS
 
 
@@ -48,9 +57,12 @@ def test_tokens_are_counted_without_padding(file: Path) -> None:
 
 
 def test_evaluation_reads_every_chat_once(file: Path) -> None:
-    ours, theirs = list(in_order(Chats.load(file), 4)), list(batches.in_order(batches.Tokens.load(file), 4))
-    assert len(ours) == len(theirs) == 3
-    assert all(torch.equal(one["tokens"], other.ids) for one, other in zip(ours, theirs, strict=True))
+    theirs = batches.Tokens.load(file)
+    order = batches.longest_first(theirs)
+    assert sorted(order) == list(range(CHATS))
+    for number, batch in enumerate(in_order(Chats.load(file), 4)):
+        agrees(batch, theirs, order[number * 4 : (number + 1) * 4])
+    assert number == 2
 
 
 def test_a_label_on_the_first_token_does_not_count(tmp_path: Path) -> None:
