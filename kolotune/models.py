@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import smollm2
 from .cache import cache_folder
@@ -19,6 +20,7 @@ from .weights import weight_files
 # Everything that training and export read; never pickles, never the original/ copies of the weights.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
+_WANTED: dict[str, Any] = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_IGNORED)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -117,7 +119,8 @@ def _from_hub_cache(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+        # What was never asked for is not missing: without these patterns the Llamas' original/ would count.
+        folder = Path(snapshot_download(name, local_files_only=True, **_WANTED))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     try:
@@ -152,9 +155,7 @@ def _download(name: str, token: str | None) -> Path:
             raise ModelError(
                 f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded."
             )
-        return Path(
-            snapshot_download(name, token=token, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_IGNORED))
-        )
+        return Path(snapshot_download(name, token=token, **_WANTED))
 
     return _explaining(name, fetch)
 

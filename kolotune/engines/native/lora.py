@@ -5,17 +5,13 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...files import replacing
 
 ALL_LINEAR = "all-linear"
 
@@ -170,29 +166,3 @@ def load_tensors(adapters: Mapping[str, LoraPair | LoraLinear], tensors: dict[st
         for name, adapter in adapters.items():
             for part in ("lora_A", "lora_B"):
                 getattr(adapter, part).copy_(tensors[f"base_model.model.{name}.{part}.weight"])
-
-
-def save_adapter(
-    folder: Path, tensors: dict[str, Tensor], *, base_name: str, rank: int, alpha: float, dropout: float
-) -> None:
-    """Writes a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all."""
-    modules = sorted({name.split(".")[-3] for name in tensors})
-    config = {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": modules,
-        "task_type": "CAUSAL_LM",
-        "use_rslora": False,
-    }
-    with replacing(folder) as partial:
-        partial.mkdir()
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import TrainingError
-from ...files import replacing
 from ...hardware import best_device
+from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit
+from ..metrics import Metrics
 from . import checkpoints, lora, schedule
 from .batches import Tokens, longest_first, steps_in_epoch, steps_of
 from .checkpoints import State
@@ -103,28 +102,6 @@ class Trainer:
         self.state = state
 
 
-class Metrics:
-    """`metrics.jsonl`: one JSON object a line, for each step and each evaluation."""
-
-    def __init__(self, path: Path, steps_done: int) -> None:
-        """Keeps what an earlier process wrote up to step `steps_done` and drops the rest."""
-        kept: list[str] = []
-        if steps_done and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= steps_done:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that a crash cut off
-        with replacing(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, **fields: Any) -> None:
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
-
-
 def train(job: TrainJob) -> None:
     """Trains the adapter of `job` and writes it.
 
@@ -157,7 +134,7 @@ def train(job: TrainJob) -> None:
             emit("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
             break
     best = trainer.state.part("best.") if job.early_stopping else {}
-    lora.save_adapter(
+    save_adapter(
         Path(job.adapter),
         best or lora.adapter_tensors(trainer.adapters),
         base_name=job.base_name,
