@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, Heads, attention_for
 from .fused import FusedLinear
+from .lora import FlatAdapters
 from .packing import Packed
 
 _LOGITS_AT_ONCE = 512  # rows of logits that are in memory together
@@ -34,10 +35,13 @@ class Norm:
         result: tuple[Tensor, Tensor] = _rms_norm(x, [len(self.weight)], self.weight, self.epsilon)
         return result
 
+    def __post_init__(self) -> None:
+        self._exact = self.weight.float()
+
     def backward(self, d_out: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """The gradient of x, in x's dtype."""
         unit = x * factor  # fp32, as the factor is
-        scaled = d_out * self.weight.float()
+        scaled = d_out * self._exact
         shared = (scaled * unit).mean(-1, keepdim=True)
         return torch.addcmul(scaled, unit, shared, value=-1).mul_(factor).to(x.dtype)
 
@@ -83,6 +87,12 @@ class Decoder:
     norm: Norm
     frequencies: Tensor
     rotary_scale: float = 1.0
+
+    def join(self, flat: FlatAdapters) -> None:
+        """Finds the adapters in the row that they have become parts of."""
+        for layer in self.layers:
+            for linear in layer.linears:
+                linear.join(flat)
 
     def refresh(self) -> None:
         """Takes the adapters as they stand now."""

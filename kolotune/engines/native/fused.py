@@ -1,7 +1,7 @@
 """Several linear layers over one input, with their adapters, as one matrix product.
 
-The layers' weights stand below each other, and each adapter's scaled B stands beside its layer's rows, so that
-``[x, A x] · [W, s B]ᵀ`` is the whole result: a product with a few columns more in place of three products and two
+The layers' weights stand below each other, and each adapter's B stands beside its layer's rows, so that
+``[x, s A x] · [W, B]ᵀ`` is the whole result: a product with a few columns more in place of three products and two
 sums. Backwards the same product gives the gradient of A x along with that of x.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .lora import LoraPair
+from .lora import FlatAdapters, LoraPair
 
 
 class FusedLinear:
@@ -32,11 +32,13 @@ class FusedLinear:
         self.rank = sum(len(pair.lora_A) for pair in pairs if pair is not None)
         self.weight = weights[0].new_zeros(self.outputs, self.inputs + self.rank)
         self.down = weights[0].new_zeros(self.rank, self.inputs)
+        self._a = self._a_gradient = self.down  # until `join`
         self.bias: Tensor | None = None
         if any(each is not None for each in biases):
             parts = [weight.new_zeros(len(weight)) if bias is None else bias
                      for weight, bias in zip(weights, biases, strict=True)]  # fmt: skip
             self.bias = torch.cat(parts)
+        # Of one scale, since rank and alpha are those of the whole job.
         self.parts: list[tuple[LoraPair, slice, slice]] = []
         row = column = 0
         for weight, pair in zip(weights, pairs, strict=True):
@@ -48,12 +50,21 @@ class FusedLinear:
                 column += len(pair.lora_A)
         self._drops = any(pair.dropout for pair, _, _ in self.parts)
 
+    def join(self, flat: FlatAdapters) -> None:
+        """Finds the adapters in the row that they have become parts of; their A stand there behind each other."""
+        if self.parts:
+            first = self.parts[0][0].lora_A
+            place = slice(first.storage_offset(), first.storage_offset() + self.down.numel())
+            assert flat.parameter.grad is not None
+            self._a = flat.parameter.detach()[place].view_as(self.down)
+            self._a_gradient = flat.parameter.grad[place].view_as(self.down)
+
     def refresh(self) -> None:
         """Takes the adapters as they stand now; called after each change of them."""
+        if self.parts:
+            torch.mul(self._a, self.parts[0][0].scale, out=self.down)
         for pair, rows, columns in self.parts:
-            self.down[columns] = pair.lora_A.detach()
-            scaled = pair.lora_B.detach() * pair.scale
-            self.weight[rows, self.inputs + columns.start : self.inputs + columns.stop] = scaled
+            self.weight[rows, self.inputs + columns.start : self.inputs + columns.stop] = pair.lora_B.detach()
 
     def room(self, tokens: int) -> Tensor:
         """An input to be filled by the caller in its first `inputs` columns: ``[tokens, inputs + rank]``."""
@@ -95,22 +106,14 @@ class FusedLinear:
             return d_given
         d_up = d_out.t() @ low.contiguous()  # of all layers against all adapters; the blocks that belong are taken
         for pair, rows, columns in self.parts:
-            _add_gradient(pair.lora_B, d_up[rows, columns].float() * pair.scale)
+            assert pair.lora_B.grad is not None
+            pair.lora_B.grad.add_(d_up[rows, columns])
+        scale = self.parts[0][0].scale
         if masks:
-            for (pair, _, columns), mask in zip(self.parts, masks, strict=True):
-                _add_gradient(pair.lora_A, d_low[:, columns].t() @ (given * mask))
+            for (_, _, columns), mask in zip(self.parts, masks, strict=True):
+                self._a_gradient[columns].add_(d_low[:, columns].t() @ (given * mask), alpha=scale)
                 if whole:
                     d_given += (d_low[:, columns] @ self.down[columns]) * mask
             return d_given
-        d_down = d_low.t() @ given
-        for pair, _, columns in self.parts:
-            _add_gradient(pair.lora_A, d_down[columns])
-        if whole:
-            d_given += d_low @ self.down
-        return d_given
-
-
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad += gradient
+        self._a_gradient.add_(d_low.t() @ given, alpha=scale)
+        return torch.addmm(d_given, d_low, self.down) if whole else d_given

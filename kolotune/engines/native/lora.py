@@ -80,7 +80,7 @@ def add_adapters(
         The adapters by the layer's full name, in the model's order.
 
     Raises:
-        ConfigError: a target is no linear layer of the model.
+        ConfigError: a target is no linear layer of the model, or it has none (GPT-2 has layers of its own kind).
     """
     model.requires_grad_(False)
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
@@ -95,6 +95,8 @@ def add_adapters(
         if leaf in leaves:
             adapters[name] = LoraLinear(layer, rank, alpha, dropout)
             setattr(model.get_submodule(parent_name), leaf, adapters[name])
+    if not adapters:
+        raise ConfigError("base-model: it has no linear layer that could get an adapter", "Tune another model.")
     return adapters
 
 
@@ -113,6 +115,39 @@ def targeted(leaves: set[str], targets: Sequence[str]) -> set[str]:
             f"Its linear layers are: {', '.join(sorted(leaves))}.",
         )
     return set(targets)
+
+
+class FlatAdapters:
+    """All adapters' matrices in one row, so that clipping and the optimizer's step are one operation each.
+
+    The adapters' own parameters become parts of it, and their gradients parts of its gradient.
+
+    Args:
+        adapters: by name.
+        order: names and parts, ``("…q_proj", "lora_A")``, in the order in which they stand in the row.
+
+    Attributes:
+        parameter: fp32 ``[weights of all]``; its gradient is there from the beginning.
+    """
+
+    def __init__(self, adapters: Mapping[str, LoraPair | LoraLinear], order: Sequence[tuple[str, str]]) -> None:
+        matrices = {f"{name}.{part}": getattr(adapters[name], part) for name, part in order}
+        row = torch.cat([each.detach().flatten() for each in matrices.values()])
+        self.parameter = nn.Parameter(row)
+        self.parameter.grad = torch.zeros_like(row)
+        self._places: dict[str, tuple[int, torch.Size]] = {}
+        start = 0
+        for name, matrix in matrices.items():
+            self._places[name] = (start, matrix.shape)
+            start += matrix.numel()
+        for name, view in self.named(row).items():
+            matrices[name].data = view
+        for name, view in self.named(self.parameter.grad).items():
+            matrices[name].grad = view
+
+    def named(self, row: Tensor) -> dict[str, Tensor]:
+        """The parts of a row laid out as `parameter` is, by matrix, each in its shape; they share its memory."""
+        return {name: row[start : start + shape.numel()].view(shape) for name, (start, shape) in self._places.items()}
 
 
 def adapter_tensors(adapters: Mapping[str, LoraPair | LoraLinear]) -> dict[str, Tensor]:

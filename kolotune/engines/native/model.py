@@ -27,6 +27,10 @@ class TrainingModel(Protocol):
     def adapters(self) -> Mapping[str, lora.LoraPair | lora.LoraLinear]:
         """By the full names of their layers, in the model's order."""
 
+    @property
+    def flat(self) -> lora.FlatAdapters:
+        """The adapters' matrices as one row."""
+
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """The chats `indices` in groups that are computed at once."""
 
@@ -66,6 +70,16 @@ class PackedModel:
         self.decoder, self.adapters = llama.load(
             Path(job.base_model), dtype, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
         )
+        names = {id(pair): name for name, pair in self.adapters.items()}
+        order = [
+            (names[id(pair)], part)
+            for layer in self.decoder.layers
+            for linear in layer.linears
+            for part in ("lora_A", "lora_B")
+            for pair, _, _ in linear.parts
+        ]
+        self.flat = lora.FlatAdapters(self.adapters, order)
+        self.decoder.join(self.flat)
         self._shares = not job.lora_dropout
         self.updated()
 
@@ -106,6 +120,8 @@ class PlainModel:
         self.adapters = lora.add_adapters(
             self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
         )
+        order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
+        self.flat = lora.FlatAdapters(self.adapters, order)
 
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; of as many chats as the batch size says."""

@@ -33,9 +33,9 @@ class Trainer:
         longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
         self.model = open_model(job, self.device, longest)
         self.adapters = self.model.adapters
-        self.parameters = [getattr(pair, part) for pair in self.adapters.values() for part in ("lora_A", "lora_B")]
+        self.parameter = self.model.flat.parameter
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device != "mps"
+            [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device != "mps"
         )
         self.steps_in_epoch = steps_in_epoch(len(self.tokens), job.batch_size, job.gradient_accumulation)
         self.steps = self.steps_in_epoch * job.epochs
@@ -48,13 +48,13 @@ class Trainer:
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are those before the step.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
         total = 0.0
         for group in self.model.groups(self.tokens, indices):
             total += self.model.backward(self.tokens, group, 1 / labels) / labels
         limit = self.job.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(nn.utils.clip_grad_norm_([self.parameter], limit))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
@@ -78,9 +78,10 @@ class Trainer:
     def snapshot(self) -> State:
         """The whole state, as it goes into a checkpoint."""
         tensors = lora.adapter_tensors(self.adapters)
-        for index, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
+        for key, value in self.optimizer.state.get(self.parameter, {}).items():
+            parts = {"": value} if key == "step" else self.model.flat.named(value)
+            for name, part in parts.items():
+                tensors[f"optimizer.{key}.{name}"] = part.detach().to("cpu", copy=True).contiguous()
         tensors |= checkpoints.random_state()
         tensors |= {name: each for name, each in self.state.tensors.items() if name.startswith("best.")}
         return State(self.state.step, self.state.best_loss, self.state.evaluations_since_best, tensors)
@@ -89,12 +90,14 @@ class Trainer:
         """Puts back what `snapshot` gave."""
         lora.load_tensors(self.adapters, state.tensors)
         self.model.updated()
-        for index, parameter in enumerate(self.parameters):
-            saved = state.part(f"optimizer.{index}.")
-            if saved:
-                self.optimizer.state[parameter] = {
-                    name: each if name == "step" else each.to(self.device) for name, each in saved.items()
-                }
+        if "optimizer.step." in state.tensors:
+            restored = {"step": state.tensors["optimizer.step."]}
+            for key in ("exp_avg", "exp_avg_sq"):
+                restored[key] = torch.zeros_like(self.parameter)
+                saved = state.part(f"optimizer.{key}.")
+                for name, part in self.model.flat.named(restored[key]).items():
+                    part.copy_(saved[name])
+            self.optimizer.state[self.parameter] = restored
         checkpoints.restore_random_state(state)
         self.state = state
 

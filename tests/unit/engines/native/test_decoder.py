@@ -17,6 +17,7 @@ from kolotune.engines.native import attention, llama, packing
 from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
 from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
+from kolotune.errors import ConfigError
 
 Room = Callable[..., Any]
 LLAMA3 = {
@@ -194,7 +195,6 @@ def test_bf16_stays_near_fp32(training_room: Room) -> None:
     ("kind", "more", "reason"),
     [
         ("gemma", {}, "architecture is gemma"),
-        ("gpt2", {}, "architecture is gpt2"),
         ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ("mistral", {"sliding_window": 16}, "window of 16"),
@@ -208,6 +208,13 @@ def test_other_models_go_through_transformers(kind: str, more: Any, reason: str,
     assert isinstance(model, PlainModel)
     tokens = Tokens.load(Path(room.job().data) / "train.safetensors")
     assert model.loss(tokens, [0]) > 0
+
+
+def test_a_model_without_linear_layers_is_refused(training_room: Room) -> None:
+    room = training_room("gpt2")
+    assert "gpt2" in llama.why_not(room.root / "base", 100)
+    with pytest.raises(ConfigError, match="no linear layer"):
+        open_model(room.job(), "cpu", 100)
 
 
 def test_a_window_wider_than_the_chats_is_none(training_room: Room) -> None:
