@@ -129,8 +129,8 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
         layers: each ``(values, what it is called in messages, folder that its relative paths start from)``;
             a later layer wins. A value of None says nothing, an explicit 0, empty string or False counts.
 
-    What no layer gives gets the default of the engine. A run's saved config gives every option: to change the
-    engine of such a run changes the engine and nothing else.
+    What no layer gives gets the default of the engine. A run's saved config gives every option that has a value:
+    another engine for such a run changes the engine alone, and an automatic warmup to torchtune's fixed one.
 
     Raises:
         ConfigError: unknown keys and impossible values, all of them in one message.

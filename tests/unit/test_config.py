@@ -419,3 +419,10 @@ def test_another_engine_for_a_saved_run_changes_the_engine_alone(tmp_path: Path)
     assert changed == dataclasses.replace(saved, engine="torchtune")
     layer = (load_file(written(tmp_path, dump(changed))), "saved", tmp_path)
     assert resolve(layer) == changed and resolve(layer, flags(engine="native")) == saved
+
+
+def test_an_automatic_warmup_becomes_torchtunes() -> None:
+    """It has no value that a saved config could give."""
+    layer = ({"engine": "native", "batch_size": 4}, "saved", HERE)
+    assert resolve(layer).warmup_steps is None
+    assert resolve(layer, flags(engine="torchtune")).warmup_steps == 100
