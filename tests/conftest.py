@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support.training import VOCABULARY, TrainingRoom, random_chats, write_tokens
 
 from kolotune import llamacpp
 from kolotune.reporter import PlainReporter
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "lighthouse"
+# How long an example takes says something about the machine, which is shared, and nothing about the code.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

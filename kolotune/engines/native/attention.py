@@ -42,8 +42,8 @@ class Attention(Protocol):
     def forward(self, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``[row, heads.all * width]`` to ``[row, queries * width]``, and what `backward` needs."""
 
-    def backward(self, d_out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """The gradient of qkv, ``[row, heads.all, width]``, from the output's."""
+    def backward(self, d_out: Tensor, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """The gradient of qkv, ``[row, heads.all, width]``, from the output and its gradient."""
 
 
 def attention_for(packed: Packed, heads: Heads, dtype: torch.dtype) -> Attention:
@@ -90,8 +90,9 @@ class ShortAttention:
         out = out.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
         return out.index_select(0, self.place), (queries, keys, values, shares)
 
-    def backward(self, d_out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, d_out: Tensor, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """See `Attention.backward`."""
+        del out
         queries, keys, values, shares = kept
         heads, rows, width = self.heads, self.rows, self.width
         grid = d_out.new_zeros(rows * width, heads.queries * heads.width).index_copy_(0, self.place, d_out)
@@ -140,19 +141,19 @@ class LongAttention:
         for part in torch.split(qkv, self.lengths):
             out, sums = _flash(*self._split(part), 0.0, True, scale=1.0)
             outs.append(out[0].transpose(0, 1).reshape(len(part), -1))
-            kept += [out, sums]
+            kept.append(sums)
         return torch.cat(outs), tuple(kept)
 
-    def backward(self, d_out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, d_out: Tensor, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """See `Attention.backward`."""
         gradients = []
-        parts = zip(
-            torch.split(kept[0], self.lengths), torch.split(d_out, self.lengths), kept[1::2], kept[2::2], strict=True
-        )
-        for part, d_part, out, sums in parts:
-            shaped = d_part.view(1, len(part), self.heads.queries, self.heads.width).transpose(1, 2)
+        of_chats = (torch.split(each, self.lengths) for each in (kept[0], d_out, out))
+        for part, d_part, out_part, sums in zip(*of_chats, kept[1:], strict=True):
             queries, keys, values = self._split(part)
-            found = _flash_backward(shaped, queries, keys, values, out, sums, 0.0, True, scale=1.0)
+            d_shaped, out_shaped = (
+                each.reshape(1, len(part), self.heads.queries, -1).transpose(1, 2) for each in (d_part, out_part)
+            )
+            found = _flash_backward(d_shaped, queries, keys, values, out_shaped, sums, 0.0, True, scale=1.0)
             d_keys, d_values = (
                 torch.unflatten(each, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for each in found[1:]
             )

@@ -237,7 +237,8 @@ class _Row:
         d_normed = layer.gate_up.backward(d_gate_up, saved["mlp_normed"], masks.get("gate_up"))
         d_middle = layer.mlp_norm.backward(d_normed, saved["middle"], saved["mlp_factor"]).add_(d_out)
         d_mixed = layer.out.backward(d_middle, saved["attended"], masks.get("out"))
-        d_rotated = self.attention.backward(d_mixed, kept.attention)
+        mixed = saved["attended"][:, : layer.out.inputs]
+        d_rotated = self.attention.backward(d_mixed, mixed, kept.attention)
         d_qkv = self._unrotated(layer, d_rotated, saved)
         d_normed = layer.qkv.backward(d_qkv, saved["normed"], masks.get("qkv"), whole=not first)
         if first:
