@@ -6,10 +6,12 @@ import ctypes
 import sys
 
 from ..quantizations import FILE_TYPES
+from ..runners.watchdog import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
     """Quantizes file IN to file OUT as TYPE; 0 when the library says that it worked."""
+    end_with_parent()
     source, target, name = arguments
     import llama_cpp
 

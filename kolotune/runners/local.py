@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import SpaceError
 from ..files import explained
+from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0
 _FULL_BYTES = 1 << 20
@@ -27,6 +28,7 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], bool] | None = None,
+    ends_with_us: bool = False,
 ) -> int:
     """Runs a program to its end; its output goes to `log`.
 
@@ -36,6 +38,7 @@ def run(
         env: variables set for it in addition to this process's own, less the hub's tokens.
         cwd: folder it is started in.
         on_line: sees every line of output first; a line for which it returns True stays out of the log.
+        ends_with_us: for programs of our own that call `watchdog.end_with_parent`: they end when this process is killed.
 
     Returns:
         The exit code; negative when a signal ended it.
@@ -53,10 +56,10 @@ def run(
     with output:
         child = subprocess.Popen(
             list(argv),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if ends_with_us else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**inherited, "PYTHONUNBUFFERED": "1", **(env or {})},
+            env={**inherited, "PYTHONUNBUFFERED": "1", WATCH_STDIN: str(int(ends_with_us)), **(env or {})},
             cwd=cwd,
             text=True,
             encoding="utf-8",
@@ -71,6 +74,8 @@ def run(
             code = child.wait()
         finally:
             _end(child)
+            if child.stdin is not None:
+                child.stdin.close()
     if code != 0 and shutil.disk_usage(log.parent).free < _FULL_BYTES:
         # Programs say it in many words, llama.cpp's quantizer as "iostream error".
         raise SpaceError(f"{log.parent}: the disk is full")

@@ -92,10 +92,10 @@ def quantize_file(source: Path, target: Path, name: str, log: Path, reporter: Re
     with replacing(target) as partial:
         files = [str(source.absolute()), str(partial.absolute())]
         if toolchain.quantizer is not None:
-            argv = [str(toolchain.quantizer), *files, name]
+            code = local.run([str(toolchain.quantizer), *files, name], log=log)
         else:
             argv = local.python("kolotune.llamacpp.quantizer", *files, name)
-        code = local.run(argv, log=log)
+            code = local.run(argv, log=log, ends_with_us=True)
         if code != 0 or not partial.is_file():
             raise ToolchainError(f"quantizing to {name} failed: {local.last_lines(log)}", f"The log is {log}.")
         summary = gguf_file.read(partial)

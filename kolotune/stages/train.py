@@ -87,7 +87,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     with reporter.progress("training") as progress:
         events = _Events(reporter, progress)
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
-        code = local.run(argv, log=log, env={"TOKENIZERS_PARALLELISM": "false"}, on_line=events)
+        code = local.run(argv, log=log, env={"TOKENIZERS_PARALLELISM": "false"}, on_line=events, ends_with_us=True)
     if events.error is not None:
         raise events.error
     if code in _KILLED:

@@ -9,11 +9,13 @@ import warnings
 from pathlib import Path
 
 from ...errors import KolotuneError, TrainingError
+from ...runners.watchdog import end_with_parent
 from ..job import TrainJob, emit
 
 
 def main(arguments: list[str]) -> int:
     """Runs the job in the file `arguments[0]`; returns the exit code."""
+    end_with_parent()
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
