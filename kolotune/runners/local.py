@@ -38,7 +38,8 @@ def run(
         env: variables set for it in addition to this process's own, less the hub's tokens.
         cwd: folder it is started in.
         on_line: sees every line of output first; a line for which it returns True stays out of the log.
-        ends_with_us: for programs of our own that call `watchdog.end_with_parent`: they end when this process is killed.
+        ends_with_us: for programs of our own that call `watchdog.end_with_parent`: they end when this process is
+            killed.
 
     Returns:
         The exit code; negative when a signal ended it.
@@ -80,6 +81,11 @@ def run(
         # Programs say it in many words, llama.cpp's quantizer as "iostream error".
         raise SpaceError(f"{log.parent}: the disk is full")
     return code
+
+
+def interactive(argv: Sequence[str]) -> int:
+    """Hands the terminal to a program until it ends; returns its exit code."""
+    return subprocess.run(list(argv), check=False).returncode
 
 
 def _end(child: subprocess.Popen[str]) -> None:

@@ -23,6 +23,7 @@ _TOOLCHAIN = (
     "errors.py",
     "files.py",
     "reporter.py",
+    "version.py",
     "llamacpp/__init__.py",
     "llamacpp/toolchain.py",
     "runners/__init__.py",

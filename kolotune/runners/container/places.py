@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+from ...version import VERSION
+
 DEFAULT_NAME = "kolo_container"
 VERSION_LABEL = "kolotune.version"
 VOLUME = PurePosixPath("/runs")
@@ -22,8 +24,6 @@ USER = 1000
 """Number of the image's user and group; what is sent in belongs to it."""
 PYTHON = "/opt/kolotune/venv/bin/python"
 
-SAY_PROCESS = "KOLOTUNE_SAY_PROCESS"
-"""Set to 1 for a kolotune that tells its process number in its first line of output."""
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 _LONGEST_NAME = 40
@@ -31,9 +31,7 @@ _LONGEST_NAME = 40
 
 def image_tag() -> str:
     """The image of this version of kolotune."""
-    from ... import __version__
-
-    return f"kolotune:{__version__}"
+    return f"kolotune:{VERSION}"
 
 
 def volume_of(name: str) -> str:
