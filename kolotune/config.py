@@ -143,7 +143,7 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
 
 
 def normalized(key: str, value: Any, folder: Path) -> Any:
-    """The value of option `key` in canonical form: lists from comma lists, absolute paths, capitals for quantizations."""
+    """A value of option `key` in canonical form: lists from comma lists, absolute paths, capitals for quantizations."""
     if key in ("train_data", "eval_data"):
         items = [value] if isinstance(value, (str, Path)) else value
         return tuple(_absolute(each, folder) for each in items) if isinstance(items, (list, tuple)) else items

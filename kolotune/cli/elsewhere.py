@@ -232,7 +232,7 @@ class _Call:
             elif name == "out" and out is not None:
                 value = out[1]
             elif name == "config":
-                value = self._config_inside(sender, Path(value))
+                value = self._config_inside(sender, Path(str(value)))
             else:
                 value = self._inside(name, value, sender)
             if each.param_type_name == "argument":

@@ -114,7 +114,7 @@ class Docker:
             ContainerPausedError, ContainerStoppedError: it does not run.
             ContainerVersionError: its kolotune is not this one.
         """
-            found = self.find(name)
+        found = self.find(name)
         if found is None:
             raise self.missing(name)
         if found.state == "paused":
