@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...errors import ConfigError, ContainerMissingError, ImageBuildError, ImageMissingError
-from ...reporter import Reporter
+from ...reporter import Progress, Reporter
 from ...version import VERSION
 from . import context, places
 from .archive import Item, packed
@@ -20,7 +21,7 @@ GPUS = ("auto", "none", "nvidia", "amd")
 
 _CERTIFICATES = "certificates.pem"
 _STOP_SECONDS = 10
-_LAST_LINES = 15
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,26 @@ def build(docker: Docker, options: BuildOptions, log: Path, reporter: Reporter) 
                 decode=True,
                 timeout=None,
             )
-            lines: list[str] = []
-            for answer in answers:
-                text = str(answer.get("stream", ""))
-                output.write(text)
-                output.flush()
-                lines = [*lines, *(line for line in text.splitlines() if line.strip())][-_LAST_LINES:]
-                if "error" in answer:
-                    last = " | ".join(lines[-3:])
-                    raise ImageBuildError(f"building the image failed: {answer['error']}: {last}", f"The log is {log}.")
-                if text.startswith("Step "):
-                    done, _, total = text.removeprefix("Step ").partition(" ")[0].partition("/")
-                    progress.update(int(done), int(total))
+            _follow(answers, output, log, progress)
     return places.image_tag()
+
+
+def _follow(answers: Iterable[dict[str, Any]], output: IO[str], log: Path, progress: Progress) -> None:
+    """Writes what the build's steps print, counts them, and raises what went wrong."""
+    step, last = "", ""
+    for answer in answers:
+        text = _COLOURS.sub("", str(answer.get("stream", "")))
+        output.write(text)
+        output.flush()
+        if "error" in answer:
+            why = last or str(answer["error"])
+            raise ImageBuildError(f"building the image failed in step {step or '0'}: {why}", f"The log is {log}.")
+        if text.startswith("Step "):
+            step = text.removeprefix("Step ").partition(" ")[0]
+            done, _, total = step.partition("/")
+            progress.update(int(done), int(total))
+        elif text.strip() and not text.startswith(("Removing ", " --->")):
+            last = text.strip().splitlines()[-1]
 
 
 @dataclass(frozen=True)
