@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.docker_engine import container, docker_engine, image, small_base  # noqa: F401 - fixtures
 
 from kolotune import llamacpp
 from kolotune.engines.job import TrainJob
@@ -15,6 +16,12 @@ from kolotune.reporter import PlainReporter
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "lighthouse"
 VOCABULARY = 96
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says what an ordinary run does not do."""
+    if "not container" in config.option.markexpr:
+        terminalreporter.write_line("left out: the tests that need a Docker engine; `make test-container` runs them")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from ...errors import ArtifactError
 from . import places
 
 _CHUNK = 1 << 20
+_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def packed(items: Iterable[Item]) -> Iterator[bytes]:
             yield _padding(len(item.content))
         else:
             yield from _file(item, item.content)
-    yield bytes(2 * tarfile.BLOCKSIZE)
+    yield _END
 
 
 def _file(item: Item, path: Path) -> Iterator[bytes]:
@@ -76,13 +77,20 @@ class _Stream:
     """Chunks as a file that can be read."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._chunks, self._rest = iter(chunks), b""
+        self._chunks, self._rest, self._tail = iter(chunks), b"", b""
 
     def read(self, size: int) -> bytes:
         while len(self._rest) < size and (piece := next(self._chunks, b"")):
             self._rest += piece
         wanted, self._rest = self._rest[:size], self._rest[size:]
+        self._tail = (self._tail + wanted)[-len(_END) :]
         return wanted
+
+    def is_whole(self) -> bool:
+        """Whether a tar's end has come; tarfile takes one that is cut between two files for a shorter one."""
+        while self.read(_CHUNK):
+            pass
+        return self._tail == _END
 
 
 def unpack(chunks: Iterable[bytes], name: str, target: Path) -> None:
@@ -94,10 +102,13 @@ def unpack(chunks: Iterable[bytes], name: str, target: Path) -> None:
     Raises:
         ArtifactError: the tar is cut off or holds something else.
     """
+    stream = _Stream(chunks)
     try:
-        with tarfile.open(fileobj=_Stream(chunks), mode="r|") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
             for entry in tar:
                 _unpack_entry(tar, entry, name, target)
+        if not stream.is_whole():
+            raise tarfile.ReadError("it is cut off")
     except tarfile.TarError as error:
         raise ArtifactError(f"{name}: came out of the container damaged: {error}") from None
     if not target.exists():

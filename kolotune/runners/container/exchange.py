@@ -21,6 +21,7 @@ from .paths import Paths
 from .process import output_of
 
 _LARGE_BYTES = 10_000_000
+_SMALL_BYTES = 100_000
 _MODULE = "kolotune.runners.container.inside"
 
 
@@ -174,7 +175,8 @@ def bring_out(
             with replacing(host.root / unit) as partial:
                 volume.fetch(source / unit, partial)
                 paths.rewrite(partial, host.root / unit, host)
-            came.append(unit)
+                if not _is_same(partial, host.root / unit):
+                    came.append(unit)
     for unit in {_unit(name, host) for name in known} - set(units):
         if not _stays(unit, host, with_checkpoints=False):
             remove(host.root / unit)
@@ -211,6 +213,13 @@ def _brought(run: RunFolder) -> dict[str, list[int]]:
         loaded = json.loads(run.brought.read_text(encoding="utf-8"))
         return loaded if isinstance(loaded, dict) else {}
     return {}
+
+
+def _is_same(new: Path, old: Path) -> bool:
+    """Whether a small file, such as the config that each run writes anew, says what the old one said."""
+    if not (new.is_file() and old.is_file()) or new.stat().st_size > _SMALL_BYTES:
+        return False
+    return new.read_bytes() == old.read_bytes()
 
 
 def _is_unchanged(
