@@ -34,13 +34,6 @@ class Paths:
             text = text.replace(inside, outside)
         return text.replace(self._secret, _MASK) if self._secret else text
 
-    def inside(self, value: str) -> str:
-        """A path of the host as it is inside, where there is one."""
-        for inside, outside in self._pairs:
-            if value == outside or value.startswith(outside + "/"):
-                return inside + value[len(outside) :]
-        return value
-
     def rewrite(self, file: Path, target: Path, run: RunFolder) -> None:
         """Puts the host's paths into a file of a run folder that names paths, before it becomes `target`."""
         if target == run.config:
