@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.docker_engine import Client
+from support.docker_engine import Client, until_training
 
 from kolotune.runners.container.places import image_tag
 
@@ -57,7 +57,7 @@ def test_there_is_no_image(image: Client, other: str, tmp_path: Path) -> None:
 def test_a_build_on_a_base_that_is_not_there(image: Client, tmp_path: Path) -> None:
     code, output = image("container", "build", "--base", "kolotune-tests/never:1", cwd=tmp_path)
     assert code == 17
-    _told(output, "kolotune-tests/never", "build.log")
+    _told(output, "the base image kolotune-tests/never:1 can't be had", "Check --base")
 
 
 def test_there_is_no_such_container(container: Client, tmp_path: Path) -> None:
@@ -109,10 +109,7 @@ def test_it_is_stopped_in_mid_stage_and_the_same_command_finishes(
     command = ["run", chats, "--base-model", small_base, "--epochs", "300", "--eval-split", "0", "--lora-rank", "2",
                "--quantization", "none", "--dtype", "fp32", f"--container={other}"]  # fmt: skip
     child = image.start(*command, cwd=tmp_path)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.strip().startswith("training "):
-            break
+    until_training(child)
     image.api.stop(other, timeout=5)
     rest = child.communicate(timeout=60)[0]
     assert child.returncode == 22
@@ -120,7 +117,7 @@ def test_it_is_stopped_in_mid_stage_and_the_same_command_finishes(
     _start(image, other)
     code, output = image(*command, "--epochs", "2", cwd=tmp_path)
     assert code == 0, output
-    assert "prepare: done before" in output
+    assert "prepare: done before" in output, output
     assert (tmp_path / "outputs" / "Merged.gguf").is_file()
 
 
@@ -135,7 +132,7 @@ def narrow(image: Client, other: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize(
     ("narrow", "words"),
-    [(6, "the container's disk is full"), (12, "outputs: the disk is full")],
+    [(6, "the container's disk is full"), (12, "the disk is full")],
     indirect=["narrow"],
     ids=["for what is sent", "for what is made"],
 )
@@ -151,10 +148,7 @@ def test_a_second_client_is_told_who_is_at_work(container: Client, small_base: P
     chats = _chats(tmp_path)
     command = ["run", chats, "--base-model", small_base, "--epochs", "500", "--eval-split", "0", "--container"]
     child = container.start(*command, cwd=tmp_path)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.strip().startswith("training "):
-            break
+    until_training(child)
     code, output = container(*command, cwd=tmp_path)
     assert code == 12
     _told(output, "in use by process", str(tmp_path / "outputs"))

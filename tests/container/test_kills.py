@@ -6,27 +6,18 @@ import json
 import random
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from contracts import flags, results, write_chats
-from support.docker_engine import Client
+from support.docker_engine import Client, until_training
 
 from kolotune import pipeline
 
 pytestmark = pytest.mark.container
 KILLS = 20
 GONE_SECONDS = 10.0
-
-
-def _until_training(child: subprocess.Popen[str]) -> None:
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.strip().startswith("training "):
-            return
-    pytest.fail("it ended by itself")
 
 
 @pytest.mark.timeout(900)
@@ -69,7 +60,7 @@ def test_an_interrupted_client_waits_and_brings_the_records_out(
     write_chats(tmp_path)
     command = ["run", "chats.jsonl", *flags("native", small_base, epochs=500), "--container"]
     child = container.start(*command, cwd=tmp_path)
-    _until_training(child)
+    until_training(child)
     child.send_signal(how)
     output = child.communicate(timeout=60)[0]
     assert child.returncode == 130
@@ -85,7 +76,7 @@ def test_a_second_interruption_kills(container: Client, small_base: Path, tmp_pa
     write_chats(tmp_path)
     command = ["run", "chats.jsonl", *flags("native", small_base, epochs=500), "--container"]
     child = container.start(*command, cwd=tmp_path)
-    _until_training(child)
+    until_training(child)
     # As a process that does not listen: it can't end before it is killed.
     container.inside("/opt/kolotune/venv/bin/python", "-c", _STOP_ALL)
     child.send_signal(signal.SIGINT)

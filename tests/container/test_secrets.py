@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contracts import flags, write_chats
+from contracts import write_chats
 from support.docker_engine import NAME, Client
 
 from kolotune.runners.container.places import image_tag
@@ -41,7 +41,7 @@ class Watcher(threading.Thread):
             for each in described["ExecIDs"] or []:
                 with contextlib.suppress(Exception):  # it has ended meanwhile
                     self.descriptions.add(json.dumps(self.api.exec_inspect(each)))
-            time.sleep(0.02)
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("source", ["environment", "file", "standard input", "config"])
@@ -62,25 +62,25 @@ def test_a_planted_token_is_nowhere(source: str, container: Client, small_base: 
     watcher = Watcher(container.api)
     watcher.start()
     outputs = []
+    verb = "run" if source == "environment" else "prepare"
     for name, expected in (("good", 0), ("bad", 3)):
         chats = "chats.jsonl" if name == "good" else "none.jsonl"
-        options = [*flags("native", small_base, epochs=1), "--output-dir", name, *more.get(source, [])]
-        code, output = container("run", chats, *options, "--container", cwd=room, typed=typed, **env)
+        options = ["--base-model", small_base, "--output-dir", name, *more.get(source, [])]
+        code, output = container(verb, chats, *options, "--container", cwd=room, typed=typed, **env)
         assert code == expected, output
         outputs.append(output)
     watcher.goes_on = False
     watcher.join()
-    assert watcher.rounds > 20
+    assert watcher.rounds > 10
     # It was there to be found: inside, a kolotune with that token in its environment was seen by its arguments.
-    assert any(b"kolotune\0run\0" in each for each in watcher.seen)
+    assert any(f"kolotune\0{verb}\0".encode() in each for each in watcher.seen)
     assert not [each for each in watcher.seen if TOKEN.encode() in each]
     assert any('"ProcessConfig"' in each for each in watcher.descriptions)
     assert not [each for each in watcher.descriptions if TOKEN in each]
     assert not [each for each in outputs if TOKEN in each]
     for path in room.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-    found = container.inside("grep", "-rlF", TOKEN, "/runs", "/tmp", "/home", user="root")
-    assert found == ""
+    assert container.inside("grep", "-rlF", TOKEN, "/runs", "/tmp", "/home") == ""
     with (container.folder / "log").open() as log:
         assert TOKEN not in log.read()
 
@@ -131,9 +131,10 @@ def test_what_only_the_build_needed_is_in_no_layer(image: Client, tmp_path: Path
                 content = layers.extractfile(layer)
                 assert content is not None
                 with tarfile.open(fileobj=content) as files:
-                    names |= set(files.getnames())
-    assert any(name.endswith("opt/kolotune/app/kolotune/version.py") for name in names)
-    assert not [name for name in names if name.startswith("build/") or name.endswith((".whl", "pip.conf"))]
+                    names |= {name.removeprefix("./") for name in files.getnames()}
+    assert "opt/kolotune/app/kolotune/version.py" in names
+    ours = [name for name in names if not name.startswith("usr/")]  # the base brings pip's own wheels
+    assert not [name for name in ours if name.startswith("build") or name.endswith((".whl", "pip.conf", "ca.pem"))]
     history = json.dumps(image.api.history(image_tag()))
     assert "pip install" not in history
 

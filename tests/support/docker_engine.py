@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,17 @@ BASE = "kolotune-tests/python:bookworm"
 NAME = "kolo_container"
 _START_SECONDS = 60.0
 _LOCK = Path(__file__).parents[2] / "kolotune" / "image" / "requirements.lock"
+
+
+def until_training(child: subprocess.Popen[str]) -> None:
+    """Reads what a run says until its first step is done."""
+    assert child.stdout is not None
+    seen = []
+    for line in child.stdout:
+        seen.append(line)
+        if re.match(r"\s*training \d+/", line):
+            return
+    pytest.fail(f"it ended by itself: {''.join(seen)}")
 
 
 @dataclass(frozen=True)

@@ -66,22 +66,27 @@ def build(docker: Docker, options: BuildOptions, log: Path, reporter: Reporter) 
                 decode=True,
                 timeout=None,
             )
-            _follow(answers, output, log, progress)
+            _follow(answers, output, log, progress, options.base or "of the Dockerfile")
     return places.image_tag()
 
 
-def _follow(answers: Iterable[dict[str, Any]], output: IO[str], log: Path, progress: Progress) -> None:
+def _follow(answers: Iterable[dict[str, Any]], output: IO[str], log: Path, progress: Progress, base: str) -> None:
     """Writes what the build's steps print, counts them, and raises what went wrong."""
-    step, last = "", ""
+    step, last, takes_base = "0", "", False
     for answer in answers:
         text = _COLOURS.sub("", str(answer.get("stream", "")))
         output.write(text)
         output.flush()
         if "error" in answer:
-            why = last or str(answer["error"])
-            raise ImageBuildError(f"building the image failed in step {step or '0'}: {why}", f"The log is {log}.")
+            if takes_base:
+                raise ImageBuildError(
+                    f"the base image {base} can't be had: {answer['error']}", "Check --base, and the network."
+                )
+            why = last or answer["error"]
+            raise ImageBuildError(f"building the image failed in step {step}: {why}", f"The log is {log}.")
         if text.startswith("Step "):
             step = text.removeprefix("Step ").partition(" ")[0]
+            takes_base, last = "FROM ${BASE}" in text, ""
             done, _, total = step.partition("/")
             progress.update(int(done), int(total))
         elif text.strip() and not text.startswith(("Removing ", " --->")):
