@@ -6,6 +6,7 @@ import contextlib
 import queue
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,7 @@ class Process:
             try:
                 self._listen(listen)
             except KeyboardInterrupt:
-                self._signal("KILL")
+                self._signal("KILL", "killpg")
                 raise Interrupted("killed") from None
         finally:
             with contextlib.suppress(OSError):
@@ -120,17 +121,19 @@ class Process:
             self._writer.shutdown(socket.SHUT_WR)
 
     def _ask_to_stop(self) -> None:
-        if self._watched:
+        if self._watched and sys.platform != "win32":  # its pipes can't be closed in one direction only
             self._end_input()
         else:
-            self._signal("TERM")
+            self._signal("TERM", "kill")
 
-    def _signal(self, name: str) -> None:
-        """Sends a signal to the process and all that it started."""
+    def _signal(self, name: str, how: str) -> None:
+        """Sends a signal to the process ("kill"), or to it and all that it started ("killpg")."""
         if not self.number:
             return
-        code = "import os, signal, sys; os.killpg(int(sys.argv[1]), getattr(signal, 'SIG' + sys.argv[2]))"
-        argv = [places.PYTHON, "-P", "-c", code, str(self.number), name]
+        code = (
+            "import os, signal, sys; getattr(os, sys.argv[1])(int(sys.argv[2]), getattr(signal, 'SIG' + sys.argv[3]))"
+        )
+        argv = [places.PYTHON, "-P", "-c", code, how, str(self.number), name]
         with contextlib.suppress(Exception):  # it has ended by itself, or the container has
             created = self._docker.api.exec_create(self._found.id, argv)
             self._docker.api.exec_start(created["Id"])
