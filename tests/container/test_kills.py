@@ -34,7 +34,7 @@ def test_a_client_that_is_killed_at_any_moment(container: Client, small_base: Pa
             done, rounds = set(), rounds + 1
         folder = f"outputs{rounds}"
         child = container.start(*command, "--output-dir", folder, cwd=tmp_path)
-        time.sleep(dice.uniform(0.2, 9))
+        time.sleep(dice.uniform(0.2, 6))
         child.kill()
         output = child.communicate()[0]
         began = time.monotonic()

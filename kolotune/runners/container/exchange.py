@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -86,7 +87,7 @@ class Sender:
     def _send(self, host: Path) -> PurePosixPath:
         if not host.exists():
             return places.MISSING / uuid.uuid4().hex[:8] / _name(host)
-        folder = places.INPUTS / self._hasher.of(host)[:32]
+        folder = places.input_folder(_name(host), self._hasher.of(host))
         inside = folder / _name(host)
         if self._volume.ask("have", inside) != [True]:
             if (size := size_of(host)) >= _LARGE_BYTES:
@@ -103,10 +104,8 @@ class Sender:
 
     def place_text(self, name: str, text: str, host: Path) -> PurePosixPath:
         """The path inside of a text that stands for the host's file `host`."""
-        import hashlib
-
         content = text.encode()
-        inside = places.INPUTS / hashlib.sha256(content).hexdigest()[:32] / name
+        inside = places.input_folder(name, hashlib.sha256(content).hexdigest()) / name
         if self._volume.ask("have", inside) != [True]:
             self._volume.send([Item(name, content)], inside.parent)
         self._paths.add(inside, host)

@@ -13,7 +13,7 @@ DEFAULT_NAME = "kolo_container"
 VERSION_LABEL = "kolotune.version"
 VOLUME = PurePosixPath("/runs")
 INPUTS = VOLUME / ".inputs"
-"""Files sent in, each in a folder that is named by the hash of its content."""
+"""Files sent in, each in a folder of its own (`input_folder`)."""
 MISSING = INPUTS / "missing"
 """Stands for what is not there on the host either, so that the verb itself says so, in its own words."""
 OUTSIDE = VOLUME / ".out"
@@ -37,6 +37,11 @@ def image_tag() -> str:
 def volume_of(name: str) -> str:
     """The name of the volume that belongs to the container `name`."""
     return f"{name}_runs"
+
+
+def input_folder(name: str, content: str) -> PurePosixPath:
+    """The folder for a file of that name and hash of content; the same content under two names is two files."""
+    return INPUTS / hashlib.sha256(f"{content} {name}".encode()).hexdigest()[:32]
 
 
 def run_folder(host: Path) -> PurePosixPath:
