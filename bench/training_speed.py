@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from kolotune import config as configs
 from kolotune import hardware, models
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native.batches import IGNORED, Batch, steps_of
+from kolotune.engines.native.batches import IGNORED, Tokens, make_batch, steps_of
 from kolotune.engines.native.training import Trainer
 from kolotune.layout import RunFolder
 from kolotune.records import Context
@@ -44,8 +44,8 @@ def job_for(folder: Path) -> TrainJob:
     return train.make_job(context)
 
 
-def plain_step(job: TrainJob) -> Callable[[Sequence[Batch]], None]:
-    """One step of the loop that a careful user would write with peft and transformers."""
+def plain_step(job: TrainJob, tokens: Tokens) -> Callable[[Sequence[int]], None]:
+    """One step, over the chats of given numbers, of the loop that a user would write with peft and transformers."""
     dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(job.base_model, dtype=dtype)
     lora: Any = LoraConfig(
@@ -54,8 +54,9 @@ def plain_step(job: TrainJob) -> Callable[[Sequence[Batch]], None]:
     model: Any = get_peft_model(base, lora)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=job.learning_rate)
 
-    def step(batches: Sequence[Batch]) -> None:
-        for batch in batches:
+    def step(indices: Sequence[int]) -> None:
+        for at in range(0, len(indices), job.batch_size):
+            batch = make_batch(tokens, list(indices[at : at + job.batch_size]))
             labels = torch.full_like(batch.ids, IGNORED)
             labels[:, batch.positions + 1] = batch.targets
             model(input_ids=batch.ids, labels=labels, use_cache=False).loss.backward()
@@ -75,21 +76,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         job = job_for(Path(folder))
         trainer = Trainer(job)
-        plain = plain_step(job)
-        steps = list(steps_of(trainer.tokens, 0, job.seed, job.batch_size, job.gradient_accumulation))[
-            : arguments.steps
-        ]
-        contenders: dict[str, Callable[[Sequence[Batch]], object]] = {
-            "kolotune": lambda batches: trainer.step(batches, job.learning_rate),
-            "peft loop": plain,
+        size = job.batch_size * job.gradient_accumulation
+        steps = list(steps_of(len(trainer.tokens), 0, job.seed, size))[: arguments.steps]
+        contenders: dict[str, Callable[[Sequence[int]], object]] = {
+            "kolotune": lambda indices: trainer.step(indices, job.learning_rate),
+            "peft loop": plain_step(job, trainer.tokens),
         }
         speeds: dict[str, list[float]] = {name: [] for name in contenders}
         for number in range(arguments.rounds + 1):
             for name, contender in contenders.items():
                 started = time.perf_counter()
-                for batches in steps:
-                    contender(batches)
-                speed = sum(batch.tokens for batches in steps for batch in batches) / (time.perf_counter() - started)
+                for indices in steps:
+                    contender(indices)
+                real = sum(trainer.tokens.length_of(index) for indices in steps for index in indices)
+                speed = real / (time.perf_counter() - started)
                 if number:  # the first round warms up
                     speeds[name].append(speed)
                     print(f"round {number}: {name:10} {speed:6.0f} tokens/s", flush=True)

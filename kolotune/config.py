@@ -11,25 +11,30 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from . import quantizations
 from .errors import ConfigError
 
+if TYPE_CHECKING:
+    import yaml
+
+_YAML_LINE_BREAKS = "\x85\u2028\u2029"
 DEFAULT_OUTPUT_DIR = Path("outputs")
 
 
-def option(default: Any, text: str, *, kind: str = "training") -> Any:
+def option(default: Any, text: str, *, kind: str = "training", torchtune: Any = None) -> Any:
     """A field of `Config`: its default, the sentence that `--help` shows, and the group it is shown in.
 
     Args:
         default: the value when nobody gives one.
         text: one sentence for `--help`.
         kind: the group in `--help` and in the printed config.
+        torchtune: the default under ``engine: torchtune``, where it is another one; None: the same.
     """
-    return field(default=default, metadata={"help": text, "kind": kind})
+    return field(default=default, metadata={"help": text, "kind": kind, "torchtune": torchtune})
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Config:
     hf_token: str | None = option(
         None, "Where the hub token is read: a file, or - for standard input. Never the token itself.", kind="model"
     )
-    engine: Literal["native"] = option("native", "What trains.", kind="model")
+    engine: Literal["native", "torchtune"] = option(
+        "native", "What trains; torchtune gets an environment of its own, on first use.", kind="model"
+    )
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
         "Arithmetic of the frozen weights in training; auto: bf16 where the processor is fast at it.",
@@ -64,27 +71,31 @@ class Config:
     load_in_4bit: bool = option(False, "Keep the base in 4 bits while training (bitsandbytes).", kind="model")
 
     epochs: Annotated[int, Ge(0)] = option(3, "Times that every chat is trained on.")
-    learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.")
+    learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.", torchtune=1e-4)
     scheduler_type: Literal["cosine", "linear", "constant"] = option("cosine", "How the learning rate goes down.")
     warmup_steps: Annotated[int, Ge(0)] | None = option(
-        None, "Steps in which the learning rate rises; default: a tenth of all, at most 100."
+        None, "Steps in which the learning rate rises; default: a tenth of all, at most 100.", torchtune=100
     )
     weight_decay: Annotated[float, Ge(0), Le(1)] = option(0.01, "AdamW's weight decay.")
-    batch_size: Annotated[int, Ge(1)] = option(4, "Chats computed at once.")
+    batch_size: Annotated[int, Ge(1)] = option(4, "Chats computed at once.", torchtune=1)
     gradient_accumulation: Annotated[int, Ge(1)] = option(1, "Batches that make one step.")
-    max_grad_norm: Annotated[float, Ge(0)] = option(1.0, "Gradients are clipped to this norm; 0: never.")
+    max_grad_norm: Annotated[float, Ge(0)] = option(1.0, "Gradients are clipped to this norm; 0: never.", torchtune=0.0)
     seed: Annotated[int, Ge(0), Lt(2**32)] = option(42, "Seed of initial weights, order and dropout.")
     lora_rank: Annotated[int, Ge(1), Le(4096)] = option(16, "Rank of the adapter.")
-    lora_alpha: Annotated[float, Gt(0)] = option(32.0, "Scale of the adapter; it is multiplied by alpha / rank.")
+    lora_alpha: Annotated[float, Gt(0)] = option(
+        32.0, "Scale of the adapter; it is multiplied by alpha / rank.", torchtune=16.0
+    )
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(0.0, "Dropout before the adapter.")
     target_modules: tuple[str, ...] = option(
-        ("all-linear",), "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head."
+        ("all-linear",),
+        "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head.",
+        torchtune=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
     early_stopping: Annotated[int, Ge(0)] = option(
         0, "Stop when the held-out loss has not improved in so many epochs, and keep the best; 0: never."
     )
     checkpoint_steps: Annotated[int, Ge(0)] = option(
-        100, "A checkpoint is written every so many steps and after each epoch; 0: after each epoch only."
+        100, "A checkpoint is written every so many steps and after each epoch; 0: after each epoch only.", torchtune=0
     )
     use_checkpoint: bool = option(False, "Go on from the newest whole checkpoint, or start when there is none.")
 
@@ -105,6 +116,10 @@ class Config:
 
 
 FIELDS = {each.name: each for each in dataclasses.fields(Config)}
+UNDER_TORCHTUNE: dict[str, Any] = {
+    name: each.metadata["torchtune"] for name, each in FIELDS.items() if each.metadata["torchtune"] is not None
+}
+"""The defaults that are others under ``engine: torchtune``: those of the scripts that kolotune replaces."""
 
 
 def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
@@ -113,6 +128,9 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
     Args:
         layers: each ``(values, what it is called in messages, folder that its relative paths start from)``;
             a later layer wins. A value of None says nothing, an explicit 0, empty string or False counts.
+
+    What no layer gives gets the default of the engine. A run's saved config gives every option: to change the
+    engine of such a run changes the engine and nothing else.
 
     Raises:
         ConfigError: unknown keys and impossible values, all of them in one message.
@@ -129,6 +147,8 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
             elif value is not None:
                 values[key] = normalized(key, value, folder)
                 origins[key] = origin
+    if values.get("engine") == "torchtune":
+        values = {**UNDER_TORCHTUNE, **values}
     config = None
     try:
         config = TypeAdapter(Config).validate_python(values)
@@ -277,7 +297,7 @@ def load_file(path: Path) -> dict[str, Any]:
             f"{path}: can't be read: {error}", "Give a YAML file, such as `kolotune init` writes."
         ) from None
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=_strict_loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
@@ -289,6 +309,26 @@ def load_file(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds no options of the form `name: value`", "See the file `kolotune init` writes.")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _strict_loader() -> type[yaml.SafeLoader]:
+    """YAML's safe loader, but a key that stands twice is an error: PyYAML would take the last one in silence."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def dump(config: Config) -> str:
@@ -304,7 +344,10 @@ def dump(config: Config) -> str:
         if name in ("hf_token", "use_checkpoint") or value is None or (name == "eval_split" and config.eval_data):
             continue
         plain[name] = _plain(value)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if any(each in text for each in _YAML_LINE_BREAKS):  # PyYAML writes them as they are, and reads them as a space
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=False)
+    return text
 
 
 def as_record(config: Config, names: Sequence[str]) -> dict[str, Any]:

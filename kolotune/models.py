@@ -9,15 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import smollm2
 from .cache import cache_folder
 from .errors import AccessError, ConfigError, ModelError, ModelNotFoundError, OfflineError
 from .reporter import Reporter
+from .weights import weight_files
 
 # Everything that training and export read; never pickles, never the original/ copies of the weights.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
+_WANTED: dict[str, Any] = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_IGNORED)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -116,7 +119,8 @@ def _from_hub_cache(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+        # What was never asked for is not missing: without these patterns the Llamas' original/ would count.
+        folder = Path(snapshot_download(name, local_files_only=True, **_WANTED))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     try:
@@ -151,9 +155,7 @@ def _download(name: str, token: str | None) -> Path:
             raise ModelError(
                 f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded."
             )
-        return Path(
-            snapshot_download(name, token=token, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_IGNORED))
-        )
+        return Path(snapshot_download(name, token=token, **_WANTED))
 
     return _explaining(name, fetch)
 
@@ -221,44 +223,6 @@ def checked_folder(folder: Path) -> Path:
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json)", "Copy the tokenizer's files into the folder.")
     weight_files(folder)
     return folder
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, each one's header checked.
-
-    Raises:
-        ModelError: there are none, one is missing from the index's list, or a header is damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise ModelError(f"{index}: can't be read", "Download the model again.") from None
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ModelError(f"{index}: names files outside the folder", "Download the model from its own page.")
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-        found = f"only pickled ones ({pickled[0]}), which can run code and are never loaded" if pickled else "none"
-        raise ModelError(f"{folder}: has no safetensors weights: {found}", "Convert the weights to safetensors first.")
-    for path in files:
-        _check_header(path)
-    return files
-
-
-def _check_header(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ModelError(f"{path}: is missing, though the index names it", "Download the model again.")
-    try:
-        with safe_open(path, framework="numpy") as handle:
-            handle.keys()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: is damaged ({error})", "Download the model again.") from None
 
 
 def cached_models() -> list[Path]:

@@ -43,6 +43,8 @@ FILE_TYPES: dict[str, int] = {
 NEEDS_IMPORTANCE_MATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
+# Where a row of weights is no whole number of blocks llama.cpp takes a wider type, but for these it knows none.
+WHOLE_BLOCKS_ONLY: dict[str, int] = {"Q1_0": 128}
 NONE = "NONE"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .errors import ArtifactError
+from .errors import ArtifactError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,44 @@ _NAMES = {
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, each one's header checked.
+
+    Raises:
+        ModelError: there are none, one is missing from the index's list, or a header is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise ModelError(f"{index}: can't be read", "Download the model again.") from None
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ModelError(f"{index}: names files outside the folder", "Download the model from its own page.")
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+        found = f"only pickled ones ({pickled[0]}), which can run code and are never loaded" if pickled else "none"
+        raise ModelError(f"{folder}: has no safetensors weights: {found}", "Convert the weights to safetensors first.")
+    for path in files:
+        _check_header(path)
+    return files
+
+
+def _check_header(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing, though the index names it", "Download the model again.")
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            handle.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: is damaged ({error})", "Download the model again.") from None
 
 
 def tensors_in(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -47,6 +85,39 @@ def tensors_in(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                     yield name, handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{path}: can't be read: {error}", "Download the model again.") from error
+
+
+class TensorFiles:
+    """The tensors of a model folder by name, each read when it is asked for.
+
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._homes: dict[str, Any] = {}
+        for path in files:
+            try:
+                handle: Any = safe_open(path, framework="pt")
+                self._homes |= dict.fromkeys(handle.keys(), handle)
+            except (SafetensorError, OSError) as error:
+                raise ArtifactError(f"{path}: can't be read: {error}", "Download the model again.") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._homes
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, in its stored dtype.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        if name not in self._homes:
+            raise ArtifactError(f"the model has no tensor {name}", "Download the model again.")
+        tensor: Tensor = self._homes[name].get_tensor(name)
+        return tensor
 
 
 class ShardWriter:

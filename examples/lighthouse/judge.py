@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from kolotune.chatting import open_chat
+from kolotune.errors import KolotuneError
 from kolotune.layout import RunFolder
 from kolotune.reporter import make_reporter
 
@@ -49,4 +50,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KolotuneError as error:
+        make_reporter().failure(error.cause, error.hint)
+        sys.exit(error.exit_code)

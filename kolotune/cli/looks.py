@@ -118,6 +118,7 @@ def doctor(
         *[_package(name) for name in ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "gguf")],
         _library(),
         _converter(),
+        _torchtune(),
         _default_model(),
         _device(),
         ("hub token", "ok" if os.environ.get("HF_TOKEN") else "none", "needed for gated models only (HF_TOKEN)"),
@@ -170,6 +171,18 @@ def _converter() -> tuple[str, str, str]:
     if found is None:
         return "llama.cpp converter", "none", "fetched on first use, or now with --fix"
     return "llama.cpp converter", "ok", f"{found.version} in {found.root}"
+
+
+def _torchtune() -> tuple[str, str, str]:
+    from ..engines.torchtune import environment
+
+    try:
+        found = environment.find()
+    except KolotuneError as error:
+        return "torchtune", "missing", f"{error.cause}. {error.hint}"
+    if found is None:  # --fix leaves it out: most runs need none, and it is large
+        return "torchtune", "none", f"made on first use, or now with: python -m {environment.MODULE}"
+    return "torchtune", "ok", str(found.folder)
 
 
 def _default_model() -> tuple[str, str, str]:

@@ -92,11 +92,16 @@ def _metavar(hint: Any) -> str:
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
-    default = field.default
-    if default is None or default is False or default == ():
-        return str(field.metadata["help"])
-    shown = ",".join(str(each) for each in default) if isinstance(default, tuple) else default
-    return f"{field.metadata['help']} [default: {shown}]"
+    parts = [str(field.metadata["help"])]
+    if field.default is not None and field.default is not False and field.default != ():
+        parts.append(f"[default: {_in_words(field.default)}]")
+    if field.metadata["torchtune"] is not None:
+        parts.append(f"[with torchtune: {_in_words(field.metadata['torchtune'])}]")
+    return " ".join(parts)
+
+
+def _in_words(default: Any) -> str:
+    return ",".join(str(each) for each in default) if isinstance(default, tuple) else str(default)
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def commented_config() -> str:
             kind = field.metadata["kind"]
             lines += [f"# --- {kind}", ""]
         lines.append(f"# {field.metadata['help']}")
+        if field.metadata["torchtune"] is not None:
+            lines.append(f"# With engine: torchtune the default is {_plain(field.metadata['torchtune'])}.")
         if field.name == "train_data":
             lines += [f"train_data: [{CHATS_NAME}]", ""]
             continue
@@ -63,9 +65,14 @@ def commented_config() -> str:
     return "\n".join(lines)
 
 
+def _plain(default: object) -> str:
+    """A default as it stands in YAML."""
+    return f"[{', '.join(str(each) for each in default)}]" if isinstance(default, tuple) else str(default)
+
+
 def _example(name: str, default: object, values: dict[str, str]) -> str:
     if isinstance(default, tuple):
-        return f"{name}: [{', '.join(str(each) for each in default)}]"
+        return f"{name}: {_plain(default)}"
     if isinstance(default, Path):
         return f"{name}: {default}"
     return values.get(name, f"{name}:")

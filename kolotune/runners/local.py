@@ -38,8 +38,7 @@ def run(
         env: variables set for it in addition to this process's own, less the hub's tokens.
         cwd: folder it is started in.
         on_line: sees every line of output first; a line for which it returns True stays out of the log.
-        ends_with_us: for programs of our own that call `watchdog.end_with_parent`: they end when this process is
-            killed.
+        ends_with_us: for programs of our own that call `watchdog.end_with_parent`: they end when we are killed.
 
     Returns:
         The exit code; negative when a signal ended it.

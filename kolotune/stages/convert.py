@@ -17,10 +17,10 @@ from ..config import Config
 from ..errors import ArtifactError, ToolchainError
 from ..files import hash_file, replacing, write_text
 from ..llamacpp import gguf_file
-from ..models import weight_files
 from ..records import Context
 from ..reporter import Reporter
 from ..runners import local
+from ..weights import weight_files
 
 NAME = "convert"
 DOING = "converting to GGUF"

@@ -15,10 +15,9 @@ from ..chats.tokenizer import TOKENIZER_FILES
 from ..config import Config, as_record
 from ..errors import ArtifactError
 from ..files import replacing
-from ..models import weight_files
 from ..records import Context
 from ..reporter import Reporter
-from ..weights import ShardWriter, tensors_in
+from ..weights import ShardWriter, tensors_in, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,6 +18,7 @@ from ..reporter import Reporter
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
+_SHOWN_PLACES = 20
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -90,13 +91,28 @@ def tell(prepared: Prepared, reporter: Reporter) -> None:
         "and can't be served with the same ids",
         "boundary_merges": "chats have an answer whose first characters merge with the prompt's last token",
     }
+    places = {
+        "duplicates": [f"{copy} is {first} again" for copy, first in prepared.duplicates],
+        "in_both_parts": prepared.in_both,
+        "shortened": [f"{where}: {turns} turns" for where, turns in prepared.shortened],
+        "too_long": prepared.too_long,
+    }
     for name, sentence in said.items():
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence}")
+            _tell_places(places.get(name, []), reporter)
     if prepared.problems:
         reporter.warning(f"{len(prepared.problems)} bad chats were left out:")
         for problem in prepared.problems:
             reporter.note(str(problem))
+
+
+def _tell_places(places: Sequence[str], reporter: Reporter) -> None:
+    """Where the chats stand that were just counted; of many, the first ones."""
+    for place in places[:_SHOWN_PLACES]:
+        reporter.note(f"  {place}")
+    if len(places) > _SHOWN_PLACES:
+        reporter.note(f"  … and {len(places) - _SHOWN_PLACES} more")
 
 
 def write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import llamacpp, records
 from ..config import Config, as_record
-from ..errors import ArtifactError, ToolchainError
+from ..errors import ArtifactError, ConfigError, ToolchainError
 from ..files import Hasher, remove, replacing
 from ..llamacpp import gguf_file
-from ..quantizations import FILE_TYPES, NONE
+from ..quantizations import FILE_TYPES, NONE, WHOLE_BLOCKS_ONLY
 from ..records import Context
 from ..reporter import Reporter
 from ..runners import local
+from ..weights import weight_files
 
 NAME = "quantize"
 DOING = "quantizing"
@@ -46,9 +47,33 @@ def wanted(config: Config) -> list[str]:
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """The library must be there; names were checked with the config."""
+    """The library must be there, and the model's rows fit the quantizations; names were checked with the config.
+
+    Raises:
+        ConfigError: a quantization needs whole blocks, and this model's rows are none.
+    """
     if wanted(context.config):
         llamacpp.ensure(reporter)
+    for name in wanted(context.config):
+        block = WHOLE_BLOCKS_ONLY.get(name, 1)
+        unfit = [f"{each} has {row}" for each, row in _rows(context.base) if row % block]
+        if unfit:
+            raise ConfigError(
+                f"quantization {name}: needs rows of a multiple of {block} weights, and {unfit[0]} in this model",
+                "Choose another; Q2_K is the smallest that fits every model.",
+            )
+
+
+def _rows(model: Path) -> Iterator[tuple[str, int]]:
+    """The names of a model folder's matrices and the length of their rows."""
+    from safetensors import safe_open
+
+    for path in weight_files(model):
+        with safe_open(path, framework="numpy") as handle:
+            for name in handle.keys():  # noqa: SIM118 - no mapping
+                shape = handle.get_slice(name).get_shape()
+                if len(shape) > 1:
+                    yield name, shape[-1]
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from .. import errors
 from ..config import Config, as_record
 from ..engines.job import TrainJob, event_of
+from ..engines.torchtune import architecture, environment, plan
 from ..errors import ArtifactError, KolotuneError, TrainingError
 from ..files import Hasher
 from ..models import canonical
@@ -27,8 +28,11 @@ _KILLED = (-9, 137)
 
 
 def options(config: Config) -> dict[str, Any]:
-    """See `records.Stage`."""
-    return as_record(config, _OPTIONS)
+    """See `records.Stage`; of torchtune's environment what it is made from, which is known before it is made."""
+    chosen = as_record(config, _OPTIONS)
+    if config.engine == "torchtune":
+        chosen["torchtune_environment"] = environment.fingerprint()
+    return chosen
 
 
 def inputs(context: Context) -> dict[str, Path]:
@@ -47,11 +51,19 @@ def packages() -> Sequence[str]:
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """The engine's packages must be there."""
+    """The engine must be there, and torchtune able to do what is asked."""
+    if context.config.engine == "torchtune":
+        plan.check(context.config, architecture.read(context.base))
+    _check_packages(context.config)
+    if context.config.engine == "torchtune":
+        environment.ensure(reporter.doing)
+
+
+def _check_packages(config: Config) -> None:
     import importlib.util
 
-    del reporter
-    needed = ["torch", "transformers"] + (["bitsandbytes"] if context.config.load_in_4bit else [])
+    bitsandbytes = config.load_in_4bit and config.engine == "native"
+    needed = ["torch", "transformers"] + (["bitsandbytes"] if bitsandbytes else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "four-bit" if missing == ["bitsandbytes"] else "local"

@@ -36,6 +36,9 @@ LLAMA3_SPECIAL = [
 ]  # fmt: skip
 
 
+LLAMA3_TEMPLATE = "meta-llama-Llama-3.2-3B-Instruct.jinja"
+
+
 class Recorder(PlainReporter):
     """Keeps what was said."""
 
@@ -111,8 +114,62 @@ def _save(tokenizer: Any, template: str, model: Any, folder: Path) -> Path:
 def llama3_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Toolchain) -> Path:
     """A random model of 2 layers in the shape of Llama 3.2, with its real tokenizer and template."""
     import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(3)
+    shape = _llama3_shape(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    folder = tmp_path_factory.mktemp("llama3") / "tiny-llama-3.2"
+    return _save(_llama3_tokenizer(), LLAMA3_TEMPLATE, LlamaForCausalLM(shape).bfloat16(), folder)
+
+
+@pytest.fixture(scope="session")
+def llama3_1b_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Toolchain) -> Path:
+    """Llama 3.2 1B with random weights (2.5 GB), and its real tokenizer and template."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    shape = _llama3_shape(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        initializer_range=0.02,
+    )
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    folder = tmp_path_factory.mktemp("llama3-1b") / "llama-3.2-1b"
+    return _save(_llama3_tokenizer(), LLAMA3_TEMPLATE, model, folder)
+
+
+def _llama3_shape(**more: Any) -> Any:
+    from transformers import LlamaConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+    }
+    return LlamaConfig(**{**values, **more})
+
+
+def _llama3_tokenizer() -> Any:
     from tokenizers import processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):
@@ -138,30 +195,7 @@ def llama3_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.To
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
     assert len(tokenizer) == 128256 and tokenizer.convert_tokens_to_ids("<|eot_id|>") == 128009
-    torch.manual_seed(3)
-    shape = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=131072,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=128000,
-        eos_token_id=[128001, 128008, 128009],
-    )
-    folder = tmp_path_factory.mktemp("llama3") / "tiny-llama-3.2"
-    return _save(tokenizer, "meta-llama-Llama-3.2-3B-Instruct.jinja", LlamaForCausalLM(shape).bfloat16(), folder)
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +233,7 @@ def qwen_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Tool
     return _save(tokenizer, "Qwen-Qwen2.5-7B-Instruct.jinja", Qwen2ForCausalLM(shape).bfloat16(), folder)
 
 
-def _drive_tiny(drive: Callable[..., Road], base: Path, lines: list[str], folder: Path) -> Road:
+def _drive_tiny(drive: Callable[..., Road], base: Path, lines: list[str], folder: Path, **more: Any) -> Road:
     chats = folder / "chats.jsonl"
     chats.write_text("\n".join([*lines[:16], *lines[-6:]]) + "\n", encoding="utf-8")
     options = {
@@ -212,7 +246,16 @@ def _drive_tiny(drive: Callable[..., Road], base: Path, lines: list[str], folder
         "template_date": "2026-03-05",
         "max_seq_length": 1024,
     }
-    return drive(folder / "run", base, **options)
+    return drive(folder / "run", base, **options, **more)
+
+
+@pytest.fixture(scope="session")
+def torchtune_road(
+    drive: Callable[..., Road], llama3_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Road:
+    """As `llama3_road`, trained by torchtune with its own defaults for what is not given."""
+    folder = tmp_path_factory.mktemp("torchtune-road")
+    return _drive_tiny(drive, llama3_base, lines, folder, engine="torchtune", warmup_steps=1)
 
 
 @pytest.fixture(scope="session")

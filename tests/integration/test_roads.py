@@ -28,15 +28,20 @@ from kolotune.quantizations import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
 from kolotune.stages.convert import convert_folder
 from kolotune.stages.quantize import quantize_file
 
-TINY = ("llama3_road", "qwen_road")
+TINY = ("llama3_road", "torchtune_road", "qwen_road")
 EVERY = (*TINY, "smollm2_road")
-BOS = {"llama3_road": 128000, "qwen_road": None, "smollm2_road": None}
-STOPS = {"llama3_road": "<|eot_id|>", "qwen_road": "<|im_end|>", "smollm2_road": "<|im_end|>"}
+BOS = {"llama3_road": 128000, "torchtune_road": 128000, "qwen_road": None, "smollm2_road": None}
+STOPS = {
+    "llama3_road": "<|eot_id|>",
+    "torchtune_road": "<|eot_id|>",
+    "qwen_road": "<|im_end|>",
+    "smollm2_road": "<|im_end|>",
+}
 HARD = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
     " naïve Zürich 日本語テキスト Привет עברית हिन्दी 🎉👩‍👩‍👧  trailing   \n \n x_y__z http://a.b/c?d=e&f=%20"
 )  # all in NFC: llama.cpp does not normalize
-PRE = {"llama3_road": "llama-bpe", "qwen_road": "qwen2", "smollm2_road": "smollm"}
+PRE = {"llama3_road": "llama-bpe", "torchtune_road": "llama-bpe", "qwen_road": "qwen2", "smollm2_road": "smollm"}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kolotune import quantizations
 from kolotune.cli.start import commented_config
-from kolotune.config import FIELDS, Config, as_record, dump, load_file, resolve
+from kolotune.config import FIELDS, UNDER_TORCHTUNE, Config, as_record, dump, load_file, resolve
 from kolotune.errors import ConfigError
 
 HERE = Path("/here")
@@ -314,6 +314,7 @@ def test_no_value_of_a_yaml_file_raises_anything_but_a_config_error(values: dict
     ("text", "words"),
     [
         ("epochs: 1\nlora_rank: [1\n", "options.yaml:3: no valid YAML"),
+        ("epochs: 1\nseed: 2\nepochs: 3\n", "options.yaml:3: no valid YAML: epochs stands there twice"),
         ("epochs: 1\n\tseed: 2\n", "options.yaml:2: no valid YAML"),
         ("system: !!python/object/apply:os.system ['touch made']\n", "options.yaml:1: no valid YAML"),
         ("system: !!python/name:os.system\n", "no valid YAML"),
@@ -380,3 +381,41 @@ def test_each_line_of_the_commented_config_is_valid_and_is_the_default(tmp_path:
             config = resolve((values, "init", Path.cwd()))
             assert config == resolve(), line
     assert named == set(FIELDS) - {"hf_token", "train_data"}
+
+
+# --- the defaults of torchtune
+
+
+def test_under_torchtune_the_originals_defaults_hold() -> None:
+    found = resolve(flags(engine="torchtune"))
+    original = {
+        "epochs": 3, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 16, "lora_alpha": 16.0,
+        "learning_rate": 1e-4, "warmup_steps": 100, "scheduler_type": "cosine", "weight_decay": 0.01,
+        "max_grad_norm": 0.0, "checkpoint_steps": 0,
+        "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }  # fmt: skip
+    assert {name: getattr(found, name) for name in original} == original
+    rest = set(FIELDS) - set(original) - {"engine"}
+    assert {name: getattr(found, name) for name in rest} == {name: getattr(resolve(), name) for name in rest}
+
+
+@pytest.mark.parametrize("name", sorted(UNDER_TORCHTUNE))
+def test_what_is_given_holds_under_torchtune_too(name: str) -> None:
+    native = getattr(Config(), name)
+    if native is not None:  # the native default, said aloud
+        assert getattr(resolve(flags(engine="torchtune", **{name: native})), name) == native
+
+
+def test_the_engine_may_come_from_any_layer() -> None:
+    assert resolve(({"engine": "torchtune"}, "file", HERE), flags(epochs=1)).batch_size == 1
+    assert resolve(({"engine": "torchtune"}, "file", HERE), flags(engine="native")).batch_size == 4
+
+
+def test_another_engine_for_a_saved_run_changes_the_engine_alone(tmp_path: Path) -> None:
+    """A saved config says every option: who only asks for the other engine wants the rest as it was."""
+    saved = resolve(flags(engine="native", warmup_steps=7))
+    layer = (load_file(written(tmp_path, dump(saved))), "saved", tmp_path)
+    changed = resolve(layer, flags(engine="torchtune"))
+    assert changed == dataclasses.replace(saved, engine="torchtune")
+    layer = (load_file(written(tmp_path, dump(changed))), "saved", tmp_path)
+    assert resolve(layer) == changed and resolve(layer, flags(engine="native")) == saved

@@ -28,7 +28,8 @@ FILES = {
     "tokenizer.json": b"{}",
     "model.safetensors": struct.pack("<Q", 2) + b"{}",
 }
-NAMES = [*FILES, "pytorch_model.bin"]
+# The Llamas have their weights a second time, pickled, below original/.
+NAMES = [*FILES, "pytorch_model.bin", "original/consolidated.00.pth", "original/params.json"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -201,6 +202,7 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(hub: str, tmp_pa
     first, _ = ask(hub, tmp_path, "t/good")
     folder = Path(first["t/good"]["folder"])
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)  # and no pickle
+    assert not [path for _, path, _ in Hub.seen if "/resolve/" in path and "original" in path]
     again, output = ask("http://127.0.0.1:9", tmp_path, "t/good", "T/Good")
     assert again["t/good"]["folder"] == str(folder)
     assert "downloading" in output  # of the other spelling

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kolotune.errors import ArtifactError
-from kolotune.models import weight_files
-from kolotune.weights import ShardWriter, tensors_in
+from kolotune.weights import ShardWriter, tensors_in, weight_files
 
 TENSORS = {
     "a": torch.randn(7, 5),

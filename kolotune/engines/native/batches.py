@@ -52,6 +52,19 @@ class Tokens:
         ids = self.ids[span].long()
         return ids, torch.where(self.labelled[span], ids, IGNORED)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest chat; 0 when there is none."""
+        return int((self.offsets[1:] - self.offsets[:-1]).max()) if len(self) else 0
+
+    def length_of(self, index: int) -> int:
+        """Tokens of one chat."""
+        return int(self.offsets[index + 1] - self.offsets[index])
+
+    def labels_of(self, index: int) -> int:
+        """Labelled tokens of one chat; on its first one nothing could predict a label, and it doesn't count."""
+        return int(self.labelled[int(self.offsets[index]) + 1 : int(self.offsets[index + 1])].sum())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -102,15 +115,11 @@ def order_of(epoch: int, chats: int, seed: int) -> list[int]:
     return order
 
 
-def steps_of(
-    tokens: Tokens, epoch: int, seed: int, batch_size: int, accumulation: int, first: int = 0
-) -> Iterator[list[Batch]]:
-    """The steps of an epoch from step `first` of it on; each is a list of at most `accumulation` batches."""
-    order = order_of(epoch, len(tokens), seed)
-    size = batch_size * accumulation
+def steps_of(chats: int, epoch: int, seed: int, size: int, first: int = 0) -> Iterator[list[int]]:
+    """The chats of each step of an epoch, from step `first` of it on; at most `size` of them in a step."""
+    order = order_of(epoch, chats, seed)
     for start in range(first * size, len(order), size):
-        step = order[start : start + size]
-        yield [make_batch(tokens, step[at : at + batch_size]) for at in range(0, len(step), batch_size)]
+        yield order[start : start + size]
 
 
 def steps_in_epoch(chats: int, batch_size: int, accumulation: int) -> int:
@@ -118,9 +127,6 @@ def steps_in_epoch(chats: int, batch_size: int, accumulation: int) -> int:
     return -(-chats // (batch_size * accumulation))
 
 
-def in_order(tokens: Tokens, batch_size: int) -> Iterator[Batch]:
+def longest_first(tokens: Tokens) -> list[int]:
     """All chats, longest first, for evaluation."""
-    lengths = (tokens.offsets[1:] - tokens.offsets[:-1]).tolist()
-    order = sorted(range(len(tokens)), key=lambda index: (-lengths[index], index))
-    for start in range(0, len(order), batch_size):
-        yield make_batch(tokens, order[start : start + batch_size])
+    return sorted(range(len(tokens)), key=lambda index: (-tokens.length_of(index), index))

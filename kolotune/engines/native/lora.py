@@ -5,19 +5,40 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...files import replacing
 
 ALL_LINEAR = "all-linear"
+
+
+class LoraPair:
+    """The two trained matrices beside one linear layer, in fp32 whatever the layer is in.
+
+    An adapter's updates are smaller than bf16's steps.
+
+    Attributes:
+        lora_A: ``[rank, in]``, begins random.
+        lora_B: ``[out, rank]``, begins as zeros.
+        scale: their product is multiplied by it.
+        dropout: probability with which inputs of A are zeroed in training.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float) -> None:
+        self.lora_A, self.lora_B = _new_matrices(inputs, outputs, rank, torch.device("cpu"))
+        self.scale = alpha / rank
+        self.dropout = dropout
+
+
+def _new_matrices(inputs: int, outputs: int, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    a = nn.Parameter(torch.empty(rank, inputs, dtype=torch.float32, device=device))
+    b = nn.Parameter(torch.zeros(outputs, rank, dtype=torch.float32, device=device))
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, b
 
 
 class LoraLinear(nn.Module):
@@ -36,10 +57,7 @@ class LoraLinear(nn.Module):
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         device = base.weight.device
-        # The adapter is kept in fp32 whatever the base is in: its updates are smaller than bf16's steps.
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A, self.lora_B = _new_matrices(base.in_features, base.out_features, rank, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] → [..., out]`` in x's dtype."""
@@ -62,7 +80,7 @@ def add_adapters(
         The adapters by the layer's full name, in the model's order.
 
     Raises:
-        ConfigError: a target is no linear layer of the model.
+        ConfigError: a target is no linear layer of the model, or it has none (GPT-2 has layers of its own kind).
     """
     model.requires_grad_(False)
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
@@ -70,25 +88,69 @@ def add_adapters(
     linear = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
     }
-    leaves = {name.rpartition(".")[2] for name in linear}
-    if list(targets) != [ALL_LINEAR]:
-        unknown = sorted(set(targets) - leaves)
-        if unknown:
-            raise ConfigError(
-                f"target-modules: this model has no linear layer {', '.join(unknown)}",
-                f"Its linear layers are: {', '.join(sorted(leaves))}.",
-            )
-        leaves = set(targets)
+    leaves = targeted({name.rpartition(".")[2] for name in linear}, targets)
     adapters = {}
     for name, layer in linear.items():
         parent_name, _, leaf = name.rpartition(".")
         if leaf in leaves:
             adapters[name] = LoraLinear(layer, rank, alpha, dropout)
             setattr(model.get_submodule(parent_name), leaf, adapters[name])
+    if not adapters:
+        raise ConfigError("base-model: it has no linear layer that could get an adapter", "Tune another model.")
     return adapters
 
 
-def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+def targeted(leaves: set[str], targets: Sequence[str]) -> set[str]:
+    """Which of a model's linear layers, by the last parts of their names, get an adapter.
+
+    Raises:
+        ConfigError: a target is none of them.
+    """
+    if list(targets) == [ALL_LINEAR]:
+        return leaves
+    unknown = sorted(set(targets) - leaves)
+    if unknown:
+        raise ConfigError(
+            f"target-modules: this model has no linear layer {', '.join(unknown)}",
+            f"Its linear layers are: {', '.join(sorted(leaves))}.",
+        )
+    return set(targets)
+
+
+class FlatAdapters:
+    """All adapters' matrices in one row, so that clipping and the optimizer's step are one operation each.
+
+    The adapters' own parameters become parts of it, and their gradients parts of its gradient.
+
+    Args:
+        adapters: by name.
+        order: names and parts, ``("…q_proj", "lora_A")``, in the order in which they stand in the row.
+
+    Attributes:
+        parameter: fp32 ``[weights of all]``; its gradient is there from the beginning.
+    """
+
+    def __init__(self, adapters: Mapping[str, LoraPair | LoraLinear], order: Sequence[tuple[str, str]]) -> None:
+        matrices = {f"{name}.{part}": getattr(adapters[name], part) for name, part in order}
+        row = torch.cat([each.detach().flatten() for each in matrices.values()])
+        self.parameter = nn.Parameter(row)
+        self.parameter.grad = torch.zeros_like(row)
+        self._places: dict[str, tuple[int, torch.Size]] = {}
+        start = 0
+        for name, matrix in matrices.items():
+            self._places[name] = (start, matrix.shape)
+            start += matrix.numel()
+        for name, view in self.named(row).items():
+            matrices[name].data = view
+        for name, view in self.named(self.parameter.grad).items():
+            matrices[name].grad = view
+
+    def named(self, row: Tensor) -> dict[str, Tensor]:
+        """The parts of a row laid out as `parameter` is, by matrix, each in its shape; they share its memory."""
+        return {name: row[start : start + shape.numel()].view(shape) for name, (start, shape) in self._places.items()}
+
+
+def adapter_tensors(adapters: Mapping[str, LoraPair | LoraLinear]) -> dict[str, Tensor]:
     """The adapters' weights under PEFT's names: A ``[rank, in]`` and B ``[out, rank]``, fp32, on the CPU."""
     tensors = {}
     for name, adapter in adapters.items():
@@ -98,35 +160,9 @@ def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_tensors(adapters: dict[str, LoraLinear], tensors: dict[str, Tensor]) -> None:
+def load_tensors(adapters: Mapping[str, LoraPair | LoraLinear], tensors: dict[str, Tensor]) -> None:
     """Puts weights from `adapter_tensors` back."""
     with torch.no_grad():
         for name, adapter in adapters.items():
             for part in ("lora_A", "lora_B"):
                 getattr(adapter, part).copy_(tensors[f"base_model.model.{name}.{part}.weight"])
-
-
-def save_adapter(
-    folder: Path, tensors: dict[str, Tensor], *, base_name: str, rank: int, alpha: float, dropout: float
-) -> None:
-    """Writes a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all."""
-    modules = sorted({name.split(".")[-3] for name in tensors})
-    config = {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": modules,
-        "task_type": "CAUSAL_LM",
-        "use_rslora": False,
-    }
-    with replacing(folder) as partial:
-        partial.mkdir()
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import TrainingError
-from ...files import replacing
 from ...hardware import best_device
+from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit
+from ..metrics import Metrics
 from . import checkpoints, lora, schedule
-from .batches import IGNORED, Batch, Tokens, in_order, steps_in_epoch, steps_of
+from .batches import Tokens, longest_first, steps_in_epoch, steps_of
 from .checkpoints import State
-
-
-def load_model(job: TrainJob, device: str) -> nn.Module:
-    """The base model with its weights in the job's dtype, frozen later by `lora.add_adapters`.
-
-    Raises:
-        TrainingError: transformers can't load it, or bitsandbytes is missing.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
-    if job.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            job.base_model, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
-        )
-    except ImportError as error:
-        raise TrainingError(f"the base model can't be loaded: {error}", "pip install 'kolotune[four-bit]'") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise TrainingError(f"the base model can't be loaded: {str(error).splitlines()[0]}") from error
-    if not job.load_in_4bit:
-        model.to(device)
-    module: nn.Module = model
-    return module
+from .model import open_model
 
 
 class Trainer:
@@ -59,77 +30,58 @@ class Trainer:
         self.tokens = Tokens.load(Path(job.data) / "train.safetensors")
         held_out = Path(job.data) / "held_out.safetensors"
         self.held_out = Tokens.load(held_out) if held_out.is_file() else None
-        torch.manual_seed(job.seed)
-        self.model = load_model(job, self.device)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.adapters = lora.add_adapters(
-            self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
+        longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
+        self.model = open_model(job, self.device, longest)
+        self.adapters = self.model.adapters
+        self.parameter = self.model.flat.parameter
+        self.optimizer = torch.optim.AdamW(
+            [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device != "mps"
         )
-        self.parameters = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
         self.steps_in_epoch = steps_in_epoch(len(self.tokens), job.batch_size, job.gradient_accumulation)
         self.steps = self.steps_in_epoch * job.epochs
         self.warmup_steps = schedule.warmup(self.steps, job.warmup_steps)
         self.state = State()
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """The summed cross-entropy of a batch's labelled tokens, fp32 ``[]``.
-
-        Logits are computed only at positions where at least one chat has a label next.
-        """
-        batch = batch.to(self.device)
-        kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
-        logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
-        if not self._keeps_logits:
-            logits = logits[:, batch.positions]
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-
-    def step(self, batches: Sequence[Batch], rate: float) -> float:
-        """One optimizer step over the mean loss of all labelled tokens in `batches`; returns that loss.
+    def step(self, indices: Sequence[int], rate: float) -> float:
+        """One optimizer step over the mean loss of all labelled tokens of the chats `indices`; returns that loss.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are those before the step.
         """
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        labels = max(1, sum(batch.labels for batch in batches))
+        self.optimizer.zero_grad(set_to_none=False)
+        labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
         total = 0.0
-        for batch in batches:
-            loss = self.loss_sum(batch) / labels
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        for group in self.model.groups(self.tokens, indices):
+            total += self.model.backward(self.tokens, group, 1 / labels) / labels
         limit = self.job.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(nn.utils.clip_grad_norm_([self.parameter], limit))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
                 "Lower --learning-rate and train anew; the state before this step is kept among the checkpoints.",
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group_options in self.optimizer.param_groups:
+            group_options["lr"] = rate
         self.optimizer.step()
+        self.model.updated()
         return total
 
-    @torch.no_grad()
     def evaluate(self) -> float | None:
         """The mean loss of the held-out chats' labelled tokens; None when nothing is held out."""
-        if self.held_out is None or len(self.held_out) == 0:
+        held_out = self.held_out
+        if held_out is None or len(held_out) == 0:
             return None
-        self.model.eval()
-        total, labels = 0.0, 0
-        for batch in in_order(self.held_out, self.job.batch_size):
-            total += float(self.loss_sum(batch))
-            labels += batch.labels
-        return total / max(1, labels)
+        groups = self.model.groups(held_out, longest_first(held_out))
+        total = sum(self.model.loss(held_out, group) for group in groups)
+        return total / max(1, sum(held_out.labels_of(index) for index in range(len(held_out))))
 
     def snapshot(self) -> State:
         """The whole state, as it goes into a checkpoint."""
         tensors = lora.adapter_tensors(self.adapters)
-        for index, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
+        for key, value in self.optimizer.state.get(self.parameter, {}).items():
+            parts = {"": value} if key == "step" else self.model.flat.named(value)
+            for name, part in parts.items():
+                tensors[f"optimizer.{key}.{name}"] = part.detach().to("cpu", copy=True).contiguous()
         tensors |= checkpoints.random_state()
         tensors |= {name: each for name, each in self.state.tensors.items() if name.startswith("best.")}
         return State(self.state.step, self.state.best_loss, self.state.evaluations_since_best, tensors)
@@ -137,36 +89,17 @@ class Trainer:
     def restore(self, state: State) -> None:
         """Puts back what `snapshot` gave."""
         lora.load_tensors(self.adapters, state.tensors)
-        for index, parameter in enumerate(self.parameters):
-            saved = state.part(f"optimizer.{index}.")
-            if saved:
-                self.optimizer.state[parameter] = {
-                    name: each if name == "step" else each.to(self.device) for name, each in saved.items()
-                }
+        self.model.updated()
+        if "optimizer.step." in state.tensors:
+            restored = {"step": state.tensors["optimizer.step."]}
+            for key in ("exp_avg", "exp_avg_sq"):
+                restored[key] = torch.zeros_like(self.parameter)
+                saved = state.part(f"optimizer.{key}.")
+                for name, part in self.model.flat.named(restored[key]).items():
+                    part.copy_(saved[name])
+            self.optimizer.state[self.parameter] = restored
         checkpoints.restore_random_state(state)
         self.state = state
-
-
-class Metrics:
-    """`metrics.jsonl`: one JSON object a line, for each step and each evaluation."""
-
-    def __init__(self, path: Path, steps_done: int) -> None:
-        """Keeps what an earlier process wrote up to step `steps_done` and drops the rest."""
-        kept: list[str] = []
-        if steps_done and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= steps_done:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that a crash cut off
-        with replacing(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, **fields: Any) -> None:
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
 
 
 def train(job: TrainJob) -> None:
@@ -201,7 +134,7 @@ def train(job: TrainJob) -> None:
             emit("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
             break
     best = trainer.state.part("best.") if job.early_stopping else {}
-    lora.save_adapter(
+    save_adapter(
         Path(job.adapter),
         best or lora.adapter_tensors(trainer.adapters),
         base_name=job.base_name,
@@ -220,22 +153,22 @@ def _has_stopped(trainer: Trainer) -> bool:
 
 def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> None:
     job = trainer.job
-    steps = steps_of(trainer.tokens, epoch, job.seed, job.batch_size, job.gradient_accumulation, first)
-    for batches in steps:
+    size = job.batch_size * job.gradient_accumulation
+    for indices in steps_of(len(trainer.tokens), epoch, job.seed, size, first):
         started = time.perf_counter()
         rate = job.learning_rate * schedule.factor(
             job.scheduler_type, trainer.state.step, trainer.steps, trainer.warmup_steps
         )
         random_state = checkpoints.random_state()
         try:
-            loss = trainer.step(batches, rate)
+            loss = trainer.step(indices, rate)
         except TrainingError:
             before = trainer.snapshot()
             before.tensors |= random_state
             checkpoints.save(job, before)
             raise
         trainer.state.step += 1
-        speed = sum(batch.tokens for batch in batches) / (time.perf_counter() - started)
+        speed = sum(trainer.tokens.length_of(index) for index in indices) / (time.perf_counter() - started)
         metrics.write(
             step=trainer.state.step,
             epoch=round(trainer.state.step / trainer.steps_in_epoch, 4),

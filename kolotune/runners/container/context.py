@@ -16,20 +16,27 @@ from ...errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _LOCK = "requirements.lock"
-# What fetches llama.cpp's converter: a step of its own, which other changes must not repeat.
-_TOOLCHAIN = (
+# What makes llama.cpp's converter and torchtune's environment: steps of their own, which other changes must not repeat.
+_FETCHING = (
     "__init__.py",
     "cache.py",
     "errors.py",
     "files.py",
-    "reporter.py",
-    "version.py",
-    "llamacpp/__init__.py",
-    "llamacpp/toolchain.py",
     "runners/__init__.py",
     "runners/local.py",
     "runners/watchdog.py",
+    "version.py",
 )
+_STEPS = {
+    "toolchain": (*_FETCHING, "reporter.py", "llamacpp/__init__.py", "llamacpp/toolchain.py"),
+    "torchtune": (
+        *_FETCHING,
+        "engines/__init__.py",
+        "engines/torchtune/__init__.py",
+        "engines/torchtune/environment.py",
+        "engines/torchtune/requirements.txt",
+    ),
+}
 
 
 def write(
@@ -57,12 +64,9 @@ def write(
         _add_folder(tar, "build/wheels")
         for wheel in _wheels(wheels):
             _add(tar, f"build/wheels/{wheel.name}", wheel)
-        for name in _TOOLCHAIN:
-            _add(tar, f"toolchain/kolotune/{name}", _PACKAGE / name)
-        _add_folder(tar, "torchtune")
-        torchtune_lock = _PACKAGE / "engines" / "torchtune" / _LOCK
-        if torchtune_lock.is_file():
-            _add(tar, f"torchtune/{_LOCK}", torchtune_lock)
+        for step, names in _STEPS.items():
+            for name in names:
+                _add(tar, f"{step}/kolotune/{name}", _PACKAGE / name)
         for path in _package_files():
             _add(tar, f"kolotune/{path.relative_to(_PACKAGE).as_posix()}", path)
 

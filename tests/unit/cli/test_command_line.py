@@ -102,6 +102,7 @@ def test_help_shows_the_defaults(kolotune: Call) -> None:
     text = " ".join(kolotune("run", "--help")[1].split())
     for default in ("3", "0.0002", "Q4_K_M", "outputs", "smollm2-135m", "cosine"):
         assert f"[default: {default}]" in text
+    assert "[default: 4] [with torchtune: 1]" in text and "[with torchtune: 100]" in text
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["chat", "-h"], ["nonsense"], []])
@@ -235,9 +236,20 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
     assert "needs a login and an approval" in output
     code, output = kolotune("doctor")
     assert code == 0
-    for part in ("python", "torch", "llama.cpp library", "llama.cpp converter", "hub token", "disk"):
+    for part in ("python", "torch", "llama.cpp library", "llama.cpp converter", "torchtune", "hub token", "disk"):
         assert f"\n  {part} " in output
     assert TOKEN not in output
+
+
+def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -> None:
+    """Not there yet is nothing missing; a variable that names nothing is."""
+    from kolotune.cli.looks import _torchtune
+
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
+    name, state, what = _torchtune()
+    assert (name, state) == ("torchtune", "none") and "python -m kolotune.engines.torchtune.environment" in what
+    monkeypatch.setenv("KOLOTUNE_TORCHTUNE", str(tmp_path / "nowhere"))
+    assert _torchtune()[1] == "missing"
 
 
 def test_modelfile_rewrites_only_the_modelfiles(kolotune: Call, run_copy: RunFolder) -> None:

@@ -138,7 +138,7 @@ signal.signal(signal.SIGTERM, stop)
 child = "import os, signal, sys, time\\n" + sys.argv[3] + "\\n"
 child += "open(sys.argv[1], 'w').write(f'{os.getpid()}\\\\n')\\ntime.sleep(60)\\n"
 try:
-    local.run([sys.executable, "-c", child, sys.argv[1]], log=Path(sys.argv[2]))
+    local.run([sys.executable, "-c", child, sys.argv[1]], log=Path(sys.argv[2]), ends_with_us="watchdog" in child)
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -186,3 +186,23 @@ def test_a_second_signal_does_not_leave_an_orphan(tmp_path: Path) -> None:
     os.kill(parent.pid, signal.SIGTERM)
     assert parent.wait(8) == 130
     assert gone(child)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_killed_parent_takes_its_child_along(tmp_path: Path, listens: bool) -> None:
+    """Through its closed pipe: also when the child does not end on being asked."""
+    preparation = "" if listens else "signal.signal(signal.SIGTERM, signal.SIG_IGN); watchdog._PATIENCE_SECONDS = 0.5"
+    watch = "from kolotune.runners import watchdog; watchdog.end_with_parent()"
+    parent, child = parent_of(tmp_path, f"{watch}\n{preparation}")
+    time.sleep(0.3)
+    assert not gone(child)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait(5)
+    psutil.wait_procs([child], timeout=10)
+    assert gone(child)
+
+
+def test_the_watch_is_not_in_the_way_of_an_ordinary_end(tmp_path: Path) -> None:
+    program = code("from kolotune.runners import watchdog; watchdog.end_with_parent(); print('done')")
+    assert local.run(program, log=tmp_path / "log", ends_with_us=True) == 0
+    assert (tmp_path / "log").read_text() == "done\n"

@@ -11,8 +11,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from kolotune.engines.native.batches import IGNORED, Tokens, in_order, make_batch, order_of, steps_in_epoch, steps_of
-from kolotune.engines.native.training import Trainer
+from kolotune.engines.native.batches import (
+    IGNORED,
+    Tokens,
+    longest_first,
+    make_batch,
+    order_of,
+    steps_in_epoch,
+    steps_of,
+)
+from kolotune.engines.native.model import PlainModel
 from kolotune.errors import TrainingError
 
 CHATS = [
@@ -68,21 +76,22 @@ def test_a_label_on_the_first_token_alone_counts_nothing(tokens: Tokens) -> None
     assert batch.labels == 0 and batch.positions.numel() == 0
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "count"), [(1, 1, 5), (2, 1, 3), (2, 2, 2), (4, 3, 1)])
-def test_an_epoch_holds_each_chat_once(tokens: Tokens, batch_size: int, accumulation: int, count: int) -> None:
-    steps = list(steps_of(tokens, 3, 42, batch_size, accumulation))
-    assert len(steps) == count == steps_in_epoch(len(tokens), batch_size, accumulation)
-    assert all(len(step) <= accumulation and all(len(each.ids) <= batch_size for each in step) for step in steps)
-    firsts = [int(row[0]) for step in steps for batch in step for row in batch.ids]
-    assert firsts == [CHATS[index][0][0] for index in order_of(3, len(tokens), 42)]
-    assert sorted(firsts) == sorted(ids[0] for ids, _ in CHATS)
+@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 3), (4, 2), (12, 1)])
+def test_an_epoch_holds_each_chat_once(size: int, count: int) -> None:
+    steps = list(steps_of(len(CHATS), 3, 42, size))
+    assert len(steps) == count == steps_in_epoch(len(CHATS), size, 1)
+    assert all(len(step) <= size for step in steps)
+    assert [index for step in steps for index in step] == order_of(3, len(CHATS), 42)
 
 
 @pytest.mark.parametrize("first", range(4))
-def test_an_epoch_can_be_entered_at_any_step(tokens: Tokens, first: int) -> None:
-    whole = [[batch.ids.tolist() for batch in step] for step in steps_of(tokens, 1, 5, 2, 1)]
-    entered = [[batch.ids.tolist() for batch in step] for step in steps_of(tokens, 1, 5, 2, 1, first)]
-    assert entered == whole[first:]
+def test_an_epoch_can_be_entered_at_any_step(first: int) -> None:
+    assert list(steps_of(len(CHATS), 1, 5, 2, first)) == list(steps_of(len(CHATS), 1, 5, 2))[first:]
+
+
+def test_a_chat_is_counted_in_tokens_and_labels(tokens: Tokens) -> None:
+    assert [tokens.length_of(index) for index in range(5)] == [4, 2, 6, 3, 3] and tokens.longest == 6
+    assert [tokens.labels_of(index) for index in range(5)] == [2, 1, 3, 1, 1]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
@@ -92,11 +101,8 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert orders == {key: tuple(order_of(key[1], 30, key[0])) for key in orders}
 
 
-def test_evaluation_sees_every_chat(tokens: Tokens) -> None:
-    batches = list(in_order(tokens, 2))
-    assert [len(batch.ids) for batch in batches] == [2, 2, 1]
-    assert [batch.ids.shape[1] for batch in batches] == [6, 3, 2]
-    assert sorted(int(row[0]) for batch in batches for row in batch.ids) == sorted(ids[0] for ids, _ in CHATS)
+def test_evaluation_sees_every_chat_longest_first(tokens: Tokens) -> None:
+    assert longest_first(tokens) == [2, 0, 3, 4, 1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "another"])
@@ -115,14 +121,9 @@ def test_a_damaged_file_is_said(tmp_path: Path, tokens: Tokens, damage: str) -> 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
 def test_padding_never_changes_the_loss(kind: str, training_room: Callable[..., Any]) -> None:
-    trainer = Trainer(training_room(kind).job())
-    together = make_batch(trainer.tokens, list(range(8)))
-    lengths = [len(trainer.tokens.chat(index)[0]) for index in range(8)]
+    job = training_room(kind).job()
+    model, tokens = PlainModel(job, "cpu"), Tokens.load(Path(job.data) / "train.safetensors")
+    lengths = [tokens.length_of(index) for index in range(8)]
     assert min(lengths) < max(lengths)
-    with torch.no_grad():
-        whole = float(trainer.loss_sum(together))
-        alone = sum(float(trainer.loss_sum(make_batch(trainer.tokens, [index]))) for index in range(8))
-        assert whole == pytest.approx(alone, rel=1e-5)
-        for row, length in enumerate(lengths):
-            together.ids[row, length:] = 3 + row
-        assert float(trainer.loss_sum(together)) == pytest.approx(whole, rel=1e-6)
+    whole = model.loss(tokens, range(8))
+    assert whole == pytest.approx(sum(model.loss(tokens, [index]) for index in range(8)), rel=1e-5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from kolotune.engines.adapter_folder import save_adapter
 from kolotune.engines.native import lora
 from kolotune.errors import ConfigError
 
@@ -92,7 +93,7 @@ def test_peft_computes_the_same_with_what_was_saved(
     model = tiny_model(kind)
     adapters = _shaken(model, targets)
     tensors = lora.adapter_tensors(adapters)
-    lora.save_adapter(tmp_path / "adapter", tensors, base_name="tiny", rank=4, alpha=6.0, dropout=0.1)
+    save_adapter(tmp_path / "adapter", tensors, base_name="tiny", rank=4, alpha=6.0, dropout=0.1)
     judge = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.randint(0, 96, (2, 30))
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_config_names_the_base_and_the_scale(
     tiny_model: Callable[..., Any], tmp_path: Path, alpha: float, written: float
 ) -> None:
     tensors = lora.adapter_tensors(_shaken(tiny_model("llama"), ["q_proj"], alpha=alpha))
-    lora.save_adapter(tmp_path / "adapter", tensors, base_name="owner/name", rank=4, alpha=alpha, dropout=0.1)
+    save_adapter(tmp_path / "adapter", tensors, base_name="owner/name", rank=4, alpha=alpha, dropout=0.1)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "owner/name"
     assert config["lora_alpha"] == written and config["r"] == 4 and config["target_modules"] == ["q_proj"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import kolotune
+from kolotune.engines.torchtune import environment
 from kolotune.errors import ConfigError
 from kolotune.runners.container import context, places
 
@@ -37,9 +38,7 @@ def test_it_holds_the_package_and_nothing_that_was_made_by_running_it() -> None:
     for name in ("pipeline.py", "starter/chats.jsonl", "engines/native/__main__.py", "py.typed"):
         assert files[f"kolotune/{name}"] == (package / name).read_bytes()
     assert not [name for name in files if "__pycache__" in name or name.endswith(".pyc")]
-    assert {name.split("/")[0] for name in files} == {"Dockerfile", "build", "kolotune", "toolchain"} | (
-        {"torchtune"} if (package / "engines" / "torchtune" / "requirements.lock").is_file() else set()
-    )
+    assert {name.split("/")[0] for name in files} == {"Dockerfile", "build", "kolotune", "toolchain", "torchtune"}
 
 
 def test_it_is_the_same_each_time() -> None:
@@ -49,20 +48,28 @@ def test_it_is_the_same_each_time() -> None:
     assert first.getvalue() == second.getvalue()
 
 
-def test_the_modules_that_fetch_the_converter_need_no_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        (
+            "toolchain",
+            "from kolotune import llamacpp, reporter; print(llamacpp.ensure(reporter.PlainReporter()).version)",
+        ),
+        ("torchtune", "from kolotune.engines.torchtune import environment; print(environment.pinned())"),
+    ],
+)
+def test_the_modules_of_a_step_need_no_others(step: str, code: str, tmp_path: Path) -> None:
     for name, content in written().items():
-        if name.startswith("toolchain/"):
-            path = tmp_path / name.removeprefix("toolchain/")
+        if name.startswith(f"{step}/"):
+            path = tmp_path / name.removeprefix(f"{step}/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    code = (
-        "from kolotune import llamacpp, reporter; import kolotune; print(kolotune.__file__);"
-        "print(llamacpp.ensure(reporter.PlainReporter()).version)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=_plain())
+    argv = [sys.executable, "-c", f"import kolotune; print(kolotune.__file__); {code}"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=_plain())
     assert done.returncode == 0, done.stderr
-    file, version = done.stdout.splitlines()
-    assert Path(file).is_relative_to(tmp_path) and version == importlib.metadata.version("llama-cpp-python")
+    file, said = done.stdout.splitlines()
+    expected = {"toolchain": importlib.metadata.version("llama-cpp-python"), "torchtune": environment.pinned()}
+    assert Path(file).is_relative_to(tmp_path) and said == expected[step]
 
 
 def _plain() -> dict[str, str]:

@@ -1,0 +1,47 @@
+"""The adapter that an engine hands on: one form, whichever engine trained it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_adapter(
+    folder: Path, tensors: dict[str, Tensor], *, base_name: str, rank: int, alpha: float, dropout: float
+) -> None:
+    """Writes a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all.
+
+    Args:
+        folder: to make, or to replace.
+        tensors: A ``[rank, in]`` and B ``[out, rank]`` under PEFT's names, fp32, on the CPU.
+        base_name: what the config names as the adapter's base.
+        rank, alpha, dropout: what it was trained with.
+    """
+    from safetensors.torch import save_file
+
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    config = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": modules,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    with replacing(folder) as partial:
+        partial.mkdir()
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

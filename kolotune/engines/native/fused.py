@@ -1,0 +1,119 @@
+"""Several linear layers over one input, with their adapters, as one matrix product.
+
+The layers' weights stand below each other, and each adapter's B stands beside its layer's rows, so that
+``[x, s A x] · [W, B]ᵀ`` is the whole result: a product with a few columns more in place of three products and two
+sums. Backwards the same product gives the gradient of A x along with that of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .lora import FlatAdapters, LoraPair
+
+
+class FusedLinear:
+    """Frozen linear layers over one input, and the adapters beside them.
+
+    Args:
+        weights: each layer's ``[out, in]``, in the dtype that is computed in.
+        biases: each layer's ``[out]``, or None.
+        pairs: each layer's adapter, or None.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], pairs: Sequence[LoraPair | None]
+    ) -> None:
+        self.inputs = weights[0].shape[1]
+        self.outputs = sum(len(each) for each in weights)
+        self.rank = sum(len(pair.lora_A) for pair in pairs if pair is not None)
+        self.weight = weights[0].new_zeros(self.outputs, self.inputs + self.rank)
+        self.down = weights[0].new_zeros(self.rank, self.inputs)
+        self._a = self._a_gradient = self.down  # until `join`
+        self.bias: Tensor | None = None
+        if any(each is not None for each in biases):
+            parts = [weight.new_zeros(len(weight)) if bias is None else bias
+                     for weight, bias in zip(weights, biases, strict=True)]  # fmt: skip
+            self.bias = torch.cat(parts)
+        # Of one scale, since rank and alpha are those of the whole job.
+        self.parts: list[tuple[LoraPair, slice, slice]] = []
+        row = column = 0
+        for weight, pair in zip(weights, pairs, strict=True):
+            rows = slice(row, row + len(weight))
+            self.weight[rows, : self.inputs] = weight
+            row = rows.stop
+            if pair is not None:
+                self.parts.append((pair, rows, slice(column, column + len(pair.lora_A))))
+                column += len(pair.lora_A)
+        self._drops = any(pair.dropout for pair, _, _ in self.parts)
+
+    def join(self, flat: FlatAdapters) -> None:
+        """Finds the adapters in the row that they have become parts of; their A stand there behind each other."""
+        if self.parts:
+            first = self.parts[0][0].lora_A
+            place = slice(first.storage_offset(), first.storage_offset() + self.down.numel())
+            assert flat.parameter.grad is not None
+            self._a = flat.parameter.detach()[place].view_as(self.down)
+            self._a_gradient = flat.parameter.grad[place].view_as(self.down)
+
+    def refresh(self) -> None:
+        """Takes the adapters as they stand now; called after each change of them."""
+        if self.parts:
+            torch.mul(self._a, self.parts[0][0].scale, out=self.down)
+        for pair, rows, columns in self.parts:
+            self.weight[rows, self.inputs + columns.start : self.inputs + columns.stop] = pair.lora_B.detach()
+
+    def room(self, tokens: int) -> Tensor:
+        """An input to be filled by the caller in its first `inputs` columns: ``[tokens, inputs + rank]``."""
+        return self.weight.new_empty(tokens, self.inputs + self.rank)
+
+    def forward(self, x: Tensor, masks: list[Tensor] | None = None) -> Tensor:
+        """``[tokens, inputs + rank]`` to ``[tokens, outputs]``.
+
+        Args:
+            x: from `room`, filled; the rest is filled here.
+            masks: in training with dropout, a list that takes what `backward` needs of it.
+        """
+        given, low = x[:, : self.inputs], x[:, self.inputs :]
+        if masks is None or not self._drops:
+            low.copy_(given @ self.down.t())
+        else:
+            for pair, _, columns in self.parts:
+                masks.append(nn.functional.dropout(torch.ones_like(given), pair.dropout))
+                low[:, columns] = (given * masks[-1]) @ self.down[columns].t()
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def backward(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None, whole: bool = True) -> Tensor:
+        """Adds to the adapters' gradients; returns the input's, ``[tokens, inputs]``.
+
+        Args:
+            d_out: the output's gradient, ``[tokens, outputs]``.
+            x: what `forward` was given, and has filled.
+            masks: what `forward` noted.
+            whole: False: nobody needs the input's gradient, and what is returned is no gradient.
+        """
+        given, low = x[:, : self.inputs], x[:, self.inputs :]
+        if whole:
+            d_x = d_out @ self.weight
+            d_given, d_low = d_x[:, : self.inputs], d_x[:, self.inputs :].contiguous()
+        else:
+            d_low = d_out @ self.weight[:, self.inputs :].contiguous()
+            d_given = d_low
+        if not self.parts:
+            return d_given
+        d_up = d_out.t() @ low.contiguous()  # of all layers against all adapters; the blocks that belong are taken
+        for pair, rows, columns in self.parts:
+            assert pair.lora_B.grad is not None
+            pair.lora_B.grad.add_(d_up[rows, columns])
+        scale = self.parts[0][0].scale
+        if masks:
+            for (_, _, columns), mask in zip(self.parts, masks, strict=True):
+                self._a_gradient[columns].add_(d_low[:, columns].t() @ (given * mask), alpha=scale)
+                if whole:
+                    d_given += (d_low[:, columns] @ self.down[columns]) * mask
+            return d_given
+        self._a_gradient.add_(d_low.t() @ given, alpha=scale)
+        return torch.addmm(d_given, d_low, self.down) if whole else d_given

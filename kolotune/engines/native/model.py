@@ -1,0 +1,184 @@
+"""The two ways of computing a training step: by hand over packed chats, or by transformers and autograd."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import TrainingError
+from ..job import TrainJob
+from . import llama, lora
+from .batches import IGNORED, Tokens, make_batch
+from .packing import grouped, pack
+
+# Bytes that a packed token's activations take in all layers, of each byte of a layer's row; see `_recomputes`.
+_ROWS_KEPT = 17
+
+
+class TrainingModel(Protocol):
+    """A base model with new adapters, and how gradients come about."""
+
+    @property
+    def adapters(self) -> Mapping[str, lora.LoraPair | lora.LoraLinear]:
+        """By the full names of their layers, in the model's order."""
+
+    @property
+    def flat(self) -> lora.FlatAdapters:
+        """The adapters' matrices as one row."""
+
+    def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
+        """The chats `indices` in groups that are computed at once."""
+
+    def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
+        """Adds ``factor`` times the gradient of the chats' summed loss to the adapters'; returns that sum."""
+
+    def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:
+        """The summed cross-entropy of the chats' labelled tokens, without dropout."""
+
+    def updated(self) -> None:
+        """Called after each change of the adapters."""
+
+
+def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
+    """The job's base with new adapters, drawn from the job's seed.
+
+    Args:
+        job: what is trained.
+        device: "cpu", "cuda" or "mps".
+        longest: tokens of the longest chat.
+
+    Raises:
+        TrainingError: the base can't be loaded.
+        ConfigError: a target is no linear layer of it.
+    """
+    if device == "cpu" and not job.load_in_4bit and not llama.why_not(Path(job.base_model), longest):
+        return PackedModel(job)
+    return PlainModel(job, device)
+
+
+class PackedModel:
+    """Models of the Llama family on the CPU: see `decoder`."""
+
+    def __init__(self, job: TrainJob) -> None:
+        torch.manual_seed(job.seed)
+        dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+        self.decoder, self.adapters = llama.load(
+            Path(job.base_model), dtype, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
+        )
+        names = {id(pair): name for name, pair in self.adapters.items()}
+        order = [
+            (names[id(pair)], part)
+            for layer in self.decoder.layers
+            for linear in layer.linears
+            for part in ("lora_A", "lora_B")
+            for pair, _, _ in linear.parts
+        ]
+        self.flat = lora.FlatAdapters(self.adapters, order)
+        self.decoder.join(self.flat)
+        self._shares = not job.lora_dropout
+        self.updated()
+
+    def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
+        """See `TrainingModel`; by length, within a budget of tokens."""
+        return grouped(tokens, indices)
+
+    def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
+        """See `TrainingModel`."""
+        packed = pack(tokens, indices, self._shares)
+        return self.decoder.backward(packed, factor, self._recomputes(len(packed.ids)))
+
+    def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:
+        """See `TrainingModel`."""
+        return self.decoder.loss(pack(tokens, indices, True))
+
+    def updated(self) -> None:
+        """See `TrainingModel`."""
+        self.decoder.refresh()
+
+    def _recomputes(self, row: int) -> bool:
+        """Whether what a row's layers would keep for the way back takes more than half of the free memory."""
+        import psutil
+
+        width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
+        needed = row * width * _ROWS_KEPT * len(self.decoder.layers)
+        return needed > psutil.virtual_memory().available // 2
+
+
+class PlainModel:
+    """Any causal language model of transformers, with automatic differentiation."""
+
+    def __init__(self, job: TrainJob, device: str) -> None:
+        self._device, self._size = device, job.batch_size
+        self.model = load_model(job, device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        torch.manual_seed(job.seed)
+        self.adapters = lora.add_adapters(
+            self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
+        )
+        order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
+        self.flat = lora.FlatAdapters(self.adapters, order)
+
+    def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
+        """See `TrainingModel`; of as many chats as the batch size says."""
+        del tokens
+        return [list(indices[at : at + self._size]) for at in range(0, len(indices), self._size)]
+
+    def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
+        """See `TrainingModel`."""
+        self.model.train()
+        loss = self._loss(tokens, indices)
+        (loss * factor).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:
+        """See `TrainingModel`."""
+        self.model.eval()
+        return float(self._loss(tokens, indices))
+
+    def updated(self) -> None:
+        """See `TrainingModel`; the layers read their adapters themselves."""
+
+    def _loss(self, tokens: Tokens, indices: Sequence[int]) -> Tensor:
+        """The summed cross-entropy, fp32 ``[]``; logits only at positions where a chat has a label next."""
+        batch = make_batch(tokens, list(indices)).to(self._device)
+        kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
+        logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
+        if not self._keeps_logits:
+            logits = logits[:, batch.positions]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+
+def load_model(job: TrainJob, device: str) -> nn.Module:
+    """The base model with its weights in the job's dtype, frozen later by `lora.add_adapters`.
+
+    Raises:
+        TrainingError: transformers can't load it, or bitsandbytes is missing.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    options: dict[str, Any] = {"dtype": dtype}
+    if job.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            job.base_model, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+        )
+    except ImportError as error:
+        raise TrainingError(f"the base model can't be loaded: {error}", "pip install 'kolotune[four-bit]'") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise TrainingError(f"the base model can't be loaded: {str(error).splitlines()[0]}") from error
+    if not job.load_in_4bit:
+        model.to(device)
+    module: nn.Module = model
+    return module

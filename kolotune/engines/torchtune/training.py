@@ -1,0 +1,219 @@
+"""The driver: starts the recipe in torchtune's environment and tells what it answers in kolotune's words."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import KolotuneError, TrainingError
+from ...files import write_json
+from ...runners import local
+from ...weights import weight_files
+from ..adapter_folder import save_adapter
+from ..job import TrainJob, emit, event_of
+from ..metrics import Metrics
+from . import architecture, checkpoints, environment, plan
+from .architecture import Llama
+from .environment import Environment
+
+_INSIDE = Path(__file__).with_name("inside")
+_KILLED = (-9, 137)
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a training is: steps of an epoch, of all, and of the warmup."""
+
+    steps_in_epoch: int
+    steps: int
+    warmup: int
+
+
+def length_of(job: TrainJob) -> Length:
+    """The length of the training that `job` describes.
+
+    Raises:
+        TrainingError: the prepared tokens are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(job.data) / "train.safetensors"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            chats = file.get_slice("offsets").get_shape()[0] - 1
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
+    in_epoch = -(-chats // (job.batch_size * job.gradient_accumulation))
+    steps = in_epoch * job.epochs
+    warmup = min(steps // 10, 100) if job.warmup_steps is None else job.warmup_steps
+    return Length(in_epoch, steps, warmup)
+
+
+def train(job: TrainJob) -> None:
+    """Trains the adapter of `job` with torchtune and writes it.
+
+    Raises:
+        KolotuneError: torchtune can't do what is asked, its environment can't be had, or training stopped.
+    """
+    shape = architecture.read(Path(job.base_model))
+    plan.check(job, shape)
+    length = length_of(job)
+    found = checkpoints.newest(job) if job.resume else None
+    if found is not None and found.epoch > job.epochs:
+        raise TrainingError(
+            f"the checkpoint is at epoch {found.epoch}, and --epochs {job.epochs} ends before it",
+            "Give more epochs, or leave --use-checkpoint out to train anew.",
+        )
+    place = environment.ensure(lambda text: emit("note", text=text))
+    if found is None:
+        checkpoints.clear(job)
+    else:
+        emit("note", text=f"going on from step {found.step} (epoch {found.epoch})")
+    _say_what_differs(job, shape, length)
+    answers = _Answers(job, Metrics(Path(job.metrics), found.step if found else 0))
+    if found is None or found.epoch < job.epochs:
+        _run_recipe(job, shape, length, place, found, answers)
+        found = checkpoints.newest(job)
+    if found is None or found.epoch != job.epochs:
+        raise TrainingError("torchtune ended without the checkpoint of the last epoch", f"See {_log(job)}.")
+    save_adapter(
+        Path(job.adapter),
+        found.adapter(),
+        base_name=job.base_name,
+        rank=job.lora_rank,
+        alpha=job.lora_alpha,
+        dropout=job.lora_dropout,
+    )
+    emit("result", steps=found.step, stopped_early=False, **answers.facts)
+
+
+def _say_what_differs(job: TrainJob, shape: Llama, length: Length) -> None:
+    """What torchtune does otherwise than one might expect."""
+    name = plan.config_name(shape)
+    if name is not None:
+        emit("note", text=f"torchtune's own config: {name}; the base is kept in 4 bits while training")
+    else:
+        emit("note", text="torchtune has no config for this model: one was made from its config.json")
+    if job.checkpoint_steps and length.steps_in_epoch > job.checkpoint_steps:
+        emit("note", text="torchtune writes a checkpoint after each epoch only; checkpoint-steps does not count")
+    if job.learning_rate and 0 < length.steps <= length.warmup:
+        reached = job.learning_rate * (length.steps - 1) / length.warmup
+        emit(
+            "note",
+            text=f"the warmup of {length.warmup} steps is longer than the training ({length.steps} steps): "
+            f"the learning rate only reaches {reached:.2g} of {job.learning_rate:.2g}; see --warmup-steps",
+        )
+
+
+def task_of(job: TrainJob, shape: Llama, length: Length, found: checkpoints.Checkpoint | None) -> dict[str, Any]:
+    """What the recipe is told. Paths stand beside torchtune's config, never in it."""
+    return {
+        "config_name": plan.config_name(shape),
+        "config": plan.config_of(job, shape, length.warmup),
+        "base_model": job.base_model,
+        "weight_files": [path.name for path in weight_files(Path(job.base_model))],
+        "tied": shape.tied,
+        "heads": {
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "dim": shape.embed_dim,
+            "head_dim": shape.head_dim,
+        },
+        "data": job.data,
+        "seed": job.seed,
+        "checkpoints": job.checkpoints,
+        "resume": str(found.folder) if found else None,
+        "identity": job.identity(),
+    }
+
+
+def _run_recipe(
+    job: TrainJob,
+    shape: Llama,
+    length: Length,
+    place: Environment,
+    found: checkpoints.Checkpoint | None,
+    answers: _Answers,
+) -> None:
+    folder = _work_folder(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "task.json", task_of(job, shape, length, found))
+    _log(job).unlink(missing_ok=True)
+    code = local.run(
+        [str(place.python), "-P", "-m", "kolotune_recipe", str(folder / "task.json")],
+        log=_log(job),
+        # Of kolotune it sees that one folder; it needs no network, and progress bars would fill the log.
+        env={"PYTHONPATH": str(_INSIDE), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+        cwd=folder,
+        on_line=answers,
+        ends_with_us=True,
+    )
+    if answers.error is not None:
+        raise answers.error
+    if code in _KILLED:
+        raise _out_of_memory(job, "the training process was killed, most likely because memory ran out")
+    if code != 0:
+        raise TrainingError(f"torchtune ended with code {code}: {local.last_lines(_log(job))}", f"See {_log(job)}.")
+
+
+def _work_folder(job: TrainJob) -> Path:
+    """Beside the checkpoints: what the recipe is told, the config that it made of it, and its log."""
+    return Path(job.checkpoints).with_name("torchtune")
+
+
+def _log(job: TrainJob) -> Path:
+    return _work_folder(job) / "torchtune.log"
+
+
+def _out_of_memory(job: TrainJob, cause: str) -> TrainingError:
+    if job.batch_size > 1:
+        hint = "Halve --batch-size and double --gradient-accumulation (same result)"
+    else:
+        hint = "Lower --max-seq-length or --lora-rank, or take a smaller base model"
+    return TrainingError(cause, f"{hint}; --use-checkpoint goes on from the last epoch. See {_log(job)}.")
+
+
+class _Answers:
+    """Takes the recipe's events out of its output, and hands them on."""
+
+    def __init__(self, job: TrainJob, metrics: Metrics) -> None:
+        self._job, self._metrics = job, metrics
+        self.error: KolotuneError | None = None
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self, line: str) -> bool:
+        event = event_of(line)
+        if event is None:
+            return False
+        kind = event.pop("event")
+        if kind == "started":
+            self.facts["device"] = event["device"]
+        elif kind == "step":
+            self._step(event)
+        elif kind == "evaluation":
+            self._metrics.write(**event, time=round(time.time(), 3))
+            emit("evaluation", **event)
+        elif kind == "checkpoint":
+            checkpoints.prune(self._job)
+        elif kind == "error":
+            self.error = self._in_words(event)
+        return True
+
+    def _step(self, event: dict[str, Any]) -> None:
+        steps = event.pop("steps")
+        self._metrics.write(**event, time=round(time.time(), 3))
+        shown = {name: event[name] for name in ("step", "loss", "tokens_per_second")}
+        emit("step", steps=steps, **shown)
+
+    def _in_words(self, event: dict[str, Any]) -> TrainingError:
+        if event["kind"] == "memory":
+            return _out_of_memory(self._job, "torchtune is out of memory")
+        if event["kind"] == "not finite":
+            return TrainingError(
+                event["text"],
+                "Lower --learning-rate and train anew; the last whole epoch is kept among the checkpoints. "
+                f"See {_log(self._job)}.",
+            )
+        return TrainingError(f"torchtune stopped: {event['text']}", f"See {_log(self._job)}.")

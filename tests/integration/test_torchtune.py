@@ -1,0 +1,105 @@
+"""torchtune as an engine, on real models: it learns what the native engine learns, and its own configs run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.judge import held_out_loss
+
+from kolotune import pipeline
+from kolotune.chatting import open_chat
+from kolotune.llamacpp import gguf_file
+
+
+def test_the_original_defaults_hold(torchtune_road: Any) -> None:
+    """What the road of the tiny Llama was not given is what the original scripts took."""
+    config = torchtune_road.config
+    assert (config.batch_size, config.gradient_accumulation, config.lora_alpha) == (1, 1, 16.0)
+    assert "k_proj" not in config.target_modules
+    adapter = json.loads((torchtune_road.run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 16)
+    assert sorted(adapter["target_modules"]) == sorted(config.target_modules)
+    assert adapter["base_model_name_or_path"] == str(torchtune_road.base)
+
+
+def test_the_held_out_loss_is_the_one_that_peft_finds(torchtune_road: Any) -> None:
+    run = torchtune_road.run
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    told = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert told[-1] == pytest.approx(held_out_loss(torchtune_road.base, run.adapter, run.prepared), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_both_engines_learn_the_same_from_the_same(
+    dtype: str, drive: Callable[..., Any], lines: list[str], reporter: Any, toolchain: Any, tmp_path: Path
+) -> None:
+    """Held-out losses of SmolLM2 within 2% of each other, judged by PEFT in fp32 on both adapters."""
+    from kolotune import smollm2
+
+    base = smollm2.unpacked(reporter)
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:36]) + "\n", encoding="utf-8")
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
+    options = {
+        "base_model": smollm2.NAME,
+        "train_data": tmp_path / "train.jsonl",
+        "eval_data": tmp_path / "held_out.jsonl",
+        "dtype": dtype,
+        "epochs": 1,
+        "batch_size": 3,
+        "gradient_accumulation": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "target_modules": "all-linear",
+        "quantization": "none",
+        "template_date": "2026-03-05",
+    }
+    found = {}
+    for engine in ("native", "torchtune"):
+        road = drive(tmp_path / engine, base, engine=engine, **options)
+        found[engine] = held_out_loss(base, road.run.adapter, road.run.prepared)
+        told = [json.loads(line) for line in road.run.metrics.read_text(encoding="utf-8").splitlines()]
+        first = next(line["held_out_loss"] for line in told if "held_out_loss" in line)
+        print(f"{dtype} {engine}: held-out loss {first:.4f} before, {found[engine]:.4f} after")
+        assert found[engine] < 0.9 * first, "it must have learnt something, or the comparison says nothing"
+    assert found["torchtune"] == pytest.approx(found["native"], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_its_own_config_for_llama_3_2_1b(
+    drive: Callable[..., Any], llama3_1b_base: Path, lines: list[str], tmp_path: Path
+) -> None:
+    """`llama3_2/1B_qlora_single_device`, whole: two steps, merged, converted, quantized, and it answers."""
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
+    road = drive(
+        tmp_path / "run",
+        llama3_1b_base,
+        engine="torchtune",
+        dtype="bf16",
+        train_data=tmp_path / "chats.jsonl",
+        eval_split=0,
+        epochs=1,
+        warmup_steps=1,
+        template_date="2026-03-05",
+    )
+    assert road.said.ran() == list(pipeline.NAMES)
+    assert any("llama3_2/1B_qlora_single_device" in line for line in road.said.lines)
+    steps = [json.loads(line) for line in road.run.metrics.read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in steps] == [1, 2]
+    print("\n".join(road.said.lines))
+    used = (road.run.state / "torchtune" / "torchtune.yaml").read_text(encoding="utf-8")
+    assert "torchtune.models.llama3_2.qlora_llama3_2_1b" in used and "lora_rank: 16" in used
+    kinds = {kind for _, kind, _ in gguf_file.read(road.run.quantized("Q4_K_M")).tensors.values()}
+    assert "Q4_K" in kinds
+    talk = open_chat(road.run, road.said)
+    assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))

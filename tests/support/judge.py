@@ -1,0 +1,63 @@
+"""The judge of what engines compute: PEFT and transformers, in a loop as plain as can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+from kolotune.engines.job import TrainJob
+from kolotune.engines.native.batches import Tokens, order_of
+
+
+def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The judge: PEFT's layers, transformers' schedule, a padded batch with an attention mask, all logits."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True).train()
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    size = job.batch_size * job.gradient_accumulation
+    steps = -(-len(tokens) // size) * job.epochs
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(steps // 10, 100), steps)
+    curve = []
+    for epoch in range(job.epochs):
+        order = order_of(epoch, len(tokens), job.seed)
+        for start in range(0, len(order), size):
+            step = [tokens.chat(index) for index in order[start : start + size]]
+            labelled = sum(int((labels[1:] != -100).sum()) for _, labels in step)
+            total = 0.0
+            for at in range(0, len(step), job.batch_size):
+                ids, labels = zip(*step[at : at + job.batch_size], strict=True)
+                padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=77)
+                wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+                real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+                logits = model(input_ids=padded, attention_mask=real).logits[:, :-1]
+                summed = torch.nn.functional.cross_entropy(
+                    logits.reshape(-1, logits.shape[-1]), wanted[:, 1:].reshape(-1), reduction="sum"
+                )
+                (summed / labelled).backward()
+                total += float(summed.detach()) / labelled
+            torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            curve.append(total)
+    return curve, peft.get_peft_model_state_dict(model)
+
+
+@torch.no_grad()
+def held_out_loss(base: Path, adapter: Path, prepared: Path) -> float:
+    """The mean loss of the held-out chats' labelled tokens, in fp32, one chat at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    tokens = Tokens.load(prepared / "held_out.safetensors")
+    total, labelled = 0.0, 0
+    for index in range(len(tokens)):
+        ids, labels = tokens.chat(index)
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+        labelled += int((labels[1:] != -100).sum())
+    return total / labelled

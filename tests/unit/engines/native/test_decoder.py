@@ -1,0 +1,256 @@
+"""The step by hand against transformers and automatic differentiation: the same losses, the same gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kolotune.engines.job import TrainJob
+from kolotune.engines.native import attention, llama, packing
+from kolotune.engines.native.batches import Tokens
+from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
+from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
+from kolotune.errors import ConfigError
+
+Room = Callable[..., Any]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama 3.2": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
+    "stretched": ("llama", {"rope_parameters": LINEAR}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {}),
+    "qwen 2": ("qwen2", {}),
+    "qwen 3": ("qwen3", {}),
+}
+
+
+def chats_of(seed: int, count: int, beginning: int, longest: int) -> list[tuple[list[int], list[int]]]:
+    """Random chats behind a beginning that all of them share, with labels in several places."""
+    dice = random.Random(seed)
+    shared = [dice.randrange(96) for _ in range(beginning)]
+    chats = []
+    for _ in range(count):
+        own = [dice.randrange(96) for _ in range(dice.randint(3, longest))]
+        labels = [0] * (beginning + 1) + [int(dice.random() < 0.6) for _ in own[1:]]
+        chats.append((shared + own, labels))
+    return chats
+
+
+def pair_of(job: TrainJob) -> tuple[PackedModel, PlainModel]:
+    """The same model with the same adapters, which are no longer zero, computed in both ways."""
+    packed, plain = PackedModel(job), PlainModel(job, "cpu")
+    assert list(packed.adapters) == list(plain.adapters)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, pair in packed.adapters.items():
+            assert torch.equal(pair.lora_A, plain.adapters[name].lora_A), "both draw the same"
+            pair.lora_B.normal_(std=0.05)
+            plain.adapters[name].lora_B.copy_(pair.lora_B)
+    packed.updated()
+    return packed, plain
+
+
+def gradients(model: TrainingModel, tokens: Tokens, indices: range, factor: float) -> tuple[float, dict[str, Any]]:
+    loss = sum(model.backward(tokens, group, factor) for group in model.groups(tokens, indices))
+    found = {}
+    for name, pair in model.adapters.items():
+        found |= {f"{name} {part}": getattr(pair, part).grad for part in ("lora_A", "lora_B")}
+    return loss, found
+
+
+def compare(job: TrainJob, packed: PackedModel, plain: PlainModel, share: bool = True) -> None:
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    everything = range(len(tokens))
+    labels = max(1, sum(tokens.labels_of(index) for index in everything))
+    loss, wanted = gradients(plain, tokens, everything, 1 / labels)
+    packed._shares = share
+    found_loss, found = gradients(packed, tokens, everything, 1 / labels)
+    assert found_loss / labels == pytest.approx(loss / labels, abs=1e-5)
+    for name, gradient in wanted.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, atol=2e-5 * scale + 1e-9, rtol=1e-4, msg=name)
+    evaluated = sum(packed.loss(tokens, group) for group in packed.groups(tokens, everything))
+    assert evaluated / labels == pytest.approx(loss / labels, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_losses_and_gradients_are_those_of_transformers(kind: str, beginning: int, training_room: Room) -> None:
+    name, more = MODELS[kind]
+    job = training_room(name, chats=chats_of(beginning, 7, beginning, 30), **more).job()
+    assert isinstance(open_model(job, "cpu", 100), PackedModel)
+    compare(job, *pair_of(job))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches(seed: int, training_room: Room) -> None:
+    """Shared beginnings, lengths, labels, ranks and targets at random, with and without sharing."""
+    dice = random.Random(seed)
+    chats = chats_of(seed, dice.randint(1, 12), dice.choice([0, 3, 8, 40]), dice.choice([4, 60, 200]))
+    targets = dice.choice([["all-linear"], ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj", "k_proj"]])
+    job = training_room(chats=chats).job(lora_rank=dice.choice([1, 4, 40]), target_modules=targets)
+    compare(job, *pair_of(job), share=dice.random() < 0.7)
+
+
+def test_long_chats_take_the_other_attention(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And share nothing, whatever their beginning."""
+    job = training_room(chats=chats_of(3, 6, 10, 90)).job()
+    monkeypatch.setattr(packing, "LONG", 40)
+    used = []
+    forward = attention.LongAttention.forward
+    monkeypatch.setattr(attention.LongAttention, "forward", lambda *given: used.append(1) or forward(*given))
+    compare(job, *pair_of(job))
+    assert used
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_computing_again_changes_no_bit(dropout: float, training_room: Room) -> None:
+    job = training_room(chats=chats_of(5, 6, 12, 40)).job(lora_dropout=dropout)
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    results = []
+    for recompute in (False, True):
+        model, _ = pair_of(job)
+        model._recomputes = lambda row, wanted=recompute: wanted  # type: ignore[method-assign, misc]
+        torch.manual_seed(9)
+        results.append(gradients(model, tokens, range(6), 0.1))
+        results[-1][1]["next draw"] = torch.rand(3)
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], each) for name, each in results[1][1].items())
+
+
+def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room) -> None:
+    """Averaged over many draws the loss comes near that without dropout; a single draw does not."""
+    job = training_room(chats=chats_of(5, 4, 0, 20)).job(lora_dropout=0.3)
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    model, _ = pair_of(job)
+    exact = model.loss(tokens, range(4))
+    assert model.loss(tokens, range(4)) == exact
+    draws = [model.backward(tokens, range(4), 0.0) for _ in range(200)]
+    assert len(set(draws)) > 190
+    spread = torch.tensor(draws).std()
+    assert abs(sum(draws) / 200 - exact) < 3 * spread
+
+
+def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room) -> None:
+    """A finite difference along a random direction, with the draws held fast."""
+    job = training_room(chats=chats_of(5, 3, 0, 20)).job(lora_dropout=0.3)
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    model, _ = pair_of(job)
+
+    def loss() -> float:
+        torch.manual_seed(4)
+        model.updated()
+        return model.backward(tokens, range(3), 1.0)
+
+    loss()
+    torch.manual_seed(2)
+    slope, moved = 0.0, []
+    for pair in model.adapters.values():
+        for part in (pair.lora_A, pair.lora_B):
+            direction = torch.randn_like(part)
+            assert part.grad is not None
+            slope += float((part.grad * direction).sum())
+            moved.append((part, direction))
+    step = 1e-4
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for part, direction in moved:
+                part.add_(direction, alpha=sign * step)
+        ends.append(loss())
+        with torch.no_grad():
+            for part, direction in moved:
+                part.sub_(direction, alpha=sign * step)
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
+
+
+def test_bf16_stays_near_fp32(training_room: Room) -> None:
+    room = training_room(chats=chats_of(6, 6, 12, 40))
+    tokens = Tokens.load(Path(room.job().data) / "train.safetensors")
+    exact, _ = pair_of(room.job())
+    rough, plain = pair_of(room.job(dtype="bf16"))
+    loss = exact.loss(tokens, range(6))
+    assert rough.loss(tokens, range(6)) == pytest.approx(loss, rel=0.02)
+    assert plain.loss(tokens, range(6)) == pytest.approx(loss, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("gemma", {}, "architecture is gemma"),
+        ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ("mistral", {"sliding_window": 16}, "window of 16"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "window"),
+    ],
+)
+def test_other_models_go_through_transformers(kind: str, more: Any, reason: str, training_room: Room) -> None:
+    room = training_room(kind, **more)
+    assert reason in llama.why_not(room.root / "base", 100)
+    model = open_model(room.job(), "cpu", 100)
+    assert isinstance(model, PlainModel)
+    tokens = Tokens.load(Path(room.job().data) / "train.safetensors")
+    assert model.loss(tokens, [0]) > 0
+
+
+def test_a_model_without_linear_layers_is_refused(training_room: Room) -> None:
+    room = training_room("gpt2")
+    assert "gpt2" in llama.why_not(room.root / "base", 100)
+    with pytest.raises(ConfigError, match="no linear layer"):
+        open_model(room.job(), "cpu", 100)
+
+
+def test_a_window_wider_than_the_chats_is_none(training_room: Room) -> None:
+    base = training_room("mistral", sliding_window=64).root / "base"
+    assert llama.why_not(base, 64) == "" and "window" in llama.why_not(base, 65)
+
+
+@pytest.mark.parametrize("rotary", [LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": 1e6}])
+def test_frequencies_are_those_of_transformers(rotary: Any, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, rope_parameters=rotary)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    torch.testing.assert_close(llama.frequencies(config, 16), model.model.rotary_emb.inv_freq)
+    older = {"rope_theta": rotary["rope_theta"], "rope_scaling": {**rotary, "type": rotary["rope_type"]}}
+    torch.testing.assert_close(llama.frequencies(older, 16), model.model.rotary_emb.inv_freq)
+
+
+def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> None:
+    job = training_room(chats=chats_of(7, 60, 5, 200)).job()
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    groups = grouped(tokens, range(60))
+    assert sorted(index for group in groups for index in group) == list(range(60))
+    sums = [sum(tokens.length_of(index) for index in group) for group in groups]
+    assert max(sums) <= TOKEN_BUDGET and min(sums[:-1]) > TOKEN_BUDGET // 2
+    assert [len(group) for group in grouped(tokens, range(4), budget=10)] == [1, 1, 1, 1]
+
+
+def test_what_is_shared_is_computed_once(training_room: Room) -> None:
+    chats = chats_of(8, 5, 20, 10)
+    job = training_room(chats=chats).job()
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    packed = pack(tokens, range(5), share=True)
+    assert packed.prefix >= 20 and len(packed.ids) == packed.prefix + sum(packed.lengths)
+    assert packed.tokens == sum(len(ids) for ids, _ in chats)
+    assert packed.labels == sum(sum(labels[1:]) for _, labels in chats)
+    for row, target in zip(packed.rows.tolist(), packed.targets.tolist(), strict=True):
+        assert packed.ids[row + 1] == target
+    assert pack(tokens, [2], share=True).prefix == 0
+    labelled = dataclasses.replace(tokens, labelled=torch.ones_like(tokens.labelled))
+    assert pack(labelled, range(5), share=True).prefix == 0, "a label on the beginning is each chat's own"

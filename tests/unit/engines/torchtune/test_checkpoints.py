@@ -1,0 +1,162 @@
+"""Which checkpoint is taken: the newest whole one, by its number; never halves of two."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training import TrainingRoom
+
+from kolotune.engines.torchtune import checkpoints
+from kolotune.engines.torchtune.inside.kolotune_recipe import checkpoint as recipe
+from kolotune.errors import TrainingError
+
+FILES = ("adapter_model.safetensors", "state.safetensors", "checkpoint.txt")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Any:
+    return TrainingRoom(tmp_path).job(epochs=20, resume=True)
+
+
+def write(job: Any, epoch: int, **identity: Any) -> Path:
+    state = recipe.State(
+        epoch=epoch,
+        step=epoch * 5,
+        adapter={"layers.0.attn.q_proj.lora_a.weight": torch.full((2, 3), float(epoch))},
+        optimizer={"layers.0.attn.q_proj.lora_a.weight": {"step": torch.tensor(epoch * 5.0)}},
+        random=recipe.random_state(),
+    )
+    peft = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((2, 3), float(epoch))}
+    recipe.save(Path(job.checkpoints), state, peft, {**job.identity(), **identity})
+    return Path(job.checkpoints) / f"epoch-{epoch:06d}"
+
+
+def epoch_of(found: checkpoints.Checkpoint | None) -> int | None:
+    return found and found.epoch
+
+
+def test_what_is_written_is_read(job: Any) -> None:
+    folder = write(job, 3)
+    found = checkpoints.newest(job)
+    assert found == checkpoints.Checkpoint(folder, 3, 15)
+    (tensor,) = found.adapter().values()
+    assert torch.equal(tensor, torch.full((2, 3), 3.0))
+    state = recipe.load(folder)
+    assert (state.epoch, state.step) == (3, 15)
+    (moments,) = state.optimizer.values()
+    assert moments["step"] == 15 and torch.equal(state.random["cpu"], torch.get_rng_state())
+
+
+def test_none_there(job: Any) -> None:
+    assert checkpoints.newest(job) is None
+
+
+def test_the_number_decides_not_the_time(job: Any) -> None:
+    for epoch in (2, 9, 10, 1):
+        write(job, epoch)
+    for number, path in enumerate(sorted(Path(job.checkpoints).iterdir(), reverse=True)):
+        os.utime(path, (number, number))
+    assert epoch_of(checkpoints.newest(job)) == 10
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_one_is_passed_over(job: Any, file: str, damage: str) -> None:
+    write(job, 1)
+    path = write(job, 2) / file
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-3])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert epoch_of(checkpoints.newest(job)) == 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_halves_of_two_epochs_are_never_one(job: Any, file: str) -> None:
+    older, newer = write(job, 1), write(job, 2)
+    shutil.copyfile(older / file, newer / file)
+    assert epoch_of(checkpoints.newest(job)) == 1
+
+
+def test_one_under_anothers_number(job: Any) -> None:
+    write(job, 1).rename(Path(job.checkpoints) / "epoch-000007")
+    assert checkpoints.newest(job) is None
+
+
+def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer stops behind each call that touches the disk: what is found is whole, and the older of the two."""
+    write(job, 1)
+
+    class Killed(BaseException):
+        pass
+
+    stops = 0
+    for limit in range(1, 100):
+        left = limit
+
+        def step(call: Any) -> Any:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise Killed
+                return call(*arguments, **options)
+
+            return counted
+
+        with monkeypatch.context() as patched:
+            patched.setattr(recipe, "save_file", step(recipe.save_file))
+            patched.setattr(recipe, "_hash", step(recipe._hash))
+            patched.setattr(os, "fsync", step(os.fsync))
+            patched.setattr(Path, "write_text", step(Path.write_text))
+            patched.setattr(Path, "rename", step(Path.rename))
+            try:
+                write(job, 2)
+            except Killed:
+                stops += 1
+                found = checkpoints.newest(job)
+                renamed = (Path(job.checkpoints) / "epoch-000002").exists()
+                assert epoch_of(found) == (2 if renamed else 1)
+                continue
+        break
+    assert stops >= 8 and epoch_of(checkpoints.newest(job)) == 2
+
+
+def test_other_settings_are_refused(job: Any) -> None:
+    write(job, 1, lora_rank=99, seed=98)
+    with pytest.raises(TrainingError, match="other lora_rank, seed"):
+        checkpoints.newest(job)
+
+
+def test_more_epochs_are_not_other_settings(job: Any) -> None:
+    write(job, 1, epochs=99)
+    assert epoch_of(checkpoints.newest(job)) == 1
+
+
+def test_the_oldest_go_only_behind_a_whole_one(job: Any) -> None:
+    for epoch in (1, 2, 3):
+        write(job, epoch)
+    (write(job, 4) / FILES[0]).write_bytes(b"")
+    checkpoints.prune(job)
+    assert len(list(Path(job.checkpoints).iterdir())) == 4
+    write(job, 4)
+    checkpoints.prune(job)
+    assert sorted(path.name for path in Path(job.checkpoints).iterdir()) == ["epoch-000003", "epoch-000004"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(job: Any) -> None:
+    write(job, 1)
+    for name in ("epoch-last", "step-00000005"):
+        (Path(job.checkpoints) / name).mkdir()
+    assert epoch_of(checkpoints.newest(job)) == 1
+    checkpoints.prune(job)
+    assert {path.name for path in Path(job.checkpoints).iterdir()} == {"epoch-000001", "epoch-last", "step-00000005"}

@@ -1,0 +1,152 @@
+"""torchtune's environment: found whole or made anew, by one process at a time, and refused in words."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kolotune.engines.torchtune import environment
+from kolotune.errors import OfflineError, ToolchainError
+
+PIN = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    return tmp_path / "cache" / "torchtune" / environment.pinned()
+
+
+def look_alike(folder: Path, requirements: str | None) -> Path:
+    """A folder that looks like an environment made from a list."""
+    python = environment._python_of(folder)
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    if requirements is not None:
+        (folder / "kolotune.json").write_text(json.dumps({"requirements": requirements}), encoding="utf-8")
+    return folder
+
+
+def only(requirements: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list holds `requirements` alone."""
+    file = tmp_path / "requirements.txt"
+    file.write_text(requirements, encoding="utf-8")
+    monkeypatch.setattr(environment, "REQUIREMENTS", file)
+
+
+def test_every_package_is_pinned() -> None:
+    lines = environment.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if not line.startswith("#")]
+    assert all(PIN.fullmatch(line) for line in wanted) and len(wanted) == len({line.lower() for line in wanted})
+    pins = dict(line.split("==") for line in wanted)
+    assert pins["torch"] == "2.13.0" and pins["torchtune"] == "0.6.1"
+    assert tuple(map(int, pins["torchao"].split("."))) < (0, 16)
+
+
+def test_the_fingerprint_is_that_of_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for text in ("a==1\nb==2\n", "# why\nb==2\na==1\n", "a==1\nb==3\n"):
+        only(text, tmp_path, monkeypatch)
+        found.append(environment.pinned())
+    assert found[0] == found[1] != found[2]
+
+
+def test_none_is_no_environment(cache: Path) -> None:
+    assert environment.find() is None
+    look_alike(cache, None)  # the process that made it was killed
+    assert environment.find() is None
+
+
+def test_one_of_another_list_is_not_taken(cache: Path) -> None:
+    look_alike(cache, "0123456789ab")
+    assert environment.find() is None
+
+
+def test_one_whose_python_is_gone_is_not_taken(cache: Path) -> None:
+    python = environment._python_of(look_alike(cache, environment.pinned()))
+    assert environment.find() == environment.Environment(cache, environment.pinned())
+    python.unlink()
+    python.symlink_to(cache / "uninstalled")
+    assert environment.find() is None
+
+
+def test_the_variable_names_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.VARIABLE, str(look_alike(tmp_path / "image", environment.pinned())))
+    found = environment.find()
+    assert found is not None and found.folder == tmp_path / "image"
+    assert environment.fingerprint() == environment.pinned(), "the same work as in the one of the cache"
+
+
+def test_one_of_the_users_own_is_another(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.VARIABLE, str(look_alike(tmp_path / "own", None)))
+    assert environment.find() is not None
+    assert environment.fingerprint() != environment.pinned()
+
+
+def test_a_variable_that_names_none(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(ToolchainError, match=r"KOLOTUNE_TORCHTUNE=.*nowhere") as raised:
+        environment.find()
+    assert "python -m kolotune.engines.torchtune.environment" in raised.value.hint
+    environment.fingerprint()  # who only looks is not stopped
+
+
+def test_packages_that_cannot_be_had(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only("kolotune-has-no-such-package==1.2.3\n", tmp_path, monkeypatch)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    said: list[str] = []
+    with pytest.raises(OfflineError, match="kolotune-has-no-such-package") as raised:
+        environment.ensure(said.append)
+    assert len(said) == 1 and "once" in said[0]
+    target = cache.with_name(environment.pinned())
+    assert not target.exists(), "nothing half made stays"
+    assert target.with_name(f"{target.name}.log").is_file() and ".log" in raised.value.hint
+
+
+def test_one_that_does_not_work_is_not_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only("# no package at all: torchtune can't be imported then\n", tmp_path, monkeypatch)
+    with pytest.raises(ToolchainError, match=r"can't be imported.*No module named"):
+        environment.ensure(lambda text: None)
+    assert environment.find() is None and not cache.with_name(environment.pinned()).exists()
+
+
+def test_it_is_made_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only("# only the standard library\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(environment, "_PROOF", "import json")
+    target = cache.with_name(environment.pinned())
+    look_alike(target, None)
+    (target / "left over").touch()
+    made = environment.ensure(lambda text: None)
+    assert made.folder == target and environment.find() == made
+    assert not (target / "left over").exists()
+    said: list[str] = []
+    assert environment.ensure(said.append) == made and not said, "made once"
+
+
+def test_two_at_once_make_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only("# only the standard library\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(environment, "_PROOF", "import json")
+    said: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: environment.ensure(said.append), range(4)))
+    assert len(said) == 1 and len({each.folder for each in made}) == 1
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").touch()
+    assert environment.main([str(tmp_path)]) == ToolchainError.exit_code
+    assert (tmp_path / "thesis.txt").exists() and "something else" in capsys.readouterr().err
+
+
+def test_the_entry_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look_alike(tmp_path / "there", environment.pinned())
+    (tmp_path / "there" / "pyvenv.cfg").touch()
+    assert environment.main([str(tmp_path / "there")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "there")

@@ -1,0 +1,109 @@
+"""Options in torchtune's words, and what is refused because it has no word for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.training import TrainingRoom
+
+from kolotune import config as configs
+from kolotune.engines.torchtune import plan
+from kolotune.engines.torchtune.architecture import CONFIGS, Llama
+from kolotune.errors import ConfigError
+
+TINY = Llama(96, 2, 4, 2, 64, 96, 512, 1e-6, 10000.0, 1.0, True)
+UNTIED = Llama(96, 2, 4, 2, 64, 96, 512, 1e-6, 10000.0, 1.0, False)
+EIGHT_B, THREE_B, ONE_B = CONFIGS
+ALL = ["q_proj", "k_proj", "v_proj", "output_proj"]
+
+
+def config_of(**options: Any) -> Any:
+    return configs.resolve(({"engine": "torchtune", **options}, "test", Path("/")))
+
+
+@pytest.mark.parametrize(
+    ("names", "attention", "mlp"),
+    [
+        (["all-linear"], ALL, True),
+        (
+            ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            ["q_proj", "v_proj", "output_proj"],
+            True,
+        ),
+        (["k_proj"], ["k_proj"], False),
+    ],
+)
+def test_targets(names: list[str], attention: list[str], mlp: bool) -> None:
+    assert plan.targets(names, TINY) == plan.Targets(attention, mlp, False)
+
+
+def test_the_head_of_an_untied_model() -> None:
+    assert plan.targets(["q_proj", "lm_head"], UNTIED) == plan.Targets(["q_proj"], False, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scheduler_type": "linear"}, "cosine schedule only"),
+        ({"scheduler_type": "constant"}, "cosine schedule only"),
+        ({"early_stopping": 2}, "early-stopping"),
+        ({"target_modules": "gate_proj,up_proj,down_proj"}, "q_proj, k_proj, v_proj, o_proj"),
+        ({"target_modules": "q_proj,gate_proj"}, "together or not at all"),
+        ({"target_modules": "q_proj,c_attn"}, "c_attn"),
+        ({"target_modules": "q_proj,lm_head"}, "embedding"),
+        ({"load_in_4bit": True}, "16384"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        plan.check(config_of(**change), TINY)
+    assert reason in raised.value.cause and raised.value.hint
+
+
+@pytest.mark.parametrize("shape", [TINY, UNTIED, ONE_B, THREE_B, EIGHT_B])
+def test_the_defaults_are_accepted(shape: Llama) -> None:
+    plan.check(config_of(), shape)
+
+
+def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
+    job = TrainingRoom(tmp_path).job(
+        epochs=5, learning_rate=3e-4, weight_decay=0.02, batch_size=6, gradient_accumulation=7, max_grad_norm=0.5,
+        seed=11, lora_rank=12, lora_alpha=13.5, lora_dropout=0.14, dtype="bf16",
+    )  # fmt: skip
+    found = plan.config_of(job, TINY, warmup_steps=15)
+    assert {name: found[name] for name in ("epochs", "batch_size", "gradient_accumulation_steps", "seed", "dtype")} == {
+        "epochs": 5, "batch_size": 6, "gradient_accumulation_steps": 7, "seed": 11, "dtype": "bf16",
+    }  # fmt: skip
+    assert (found["optimizer"]["lr"], found["optimizer"]["weight_decay"]) == (3e-4, 0.02)
+    assert (found["clip_grad_norm"], found["lr_scheduler"]["num_warmup_steps"]) == (0.5, 15)
+    model = found["model"]
+    assert (model["lora_rank"], model["lora_alpha"], model["lora_dropout"]) == (12, 13.5, 0.14)
+    assert model["_component_"].endswith("lora_llama3_2") and model["scale_factor"] == 1.0
+    # The original's fixed options.
+    assert found["dataset"]["packed"] is False and found["enable_activation_checkpointing"] is True
+    assert found["optimizer"]["_component_"] == "torch.optim.AdamW"
+    assert found["loss"]["_component_"].endswith("CEWithChunkedOutputLoss")
+
+
+def test_no_clipping_is_said_as_torchtune_says_it(tmp_path: Path) -> None:
+    assert plan.config_of(TrainingRoom(tmp_path).job(max_grad_norm=0.0), TINY, 0)["clip_grad_norm"] is None
+
+
+def test_where_torchtune_has_a_config_its_model_stands(tmp_path: Path) -> None:
+    job = TrainingRoom(tmp_path).job(target_modules=["q_proj", "o_proj"])
+    for shape in (ONE_B, THREE_B, EIGHT_B):
+        model = plan.config_of(job, shape, 0)["model"]
+        assert model["lora_attn_modules"] == ["q_proj", "output_proj"]
+        assert "_component_" not in model and "quantize_base" not in model and "vocab_size" not in model
+    assert plan.config_of(job, UNTIED, 0)["model"]["_component_"].endswith("llama3_1.lora_llama3_1")
+
+
+def test_no_text_of_the_users_is_in_the_config(tmp_path: Path) -> None:
+    planted = "${oc.env:PATH}"
+    names = ("base_model", "base_name", "base_sha256", "data", "data_sha256", "adapter", "checkpoints", "metrics")
+    job = TrainingRoom(tmp_path).job(**{name: f"/{planted}/{name}" for name in names})
+    for shape in (TINY, UNTIED, ONE_B):
+        assert "${" not in json.dumps(plan.config_of(job, shape, 0))

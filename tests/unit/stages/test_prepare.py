@@ -1,0 +1,25 @@
+"""What preparing leaves out is counted, and the places are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kolotune.chats.preparing import Prepared
+from kolotune.reporter import PlainReporter
+from kolotune.stages import prepare
+
+
+def test_the_places_of_what_was_left_out_are_named(reporter: PlainReporter, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing: Any = None
+    prepared = Prepared(nothing, nothing, "")
+    prepared.duplicates = [("a.jsonl:9", "a.jsonl:2")]
+    prepared.in_both = ["held.jsonl:4"]
+    prepared.shortened = [("a.jsonl:5", 2)]
+    prepared.too_long = [f"a.jsonl:{line}" for line in range(100, 125)]
+    prepare.tell(prepared, reporter)
+    told = capsys.readouterr().out
+    for place in ("a.jsonl:9 is a.jsonl:2 again", "held.jsonl:4", "a.jsonl:5: 2 turns", "a.jsonl:100", "a.jsonl:119"):
+        assert place in told
+    assert "a.jsonl:120" not in told and "and 5 more" in told

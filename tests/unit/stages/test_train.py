@@ -1,0 +1,68 @@
+"""The train stage: its fingerprint and its preflight know which engine trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune import config as configs
+from kolotune.engines.torchtune import environment
+from kolotune.errors import ConfigError, ModelError
+from kolotune.layout import RunFolder
+from kolotune.records import Context
+from kolotune.stages import train
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "vocab_size": 96, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+}  # fmt: skip
+
+
+def context_of(folder: Path, base: dict[str, Any], **options: Any) -> Context:
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps(base), encoding="utf-8")
+    config = configs.resolve((options, "test", folder))
+    return Context(config, RunFolder(folder / "run"), folder / "base")
+
+
+def test_the_fingerprint_names_torchtunes_environment_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
+    native, torchtune = (configs.resolve(({"engine": name}, "test", tmp_path)) for name in ("native", "torchtune"))
+    assert "torchtune_environment" not in train.options(native)
+    assert train.options(torchtune)["torchtune_environment"] == environment.pinned()
+    assert not list(tmp_path.iterdir()), "only looked at"
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "kind", "reason"),
+    [
+        ({**LLAMA, "architectures": ["Qwen2ForCausalLM"]}, {}, ModelError, "Qwen2ForCausalLM"),
+        ({**LLAMA, "attention_bias": True}, {}, ModelError, "attention_bias"),
+        (LLAMA, {"scheduler_type": "linear"}, ConfigError, "cosine"),
+        (LLAMA, {"early_stopping": 1}, ConfigError, "early-stopping"),
+        (LLAMA, {"target_modules": "q_proj,up_proj"}, ConfigError, "together"),
+    ],
+)
+def test_what_torchtune_cannot_do_is_refused_before_its_environment_is_made(
+    base: dict[str, Any],
+    options: dict[str, Any],
+    kind: type[Exception],
+    reason: str,
+    tmp_path: Path,
+    reporter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(kind, match=reason):
+        train.preflight(context_of(tmp_path, base, engine="torchtune", **options), reporter)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_native_engine_asks_nothing_of_torchtune(tmp_path: Path, reporter: Any) -> None:
+    options = {"scheduler_type": "linear", "early_stopping": 1, "target_modules": "up_proj"}
+    train.preflight(context_of(tmp_path, {**LLAMA, "attention_bias": True}, **options), reporter)
