@@ -21,7 +21,7 @@ from kolotune import pipeline
 from kolotune.files import hash_file
 from kolotune.layout import RunFolder
 
-ENGINES = ["native"]
+ENGINES = ["native", pytest.param("torchtune", marks=pytest.mark.slow)]
 RUNNERS = ["local", pytest.param("container", marks=pytest.mark.container)]
 CHATS = 12
 
