@@ -77,7 +77,9 @@ class Config:
         None, "Steps in which the learning rate rises; default: a tenth of all, at most 100.", torchtune=100
     )
     weight_decay: Annotated[float, Ge(0), Le(1)] = option(0.01, "AdamW's weight decay.")
-    batch_size: Annotated[int, Ge(1)] = option(4, "Chats computed at once.", torchtune=1)
+    batch_size: Annotated[int, Ge(1)] | None = option(
+        None, "Chats of a batch; default: 4, and of many short ones as many as make 1,000 tokens.", torchtune=1
+    )
     gradient_accumulation: Annotated[int, Ge(1)] = option(1, "Batches that make one step.")
     max_grad_norm: Annotated[float, Ge(0)] = option(1.0, "Gradients are clipped to this norm; 0: never.", torchtune=0.0)
     seed: Annotated[int, Ge(0), Lt(2**32)] = option(42, "Seed of initial weights, order and dropout.")
@@ -129,8 +131,8 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
         layers: each ``(values, what it is called in messages, folder that its relative paths start from)``;
             a later layer wins. A value of None says nothing, an explicit 0, empty string or False counts.
 
-    What no layer gives gets the default of the engine. A run's saved config gives every option: to change the
-    engine of such a run changes the engine and nothing else.
+    What no layer gives gets the default of the engine. A run's saved config gives every option that has a value:
+    another engine for such a run changes the engine alone, and what was automatic (warmup, batch) to torchtune's.
 
     Raises:
         ConfigError: unknown keys and impossible values, all of them in one message.

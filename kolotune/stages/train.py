@@ -25,6 +25,8 @@ _OPTIONS = (
     "target_modules", "early_stopping",
 )  # fmt: skip
 _KILLED = (-9, 137)
+# Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
+_BUSY_TOKENS, _SMALLEST_BATCH, _STEPS_WANTED = 1000, 4, 100
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -74,6 +76,8 @@ def make_job(context: Context) -> TrainJob:
     """The job for the engine, with the hashes of what it reads."""
     hasher, run, config = Hasher(), context.run, context.config
     chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
+    if config.batch_size is None:
+        chosen["batch_size"] = _batch_size(run.prepared / "train.safetensors")
     return TrainJob(
         base_model=str(context.base),
         base_name=canonical(config.base_model),
@@ -89,12 +93,27 @@ def make_job(context: Context) -> TrainJob:
     )
 
 
+def _batch_size(tokens: Path) -> int:
+    """The batch for these chats: 4, or as many as keep the processor busy while an epoch keeps a hundred steps.
+
+    It depends on the prepared chats alone, so that a resumed or repeated run has the same.
+    """
+    from safetensors import safe_open
+
+    with safe_open(tokens, framework="numpy") as file:
+        chats = file.get_slice("offsets").get_shape()[0] - 1
+        busy = _BUSY_TOKENS * chats // max(1, file.get_slice("ids").get_shape()[0])
+    return int(max(_SMALLEST_BATCH, min(busy, chats // _STEPS_WANTED)))
+
+
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     """Starts the engine and shows its progress; raises its errors in its words."""
     if not context.run.prepared.is_dir():
         raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")
     job = make_job(context)
     job.write(context.run.job)
+    if context.config.batch_size is None:
+        reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
     log = context.run.log(NAME)
     with reporter.progress("training") as progress:
         events = _Events(reporter, progress)

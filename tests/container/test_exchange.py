@@ -143,6 +143,14 @@ def test_names_that_are_hard_to_carry(container: Client, small_base: Path, tmp_p
     assert code == 3 and "none.jsonl" in output and "Traceback" not in output
 
 
+def test_the_same_chats_under_two_names(container: Client, small_base: Path, tmp_path: Path) -> None:
+    write_chats(tmp_path)
+    shutil.copyfile(tmp_path / "chats.jsonl", tmp_path / "again.jsonl")
+    command = ["check", "chats.jsonl", "again.jsonl", "--base-model", small_base, "--container"]
+    code, output = container(*command, cwd=tmp_path)
+    assert code == 0 and "12 exact copies" in output, output
+
+
 def test_events_pass_as_they_are_with_json(made: Path, container: Client) -> None:
     code, output = container("status", "outputs", "--json", "--container", cwd=made)
     (line,) = output.splitlines()

@@ -408,14 +408,22 @@ def test_what_is_given_holds_under_torchtune_too(name: str) -> None:
 
 def test_the_engine_may_come_from_any_layer() -> None:
     assert resolve(({"engine": "torchtune"}, "file", HERE), flags(epochs=1)).batch_size == 1
-    assert resolve(({"engine": "torchtune"}, "file", HERE), flags(engine="native")).batch_size == 4
+    assert resolve(({"engine": "torchtune"}, "file", HERE), flags(engine="native")).batch_size is None
 
 
 def test_another_engine_for_a_saved_run_changes_the_engine_alone(tmp_path: Path) -> None:
     """A saved config says every option: who only asks for the other engine wants the rest as it was."""
-    saved = resolve(flags(engine="native", warmup_steps=7))
+    saved = resolve(flags(engine="native", warmup_steps=7, batch_size=3))
     layer = (load_file(written(tmp_path, dump(saved))), "saved", tmp_path)
     changed = resolve(layer, flags(engine="torchtune"))
     assert changed == dataclasses.replace(saved, engine="torchtune")
     layer = (load_file(written(tmp_path, dump(changed))), "saved", tmp_path)
     assert resolve(layer) == changed and resolve(layer, flags(engine="native")) == saved
+
+
+def test_an_automatic_warmup_and_batch_become_torchtunes() -> None:
+    """They have no value that a saved config could give."""
+    layer = ({"engine": "native", "lora_rank": 4}, "saved", HERE)
+    native, torchtune = resolve(layer), resolve(layer, flags(engine="torchtune"))
+    assert (native.warmup_steps, native.batch_size) == (None, None)
+    assert (torchtune.warmup_steps, torchtune.batch_size, torchtune.lora_rank) == (100, 1, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ...runners import local
 from ...weights import weight_files
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit, event_of
-from ..metrics import Metrics
+from ..metrics import begin
 from . import architecture, checkpoints, environment, plan
 from .architecture import Llama
 from .environment import Environment
@@ -72,7 +71,8 @@ def train(job: TrainJob) -> None:
     else:
         emit("note", text=f"going on from step {found.step} (epoch {found.epoch})")
     _say_what_differs(job, shape, length)
-    answers = _Answers(job, Metrics(Path(job.metrics), found.step if found else 0))
+    begin(Path(job.metrics), found.step if found else 0)
+    answers = _Answers(job)
     if found is None or found.epoch < job.epochs:
         _run_recipe(job, shape, length, place, found, answers)
         found = checkpoints.newest(job)
@@ -124,6 +124,7 @@ def task_of(job: TrainJob, shape: Llama, length: Length, found: checkpoints.Chec
         "data": job.data,
         "seed": job.seed,
         "checkpoints": job.checkpoints,
+        "metrics": job.metrics,
         "resume": str(found.folder) if found else None,
         "identity": job.identity(),
     }
@@ -178,8 +179,8 @@ def _out_of_memory(job: TrainJob, cause: str) -> TrainingError:
 class _Answers:
     """Takes the recipe's events out of its output, and hands them on."""
 
-    def __init__(self, job: TrainJob, metrics: Metrics) -> None:
-        self._job, self._metrics = job, metrics
+    def __init__(self, job: TrainJob) -> None:
+        self._job = job
         self.error: KolotuneError | None = None
         self.facts: dict[str, Any] = {}
 
@@ -190,22 +191,13 @@ class _Answers:
         kind = event.pop("event")
         if kind == "started":
             self.facts["device"] = event["device"]
-        elif kind == "step":
-            self._step(event)
-        elif kind == "evaluation":
-            self._metrics.write(**event, time=round(time.time(), 3))
-            emit("evaluation", **event)
+        elif kind in ("step", "evaluation"):
+            emit(kind, **event)
         elif kind == "checkpoint":
             checkpoints.prune(self._job)
         elif kind == "error":
             self.error = self._in_words(event)
         return True
-
-    def _step(self, event: dict[str, Any]) -> None:
-        steps = event.pop("steps")
-        self._metrics.write(**event, time=round(time.time(), 3))
-        shown = {name: event[name] for name in ("step", "loss", "tokens_per_second")}
-        emit("step", steps=steps, **shown)
 
     def _in_words(self, event: dict[str, Any]) -> TrainingError:
         if event["kind"] == "memory":

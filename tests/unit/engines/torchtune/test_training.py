@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,42 @@ def test_torchtune_ends_with_its_driver_and_the_run_is_finished_later(
     done = max(int(path.name[-6:]) for path in Path(job.checkpoints).glob("epoch-*"))
     training.train(dataclasses.replace(job, epochs=done + 1, resume=True))
     assert max(losses(job)) == (done + 1) * 10 and Path(job.adapter).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_killed_again_and_again_it_ends_with_the_same_adapter(training_room: Room) -> None:
+    """SIGKILL at random moments, of the driver or of torchtune's process: adapter and metrics are those of one go."""
+    room = training_room("llama", held_out=2)
+    options = {"epochs": 60, "lora_dropout": 0.2, "batch_size": 2}
+    whole, job = room.job("whole", **options), room.job("cut", **options, resume=True)
+    training.train(whole)
+    job.write(Path(job.metrics).with_name("job.json"))
+    dice, kills, going_on = random.Random(5), 0, set()
+    while kills < 12:
+        argv = [sys.executable, "-m", "kolotune.engines.torchtune", str(Path(job.metrics).with_name("job.json"))]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        steps_left = dice.randint(1, 60)
+        for line in process.stdout:
+            if "going on from" in line:
+                going_on.add(line)
+            steps_left -= '"step"' in line
+            if steps_left == 0:
+                time.sleep(dice.random() * 0.05)
+                children = psutil.Process(process.pid).children()
+                victim = children[0] if children and kills % 2 else psutil.Process(process.pid)
+                victim.send_signal(signal.SIGKILL)
+                kills += 1
+                assert all(gone(child) for child in children)
+        if process.wait() == 0:
+            break
+    else:
+        training.train(job)
+    assert kills >= 5 and len(going_on) >= 3
+    assert same(adapter(job), adapter(whole))
+    for key in ("loss", "held_out_loss"):
+        assert losses(job, key) == losses(whole, key)
 
 
 # --- hostile text, errors

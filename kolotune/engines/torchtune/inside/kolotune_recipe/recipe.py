@@ -8,6 +8,7 @@ dropped), the held-out loss, checkpoints that are whole or invisible, a schedule
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -153,16 +154,21 @@ class Recipe(_base_class()):  # type: ignore[misc] # its base is known when it i
         self._dataloader.tokens_read = 0
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise NotFiniteError(f"the loss is not finite at step {self.global_step}")
-        emit(
-            "step",
+        self._record(
             step=self.global_step,
-            steps=self.total_epochs * self._steps_per_epoch,
             epoch=round(self.global_step / self._steps_per_epoch, 4),
             loss=loss,
             learning_rate=self._rate,
             tokens_per_second=round(speed, 1),
             memory_mb=_memory_mb(self._device.type),
         )
+        steps = self.total_epochs * self._steps_per_epoch
+        emit("step", step=self.global_step, steps=steps, loss=loss, tokens_per_second=speed)
+
+    def _record(self, **fields: Any) -> None:
+        """A line of the metrics. Written here and not by the driver: a checkpoint must never be ahead of them."""
+        with Path(self._task["metrics"]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**fields, "time": round(time.time(), 3)}) + "\n")
 
     @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def _evaluate(self) -> None:
@@ -178,7 +184,9 @@ class Recipe(_base_class()):  # type: ignore[misc] # its base is known when it i
                 total += float(self._loss_step(on_device)) * count
                 labels += count
         self._model.train()
-        emit("evaluation", step=self.global_step, held_out_loss=total / max(1, labels))
+        loss = total / max(1, labels)
+        self._record(step=self.global_step, held_out_loss=loss)
+        emit("evaluation", step=self.global_step, held_out_loss=loss)
 
     def save_checkpoint(self, epoch: int) -> None:
         """Called by torchtune's loop at the end of each epoch."""
