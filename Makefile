@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all lint format lock bench clean
+.PHONY: setup demo test test-all test-container lint format lock bench clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,13 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -m ""
 
+# A real Docker engine of its own, with a data folder that is kept, so that a second time is quick. Needs root.
+test-container: setup
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    ! { command -v dockerd && command -v debootstrap; } >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap; fi
+	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m container
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +51,11 @@ lock: setup
 	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra local --extra dev --no-emit-index-url \
 	  --no-emit-find-links --no-header --no-annotate --constraint constraints.txt -o requirements.lock pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
+	# The part of it that the container's image needs.
+	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra local --no-emit-index-url \
+	  --no-emit-find-links --no-header --no-annotate --constraint requirements.lock \
+	  -o kolotune/image/requirements.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' kolotune/image/requirements.lock
 
 clean:
 	rm -rf $(VENV) $(DEMO)

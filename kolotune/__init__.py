@@ -13,12 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .version import VERSION
+
 if TYPE_CHECKING:
     from .config import Config, resolve
     from .layout import RunFolder
     from .reporter import Reporter
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Config", "RunFolder", "load_run", "resolve", "run"]
 _HOMES = {"Config": "config", "resolve": "config", "RunFolder": "layout"}
 

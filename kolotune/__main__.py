@@ -8,7 +8,10 @@ import sys
 def main() -> int:
     """Runs the command line; returns the exit code."""
     from .cli import run_command_line
+    from .runners import watchdog
 
+    watchdog.end_with_parent()
+    watchdog.say_process()
     return run_command_line(sys.argv[1:])
 
 

@@ -39,8 +39,9 @@ def fetch_package(requirement: str, sha256: str, into: Path, *, source: bool = F
     log = into / "pip.log"
     wanted = into / "requirement.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-    form = "--no-binary" if source else "--only-binary"
-    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", form, ":all:"]
+    # Of a source archive pip builds the metadata, with tools that it must not have to build from source too.
+    form = ["--no-binary", requirement.partition("==")[0]] if source else ["--only-binary", ":all:"]
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *form]
     with tempfile.TemporaryDirectory(dir=into) as folder:
         code = local.run([*argv, "--dest", folder, "--requirement", str(wanted)], log=log)
         found = sorted(Path(folder).iterdir())

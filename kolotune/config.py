@@ -147,7 +147,7 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
             if key not in FIELDS:
                 problems.append(f"{origin}: unknown option {key!r}{_did_you_mean(key)}")
             elif value is not None:
-                values[key] = _normalized(key, value, folder)
+                values[key] = normalized(key, value, folder)
                 origins[key] = origin
     if values.get("engine") == "torchtune":
         values = {**UNDER_TORCHTUNE, **values}
@@ -164,8 +164,8 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
     return config
 
 
-def _normalized(key: str, value: Any, folder: Path) -> Any:
-    """`value` in its canonical form: lists from comma lists, absolute paths, capitals for quantizations."""
+def normalized(key: str, value: Any, folder: Path) -> Any:
+    """A value of option `key` in canonical form: lists from comma lists, absolute paths, capitals for quantizations."""
     if key in ("train_data", "eval_data"):
         items = [value] if isinstance(value, (str, Path)) else value
         return tuple(_absolute(each, folder) for each in items) if isinstance(items, (list, tuple)) else items

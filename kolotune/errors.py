@@ -13,6 +13,16 @@
     ├── ArtifactError                11   a file that was made, or given, is not what it should be
     ├── RunFolderError               12   the run folder is missing, busy or not a run folder
     ├── SpaceError                   13   not enough disk or memory
+    ├── ContainerError               14   Docker or the container failed in another way than these:
+    │   ├── DockerDownError          15   Docker is not installed, not running, or may not be used
+    │   ├── ImageMissingError        16   the container's image has not been built
+    │   ├── ImageBuildError          17   building the image failed
+    │   ├── ContainerMissingError    18   there is no such container
+    │   ├── SimilarContainerError    19   there is none of that name, but one of a similar name
+    │   ├── ContainerStoppedError    20   the container is not running
+    │   ├── ContainerPausedError     21   the container is paused
+    │   ├── ContainerLostError       22   the container was stopped or restarted while a verb ran in it
+    │   └── ContainerVersionError    23   the container's kolotune is another version than the client
     └── Interrupted                 130   Ctrl-C or a termination signal
 
 Each carries one line of cause, one line of what to do (``hint``) and the exit code above. The command
@@ -96,6 +106,54 @@ class RunFolderError(KolotuneError):
 class SpaceError(KolotuneError):
     exit_code = 13
     default_hint = "Free some space, or choose another --output-dir."
+
+
+class ContainerError(KolotuneError):
+    exit_code = 14
+    default_hint = "`kolotune container status` shows what is there."
+
+
+class DockerDownError(ContainerError):
+    exit_code = 15
+    default_hint = "Install or start Docker; where it listens elsewhere, set DOCKER_HOST."
+
+
+class ImageMissingError(ContainerError):
+    exit_code = 16
+    default_hint = "Build it: kolotune container build"
+
+
+class ImageBuildError(ContainerError):
+    exit_code = 17
+
+
+class ContainerMissingError(ContainerError):
+    exit_code = 18
+    default_hint = "Make it: kolotune container start"
+
+
+class SimilarContainerError(ContainerError):
+    exit_code = 19
+
+
+class ContainerStoppedError(ContainerError):
+    exit_code = 20
+    default_hint = "Start it: kolotune container start"
+
+
+class ContainerPausedError(ContainerError):
+    exit_code = 21
+    default_hint = "Let it go on: kolotune container start"
+
+
+class ContainerLostError(ContainerError):
+    exit_code = 22
+    default_hint = "Start it (kolotune container start), then run the same command again: what was done stays."
+
+
+class ContainerVersionError(ContainerError):
+    exit_code = 23
+    default_hint = "Make it anew: kolotune container build, then kolotune container start --anew"
 
 
 class Interrupted(KolotuneError):

@@ -92,6 +92,11 @@ class RunFolder:
     def hash_cache(self) -> Path:
         return self.state / "hashes.json"
 
+    @property
+    def brought(self) -> Path:
+        """What was brought out of a container, and in which state it was."""
+        return self.state / "brought.json"
+
     def record(self, stage: str) -> Path:
         return self.state / f"{stage}.json"
 

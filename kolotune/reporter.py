@@ -249,6 +249,70 @@ class _RichProgress:
         self._bar.update(self._task, completed=done, total=total, shown=shown)
 
 
+class Replay:
+    """Tells a reporter what a `JsonReporter` elsewhere was told, from its lines.
+
+    A running count stays open from its first event to its last, so that a terminal shows it as a bar.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._open: contextlib.ExitStack | None = None
+        self._title = ""
+        self._progress: Progress | None = None
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Repeats one event; one that is of no known kind is shown as a note, so that nothing gets lost."""
+        fields = dict(event)
+        kind = str(fields.pop("event", ""))
+        if kind == "progress":
+            self._count(fields)
+            return
+        if kind not in ("note", "warning"):  # these stand beside a running count, others come after it
+            self.close()
+        if kind in ("doing", "success", "note", "warning"):
+            getattr(self._reporter, kind)(str(fields.get("text", "")))
+        elif kind == "failure":
+            self._reporter.failure(str(fields.get("cause", "")), str(fields.get("hint", "")))
+        elif kind == "table":
+            rows = [row for row in fields.get("rows", []) if isinstance(row, dict)]
+            columns = list(rows[0]) if rows else []
+            cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+            self._reporter.table(str(fields.get("title", "")), columns, cells)
+        elif kind == "result":
+            self._reporter.result(str(fields.pop("text", "")), **{str(name): value for name, value in fields.items()})
+        else:
+            self._reporter.note(json.dumps(event, ensure_ascii=False))
+
+    def close(self) -> None:
+        """Ends a running count, whether it came to its end or not."""
+        if self._open is not None:
+            self._open.close()
+        self._open, self._progress = None, None
+
+    def _count(self, fields: dict[str, Any]) -> None:
+        title = str(fields.pop("title", ""))
+        done, total = (int(fields.pop(name, 0)) for name in ("done", "total"))
+        if self._progress is None or title != self._title:
+            self.close()
+            self._open, self._title = contextlib.ExitStack(), title
+            self._progress = self._open.enter_context(self._reporter.progress(title))
+        self._progress.update(done, total, **fields)
+        if done >= total:
+            self.close()
+
+
+def event_of(line: str) -> dict[str, Any] | None:
+    """The event in a line that a `JsonReporter` printed; None when the line is something else."""
+    if not line.startswith('{"event"'):
+        return None
+    try:
+        loaded = json.loads(line)
+    except ValueError:
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
 def size_in_words(count: float) -> str:
     """A number of bytes as people read it."""
     for unit in ("B", "KB", "MB", "GB"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.docker_engine import container, docker_engine, image, small_base  # noqa: F401 - fixtures
 from support.training import VOCABULARY, TrainingRoom, random_chats, write_tokens
 
 from kolotune import llamacpp
@@ -17,6 +18,12 @@ SAMPLE = Path(__file__).parent.parent / "examples" / "lighthouse"
 # How long an example takes says something about the machine, which is shared, and nothing about the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says what an ordinary run does not do."""
+    if "not container" in config.option.markexpr:
+        terminalreporter.write_line("left out: the tests that need a Docker engine; `make test-container` runs them")
 
 
 @pytest.fixture(scope="session")

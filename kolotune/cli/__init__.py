@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ..errors import ArtifactError, Interrupted, KolotuneError, ToolchainError
-from . import looks, roads, start, talk
+from . import container, elsewhere, looks, roads, start, talk
 from .options import reporter
 
 # What only `kolotune[local]` brings; a client works without.
@@ -22,6 +22,7 @@ _HELP = "From a file of chats to a model that runs in Ollama. Begin with: kolotu
 app = typer.Typer(
     name="kolotune",
     help=_HELP,
+    epilog=elsewhere.HELP,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # rich's help takes longer to load than all the rest
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 # typer's own copy of click raises these, older versions the package's: a base of one of them fits both.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
-for module in (roads, looks, talk, start):
+for module in (roads, looks, talk, start, container):
     module.add_to(app)
 
 
@@ -46,7 +47,7 @@ def run_command_line(arguments: list[str]) -> int:
             stream.reconfigure(errors="replace")
     command = typer.main.get_command(app)
     try:
-        result = command.main(arguments, prog_name="kolotune", standalone_mode=False)
+        result = elsewhere.main(command, arguments)
     except _CommandLineError as error:
         error.show()
         return 2

@@ -132,4 +132,6 @@ def _unpack(archive: Path, target: Path) -> None:
                 members.append(member)
         if not members:
             raise ToolchainError(f"{archive.name}: holds no llama.cpp", "The pinned version is wrong; report this.")
-        tar.extractall(target, members=members, filter="data")
+        # Python before 3.11.4 (Debian 12's) has no filters; the archive's hash is checked all the same.
+        tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        tar.extractall(target, members=members)

@@ -82,6 +82,11 @@ def run(
     return code
 
 
+def interactive(argv: Sequence[str]) -> int:
+    """Hands the terminal to a program until it ends; returns its exit code."""
+    return subprocess.run(list(argv), check=False).returncode
+
+
 def _end(child: subprocess.Popen[str]) -> None:
     """Stops a child that still runs: politely, then by force."""
     if child.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,6 +10,9 @@ import time
 
 WATCH_STDIN = "KOLOTUNE_WATCH_STDIN"
 """Set to 1 for a process whose standard input is a pipe that stays open as long as its parent lives."""
+
+SAY_PROCESS = "KOLOTUNE_SAY_PROCESS"
+"""Set to 1 for a process that tells its number in its first line of output, to be signalled by it."""
 
 _STDIN = 0
 _PATIENCE_SECONDS = 20.0
@@ -23,6 +27,12 @@ def end_with_parent() -> None:
     """
     if os.environ.pop(WATCH_STDIN, "") == "1":
         threading.Thread(target=_wait_for_the_end, name="end-with-parent", daemon=True).start()
+
+
+def say_process() -> None:
+    """Tells this process's number as a line of JSON, if the one that started it asks for it."""
+    if os.environ.pop(SAY_PROCESS, "") == "1":
+        print(json.dumps({"event": "process", "number": os.getpid()}), flush=True)
 
 
 def _wait_for_the_end() -> None:

@@ -1,0 +1,145 @@
+"""The verbs of the container: build, start, stop, status, shell."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import ConfigError
+from ..runners.container import places
+from .options import Json, reporter
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")  # Docker's own rule
+
+Name = Annotated[str, typer.Argument(help="The container's name.")]
+Certificates = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads annotations at run time
+    typer.Option("--ca-bundle", help="Certificates (PEM) to trust, on machines behind a proxy.", show_default=False),
+]
+
+app = typer.Typer(
+    help="The container that `--container` sends verbs into.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Adds the verb of this module, with its own verbs."""
+    for verb in (build, start, stop, status, shell):
+        app.command()(verb)
+    parent.add_typer(app, name="container")
+
+
+def build(
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Base image, best pinned as name@sha256:…; default: a slim Python.", show_default=False),
+    ] = None,
+    extra_index: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="One more package index for pip, as PyTorch's for the CPU or ROCm.", show_default=False),
+    ] = None,
+    wheels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of wheels that pip takes first.", show_default=False),
+    ] = None,
+    pip_config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="pip's settings during the build; they are not in the image.", show_default=False),
+    ] = None,
+    ca_bundle: Certificates = None,
+    network: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Network of the build's steps, as host.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Builds the image; only what has changed is built again."""
+    from ..cache import cache_folder
+    from ..runners.container import lifecycle
+    from ..runners.container.docker import Docker
+
+    say = reporter(json)
+    options = lifecycle.BuildOptions(base, extra_index, wheels, ca_bundle, pip_config, network)
+    tag = lifecycle.build(Docker(), options, cache_folder("container") / "build.log", say)
+    say.success(f"built {tag}")
+    say.note("next: kolotune container start")
+    return 0
+
+
+def start(
+    name: Name = places.DEFAULT_NAME,
+    anew: Annotated[bool, typer.Option("--anew", help="Make the container anew; its volume stays.")] = False,
+    image: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Its image; default: the one that `build` made.", show_default=False),
+    ] = None,
+    gpus: Annotated[str, typer.Option(metavar="auto|none|nvidia|amd", help="Which GPUs are passed through.")] = "auto",
+    env: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="NAME=VALUE inside, as HSA_OVERRIDE_GFX_VERSION=10.3.0.", show_default=False),
+    ] = None,
+    port: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Port to publish, on this machine's loopback only.", show_default=False, min=1, max=65535),
+    ] = None,
+    network: Annotated[Optional[str], typer.Option(help="Docker's network, as host.", show_default=False)] = None,  # noqa: UP045
+    ca_bundle: Certificates = None,
+    json: Json = False,
+) -> int:
+    """Starts the container; makes it, with its volume, if there is none."""
+    from ..runners.container import lifecycle
+    from ..runners.container.docker import Docker
+
+    if gpus not in lifecycle.GPUS:
+        raise ConfigError(f"gpus: must be one of {', '.join(lifecycle.GPUS)}, not {gpus!r}")
+    if ca_bundle is not None and not ca_bundle.is_file():
+        raise ConfigError(f"{ca_bundle}: there is no such file", "Give the certificates that the proxy needs, in PEM.")
+    say = reporter(json)
+    options = lifecycle.StartOptions(image, network, gpus, tuple(env or ()), tuple(port or ()), ca_bundle, anew)
+    lifecycle.start(Docker(), _checked(name), options, say)
+    say.success(f"container {name} runs")
+    return 0
+
+
+def stop(name: Name = places.DEFAULT_NAME, json: Json = False) -> int:
+    """Stops the container; the volume with its runs stays."""
+    from ..runners.container import lifecycle
+    from ..runners.container.docker import Docker
+
+    lifecycle.stop(Docker(), _checked(name))
+    reporter(json).success(f"container {name} is stopped; its runs are kept")
+    return 0
+
+
+def status(name: Name = places.DEFAULT_NAME, json: Json = False) -> int:
+    """What is there: Docker, the image, the container, and what is on its volume."""
+    from ..runners.container import lifecycle
+    from ..runners.container.docker import Docker
+
+    rows = lifecycle.described(Docker(), _checked(name))
+    reporter(json).table(f"Container {name}", ("part", "state", "what"), rows)
+    return 0
+
+
+def shell(name: Name = places.DEFAULT_NAME) -> int:
+    """Opens a shell in the container; needs Docker's own program."""
+    from ..runners import local
+    from ..runners.container.docker import Docker
+
+    found = Docker().running(_checked(name))
+    program = shutil.which("docker")
+    if program is None:
+        raise ConfigError("shell: Docker's program `docker` is not here", "Install it; the other verbs don't need it.")
+    return local.interactive([program, "exec", "--interactive", "--tty", found.id, "/bin/bash"])
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"container {name!r}: is no name that Docker takes", "Letters, digits, and _ . - behind them."
+        )
+    return name

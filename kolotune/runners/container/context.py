@@ -1,0 +1,99 @@
+"""What is sent to Docker to build the image: one tar of the Dockerfile and all that it copies.
+
+The installed package is the source, so that a client that came with pip can build too. Names, order and
+modes depend on nothing else, so that unchanged parts are taken from Docker's cache of layers.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ...errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_LOCK = "requirements.lock"
+# What makes llama.cpp's converter and torchtune's environment: steps of their own, which other changes must not repeat.
+_FETCHING = (
+    "__init__.py",
+    "cache.py",
+    "errors.py",
+    "files.py",
+    "runners/__init__.py",
+    "runners/local.py",
+    "runners/watchdog.py",
+    "version.py",
+)
+_STEPS = {
+    "toolchain": (*_FETCHING, "reporter.py", "llamacpp/__init__.py", "llamacpp/toolchain.py"),
+    "torchtune": (
+        *_FETCHING,
+        "engines/__init__.py",
+        "engines/torchtune/__init__.py",
+        "engines/torchtune/environment.py",
+        "engines/torchtune/requirements.txt",
+    ),
+}
+
+
+def write(
+    into: IO[bytes], *, wheels: Path | None = None, ca_bundle: Path | None = None, pip_config: Path | None = None
+) -> None:
+    """Writes the build context as a tar.
+
+    Args:
+        into: an open file.
+        wheels: a folder whose wheels pip finds first.
+        ca_bundle: certificates in PEM that pip trusts while it builds; for machines behind a proxy.
+        pip_config: pip's settings while it builds. Neither of the two is in the image.
+
+    Raises:
+        ConfigError: one of the files is not there, or the folder holds no wheel.
+    """
+    with tarfile.open(fileobj=into, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        _add(tar, "Dockerfile", _PACKAGE / "image" / "Dockerfile")
+        _add(tar, f"build/{_LOCK}", _PACKAGE / "image" / _LOCK)
+        for name, given in (("ca.pem", ca_bundle), ("pip.conf", pip_config)):
+            if given is not None:
+                if not given.is_file():
+                    raise ConfigError(f"{given}: there is no such file", "See `kolotune container build --help`.")
+                _add(tar, f"build/{name}", given)
+        _add_folder(tar, "build/wheels")
+        for wheel in _wheels(wheels):
+            _add(tar, f"build/wheels/{wheel.name}", wheel)
+        for step, names in _STEPS.items():
+            for name in names:
+                _add(tar, f"{step}/kolotune/{name}", _PACKAGE / name)
+        for path in _package_files():
+            _add(tar, f"kolotune/{path.relative_to(_PACKAGE).as_posix()}", path)
+
+
+def _wheels(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        raise ConfigError(f"{folder}: holds no wheels", "Fill it with `pip wheel` or `pip download`.")
+    return found
+
+
+def _package_files() -> Iterator[Path]:
+    for path in sorted(_PACKAGE.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
+    with path.open("rb") as handle:
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = path.stat().st_size, 0o644
+        tar.addfile(entry, handle)
+
+
+def _add_folder(tar: tarfile.TarFile, name: str) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+    tar.addfile(entry, io.BytesIO())

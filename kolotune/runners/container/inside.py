@@ -1,0 +1,73 @@
+"""Small services inside the container, asked for by the client: ``python -m … COMMAND ARGUMENTS``; JSON comes back.
+
+have PATH…          which of the paths are there
+settle FROM TO      gives what was sent its final name, unless another client was faster
+list FOLDER         every file below it: size, time of change in ns, inode
+remove PATH         a file or folder, if it is there
+sizes FOLDER        the folders in it and their bytes
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def have(*paths: str) -> list[bool]:
+    return [Path(path).exists() for path in paths]
+
+
+def settle(source: str, target: str) -> bool:
+    if Path(target).exists():
+        shutil.rmtree(source)
+        return False
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(source).rename(target)
+    return True
+
+
+def list_files(folder: str) -> dict[str, list[int]]:
+    root, found = Path(folder), {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            found[path.relative_to(root).as_posix()] = [status.st_size, status.st_mtime_ns, status.st_ino]
+    return found
+
+
+def remove(path: str) -> None:
+    if Path(path).is_dir():
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def sizes(folder: str) -> dict[str, int]:
+    found = {}
+    for entry in sorted(Path(folder).iterdir()):
+        files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
+        found[entry.name] = sum(path.stat().st_size for path in files if not path.is_symlink())
+    return found
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "have": have,
+    "settle": settle,
+    "list": list_files,
+    "remove": remove,
+    "sizes": sizes,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Does one command; returns the exit code."""
+    print(json.dumps(COMMANDS[arguments[0]](*arguments[1:])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

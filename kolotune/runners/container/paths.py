@@ -1,0 +1,59 @@
+"""Which path inside the container stands for which one on the host, and texts that name them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ...layout import RunFolder
+
+_MASK = "********"
+
+
+class Paths:
+    """Pairs of paths; messages from inside are told with the host's.
+
+    Args:
+        secret: a text that no message may show; "" for none.
+    """
+
+    def __init__(self, secret: str = "") -> None:
+        self._pairs: list[tuple[str, str]] = []
+        self._secret = secret
+
+    def add(self, inside: PurePosixPath, host: Path) -> None:
+        """Remembers a pair."""
+        self._pairs.append((str(inside), str(host)))
+        self._pairs.sort(key=lambda pair: -len(pair[0]))
+
+    def host(self, text: str) -> str:
+        """`text` with the host's paths in place of those inside."""
+        for inside, outside in self._pairs:
+            text = text.replace(inside, outside)
+        return text.replace(self._secret, _MASK) if self._secret else text
+
+    def rewrite(self, file: Path, target: Path, run: RunFolder) -> None:
+        """Puts the host's paths into a file of a run folder that names paths, before it becomes `target`."""
+        if target == run.config:
+            import yaml
+
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            text = yaml.safe_dump(deep(values, self.host), sort_keys=False, allow_unicode=True)
+        elif target in (run.source, run.job):
+            text = json.dumps(deep(json.loads(file.read_text(encoding="utf-8")), self.host), indent=1) + "\n"
+        else:
+            return
+        file.write_text(text, encoding="utf-8", newline="")
+
+
+def deep(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every text in it changed; keys of mappings stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: deep(each, change) for key, each in value.items()}
+    if isinstance(value, list):
+        return [deep(each, change) for each in value]
+    return value

@@ -1,0 +1,115 @@
+"""The client is killed or interrupted: nothing stays behind inside, nothing is lost, the run finishes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from contracts import flags, results, write_chats
+from support.docker_engine import Client, until_training
+
+from kolotune import pipeline
+
+pytestmark = pytest.mark.container
+KILLS = 20
+GONE_SECONDS = 10.0
+
+
+@pytest.mark.timeout(900)
+def test_a_client_that_is_killed_at_any_moment(container: Client, small_base: Path, tmp_path: Path) -> None:
+    """A stage that was said to be done never runs again; the results are those of an undisturbed run."""
+    write_chats(tmp_path)
+    options = flags("native", small_base, **{"checkpoint-steps": 2})
+    command = ["run", "chats.jsonl", *options, "--use-checkpoint", "--container"]
+    dice = random.Random(20)
+    done: set[str] = set()
+    longest, rounds = 0.0, 0
+    for _ in range(KILLS):
+        if len(done) == len(pipeline.NAMES):  # from the start again, and from another moment
+            done, rounds = set(), rounds + 1
+        folder = f"outputs{rounds}"
+        child = container.start(*command, "--output-dir", folder, cwd=tmp_path)
+        time.sleep(dice.uniform(0.2, 6))
+        child.kill()
+        output = child.communicate()[0]
+        began = time.monotonic()
+        assert container.idle_within(GONE_SECONDS), output
+        longest = max(longest, time.monotonic() - began)
+        ran = set(re.findall(r"^\.\.\. (\w+): ", output, re.MULTILINE))
+        assert not ran & done, (ran & done, output)
+        done |= set(re.findall(r"^ok  (\w+): ", output, re.MULTILINE))
+    print(f"{KILLS} kills; the last process was gone after {longest:.1f} s at most")
+    for each in range(rounds + 1):
+        code, output = container(*command, "--output-dir", f"outputs{each}", cwd=tmp_path)
+        assert code == 0, output
+    code, output = container("run", "chats.jsonl", *options, "--output-dir", "undisturbed", "--container", cwd=tmp_path)
+    assert code == 0, output
+    for each in range(rounds + 1):
+        assert results(tmp_path / f"outputs{each}") == results(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_client_waits_and_brings_the_records_out(
+    how: signal.Signals, container: Client, small_base: Path, tmp_path: Path
+) -> None:
+    write_chats(tmp_path)
+    command = ["run", "chats.jsonl", *flags("native", small_base, epochs=500), "--container"]
+    child = container.start(*command, cwd=tmp_path)
+    until_training(child)
+    child.send_signal(how)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == 130
+    assert "error: stopped during train" in output and "Traceback" not in output
+    assert container.idle_within(1)
+    mark = json.loads((tmp_path / "outputs" / ".kolotune" / "train.unfinished.json").read_text())
+    assert mark["state"] == "interrupted"
+    assert (tmp_path / "outputs" / "metrics.jsonl").stat().st_size > 0
+    assert not (tmp_path / "outputs" / ".kolotune" / "checkpoints").exists()
+
+
+def test_a_second_interruption_kills(container: Client, small_base: Path, tmp_path: Path) -> None:
+    write_chats(tmp_path)
+    command = ["run", "chats.jsonl", *flags("native", small_base, epochs=500), "--container"]
+    child = container.start(*command, cwd=tmp_path)
+    until_training(child)
+    # As a process that does not listen: it can't end before it is killed.
+    container.inside("/opt/kolotune/venv/bin/python", "-c", _STOP_ALL)
+    child.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert child.poll() is None and container.processes()
+    child.send_signal(signal.SIGINT)
+    output = child.communicate(timeout=30)[0]
+    assert child.returncode == 130
+    assert "error: killed" in output and "Traceback" not in output
+    assert container.idle_within(3)
+
+
+_STOP_ALL = """
+import os, pathlib, signal
+for each in pathlib.Path("/proc").iterdir():
+    if each.name.isdigit() and int(each.name) != os.getpid() and b"kolotune" in (each / "cmdline").read_bytes():
+        if b"docker-init" not in (each / "cmdline").read_bytes():
+            os.kill(int(each.name), signal.SIGSTOP)
+"""
+
+
+def test_a_chat_that_is_killed_ends_too(container: Client, small_base: Path, tmp_path: Path) -> None:
+    write_chats(tmp_path)
+    code, output = container("run", "chats.jsonl", *flags("native", small_base), "--container", cwd=tmp_path)
+    assert code == 0, output
+    child = container.start("chat", "outputs", "--container", "--max-tokens", "3", cwd=tmp_path)
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write("hi\n")
+    child.stdin.flush()
+    seen = ""
+    while seen.count("> ") < 2:  # its answer stands between two prompts, which end no line
+        seen += child.stdout.read(1)
+    assert container.processes()
+    child.kill()
+    child.wait()
+    assert container.idle_within(GONE_SECONDS)

@@ -1,0 +1,193 @@
+"""What every engine owes on every runner: the same results, records that hold, work that goes on.
+
+An engine is one more entry of `ENGINES`, a runner one of `RUNNERS`; those in a container need a Docker engine
+(`make test-container`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune import pipeline
+from kolotune.files import hash_file
+from kolotune.layout import RunFolder
+
+ENGINES = ["native", pytest.param("torchtune", marks=pytest.mark.slow)]
+RUNNERS = ["local", pytest.param("container", marks=pytest.mark.container)]
+CHATS = 12
+
+
+class Runner:
+    """kolotune on this machine or in the container."""
+
+    def __init__(self, kind: str, request: pytest.FixtureRequest) -> None:
+        self.kind = kind
+        self._env = dict(os.environ)
+        self._more: list[str] = []
+        if kind == "container":
+            self._env = request.getfixturevalue("container").env()
+            self._more = ["--container"]
+
+    def start(self, *arguments: Any, cwd: Path) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "kolotune", *map(str, arguments), *self._more]
+        return subprocess.Popen(
+            argv, cwd=cwd, env=self._env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def __call__(self, *arguments: Any, cwd: Path) -> tuple[int, str]:
+        child = self.start(*arguments, cwd=cwd)
+        output, _ = child.communicate(timeout=570)
+        return child.returncode, output
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Runner:
+    return Runner(request.param, request)
+
+
+def flags(engine: str, base: Path, **more: Any) -> list[str]:
+    options = {
+        "base-model": base, "engine": engine, "dtype": "fp32", "epochs": 2, "lora-rank": 2, "lora-dropout": 0.1,
+        "batch-size": 2, "learning-rate": 1e-2, "eval-split": 0.2, "template-date": "2026-01-02", **more,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """A folder with chats."""
+    write_chats(tmp_path)
+    return tmp_path
+
+
+def write_chats(folder: Path, count: int = CHATS) -> None:
+    def chat(number: int) -> str:
+        turns = [("user", f"What is {number} plus 1?"), ("assistant", f"It is {number + 1}.")]
+        return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n"
+
+    (folder / "chats.jsonl").write_text("".join(map(chat, range(count))), encoding="utf-8")
+
+
+def results(root: Path) -> dict[str, str]:
+    """The hashes of what a run is for: tokens, adapter, merged weights, GGUFs, Modelfiles."""
+    run = RunFolder(root)
+    folders = [run.prepared, run.adapter, run.merged_model]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
+    files += sorted(root.glob("*.gguf")) + sorted(root.glob("Modelfile*"))
+    return {run.relative(path): hash_file(path) for path in files}
+
+
+def states(runner: Runner, cwd: Path) -> dict[str, str]:
+    code, output = runner("status", "outputs", "--json", cwd=cwd)
+    assert code == 0, output
+    return {row["stage"]: row["state"] for row in json.loads(output.splitlines()[-1])["rows"]}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> Callable[[str], dict[str, str]]:
+    """The results of the same run on this machine, made once for each engine."""
+    made: dict[str, dict[str, str]] = {}
+
+    def of(engine: str) -> dict[str, str]:
+        if engine not in made:
+            folder = tmp_path_factory.mktemp(engine)
+            write_chats(folder)
+            argv = [sys.executable, "-m", "kolotune", "run", "chats.jsonl", *flags(engine, small_base)]
+            done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=570)
+            assert done.returncode == 0, done.stdout + done.stderr
+            made[engine] = results(folder / "outputs")
+        return made[engine]
+
+    return of
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_makes_the_same_everywhere_and_a_rerun_nothing(
+    engine: str, runner: Runner, room: Path, small_base: Path, undisturbed: Callable[[str], dict[str, str]]
+) -> None:
+    code, output = runner("run", "chats.jsonl", *flags(engine, small_base), cwd=room)
+    assert code == 0, output
+    expected = undisturbed(engine)
+    assert len(expected) == 7 and results(room / "outputs") == expected
+    assert set(states(runner, room).items()) == {(name, "done") for name in pipeline.NAMES}
+    code, output = runner("run", "chats.jsonl", *flags(engine, small_base), cwd=room)
+    assert code == 0 and output.count("done before") == len(pipeline.NAMES)
+    assert results(room / "outputs") == expected
+    code, output = runner("run", "chats.jsonl", *flags(engine, small_base, quantization="Q8_0"), cwd=room)
+    assert code == 0 and output.count("done before") == 4, output
+    assert (room / "outputs" / "MergedQ8_0.gguf").is_file()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_interrupted_training_goes_on_from_its_checkpoint(
+    engine: str, runner: Runner, room: Path, small_base: Path
+) -> None:
+    options = flags(engine, small_base, epochs=400, **{"checkpoint-steps": 5})
+    child = runner.start("run", "chats.jsonl", *options, "--json", cwd=room)
+    assert child.stdout is not None
+    for line in child.stdout:
+        event = json.loads(line)
+        if event["event"] == "progress" and event["title"] == "training" and event["done"] >= 20:
+            break
+    else:
+        pytest.fail(f"it ended by itself: {child.wait()}")
+    time.sleep(0.5)
+    child.terminate()
+    output = child.communicate(timeout=120)[0]
+    assert child.returncode == 130, output
+    assert states(runner, room)["train"] == "interrupted"
+    seen = []
+    child = runner.start("train", "outputs", "--use-checkpoint", "--json", cwd=room)
+    assert child.stdout is not None
+    for line in child.stdout:
+        event = json.loads(line)
+        if event["event"] == "progress" and event["title"] == "training":
+            seen.append(event["done"])
+            if len(seen) > 2:
+                child.terminate()
+                break
+    child.communicate(timeout=120)
+    assert seen and seen[0] >= 20, seen
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("chats", "more", "expected"),
+    [("none.jsonl", [], 3), ("chats.jsonl", ["--base-model=./nowhere"], 5), ("chats.jsonl", ["--epochs=x"], 2)],
+)
+def test_errors_have_the_same_codes_and_words(
+    chats: str, more: list[str], expected: int, engine: str, runner: Runner, room: Path, small_base: Path
+) -> None:
+    code, output = runner("run", chats, *flags(engine, small_base), *more, cwd=room)
+    assert code == expected, output
+    assert "Traceback" not in output and "/runs/" not in output
+    wanted = {3: "none.jsonl", 5: "nowhere", 2: "epochs"}[expected]
+    assert wanted in output
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_failed_training_is_told_with_its_log(engine: str, runner: Runner, room: Path, small_base: Path) -> None:
+    """A learning rate that can't go well, from one weight that is no number."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(small_base, room / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, output = runner("run", "chats.jsonl", *flags(engine, broken), cwd=room)
+    assert code == 9, output
+    assert states(runner, room)["train"] == "failed"
+    assert (room / "outputs" / ".kolotune" / "logs" / "train.log").is_file()
+    assert not (room / "outputs" / "adapter").exists()

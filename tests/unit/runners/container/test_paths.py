@@ -1,0 +1,70 @@
+"""Paths inside and on the host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+import pytest
+import yaml
+
+from kolotune.layout import RunFolder
+from kolotune.runners.container import places
+from kolotune.runners.container.paths import Paths, deep
+
+
+def test_the_longest_path_counts_and_a_secret_is_masked() -> None:
+    paths = Paths("hf_secret")
+    paths.add(PurePosixPath("/runs/a"), Path("/home/me/a"))
+    paths.add(PurePosixPath("/runs/a-b"), Path("/home/me/other"))
+    assert paths.host("/runs/a-b/x and /runs/a/y: hf_secret") == "/home/me/other/x and /home/me/a/y: ********"
+
+
+def test_without_a_secret_nothing_is_masked() -> None:
+    assert Paths().host("as it is") == "as it is"
+
+
+def test_every_text_of_an_event_is_changed() -> None:
+    event = {"event": "table", "rows": [{"what": "/x", "n": 3}], "none": None}
+    assert deep(event, lambda text: text.replace("/x", "/y")) == {
+        "event": "table", "rows": [{"what": "/y", "n": 3}], "none": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("strange", ['/home/it\'s: "me"/#1', "C:\\Users\\me\\new", "/home/日本\n/x"])
+def test_files_of_a_run_that_name_paths(strange: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.state.mkdir()
+    paths = Paths()
+    paths._pairs.append(("/runs/r-1", strange))
+    run.config.write_text("output_dir: /runs/r-1\ntrain_data: [/runs/r-1/c.jsonl]\nepochs: 3\n")
+    run.source.write_text(json.dumps({"source": "/runs/r-1/adapter"}))
+    for file in (run.config, run.source):
+        paths.rewrite(file, file, run)
+    loaded = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    assert loaded == {"output_dir": strange, "train_data": [f"{strange}/c.jsonl"], "epochs": 3}
+    assert json.loads(run.source.read_text())["source"] == f"{strange}/adapter"
+
+
+def test_other_files_stay_as_they_are(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    paths = Paths()
+    paths.add(PurePosixPath("/runs/r"), Path("/home"))
+    run.modelfile().write_bytes(b"FROM /runs/r\r\n")
+    paths.rewrite(run.modelfile(), run.modelfile(), run)
+    assert run.modelfile().read_bytes() == b"FROM /runs/r\r\n"
+
+
+def test_a_run_folder_has_one_place_and_no_other_run_has_it(tmp_path: Path) -> None:
+    first = places.run_folder(tmp_path / "outputs")
+    assert first == places.run_folder(tmp_path / "x" / ".." / "outputs")
+    assert first.parent == places.VOLUME and first.name.startswith("outputs-")
+    assert first != places.run_folder(tmp_path / "other" / "outputs")
+
+
+@pytest.mark.parametrize("name", ["; rm -rf ~", "$(id)", "a\nb", "-x", "..", "日本", "n" * 200, ".inputs", " "])
+def test_its_name_is_harmless(name: str, tmp_path: Path) -> None:
+    made = places.run_folder(tmp_path / "deep" / name)
+    assert made.parent == places.VOLUME
+    assert len(made.name) <= 51 and made.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    assert not made.name.startswith((".", "-"))
