@@ -90,6 +90,19 @@ class TrainJob:
         """What must be the same for a checkpoint to belong to this job."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _MAY_DIFFER_ON_RESUME}
 
+    def require_same(self, identity: dict[str, Any], checkpoint: str) -> None:
+        """Checks that the checkpoint of that name, made by a job with that `identity`, belongs to this job.
+
+        Raises:
+            TrainingError: it belongs to other data, another base or other settings.
+        """
+        differing = sorted(name for name, value in self.identity().items() if identity.get(name) != value)
+        if differing:
+            raise TrainingError(
+                f"{checkpoint}: the checkpoint belongs to a training with other {', '.join(differing)}",
+                "Give the settings it was made with, or leave --use-checkpoint out to train anew.",
+            )
+
 
 def emit(event: str, **fields: Any) -> None:
     """Tells the process that started the engine something."""

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...errors import TrainingError
 from ...files import hash_file, remove, replacing
 from ..job import TrainJob
 
@@ -73,12 +72,7 @@ def newest(job: TrainJob) -> State | None:
         facts = _whole(folder)
         if facts is None:
             continue
-        differing = [name for name, value in job.identity().items() if facts["identity"].get(name) != value]
-        if differing:
-            raise TrainingError(
-                f"{folder.name}: the checkpoint belongs to a training with other {', '.join(sorted(differing))}",
-                "Give the settings it was made with, or leave --use-checkpoint out to train anew.",
-            )
+        job.require_same(facts["identity"], folder.name)
         tensors = load_file(folder / _TENSORS)
         return State(facts["step"], facts["best_loss"], facts["evaluations_since_best"], tensors)
     return None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import TrainingError
 from ...files import hash_file, remove
 from ..job import TrainJob
 
@@ -44,12 +43,7 @@ def newest(job: TrainJob) -> Checkpoint | None:
         facts = _whole(folder)
         if facts is None:
             continue
-        differing = [name for name, value in job.identity().items() if facts["identity"].get(name) != value]
-        if differing:
-            raise TrainingError(
-                f"{folder.name}: the checkpoint belongs to a training with other {', '.join(sorted(differing))}",
-                "Give the settings it was made with, or leave --use-checkpoint out to train anew.",
-            )
+        job.require_same(facts["identity"], folder.name)
         return Checkpoint(folder, facts["epoch"], facts["step"])
     return None
 
