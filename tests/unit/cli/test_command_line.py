@@ -102,7 +102,7 @@ def test_help_shows_the_defaults(kolotune: Call) -> None:
     text = " ".join(kolotune("run", "--help")[1].split())
     for default in ("3", "0.0002", "Q4_K_M", "outputs", "smollm2-135m", "cosine"):
         assert f"[default: {default}]" in text
-    assert "[default: 4] [with torchtune: 1]" in text and "[with torchtune: 100]" in text
+    assert "[default: 32.0] [with torchtune: 16.0]" in text and "[with torchtune: 100]" in text
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["chat", "-h"], ["nonsense"], []])
