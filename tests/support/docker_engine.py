@@ -167,9 +167,13 @@ def wheels() -> Path:
 
 def build_arguments() -> list[str]:
     """What `kolotune container build` needs on this machine."""
-    arguments = ["--base", BASE, "--wheels", str(wheels()), "--network", "host"]
+    return ["--base", BASE, "--wheels", str(wheels()), "--network", "host", *certificates()]
+
+
+def certificates() -> list[str]:
+    """The option that makes pip in there trust what this machine trusts."""
     bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
-    return [*arguments, "--ca-bundle", bundle] if bundle else arguments
+    return ["--ca-bundle", bundle] if bundle else []
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,39 @@
+"""The demo, on the real small model: what the container makes is what this machine makes, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from contracts import results
+from support.docker_engine import Client, certificates
+
+NAME = "kolo_demo"
+
+# Not among those of `make test-container`: it trains twice, some minutes. `make test-all` runs it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture
+def fetching(image: Client) -> Iterator[Client]:
+    """A container of its own, which may fetch the model."""
+    image.forget(NAME)
+    code, output = image("container", "start", NAME, "--network", "host", *certificates(), cwd=image.folder)
+    assert code == 0, output
+    yield image
+    image.forget(NAME)
+
+
+def test_the_demo_is_the_same_in_the_container(sample_chats: Path, fetching: Client, tmp_path: Path) -> None:
+    command = ["run", "--config", str(sample_chats.parent / "kolotune.yaml"), "--template-date", "2026-01-02"]
+    code, output = fetching(*command, "--output-dir", "inside", f"--container={NAME}", cwd=tmp_path)
+    assert code == 0, output
+    argv = [sys.executable, "-m", "kolotune", *command, "--output-dir", "here"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    inside, here = results(tmp_path / "inside"), results(tmp_path / "here")
+    assert inside == here
+    assert {"adapter/adapter_model.safetensors", "Merged.gguf", "MergedQ4_K_M.gguf"} <= set(here)
