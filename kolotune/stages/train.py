@@ -124,7 +124,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     if code in _KILLED:
         raise TrainingError(
             "the training process was killed, most likely because memory ran out",
-            "Halve --batch-size and double --gradient-accumulation (same result); --use-checkpoint goes on.",
+            "Free some memory and go on with --use-checkpoint, or train anew with a lower --max-seq-length.",
         )
     if code != 0:
         raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")

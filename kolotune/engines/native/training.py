@@ -34,8 +34,9 @@ class Trainer:
         self.model = open_model(job, self.device, longest)
         self.adapters = self.model.adapters
         self.parameter = self.model.flat.parameter
+        # Fused on the CPU only: a GPU's fused step wants its count of steps on the GPU, also after a resume.
         self.optimizer = torch.optim.AdamW(
-            [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device != "mps"
+            [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device == "cpu"
         )
         self.steps_in_epoch = steps_in_epoch(len(self.tokens), job.batch_size, job.gradient_accumulation)
         self.steps = self.steps_in_epoch * job.epochs
