@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, ModelError
+from .weights import FLOATS, MappedTensors, as_f32, check_header
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.default)?(\.weight)?$")
+_CALM = 1 << 18  # a product of fewer multiplications is made by one thread
 _SAVED = re.compile(r"(?P<module>.+?)\.(modules_to_save(\.default)?\.)?(?P<leaf>weight|bias)$")
 
 
@@ -32,38 +34,42 @@ class Delta:
         transposed: the weight it is added to is stored ``[in, out]``.
     """
 
-    a: Tensor
-    b: Tensor
+    a: np.ndarray
+    b: np.ndarray
     scale: float
     transposed: bool
 
-    def added_to(self, weight: Tensor) -> Tensor:
-        """``weight + scale * B A`` in fp32, in the weight's own orientation.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that it is added to."""
+        out, into = self.b.shape[0], self.a.shape[1]
+        return (into, out) if self.transposed else (out, into)
 
-        Raises:
-            ArtifactError: the shapes don't fit.
-        """
-        product = self.b @ self.a
-        if self.transposed:
-            product = product.T
-        if product.shape != weight.shape:
-            raise ArtifactError(
-                f"the adapter does not belong to this base model: it adds {tuple(product.shape)} "
-                f"to a weight of {tuple(weight.shape)}",
-                "Give the base model that the adapter was trained on (--base).",
-            )
-        # Into the product, never into the weight: that may be the model's own memory, or be needed again.
-        return product.mul_(self.scale).add_(weight)
+    def rows(self, rows: slice) -> np.ndarray:
+        """``scale * B A`` for some rows of the weight, fp32."""
+        import numpy as np
+
+        left, right = (self.a.T, self.b.T) if self.transposed else (self.b, self.a)
+        left = left[rows]
+        count, width = left.shape[0], right.shape[1]
+        product = np.empty((count, width), np.float32)
+        # A few rows at a time: larger products BLAS would share out to threads, of which there are enough.
+        step = max(_CALM // (width * left.shape[1]), 1)
+        whole = count // step * step
+        np.matmul(left[:whole].reshape(-1, step, left.shape[1]), right, out=product[:whole].reshape(-1, step, width))
+        np.matmul(left[whole:], right, out=product[whole:])
+        product *= np.float32(self.scale)
+        return product
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: `deltas` by the name of the weight, and `replaced` weights that were trained whole."""
+    """An adapter: `deltas` by the name of the weight, and `replaced` weights (fp32) that were trained whole."""
 
     folder: Path
     config: dict[str, Any]
     deltas: dict[str, Delta]
-    replaced: dict[str, Tensor]
+    replaced: dict[str, np.ndarray]
 
     @property
     def base_name(self) -> str:
@@ -89,13 +95,15 @@ def read(folder: Path) -> Adapter:
         pickled = (folder / "adapter_model.bin").is_file()
         reason = "only pickled weights, which can run code and are never loaded" if pickled else f"no {_WEIGHTS}"
         raise ModelError(f"{folder}: has {reason}", "Save the adapter as safetensors.")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{weights}: is damaged: {error}", "Train again, or copy the adapter again.") from error
+        check_header(weights)
+    except ModelError as error:
+        raise ArtifactError(error.cause, "Train again, or copy the adapter again.") from error
+    mapped = MappedTensors([weights])
+    for name, entry in mapped.entries.items():
+        if entry.dtype not in FLOATS:
+            raise ModelError(f"{folder}: {name} is of no kind that can be merged", "Only LoRA adapters can be merged.")
+    tensors = {name: as_f32(mapped[name], entry.dtype) for name, entry in mapped.entries.items()}
     return _sorted_out(folder, config, tensors)
 
 
@@ -121,16 +129,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
-    parts: dict[str, dict[str, Tensor]] = {}
+def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Adapter:
+    import numpy as np
+
+    parts: dict[str, dict[str, np.ndarray]] = {}
     embeddings: set[str] = set()
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not np.isfinite(tensor).all():
             raise ArtifactError(f"{folder}: {name} holds values that are not finite", "Train again with a lower rate.")
         plain = name.removeprefix(_PREFIX)
         if found := _LORA.fullmatch(plain):
-            parts.setdefault(found["module"], {})[found["part"]] = tensor.float()
+            parts.setdefault(found["module"], {})[found["part"]] = tensor
             if found["embedding"]:
                 embeddings.add(found["module"])
         elif found := _SAVED.fullmatch(plain):

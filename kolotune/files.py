@@ -7,13 +7,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ArtifactError, SpaceError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
 _CHUNK = 4 << 20
+_FLUSHED_AT_ONCE = 128 << 20
+_CLOCK_SECONDS = 0.012  # longer than a tick of the clock that files are stamped by
+# Digests of files that this process has just written: by device, inode, size and time until they have their last
+# name, then by path with the file's stamp.
+_written: dict[tuple[int, ...], str] = {}
+_settled: dict[str, list[Any]] = {}
 
 
 @contextlib.contextmanager
@@ -43,6 +56,7 @@ def replacing(target: Path) -> Iterator[Path]:
         else:
             temporary.replace(target)
         _flush_entry(target.parent)
+        _settle(target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(temporary)
@@ -114,8 +128,96 @@ def size_of(path: Path) -> int:
     return sum(each.stat().st_size for each in files_of(path))
 
 
+class Stream:
+    """A new file, written from its beginning to its end, that is hashed and brought to the disk meanwhile.
+
+    Within `replacing`, so that what it hashed need not be read again: see `Hasher`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(2)
+        self._hashed: Future[None] | None = None
+        self._flushed: Future[None] | None = None
+        self._unflushed = 0
+
+    def write(self, data: bytes | np.ndarray) -> None:
+        """Appends; `data` must not be changed afterwards."""
+        view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view("u1").data
+        self._file.write(view)
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = self._pool.submit(self._digest.update, view)
+        self._unflushed += len(view)
+        if self._unflushed > _FLUSHED_AT_ONCE and (self._flushed is None or self._flushed.done()):
+            if self._flushed is not None:
+                self._flushed.result()
+            self._flushed = self._pool.submit(os.fsync, self._file.fileno())
+            self._unflushed = 0
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._pool:
+            for each in (self._hashed, self._flushed):
+                if each is not None and kind is None:
+                    each.result()
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                _written[_identity(os.fstat(self._file.fileno()))] = self._digest.hexdigest()
+
+
+def _settle(target: Path) -> None:
+    """Keeps the digests of what streams wrote into `target`, under the names that the files have now."""
+    if not _written:
+        return
+    # A change from here on must show in the stamp, whose clock is coarse.
+    time.sleep(_CLOCK_SECONDS)
+    for path in files_of(target):
+        status = path.stat()
+        if digest := _written.pop(_identity(status), None):
+            _settled[str(path)] = [*_stamp(status), digest]
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What a rename leaves as it is."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of `tasks`, in their order, from as many threads as there are cores; few of them wait in memory."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    threads = min(os.cpu_count() or 1, 8)
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(task))
+                if len(waiting) > 4 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
 class Hasher:
     """SHA-256 of files and folders, each read once as long as size, times and inode stay the same.
+
+    What a `Stream` of this process wrote has been hashed on its way and is not read at all.
 
     Args:
         cache: hashes of an earlier process, to trust what has not been touched since; None: this process's only.
@@ -140,11 +242,13 @@ class Hasher:
 
     def _file(self, path: Path) -> str:
         status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        known = self._known.get(str(path))
-        if isinstance(known, list) and known[:4] == stamp and len(known) == 5:
-            return str(known[4])
-        digest = hash_file(path)
+        stamp = _stamp(status)
+        for known in (self._known.get(str(path)), _settled.get(str(path))):
+            if isinstance(known, list) and known[:4] == stamp and len(known) == 5:
+                digest = str(known[4])
+                break
+        else:
+            digest = hash_file(path)
         self._known[str(path)] = [*stamp, digest]
         return digest
 

@@ -1,31 +1,28 @@
-"""Tensors of a model folder, read one at a time and written one at a time."""
+"""Tensors of a model folder: mapped into memory, read some rows at a time, written to files of a known layout."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, ModelError
+from .files import Stream
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 _SHARD_BYTES = 5_000_000_000
-_ENTRY_BYTES = 160  # upper bound of a header entry beside its name
-_NAMES = {
-    "torch.float32": "F32",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.float64": "F64",
-    "torch.int64": "I64",
-    "torch.int32": "I32",
-    "torch.int16": "I16",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}
+_BLOCK = 1 << 18  # weights that are worked on at once: what a core's cache holds
+# safetensors' names of dtypes, and numpy's; bfloat16, which numpy does not have, as the bits that it is.
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -50,11 +47,16 @@ def weight_files(folder: Path) -> list[Path]:
         found = f"only pickled ones ({pickled[0]}), which can run code and are never loaded" if pickled else "none"
         raise ModelError(f"{folder}: has no safetensors weights: {found}", "Convert the weights to safetensors first.")
     for path in files:
-        _check_header(path)
+        check_header(path)
     return files
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Refuses a safetensors file that is cut or damaged.
+
+    Raises:
+        ModelError: it is.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -64,27 +66,6 @@ def _check_header(path: Path) -> None:
             handle.keys()
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: is damaged ({error})", "Download the model again.") from None
-
-
-def tensors_in(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in the safetensors files, in the files' order, one in memory at a time.
-
-    Raises:
-        ArtifactError: a file is damaged, or a name stands in two of them.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    seen: set[str] = set()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - no mapping
-                    if name in seen:
-                        raise ArtifactError(f"{path}: tensor {name} stands in two files", "Download the model again.")
-                    seen.add(name)
-                    yield name, handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path}: can't be read: {error}", "Download the model again.") from error
 
 
 class TensorFiles:
@@ -120,79 +101,168 @@ class TensorFiles:
         return tensor
 
 
-class ShardWriter:
-    """Writes tensors as they come into safetensors files of at most 5 GB, and the index when there are several.
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as a file's header describes it; `dtype` in safetensors' spelling."""
 
-    A file's header stands before its data but is known only after it, so room is left for it: the format allows
-    spaces at its end.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        import numpy as np
+
+        count = np.dtype(_DTYPES[self.dtype]).itemsize
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has when all dimensions but the first one lie in a row; a scalar has one."""
+        return self.shape[0] if self.shape else 1
+
+
+class MappedTensors:
+    """The tensors of safetensors files, mapped into memory: they take none of the process's own.
+
+    Attributes:
+        entries: all tensors by name, in the order of the files, and of the names in each.
+
+    Raises:
+        ArtifactError: a file is damaged, or a name stands in two of them.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._data: dict[str, np.ndarray] = {}
+        for path in files:
+            try:
+                self._add(path)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ArtifactError(f"{path}: can't be read: {error}", "Download the model again.") from error
+
+    def _add(self, path: Path) -> None:
+        import numpy as np
+
+        header, begin = header_of(path)
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        for name, told in sorted(header.items()):
+            if name in self.entries:
+                raise ArtifactError(f"{path}: tensor {name} stands in two files", "Download the model again.")
+            if told["dtype"] not in _DTYPES:
+                raise ArtifactError(f"{path}: {name} is of type {told['dtype']}, which can't be merged or converted")
+            entry = Entry(name, told["dtype"], tuple(told["shape"]))
+            start, end = told["data_offsets"]
+            if end - start != entry.size or begin + end > len(mapped):
+                raise ValueError(f"{name} is not whole")
+            self.entries[name] = entry
+            self._data[name] = mapped[begin + start : begin + end].view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The tensor, in its stored dtype (bfloat16 as bits); it is the file itself, and can't be written to."""
+        return self._data[name]
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's tensors as its header describes them, and where the data begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def row_blocks(entry: Entry) -> Iterator[slice]:
+    """The rows of a tensor in portions that a core's cache holds."""
+    count = entry.rows
+    width = max(entry.size // max(count, 1), 1)
+    step = max(2 * _BLOCK // width, 1)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def as_f32(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored values of a floating-point dtype as fp32; a copy, except of fp32."""
+    import numpy as np
+
+    if dtype == "BF16":
+        bits: np.ndarray = np.left_shift(values, 16, dtype=np.uint32)
+        return bits.view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def from_f32(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Finite fp32 values in a stored dtype, rounded to the nearest (of two as near ones to the even one)."""
+    import numpy as np
+
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return values.astype(_DTYPES[dtype], copy=False)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file to be: its name, its header with the length before it, and the tensors in it."""
+
+    name: str
+    header: bytes
+    entries: tuple[Entry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(entry.size for entry in self.entries)
+
+
+def shards_of(entries: Sequence[Entry], shard_bytes: int = _SHARD_BYTES) -> list[Shard]:
+    """The files that hold the tensors, in their order, each of at most `shard_bytes` of tensors if it can be."""
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if filled and filled + entry.size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.size
+    count = len(groups)
+    names = (
+        f"model-{at:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for at in range(1, count + 1)
+    )
+    return [Shard(name, _header(group), tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        end = at + entry.size
+        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shards(folder: Path, shards: Sequence[Shard], blocks: Callable[[Entry], Iterator[np.ndarray]]) -> None:
+    """Writes the files into `folder`, and their index when there are several.
 
     Args:
         folder: an existing folder.
-        names: the names of all tensors to come.
-        shard_bytes: a file is closed before it grows larger.
+        shards: see `shards_of`.
+        blocks: the values of a tensor in its dtype, from its beginning to its end, in any portions.
     """
-
-    def __init__(self, folder: Path, names: list[str], shard_bytes: int = _SHARD_BYTES) -> None:
-        self._folder = folder
-        self._room = -(-(sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names) + 64) // 8) * 8
-        self._limit = shard_bytes
-        self._shards: list[dict[str, Any]] = []
-        self._file: BinaryIO | None = None
-        self.total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Appends one tensor."""
-        import torch
-
-        size = tensor.numel() * tensor.element_size()
-        if self._file is None or (self._end() and self._end() + size > self._limit):
-            self._open()
-        assert self._file is not None
-        start = self._end()
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(flat.numpy().data)
-        self._shards[-1][name] = {
-            "dtype": _NAMES[str(tensor.dtype)],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, start + size],
-        }
-        self.total_bytes += size
-
-    def close(self) -> list[Path]:
-        """Writes the headers, gives the files their names and returns them."""
-        self._finish()
-        count = len(self._shards)
-        paths = []
-        weight_map: dict[str, str] = {}
-        for number, header in enumerate(self._shards, 1):
-            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            paths.append(self._temporary(number).replace(self._folder / name))
-            weight_map |= {tensor: name for tensor in header if tensor != "__metadata__"}
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            text = json.dumps(index, indent=2) + "\n"
-            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        return paths
-
-    def _end(self) -> int:
-        return max((each["data_offsets"][1] for each in self._shards[-1].values() if "shape" in each), default=0)
-
-    def _temporary(self, number: int) -> Path:
-        return self._folder / f"shard-{number:05d}.partial"
-
-    def _open(self) -> None:
-        self._finish()
-        self._shards.append({"__metadata__": {"format": "pt"}})
-        self._file = self._temporary(len(self._shards)).open("wb")
-        self._file.write(b"\0" * (8 + self._room))
-
-    def _finish(self) -> None:
-        if self._file is None:
-            return
-        header = json.dumps(self._shards[-1], separators=(",", ":")).encode()
-        if len(header) > self._room:
-            raise ArtifactError("the header of a weights file does not fit", "This is a bug; report it.")
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.close()
-        self._file = None
+    for shard in shards:
+        with Stream(folder / shard.name) as stream:
+            stream.write(shard.header)
+            for entry in shard.entries:
+                for block in blocks(entry):
+                    stream.write(block)
+    if len(shards) > 1:
+        total = sum(entry.size for shard in shards for entry in shard.entries)
+        homes = {entry.name: shard.name for shard in shards for entry in shard.entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -149,7 +149,8 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
 def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config, json: bool) -> int:
     from .. import models
     from ..files import replacing
-    from ..stages import merge as stage
+    from ..merging import tokenizer_of
+    from ..stages.merge import merge_adapter
 
     say = reporter(json)
     if out.exists():
@@ -157,11 +158,11 @@ def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config,
     base_folder = models.resolve(base or _named_base(adapter), None, say)
     with replacing(out.absolute()) as partial:
         partial.mkdir()
-        stage.merge_adapter(
+        merge_adapter(
             adapter,
             base_folder,
             partial,
-            tokenizer=stage.tokenizer_of(adapter, base_folder),
+            tokenizer=tokenizer_of(adapter, base_folder),
             dtype=config.merge_dtype,
             reporter=say,
         )

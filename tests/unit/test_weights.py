@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kolotune import files
 from kolotune.errors import ArtifactError
-from kolotune.weights import ShardWriter, tensors_in, weight_files
+from kolotune.weights import Entry, MappedTensors, as_f32, from_f32, row_blocks, shards_of, weight_files, write_shards
 
 TENSORS = {
     "a": torch.randn(7, 5),
@@ -34,10 +36,23 @@ TENSORS = {
 
 
 def _written(folder: Path, tensors: dict[str, torch.Tensor], **more: Any) -> list[Path]:
-    writer = ShardWriter(folder, list(tensors), **more)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    return writer.close()
+    """Through a file of safetensors' own, so that what is written is what was read."""
+    source = folder.parent / f"{folder.name}.source"
+    save_file({name: each.contiguous() for name, each in tensors.items()}, source)
+    mapped = MappedTensors([source])
+    shards = shards_of([mapped.entries[name] for name in tensors], **more)
+    write_shards(folder, shards, lambda entry: _portions(mapped, entry))
+    assert [(folder / shard.name).stat().st_size for shard in shards] == [shard.size for shard in shards]
+    return [folder / shard.name for shard in shards]
+
+
+def _portions(mapped: MappedTensors, entry: Entry) -> Iterator[Any]:
+    values = mapped[entry.name]
+    return (values[rows] if values.ndim else values for rows in row_blocks(entry))
+
+
+def _read(paths: list[Path]) -> dict[str, torch.Tensor]:
+    return {name: each for path in paths for name, each in load_file(path).items()}
 
 
 def _equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -50,7 +65,6 @@ def test_one_file(tmp_path: Path) -> None:
     paths = _written(tmp_path, TENSORS)
     assert [path.name for path in paths] == ["model.safetensors"] == [path.name for path in tmp_path.iterdir()]
     _equal(load_file(paths[0]), TENSORS)
-    _equal(dict(tensors_in(paths)), TENSORS)
     with safe_open(paths[0], framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
 
@@ -67,15 +81,14 @@ def test_several_files(tmp_path: Path, limit: int) -> None:
     assert index["metadata"]["total_size"] == sum(each.numel() * each.element_size() for each in TENSORS.values())
     assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     assert weight_files(tmp_path) == paths
-    _equal(dict(tensors_in(paths)), TENSORS)
-    assert not list(tmp_path.glob("*.partial"))
+    _equal(_read(paths), TENSORS)
 
 
 def test_a_name_in_two_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"x": torch.ones(1)}, tmp_path / name)
     with pytest.raises(ArtifactError, match="x stands in two files"):
-        list(tensors_in([tmp_path / "one", tmp_path / "two"]))
+        MappedTensors([tmp_path / "one", tmp_path / "two"])
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
@@ -84,7 +97,55 @@ def test_a_damaged_file(tmp_path: Path, keep: int) -> None:
     save_file({"x": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"x\.safetensors"):
-        list(tensors_in([path]))
+        MappedTensors([path])
+
+
+def test_what_was_written_need_not_be_read_again(tmp_path: Path) -> None:
+    """The hash is known from writing, and forgotten as soon as the file changes."""
+    target = tmp_path / "model"
+    with files.replacing(target) as partial:
+        partial.mkdir()
+        _written(partial, TENSORS, shard_bytes=100)
+    paths = sorted(target.glob("*.safetensors"))
+    assert len(paths) > 1
+    for path in paths:
+        assert files._settled[str(path)][-1] == files.hash_file(path) == files.Hasher().of(path)
+        changed = bytearray(path.read_bytes())
+        changed[-1] ^= 1
+        status = path.stat()
+        path.write_bytes(changed)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert files.Hasher().of(path) == files.hash_file(path)
+
+
+def test_the_hash_of_a_file_that_never_got_its_name_is_no_one_else_s(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x"), files.replacing(tmp_path / "a") as partial:
+        with files.Stream(partial) as stream:
+            stream.write(b"abc")
+        raise ValueError("x")
+    for _ in range(20):  # inodes are used again
+        with files.replacing(tmp_path / "a") as partial:
+            partial.write_bytes(b"xyz")
+        assert files.Hasher().of(tmp_path / "a") == files.hash_file(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_conversions_are_torch_s(dtype: torch.dtype) -> None:
+    """All 16-bit patterns to fp32 and back, and random fp32 values with ties, rounded as torch rounds."""
+    name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
+    if name != "F64":
+        bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+        values = bits.view(dtype)
+        finite = values.isfinite()
+        raw = bits[finite].numpy().view("<u2" if name == "BF16" else "<f2")
+        assert torch.equal(torch.from_numpy(as_f32(raw, name)), values[finite].float())
+        assert (from_f32(as_f32(raw, name), name) == raw).all()
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(100_000, generator=generator) * torch.tensor([1e-7, 1.0, 3e4]).repeat(33_334)[:100_000]
+    wide[::7] = wide[::7].view(torch.int32).bitwise_and(-4096).view(torch.float32)  # ties
+    wanted = wide.to(dtype)
+    found = from_f32(wide.numpy(), name)
+    assert torch.equal(torch.from_numpy(found.view("<i2") if name != "F64" else found).view(dtype), wanted)
 
 
 def test_transformers_loads_a_sharded_model(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
