@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import DataError, TemplateError
 from . import Chat
 from .formats import Problem, ReadResult, read_chats
+from .likeness import COMPARED, Finding, Likeness
 from .masking import EncodedChat, encode
 from .split import content_hash, split
 from .template import ChatTemplate, freeze_date
@@ -50,6 +51,8 @@ class Prepared:
         in_both: held-out chats left out because they are trained on.
         shortened: (where, turns left out) of chats that were too long.
         too_long: where of chats left out because not even the first answer fits.
+        findings: what there is to say of the chats as a whole.
+        not_compared: how many chats these findings leave out, because there are many.
         template: the frozen chat template.
         tokenizer: the tokenizer that belongs to it.
     """
@@ -65,6 +68,8 @@ class Prepared:
     in_both: list[str] = field(default_factory=list)
     shortened: list[tuple[str, int]] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    not_compared: int = 0
 
     def summary(self) -> dict[str, Any]:
         """The counts, as they are kept in the record."""
@@ -87,16 +92,19 @@ class Prepared:
             "too_long": len(self.too_long),
             "special_tokens_in_content": self._count("special_in_content"),
             "boundary_merges": self._count("boundary_merge"),
+            "findings": {each.kind: each.count for each in self.findings},
+            "not_compared": self.not_compared,
         }
 
     def _count(self, name: str) -> int:
         return sum(getattr(each, name) for part in (self.train, self.held_out) for each in part.encoded)
 
 
-def prepare_chats(config: Config, base: Path) -> Prepared:
+def prepare_chats(config: Config, base: Path, compared: int | None = COMPARED) -> Prepared:
     """Reads, checks, splits and encodes the chats of `config` for the base model in folder `base`.
 
-    Problems are collected, not raised: see `require_good`.
+    Of each part the first `compared` chats are held against each other (see `likeness`); None: all. Problems are
+    collected, not raised: see `require_good`.
 
     Raises:
         DataError: a file can't be read at all.
@@ -109,8 +117,12 @@ def prepare_chats(config: Config, base: Path) -> Prepared:
     jinja = freeze_date(template_text(base), day)
     prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
     train, held_out = _parts(prepared, read, held_out_read, config.eval_split)
-    _encode_all(prepared, prepared.train, train, config.max_seq_length)
-    _encode_all(prepared, prepared.held_out, held_out, config.max_seq_length)
+    likeness = Likeness(compared)
+    for part, chats in ((prepared.train, train), (prepared.held_out, held_out)):
+        _encode_all(prepared, part, chats, config.max_seq_length)
+        for chat in part.chats:
+            likeness.add(chat, part is prepared.held_out)
+    prepared.findings, prepared.not_compared = likeness.findings(), likeness.left_out
     return prepared
 
 

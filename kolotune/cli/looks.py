@@ -37,7 +37,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     if not resolved.train_data:
         raise ConfigError("no chats were given", "Name a file: kolotune check chats.jsonl")
     base = base_models.resolve(resolved.base_model, resolved.hf_token, say)
-    prepared = prepare_chats(resolved, base)
+    prepared = prepare_chats(resolved, base, compared=None)
     problems, prepared.problems = prepared.problems, []
     prepare.tell(prepared, say)
     if prepared.train.chats:

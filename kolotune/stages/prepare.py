@@ -101,6 +101,11 @@ def tell(prepared: Prepared, reporter: Reporter) -> None:
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence}")
             _tell_places(places.get(name, []), reporter)
+    for finding in prepared.findings:
+        reporter.warning(finding.text)
+        _tell_places(finding.places, reporter)
+    if prepared.not_compared:
+        reporter.note(f"{prepared.not_compared} chats were not compared with others; `kolotune check` compares all")
     if prepared.problems:
         reporter.warning(f"{len(prepared.problems)} bad chats were left out:")
         for problem in prepared.problems:

@@ -92,3 +92,24 @@ def test_bad_chats_stop_with_their_lines_unless_they_may_be_skipped(prepare: Pre
 def test_nothing_left_is_refused(prepare: Preparer) -> None:
     with pytest.raises(DataError, match="too long"):
         require_good(prepare([chat(1, "word " * 100)], max_seq_length=16, eval_split=0), skip_bad=True)
+
+
+def test_likeness_is_told_with_lines_and_counted(
+    prepare: Preparer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kolotune.stages.prepare import tell
+
+    story = "Once upon a time a fox met a hen at the river and asked her politely for the way to the mill"
+    chats = [[*chat(number, f"Answer number {number} of many")] for number in range(5)]
+    chats.append([("user", "Tell me a story"), ("assistant", story)])
+    chats.append([("user", "Tell me a story!"), ("assistant", story + ".")])
+    prepared = prepare(chats, held_out=[[("user", "tell me a STORY"), ("assistant", "No.")]], eval_split=0)
+    assert prepared.summary()["findings"] == {"leaks": 1, "near_duplicates": 1}
+    tell(prepared, PlainReporter())
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'chats.jsonl'}:7 is nearly {tmp_path / 'chats.jsonl'}:6 (100%)" in output
+    assert f"{tmp_path / 'held_out.jsonl'}:1 asks the same as {tmp_path / 'chats.jsonl'}:6" in output
+    few = prepare_chats(configs.resolve(({"train_data": [tmp_path / "chats.jsonl"]}, "test", tmp_path)), base, 3)
+    assert few.summary()["not_compared"] == 4
+    tell(few, PlainReporter())
+    assert "4 chats were not compared" in capsys.readouterr().out
