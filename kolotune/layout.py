@@ -76,6 +76,11 @@ class RunFolder:
         return self.state / "source.json"
 
     @property
+    def comparison(self) -> Path:
+        """What `compare` found; see `fidelity.result`."""
+        return self.state / "comparison.json"
+
+    @property
     def choices(self) -> Path:
         """What was chosen automatically, once."""
         return self.state / "choices.json"
