@@ -23,6 +23,7 @@
     │   ├── ContainerPausedError     21   the container is paused
     │   ├── ContainerLostError       22   the container was stopped or restarted while a verb ran in it
     │   └── ContainerVersionError    23   the container's kolotune is another version than the client
+    ├── ManifestError                26   there is no usable manifest, or something is not what it says
     └── Interrupted                 130   Ctrl-C or a termination signal
 
 Each carries one line of cause, one line of what to do (``hint``) and the exit code above. The command
@@ -154,6 +155,11 @@ class ContainerLostError(ContainerError):
 class ContainerVersionError(ContainerError):
     exit_code = 23
     default_hint = "Make it anew: kolotune container build, then kolotune container start --anew"
+
+
+class ManifestError(KolotuneError):
+    exit_code = 26
+    default_hint = "Run the same command as before: what is not as it was made is made anew, and the manifest with it."
 
 
 class Interrupted(KolotuneError):

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from pathlib import Path
+
+from .version import VERSION
+
+# What changes the order or the kind of a processor's sums, and with it the last bits of a result.
+_INSTRUCTIONS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
+    "asimd", "asimdhp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR",
+    "CUBLAS_WORKSPACE_CONFIG",
+)  # fmt: skip
 
 
 def best_device() -> str:
@@ -31,12 +44,40 @@ def best_dtype() -> str:
     return "bf16" if device == "cpu" and _cpu_has_bf16() else "fp32"
 
 
+def machine() -> dict[str, str]:
+    """What a result's last bits may depend on besides its inputs: versions, processor, cores, thread settings."""
+    has = getattr(os, "sched_getaffinity", None)
+    found = {
+        "kolotune": VERSION,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "instructions": " ".join(each for each in _INSTRUCTIONS if each in _cpu_words()),
+        "cores": str(len(has(0)) if has else os.cpu_count() or 1),
+    }
+    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def _processor() -> str:
+    for line in _cpu_text().splitlines():
+        if line.lower().startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def _cpu_has_bf16() -> bool:
+    return bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_words() -> set[str]:
+    return set(_cpu_text().split())
+
+
+def _cpu_text() -> str:
+    """What Linux says about its processors; "" elsewhere."""
     if platform.system() != "Linux":
-        return False
+        return ""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    words = set(text.split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+        return ""

@@ -28,6 +28,16 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def manifest(self) -> Path:
+        """Ties data, base, config, versions and the hashes of all that was made."""
+        return self.root / "manifest.json"
+
+    @property
+    def report(self) -> Path:
+        """One page about the run."""
+        return self.root / "report.html"
+
+    @property
     def adapter(self) -> Path:
         return self.root / "adapter"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configs
-from . import hardware, models, records
+from . import hardware, manifest, models, records
 from .config import Config
 from .errors import Interrupted, KolotuneError, RunFolderError, SpaceError
 from .files import Hasher, explained, size_of, write_json, write_text
@@ -56,10 +56,34 @@ def run(config: Config, reporter: Reporter, names: Sequence[str] = NAMES, source
             _remember_source(folder, source)
             for stage in stages:
                 _run_or_skip(stage, context, reporter, hasher)
+            manifest.write(stages_of(folder, source), context, hasher)
         except KolotuneError:
             _log_traceback(folder)
             raise
     return folder
+
+
+def stages_of(folder: RunFolder, source: Path | None) -> list[Stage]:
+    """The stages that a run has: of one that exports something made elsewhere, those that it was made with."""
+    return [stage for stage in STAGES if source is None or records.read(folder, stage.NAME) is not None]
+
+
+def context_of(folder: RunFolder, config: Config | None = None) -> Context:
+    """What the stages of a finished run work with, without anything being fetched.
+
+    Args:
+        folder: the run folder.
+        config: options in place of those that it was made with.
+
+    Raises:
+        RunFolderError: it is no run folder.
+        ConfigError: its saved config can't be read.
+    """
+    folder.require()
+    saved = configs.resolve((configs.load_file(folder.config), str(folder.config), folder.root))
+    config = dataclasses.replace(config or saved, output_dir=folder.root)
+    base = models.locate(config.base_model) or folder.root / "base model is not on this machine"
+    return Context(config, folder, base, recorded_source(folder))
 
 
 def _log_traceback(folder: RunFolder) -> None:
@@ -198,16 +222,10 @@ def status(folder: RunFolder, config: Config | None = None) -> list[StageStatus]
         RunFolderError: it is no run folder.
         ConfigError: its saved config can't be read.
     """
-    folder.require()
-    saved = configs.resolve((configs.load_file(folder.config), str(folder.config), folder.root))
-    config = dataclasses.replace(config or saved, output_dir=folder.root)
-    base = models.locate(config.base_model) or folder.root / "base model is not on this machine"
-    context = Context(config, folder, base, recorded_source(folder))
+    context = context_of(folder, config)
     hasher = Hasher(folder.hash_cache)
     found: list[StageStatus] = []
-    for stage in STAGES:
-        if context.source is not None and records.read(folder, stage.NAME) is None:
-            continue
+    for stage in stages_of(folder, context.source):
         why = records.reasons(stage, context, hasher)
         waits_for = [each.name for each in found if each.state != "done"]
         if not why and waits_for:

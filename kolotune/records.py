@@ -12,10 +12,11 @@ import datetime
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import hardware
 from .config import Config
 from .files import Hasher, remove, size_of, write_json
 from .layout import RunFolder
@@ -68,7 +69,10 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """A finished stage: its fingerprint (options, hashes of inputs, versions), outputs and facts."""
+    """A finished stage: its fingerprint (options, hashes of inputs, versions), outputs and facts.
+
+    `machine` says where it ran (see `hardware.machine`); it is no part of the fingerprint.
+    """
 
     stage: str
     options: dict[str, Any]
@@ -78,6 +82,7 @@ class Record:
     facts: dict[str, Any]
     started: str
     finished: str
+    machine: dict[str, str] = field(default_factory=dict)
 
 
 def now() -> str:
@@ -89,7 +94,7 @@ def read(run: RunFolder, name: str) -> Record | None:
     """The record of stage `name`; None when there is none, or none that can be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         record = Record(**json.loads(run.record(name).read_text(encoding="utf-8")))
-        parts = [record.options, record.inputs, record.versions, record.facts, record.outputs]
+        parts = [record.options, record.inputs, record.versions, record.facts, record.outputs, record.machine]
         if all(isinstance(part, dict) for part in [*parts, *record.outputs.values()]):
             return record
     return None
@@ -148,6 +153,7 @@ def write(stage: Stage, context: Context, hasher: Hasher, facts: dict[str, Any],
         facts=facts,
         started=started,
         finished=now(),
+        machine=hardware.machine(),
     )
     write_json(context.run.record(stage.NAME), dataclasses.asdict(record))
     return record

@@ -30,12 +30,12 @@ HELP = (
 
 # What the parameters of verbs are, by name. A test holds every path of every verb against these.
 CHATS = frozenset({"data", "train_data", "eval_data"})
-FILES = frozenset({"adapter", "folder"})
+FILES = frozenset({"adapter", "folder", "manifest"})
 BASES = frozenset({"base_model", "base"})
 RUNS = frozenset({"run", "output_dir"})
 OTHERS = frozenset({"config", "out", "hf_token"})
 # Their work is on this machine wherever the model was trained.
-HERE = frozenset({"init", "install", "uninstall"})
+HERE = frozenset({"init", "install", "push", "rebuild", "uninstall"})
 # They change nothing that would have to come out.
 LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "runs", "serve", "status", "verify"})
 # Verbs without --config whose flags are options of `Config` all the same.

@@ -143,7 +143,14 @@ def train(job: TrainJob) -> None:
         alpha=job.lora_alpha,
         dropout=job.lora_dropout,
     )
-    emit("result", steps=trainer.state.step, stopped_early=stopped, device=trainer.device)
+    emit(
+        "result",
+        steps=trainer.state.step,
+        stopped_early=stopped,
+        device=trainer.device,
+        threads=torch.get_num_threads(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+    )
 
 
 def _has_stopped(trainer: Trainer) -> bool:

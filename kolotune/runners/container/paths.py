@@ -41,7 +41,7 @@ class Paths:
 
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
             text = yaml.safe_dump(deep(values, self.host), sort_keys=False, allow_unicode=True)
-        elif target in (run.source, run.job):
+        elif target in (run.source, run.job, run.manifest):
             text = json.dumps(deep(json.loads(file.read_text(encoding="utf-8")), self.host), indent=1) + "\n"
         else:
             return

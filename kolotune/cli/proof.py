@@ -1,0 +1,69 @@
+"""The verbs that prove: verify, rebuild."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..config import DEFAULT_OUTPUT_DIR
+from ..errors import ManifestError
+from ..layout import RunFolder
+from ..reporter import size_in_words
+from .options import Json, reporter
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this module."""
+    for verb in (verify, rebuild):
+        app.command()(verb)
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR, json: Json = False
+) -> int:
+    """Reads every byte of a run and holds it against its manifest."""
+    from .. import verifying
+
+    say = reporter(json)
+    say.doing(f"reading {run}")
+    findings = verifying.verify(RunFolder(run.absolute()))
+    for each in findings.absent:
+        say.note(f"not on this machine, and so not checked: {each}")
+    for each in findings.differences:
+        say.warning(each)
+    if findings.differences:
+        count = len(findings.differences)
+        raise ManifestError(f"{run}: {count} difference{'s' if count > 1 else ''} from its manifest")
+    say.success(f"{run}: {findings.files} files, {size_in_words(findings.bytes)}, are what the manifest says")
+    return 0
+
+
+def rebuild(
+    manifest: Annotated[Path, typer.Argument(help="The manifest.json of a run.")],
+    output_dir: Annotated[Optional[Path], typer.Option(help="The new run folder.", show_default="RUN-rebuilt")] = None,  # noqa: UP045
+    json: Json = False,
+) -> int:
+    """Repeats a run from its manifest, and says whether the same came of it."""
+    from .. import rebuilding
+
+    say = reporter(json)
+    file = Path(os.path.abspath(manifest / RunFolder(manifest).manifest.name if manifest.is_dir() else manifest))
+    folder = output_dir or file.parent.with_name(f"{file.parent.name}-rebuilt")
+    rebuilt = rebuilding.rebuild(file, Path(os.path.abspath(folder)), say)
+    if rebuilt.circumstances:
+        say.table("Other circumstances", ("what", "then", "now"), rebuilt.circumstances)
+    if rebuilt.different:
+        for name in rebuilt.different:
+            say.warning(f"{name} is another")
+        raise ManifestError(
+            f"{rebuilt.folder.root}: {len(rebuilt.different)} of {len(rebuilt.same) + len(rebuilt.different)} results "
+            "differ from those of the manifest",
+            "Same versions, processor and threads give the same bytes; those that differ are in the table."
+            if rebuilt.circumstances
+            else "Nothing is known to differ; on a GPU or with torchtune sums may fall otherwise each time.",
+        )
+    say.success(f"{rebuilt.folder.root}: all {len(rebuilt.same)} results have the same hashes")
+    return 0
