@@ -90,6 +90,8 @@ def _own_gguf(run: RunFolder, name: str) -> Path:
     """The run's GGUF, if it is the one that the run made."""
     path, stage = (run.gguf, "convert") if name == NONE else (run.quantized(name), "quantize")
     record = records.read(run, stage)
+    if run.relative(path) in records.cleaned(run):
+        raise ArtifactError(f"{path}: was cleaned", f"`kolotune {stage} {run.root}` makes it again.")
     if not path.is_file() or record is None:
         there = ", ".join(sorted(each.name for each in run.root.glob("*.gguf"))) or "none"
         raise ArtifactError(

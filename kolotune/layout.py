@@ -108,6 +108,11 @@ class RunFolder:
         return self.state / "hashes.json"
 
     @property
+    def cleaned(self) -> Path:
+        """What was removed to free space, and is made again when it is needed."""
+        return self.state / "cleaned.json"
+
+    @property
     def brought(self) -> Path:
         """What was brought out of a container, and in which state it was."""
         return self.state / "brought.json"

@@ -221,7 +221,8 @@ def _artifacts(done: dict[str, Record], context: Context, hasher: Hasher) -> dic
     for stage, record in done.items():
         for name, output in record.outputs.items():
             same = name in known and known[name]["sha256"] == output["sha256"]
-            files = known[name]["files"] if same else files_in(context.run.root / name, hasher)
+            path = context.run.root / name
+            files = known[name]["files"] if same else files_in(path, hasher) if path.exists() else {}  # it was cleaned
             found[name] = {"stage": stage, "size": output["size"], "sha256": output["sha256"], "files": files}
     return found
 

@@ -27,7 +27,13 @@ STAGES: tuple[Stage, ...] = (prepare, train, merge, convert, quantize, modelfile
 NAMES = tuple(stage.NAME for stage in STAGES)
 
 
-def run(config: Config, reporter: Reporter, names: Sequence[str] = NAMES, source: Path | None = None) -> RunFolder:
+def run(
+    config: Config,
+    reporter: Reporter,
+    names: Sequence[str] = NAMES,
+    source: Path | None = None,
+    again: Sequence[str] = (),
+) -> RunFolder:
     """Runs the stages `names` in the run folder of `config`, each only if something that it depends on changed.
 
     Args:
@@ -35,6 +41,8 @@ def run(config: Config, reporter: Reporter, names: Sequence[str] = NAMES, source
         reporter: where progress and results are told.
         names: names of stages, in any order.
         source: adapter or merged folder made elsewhere, in place of what the run's own stages made.
+        again: stages whose outputs are wanted back when they were cleaned. Others stay cleaned unless a stage that
+            has work reads them.
 
     Returns:
         The run folder.
@@ -44,15 +52,18 @@ def run(config: Config, reporter: Reporter, names: Sequence[str] = NAMES, source
     """
     folder = RunFolder(config.output_dir)
     stages = [stage for stage in STAGES if stage.NAME in names]
-    with _locked(folder):
+    with locked(folder):
         try:
             config = _with_choices(config, folder)
             base = models.resolve(config.base_model, config.hf_token, reporter)
             context = Context(config, folder, base, source)
             hasher = Hasher()
-            _preflight(stages, context, reporter, hasher)
+            wanted = _wanted_back(stages, context, hasher, again)
+            stages = [stage for stage in STAGES if stage in stages or stage in wanted]
+            _preflight(stages, context, reporter, hasher, wanted)
             # Only now: a run that was refused leaves what the folder had.
             write_text(folder.config, configs.dump(config))
+            records.forget_cleaned(folder, [path for stage in wanted for path in stage.outputs(context)])
             _remember_source(folder, source)
             for stage in stages:
                 _run_or_skip(stage, context, reporter, hasher)
@@ -86,6 +97,21 @@ def context_of(folder: RunFolder, config: Config | None = None) -> Context:
     return Context(config, folder, base, recorded_source(folder))
 
 
+def _wanted_back(stages: Sequence[Stage], context: Context, hasher: Hasher, again: Sequence[str]) -> list[Stage]:
+    """The stages whose outputs were cleaned and are needed: by name, or because a stage that has work reads them."""
+    gone = {context.run.root / name for name in records.cleaned(context.run)}
+    wanted: list[Stage] = []
+    needed: set[Path] = set()
+    for stage in reversed(STAGES) if gone else ():
+        outputs = gone & set(stage.outputs(context))
+        if outputs & needed or (outputs and stage.NAME in again):
+            wanted.append(stage)
+        if stage in wanted or (stage in stages and records.reasons(stage, context, hasher)):
+            read = [{path, *path.parents} for path in stage.inputs(context).values()]
+            needed |= {path for path in gone if any(path in each for each in read)}
+    return wanted
+
+
 def _log_traceback(folder: RunFolder) -> None:
     """Keeps where an expected error came from; the screen shows its cause and what to do."""
     with suppress(OSError):
@@ -97,7 +123,8 @@ def _log_traceback(folder: RunFolder) -> None:
 def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Hasher) -> None:
     reasons = records.reasons(stage, context, hasher)
     if not reasons:
-        reporter.success(f"{stage.NAME}: done before, nothing it depends on has changed")
+        gone = _cleaned_outputs(stage, context)
+        reporter.success(f"{stage.NAME}: done before, {gone or 'nothing it depends on has changed'}")
         return
     reporter.doing(f"{stage.NAME}: {stage.DOING} ({'; '.join(reasons)})")
     started, clock = records.now(), time.monotonic()
@@ -120,14 +147,24 @@ def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Has
     reporter.success(f"{stage.NAME}: {made} in {time.monotonic() - clock:.1f} s")
 
 
+def _cleaned_outputs(stage: Stage, context: Context) -> str:
+    """What of the stage's outputs was cleaned, as a sentence; "" for nothing."""
+    gone = records.cleaned(context.run)
+    names = [name for name in map(context.run.relative, stage.outputs(context)) if name in gone]
+    return f"{', '.join(names)} cleaned since; made again when needed" if names else ""
+
+
 def _mark_failed(context: Context, stage: Stage, error: KolotuneError) -> None:
     with suppress(KolotuneError):  # on a full disk the cause that is told stays the first one
         records.mark(context.run, stage.NAME, "failed", error.cause)
 
 
-def _preflight(stages: Sequence[Stage], context: Context, reporter: Reporter, hasher: Hasher) -> None:
+def _preflight(
+    stages: Sequence[Stage], context: Context, reporter: Reporter, hasher: Hasher, wanted: Sequence[Stage]
+) -> None:
     """What is known to fail is not started: every stage that has work is asked before the first one works."""
-    first = next((index for index, stage in enumerate(stages) if records.reasons(stage, context, hasher)), None)
+    busy = (stage in wanted or bool(records.reasons(stage, context, hasher)) for stage in stages)
+    first = next((index for index, has_work in enumerate(busy) if has_work), None)
     if first is None:
         return
     for stage in stages[first:]:
@@ -175,7 +212,7 @@ def _with_choices(config: Config, folder: RunFolder) -> Config:
 
 
 @contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
+def locked(folder: RunFolder) -> Iterator[None]:
     """Keeps a second run out of the folder; the lock of a dead process is free again by itself."""
     from filelock import FileLock, Timeout
 
@@ -204,11 +241,17 @@ def _locked(folder: RunFolder) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class StageStatus:
-    """One stage's state: "done", "will run", "interrupted", "failed", and why."""
+    """One stage's state: "done", "cleaned" (done, and its outputs removed), "will run", "running", "interrupted",
+    "failed"; and why."""
 
     name: str
     state: str
     why: list[str]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the stage has to run."""
+        return self.state not in ("done", "cleaned")
 
 
 def status(folder: RunFolder, config: Config | None = None) -> list[StageStatus]:
@@ -227,13 +270,15 @@ def status(folder: RunFolder, config: Config | None = None) -> list[StageStatus]
     found: list[StageStatus] = []
     for stage in stages_of(folder, context.source):
         why = records.reasons(stage, context, hasher)
-        waits_for = [each.name for each in found if each.state != "done"]
+        waits_for = [each.name for each in found if each.has_work]
         if not why and waits_for:
             why = [f"{waits_for[0]} runs before it"]
         mark = records.marked(folder, stage.NAME)
         state = _state_of(mark, bool(why), folder)
         if why and mark.get("cause"):
             why = [mark["cause"], *why]
+        if not why and (gone := _cleaned_outputs(stage, context)):
+            state, why = "cleaned", [gone]
         found.append(StageStatus(stage.NAME, state, why))
     hasher.save()
     return found
@@ -243,10 +288,10 @@ def _state_of(mark: dict[str, str], has_work: bool, folder: RunFolder) -> str:
     if not has_work:
         return "done"
     state = mark.get("state", "will run")
-    return "interrupted" if state == "running" and not _is_held(folder) else state
+    return "interrupted" if state == "running" and not is_held(folder) else state
 
 
-def _is_held(folder: RunFolder) -> bool:
+def is_held(folder: RunFolder) -> bool:
     """Whether a process works in the folder. The lock tells: a killed one leaves its name behind."""
     from filelock import FileLock, Timeout
 

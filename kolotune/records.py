@@ -121,8 +121,12 @@ def reasons(stage: Stage, context: Context, hasher: Hasher) -> list[str]:
         for name, value in _through_json(stage.options(context.config)).items()
         if record.options.get(name) != value
     ]
-    inputs = stage.inputs(context)
-    found += [f"{label} changed" for label, path in inputs.items() if record.inputs.get(label) != hasher.of(path)]
+    inputs, gone = stage.inputs(context), cleaned(context.run)
+    found += [
+        f"{label} changed"
+        for label, path in inputs.items()
+        if not _is_as_recorded(path, record.inputs.get(label), context.run, gone, hasher)
+    ]
     found += [f"{label} is no longer given" for label in record.inputs if label not in inputs]
     found += [
         f"{name} changed from {record.versions.get(name)} to {version}"
@@ -132,11 +136,43 @@ def reasons(stage: Stage, context: Context, hasher: Hasher) -> list[str]:
     ]
     for path in stage.outputs(context):
         name = context.run.relative(path)
-        if not path.exists():
+        made = record.outputs.get(name, {}).get("sha256")
+        if not path.exists() and (name not in gone or gone[name] != made):
             found.append(f"{name} is missing")
-        elif record.outputs.get(name, {}).get("sha256") != hasher.of(path):
+        elif not _is_as_recorded(path, made, context.run, gone, hasher):
             found.append(f"{name} is not the file that was made")
     return found
+
+
+def _is_as_recorded(path: Path, recorded: str | None, run: RunFolder, gone: dict[str, str], hasher: Hasher) -> bool:
+    """Whether a file or folder is what it was; of what was cleaned, the hash that it had counts."""
+    for name, digest in gone.items():
+        if path == run.root / name:
+            return recorded == digest
+        if run.root / name in path.parents:  # a file of a cleaned folder, which as a whole was as recorded
+            return recorded is not None
+    return recorded == hasher.of(path)
+
+
+def cleaned(run: RunFolder) -> dict[str, str]:
+    """What was removed to free space: relative names, with the hash that each had. It is made again when needed."""
+    with contextlib.suppress(OSError, ValueError):
+        loaded = json.loads(run.cleaned.read_text(encoding="utf-8"))
+        if isinstance(loaded, dict):
+            return {str(name): str(digest) for name, digest in loaded.items() if not (run.root / name).exists()}
+    return {}
+
+
+def note_cleaned(run: RunFolder, names: dict[str, str]) -> None:
+    """Notes what is about to be removed; see `cleaned`."""
+    write_json(run.cleaned, cleaned(run) | names)
+
+
+def forget_cleaned(run: RunFolder, paths: Sequence[Path]) -> None:
+    """From now on these count as missing, and their stage as one that has to run."""
+    kept = {name: digest for name, digest in cleaned(run).items() if run.root / name not in paths}
+    if run.cleaned.exists():
+        write_json(run.cleaned, kept)
 
 
 def write(stage: Stage, context: Context, hasher: Hasher, facts: dict[str, Any], started: str) -> Record:

@@ -22,7 +22,7 @@ class Findings:
 
     Attributes:
         differences: one sentence each; empty when all is as it was made.
-        absent: what the run was made from and is not on this machine, so that it could not be read.
+        absent: what could not be read: of what the run was made from what is not on this machine, and what was cleaned.
         files, bytes: that were read of the run's results.
     """
 
@@ -46,20 +46,25 @@ def verify(folder: RunFolder) -> Findings:
     manifest = manifests.read(folder.manifest)
     context = pipeline.context_of(folder)
     hasher = Hasher()  # without a cache: what is on the disk now
+    gone = records.cleaned(folder)
+    there = {name: each for name, each in manifest.artifacts.items() if gone.get(name) != each["sha256"]}
     differences = [
-        *_of_files(manifest, folder, hasher),
+        *_of_files(manifest, there, folder, hasher),
         *_of_config(manifest, folder),
         *_of_records(manifest, context),
         *_of_chain(manifest, context),
     ]
     more, absent = _of_sources(manifest, context, hasher)
-    sizes = [file["size"] for artifact in manifest.artifacts.values() for file in artifact["files"].values()]
+    absent += [f"{name}, which was cleaned" for name in manifest.artifacts if name not in there]
+    sizes = [file["size"] for artifact in there.values() for file in artifact["files"].values()]
     sizes += [note["size"] for note in manifest.notes.values()]
     return Findings(differences + more, absent, len(sizes), sum(sizes))
 
 
-def _of_files(manifest: Manifest, folder: RunFolder, hasher: Hasher) -> Iterator[str]:
-    for name, artifact in manifest.artifacts.items():
+def _of_files(
+    manifest: Manifest, there: Mapping[str, Mapping[str, Any]], folder: RunFolder, hasher: Hasher
+) -> Iterator[str]:
+    for name, artifact in there.items():
         yield from _of_artifact(name, artifact, folder.root / name, hasher)
     for name, note in manifest.notes.items():
         yield from _of_artifact(name, {**note, "files": {"": note}}, folder.root / name, hasher)

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ..errors import ArtifactError, Interrupted, KolotuneError, ToolchainError
-from . import container, elsewhere, looks, proof, roads, start, talk
+from . import container, elsewhere, looks, proof, roads, room, start, talk
 from .options import reporter
 
 # What only `kolotune[local]` brings; a client works without.
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 # typer's own copy of click raises these, older versions the package's: a base of one of them fits both.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
-for module in (roads, looks, talk, proof, start, container):
+for module in (roads, looks, room, talk, proof, start, container):
     module.add_to(app)
 
 

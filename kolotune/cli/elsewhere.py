@@ -35,9 +35,9 @@ BASES = frozenset({"base_model", "base"})
 RUNS = frozenset({"run", "output_dir"})
 OTHERS = frozenset({"config", "out", "hf_token"})
 # Their work is on this machine wherever the model was trained.
-HERE = frozenset({"init", "install", "push", "rebuild", "uninstall"})
+HERE = frozenset({"init", "install", "push", "rebuild", "runs", "uninstall"})
 # They change nothing that would have to come out.
-LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "runs", "serve", "status", "verify"})
+LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "serve", "status", "verify"})
 # Verbs without --config whose flags are options of `Config` all the same.
 _STAGES = frozenset({"train", "merge", "quantize", "modelfile", "export"})
 

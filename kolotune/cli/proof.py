@@ -31,7 +31,7 @@ def verify(
     say.doing(f"reading {run}")
     findings = verifying.verify(RunFolder(run.absolute()))
     for each in findings.absent:
-        say.note(f"not on this machine, and so not checked: {each}")
+        say.note(f"not here, and so not checked: {each}")
     for each in findings.differences:
         say.warning(each)
     if findings.differences:

@@ -136,13 +136,13 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
     for each in pipeline.status(folder, resolved):
         if each.name == name:
             break
-        if each.state != "done":
+        if each.has_work:
             raise RunFolderError(
                 f"{folder.root}: {each.name} comes before {name} and is not done ({'; '.join(each.why)})",
                 f"Run `kolotune {each.name} {_as_typed(folder.root)}` first, or `kolotune run` for all stages.",
             )
     resolved = dataclasses.replace(resolved, output_dir=folder.root)
-    pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder))
+    pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder), again=[name])
     return 0
 
 

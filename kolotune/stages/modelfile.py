@@ -153,8 +153,9 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
         reporter.note(f"in Ollama: {caveat}")
     chosen = _parameters(context.config)
     stops = tuple(("stop", stop) for stop in serving.stops if ("stop", stop) not in chosen)
+    gone = records.cleaned(context.run)
     for file, gguf in _files(context):
-        if not gguf.is_file():
+        if not gguf.is_file() and context.run.relative(gguf) not in gone:
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")
         text = render(
             Modelfile(

@@ -251,7 +251,7 @@ import sys, time
 from pathlib import Path
 from kolotune import pipeline
 from kolotune.layout import RunFolder
-with pipeline._locked(RunFolder(Path(sys.argv[1]))):
+with pipeline.locked(RunFolder(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """

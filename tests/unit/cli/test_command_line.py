@@ -29,6 +29,8 @@ VERBS = [
     "modelfile",
     "check",
     "status",
+    "runs",
+    "clean",
     "chat",
     "export",
     "init",
