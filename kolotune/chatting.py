@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import config as configs
 from . import models, records
 from .adapters import is_adapter
 from .cache import cache_folder
@@ -17,6 +16,7 @@ from .layout import RunFolder
 from .llamacpp.inference import GgufModel
 from .quantizations import NONE
 from .reporter import Reporter
+from .results import chosen_quantization, own_gguf, saved_config
 from .stages import convert, modelfile, quantize
 
 
@@ -75,32 +75,14 @@ def open_chat(
     Raises:
         RunFolderError, ArtifactError, ConfigError: there is no such run or no such GGUF, or it isn't what was made.
     """
-    run.require()
-    config = configs.resolve((configs.load_file(run.config), str(run.config), run.root))
-    name = (quantization or config.quantization[0]).upper() if config.quantization or quantization else NONE
-    path = _base_gguf(run, config, name, reporter) if base else _own_gguf(run, name)
+    config = saved_config(run)
+    name = chosen_quantization(config, quantization)
+    path = _base_gguf(run, config, name, reporter) if base else own_gguf(run, name)[0]
     written = records.read(run, modelfile.NAME)
     if written is None:
         raise ArtifactError(f"{run.root}: has no Modelfiles yet", "Run `kolotune run` first.")
     stops = tuple(written.facts["stops"])
     return Talk(GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system)
-
-
-def _own_gguf(run: RunFolder, name: str) -> Path:
-    """The run's GGUF, if it is the one that the run made."""
-    path, stage = (run.gguf, "convert") if name == NONE else (run.quantized(name), "quantize")
-    record = records.read(run, stage)
-    if run.relative(path) in records.cleaned(run):
-        raise ArtifactError(f"{path}: was cleaned", f"`kolotune {stage} {run.root}` makes it again.")
-    if not path.is_file() or record is None:
-        there = ", ".join(sorted(each.name for each in run.root.glob("*.gguf"))) or "none"
-        raise ArtifactError(
-            f"{path}: there is no such GGUF in this run (there is: {there})", "Run `kolotune run` first."
-        )
-    facts = record.facts.get("made", {}).get(name) or record.outputs.get(path.name) or {}
-    if facts.get("sha256") != Hasher(run.hash_cache).of(path):
-        raise ArtifactError(f"{path}: is not the file that the run made")
-    return path
 
 
 def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:

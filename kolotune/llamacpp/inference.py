@@ -4,9 +4,46 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ArtifactError, ToolchainError
+from . import gguf_file
+
+TEMPERATURE, MAX_TOKENS, SEED = 0.7, 512, 0
+"""How `chat` takes tokens when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What else, beside the temperature, decides which token is taken; the values here change nothing much."""
+
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
+@dataclass
+class Answer:
+    """An answer as it comes.
+
+    Attributes:
+        pieces: its text, to be gone through once.
+        tokens: how many the model has written so far; an end token counts, a text that stops it too.
+        reason: why it ended, when it has: "stop", or "length" for `max_tokens`.
+    """
+
+    pieces: Iterator[str] = field(default_factory=lambda: iter(()))
+    tokens: int = 0
+    reason: Literal["stop", "length"] = "length"
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
 
 
 class GgufModel:
@@ -14,28 +51,33 @@ class GgufModel:
 
     Args:
         path: the file.
-        context: tokens that prompt and answer may have together; 0: what the model was made for.
+        context: tokens that prompt and answer may have together; at most, and for 0, what the model was made for.
+        repeat_last_n: how far back the penalties for repetition look, in tokens.
+
+    Attributes:
+        context: tokens that prompt and answer may have together.
 
     Raises:
-        ArtifactError: llama.cpp can't load it.
+        ArtifactError: it is no whole GGUF, or llama.cpp can't load it.
         ToolchainError: llama-cpp-python is not installed.
     """
 
-    def __init__(self, path: Path, context: int = 4096) -> None:
+    def __init__(self, path: Path, context: int = 4096, repeat_last_n: int = 64) -> None:
         try:
             import llama_cpp
         except (ImportError, OSError, RuntimeError) as error:
             raise ToolchainError(f"llama-cpp-python can't be loaded: {error}") from None
         self._library = llama_cpp
+        summary = gguf_file.read(path)
+        made_for = int(summary.fields.get(f"{summary.architecture}.context_length", context))
+        self.context = min(context or made_for, made_for)
         try:
-            self._model = llama_cpp.Llama(str(path), n_ctx=context, n_gpu_layers=-1, verbose=False)
+            self._model = llama_cpp.Llama(
+                str(path), n_ctx=self.context, n_gpu_layers=-1, last_n_tokens_size=repeat_last_n, verbose=False
+            )
         except (ValueError, RuntimeError) as error:
             raise ArtifactError(f"{path}: llama.cpp can't load it: {error}") from None
-
-    @property
-    def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return int(self._model.n_ctx())
+        self.context = self.context or int(self._model.n_ctx())
 
     def tokens(self, text: str) -> list[int]:
         """The ids of `text` as a server reads it: special tokens count, none is added."""
@@ -46,8 +88,15 @@ class GgufModel:
         return bool(self._library.llama_vocab_is_eog(self._model._model.vocab, token))
 
     def generate(
-        self, prompt: Sequence[int], stops: Sequence[str], *, temperature: float, max_tokens: int, seed: int
-    ) -> Iterator[str]:
+        self,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        sampling: Sampling | None = None,
+    ) -> Answer:
         """The answer, piece by piece; it ends at a stop, an end token, or `max_tokens`.
 
         Args:
@@ -56,18 +105,28 @@ class GgufModel:
             temperature: 0 takes the likeliest token each time.
             max_tokens: longest answer, in tokens.
             seed: of the sampling.
+            sampling: the rest of how tokens are taken.
         """
+        answer = Answer()
         self._model.set_seed(seed)
+        tokens = self._model.generate(list(prompt), temp=temperature, reset=True, **asdict(sampling or Sampling()))
+        answer.pieces = self._pieces(answer, itertools.islice(tokens, max_tokens), stops)
+        return answer
+
+    def _pieces(self, answer: Answer, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         pending = b""
-        tokens = self._model.generate(list(prompt), temp=temperature, top_k=40, top_p=0.95, reset=True)
-        for token in itertools.islice(tokens, max_tokens):
+        for token in tokens:
+            answer.tokens += 1
             if self._ends(token):
+                answer.reason = "stop"
                 break
             pending += self._model.detokenize([token], special=True)
             text, rest = _decoded(pending)
             at = min((text.find(stop) for stop in stops if stop in text), default=-1)
             if at >= 0:
-                yield text[:at]
+                answer.reason = "stop"
+                if at:
+                    yield text[:at]
                 return
             # What may be the beginning of a stop, or of a character, waits for the next token.
             held = max((_overlap(text, stop) for stop in stops), default=0)
