@@ -23,6 +23,8 @@
     │   ├── ContainerPausedError     21   the container is paused
     │   ├── ContainerLostError       22   the container was stopped or restarted while a verb ran in it
     │   └── ContainerVersionError    23   the container's kolotune is another version than the client
+    ├── OllamaError                  24   the Ollama server refused, failed, or says other than what was sent
+    │   └── OllamaDownError          25   there is no Ollama server where one was looked for
     ├── ManifestError                26   there is no usable manifest, or something is not what it says
     └── Interrupted                 130   Ctrl-C or a termination signal
 
@@ -155,6 +157,16 @@ class ContainerLostError(ContainerError):
 class ContainerVersionError(ContainerError):
     exit_code = 23
     default_hint = "Make it anew: kolotune container build, then kolotune container start --anew"
+
+
+class OllamaError(KolotuneError):
+    exit_code = 24
+    default_hint = "The server's own log has the details (`ollama serve` prints it)."
+
+
+class OllamaDownError(OllamaError):
+    exit_code = 25
+    default_hint = "Start it (`ollama serve`, or the app); where it listens elsewhere, set OLLAMA_HOST."
 
 
 class ManifestError(KolotuneError):

@@ -117,6 +117,11 @@ class RunFolder:
         """What was brought out of a container, and in which state it was."""
         return self.state / "brought.json"
 
+    @property
+    def installed(self) -> Path:
+        """The name under which the run was last put into Ollama."""
+        return self.state / "installed.json"
+
     def record(self, stage: str) -> Path:
         return self.state / f"{stage}.json"
 

@@ -10,12 +10,24 @@ from typing import Any
 import typer
 
 from ..errors import ArtifactError, Interrupted, KolotuneError, ToolchainError
-from . import container, elsewhere, looks, proof, roads, room, start, talk
+from . import container, elsewhere, looks, ollama, proof, roads, room, start, talk
 from .options import reporter
 
 # What only `kolotune[local]` brings; a client works without.
 _LOCAL_PACKAGES = frozenset(
-    {"gguf", "jinja2", "llama_cpp", "numpy", "psutil", "pyarrow", "safetensors", "tokenizers", "torch", "transformers"}
+    {
+        "gguf",
+        "llama_cpp",
+        "numpy",
+        "psutil",
+        "pyarrow",
+        "safetensors",
+        "starlette",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "uvicorn",
+    }
 )
 _HELP = "From a file of chats to a model that runs in Ollama. Begin with: kolotune run chats.jsonl"
 
@@ -31,7 +43,7 @@ app = typer.Typer(
 )
 # typer's own copy of click raises these, older versions the package's: a base of one of them fits both.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
-for module in (roads, looks, room, talk, proof, start, container):
+for module in (roads, looks, room, talk, ollama, proof, start, container):
     module.add_to(app)
 
 

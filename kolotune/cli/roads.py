@@ -37,9 +37,7 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     say.success(f"Done: {folder.root}")
     shown = _as_typed(folder.root)
     say.note(f"talk to it:          kolotune chat {shown}")
-    name = resolved.quantization[0] if resolved.quantization else ""
-    file = folder.modelfile("" if name == "NONE" else name).name
-    say.note(f"put it into Ollama:  cd {shown} && ollama create my-model -f {file}")
+    say.note(f"put it into Ollama:  kolotune install {shown} my-model")
     return 0
 
 

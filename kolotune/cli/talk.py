@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from ..config import DEFAULT_OUTPUT_DIR
+from ..errors import ConfigError
 from ..layout import RunFolder
+from ..llamacpp.inference import MAX_TOKENS, SEED, TEMPERATURE
 from .options import reporter
 
 
@@ -20,25 +24,51 @@ def add_to(app: typer.Typer) -> None:
 
 def chat(
     run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR,
+    name: Annotated[Optional[str], typer.Argument(help="With --ollama: its name there.")] = None,  # noqa: UP045
     prompt: Annotated[Optional[str], typer.Option(help="Ask this, print the answer, and end.")] = None,  # noqa: UP045
     base: Annotated[bool, typer.Option("--base", help="Talk to the base model, not the tuned one.")] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Talk to it in Ollama, under the name that it was installed with.")
+    ] = False,
     quantization: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Which GGUF: a quantization of the run, or none; default: the run's first."),
     ] = None,
     system: Annotated[Optional[str], typer.Option(help="System prompt; default: the run's.")] = None,  # noqa: UP045
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.0, help=f"0: always the likeliest token. [default: {TEMPERATURE}; in Ollama the model's]"),
+    ] = None,
+    max_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help=f"Longest answer, in tokens. [default: {MAX_TOKENS}; in Ollama the model's]"),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help=f"Seed of the sampling. [default: {SEED}; in Ollama the model's]"),
+    ] = None,
 ) -> int:
-    """Talks to the result through llama.cpp, with the template and stops that it was trained with."""
-    from ..chatting import open_chat
-
+    """Talks to the result through llama.cpp, or in Ollama, with the template and stops that it was trained with."""
     say = reporter()
-    talk = open_chat(RunFolder(run.absolute()), say, quantization=quantization, base=base, system=system)
+    if ollama:
+        if base or quantization:
+            raise ConfigError("chat: --ollama goes with neither --base nor --quantization")
+        ask = _in_ollama(run, name, system, temperature, max_tokens, seed)
+    elif name is not None:
+        raise ConfigError(f"chat: {name} is a name in Ollama, which needs --ollama")
+    else:
+        from ..chatting import open_chat
+
+        talk = open_chat(RunFolder(run.absolute()), say, quantization=quantization, base=base, system=system)
+        ask = partial(
+            talk.ask,
+            temperature=TEMPERATURE if temperature is None else temperature,
+            max_tokens=max_tokens or MAX_TOKENS,
+            seed=SEED if seed is None else seed,
+        )
 
     def answer(text: str) -> None:
-        for piece in talk.ask(text, temperature=temperature, max_tokens=max_tokens, seed=seed):
+        for piece in ask(text):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -55,3 +85,19 @@ def chat(
         if not text.strip():
             return 0
         answer(text)
+
+
+def _in_ollama(
+    run: Path,
+    name: str | None,
+    system: str | None,
+    temperature: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+) -> Callable[[str], Iterator[str]]:
+    from ..installing import OllamaTalk, installed_name
+
+    if name is None:  # `chat --ollama NAME`: what stands first is no run folder then
+        name = installed_name(RunFolder(run.absolute())) if run.is_dir() or run == DEFAULT_OUTPUT_DIR else str(run)
+    talk = OllamaTalk(name, system)
+    return partial(talk.ask, temperature=temperature, max_tokens=max_tokens, seed=seed)

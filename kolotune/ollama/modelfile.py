@@ -32,7 +32,7 @@ COMMANDS = frozenset(
     }
 )
 _ROLES = ("system", "user", "assistant")
-_API_HINT = "`kolotune install` sends it through Ollama's JSON API, which carries any text."
+_API_HINT = "`kolotune install --system` or `--parameter` sends it through Ollama's JSON API, which carries any text."
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,28 @@ def render(modelfile: Modelfile) -> str:
     return text
 
 
-def parse(text: str) -> Modelfile:
-    """Read a Modelfile as Ollama does, quirks included.
+@dataclass(frozen=True)
+class Description:
+    """All that a Modelfile may say which Ollama's API takes too; see `Modelfile` for what kolotune's say.
+
+    Attributes:
+        from_: what stands behind FROM.
+        template, system: None where there is none.
+        parameters: name and value pairs.
+        licenses: the texts of licenses.
+        messages: role and text of the turns that every chat begins with.
+    """
+
+    from_: str
+    template: str | None = None
+    system: str | None = None
+    parameters: Parameters = ()
+    licenses: tuple[str, ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+def describe(text: str) -> Description:
+    """Read a Modelfile as Ollama does, quirks included: a user may have edited it.
 
     Args:
         text: the whole file.
@@ -114,35 +134,60 @@ def parse(text: str) -> Modelfile:
         What it says. Of several TEMPLATE or SYSTEM lines the last counts, as in Ollama.
 
     Raises:
-        ArtifactError: Ollama would refuse the file, or it says what kolotune's Modelfiles never say
-            (ADAPTER, MESSAGE and the like, or several FROM or LICENSE).
+        ArtifactError: Ollama would refuse the file, or it says what has no place here (ADAPTER and the like, or
+            several FROM).
     """
     fields: dict[str, str] = {}
     pairs: list[tuple[str, Value]] = []
+    licenses: list[str] = []
+    messages: list[tuple[str, str]] = []
     for command in read_commands(text):
         name = command.name
         if command.parameter:
-            if name in known.IGNORED:
-                continue
-            if name not in known.KNOWN:
-                _refuse(f"unknown parameter {name!r}")
-            try:
-                pairs.append((name, known.typed(name, command.args)))
-            except ValueError as error:
-                _refuse(str(error))
-        elif name in ("template", "system") or (name in ("model", "license") and name not in fields):
+            pairs += _pair(command)
+        elif name in ("template", "system") or (name == "model" and name not in fields):
             fields[name] = command.args
+        elif name == "license":
+            licenses.append(command.args)
+        elif name == "message":
+            role, _, said = command.args.partition(": ")
+            messages.append((role, said))
         else:
             again = "a second " if name in fields else ""
             _refuse(f"{again}{name.upper()} has no place in a Modelfile of kolotune")
+    found = (fields["model"], fields.get("template"), fields.get("system"))
+    return Description(*found, tuple(pairs), tuple(licenses), tuple(messages))
+
+
+def parse(text: str) -> Modelfile:
+    """Read a Modelfile that kolotune wrote; the inverse of `render`.
+
+    Raises:
+        ArtifactError: as in `describe`, and for what kolotune's Modelfiles never say (MESSAGE, several LICENSE).
+    """
+    found = describe(text)
+    if found.messages or len(found.licenses) > 1:
+        _refuse(f"{'MESSAGE' if found.messages else 'a second LICENSE'} has no place in a Modelfile of kolotune")
     return Modelfile(
-        from_=fields["model"],
-        template=fields.get("template"),
-        system=fields.get("system"),
-        parameters=tuple(pairs),
-        license=fields.get("license"),
+        from_=found.from_,
+        template=found.template,
+        system=found.system,
+        parameters=found.parameters,
+        license=next(iter(found.licenses), None),
         comments=tuple(_comments(text)),
     )
+
+
+def _pair(command: Command) -> Iterator[tuple[str, Value]]:
+    """The parameter that a line sets, in its type; none where Ollama ignores it."""
+    if command.name in known.IGNORED:
+        return
+    if command.name not in known.KNOWN:
+        _refuse(f"unknown parameter {command.name!r}")
+    try:
+        yield command.name, known.typed(command.name, command.args)
+    except ValueError as error:
+        _refuse(str(error))
 
 
 def _refuse(cause: str) -> NoReturn:

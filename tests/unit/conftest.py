@@ -16,6 +16,7 @@ from kolotune import pipeline, smollm2
 from kolotune.chats.tokenizer import TOKENIZER_FILES
 from kolotune.cli import run_command_line
 from kolotune.config import Config
+from kolotune.files import hash_file
 from kolotune.layout import RunFolder
 from kolotune.reporter import PlainReporter
 
@@ -100,6 +101,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter
     config = configs.resolve((options, "test", room))
     pipeline.run(config, reporter)
     return config
+
+
+@pytest.fixture(scope="session")
+def finished_gguf(finished: Config) -> tuple[Path, str]:
+    """The quantized GGUF of the finished run, and its SHA-256."""
+    path = RunFolder(finished.output_dir).quantized("Q4_K_M")
+    return path, hash_file(path)
 
 
 @pytest.fixture

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.go_templates import job
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kolotune import llamacpp
@@ -136,28 +133,6 @@ def chat(*turns: str) -> list[dict[str, str]]:
     """A chat from "role: content" lines."""
     parts = (turn.partition(": ") for turn in turns)
     return [{"role": part[0], "content": part[2]} for part in parts]
-
-
-@pytest.fixture(scope="session")
-def go(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], list[list[str]]]:
-    """Renders templates with Go's own text/template."""
-    if not shutil.which("go"):
-        pytest.skip("needs Go's compiler: `go` is not on PATH")
-    program = tmp_path_factory.mktemp("go") / "render"
-    source = Path(__file__).parents[2] / "go" / "render.go"
-    subprocess.run(["go", "build", "-o", program, source], check=True, env={**os.environ, "GO111MODULE": "off"})
-
-    def run(jobs: list[dict[str, Any]]) -> list[list[str]]:
-        done = subprocess.run([program], input=json.dumps(jobs), capture_output=True, encoding="utf-8", check=True)
-        texts: list[list[str]] = json.loads(done.stdout)
-        return texts
-
-    return run
-
-
-def job(template: str, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    go_chats = [[{"Role": turn["role"], "Content": turn["content"]} for turn in turns] for turns in chats]
-    return {"Template": template, "Chats": go_chats}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "nasty"])

@@ -1,0 +1,38 @@
+"""Go's own text/template, as Ollama uses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Renderer = Callable[[list[dict[str, Any]]], list[list[str]]]
+
+
+@pytest.fixture(scope="session")
+def go(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    """Renders templates with Go's own text/template."""
+    if not shutil.which("go"):
+        pytest.skip("needs Go's compiler: `go` is not on PATH")
+    program = tmp_path_factory.mktemp("go") / "render"
+    source = Path(__file__).parents[1] / "go" / "render.go"
+    subprocess.run(["go", "build", "-o", program, source], check=True, env={**os.environ, "GO111MODULE": "off"})
+
+    def run(jobs: list[dict[str, Any]]) -> list[list[str]]:
+        done = subprocess.run([program], input=json.dumps(jobs), capture_output=True, encoding="utf-8", check=True)
+        texts: list[list[str]] = json.loads(done.stdout)
+        return texts
+
+    return run
+
+
+def job(template: str, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """What the renderer is asked: chats of turns with `role` and `content`."""
+    go_chats = [[{"Role": turn["role"], "Content": turn["content"]} for turn in turns] for turns in chats]
+    return {"Template": template, "Chats": go_chats}

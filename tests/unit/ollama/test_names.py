@@ -1,0 +1,62 @@
+"""Names that Ollama takes, and names that it doesn't."""
+
+from __future__ import annotations
+
+import pytest
+
+from kolotune.errors import ConfigError
+from kolotune.ollama.names import checked_name
+
+LONG = "a" * 80
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my-model",
+        "m",
+        "_m",
+        "0",
+        "Model.v1",
+        "me/model",
+        "me/model:q8_0",
+        "model:latest",
+        "example.com/me/model:7b",
+        "localhost:5000/me/model:7b-q4",
+        f"{LONG}/{LONG}:{LONG}",
+    ],
+)
+def test_good(name: str) -> None:
+    assert checked_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        "-m",
+        ".m",
+        "my model",
+        "model:",
+        ":tag",
+        "/model",
+        "me/",
+        "a/b/c/d",
+        "m.e/model",
+        "model:a:b",
+        "model:-a",
+        "model@sha256:00",
+        "../../etc",
+        "me/../model",
+        "model\n",
+        "modèle",
+        f"{LONG}a",
+        f"model:{LONG}a",
+        "http://localhost/me/model",
+    ],
+)
+def test_bad(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        checked_name(name)
+    assert "model[:tag]" in error.value.hint
