@@ -17,6 +17,7 @@ from .options import reporter
 _LOCAL_PACKAGES = frozenset(
     {
         "gguf",
+        "jinja2",
         "llama_cpp",
         "numpy",
         "psutil",

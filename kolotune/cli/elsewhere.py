@@ -35,9 +35,9 @@ BASES = frozenset({"base_model", "base"})
 RUNS = frozenset({"run", "output_dir"})
 OTHERS = frozenset({"config", "out", "hf_token"})
 # Their work is on this machine wherever the model was trained.
-HERE = frozenset({"init", "install", "push", "rebuild", "runs", "uninstall"})
+HERE = frozenset({"init", "install", "push", "rebuild", "runs", "serve", "uninstall"})
 # They change nothing that would have to come out.
-LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "serve", "status", "verify"})
+LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "status", "verify"})
 # Verbs without --config whose flags are options of `Config` all the same.
 _STAGES = frozenset({"train", "merge", "quantize", "modelfile", "export"})
 
@@ -134,6 +134,8 @@ def main(command: Any, arguments: Sequence[str]) -> Any:
     described = command.commands[verb]
     parent = command.make_context("kolotune", list(wanted.rest))
     context = described.make_context(verb, list(wanted.rest[1:]), parent=parent)
+    if context.params.get("ollama"):  # the server is looked for from this machine
+        return command.main(wanted.rest, prog_name="kolotune", standalone_mode=False)
     call = _Call(verb, described.params, context)
     return call.carry_out(wanted)
 

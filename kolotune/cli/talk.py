@@ -1,4 +1,4 @@
-"""The verbs that talk to a model: chat."""
+"""The verbs that talk to a model: chat, serve."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from ..config import DEFAULT_OUTPUT_DIR
 from ..errors import ConfigError
 from ..layout import RunFolder
 from ..llamacpp.inference import MAX_TOKENS, SEED, TEMPERATURE
-from .options import reporter
+from .options import Json, reporter
+
+HOST, PORT = "127.0.0.1", 8080
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds the verbs of this module."""
-    app.command()(chat)
+    for verb in (chat, serve):
+        app.command()(verb)
 
 
 def chat(
@@ -85,6 +88,24 @@ def chat(
         if not text.strip():
             return 0
         answer(text)
+
+
+def serve(
+    run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own are a risk.")] = HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = PORT,
+    quantization: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Which GGUF: a quantization of the run, or none; default: the run's first."),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Serves the result to programs that speak OpenAI's API, as it would be in Ollama."""
+    from ..serving.app import serve as serve_model
+    from ..serving.model import ServedModel
+
+    serve_model(ServedModel(RunFolder(run.absolute()), quantization), host, port, reporter(json))
+    return 0
 
 
 def _in_ollama(

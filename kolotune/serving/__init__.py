@@ -1,0 +1,1 @@
+"""A run's result behind OpenAI's API, for programs that speak it."""

@@ -1,0 +1,216 @@
+"""The server, asked by OpenAI's own client: the answers are those of `chat`, and the Modelfile counts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from kolotune.chatting import Talk, open_chat
+from kolotune.cli.talk import HOST
+from kolotune.config import Config
+from kolotune.errors import ConfigError
+from kolotune.layout import RunFolder
+from kolotune.reporter import PlainReporter
+from kolotune.serving.app import application, serve
+from kolotune.serving.model import ServedModel
+from kolotune.serving.requests import read
+
+QUESTION = [{"role": "user", "content": 'What is "2" plus 1? 🙂'}]
+TAKEN: dict[str, Any] = {"temperature": 1.5, "seed": 7, "max_tokens": 24}
+Client = Callable[[ServedModel], openai.OpenAI]
+
+
+@pytest.fixture
+def client_of() -> Iterator[Client]:
+    """Serves a model in this process: ``client = client_of(model)``."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(model: ServedModel) -> openai.OpenAI:
+        config = uvicorn.Config(application(model, only_here=True), port=0, log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        http = httpx.Client(trust_env=False)
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, http_client=http)
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def model(finished: Config) -> ServedModel:
+    return ServedModel(RunFolder(finished.output_dir), None)
+
+
+@pytest.fixture(scope="module")
+def talk(finished: Config) -> Talk:
+    return open_chat(RunFolder(finished.output_dir), PlainReporter())
+
+
+def ids_of(model: ServedModel, *turns: dict[str, str]) -> list[int]:
+    return model.prompt(read(json.dumps({"messages": turns}).encode()))
+
+
+def whole(client: openai.OpenAI, **more: Any) -> Any:
+    return client.chat.completions.create(**{"model": "any", "messages": QUESTION, **TAKEN, **more})
+
+
+def streamed(client: openai.OpenAI, **more: Any) -> tuple[str, Any, int]:
+    """The text, the reason and the tokens of a streamed answer."""
+    text, reason, tokens = "", None, 0
+    for event in whole(client, stream=True, stream_options={"include_usage": True}, **more):
+        if event.usage:
+            assert not event.choices
+            tokens = event.usage.completion_tokens
+        for choice in event.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+    return text, reason, tokens
+
+
+def test_the_answers_are_those_of_chat(
+    model: ServedModel, finished: Config, client_of: Client, reporter: PlainReporter
+) -> None:
+    talk = open_chat(RunFolder(finished.output_dir), reporter)
+    wanted = "".join(talk.ask(str(QUESTION[0]["content"]), **TAKEN))
+    assert len(set(wanted)) > 10
+    client = client_of(model)
+    answer = whole(client)
+    assert answer.choices[0].message.content == wanted and answer.model == "run"
+    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 24
+    assert streamed(client) == (wanted, "length", 24)
+    # The second turn of a talk.
+    more = [*QUESTION, {"role": "assistant", "content": wanted}, {"role": "user", "content": "And?"}]
+    assert whole(client, messages=more).choices[0].message.content == "".join(talk.ask("And?", **TAKEN))
+    assert [each.id for each in client.models.list()] == ["run"] and client.models.retrieve("any").id == "run"
+
+
+def test_the_prompt_is_the_trained_one(model: ServedModel, talk: Talk, finished: Config) -> None:
+    """Token by token as transformers encodes what the trained template writes: no BOS more, none less."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(RunFolder(finished.output_dir).tokenizer)
+    system = {"role": "system", "content": "Be\n  terse."}
+    for turns in ([QUESTION[0]], [system, QUESTION[0]], [QUESTION[0], {"role": "assistant", "content": "3"}, system]):
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert ids_of(model, *turns) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids_of(model, *turns) == talk._model.tokens(talk._template.render(list(turns), None, True))
+
+
+def test_it_stops_where_it_should(model: ServedModel, client_of: Client) -> None:
+    client = client_of(model)
+    text = str(whole(client).choices[0].message.content)
+    at = len(text) // 2
+    stop = text[at : at + 3]
+    before = text[: text.index(stop)]
+    for wanted in (stop, ["never written", stop]):
+        answer = whole(client, stop=wanted).choices[0]
+        assert (answer.message.content, answer.finish_reason) == (before, "stop")
+        assert streamed(client, stop=wanted)[:2] == (before, "stop")
+    assert whole(client, max_tokens=None, max_completion_tokens=3).usage.completion_tokens == 3
+    different = {str(whole(client, seed=seed).choices[0].message.content) for seed in (1, 2, None, None)}
+    assert len(different) == 4 and text not in different
+
+
+def test_the_modelfile_counts(run_copy: RunFolder, client_of: Client, model: ServedModel) -> None:
+    plain = str(whole(client_of(model)).choices[0].message.content)
+    stop = plain[10:13]
+    with run_copy.modelfile("Q4_K_M").open("a", encoding="utf-8", newline="") as file:
+        file.write('SYSTEM """Be\nterse."""\nMESSAGE user Hello: you\nMESSAGE assistant Hi.\n')
+        file.write(f'PARAMETER num_ctx 128\nPARAMETER num_gpu 1\nPARAMETER stop """{stop}"""\n')
+        file.write("PARAMETER num_predict 4\nPARAMETER temperature 1.5\nPARAMETER seed 7\nPARAMETER top_k 1\n")
+    edited = ServedModel(run_copy, "q4_k_m")
+    assert edited.unused == ["num_gpu"]
+    system, loud = {"role": "system", "content": "Be\nterse."}, {"role": "system", "content": "Be loud."}
+    own = [{"role": "user", "content": "Hello: you"}, {"role": "assistant", "content": "Hi."}]
+    assert ids_of(edited, *QUESTION) == ids_of(model, system, *own, *QUESTION)
+    assert ids_of(edited, loud, *QUESTION) == ids_of(model, *own, loud, *QUESTION)
+    client = client_of(edited)
+    answer = whole(client, temperature=None, seed=None, max_tokens=None)
+    assert answer.usage.completion_tokens <= 4
+    same = whole(client, temperature=0, max_tokens=4)  # only the likeliest token is left, at any temperature
+    assert answer.choices[0].message.content == same.choices[0].message.content
+    with pytest.raises(openai.BadRequestError) as error:
+        whole(client, messages=[{"role": "user", "content": "word " * 200}])
+    assert error.value.code == "context_length_exceeded"
+
+
+def test_what_the_client_is_told(model: ServedModel, client_of: Client) -> None:
+    client = client_of(model)
+    with pytest.raises(openai.BadRequestError, match="tools: not offered here"):
+        whole(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="any", input="a")
+    address = f"{client.base_url}chat/completions"
+    body = json.dumps({"messages": QUESTION})
+    with httpx.Client(trust_env=False) as web_page:
+        assert web_page.post(address, content=body, headers={"Content-Type": "text/plain"}).status_code == 415
+        for name in ("Host", "Origin"):
+            headers = {name: "evil.example", "Content-Type": "application/json"}
+            status = web_page.post(address, content=b"{}", headers=headers).status_code
+            assert status == (403 if name == "Host" else 400)
+        assert "access-control-allow-origin" not in web_page.get(f"{client.base_url}models").headers
+
+
+def test_several_at_once_and_one_that_goes_away(model: ServedModel, client_of: Client) -> None:
+    client = client_of(model)
+    wanted = {seed: str(whole(client, seed=seed).choices[0].message.content) for seed in range(4)}
+    gone = whole(client, stream=True, max_tokens=1500)
+    next(iter(gone))
+    gone.close()
+    with ThreadPoolExecutor(4) as pool:
+        got = dict(zip(wanted, pool.map(lambda seed: streamed(client, seed=seed)[0], wanted), strict=True))
+    assert got == wanted
+
+
+@pytest.mark.parametrize(("host", "sign"), [(HOST, signal.SIGINT), ("0.0.0.0", signal.SIGTERM)])
+def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: Config) -> None:
+    argv = [sys.executable, "-m", "kolotune", "serve", str(finished.output_dir), "--port=0", f"--host={host}", "--json"]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    events = []
+    for line in child.stdout:
+        events.append(json.loads(line))
+        if events[-1]["event"] == "result":
+            break
+    warned = [each["text"] for each in events if each["event"] == "warning"]
+    assert ("no password" in warned[0]) if host != HOST else not warned
+    http = httpx.Client(trust_env=False)
+    url = events[-1]["url"].replace("0.0.0.0", "127.0.0.1")
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=http)
+    stream = iter(whole(client, stream=True, max_tokens=2000))
+    for _ in range(3):
+        next(stream)
+    child.send_signal(sign)  # in the middle of an answer
+    rest, _ = child.communicate(timeout=20)
+    assert child.returncode == 0 and "no longer served" in rest
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+
+
+def test_where_nothing_can_listen(model: ServedModel, reporter: PlainReporter, tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="nothing can listen"):
+        serve(model, "127.0.0.1", taken.getsockname()[1], reporter)
+    with pytest.raises(ConfigError, match="nothing can listen"):
+        serve(model, "no such host.example", 0, reporter)
