@@ -17,6 +17,7 @@ from ..reporter import Reporter, size_in_words
 from .options import ConfigFile, Data, Json, config_of, reporter, with_options
 
 _SHOWN_PROBLEMS = 50
+_OLLAMA_SECONDS = 3.0
 
 
 def add_to(app: typer.Typer) -> None:
@@ -122,7 +123,7 @@ def doctor(
         _default_model(),
         _device(),
         ("hub token", "ok" if os.environ.get("HF_TOKEN") else "none", "needed for gated models only (HF_TOKEN)"),
-        ("ollama", *(("ok", str(shutil.which("ollama"))) if shutil.which("ollama") else ("none", "see ollama.com"))),
+        _ollama(),
         ("disk", "ok", f"{size_in_words(shutil.disk_usage(Path.cwd()).free)} free here"),
     ]
     say.table("Doctor", ("part", "state", "what"), rows)
@@ -183,6 +184,16 @@ def _torchtune() -> tuple[str, str, str]:
     if found is None:  # --fix leaves it out: most runs need none, and it is large
         return "torchtune", "none", f"made on first use, or now with: python -m {environment.MODULE}"
     return "torchtune", "ok", str(found.folder)
+
+
+def _ollama() -> tuple[str, str, str]:
+    from ..ollama.server import Server
+
+    try:
+        server = Server(patience=_OLLAMA_SECONDS)
+        return "ollama", "ok", f"{server.version()} at {server.url}"
+    except KolotuneError as error:
+        return "ollama", "none", f"{error.cause}. {error.hint}"
 
 
 def _default_model() -> tuple[str, str, str]:

@@ -22,8 +22,13 @@ def checked_name(name: str) -> str:
     """`name`, if Ollama takes it for the name of a model.
 
     Raises:
-        ConfigError: it doesn't.
+        ConfigError: it doesn't, or it takes the tag for something else.
     """
-    if not _NAME.fullmatch(name):
+    found = _NAME.fullmatch(name)
+    if not found:
         raise ConfigError(f"{name!r} can't be the name of a model in Ollama", _RULE)
+    tag = (found["tag"] or "").lower()
+    if tag in ("cloud", "local") or tag.endswith("-cloud"):
+        # What is asked of NAME:cloud is sent to Ollama's own machines.
+        raise ConfigError(f"{name}: Ollama reads the tag {tag} as the place where a model runs", "Choose another tag.")
     return name

@@ -35,7 +35,7 @@ from support.ollama_texts import go_json, lines_of, modelfile_of
 _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(rf"(?:(?:[A-Za-z0-9_][A-Za-z0-9_.:-]*/)?[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}}/)?{_PART}(?::{_PART})?")
-_OPTIONS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.1, "num_predict": -1}
+_OPTIONS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.0, "num_predict": -1}
 _CHUNK = 1 << 18
 
 FAULTS = {

@@ -296,8 +296,10 @@ def test_from_the_command_line(
         kolotune("chat", run_copy.root, "--ollama", *ask),
         kolotune("chat", run_copy.root, "--ollama", "my-model", *ask),
         kolotune("chat", "--ollama", "my-model", *ask),
+        kolotune("chat", run_copy.root, "--ollama", *ask, "--container"),  # the server is here all the same
     ]
-    assert answers[0][0] == 0 and answers[0][1] and answers == [answers[0]] * 3
+    assert answers[0][0] == 0 and answers[0][1] and answers == [answers[0]] * 4
+    assert f"0.33.0 at http://{fake_ollama.host}" in kolotune("doctor")[1]
     assert kolotune("chat", run_copy.root, "my-model", *ask)[0] == 2
     assert kolotune("chat", run_copy.root, "--ollama", "--base", *ask)[0] == 2
     assert kolotune("install", run_copy.root, "my-model")[0] == 2  # another temperature: another model
@@ -307,3 +309,4 @@ def test_from_the_command_line(
     fake_ollama.close()
     code, output = kolotune("install", run_copy.root, "my-model")
     assert code == 25 and "ollama serve" in output
+    assert "there is no Ollama server" in " ".join(kolotune("doctor")[1].split())

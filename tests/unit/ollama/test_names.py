@@ -60,3 +60,10 @@ def test_bad(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         checked_name(name)
     assert "model[:tag]" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["model:cloud", "me/model:7b-Cloud", "model:LOCAL"])
+def test_tags_that_mean_a_place(name: str) -> None:
+    with pytest.raises(ConfigError, match="the place where a model runs"):
+        checked_name(name)
+    assert checked_name(name.partition(":")[0] + ":cloudy")
