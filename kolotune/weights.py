@@ -260,9 +260,15 @@ def write_shards(folder: Path, shards: Sequence[Shard], blocks: Callable[[Entry]
             for entry in shard.entries:
                 for block in blocks(entry):
                     stream.write(block)
-    if len(shards) > 1:
-        total = sum(entry.size for shard in shards for entry in shard.entries)
-        homes = {entry.name: shard.name for shard in shards for entry in shard.entries}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for name, text in index_of(shards).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, str]:
+    """The index that several files need: its name and text; of one file nothing."""
+    if len(shards) < 2:
+        return {}
+    total = sum(entry.size for shard in shards for entry in shard.entries)
+    homes = {entry.name: shard.name for shard in shards for entry in shard.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+    return {"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}

@@ -55,6 +55,9 @@ def _configs() -> dict[str, Callable[..., Any]]:
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "gemma": transformers.GemmaConfig,
+        "gemma2": transformers.Gemma2Config,
+        "gemma3": transformers.Gemma3TextConfig,
+        "phi3": transformers.Phi3Config,
         "gpt2": transformers.GPT2Config,
     }
 
@@ -85,7 +88,7 @@ def tiny_model() -> Callable[..., Any]:
         }
         if kind == "gpt2":
             shape = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
-        if kind == "gemma":
+        if kind.startswith("gemma"):
             shape |= {"head_dim": 16, "tie_word_embeddings": True}
         if kind == "qwen3":
             shape |= {"head_dim": 32}

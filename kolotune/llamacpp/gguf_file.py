@@ -40,7 +40,7 @@ class GgufSummary:
 class _Header:
     """Goes through a header from its beginning; errors are those of what it is read with."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap | bytes) -> None:
         self._data, self._at = data, 0
         self.flags: dict[str, int] = {}  # where the yes-or-no fields stand
         if data[:4] != b"GGUF" or self._number("<I", start=4) not in (2, 3):
@@ -130,6 +130,12 @@ def read(path: Path) -> GgufSummary:
     if not header.tensors or "general.architecture" not in header.fields:
         raise ArtifactError(f"{path}: holds no model")
     return GgufSummary(str(header.fields["general.architecture"]), header.tensors, header.fields)
+
+
+def with_flag(header: bytes, name: str, value: bool) -> bytes:
+    """A GGUF's beginning with another value in a yes-or-no field; the same when it has none of that name."""
+    at = _Header(header).flags.get(name)
+    return header if at is None else header[:at] + bytes([value]) + header[at + 1 :]
 
 
 def set_flag(path: Path, name: str, value: bool) -> None:
