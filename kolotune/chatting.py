@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import models, records
+from . import exporting, models, records
 from .adapters import is_adapter
 from .cache import cache_folder
 from .chats.tokenizer import template_of
@@ -17,7 +17,7 @@ from .llamacpp.inference import GgufModel
 from .quantizations import NONE
 from .reporter import Reporter
 from .results import chosen_quantization, own_gguf, saved_config
-from .stages import convert, modelfile, quantize
+from .stages import modelfile, quantize
 
 
 class Talk:
@@ -94,7 +94,7 @@ def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) ->
     plain = folder / "Base.gguf"
     if not plain.is_file():
         reporter.doing(f"converting {config.base_model} itself, once")
-        convert.convert_folder(base, plain, run.log("base"), reporter, exact=False)
+        exporting.convert_folder(base, plain, run.log("base"), reporter, exact=False)
     if name == NONE:
         return plain
     target = folder / f"Base{name}.gguf"

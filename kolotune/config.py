@@ -113,6 +113,9 @@ class Config:
     parameter: tuple[str, ...] = option(
         (), "PARAMETER for the Modelfile, as temperature=0.7; may be given several times.", kind="export"
     )
+    lean: bool = option(
+        False, "Keep no merged folder, and no unquantized GGUF unless nothing else is made.", kind="export"
+    )
     compare: bool = option(True, "Accepted for scripts; so far a run compares nothing at its end.", kind="export")
     output_dir: Path = option(DEFAULT_OUTPUT_DIR, "The run folder.", kind="export")
 

@@ -68,6 +68,11 @@ class RunFolder:
         return self.prepared / "tokenizer"
 
     @property
+    def exported_tokenizer(self) -> Path:
+        """The tokenizer of an adapter made elsewhere, when no merged folder has it."""
+        return self.state / "tokenizer"
+
+    @property
     def checkpoints(self) -> Path:
         return self.state / "checkpoints"
 

@@ -35,7 +35,7 @@ class MergedModel:
     """What base and adapter are together.
 
     Args:
-        adapter_folder: in PEFT's format.
+        adapter_folder: in PEFT's format; None: the base is stored as it is.
         base: model folder with safetensors.
         dtype: "f16", "bf16" or "fp32".
 
@@ -48,8 +48,9 @@ class MergedModel:
         ArtifactError, ModelError: the adapter does not belong to the base, or a file is damaged.
     """
 
-    def __init__(self, adapter_folder: Path, base: Path, dtype: str) -> None:
-        adapter = adapters.read(adapter_folder)
+    def __init__(self, adapter_folder: Path | None, base: Path, dtype: str) -> None:
+        nothing = adapters.Adapter(base, {}, {}, {})
+        adapter = nothing if adapter_folder is None else adapters.read(adapter_folder)
         self._base = MappedTensors(weight_files(base))
         self._dtype = dtype
         self._config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))

@@ -17,8 +17,9 @@ from . import config as configs
 from . import hardware, manifest, models, records
 from .config import Config
 from .errors import Interrupted, KolotuneError, RunFolderError, SpaceError
-from .files import Hasher, explained, size_of, write_json, write_text
+from .files import Hasher, explained, remove, size_of, write_json, write_text
 from .layout import RunFolder
+from .lean import kept, left_out
 from .records import Context, Stage
 from .reporter import Reporter, size_in_words
 from .stages import convert, merge, modelfile, prepare, quantize, train
@@ -51,13 +52,13 @@ def run(
         KolotuneError: see `errors`.
     """
     folder = RunFolder(config.output_dir)
-    stages = [stage for stage in STAGES if stage.NAME in names]
+    stages = [stage for stage in STAGES if stage.NAME in names and stage.NAME not in left_out(config)]
     with locked(folder):
         try:
             config = _with_choices(config, folder)
             base = models.resolve(config.base_model, config.hf_token, reporter)
-            context = Context(config, folder, base, source)
             hasher = Hasher()
+            context = Context(config, folder, base, source, hasher)
             wanted = _wanted_back(stages, context, hasher, again)
             stages = [stage for stage in STAGES if stage in stages or stage in wanted]
             _preflight(stages, context, reporter, hasher, wanted)
@@ -65,18 +66,20 @@ def run(
             write_text(folder.config, configs.dump(config))
             records.forget_cleaned(folder, [path for stage in wanted for path in stage.outputs(context)])
             _remember_source(folder, source)
+            _remove_what_is_not_kept(context, reporter)
             for stage in stages:
                 _run_or_skip(stage, context, reporter, hasher)
-            manifest.write(stages_of(folder, source), context, hasher)
+            manifest.write(stages_of(context), context, hasher)
         except KolotuneError:
             _log_traceback(folder)
             raise
     return folder
 
 
-def stages_of(folder: RunFolder, source: Path | None) -> list[Stage]:
-    """The stages that a run has: of one that exports something made elsewhere, those that it was made with."""
-    return [stage for stage in STAGES if source is None or records.read(folder, stage.NAME) is not None]
+def stages_of(context: Context) -> list[Stage]:
+    """The stages that a run has: a lean one has fewer, and one that exports something those that it was made with."""
+    there = [stage for stage in STAGES if stage.NAME not in left_out(context.config)]
+    return [each for each in there if context.source is None or records.read(context.run, each.NAME) is not None]
 
 
 def context_of(folder: RunFolder, config: Config | None = None) -> Context:
@@ -102,7 +105,8 @@ def _wanted_back(stages: Sequence[Stage], context: Context, hasher: Hasher, agai
     gone = {context.run.root / name for name in records.cleaned(context.run)}
     wanted: list[Stage] = []
     needed: set[Path] = set()
-    for stage in reversed(STAGES) if gone else ():
+    there = [stage for stage in STAGES if stage.NAME not in left_out(context.config)]
+    for stage in reversed(there) if gone else ():
         outputs = gone & set(stage.outputs(context))
         if outputs & needed or (outputs and stage.NAME in again):
             wanted.append(stage)
@@ -110,6 +114,25 @@ def _wanted_back(stages: Sequence[Stage], context: Context, hasher: Hasher, agai
             read = [{path, *path.parents} for path in stage.inputs(context).values()]
             needed |= {path for path in gone if any(path in each for each in read)}
     return wanted
+
+
+def _remove_what_is_not_kept(context: Context, reporter: Reporter) -> None:
+    """A lean run in the folder of one that was not: what it leaves out goes, with the records of it.
+
+    Whatever that was can be made again of what is kept.
+    """
+    for stage in STAGES:
+        if stage.NAME not in left_out(context.config):
+            continue
+        for path in stage.outputs(context):
+            if path.exists():
+                reporter.note(f"{path.name} is removed: a lean run does not keep it")
+                remove(path)
+        records.forget_cleaned(context.run, stage.outputs(context))
+        remove(context.run.record(stage.NAME))
+        records.unmark(context.run, stage.NAME)
+    if not kept(context.config).unquantized:
+        remove(context.run.modelfile())
 
 
 def _log_traceback(folder: RunFolder) -> None:
@@ -182,7 +205,8 @@ def _check_space(stages: Sequence[Stage], context: Context) -> None:
     names = {stage.NAME for stage in stages}
     weights = sum(path.stat().st_size for path in context.base.glob("*.safetensors"))
     wide = 2 if context.config.merge_dtype == "fp32" else 1
-    needed = wide * weights * (("merge" in names) + ("convert" in names))
+    lean = "quantize" in names and not kept(context.config).unquantized
+    needed = wide * weights * (("merge" in names) + ("convert" in names or lean))
     if "quantize" in names:
         needed += int(weights * 8.5 / 16) * len(context.config.quantization)
     free = shutil.disk_usage(context.run.root).free
@@ -268,7 +292,7 @@ def status(folder: RunFolder, config: Config | None = None) -> list[StageStatus]
     context = context_of(folder, config)
     hasher = Hasher(folder.hash_cache)
     found: list[StageStatus] = []
-    for stage in stages_of(folder, context.source):
+    for stage in stages_of(context):
         why = records.reasons(stage, context, hasher)
         waits_for = [each.name for each in found if each.has_work]
         if not why and waits_for:

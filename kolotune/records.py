@@ -34,12 +34,14 @@ class Context:
         run: the run folder.
         base: the folder of the base model.
         source: an adapter or merged folder made elsewhere (`kolotune export`), in place of the run's own.
+        hasher: reads each file once.
     """
 
     config: Config
     run: RunFolder
     base: Path
     source: Path | None = None
+    hasher: Hasher = dataclasses.field(default_factory=Hasher, compare=False)
 
 
 class Stage(Protocol):

@@ -125,7 +125,7 @@ def _of_records(manifest: Manifest, context: Context) -> Iterator[str]:
 def _of_chain(manifest: Manifest, context: Context) -> Iterator[str]:
     """Every stage read what the manifest says that another one made."""
     made = {context.run.root / name: artifact["sha256"] for name, artifact in manifest.artifacts.items()}
-    for stage in pipeline.stages_of(context.run, context.source):
+    for stage in pipeline.stages_of(context):
         inputs = manifest.stages.get(stage.NAME, {}).get("inputs", {})
         for label, path in stage.inputs(context).items():
             if path in made and label in inputs and inputs[label] != made[path]:

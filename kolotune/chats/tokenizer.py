@@ -93,6 +93,23 @@ def chat_template(tokenizer: Any, jinja: str) -> ChatTemplate:
     return ChatTemplate(jinja, special_tokens(tokenizer))
 
 
+def trained_tokenizer(base: Path, jinja: str, *, adds_bos: bool) -> dict[str, Path | str]:
+    """The base's tokenizer files by name, with the template as it is trained and the BOS that the template writes.
+
+    The base's own files, not what a library would save of them: the dry conversion has proven just these.
+    """
+    found: dict[str, Path | str] = {name: base / name for name in TOKENIZER_FILES if (base / name).is_file()}
+    file = base / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config.pop("chat_template", None)
+    # Who serves adds a BOS exactly when this says so: it must be what the training chats had.
+    config["add_bos_token"] = adds_bos
+    config["add_eos_token"] = False
+    found[file.name] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    found[TEMPLATE_FILE] = jinja
+    return found
+
+
 def writes_bos(template: ChatTemplate, jinja: str) -> bool:
     """Whether the template itself begins with the BOS token.
 

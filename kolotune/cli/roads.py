@@ -9,12 +9,16 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .. import adapters
-from ..config import DEFAULT_OUTPUT_DIR, Config
+from ..config import DEFAULT_OUTPUT_DIR, FIELDS, Config
 from ..errors import ConfigError, RunFolderError
 from ..layout import RunFolder
+from ..lean import left_out
 from .options import ConfigFile, Data, Json, config_of, given, reporter, show, with_options
 
 Run = Annotated[Path, typer.Argument(help="The run folder.")]
+
+
+Lean = Annotated[Optional[bool], typer.Option("--lean/--no-lean", help=FIELDS["lean"].metadata["help"])]  # noqa: UP045
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,7 +45,7 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     return 0
 
 
-@with_options("data", "model", "export", leave_out=("quantization", "system", "parameter", "merge_dtype"))
+@with_options("data", "model", "export", leave_out=("quantization", "system", "parameter", "merge_dtype", "lean"))
 def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Chats to tokens with labels."""
     from .. import pipeline
@@ -66,10 +70,11 @@ def merge(
     base: Annotated[Optional[str], typer.Option(help="Its base model; default: the one it names.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Folder to make; may not exist yet.")] = None,  # noqa: UP045
     merge_dtype: Annotated[Optional[str], typer.Option(metavar="f16|bf16|fp32", help="How weights are stored.")] = None,  # noqa: UP045
+    lean: Lean = None,
     json: Json = False,
 ) -> int:
     """An adapter and its base to one model folder; with --adapter and --out outside a run too."""
-    flags = {"merge_dtype": merge_dtype}
+    flags = {"merge_dtype": merge_dtype, "lean": lean}
     if adapter is None and out is None and base is None:
         return _stage("merge", run, json, flags)
     if adapter is None or out is None:
@@ -78,19 +83,20 @@ def merge(
 
 
 @with_options()
-def convert(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:
+def convert(run: Run = DEFAULT_OUTPUT_DIR, lean: Lean = None, json: Json = False) -> int:
     """The merged model to an unquantized GGUF."""
-    return _stage("convert", run, json, {})
+    return _stage("convert", run, json, {"lean": lean})
 
 
 @with_options()
 def quantize(
     run: Run = DEFAULT_OUTPUT_DIR,
     quantization: Annotated[Optional[str], typer.Option(help="One or several, as Q4_K_M,Q8_0.")] = None,  # noqa: UP045
+    lean: Lean = None,
     json: Json = False,
 ) -> int:
     """The unquantized GGUF to smaller ones."""
-    return _stage("quantize", run, json, {"quantization": quantization})
+    return _stage("quantize", run, json, {"quantization": quantization, "lean": lean})
 
 
 @with_options("export", leave_out=("output_dir", "merge_dtype", "compare"))
@@ -131,6 +137,11 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
 
     folder = RunFolder(root.absolute()).require()
     resolved = config_of(flags, saved=folder.config)
+    if name in left_out(resolved):
+        raise ConfigError(
+            f"{name}: a lean run keeps nothing that it would make",
+            f"With --no-lean it is made: kolotune {name} {_as_typed(folder.root)} --no-lean",
+        )
     for each in pipeline.status(folder, resolved):
         if each.name == name:
             break

@@ -97,7 +97,7 @@ def merge_adapter(
     """
     model = MergedModel(adapter_folder, base, dtype)
     model.written(lambda: write_shards(target, shards_of(model.entries), model.blocks), reporter)
-    (target / "config.json").write_text(model.config_text(), encoding="utf-8")
+    (target / "config.json").write_text(model.config_text(), encoding="utf-8", newline="")
     for name, source in small_files(base, tokenizer).items():
         shutil.copyfile(source, target / name)
     return {

@@ -18,10 +18,10 @@ from ..config import Config, as_record
 from ..errors import ArtifactError, ConfigError
 from ..files import write_text
 from ..layout import RunFolder
+from ..lean import kept
 from ..ollama import parameters
 from ..ollama.modelfile import Modelfile, render
 from ..ollama.template import NotDerivable, TurnFormat, derive, stop_strings
-from ..quantizations import NONE
 from ..records import Context
 from ..reporter import Reporter
 
@@ -31,7 +31,7 @@ DOING = "writing the Modelfiles"
 
 def options(config: Config) -> dict[str, Any]:
     """See `records.Stage`."""
-    return as_record(config, ("system", "parameter", "quantization"))
+    return as_record(config, ("system", "parameter", "quantization", *(("lean",) if config.lean else ())))
 
 
 def inputs(context: Context) -> dict[str, Path]:
@@ -53,14 +53,17 @@ def packages() -> Sequence[str]:
 def _files(context: Context) -> list[tuple[Path, Path]]:
     """Each Modelfile and the GGUF that it names."""
     run = context.run
-    quantized = [(run.modelfile(name), run.quantized(name)) for name in context.config.quantization if name != NONE]
-    return [(run.modelfile(), run.gguf), *quantized]
+    there = kept(context.config)
+    unquantized = [(run.modelfile(), run.gguf)] if there.unquantized else []
+    return [*unquantized, *((run.modelfile(name), run.quantized(name)) for name in there.quantized)]
 
 
 def _trained_tokenizer(context: Context) -> Path:
     if context.source is None:
         return context.run.tokenizer
-    return context.run.merged_model if is_adapter(context.source) else context.source
+    if not is_adapter(context.source):
+        return context.source
+    return context.run.merged_model if kept(context.config).merged else context.run.exported_tokenizer
 
 
 def tokenizer_folder(run: RunFolder) -> Path:
@@ -70,7 +73,7 @@ def tokenizer_folder(run: RunFolder) -> Path:
         ArtifactError: there is none.
     """
     source = run.source
-    folders = [run.tokenizer, run.merged_model]
+    folders = [run.tokenizer, run.merged_model, run.exported_tokenizer]
     if source.is_file():
         folders.append(Path(json.loads(source.read_text(encoding="utf-8"))["source"]))
     for folder in folders:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chats.preparing import Part, Prepared, prepare_chats, require_good
-from ..chats.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES, writes_bos
+from ..chats.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
 from ..config import Config, as_record
 from ..errors import ConfigError
 from ..files import replacing
@@ -121,22 +121,14 @@ def _tell_places(places: Sequence[str], reporter: Reporter) -> None:
 
 
 def write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
-    """Copies the base's tokenizer with the template as it is trained, and with the BOS that the template writes.
-
-    The base's own files, not what a library would save of them: the dry conversion has proven just these.
-    """
+    """Writes the tokenizer as it is trained with; see `trained_tokenizer`."""
     folder.mkdir()
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    (folder / TEMPLATE_FILE).write_text(prepared.jinja, encoding="utf-8", newline="")
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    config.pop("chat_template", None)
-    # Who serves adds a BOS exactly when this says so: it must be what the training chats had.
-    config["add_bos_token"] = writes_bos(prepared.template, prepared.jinja)
-    config["add_eos_token"] = False
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    adds_bos = writes_bos(prepared.template, prepared.jinja)
+    for name, content in trained_tokenizer(base, prepared.jinja, adds_bos=adds_bos).items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_text(content, encoding="utf-8", newline="")
 
 
 def _write_tokens(part: Part, path: Path) -> None:

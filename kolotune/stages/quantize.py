@@ -1,17 +1,22 @@
-"""quantize: unquantized GGUF → one GGUF for each quantization."""
+"""quantize: unquantized GGUF → one GGUF for each quantization.
+
+Of a lean run the unquantized GGUF is made here too, from base and adapter, and goes when all quantizations are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import llamacpp, records
+from .. import exporting, llamacpp, records
 from ..config import Config, as_record
 from ..errors import ArtifactError, ConfigError, ToolchainError
-from ..files import Hasher, remove, replacing
+from ..files import remove, replacing
+from ..lean import kept
 from ..llamacpp import gguf_file
-from ..quantizations import FILE_TYPES, NONE, WHOLE_BLOCKS_ONLY
+from ..quantizations import FILE_TYPES, WHOLE_BLOCKS_ONLY
 from ..records import Context
 from ..reporter import Reporter
 from ..runners import local
@@ -23,27 +28,25 @@ DOING = "quantizing"
 
 def options(config: Config) -> dict[str, Any]:
     """See `records.Stage`."""
-    return as_record(config, ("quantization",))
+    return as_record(config, ("quantization",) if kept(config).unquantized else ("quantization", "lean", "merge_dtype"))
 
 
 def inputs(context: Context) -> dict[str, Path]:
     """See `records.Stage`."""
-    return {"the unquantized GGUF": context.run.gguf}
+    if kept(context.config).unquantized:
+        return {"the unquantized GGUF": context.run.gguf}
+    return exporting.inputs_of(context)
 
 
 def outputs(context: Context) -> list[Path]:
     """See `records.Stage`."""
-    return [context.run.quantized(name) for name in wanted(context.config)]
+    made = [context.run.quantized(name) for name in kept(context.config).quantized]
+    return made if kept(context.config).unquantized else [*made, *exporting.small_outputs(context)]
 
 
 def packages() -> Sequence[str]:
     """See `records.Stage`."""
     return ("llama-cpp-python",)
-
-
-def wanted(config: Config) -> list[str]:
-    """The quantizations to make."""
-    return [name for name in config.quantization if name != NONE]
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
@@ -52,9 +55,12 @@ def preflight(context: Context, reporter: Reporter) -> None:
     Raises:
         ConfigError: a quantization needs whole blocks, and this model's rows are none.
     """
-    if wanted(context.config):
+    wanted = kept(context.config).quantized
+    if wanted:
         llamacpp.ensure(reporter)
-    for name in wanted(context.config):
+    if not kept(context.config).unquantized:
+        exporting.prove_expected(context, reporter)
+    for name in wanted:
         block = WHOLE_BLOCKS_ONLY.get(name, 1)
         unfit = [f"{each} has {row}" for each, row in _rows(context.base) if row % block]
         if unfit:
@@ -83,27 +89,42 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
         ToolchainError: the quantizer failed.
         ArtifactError: what it wrote is not whole.
     """
-    folder = context.run
-    if not folder.gguf.is_file():
-        raise ArtifactError(f"{folder.gguf}: there is no GGUF to quantize", "Run `kolotune convert` first.")
-    hasher = Hasher()
-    source = hasher.of(folder.gguf)
+    folder, wanted, hasher = context.run, kept(context.config).quantized, context.hasher
     before = records.read(folder, NAME)
     made: dict[str, dict[str, str]] = dict(before.facts.get("made", {})) if before else {}
-    for name, fact in list(made.items()):
-        path = folder.quantized(name)
-        if fact["source"] != source or hasher.of(path) != fact["sha256"]:
-            if path.exists() and name not in wanted(context.config):
-                reporter.note(f"{path.name} was made of another training and is removed")
-            remove(path)
-            remove(folder.modelfile(name))
-            del made[name]
-    for name in wanted(context.config):
-        if name not in made:
-            reporter.doing(f"quantizing to {name}")
-            quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter)
-            made[name] = {"source": source, "sha256": Hasher().of(folder.quantized(name))}
-    return {"made": made}
+    with _unquantized(context, reporter) as facts:
+        source = hasher.of(folder.gguf)
+        for name, fact in list(made.items()):
+            path = folder.quantized(name)
+            if fact["source"] != source or hasher.of(path) != fact["sha256"]:
+                if path.exists() and name not in wanted:
+                    reporter.note(f"{path.name} was made of another training and is removed")
+                remove(path)
+                remove(folder.modelfile(name))
+                del made[name]
+        for name in wanted:
+            if name not in made:
+                reporter.doing(f"quantizing to {name}")
+                quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter)
+                made[name] = {"source": source, "sha256": hasher.of(folder.quantized(name))}
+    return {"made": made, **facts}
+
+
+@contextmanager
+def _unquantized(context: Context, reporter: Reporter) -> Iterator[dict[str, Any]]:
+    """The unquantized GGUF as long as the block lasts, and what is known of it when it is not kept."""
+    gguf = context.run.gguf
+    if kept(context.config).unquantized:
+        if not gguf.is_file():
+            raise ArtifactError(f"{gguf}: there is no GGUF to quantize", "Run `kolotune convert` first.")
+        yield {}
+        return
+    reporter.doing("converting to GGUF, for as long as it is quantized")
+    facts = exporting.make_gguf(context, gguf, context.run.log(NAME), reporter)
+    try:
+        yield {"unquantized": {**facts, "sha256": context.hasher.of(gguf)}}
+    finally:
+        remove(gguf)
 
 
 def quantize_file(source: Path, target: Path, name: str, log: Path, reporter: Reporter) -> None:

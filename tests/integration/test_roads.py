@@ -20,12 +20,12 @@ from safetensors.numpy import load_file
 from kolotune import pipeline
 from kolotune.chats.tokenizer import load_tokenizer, template_of
 from kolotune.errors import ToolchainError
+from kolotune.exporting import convert_folder
 from kolotune.layout import RunFolder
 from kolotune.llamacpp import gguf_file
 from kolotune.llamacpp.inference import GgufModel
 from kolotune.ollama.modelfile import parse
 from kolotune.quantizations import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
-from kolotune.stages.convert import convert_folder
 from kolotune.stages.quantize import quantize_file
 
 TINY = ("llama3_road", "torchtune_road", "qwen_road")

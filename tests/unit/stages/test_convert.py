@@ -11,9 +11,9 @@ import pytest
 
 from kolotune import llamacpp
 from kolotune.errors import ToolchainError
+from kolotune.exporting import convert_folder
 from kolotune.llamacpp import gguf_file
 from kolotune.reporter import PlainReporter
-from kolotune.stages.convert import convert_folder
 
 NEVER: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 
