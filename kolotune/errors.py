@@ -26,6 +26,7 @@
     ├── OllamaError                  24   the Ollama server refused, failed, or says other than what was sent
     │   └── OllamaDownError          25   there is no Ollama server where one was looked for
     ├── ManifestError                26   there is no usable manifest, or something is not what it says
+    ├── HubError                     27   the hub refused what was pushed, or the repository is not as it should be
     └── Interrupted                 130   Ctrl-C or a termination signal
 
 Each carries one line of cause, one line of what to do (``hint``) and the exit code above. The command
@@ -172,6 +173,11 @@ class OllamaDownError(OllamaError):
 class ManifestError(KolotuneError):
     exit_code = 26
     default_hint = "Run the same command as before: what is not as it was made is made anew, and the manifest with it."
+
+
+class HubError(KolotuneError):
+    exit_code = 27
+    default_hint = "Run the same command again: what the hub has already is not sent twice."
 
 
 class Interrupted(KolotuneError):

@@ -33,25 +33,47 @@ class KnownModel:
         source: where it comes from, in words.
         parameters: number of weights.
         needs_token: whether the hub asks for a login and an approval.
+        hub_id: its name on the hub.
+        license: as the hub's model cards name it.
     """
 
     name: str
     source: str
     parameters: int
     needs_token: bool
+    hub_id: str
+    license: str
+
+
+def _llama(name: str, parameters: int, license: str) -> KnownModel:
+    return KnownModel(name, "hub", parameters, True, name, license)
 
 
 KNOWN: tuple[KnownModel, ...] = (
-    KnownModel(smollm2.NAME, "Python package, no account needed", 134_515_008, False),
-    KnownModel("meta-llama/Llama-3.2-1B-Instruct", "hub", 1_235_814_400, True),
-    KnownModel("meta-llama/Llama-3.2-3B-Instruct", "hub", 3_212_749_824, True),
-    KnownModel("meta-llama/Llama-3.1-8B-Instruct", "hub", 8_030_261_248, True),
+    KnownModel(smollm2.NAME, "Python package, no account needed", 134_515_008, False, smollm2.HUB_ID, "apache-2.0"),
+    _llama("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "llama3.2"),
+    _llama("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, "llama3.2"),
+    _llama("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "llama3.1"),
 )
+
+
+def known(name: str) -> KnownModel | None:
+    """The known model of that name, in any case; None when it is another one."""
+    return next((each for each in KNOWN if each.name.lower() == name.lower()), None)
 
 
 def canonical(name: str) -> str:
     """A known model's name in its own spelling; any other name as it is."""
-    return next((known.name for known in KNOWN if known.name.lower() == name.lower()), name)
+    found = known(name)
+    return found.name if found else name
+
+
+def hub_id(name: str) -> str:
+    """What the hub calls the base model `name`; "" for a folder, whose place is nobody's business."""
+    found = known(name)
+    if found is not None:
+        return found.hub_id
+    return name if is_hub_id(name) and not _is_there(name) else ""
 
 
 def locate(name: str) -> Path | None:
@@ -62,7 +84,7 @@ def locate(name: str) -> Path | None:
         return folder if folder.is_dir() else None
     if _is_there(name):
         return Path(name) if Path(name).is_dir() else None
-    return _from_hub_cache(name) if _is_hub_id(name) else None
+    return _from_hub_cache(name) if is_hub_id(name) else None
 
 
 def resolve(name: str, token_source: str | None, reporter: Reporter) -> Path:
@@ -82,7 +104,7 @@ def resolve(name: str, token_source: str | None, reporter: Reporter) -> Path:
         return smollm2.unpacked(reporter)
     if _is_there(name):
         return checked_folder(Path(name))
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise ModelNotFoundError(
             f"base model {name!r}: there is no such folder, and it is no hub id (owner/name)",
             f"Known by name: {', '.join(known.name for known in KNOWN)}.",
@@ -102,7 +124,7 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether the hub could have a model of that name, by its own rules."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -179,7 +201,7 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
             f"{name}: the hub has no such model, or this account may not see it", "Check the spelling, or log in."
         ) from None
     except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        code = _status_of(error)
+        code = status_of(error)
         if code in (401, 403):
             raise AccessError(f"{name}: the hub refused the token ({code})") from None
         if code:
@@ -188,7 +210,7 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
         raise OfflineError(f"{name}: is not on this machine, and the hub can't be reached") from None
 
 
-def _status_of(error: BaseException | None) -> int:
+def status_of(error: BaseException | None) -> int:
     """What the hub answered; 0 when it did not. The hub's client hides the answer behind an error of its own."""
     while error is not None:
         if code := getattr(getattr(error, "response", None), "status_code", 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,15 @@ def verify(folder: RunFolder) -> Findings:
     return Findings(differences + more, absent, len(sizes), sum(sizes))
 
 
+def differences_of(manifest: Manifest, folder: RunFolder, names: Iterable[str], hasher: Hasher) -> list[str]:
+    """What is otherwise than the manifest says about the results `names`, whose bytes are read."""
+    return [each for name in names for each in _of_artifact(name, manifest.artifacts[name], folder.root / name, hasher)]
+
+
 def _of_files(
     manifest: Manifest, there: Mapping[str, Mapping[str, Any]], folder: RunFolder, hasher: Hasher
 ) -> Iterator[str]:
-    for name, artifact in there.items():
-        yield from _of_artifact(name, artifact, folder.root / name, hasher)
+    yield from differences_of(manifest, folder, there, hasher)
     for name, note in manifest.notes.items():
         yield from _of_artifact(name, {**note, "files": {"": note}}, folder.root / name, hasher)
 

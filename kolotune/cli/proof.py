@@ -1,23 +1,24 @@
-"""The verbs that prove: verify, rebuild."""
+"""The verbs about a finished run: verify, rebuild, push."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
+from .. import config as configs
 from ..config import DEFAULT_OUTPUT_DIR
 from ..errors import ManifestError
 from ..layout import RunFolder
 from ..reporter import size_in_words
-from .options import Json, reporter
+from .options import Json, config_of, reporter
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds the verbs of this module."""
-    for verb in (verify, rebuild):
+    for verb in (verify, rebuild, push):
         app.command()(verb)
 
 
@@ -66,4 +67,31 @@ def rebuild(
             else "Nothing is known to differ; on a GPU or with torchtune sums may fall otherwise each time.",
         )
     say.success(f"{rebuilt.folder.root}: all {len(rebuilt.same)} results have the same hashes")
+    return 0
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    repository: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
+    what: Annotated[Literal["adapter", "merged", "gguf"], typer.Option(help="What is pushed.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the model card and the files; send nothing.")
+    ] = False,
+    hf_token: Annotated[Optional[str], typer.Option(help=str(configs.FIELDS["hf_token"].metadata["help"]))] = None,  # noqa: UP045
+    json: Json = False,
+) -> int:
+    """Sends a result with a model card to the hub, into a private repository unless --public."""
+    from .. import hub, models
+
+    say = reporter(json)
+    source = config_of({"hf_token": hf_token}).hf_token
+    say.doing("reading what is pushed")
+    parcel = hub.packed(RunFolder(run.absolute()), repository, what)
+    if dry_run:
+        say.result(parcel.card)
+        say.note(f"{len(parcel.files)} files, {size_in_words(parcel.size)}; nothing was sent")
+        return 0
+    address = hub.push(parcel, repository, what, models.read_token(source), public, say)
+    say.success(f"{'public' if public else 'private'}: {address}")
     return 0
