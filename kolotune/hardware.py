@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .version import VERSION
 
+_DEVICES = Path("/dev")
+
 # What changes the order or the kind of a processor's sums, and with it the last bits of a result.
 _INSTRUCTIONS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
@@ -22,6 +24,8 @@ _VARIABLES = (
 
 def best_device() -> str:
     """ "cuda", "mps" or "cpu": the first that PyTorch can use here."""
+    if not _may_have_gpu():  # PyTorch need not be loaded to know that
+        return "cpu"
     import torch
 
     if torch.cuda.is_available():
@@ -36,10 +40,10 @@ def best_dtype() -> str:
     """
     if importlib.util.find_spec("torch") is None:
         return "fp32"
-    import torch
-
     device = best_device()
     if device == "cuda":
+        import torch
+
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device == "cpu" and _cpu_has_bf16() else "fp32"
 
@@ -63,6 +67,13 @@ def _processor() -> str:
         if line.lower().startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _may_have_gpu() -> bool:
+    """Whether a driver of NVIDIA's or AMD's is here; elsewhere than on Linux nothing tells without PyTorch."""
+    if platform.system() != "Linux":
+        return True
+    return any(any(_DEVICES.glob(name)) for name in ("nvidia*", "kfd", "dxg"))
 
 
 def _cpu_has_bf16() -> bool:

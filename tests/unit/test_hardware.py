@@ -12,6 +12,25 @@ import pytest
 from kolotune import hardware
 
 
+@pytest.fixture
+def driver(monkeypatch: Any, tmp_path: Path) -> Path:
+    """A place of devices in which a GPU's driver has left its mark."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
+    return tmp_path
+
+
+def test_without_a_driver_pytorch_is_not_asked(monkeypatch: Any, driver: Path) -> None:
+    import torch
+
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.best_device() == "cuda"
+    (driver / "nvidia0").unlink()
+    assert hardware.best_device() == "cpu"
+
+
+@pytest.mark.usefixtures("driver")
 def test_without_a_gpu_it_is_the_processor(monkeypatch: Any) -> None:
     import torch
 
@@ -25,6 +44,7 @@ def test_without_a_gpu_it_is_the_processor(monkeypatch: Any) -> None:
     assert hardware.best_device() == "cuda"
 
 
+@pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize(("emulated", "dtype"), [(False, "bf16"), (True, "fp32")])
 def test_a_gpu_that_only_emulates_bf16_gets_fp32(monkeypatch: Any, emulated: bool, dtype: str) -> None:
     import torch
