@@ -68,6 +68,11 @@ class Config:
         "Arithmetic of the frozen weights in training; auto: bf16 where the processor is fast at it.",
         kind="model",
     )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Compile parts of the training step for this processor; auto: where it can be done (C++ compiler, no GPU).",
+        kind="model",
+    )
     load_in_4bit: bool = option(False, "Keep the base in 4 bits while training (bitsandbytes).", kind="model")
 
     epochs: Annotated[int, Ge(0)] = option(3, "Times that every chat is trained on.")

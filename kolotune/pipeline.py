@@ -16,6 +16,7 @@ from typing import Any
 from . import config as configs
 from . import hardware, manifest, models, records
 from .config import Config
+from .engines.native.kernels import build
 from .errors import Interrupted, KolotuneError, RunFolderError, SpaceError
 from .files import Hasher, explained, remove, size_of, write_json, write_text
 from .layout import RunFolder
@@ -55,7 +56,7 @@ def run(
     stages = [stage for stage in STAGES if stage.NAME in names and stage.NAME not in left_out(config)]
     with locked(folder):
         try:
-            config = _with_choices(config, folder)
+            config = _with_choices(config, folder, names)
             base = models.resolve(config.base_model, config.hf_token, reporter)
             hasher = Hasher()
             context = Context(config, folder, base, source, hasher)
@@ -216,8 +217,11 @@ def _check_space(stages: Sequence[Stage], context: Context) -> None:
         )
 
 
-def _with_choices(config: Config, folder: RunFolder) -> Config:
-    """The config with what is chosen automatically; what the folder's first run chose is kept."""
+def _with_choices(config: Config, folder: RunFolder, names: Sequence[str]) -> Config:
+    """The config with what is chosen automatically; what the folder's first run chose is kept.
+
+    Whether the training step is compiled is chosen when something is trained: to know, it has to be compiled.
+    """
     file = folder.choices
     try:
         chosen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -227,11 +231,15 @@ def _with_choices(config: Config, folder: RunFolder) -> Config:
         chosen["template_date"] = records.now()[:10]
     if "dtype" not in chosen and config.dtype == "auto":
         chosen["dtype"] = hardware.best_dtype()
+    if "compile" not in chosen and config.compile == "auto" and train.NAME in names and config.engine == "native":
+        chosen["compile"] = "on" if build.usable() else "off"
     write_json(file, chosen)
     if config.template_date is None:
         config = dataclasses.replace(config, template_date=chosen["template_date"])
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=chosen["dtype"])
+    if config.compile == "auto":
+        config = dataclasses.replace(config, compile=chosen.get("compile", "auto"))
     return config
 
 

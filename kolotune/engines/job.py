@@ -40,6 +40,7 @@ class TrainJob:
         metrics: JSON lines, one a step and one an evaluation.
         resume: go on from the newest whole checkpoint, if there is one.
         dtype: "bf16" or "fp32", of the frozen weights; the adapter is always fp32.
+        compile: whether the native engine's step uses its compiled parts.
         The rest are the options of the same names in `Config`.
     """
 
@@ -53,6 +54,7 @@ class TrainJob:
     metrics: str
     resume: bool
     dtype: str
+    compile: bool
     load_in_4bit: bool
     epochs: int
     learning_rate: float

@@ -20,11 +20,13 @@ from ..runners import local
 NAME = "train"
 DOING = "training the adapter"
 _OPTIONS = (
-    "engine", "dtype", "load_in_4bit", "epochs", "learning_rate", "scheduler_type", "warmup_steps", "weight_decay",
-    "batch_size", "gradient_accumulation", "max_grad_norm", "seed", "lora_rank", "lora_alpha", "lora_dropout",
-    "target_modules", "early_stopping",
+    "engine", "dtype", "compile", "load_in_4bit", "epochs", "learning_rate", "scheduler_type", "warmup_steps",
+    "weight_decay", "batch_size", "gradient_accumulation", "max_grad_norm", "seed", "lora_rank", "lora_alpha",
+    "lora_dropout", "target_modules", "early_stopping",
 )  # fmt: skip
 _KILLED = (-9, 137)
+# glibc's allocator gives memory back after each step and gets it again, zeroed, for the next: up to a tenth of a step.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 # Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
 _BUSY_TOKENS, _SMALLEST_BATCH, _STEPS_WANTED = 1000, 4, 100
 
@@ -33,6 +35,7 @@ def options(config: Config) -> dict[str, Any]:
     """See `records.Stage`; of torchtune's environment what it is made from, which is known before it is made."""
     chosen = as_record(config, _OPTIONS)
     if config.engine == "torchtune":
+        del chosen["compile"]
         chosen["torchtune_environment"] = environment.fingerprint()
     return chosen
 
@@ -76,6 +79,7 @@ def make_job(context: Context) -> TrainJob:
     """The job for the engine, with the hashes of what it reads."""
     hasher, run, config = Hasher(), context.run, context.config
     chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
+    chosen["compile"] = config.engine == "native" and config.compile == "on"
     if config.batch_size is None:
         chosen["batch_size"] = _batch_size(run.prepared / "train.safetensors")
     return TrainJob(
@@ -118,7 +122,8 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     with reporter.progress("training") as progress:
         events = _Events(reporter, progress)
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
-        code = local.run(argv, log=log, env={"TOKENIZERS_PARALLELISM": "false"}, on_line=events, ends_with_us=True)
+        env = {"TOKENIZERS_PARALLELISM": "false", **_KEEP_MEMORY}
+        code = local.run(argv, log=log, env=env, on_line=events, ends_with_us=True)
     if events.error is not None:
         raise events.error
     if code in _KILLED:

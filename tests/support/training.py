@@ -56,6 +56,7 @@ class TrainingRoom:
         chosen: dict[str, Any] = {
             "resume": False,
             "dtype": "fp32",
+            "compile": False,
             "load_in_4bit": False,
             "epochs": 2,
             "learning_rate": 5e-3,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from . import packing
 from .packing import Packed
+from .products import InputGradient
+from .rotary import Rotary
 
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -37,48 +39,65 @@ class Heads:
 
 
 class Attention(Protocol):
-    """Attention for one packed row. Queries and keys come scaled, so that their product is the score."""
+    """Attention for one packed row."""
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``[row, heads.all * width]`` to ``[row, queries * width]``, and what `backward` needs."""
+    def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
+        """From queries, keys and values ``[row, heads.all * width]``, not yet turned, to ``[row, queries * width]``.
 
-    def backward(self, d_out: Tensor, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """The gradient of qkv, ``[row, heads.all, width]``, from the output and its gradient."""
+        Args:
+            qkv: by head, one after the other.
+            into: takes the result.
+
+        Returns:
+            What `backward` needs.
+        """
+
+    def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """The gradient of qkv, ``[row, heads.all * width]``, from the output and its gradient."""
 
 
-def attention_for(packed: Packed, heads: Heads, dtype: torch.dtype) -> Attention:
+def attention_for(packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
     """The way of computing that suits the chats' lengths."""
     if max(packed.lengths) > packing.LONG:
-        return LongAttention(packed.lengths, heads)
-    return ShortAttention(packed, heads, dtype)
+        return LongAttention(packed.lengths, heads, rotary)
+    return ShortAttention(packed, heads, rotary)
+
+
+def padded_places(packed: Packed) -> tuple[Tensor, Tensor, int]:
+    """The padded batch of a row's chats, the shared beginning being its first row.
+
+    Returns:
+        int64 ``[rows]``: their lengths; int64 ``[rows * width]``: which token stands at each place, -1 in the padding;
+        and the width.
+    """
+    lengths = torch.tensor([*([packed.prefix] if packed.prefix else []), *packed.lengths])
+    width = int(lengths.max())
+    within = torch.arange(width)
+    starts = lengths.cumsum(0) - lengths
+    return lengths, torch.where(within < lengths[:, None], starts[:, None] + within, -1).flatten(), width
 
 
 class ShortAttention:
     """Each chat is a row of a padded batch; a shared beginning is one more row."""
 
-    def __init__(self, packed: Packed, heads: Heads, dtype: torch.dtype) -> None:
-        self.heads, self.prefix = heads, packed.prefix
-        lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-        self.rows, self.width = len(lengths), max(lengths)
-        own = torch.tensor(lengths)
-        within = torch.arange(self.width)
-        starts = own.cumsum(0) - own
-        real = within < own[:, None]
-        # Where each place of the padded batch is in the row (padding: anywhere), and back.
-        self.grid = torch.where(real, starts[:, None] + within, 0).flatten()
-        self.place = real.flatten().nonzero().squeeze(1)
+    def __init__(self, packed: Packed, heads: Heads, rotary: Rotary) -> None:
+        self.heads, self.prefix, self.rotary = heads, packed.prefix, rotary
+        lengths, source, self.width = padded_places(packed)
+        self.rows = len(lengths)
+        self.grid = source.clamp(min=0)  # in the padding stands anything
+        self.place = (source >= 0).nonzero().squeeze(1)
         hidden = torch.ones(self.width, self.width, dtype=torch.bool).triu(1)
         hidden = torch.cat([torch.zeros(self.width, packed.prefix, dtype=torch.bool), hidden], 1)
         hidden = hidden.repeat(self.rows if packed.prefix else 1, 1, 1)
         if packed.prefix:
             hidden[0, :, : packed.prefix] = True  # the beginning's own keys stand behind, as every row's
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        mask = torch.zeros(hidden.shape, dtype=rotary.dtype).masked_fill_(hidden, torch.finfo(rotary.dtype).min)
         self.mask = mask[:, None, None]
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
         """See `Attention.forward`."""
         heads, rows, width = self.heads, self.rows, self.width
-        grid = qkv.index_select(0, self.grid).view(rows, width, heads.all, heads.width)
+        grid = turned(qkv, heads, self.rotary).index_select(0, self.grid).view(rows, width, heads.all, heads.width)
         queries = self._by_head(grid[:, :, : heads.queries])
         keys = self._with_prefix(grid[:, :, heads.queries : heads.queries + heads.keys])
         values = self._with_prefix(grid[:, :, heads.queries + heads.keys :])
@@ -88,25 +107,28 @@ class ShortAttention:
         shares = torch.softmax(scores, -1)
         out = torch.bmm(shares, values).view(rows, heads.keys, -1, width, heads.width)
         out = out.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
-        return out.index_select(0, self.place), (queries, keys, values, shares)
+        into.copy_(out.index_select(0, self.place))
+        return queries, keys, values, shares
 
-    def backward(self, d_out: Tensor, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """See `Attention.backward`."""
         del out
         queries, keys, values, shares = kept
         heads, rows, width = self.heads, self.rows, self.width
-        grid = d_out.new_zeros(rows * width, heads.queries * heads.width).index_copy_(0, self.place, d_out)
+        d_mixed = d_out.sum()
+        grid = d_mixed.new_zeros(rows * width, heads.queries * heads.width).index_copy_(0, self.place, d_mixed)
         d_result = self._by_head(grid.view(rows, width, heads.queries, heads.width))
         d_shares = torch.bmm(d_result, values.transpose(1, 2))
         d_scores = _softmax_backward(d_shares, shares, -1, shares.dtype)
-        gradient = d_out.new_empty(rows, width, heads.all, heads.width)
+        gradient = d_mixed.new_empty(rows, width, heads.all, heads.width)
         d_queries = torch.bmm(d_scores, keys).view(rows, heads.keys, -1, width, heads.width)
         torch.unflatten(gradient[:, :, : heads.queries], 2, (heads.keys, -1)).copy_(d_queries.permute(0, 3, 1, 2, 4))
         d_keys = self._without_prefix(torch.bmm(d_scores.transpose(1, 2), queries))
         d_values = self._without_prefix(torch.bmm(shares.transpose(1, 2), d_result))
         gradient[:, :, heads.queries : heads.queries + heads.keys] = d_keys
         gradient[:, :, heads.queries + heads.keys :] = d_values
-        return gradient.view(rows * width, heads.all, heads.width).index_select(0, self.place)
+        packed = gradient.view(rows * width, heads.all, heads.width).index_select(0, self.place)
+        return turned_back(packed, heads, self.rotary)
 
     def _by_head(self, grid: Tensor) -> Tensor:
         """``[rows, width, queries, d]`` to ``[rows * keys, queries / keys * width, d]``."""
@@ -132,22 +154,23 @@ class ShortAttention:
 class LongAttention:
     """PyTorch's flash kernel for CPUs, chat by chat: memory grows with the length, not with its square."""
 
-    def __init__(self, lengths: Sequence[int], heads: Heads) -> None:
-        self.lengths, self.heads = list(lengths), heads
+    def __init__(self, lengths: Sequence[int], heads: Heads, rotary: Rotary) -> None:
+        self.lengths, self.heads, self.rotary = list(lengths), heads, rotary
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
         """See `Attention.forward`."""
-        outs, kept = [], [qkv]
-        for part in torch.split(qkv, self.lengths):
+        kept = [turned(qkv, self.heads, self.rotary)]
+        parts = zip(torch.split(kept[0], self.lengths), torch.split(into, self.lengths), strict=True)
+        for part, result in parts:
             out, sums = _flash(*self._split(part), 0.0, True, scale=1.0)
-            outs.append(out[0].transpose(0, 1).reshape(len(part), -1))
+            torch.unflatten(result, 1, (self.heads.queries, -1)).copy_(out[0].transpose(0, 1))
             kept.append(sums)
-        return torch.cat(outs), tuple(kept)
+        return tuple(kept)
 
-    def backward(self, d_out: Tensor, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """See `Attention.backward`."""
         gradients = []
-        of_chats = (torch.split(each, self.lengths) for each in (kept[0], d_out, out))
+        of_chats = (torch.split(each, self.lengths) for each in (kept[0], d_out.sum(), out))
         for part, d_part, out_part, sums in zip(*of_chats, kept[1:], strict=True):
             queries, keys, values = self._split(part)
             d_shaped, out_shaped = (
@@ -158,7 +181,7 @@ class LongAttention:
                 torch.unflatten(each, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for each in found[1:]
             )
             gradients.append(torch.cat([found[0][0].transpose(0, 1), d_keys, d_values], 1))
-        return torch.cat(gradients)
+        return turned_back(torch.cat(gradients), self.heads, self.rotary)
 
     def _split(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one chat, each ``[1, queries, length, d]``."""
@@ -167,3 +190,22 @@ class LongAttention:
         queries, keys, values = torch.split(by_head, [heads.queries, heads.keys, heads.keys], 1)
         repeats = heads.queries // heads.keys
         return queries, keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+
+
+def turned(qkv: Tensor, heads: Heads, rotary: Rotary) -> Tensor:
+    """``[row, heads.all * width]`` with its queries and keys turned by their positions."""
+    shaped = qkv.view(len(qkv), heads.all, heads.width)
+    both = heads.queries + heads.keys
+    result = torch.empty_like(shaped)
+    result[:, both:] = shaped[:, both:]
+    rotary.turn(shaped[:, :both], result[:, :both])
+    return result.view(len(qkv), -1)
+
+
+def turned_back(gradient: Tensor, heads: Heads, rotary: Rotary) -> Tensor:
+    """The gradient ``[row, heads.all * width]`` of `turned`'s argument, from that of its result, by head."""
+    both = heads.queries + heads.keys
+    result = torch.empty_like(gradient)
+    result[:, both:] = gradient[:, both:]
+    rotary.turn_back(gradient[:, :both], result[:, :both])
+    return result.view(len(gradient), -1)

@@ -8,42 +8,19 @@ label. It computes what transformers computes; tests hold the two together.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .attention import Attention, Heads, attention_for
+from .attention import Heads
 from .fused import FusedLinear
 from .lora import FlatAdapters
+from .operations import Norm, Operations
 from .packing import Packed
+from .products import InputGradient, Product
+from .rotary import Rotary
 
 _LOGITS_AT_ONCE = 512  # rows of logits that are in memory together
-_rms_norm: Any = torch.ops.aten._fused_rms_norm
-_silu_backward: Any = torch.ops.aten.silu_backward
-
-
-@dataclass
-class Norm:
-    """Root-mean-square normalisation (Zhang and Sennrich, 2019) with a frozen weight ``[width]``."""
-
-    weight: Tensor
-    epsilon: float
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[..., width]`` normalised, and the fp32 factor ``[..., 1]`` that `backward` needs."""
-        result: tuple[Tensor, Tensor] = _rms_norm(x, [len(self.weight)], self.weight, self.epsilon)
-        return result
-
-    def __post_init__(self) -> None:
-        self._exact = self.weight.float()
-
-    def backward(self, d_out: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-        """The gradient of x, in x's dtype."""
-        unit = x * factor  # fp32, as the factor is
-        scaled = d_out * self._exact
-        shared = (scaled * unit).mean(-1, keepdim=True)
-        return torch.addcmul(scaled, unit, shared, value=-1).mul_(factor).to(x.dtype)
 
 
 @dataclass
@@ -74,19 +51,20 @@ class Decoder:
     Attributes:
         heads: see `Heads`.
         layers: in order.
-        embedding: ``[vocabulary, width]``; head: the same when the two are tied.
+        embedding: ``[vocabulary, width]``.
+        head: the product that gives logits.
         norm: before the head.
-        frequencies: fp32 ``[head width / 2]``, of the rotary position embedding (Su et al., 2021).
-        rotary_scale: what cosines and sines are multiplied by.
+        frequencies: fp32 ``[head width / 2]``, of the rotary position embedding.
+        operations: how the elementwise parts are computed.
     """
 
     heads: Heads
     layers: list[Layer]
     embedding: Tensor
-    head: Tensor
+    head: Product
     norm: Norm
     frequencies: Tensor
-    rotary_scale: float = 1.0
+    operations: Operations
 
     def join(self, flat: FlatAdapters) -> None:
         """Finds the adapters in the row that they have become parts of."""
@@ -104,11 +82,10 @@ class Decoder:
     def loss(self, packed: Packed) -> float:
         """The summed cross-entropy of the labelled tokens, without gradients or dropout."""
         row = _Row(self, packed)
-        x = self.embedding[packed.ids]
+        x, added = self.embedding[packed.ids], None
         for layer in self.layers:
-            x = row.forward(layer, x, None)
-        normed, _ = self.norm.forward(x[packed.rows])
-        return sum(float(_losses(part, self.head, wanted)[0]) for part, wanted in _in_parts(normed, packed.targets))
+            x, added = row.forward(layer, x, added, None)
+        return self._head(x, added, packed, 0.0)[1]
 
     @torch.no_grad()
     def backward(self, packed: Packed, factor: float, recompute: bool) -> float:
@@ -123,54 +100,51 @@ class Decoder:
             The summed cross-entropy of the labelled tokens.
         """
         row = _Row(self, packed)
-        x = self.embedding[packed.ids]
+        x, added = self.embedding[packed.ids], None
         kept: list[_Kept] = []
         for layer in self.layers:
-            kept.append(_Kept(x, torch.get_rng_state() if recompute else None))
-            x = row.forward(layer, x, None if recompute else kept[-1], training=True)
-        d_x, loss = self._head_backward(x, packed, factor)
+            kept.append(_Kept(torch.get_rng_state() if recompute else None, recompute))
+            x, added = row.forward(layer, x, added, kept[-1])
+        d_x: Tensor | None
+        d_x, loss = self._head(x, added, packed, factor)
         for index in reversed(range(len(self.layers))):
             saved = kept.pop()
             if recompute:
                 saved = row.again(self.layers[index], saved)
+            assert d_x is not None
             d_x = row.backward(self.layers[index], d_x, saved, first=index == 0)
         return loss
 
-    def _head_backward(self, x: Tensor, packed: Packed, factor: float) -> tuple[Tensor, float]:
-        """The gradient of the last layer's output, and the summed loss. Logits are freed part by part."""
-        chosen = x[packed.rows]
-        normed, norm_factor = self.norm.forward(chosen)
+    def _head(self, x: Tensor, added: Tensor | None, packed: Packed, factor: float) -> tuple[Tensor, float]:
+        """The gradient of ``x + added``, the last layer's output, and the summed loss.
+
+        Logits are freed part by part. With a factor of 0 there is no gradient.
+        """
+        chosen = x[packed.rows] if added is None else x[packed.rows] + added[packed.rows]
+        normed = torch.empty_like(chosen)
+        chosen, norm_factor = self.operations.norm(self.norm, chosen, None, normed)
         total, gradients = 0.0, []
-        for part, wanted in _in_parts(normed, packed.targets):
-            loss, logs = _losses(part, self.head, wanted)
-            total += float(loss)
-            shares = logs.exp_()
-            shares[torch.arange(len(wanted)), wanted] -= 1
-            gradients.append(shares.mul_(factor).to(x.dtype) @ self.head)
+        parts = zip(torch.split(normed, _LOGITS_AT_ONCE), torch.split(packed.targets, _LOGITS_AT_ONCE), strict=True)
+        for part, wanted in parts if len(normed) else ():
+            loss, gradient = self.operations.cross_entropy(self.head.forward(part, None), wanted, factor)
+            total += loss
+            if factor:
+                gradients.append(self.head.backward(gradient))
         d_x = torch.zeros_like(x)
         if gradients:
-            d_x[packed.rows] = self.norm.backward(torch.cat(gradients), chosen, norm_factor)
+            d_normed = InputGradient(torch.cat(gradients), x.shape[1], None)
+            d_chosen = self.operations.norm_backward(self.norm, d_normed, chosen, norm_factor, None)
+            d_x[packed.rows] = d_chosen
         return d_x, total
-
-
-def _in_parts(normed: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    if not len(targets):
-        return []
-    return list(zip(torch.split(normed, _LOGITS_AT_ONCE), torch.split(targets, _LOGITS_AT_ONCE), strict=True))
-
-
-def _losses(normed: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy, fp32 ``[]``, and the log-probabilities, fp32 ``[labels, vocabulary]``."""
-    logs = torch.log_softmax(normed @ head.t(), -1, dtype=torch.float32)
-    return -logs.gather(1, targets[:, None]).sum(), logs
 
 
 @dataclass
 class _Kept:
     """What a layer's backward pass needs of its forward pass."""
 
-    x: Tensor
-    random_state: Tensor | None = None
+    random_state: Tensor | None
+    input_only: bool = False
+    x: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     attention: tuple[Tensor, ...] = ()
     masks: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -180,113 +154,97 @@ class _Row:
     """One packed row on its way through the layers."""
 
     def __init__(self, decoder: Decoder, packed: Packed) -> None:
-        self.heads = decoder.heads
+        self.heads, self.operations = decoder.heads, decoder.operations
         self.tokens = len(packed.ids)
-        self.attention: Attention = attention_for(packed, decoder.heads, decoder.embedding.dtype)
-        angles = packed.positions[:, None].float() * decoder.frequencies
-        # Scores are divided by the root of the width; here each of the two factors takes half of that.
-        scale = decoder.rotary_scale * decoder.heads.width**-0.25
-        self.cosine = (angles.cos() * scale).to(decoder.embedding.dtype)[:, None]
-        self.sine = (angles.sin() * scale).to(decoder.embedding.dtype)[:, None]
+        rotary = Rotary.of(packed.positions, decoder.frequencies, decoder.embedding.dtype)
+        self.attention = self.operations.attention(packed, decoder.heads, rotary)
 
-    def forward(self, layer: Layer, x: Tensor, kept: _Kept | None, training: bool = False) -> Tensor:
-        """``[row, width]`` to the same; in training dropout draws, and `kept` takes what `backward` needs."""
+    def forward(self, layer: Layer, x: Tensor, added: Tensor | None, kept: _Kept | None) -> tuple[Tensor, Tensor]:
+        """From ``x + added``, both ``[row, width]``, to two such whose sum is the layer's output.
+
+        Args:
+            layer: which.
+            x: its memory is used for the sum.
+            added: None: nothing.
+            kept: in training, takes what `backward` needs; and dropout draws.
+        """
         masks: dict[str, list[Tensor] | None] = {
-            name: [] if training else None for name in ("qkv", "out", "gate_up", "down")
+            name: [] if kept is not None else None for name in ("qkv", "out", "gate_up", "down")
         }
-        normed, factor = self._normed(layer.attention_norm, x, layer.qkv)
+        normed = layer.qkv.room(self.tokens)
+        x, factor = self.operations.norm(layer.attention_norm, x, added, normed[:, : layer.qkv.inputs])
         qkv = layer.qkv.forward(normed, masks["qkv"])
-        rotated, head_kept = self._rotated(layer, qkv)
-        mixed, attention_kept = self.attention.forward(rotated)
-        attended = layer.out.room(len(x))
-        attended[:, : layer.out.inputs] = mixed
-        middle = layer.out.forward(attended, masks["out"]).add_(x)
-        mlp_normed, mlp_factor = self._normed(layer.mlp_norm, middle, layer.gate_up)
+        headed, head_kept = self._normed_heads(layer, qkv)
+        attended = layer.out.room(self.tokens)
+        attention_kept = self.attention.forward(headed, attended[:, : layer.out.inputs])
+        mlp_normed = layer.gate_up.room(self.tokens)
+        middle, mlp_factor = self.operations.norm(
+            layer.mlp_norm, layer.out.forward(attended, masks["out"]), x, mlp_normed[:, : layer.gate_up.inputs]
+        )
         gate_up = layer.gate_up.forward(mlp_normed, masks["gate_up"])
-        gate, up = gate_up.chunk(2, 1)
-        product = layer.down.room(len(x))
-        torch.mul(nn.functional.silu(gate), up, out=product[:, : layer.down.inputs])
-        result = layer.down.forward(product, masks["down"]).add_(middle)
+        product = layer.down.room(self.tokens)
+        self.operations.gate(gate_up, product[:, : layer.down.inputs])
+        result = layer.down.forward(product, masks["down"])
         if kept is not None:
-            kept.attention = attention_kept
-            kept.masks = {name: each for name, each in masks.items() if each}
-            kept.tensors = head_kept | {
-                "normed": normed, "factor": factor, "attended": attended, "middle": middle, "mlp_normed": mlp_normed,
-                "mlp_factor": mlp_factor, "gate_up": gate_up, "product": product,
-            }  # fmt: skip
-        return result
+            kept.x = x
+            if not kept.input_only:
+                kept.attention = attention_kept
+                kept.masks = {name: each for name, each in masks.items() if each}
+                kept.tensors = head_kept | {
+                    "normed": normed, "factor": factor, "attended": attended, "middle": middle,
+                    "mlp_normed": mlp_normed, "mlp_factor": mlp_factor, "gate_up": gate_up, "product": product,
+                }  # fmt: skip
+        return result, middle
 
     def again(self, layer: Layer, kept: _Kept) -> _Kept:
         """A layer's forward pass once more, with the same draws, for its backward pass."""
         before = torch.get_rng_state()
-        assert kept.random_state is not None
+        assert kept.random_state is not None and kept.x is not None
         torch.set_rng_state(kept.random_state)
-        self.forward(layer, kept.x, kept, training=True)
+        whole = _Kept(None)
+        self.forward(layer, kept.x, None, whole)
         torch.set_rng_state(before)
-        return kept
+        return whole
 
-    def backward(self, layer: Layer, d_out: Tensor, kept: _Kept, first: bool) -> Tensor:
-        """The gradient of the layer's input; for the first layer, whose input is frozen, nothing of use."""
-        saved, masks = kept.tensors, kept.masks
-        gate, up = saved["gate_up"].chunk(2, 1)
+    def backward(self, layer: Layer, d_out: Tensor, kept: _Kept, first: bool) -> Tensor | None:
+        """The gradient of the layer's input; None for the first layer, whose input is frozen."""
+        saved, masks, operations = kept.tensors, kept.masks, self.operations
         d_product = layer.down.backward(d_out, saved["product"], masks.get("down"))
-        d_gate_up = torch.empty_like(saved["gate_up"])
-        d_gate, d_up = d_gate_up.chunk(2, 1)
-        torch.mul(d_product, nn.functional.silu(gate), out=d_up)
-        _silu_backward.grad_input(d_product * up, gate, grad_input=d_gate)
+        d_gate_up = operations.gate_backward(d_product, saved["gate_up"])
         d_normed = layer.gate_up.backward(d_gate_up, saved["mlp_normed"], masks.get("gate_up"))
-        d_middle = layer.mlp_norm.backward(d_normed, saved["middle"], saved["mlp_factor"]).add_(d_out)
+        d_middle = operations.norm_backward(layer.mlp_norm, d_normed, saved["middle"], saved["mlp_factor"], d_out)
         d_mixed = layer.out.backward(d_middle, saved["attended"], masks.get("out"))
-        mixed = saved["attended"][:, : layer.out.inputs]
-        d_rotated = self.attention.backward(d_mixed, mixed, kept.attention)
-        d_qkv = self._unrotated(layer, d_rotated, saved)
-        d_normed = layer.qkv.backward(d_qkv, saved["normed"], masks.get("qkv"), whole=not first)
+        d_headed = self.attention.backward(d_mixed, saved["attended"][:, : layer.out.inputs], kept.attention)
+        d_qkv = self._normed_heads_backward(layer, d_headed, saved)
         if first:
-            return d_normed
-        return layer.attention_norm.backward(d_normed, kept.x, saved["factor"]).add_(d_middle)
+            layer.qkv.backward_of_frozen(d_qkv, saved["normed"], masks.get("qkv"))
+            return None
+        d_normed = layer.qkv.backward(d_qkv, saved["normed"], masks.get("qkv"))
+        assert kept.x is not None
+        return operations.norm_backward(layer.attention_norm, d_normed, kept.x, saved["factor"], d_middle)
 
-    def _normed(self, norm: Norm, x: Tensor, into: FusedLinear) -> tuple[Tensor, Tensor]:
-        room = into.room(len(x))
-        normed, factor = norm.forward(x)
-        room[:, : into.inputs] = normed
-        return room, factor
+    def _normed_heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Queries, keys and values ``[row, heads.all * d]`` with the first two normalised where the model does that."""
+        if layer.query_norm is None or layer.key_norm is None:
+            return qkv, {}
+        shaped, split = self._by_head(qkv), self.heads.queries
+        queries, query_factor = layer.query_norm.forward(shaped[:, :split])
+        keys, key_factor = layer.key_norm.forward(shaped[:, split : split + self.heads.keys])
+        headed = torch.cat([queries, keys, shaped[:, split + self.heads.keys :]], 1).view(self.tokens, -1)
+        return headed, {"qkv": qkv, "query_factor": query_factor, "key_factor": key_factor}
 
-    def _rotated(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Queries, keys and values ``[row, heads.all, d]``, the first two turned by their positions."""
-        shaped = qkv.view(self.tokens, self.heads.all, self.heads.width)
-        kept: dict[str, Tensor] = {}
-        turned = self.heads.queries + self.heads.keys
-        given = shaped[:, :turned]
+    def _normed_heads_backward(self, layer: Layer, d_headed: Tensor, saved: dict[str, Tensor]) -> Tensor:
+        """The gradient of qkv ``[row, heads.all * d]`` from that of what `_normed_heads` made; in its memory."""
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries, query_factor = layer.query_norm.forward(given[:, : self.heads.queries])
-            keys, key_factor = layer.key_norm.forward(given[:, self.heads.queries :])
-            given = torch.cat([queries, keys], 1)
-            kept = {"qkv": qkv, "query_factor": query_factor, "key_factor": key_factor}
-        rotated = torch.empty_like(shaped)
-        rotated[:, turned:] = shaped[:, turned:]
-        _rotate(given, self.cosine, self.sine, 1, rotated[:, :turned])
-        return rotated.view(self.tokens, -1), kept
+            shaped, gradient = self._by_head(saved["qkv"]), self._by_head(d_headed)
+            queries = slice(self.heads.queries)
+            keys = slice(self.heads.queries, self.heads.queries + self.heads.keys)
+            for norm, part, factor in (
+                (layer.query_norm, queries, saved["query_factor"]),
+                (layer.key_norm, keys, saved["key_factor"]),
+            ):
+                gradient[:, part] = norm.backward(gradient[:, part], shaped[:, part], factor)
+        return d_headed
 
-    def _unrotated(self, layer: Layer, gradient: Tensor, saved: dict[str, Tensor]) -> Tensor:
-        """The gradient of qkv ``[row, heads.all * d]`` from that of what `_rotated` made."""
-        turned = self.heads.queries + self.heads.keys
-        result = torch.empty_like(gradient)
-        result[:, turned:] = gradient[:, turned:]
-        _rotate(gradient[:, :turned], self.cosine, self.sine, -1, result[:, :turned])
-        if layer.query_norm is not None and layer.key_norm is not None:
-            shaped = saved["qkv"].view_as(result)
-            split = self.heads.queries
-            queries = layer.query_norm.backward(result[:, :split], shaped[:, :split], saved["query_factor"])
-            result[:, split:turned] = layer.key_norm.backward(
-                result[:, split:turned], shaped[:, split:turned], saved["key_factor"]
-            )
-            result[:, :split] = queries
-        return result.view(self.tokens, -1)
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: int, out: Tensor) -> None:
-    """Turns ``x [row, heads, d]`` into `out`; direction -1 turns back what 1 turned, up to the scale's square."""
-    left, right = x.chunk(2, -1)
-    out_left, out_right = out.chunk(2, -1)
-    torch.mul(left, cosine, out=out_left).addcmul_(right, sine, value=-direction)
-    torch.mul(right, cosine, out=out_right).addcmul_(left, sine, value=direction)
+    def _by_head(self, qkv: Tensor) -> Tensor:
+        return qkv.view(self.tokens, self.heads.all, self.heads.width)

@@ -13,24 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from .lora import FlatAdapters, LoraPair
+from .operations import Operations
+from .products import InputGradient
 
 
 class FusedLinear:
     """Frozen linear layers over one input, and the adapters beside them.
 
     Args:
+        operations: how products are computed.
         weights: each layer's ``[out, in]``, in the dtype that is computed in.
         biases: each layer's ``[out]``, or None.
         pairs: each layer's adapter, or None.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], pairs: Sequence[LoraPair | None]
+        self,
+        operations: Operations,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        pairs: Sequence[LoraPair | None],
     ) -> None:
         self.inputs = weights[0].shape[1]
         self.outputs = sum(len(each) for each in weights)
         self.rank = sum(len(pair.lora_A) for pair in pairs if pair is not None)
-        self.weight = weights[0].new_zeros(self.outputs, self.inputs + self.rank)
+        whole = weights[0].new_zeros(self.outputs, self.inputs + self.rank)
         self.down = weights[0].new_zeros(self.rank, self.inputs)
         self._a = self._a_gradient = self.down  # until `join`
         self.bias: Tensor | None = None
@@ -43,12 +50,13 @@ class FusedLinear:
         row = column = 0
         for weight, pair in zip(weights, pairs, strict=True):
             rows = slice(row, row + len(weight))
-            self.weight[rows, : self.inputs] = weight
+            whole[rows, : self.inputs] = weight
             row = rows.stop
             if pair is not None:
                 self.parts.append((pair, rows, slice(column, column + len(pair.lora_A))))
                 column += len(pair.lora_A)
         self._drops = any(pair.dropout for pair, _, _ in self.parts)
+        self._product = operations.product(whole, self.inputs)
 
     def join(self, flat: FlatAdapters) -> None:
         """Finds the adapters in the row that they have become parts of; their A stand there behind each other."""
@@ -64,11 +72,12 @@ class FusedLinear:
         if self.parts:
             torch.mul(self._a, self.parts[0][0].scale, out=self.down)
         for pair, rows, columns in self.parts:
-            self.weight[rows, self.inputs + columns.start : self.inputs + columns.stop] = pair.lora_B.detach()
+            places = slice(self.inputs + columns.start, self.inputs + columns.stop)
+            self._product.replace(rows, places, pair.lora_B.detach())
 
     def room(self, tokens: int) -> Tensor:
         """An input to be filled by the caller in its first `inputs` columns: ``[tokens, inputs + rank]``."""
-        return self.weight.new_empty(tokens, self.inputs + self.rank)
+        return self.down.new_empty(tokens, self.inputs + self.rank)
 
     def forward(self, x: Tensor, masks: list[Tensor] | None = None) -> Tensor:
         """``[tokens, inputs + rank]`` to ``[tokens, outputs]``.
@@ -84,36 +93,43 @@ class FusedLinear:
             for pair, _, columns in self.parts:
                 masks.append(nn.functional.dropout(torch.ones_like(given), pair.dropout))
                 low[:, columns] = (given * masks[-1]) @ self.down[columns].t()
-        return nn.functional.linear(x, self.weight, self.bias)
+        return self._product.forward(x, self.bias)
 
-    def backward(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None, whole: bool = True) -> Tensor:
-        """Adds to the adapters' gradients; returns the input's, ``[tokens, inputs]``.
+    def backward(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None) -> InputGradient:
+        """Adds to the adapters' gradients; returns the input's.
 
         Args:
             d_out: the output's gradient, ``[tokens, outputs]``.
             x: what `forward` was given, and has filled.
             masks: what `forward` noted.
-            whole: False: nobody needs the input's gradient, and what is returned is no gradient.
         """
-        given, low = x[:, : self.inputs], x[:, self.inputs :]
-        if whole:
-            d_x = d_out @ self.weight
-            d_given, d_low = d_x[:, : self.inputs], d_x[:, self.inputs :].contiguous()
-        else:
-            d_low = d_out @ self.weight[:, self.inputs :].contiguous()
-            d_given = d_low
+        d_x = self._product.backward(d_out)
         if not self.parts:
-            return d_given
-        d_up = d_out.t() @ low.contiguous()  # of all layers against all adapters; the blocks that belong are taken
+            return InputGradient(d_x, self.inputs, None)
+        self._add_gradients(d_out, d_x[:, self.inputs :], x, masks)
+        if not masks:
+            return InputGradient(d_x, self.inputs, self.down)
+        d_given, d_low = d_x[:, : self.inputs], d_x[:, self.inputs :]
+        for (_, _, columns), mask in zip(self.parts, masks, strict=True):
+            d_given += (d_low[:, columns] @ self.down[columns]) * mask
+        return InputGradient(d_x, self.inputs, None)
+
+    def backward_of_frozen(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None) -> None:
+        """As `backward`, where nobody needs the gradient of the input."""
+        if self.parts:
+            parts = [d_out[:, rows] @ pair.lora_B.detach().to(d_out.dtype) for pair, rows, _ in self.parts]
+            self._add_gradients(d_out, torch.cat(parts, 1), x, masks)
+
+    def _add_gradients(self, d_out: Tensor, d_low: Tensor, x: Tensor, masks: list[Tensor] | None) -> None:
+        """Adds to the adapters' gradients; `d_low` is that of ``A x``, ``[tokens, rank]``."""
+        given, low = x[:, : self.inputs], x[:, self.inputs :].contiguous()
+        d_up = d_out.t() @ low  # of all layers against all adapters; the blocks that belong are taken
         for pair, rows, columns in self.parts:
             assert pair.lora_B.grad is not None
             pair.lora_B.grad.add_(d_up[rows, columns])
-        scale = self.parts[0][0].scale
-        if masks:
-            for (_, _, columns), mask in zip(self.parts, masks, strict=True):
-                self._a_gradient[columns].add_(d_low[:, columns].t() @ (given * mask), alpha=scale)
-                if whole:
-                    d_given += (d_low[:, columns] @ self.down[columns]) * mask
-            return d_given
-        self._a_gradient.add_(d_low.t() @ given, alpha=scale)
-        return torch.addmm(d_given, d_low, self.down) if whole else d_given
+        scale, d_low = self.parts[0][0].scale, d_low.contiguous()
+        if not masks:
+            self._a_gradient.add_(d_low.t() @ given, alpha=scale)
+            return
+        for (_, _, columns), mask in zip(self.parts, masks, strict=True):
+            self._a_gradient[columns].add_(d_low[:, columns].t() @ (given * mask), alpha=scale)

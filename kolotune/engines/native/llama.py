@@ -14,9 +14,10 @@ from torch import Tensor
 from ...weights import TensorFiles, weight_files
 from . import lora
 from .attention import Heads
-from .decoder import Decoder, Layer, Norm
+from .decoder import Decoder, Layer
 from .fused import FusedLinear
 from .lora import LoraPair
+from .operations import Norm, Operations
 
 # What a config may hold without changing what is computed; a key that stands nowhere here is one we don't know.
 _KNOWN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -83,12 +84,19 @@ def frequencies(config: dict[str, Any], width: int) -> Tensor:
 
 
 def load(
-    folder: Path, dtype: torch.dtype, rank: int, alpha: float, dropout: float, targets: Sequence[str]
+    folder: Path,
+    operations: Operations,
+    dtype: torch.dtype,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
 ) -> tuple[Decoder, dict[str, LoraPair]]:
     """A model's decoder, and its new adapters by the full names of their layers, in the model's order.
 
     Args:
         folder: a model for which `why_not` says nothing.
+        operations: how its elementwise parts are computed.
         dtype: of the frozen weights and of the arithmetic.
         rank, alpha, dropout: see `LoraPair`.
         targets: see `lora.targeted`.
@@ -115,7 +123,7 @@ def load(
                 pair = LoraPair(weight.shape[1], weight.shape[0], rank, alpha, dropout)
                 adapters[f"{prefix}.{name}"] = pair
             pairs.append(pair)
-        return FusedLinear(weights, biases, pairs)
+        return FusedLinear(operations, weights, biases, pairs)
 
     def norm(name: str) -> Norm:
         return Norm(read(f"{name}.weight"), float(config.get("rms_norm_eps", 1e-6)))
@@ -138,8 +146,9 @@ def load(
         )
     embedding = read("model.embed_tokens.weight")
     head = read("lm_head.weight") if "lm_head.weight" in files else embedding
-    width = frequencies(config, heads.width)
-    return Decoder(heads, layers, embedding, head, norm("model.norm"), width), adapters
+    product = operations.product(head, head.shape[1])
+    turns = frequencies(config, heads.width)
+    return Decoder(heads, layers, embedding, product, norm("model.norm"), turns, operations), adapters
 
 
 def _heads(config: dict[str, Any]) -> Heads:

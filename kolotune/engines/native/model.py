@@ -14,6 +14,9 @@ from ...errors import TrainingError
 from ..job import TrainJob
 from . import llama, lora
 from .batches import IGNORED, Tokens, make_batch
+from .kernels import build
+from .kernels.operations import CompiledOperations
+from .operations import Operations, PlainOperations
 from .packing import grouped, pack
 
 # What a layer keeps of a token for the way back, in rows of the model's width (measured on SmolLM2).
@@ -67,9 +70,9 @@ class PackedModel:
     def __init__(self, job: TrainJob) -> None:
         torch.manual_seed(job.seed)
         dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
-        self.decoder, self.adapters = llama.load(
-            Path(job.base_model), dtype, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
-        )
+        operations: Operations = CompiledOperations(build.ensure(), dtype) if job.compile else PlainOperations()
+        lora_options = (job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules)
+        self.decoder, self.adapters = llama.load(Path(job.base_model), operations, dtype, *lora_options)
         names = {id(pair): name for name, pair in self.adapters.items()}
         order = [
             (names[id(pair)], part)

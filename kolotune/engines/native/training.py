@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ...errors import TrainingError
 from ...hardware import best_device
@@ -54,8 +53,7 @@ class Trainer:
         total = 0.0
         for group in self.model.groups(self.tokens, indices):
             total += self.model.backward(self.tokens, group, 1 / labels) / labels
-        limit = self.job.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_([self.parameter], limit))
+        norm = self._clip()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
@@ -66,6 +64,14 @@ class Trainer:
         self.optimizer.step()
         self.model.updated()
         return total
+
+    def _clip(self) -> float:
+        """Shortens the gradient to the job's longest norm; returns the norm that it had."""
+        assert self.parameter.grad is not None
+        norm, limit = float(torch.linalg.vector_norm(self.parameter.grad)), self.job.max_grad_norm
+        if limit and norm > limit:
+            self.parameter.grad.mul_(limit / norm)
+        return norm
 
     def evaluate(self) -> float | None:
         """The mean loss of the held-out chats' labelled tokens; None when nothing is held out."""

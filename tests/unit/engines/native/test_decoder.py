@@ -15,6 +15,7 @@ import torch
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import attention, llama, packing
 from kolotune.engines.native.batches import Tokens
+from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
 from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
 from kolotune.errors import ConfigError
@@ -39,6 +40,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen 2": ("qwen2", {}),
     "qwen 3": ("qwen3", {}),
 }
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether the step's elementwise parts are compiled; so every test of it is made twice."""
+    if request.param and build.why_not():
+        pytest.skip(f"can't be compiled: {build.why_not()}")
+    return bool(request.param)
 
 
 def chats_of(seed: int, count: int, beginning: int, longest: int) -> list[tuple[list[int], list[int]]]:
@@ -92,26 +101,30 @@ def compare(job: TrainJob, packed: PackedModel, plain: PlainModel, share: bool =
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("beginning", [0, 12])
-def test_losses_and_gradients_are_those_of_transformers(kind: str, beginning: int, training_room: Room) -> None:
+def test_losses_and_gradients_are_those_of_transformers(
+    kind: str, beginning: int, training_room: Room, compiled: bool
+) -> None:
     name, more = MODELS[kind]
-    job = training_room(name, chats=chats_of(beginning, 7, beginning, 30), **more).job()
+    job = training_room(name, chats=chats_of(beginning, 7, beginning, 30), **more).job(compile=compiled)
     assert isinstance(open_model(job, "cpu", 100), PackedModel)
     compare(job, *pair_of(job))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_batches(seed: int, training_room: Room) -> None:
+def test_random_batches(seed: int, training_room: Room, compiled: bool) -> None:
     """Shared beginnings, lengths, labels, ranks and targets at random, with and without sharing."""
     dice = random.Random(seed)
     chats = chats_of(seed, dice.randint(1, 12), dice.choice([0, 3, 8, 40]), dice.choice([4, 60, 200]))
     targets = dice.choice([["all-linear"], ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj", "k_proj"]])
-    job = training_room(chats=chats).job(lora_rank=dice.choice([1, 4, 40]), target_modules=targets)
+    job = training_room(chats=chats).job(compile=compiled, lora_rank=dice.choice([1, 4, 40]), target_modules=targets)
     compare(job, *pair_of(job), share=dice.random() < 0.7)
 
 
-def test_long_chats_take_the_other_attention(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_chats_take_the_other_attention(
+    training_room: Room, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
     """And share nothing, whatever their beginning."""
-    job = training_room(chats=chats_of(3, 6, 10, 90)).job()
+    job = training_room(chats=chats_of(3, 6, 10, 90)).job(compile=compiled)
     monkeypatch.setattr(packing, "LONG", 40)
     used = []
     forward = attention.LongAttention.forward
@@ -121,8 +134,8 @@ def test_long_chats_take_the_other_attention(training_room: Room, monkeypatch: p
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_computing_again_changes_no_bit(dropout: float, training_room: Room) -> None:
-    job = training_room(chats=chats_of(5, 6, 12, 40)).job(lora_dropout=dropout)
+def test_computing_again_changes_no_bit(dropout: float, training_room: Room, compiled: bool) -> None:
+    job = training_room(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
     tokens = Tokens.load(Path(job.data) / "train.safetensors")
     results = []
     for recompute in (False, True):
@@ -148,9 +161,9 @@ def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room
     assert abs(sum(draws) / 200 - exact) < 3 * spread
 
 
-def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room) -> None:
+def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room, compiled: bool) -> None:
     """A finite difference along a random direction, with the draws held fast."""
-    job = training_room(chats=chats_of(5, 3, 0, 20)).job(lora_dropout=0.3)
+    job = training_room(chats=chats_of(5, 3, 0, 20)).job(compile=compiled, lora_dropout=0.3)
     tokens = Tokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
 
@@ -181,11 +194,11 @@ def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room) -> N
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
 
 
-def test_bf16_stays_near_fp32(training_room: Room) -> None:
+def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
     room = training_room(chats=chats_of(6, 6, 12, 40))
-    tokens = Tokens.load(Path(room.job().data) / "train.safetensors")
-    exact, _ = pair_of(room.job())
-    rough, plain = pair_of(room.job(dtype="bf16"))
+    tokens = Tokens.load(Path(room.job(compile=compiled).data) / "train.safetensors")
+    exact, _ = pair_of(room.job(compile=compiled))
+    rough, plain = pair_of(room.job(dtype="bf16", compile=compiled))
     loss = exact.loss(tokens, range(6))
     assert rough.loss(tokens, range(6)) == pytest.approx(loss, rel=0.02)
     assert plain.loss(tokens, range(6)) == pytest.approx(loss, rel=0.02)

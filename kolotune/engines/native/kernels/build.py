@@ -1,0 +1,102 @@
+"""Compiles `kernels.cpp` for this machine's processor, once, into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from ....cache import cache_folder
+from ....errors import ToolchainError
+from ....files import replacing
+from ....hardware import best_device
+from ....runners import local
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+# Sums may be reordered, so that they vectorize; NaN and infinity stay what they are, since the loop looks for them.
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
+)  # fmt: skip
+_LINUX = "Linux"
+
+
+def why_not() -> str:
+    """Why the kernels can't be compiled here; "" when nothing stands against it."""
+    if platform.system() != _LINUX:
+        return "it is not Linux"
+    if _compiler() is None:
+        return "there is no C++ compiler"
+    return "" if _openmp() else "PyTorch's OpenMP library is not found"
+
+
+def usable() -> bool:
+    """Whether the kernels are compiled, or could be just now, and would be used."""
+    if best_device() != "cpu":
+        return False
+    try:
+        ensure()
+    except ToolchainError:
+        return False
+    return True
+
+
+def ensure() -> Path:
+    """The compiled library, made when it is not there yet.
+
+    Raises:
+        ToolchainError: it can't be compiled.
+    """
+    reason, compiler, openmp = why_not(), _compiler(), _openmp()
+    if reason or compiler is None or openmp is None:
+        raise ToolchainError(f"the training step can't be compiled: {reason}", "Train with --compile off.")
+    library = cache_folder("kernels") / f"{_digest(compiler, openmp)}.so"
+    if library.is_file():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    log = library.with_suffix(".log")
+    with replacing(library) as partial:
+        partial_object = partial.with_suffix(".o")
+        # Linked with PyTorch's own OpenMP: of two in one process, each would spin on the other's cores.
+        commands = (
+            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(partial_object)],
+            [compiler, "-shared", str(partial_object), str(openmp), "-o", str(partial)],
+        )
+        for argv in commands:
+            if local.run(argv, log=log) != 0:
+                partial_object.unlink(missing_ok=True)
+                raise ToolchainError(
+                    f"the training step can't be compiled: {local.last_lines(log)}",
+                    f"Train with --compile off; the compiler's answer is in {log}.",
+                )
+        partial_object.unlink()
+    log.unlink(missing_ok=True)
+    return library
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+
+
+def _openmp() -> Path | None:
+    """The OpenMP library that PyTorch brings, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    home = Path(spec.origin).parent
+    for folder in (home / "lib", home.parent / "torch.libs"):
+        for found in sorted(folder.glob("libgomp*.so*")):
+            return found
+    return None
+
+
+def _digest(compiler: str, openmp: Path) -> str:
+    """Names a library by all that its machine code depends on."""
+    about_processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    kept = [line for line in about_processor.splitlines() if line.startswith(("model name", "flags", "Features"))]
+    version = Path(compiler).resolve().name, str(Path(compiler).stat().st_mtime_ns), str(openmp)
+    parts = (_SOURCE.read_text(encoding="utf-8"), " ".join(_FLAGS), *version, *sorted(set(kept)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,132 @@
+"""The compiled elementwise parts give what PyTorch's give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kolotune.engines.native.attention import Heads
+from kolotune.engines.native.kernels import build
+from kolotune.engines.native.kernels.operations import CompiledAttention, CompiledOperations
+from kolotune.engines.native.operations import Norm, PlainOperations
+from kolotune.engines.native.packing import Packed
+from kolotune.engines.native.products import InputGradient
+from kolotune.engines.native.rotary import Rotary
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"can't be compiled: {build.why_not()}")
+PLAIN = PlainOperations()
+ROWS, WIDTH, RANK = 13, 150, 6  # neither a multiple of what the processor takes at once
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    torch.manual_seed(0)
+    kind: torch.dtype = request.param
+    return kind
+
+
+@pytest.fixture
+def compiled(dtype: torch.dtype) -> CompiledOperations:
+    return CompiledOperations(build.ensure(), dtype)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    tolerance = 2e-5 if found.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def split(dtype: torch.dtype) -> InputGradient:
+    return InputGradient(torch.randn(ROWS, WIDTH + RANK).to(dtype), WIDTH, torch.randn(RANK, WIDTH).mul(0.1).to(dtype))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_norm(compiled: CompiledOperations, dtype: torch.dtype, adds: bool) -> None:
+    norm = Norm(torch.rand(WIDTH).to(dtype), 1e-5)
+    x, added = torch.randn(2, ROWS, WIDTH).to(dtype)
+    results = []
+    for operations in (compiled, PLAIN):
+        room = torch.zeros(ROWS, WIDTH + RANK, dtype=dtype)
+        total, factor = operations.norm(norm, x.clone(), added if adds else None, room[:, :WIDTH])
+        assert not room[:, WIDTH:].any()
+        results.append((room, total, factor))
+    for found, wanted in zip(*results, strict=True):
+        close(found, wanted)
+    d_out, d_added = split(dtype), added if adds else None
+    close(*(each.norm_backward(norm, d_out, x, results[1][2], d_added) for each in (compiled, PLAIN)))
+
+
+def test_gate(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(ROWS, 2 * WIDTH).mul(4).to(dtype)
+    found, wanted = torch.zeros(2, ROWS, WIDTH + RANK, dtype=dtype)
+    for operations, room in ((compiled, found), (PLAIN, wanted)):
+        operations.gate(gate_up, room[:, :WIDTH])
+    close(found, wanted)
+    d_out = split(dtype)
+    close(compiled.gate_backward(d_out, gate_up), PLAIN.gate_backward(d_out, gate_up))
+
+
+def test_gate_of_large_numbers(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+    """Where e^x would overflow."""
+    gate_up = torch.tensor([[-300.0, -90.0, -1e-3, 0.0, 90.0, 300.0, *[2.0] * 6]]).to(dtype)
+    found, wanted = torch.zeros(2, 1, 6, dtype=dtype)
+    for operations, room in ((compiled, found), (PLAIN, wanted)):
+        operations.gate(gate_up, room)
+    close(found, wanted)
+
+
+def test_cross_entropy(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+    logits, targets = torch.randn(ROWS, 1000).mul(5).to(dtype), torch.randint(1000, (ROWS,))
+    found, gradient = compiled.cross_entropy(logits.clone(), targets, 0.25)
+    loss, wanted = PLAIN.cross_entropy(logits.clone(), targets, 0.25)
+    assert found == pytest.approx(loss, rel=1e-5)
+    close(gradient, wanted)
+    one = torch.arange(ROWS)
+    assert torch.equal(gradient[one, targets] < 0, wanted[one, targets] < 0)
+
+
+def test_what_is_no_number_stays_none(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+    """The training loop stops at a loss that is not finite: it must not be hidden."""
+    logits = torch.randn(2, 50).to(dtype)
+    logits[1, 7] = float("nan")
+    loss, gradient = compiled.cross_entropy(logits, torch.tensor([1, 2]), 1.0)
+    assert loss != loss and gradient[1].isnan().any() and not gradient[0].isnan().any()
+    room = torch.zeros(1, 4, dtype=dtype)
+    compiled.gate(torch.tensor([[1.0, float("nan"), float("inf"), 1.0, 1.0, 1.0, 1.0, 2.0]]).to(dtype), room)
+    assert room.isfinite().tolist() == [[True, False, False, True]]
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize("lengths", [(7,), (3, 9, 1), (4, 4)])
+@pytest.mark.parametrize("heads", [Heads(4, 2, 16), Heads(3, 1, 8), Heads(2, 2, 6)])
+def test_attention(
+    compiled: CompiledOperations, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...], heads: Heads
+) -> None:
+    row = prefix + sum(lengths)
+    places = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + each) for each in lengths)])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    packed = Packed(places, places, prefix, lengths, nothing, nothing, row)
+    rotary = Rotary.of(places, 1.0 / 100.0 ** torch.linspace(0, 1, heads.width // 2), dtype)
+    qkv = torch.randn(row, heads.all * heads.width).to(dtype)
+    width = heads.queries * heads.width
+    d_out = InputGradient(torch.randn(row, width + RANK).to(dtype), width, torch.randn(RANK, width).mul(0.1).to(dtype))
+    results = []
+    for operations in (compiled, PLAIN):
+        attention = operations.attention(packed, heads, rotary)
+        assert isinstance(attention, CompiledAttention) == (operations is compiled)
+        room = torch.zeros(row, width + RANK, dtype=dtype)
+        kept = attention.forward(qkv, room[:, :width])
+        results.append((room, attention.backward(d_out, room[:, :width], kept).view(row, -1)))
+    for found, wanted in zip(*results, strict=True):
+        close(found, wanted)
+
+
+def test_the_number_of_threads_changes_no_bit(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+    norm, d_out = Norm(torch.rand(WIDTH).to(dtype), 1e-5), split(dtype)
+    x, factor = torch.randn(ROWS, WIDTH).to(dtype), torch.rand(ROWS, 1)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(compiled.norm_backward(norm, d_out, x, factor, None))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -1,0 +1,60 @@
+"""Matrices that are kept in the processor's own layout multiply as any other, also after a change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kolotune.engines.native.kernels import build, packed
+from kolotune.engines.native.kernels.operations import CompiledOperations
+from kolotune.engines.native.products import PlainProduct
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"can't be compiled: {build.why_not()}")
+SHAPES = [(960, 624), (72, 48), (31, 45), (130, 17)]
+
+
+@pytest.fixture
+def operations() -> CompiledOperations:
+    torch.manual_seed(0)
+    return CompiledOperations(build.ensure(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_products_are_those_of_the_matrix_as_it_is(operations: CompiledOperations, outputs: int, inputs: int) -> None:
+    changing = inputs - 8
+    weight = torch.randn(outputs, inputs).bfloat16()
+    product, plain = operations.product(weight.clone(), changing), PlainProduct(weight)
+    rows, columns = slice(3, outputs - 2), slice(changing + 1, inputs - 1)
+    values = torch.randn(outputs - 5, 6)
+    for each in (product, plain):
+        each.replace(rows, columns, values)
+    bias = torch.randn(outputs).bfloat16()
+    for tokens in (1, 37, 700):
+        x, d_out = torch.randn(tokens, inputs).bfloat16(), torch.randn(tokens, outputs).bfloat16()
+        torch.testing.assert_close(product.forward(x, bias), plain.forward(x, bias), rtol=2e-2, atol=5e-2)
+        torch.testing.assert_close(product.backward(d_out), plain.backward(d_out), rtol=2e-2, atol=5e-2)
+
+
+def test_here_they_are_really_packed(operations: CompiledOperations) -> None:
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor multiplies bf16 as fp32")
+    product = operations.product(torch.randn(64, 32).bfloat16(), 24)
+    assert isinstance(product, packed.PackedProduct)
+
+
+def test_an_unknown_layout_is_left_alone(operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 32).bfloat16()
+
+    def unknown(rows: int, columns: int) -> None:
+        raise packed.LayoutError("another processor")
+
+    monkeypatch.setattr(packed, "_layout", unknown)
+    assert isinstance(operations.product(weight, 24), PlainProduct)
+
+
+def test_a_layout_that_is_not_the_matrix_s_is_not_believed(
+    operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = packed._layout(64, 32)
+    monkeypatch.setattr(packed, "_layout", lambda rows, columns: (right[0].flip(0).contiguous(), right[1]))
+    assert isinstance(operations.product(torch.randn(64, 32).bfloat16(), 24), PlainProduct)
