@@ -1,7 +1,7 @@
 """Where the loss falls: on every assistant turn and its end token, and on nothing else.
 
-`locate` finds the answers as character spans of the rendered chat, `encode` turns them into token ids and
-labels. Nothing is guessed from a template's look. The chat is rendered a second time with marks in place of
+`locate` finds the answers as character spans of the rendered chat; `encoding` makes token ids and labels of
+them. Nothing is guessed from a template's look. The chat is rendered a second time with marks in place of
 its contents (the skeleton): the text between the marks is what the template wrote, and the real rendering has
 to be that text with the contents in between. An answer starts where the prompt ends that the model is served
 with; it ends behind the token that ends its turn. What can't be proven in this way is refused.
@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kolotune.chats import Chat
-from kolotune.chats.template import ChatTemplate, Rendering, Skeleton, Span, check_shown
-from kolotune.errors import DataError, TemplateError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
+from kolotune.chats.rendering import Rendering, Skeleton, Span, check_shown
+from kolotune.chats.template import ChatTemplate
+from kolotune.errors import TemplateError
 
 _NEVER_STOPS = "the template ends an answer with no special token: the model would never learn to stop"
 
@@ -46,27 +41,6 @@ class Located:
     turn_starts: tuple[int, ...]
     slots: tuple[Span, ...] | None
     skeleton: str
-
-
-@dataclass(frozen=True)
-class EncodedChat:
-    """A chat as tokens.
-
-    Attributes:
-        ids: the token ids of the whole rendering.
-        labelled: for each id, whether the loss falls on it; as long as `ids`.
-        turn_starts: the index into `ids` where each exchange starts: a user's turn and all up to the next
-            user's turn that follows an answer. The first is 0. Cutting there leaves whole exchanges.
-        special_in_content: a content holds the text of a special token; it was encoded as plain text.
-        boundary_merge: a token holds both the end of a prompt and the start of an answer. It is not
-            labelled, and the served prompt will end with another token than the one trained on.
-    """
-
-    ids: list[int]
-    labelled: list[bool]
-    turn_starts: list[int]
-    special_in_content: bool
-    boundary_merge: bool
 
 
 @dataclass(frozen=True)
@@ -115,11 +89,11 @@ def probe(template: ChatTemplate, special: frozenset[str]) -> Probe:
     end = _end_token(behind, special, template)
     if end is None:
         raise TemplateError(_NEVER_STOPS)
-    if _pattern(special).sub("", behind).strip():
+    if pattern_of(special).sub("", behind).strip():
         raise TemplateError(f"the chat template writes more of a turn behind its answer: {behind!r}")
     cut = _common(prompt, plain)
     # Not inside a token: `<|end|>` and `<|endoftext|>` begin alike.
-    cut = next((m.start() for m in _pattern(special).finditer(prompt) if m.start() < cut < m.end()), cut)
+    cut = next((m.start() for m in pattern_of(special).finditer(prompt) if m.start() < cut < m.end()), cut)
     if cut == len(prompt) and not before.startswith(prompt):
         raise TemplateError("the template opens replies otherwise than it writes finished answers")
     return Probe(end[1], prompt[cut:])
@@ -131,7 +105,7 @@ def end_token(template: ChatTemplate, special: Collection[str]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _pattern(special: frozenset[str]) -> re.Pattern[str]:
+def pattern_of(special: frozenset[str]) -> re.Pattern[str]:
     """Matches special tokens, the longest first, as the tokenizer does."""
     texts = sorted((text for text in special if text), key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
@@ -140,9 +114,16 @@ def _pattern(special: frozenset[str]) -> re.Pattern[str]:
 def _end_token(text: str, special: frozenset[str], template: ChatTemplate) -> re.Match[str] | None:
     """The special token with which a text begins, white space aside; or the end of sequence, where it is in
     the same row of tokens (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`): generating only stops there."""
-    token, eos = _pattern(special).pattern, str(template.special_tokens.get("eos_token", ""))
-    row = re.compile(rf"\s*(?:{token})*?({re.escape(eos)})").match(text) if eos in special else None
-    return row or re.compile(rf"\s*({token})").match(text)
+    row, token = _end_patterns(special, str(template.special_tokens.get("eos_token", "")))
+    return (row.match(text) if row else None) or token.match(text)
+
+
+@lru_cache(maxsize=32)
+def _end_patterns(special: frozenset[str], eos: str) -> tuple[re.Pattern[str] | None, re.Pattern[str]]:
+    """Matches a row of special tokens up to the end of sequence, where that is one; and a single special token."""
+    token = pattern_of(special).pattern
+    row = re.compile(rf"\s*(?:{token})*?({re.escape(eos)})") if eos in special else None
+    return row, re.compile(rf"\s*({token})")
 
 
 def _json(value: Any) -> str:
@@ -240,11 +221,11 @@ class _Locator:
         """Where the model goes on from the prompt that it is served with; `left` is where the turn's own
         texts begin, `behind` where the turn before ends."""
         text, opening = self.rendering.text, self.seen.opening
-        alone = bool(opening) and _json(opening) not in _json(self.rendering.messages)
         if index:
             prompt = self.rendering.render(self.rendering.messages[:index], prompt=True)
             if text.startswith(prompt) and len(prompt) >= behind:
                 return len(prompt)
+            alone = self._opening_stands_alone()
             # The template writes earlier turns otherwise once later ones follow. What it writes between the
             # last message and the reply, or at least the opening of a reply, has to be there all the same.
             tail = self.rendering.skeleton(upto=index, prompt=True)
@@ -254,6 +235,8 @@ class _Locator:
                         return end + len(tail.pieces[-1])
                     behind, alone = end, True
                     break
+        else:
+            alone = self._opening_stands_alone()
         if not alone:
             raise TemplateError("where an answer starts in this template can't be told")
         at = text.rfind(opening, behind, left)
@@ -264,6 +247,10 @@ class _Locator:
                 "not write that in front of a finished answer: training and serving would differ"
             )
         return at + len(opening)
+
+    def _opening_stands_alone(self) -> bool:
+        opening = self.seen.opening
+        return bool(opening) and _json(opening) not in _json(self.rendering.messages)
 
     def _end(self, index: int, slots: dict[str, Span]) -> int:
         """Behind the special token that ends the turn."""
@@ -293,7 +280,7 @@ def _closing(text: str, special: frozenset[str], end_token: str) -> int | None:
     """Where the turn that a text closes with ends: an end-of-text token may follow the end of the turn."""
     end: int | None = None
     limit = len(text)
-    for match in reversed(list(_pattern(special).finditer(text))):
+    for match in reversed(list(pattern_of(special).finditer(text))):
         if text[match.end() : limit].strip():
             break
         if match[0] == end_token:
@@ -301,192 +288,3 @@ def _closing(text: str, special: frozenset[str], end_token: str) -> int | None:
         end = match.end() if end is None else end
         limit = match.start()
     return end
-
-
-@dataclass
-class _Tokens:
-    """Token ids with the characters that they stand for: begin and end of each."""
-
-    ids: list[int]
-    begins: list[int]
-    ends: list[int]
-
-    def add(self, ids: Sequence[int], offsets: Sequence[Span], base: int) -> None:
-        self.ids += ids
-        self.begins += [base + begin for begin, _ in offsets]
-        self.ends += [base + end for _, end in offsets]
-
-
-def encode(chat: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> EncodedChat:
-    """Token ids of a chat, and which of them the loss falls on.
-
-    Args:
-        chat: the chat; at least one turn of it is the assistant's.
-        template: the base model's template, with the date frozen.
-        tokenizer: the base model's tokenizer. Settings of its backend are changed for the time of the call
-            and put back: don't use one tokenizer from two threads.
-
-    Returns:
-        ``ids`` and ``labelled``, both of one length T; see `EncodedChat`.
-
-    Raises:
-        TemplateError: see `locate`.
-        DataError: a content holds the text of a special token and this tokenizer can't write that as plain
-            text, or the tokens don't give the text back.
-    """
-    special = _special_tokens(tokenizer)
-    found = locate(chat, template, special)
-    backend: Any = tokenizer.backend_tokenizer
-    inside = _special_in_content(chat, _pattern(frozenset(special)))
-    with _bare(backend):
-        if inside:
-            tokens = _encode_apart(found, backend, special)
-            labels = None
-        else:
-            tokens = _encode(backend, found.text)
-            labels = _labels_by_parts(backend, found, tokens.ids)
-        _check_decodes(found, tokens.ids, backend, tokenizer)
-    merged = False
-    if labels is None:
-        labels = [any(start <= begin < end for start, end in found.spans) for begin in tokens.begins]
-        places = list(zip(tokens.begins, tokens.ends, strict=True))
-        merged = any(begin < start < end for begin, end in places for start, _ in found.spans)
-    starts = [
-        next((index for index, begin in enumerate(tokens.begins) if begin >= at), len(tokens.ids))
-        for at in found.turn_starts
-    ]
-    return EncodedChat(tokens.ids, labels, starts, inside, merged)
-
-
-def _special_tokens(tokenizer: Any) -> dict[str, Any]:
-    """The special tokens of a tokenizer: text to (id, takes white space before it, behind it)."""
-    found = {
-        str(token.content): (index, bool(token.lstrip), bool(token.rstrip))
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
-    for text in tokenizer.all_special_tokens:
-        found.setdefault(str(text), (tokenizer.convert_tokens_to_ids(text), False, False))
-    return found
-
-
-@contextmanager
-def _bare(backend: Any) -> Iterator[None]:
-    """The tokenizer with nothing that cuts, fills up or rounds: a post-processor may trim white space off
-    the offsets, and what an earlier caller asked for (truncation, padding) stays set in the backend."""
-    post, as_text = backend.post_processor, backend.encode_special_tokens
-    truncation, padding = backend.truncation, backend.padding
-    backend.post_processor, backend.encode_special_tokens = None, False
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        yield
-    finally:
-        backend.post_processor, backend.encode_special_tokens = post, as_text
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
-def _encode(backend: Any, text: str) -> _Tokens:
-    """The whole text as one, special tokens parsed: as llama.cpp reads a rendered prompt."""
-    try:
-        encoding = backend.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError) as error:
-        raise DataError("a text holds half a character (a lone surrogate)") from error
-    tokens = _Tokens([], [], [])
-    tokens.add(encoding.ids, encoding.offsets, 0)
-    return tokens
-
-
-def _labels_by_parts(backend: Any, found: Located, ids: list[int]) -> list[bool] | None:
-    """Labels from encoding prompts and answers apart; None when that gives other ids than the whole."""
-    bounds = [0, *(bound for span in found.spans for bound in span), len(found.text)]
-    labels: list[bool] = []
-    joined: list[int] = []
-    for number, (start, end) in enumerate(pairwise(bounds)):
-        part = backend.encode(found.text[start:end], add_special_tokens=False).ids if end > start else []
-        joined += part
-        labels += [number % 2 == 1] * len(part)
-    return labels if joined == ids else None
-
-
-def _special_in_content(chat: Chat, pattern: re.Pattern[str]) -> bool:
-    """Whether a text of the chat holds a special token's text.
-
-    Raises:
-        DataError: one stands where it can't be told from what the template writes.
-    """
-    for message in chat.messages:
-        shell = json.dumps([message.tool_calls, message.name, message.tool_call_id], ensure_ascii=False)
-        if match := pattern.search(shell):
-            raise DataError(f"a tool call holds the text of the special token {match[0]}")
-    if match := pattern.search(json.dumps(chat.tools, ensure_ascii=False)):
-        raise DataError(f"a tool's definition holds the text of the special token {match[0]}")
-    texts = (text for message in chat.messages for text in (message.content, message.reasoning or ""))
-    return any(pattern.search(text) for text in texts)
-
-
-def _encode_apart(found: Located, backend: Any, special: Mapping[str, Any]) -> _Tokens:
-    """The special tokens that the template wrote as such, all other text as plain text."""
-    reason, pattern = "a message holds the text of a special token", _pattern(frozenset(special))
-    if found.slots is None:
-        raise DataError(f"{reason}, which can't be told from those that the chat template writes")
-    # What is done here is what the tokenizer itself does, or it is not done: seen on the skeleton, in which
-    # all special tokens are the template's.
-    sample = _encode_fragments(backend, found.skeleton, (), special)
-    if sample.ids != backend.encode(found.skeleton, add_special_tokens=False).ids:
-        raise DataError(f"{reason}, which this model's tokenizer can't write as plain text exactly")
-    tokens = _encode_fragments(backend, found.text, found.slots, special)
-    # Only those that the chat mentions: the unknown token may well stand for something else in it.
-    texts = [found.text[start:end] for start, end in found.slots]
-    mentioned = {token: special[token][0] for token in special if any(token in text for text in texts)}
-    bounds = [0, *(bound for slot in found.slots for bound in slot), len(found.text)]
-    pieces = [found.text[start:end] for start, end in list(pairwise(bounds))[::2]]
-    written = sum(match[0] in mentioned for piece in pieces for match in pattern.finditer(piece))
-    if sum(index in mentioned.values() for index in tokens.ids) != written:
-        raise DataError(f"{reason}, which this model's tokenizer can't write as plain text")
-    return tokens
-
-
-def _encode_fragments(backend: Any, text: str, slots: Sequence[Span], special: Mapping[str, Any]) -> _Tokens:
-    """Encode the special tokens outside of the slots as such, and the text between as plain text."""
-    tokens = _Tokens([], [], [])
-    bounds = [0, *(bound for slot in slots for bound in slot), len(text)]
-    at = 0
-
-    def plain(until: int) -> None:
-        if until > at:
-            encoding = backend.encode(text[at:until], add_special_tokens=False)
-            tokens.add(encoding.ids, encoding.offsets, at)
-
-    backend.encode_special_tokens = True
-    try:
-        for start, end in list(pairwise(bounds))[::2]:
-            for match in _pattern(frozenset(special)).finditer(text, start, end):
-                index, left, right = special[match[0]]
-                before, behind = text[at : match.start()], text[match.end() :]
-                begin = at + len(before.rstrip()) if left else match.start()
-                plain(begin)
-                at = match.end() + (len(behind) - len(behind.lstrip()) if right else 0)
-                tokens.add([index], [(begin, at)], 0)
-        plain(len(text))
-    finally:
-        backend.encode_special_tokens = False
-    return tokens
-
-
-def _check_decodes(found: Located, ids: list[int], backend: Any, tokenizer: Any) -> None:
-    """The ids give the text back, wherever this tokenizer gives texts back at all."""
-    if "ByteLevel" not in repr(backend.decoder):
-        return  # SentencePiece writes a space and ▁ alike
-
-    def same(text: str, ids: list[int]) -> bool:
-        plain = backend.normalizer.normalize_str(text) if backend.normalizer else text
-        return bool(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == plain)
-
-    if not same(found.text, ids):
-        sample = backend.encode(found.skeleton, add_special_tokens=False).ids
-        if same(found.skeleton, sample):
-            raise DataError("the tokens don't give the text back: the tokenizer lacks some of it")

@@ -13,9 +13,9 @@ from typing import Any
 from ..config import Config
 from ..errors import DataError, TemplateError
 from . import Chat
+from .encoding import EncodedChat, Encoder
 from .formats import Problem, ReadResult, read_chats
 from .likeness import COMPARED, Finding, Likeness
-from .masking import EncodedChat, encode
 from .split import content_hash, split
 from .template import ChatTemplate, freeze_date
 from .tokenizer import chat_template, load_tokenizer, template_text
@@ -142,9 +142,10 @@ def _parts(
 
 
 def _encode_all(prepared: Prepared, part: Part, chats: Sequence[Chat], longest: int) -> None:
-    for chat in chats:
+    encoder = Encoder(prepared.template, prepared.tokenizer)
+    for chat, first in zip(chats, encoder.encode_all(chats), strict=True):
         try:
-            fitting, encoded = _fit(prepared, chat, longest)
+            fitting, encoded = _fit(encoder, chat, first, longest)
         except (TemplateError, DataError) as error:
             prepared.problems.append(Problem(chat.source, chat.line, "template", error.cause))
             continue
@@ -160,9 +161,12 @@ def _encode_all(prepared: Prepared, part: Part, chats: Sequence[Chat], longest: 
         part.encoded.append(encoded)
 
 
-def _fit(prepared: Prepared, chat: Chat, longest: int) -> tuple[Chat, EncodedChat | None]:
+def _fit(
+    encoder: Encoder, chat: Chat, encoded: EncodedChat | TemplateError | DataError, longest: int
+) -> tuple[Chat, EncodedChat | None]:
     """The chat, or as many whole turns of its beginning as fit, ending with an answer; None when none do."""
-    encoded = encode(chat, prepared.template, prepared.tokenizer)
+    if not isinstance(encoded, EncodedChat):
+        raise encoded
     if len(encoded.ids) <= longest:
         return chat, encoded
     answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
@@ -170,7 +174,7 @@ def _fit(prepared: Prepared, chat: Chat, longest: int) -> tuple[Chat, EncodedCha
         if chat.messages[last].tool_calls:
             continue  # a call without its result is no end of a chat
         shorter = dataclasses.replace(chat, messages=chat.messages[: last + 1])
-        encoded = encode(shorter, prepared.template, prepared.tokenizer)
+        encoded = encoder.encode(shorter)
         if len(encoded.ids) <= longest:
             return shorter, encoded
     return chat, None

@@ -1,28 +1,24 @@
 """The chat template: one text that is stored, trained on and served.
 
 `freeze_date` turns a template that asks for today's date into one that states a date, so that the text does
-not change from one day to the next. `ChatTemplate` renders chats through transformers' own environment.
-`Rendering` is one rendered chat with its `Skeleton`: the same rendering with marks in place of the contents,
-which tells apart what the template wrote and what the chat holds.
+not change from one day to the next. `ChatTemplate` renders chats in transformers' own environment.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
 import datetime
-import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from kolotune.chats import Chat, Message
 from kolotune.errors import TemplateError
 
-Span = tuple[int, int]
 # A place for text in a chat: the number of its message, and "content", "reasoning" or "call" (a tool's name).
 Slot = tuple[int, str]
+
+_PLAIN = {"role", "content"}
+_SKELETONS_KEPT = 1_000
 
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
@@ -127,13 +123,17 @@ class ChatTemplate:
                 "the base model has no chat template",
                 "Use an instruction-tuned model: its tokenizer comes with a chat template.",
             )
-        _compiled(jinja)
+        self._plain = _compiled(jinja)
+        self._skeletons: dict[Any, tuple[str, list[str], list[Slot]]] = {}
         self.jinja = jinja
         self.special_tokens = {
             name: [str(one) for one in token] if isinstance(token, (list, tuple)) else str(token)
             for name, token in special_tokens.items()
             if token is not None
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, (self.jinja, self.special_tokens)  # compiled templates can't be sent
 
     def render(
         self,
@@ -154,252 +154,52 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses these messages, or fails on them; with its own words.
         """
-        from transformers.utils import chat_template_utils
-
-        render: Any = chat_template_utils.render_jinja_template
+        options = {"add_generation_prompt": add_generation_prompt, **self.special_tokens}
         # The template is a program that came with the model: whatever it raises is its own failure.
         try:
-            rendered, _ = render(
-                conversations=[messages],
-                tools=tools or None,
-                chat_template=self.jinja,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            if not tools and all(message.keys() == _PLAIN for message in messages):
+                # Nothing of what transformers does before it renders (it copies, and gives reasoning its several
+                # names) concerns these, and it would take longer than the rendering.
+                return str(self._plain.render(messages=messages, tools=None, documents=None, **options))
+            from transformers.utils import chat_template_utils
+
+            render: Any = chat_template_utils.render_jinja_template
+            rendered, _ = render(conversations=[messages], tools=tools or None, chat_template=self.jinja, **options)
         except Exception as error:
             raise TemplateError(f"the chat template refuses these messages: {_words(error)}") from error
         return str(rendered[0])
 
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A rendering with marks in place of contents.
-
-    Attributes:
-        text: the rendering, marks included.
-        pieces: what the template wrote before, between and behind the marks; one more than slots.
-        slots: which text each mark stands for, in the order of the rendering.
-        values: the text that the chat has for each mark, also for those that the template left out.
-    """
-
-    text: str
-    pieces: list[str]
-    slots: list[Slot]
-    values: dict[Slot, str]
-
-    def fit(self, text: str) -> list[Span] | None:
-        """Lay the real rendering over the skeleton.
+    def skeleton(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool, mark: str
+    ) -> tuple[str, list[str], list[Slot]]:
+        """Renders messages whose texts are marks, and takes the rendering apart at them.
 
         Args:
-            text: the rendering of the chat itself.
-
-        Returns:
-            For each slot where it stands in the text, or None when the text is not this skeleton filled with
-            the chat's contents: the template then does other things for other contents.
-        """
-        paths: dict[int, Any] = {len(self.pieces[0]): None} if text.startswith(self.pieces[0]) else {}
-        for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
-            further: dict[int, Any] = {}
-            for at, path in paths.items():
-                for value in _variants(self.values[slot]):
-                    if text.startswith(value + piece, at):
-                        further.setdefault(at + len(value) + len(piece), (path, (at, at + len(value))))
-            paths = further
-        if len(text) not in paths:
-            return None
-        path, spans = paths[len(text)], []
-        while path is not None:
-            path, span = path
-            spans.append(span)
-        return spans[::-1]
-
-
-class Rendering:
-    """One chat, rendered.
-
-    Args:
-        chat: the chat.
-        template: the template to render it with.
-
-    Attributes:
-        messages: the messages as they were given to the template.
-        tools: the tool definitions as they were given to the template.
-        text: the whole rendering.
-        mark: a character that neither the chat nor its rendering holds.
-
-    Raises:
-        TemplateError: the template refuses the chat.
-    """
-
-    def __init__(self, chat: Chat, template: ChatTemplate) -> None:
-        self.template = template
-        self.tools = [copy.deepcopy(tool) for tool in chat.tools]
-        self.messages = [_with_objects(message) for message in chat.message_dicts()]
-        try:
-            self.text = self.render(self.messages)
-        except TemplateError:
-            # Arguments are JSON text in the OpenAI shape. Most templates want the object (text would be
-            # quoted a second time), a few want the text.
-            if self.messages == chat.message_dicts():
-                raise
-            self.messages = chat.message_dicts()
-            self.text = self.render(self.messages)
-        strings = json.dumps([self.messages, self.tools], ensure_ascii=False) + self.text
-        self.mark = next(c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in strings)
-
-    def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        """Render other messages with this chat's tools; `prompt` opens the assistant's next turn."""
-        return self.template.render(messages, self.tools, add_generation_prompt=prompt)
-
-    def skeleton(self, only: Collection[int] | None = None, upto: int | None = None, prompt: bool = False) -> Skeleton:
-        """The rendering with marks in place of the texts.
-
-        Args:
-            only: the numbers of the messages to mark; None for all.
-            upto: render the messages before this number; None for all.
+            messages: the turns; a mark is its number and name, as in `Slot`, between two `mark`.
+            tools: tool definitions.
             prompt: open the assistant's next turn.
+            mark: the character.
 
         Returns:
-            What was rendered.
+            The rendering, the pieces around the marks and the marks' slots. Chats of one shape share them: they
+            must not be changed.
 
         Raises:
-            TemplateError: the template refuses it.
+            TemplateError: the template refuses the messages.
         """
-        values: dict[Slot, str] = {}
-        marked = []
-        for index, message in enumerate(self.messages[:upto]):
-            texts = texts_of(message) if only is None or index in only else {}
-            values |= {(index, name): value for name, value in texts.items()}
-            marks = {name: f"{self.mark}{index}{name}{self.mark}" for name in texts}
-            marked.append(_with_texts(message, marks))
-        text = self.render(marked, prompt)
-        found = re.split(rf"{self.mark}(\d+)([a-z]+){self.mark}", text)
+        key: Any = None
+        if not tools and all(message.keys() == _PLAIN for message in messages):
+            key = prompt, mark, tuple((message["role"], message["content"]) for message in messages)
+            if key in self._skeletons:
+                return self._skeletons[key]
+        text = self.render(messages, tools, prompt)
+        found = re.split(rf"{mark}(\d+)([a-z]+){mark}", text)
         slots = [(int(index), name) for index, name in zip(found[1::3], found[2::3], strict=True)]
-        return Skeleton(text, found[::3], slots, values)
-
-    def shows(self, index: int) -> bool:
-        """Whether the template writes the content of one message anywhere."""
-        try:
-            return (index, "content") in self.skeleton({index}).slots
-        except TemplateError:
-            return str(self.messages[index]["content"]).strip() in self.text
-
-    def shows_tools(self) -> bool:
-        """Whether the template writes the name of each tool that the chat offers."""
-        tools = copy.deepcopy(self.tools)
-        names = [f"{self.mark}{number}{self.mark}" for number in range(len(tools))]
-        for tool, name in zip(tools, names, strict=True):
-            tool.get("function", tool)["name"] = name
-        text = self.template.render(self.messages, tools)
-        return all(name in text for name in names)
-
-
-def texts_of(message: dict[str, Any]) -> dict[str, str]:
-    """The texts of a message that can be marked.
-
-    Args:
-        message: a message as templates get it.
-
-    Returns:
-        Of ``content``, ``reasoning`` (also when written into the content as ``<think>…</think>``) and
-        ``call`` (the name of the last tool called) those that are not blank: templates ask whether a text is
-        empty, so a mark in its place would change what they do.
-    """
-    inline = _inline(message)
-    texts = {"content": message["content"], "reasoning": message.get("reasoning_content") or ""}
-    if inline:
-        texts = {"reasoning": inline[1], "content": inline[2]}
-    if message.get("tool_calls"):
-        texts["call"] = _function(message["tool_calls"][-1]).get("name", "")
-    return {name: value for name, value in texts.items() if value.strip()}
-
-
-def check_shown(chat: Chat, rendering: Rendering, skeleton: Skeleton) -> None:
-    """Refuse a chat of which the template leaves out what it has no place for.
-
-    Args:
-        chat: the chat.
-        rendering: its rendering.
-        skeleton: the rendering with all texts marked.
-
-    Raises:
-        TemplateError: tools, a tool call, a result, the reasoning of the last answer or a content is missing.
-    """
-    if chat.tools and not rendering.shows_tools():
-        raise TemplateError("this base model's template has no place for tools")
-    last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
-    last_answer = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=-1)
-    for index, message in enumerate(chat.messages):
-        missing = {name for name in texts_of(rendering.messages[index]) if (index, name) not in skeleton.slots}
-        if "content" in missing and not rendering.shows(index):
-            raise TemplateError(f"this base model's template leaves out {_kind(message)}")
-        if "call" in missing:
-            raise TemplateError("this base model's template has no place for tool calls")
-        # Thinking of earlier exchanges may be dropped: these models are served so.
-        if "reasoning" in missing and index == last_answer > last_user:
-            raise TemplateError("this base model's template has no place for reasoning")
-
-
-def _kind(message: Message) -> str:
-    """What a message is, for the user."""
-    if message.role == "assistant":
-        return "the text beside a tool call" if message.tool_calls else "an answer"
-    return {"system": "system messages", "tool": "the results of tools"}.get(message.role, "a user's message")
-
-
-def _with_texts(message: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
-    """The message with some of the texts that `texts_of` names replaced."""
-    inline = _inline(message)
-    message = copy.deepcopy(message)
-    if inline:
-        opening, thinking, answer = inline
-        thinking, answer = texts.get("reasoning", thinking), texts.get("content", answer)
-        message["content"] = f"{opening}{thinking}</think>{answer}"
-    else:
-        names = {"content": "content", "reasoning_content": "reasoning"}
-        message |= {key: texts[name] for key, name in names.items() if name in texts}
-    if "call" in texts:
-        _function(message["tool_calls"][-1])["name"] = texts["call"]
-    return message
-
-
-def _inline(message: dict[str, Any]) -> tuple[str, str, str] | None:
-    """Thinking that an answer opens with as ``<think>…</think>``: the opening, the thinking, the answer."""
-    if message["role"] != "assistant" or message.get("reasoning_content"):
-        return None
-    parts = message["content"].split("</think>")
-    if len(parts) != 2:
-        return None
-    before, opening, thinking = parts[0].rpartition("<think>")
-    return None if before.strip() else (before + opening, thinking, parts[1])
-
-
-def _function(call: dict[str, Any]) -> dict[str, Any]:
-    """The part of a tool call that has its name; some files leave the shell around it out."""
-    function: dict[str, Any] = call.get("function", call)
-    return function
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as objects where they are JSON text."""
-    message = copy.deepcopy(message)
-    for call in message.get("tool_calls", ()):
-        arguments = _function(call).get("arguments")
-        if isinstance(arguments, str):
-            try:
-                parsed = json.loads(arguments)
-            except ValueError:
-                continue
-            if isinstance(parsed, dict):
-                _function(call)["arguments"] = parsed
-    return message
-
-
-def _variants(value: str) -> list[str]:
-    """What a template may make of a text: it may trim it, or write it as JSON."""
-    forms = [value, value.strip("\n"), value.lstrip("\n"), value.rstrip("\n")]
-    forms += [value.strip(), value.lstrip(), value.rstrip(), json.dumps(value, ensure_ascii=False)[1:-1]]
-    return list(dict.fromkeys(forms))
+        if key is not None:
+            if len(self._skeletons) >= _SKELETONS_KEPT:
+                self._skeletons.clear()
+            self._skeletons[key] = text, found[::3], slots
+        return text, found[::3], slots
 
 
 def _compiled(jinja: str) -> Any:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.masking import EncodedChat
+from kolotune.chats.encoding import EncodedChat, Encoder
 from kolotune.chats.template import ChatTemplate, freeze_date
 
 DATE = datetime.date(2026, 3, 5)
@@ -160,6 +160,10 @@ def metaspace(special: tuple[str, ...], *texts: str, scheme: str = "first") -> P
 def template_of(family: Family, folder: Path) -> ChatTemplate:
     source = freeze_date((folder / f"{family.file}.jinja").read_text(encoding="utf-8"), DATE)
     return ChatTemplate(source, {"bos_token": family.bos, "eos_token": family.eos})
+
+
+def encode(chat: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> EncodedChat:
+    return Encoder(template, tokenizer).encode(chat)
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:

@@ -18,12 +18,13 @@ from support.masking import (
     byte_level,
     chat,
     decode,
+    encode,
     labelled_texts,
     template_of,
 )
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.masking import encode, end_token, locate
+from kolotune.chats.masking import end_token, locate
 from kolotune.chats.template import ChatTemplate, freeze_date
 from kolotune.errors import TemplateError
 

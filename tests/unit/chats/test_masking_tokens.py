@@ -17,6 +17,7 @@ from support.masking import (
     byte_level,
     chat,
     decode,
+    encode,
     labelled_texts,
     metaspace,
 )
@@ -32,7 +33,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.masking import encode, locate
+from kolotune.chats.encoding import Encoder, _bare
+from kolotune.chats.masking import locate
 from kolotune.chats.template import ChatTemplate
 from kolotune.errors import DataError, TemplateError
 
@@ -229,3 +231,15 @@ def test_any_contents_with_special_tokens(pairs: list[tuple[str, str]]) -> None:
     )
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert encoded.ids.count(start) == encoded.ids.count(end) == 2 * len(pairs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(pairs=_pairs(st.one_of(_CONTENT, st.just("\n\nHello"))))
+def test_labels_by_bytes_are_those_by_the_tokenizers_places(pairs: list[tuple[str, str]]) -> None:
+    template, tokenizer = ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL, *["\n\n"] * 50)
+    encoder = Encoder(template, tokenizer)
+    with _bare(tokenizer.backend_tokenizer):
+        found = locate(chat(*pairs), template, CHATML_SPECIAL)
+        (ids,) = encoder._ids([found])
+        by_bytes = encoder._by_bytes(found, ids or [])
+        assert by_bytes is not None and by_bytes == encoder._by_places(found)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.template import ChatTemplate, Rendering, depends_on_date, freeze_date
+from kolotune.chats.rendering import Rendering
+from kolotune.chats.template import ChatTemplate, depends_on_date, freeze_date
 from kolotune.errors import TemplateError
 
 DATE = datetime.date(2026, 3, 5)
