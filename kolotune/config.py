@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _YAML_LINE_BREAKS = "\x85\u2028\u2029"
 DEFAULT_OUTPUT_DIR = Path("outputs")
+# Of the verbs that talk to a model; they are no options of a run.
+DEFAULT_TEMPERATURE, DEFAULT_MAX_TOKENS, DEFAULT_SEED = 0.7, 512, 0
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 
 
 def option(default: Any, text: str, *, kind: str = "training", torchtune: Any = None) -> Any:

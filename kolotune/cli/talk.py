@@ -10,13 +10,17 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..config import DEFAULT_OUTPUT_DIR
+from ..config import (
+    DEFAULT_HOST,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_OUTPUT_DIR,
+    DEFAULT_PORT,
+    DEFAULT_SEED,
+    DEFAULT_TEMPERATURE,
+)
 from ..errors import ConfigError
 from ..layout import RunFolder
-from ..llamacpp.inference import MAX_TOKENS, SEED, TEMPERATURE
 from .options import Json, reporter
-
-HOST, PORT = "127.0.0.1", 8080
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,15 +44,17 @@ def chat(
     system: Annotated[Optional[str], typer.Option(help="System prompt; default: the run's.")] = None,  # noqa: UP045
     temperature: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, help=f"0: always the likeliest token. [default: {TEMPERATURE}; in Ollama the model's]"),
+        typer.Option(
+            min=0.0, help=f"0: always the likeliest token. [default: {DEFAULT_TEMPERATURE}; in Ollama the model's]"
+        ),
     ] = None,
     max_tokens: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help=f"Longest answer, in tokens. [default: {MAX_TOKENS}; in Ollama the model's]"),
+        typer.Option(min=1, help=f"Longest answer, in tokens. [default: {DEFAULT_MAX_TOKENS}; in Ollama the model's]"),
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help=f"Seed of the sampling. [default: {SEED}; in Ollama the model's]"),
+        typer.Option(min=0, help=f"Seed of the sampling. [default: {DEFAULT_SEED}; in Ollama the model's]"),
     ] = None,
 ) -> int:
     """Talks to the result through llama.cpp, or in Ollama, with the template and stops that it was trained with."""
@@ -65,9 +71,9 @@ def chat(
         talk = open_chat(RunFolder(run.absolute()), say, quantization=quantization, base=base, system=system)
         ask = partial(
             talk.ask,
-            temperature=TEMPERATURE if temperature is None else temperature,
-            max_tokens=max_tokens or MAX_TOKENS,
-            seed=SEED if seed is None else seed,
+            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+            max_tokens=max_tokens or DEFAULT_MAX_TOKENS,
+            seed=DEFAULT_SEED if seed is None else seed,
         )
 
     def answer(text: str) -> None:
@@ -92,8 +98,10 @@ def chat(
 
 def serve(
     run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own are a risk.")] = HOST,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = PORT,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's own are a risk.")
+    ] = DEFAULT_HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = DEFAULT_PORT,
     quantization: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Which GGUF: a quantization of the run, or none; default: the run's first."),

@@ -11,9 +11,6 @@ from typing import Literal
 from ..errors import ArtifactError, ToolchainError
 from . import gguf_file
 
-TEMPERATURE, MAX_TOKENS, SEED = 0.7, 512, 0
-"""How `chat` takes tokens when nobody says otherwise."""
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -7,10 +7,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ..chats.tokenizer import template_of
+from ..config import DEFAULT_TEMPERATURE
 from ..errors import TemplateError
 from ..installing import described
 from ..layout import RunFolder
-from ..llamacpp.inference import TEMPERATURE, Answer, GgufModel, Sampling
+from ..llamacpp.inference import Answer, GgufModel, Sampling
 from ..ollama.server import as_options
 from ..results import open_result
 from ..stages import modelfile
@@ -75,7 +76,7 @@ class ServedModel:
         own = int(self._options.get("num_predict", -1))
         longest = request.longest or (own if own > 0 else room)
         seed = self._options.get("seed") if request.seed is None else request.seed
-        temperature = self._options.get("temperature", TEMPERATURE)
+        temperature = self._options.get("temperature", DEFAULT_TEMPERATURE)
         return self._model.generate(
             prompt,
             (*self._options.get("stop", ()), *request.stops),

@@ -19,8 +19,7 @@ import pytest
 import uvicorn
 
 from kolotune.chatting import Talk, open_chat
-from kolotune.cli.talk import HOST
-from kolotune.config import Config
+from kolotune.config import DEFAULT_HOST, Config
 from kolotune.errors import ConfigError
 from kolotune.layout import RunFolder
 from kolotune.reporter import PlainReporter
@@ -182,7 +181,7 @@ def test_several_at_once_and_one_that_goes_away(model: ServedModel, client_of: C
     assert got == wanted
 
 
-@pytest.mark.parametrize(("host", "sign"), [(HOST, signal.SIGINT), ("0.0.0.0", signal.SIGTERM)])
+@pytest.mark.parametrize(("host", "sign"), [(DEFAULT_HOST, signal.SIGINT), ("0.0.0.0", signal.SIGTERM)])
 def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: Config) -> None:
     argv = [sys.executable, "-m", "kolotune", "serve", str(finished.output_dir), "--port=0", f"--host={host}", "--json"]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
@@ -193,7 +192,7 @@ def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: C
         if events[-1]["event"] == "result":
             break
     warned = [each["text"] for each in events if each["event"] == "warning"]
-    assert ("no password" in warned[0]) if host != HOST else not warned
+    assert ("no password" in warned[0]) if host != DEFAULT_HOST else not warned
     http = httpx.Client(trust_env=False)
     url = events[-1]["url"].replace("0.0.0.0", "127.0.0.1")
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=http)
