@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import llama3
 
 from kolotune import config as configs
 from kolotune import llamacpp, pipeline, records
@@ -23,20 +22,6 @@ TEXT = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
     " naïve Zürich 日本語テキスト Привет עברית हिन्दी 🎉👩‍👩‍👧  trailing   \n \n x_y__z http://a.b/c?d=e&f=%20"
 )
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# As in Llama 3.2's tokenizer.json: 256 from number 128000 on.
-LLAMA3_SPECIAL = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{at}|>" for at in range(3, 248)),
-]  # fmt: skip
-
-
-LLAMA3_TEMPLATE = "meta-llama-Llama-3.2-3B-Instruct.jinja"
 
 
 class Recorder(PlainReporter):
@@ -117,11 +102,11 @@ def llama3_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.To
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(3)
-    shape = _llama3_shape(
+    shape = llama3.shape(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     folder = tmp_path_factory.mktemp("llama3") / "tiny-llama-3.2"
-    return _save(_llama3_tokenizer(), LLAMA3_TEMPLATE, LlamaForCausalLM(shape).bfloat16(), folder)
+    return _save(llama3.tokenizer(), llama3.TEMPLATE, LlamaForCausalLM(shape).bfloat16(), folder)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +116,7 @@ def llama3_1b_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    shape = _llama3_shape(
+    shape = llama3.shape(
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=16,
@@ -141,61 +126,7 @@ def llama3_1b_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp
     )
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     folder = tmp_path_factory.mktemp("llama3-1b") / "llama-3.2-1b"
-    return _save(_llama3_tokenizer(), LLAMA3_TEMPLATE, model, folder)
-
-
-def _llama3_shape(**more: Any) -> Any:
-    from transformers import LlamaConfig
-
-    values: dict[str, Any] = {
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.1,
-        "tie_word_embeddings": True,
-        "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009],
-    }
-    return LlamaConfig(**{**values, **more})
-
-
-def _llama3_tokenizer() -> Any:
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    class Converter(TikTokenConverter):
-        @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            """A token in base64 and its number a line; the converter's own way needs another package."""
-            lines = Path(tiktoken_url).read_text(encoding="ascii").splitlines()
-            return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-
-    spec = importlib.util.find_spec("llama_models")
-    assert spec is not None and spec.origin is not None
-    vocabulary = Path(spec.origin).parent / "llama3" / "tokenizer.model"
-    converter = Converter(str(vocabulary), pattern=LLAMA3_PATTERN, extra_special_tokens=LLAMA3_SPECIAL)
-    backend = converter.converted()
-    first = "<|begin_of_text|>"
-    backend.post_processor = processors.Sequence(  # as in Llama 3.2's tokenizer.json
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, 128000)]
-            ),
-        ]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
-    assert len(tokenizer) == 128256 and tokenizer.convert_tokens_to_ids("<|eot_id|>") == 128009
-    return tokenizer
+    return _save(llama3.tokenizer(), llama3.TEMPLATE, model, folder)
 
 
 @pytest.fixture(scope="session")
