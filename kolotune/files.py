@@ -164,12 +164,11 @@ class Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._pool:
-            for each in (self._hashed, self._flushed):
-                if each is not None and kind is None:
-                    each.result()
-        with self._file:
+        with self._file, self._pool:
             if kind is None:
+                for each in (self._hashed, self._flushed):
+                    if each is not None:
+                        each.result()
                 self._file.flush()
                 _written[_identity(os.fstat(self._file.fileno()))] = self._digest.hexdigest()
 

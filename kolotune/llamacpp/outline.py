@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cache import cache_folder
-from ..files import Stream, hash_file, in_order, remove, replacing
+from ..files import Stream, flush, hash_file, in_order, remove
 from ..runners import local
 from ..weights import FLOATS, Entry, Shard, as_f32, from_f32, header_of, weight_files
 from .toolchain import Toolchain
@@ -160,6 +160,7 @@ def draw(shape: Shape, kind: str, toolchain: Toolchain, log: Path) -> Verdict:
     if (kept / PLAN).is_file():
         with suppress(OSError, ValueError, KeyError):
             return _read(kept, shape)
+        remove(kept)
     with temporary(shape) as folder:
         drawn = folder.with_name(f"{folder.name}.outline")
         drawn.mkdir()
@@ -167,8 +168,9 @@ def draw(shape: Shape, kind: str, toolchain: Toolchain, log: Path) -> Verdict:
         code = local.run(argv, log=log, env=OFFLINE, ends_with_us=True)
         if code != 0:
             return Verdict(reason=local.last_lines(log), code=code)
-        with replacing(kept) as partial_folder:
-            drawn.rename(partial_folder)
+        flush(drawn)
+        with suppress(OSError):  # another process was quicker: its outline is the same
+            drawn.rename(kept)
     _forget_old(kept)
     return _read(kept, shape)
 

@@ -28,6 +28,7 @@ from kolotune.llamacpp.outline import Verdict
 from kolotune.records import Context
 from kolotune.reporter import PlainReporter
 from kolotune.stages import quantize
+from kolotune.stages.merge import merge_adapter
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,28 @@ def test_the_outline_that_the_preflight_draws_is_the_one_that_is_wanted(
     early, kind = exporting._expected(Context(dataclasses.replace(config, lean=True), RunFolder(tmp_path), base))
     later, _ = exporting._expected(Context(finished, done, base))
     assert kind == "f16" and early.digest() == later.digest() == outline.shape_of(done.merged_model).digest()
+
+
+def test_weights_that_f16_can_not_hold(
+    finished: Config, tiny_base: Path, tmp_path: Path, capsys: Any, reporter: PlainReporter
+) -> None:
+    """Found while the GGUF is written in f16, which then begins again in f32: as by way of a folder."""
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = tmp_path / "base", finished.output_dir / "adapter"
+    shutil.copytree(tiny_base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "merged").mkdir()
+    said: dict[str, Any] = {"tokenizer": base, "dtype": "f16", "reporter": reporter}
+    merge_adapter(adapter, base, tmp_path / "merged", **said)
+    whole = exporting.convert_folder(tmp_path / "merged", tmp_path / "whole.gguf", tmp_path / "log", reporter)
+    capsys.readouterr()
+    lean = exporting.convert_adapter(
+        adapter, base, name="merged", target=tmp_path / "lean.gguf", log=tmp_path / "log", **said
+    )
+    assert hash_file(tmp_path / "lean.gguf") == hash_file(tmp_path / "whole.gguf")
+    assert lean["stored_wider"] == ["model.layers.1.mlp.up_proj.weight"]
+    assert lean["type"] == whole["type"] == "f32" and lean["streamed"] and whole["streamed"]
+    assert "stay wider" in capsys.readouterr().out
