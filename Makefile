@@ -43,8 +43,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Against its peers, in environments of their own; takes more than an hour. Wants a quiet machine.
 bench: setup
-	$(BIN)/python bench/training_speed.py
+	$(BIN)/python bench
 
 # The lock names no index and no build of torch, so that it serves machines with and without a GPU.
 lock: setup

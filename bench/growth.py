@@ -1,0 +1,149 @@
+"""How speed and memory change as chats become many, and long.
+
+    python bench/growth.py [--rounds N] [--steps N] [--quick] [--json FILE]
+
+`kolotune train` on 100 to 10,000 chats of the same kind, prepared beforehand, with the same batch; it is ended after
+so many steps (an epoch of 10,000 would take an hour), the first of which are left out. And on chats of 128 to 8,192
+tokens. Memory is that of the whole process tree.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import material
+from docstring_chats import SYSTEM, docstrings
+from measuring import KOLOTUNE, Measured, Result, Table, measure, median, options, versions
+from tokenizers import Tokenizer
+
+from kolotune.layout import RunFolder
+
+_COUNTS, _LENGTHS = (100, 1_000, 10_000), (128, 256, 512, 1_024, 2_048, 4_096, 8_192)
+_BATCH = 8
+_TOKENS_A_STEP = 2_048
+_SKIPPED = 2
+_LEAST = 100  # per cent
+_WANTED_GB = 6
+_SPECIAL_TOKENS = 30  # more than roles, marks and the question of a long chat take
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that was ended: real tokens a second after the first steps, and the tree's memory."""
+
+    tokens_per_second: float
+    measured: Measured
+
+
+def prepared(folder: Path, data: Path, longest: int) -> RunFolder:
+    """A run folder with prepared chats."""
+    run = RunFolder(folder)
+    argv = [
+        *KOLOTUNE, "prepare", data, "--eval-split", "0", "--max-seq-length", str(longest), "--output-dir", run.root,
+    ]  # fmt: skip
+    measure(argv, folder.with_suffix(".log"), env=material.OFFLINE)
+    return run
+
+
+def trained(run: RunFolder, batch: int, steps: int) -> Trained:
+    """`kolotune train` until it has made `steps` steps, from the start."""
+    run.metrics.unlink(missing_ok=True)
+    argv = [
+        *KOLOTUNE, "train", "--config", run.config, "--output-dir", run.root, "--epochs", "1000", "--dtype", "bf16",
+        "--batch-size", str(batch), "--checkpoint-steps", "0", "--target-modules", ",".join(material.TARGETS),
+    ]  # fmt: skip
+    found = measure(argv, run.root.with_suffix(".log"), env=material.OFFLINE, until=lambda: len(_steps(run)) >= steps)
+    speeds = [line["tokens_per_second"] for line in _steps(run)[_SKIPPED:steps]]
+    # Batches are of like length, so the mean time of a token is that of the steps' speeds, taken harmonically.
+    return Trained(len(speeds) / sum(1 / speed for speed in speeds), found)
+
+
+def _steps(run: RunFolder) -> list[dict[str, Any]]:
+    """The metrics of whole steps; a line that is being written is none yet."""
+    try:
+        text = run.metrics.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if "loss" in line]
+
+
+def long_chats(path: Path, count: int, length: int) -> None:
+    """Chats of nearly `length` tokens: docstrings behind each other as the answer."""
+    tokenizer = Tokenizer.from_file(str(material.base() / "tokenizer.json"))
+    texts = [text for _, text in docstrings()]
+    overhead = len(tokenizer.encode(SYSTEM).ids) + _SPECIAL_TOKENS
+    ids: list[int] = []
+    for text in texts * (1 + count * length // 100_000):
+        ids += tokenizer.encode(text + "\n\n").ids
+        if len(ids) > count * length:
+            break
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            answer = tokenizer.decode(ids[number * length : (number + 1) * length][: length - overhead])
+            question = f"Part {number}, please."
+            roles = ("system", SYSTEM), ("user", question), ("assistant", answer)
+            file.write(json.dumps({"messages": [{"role": role, "content": each} for role, each in roles]}) + "\n")
+
+
+def many(root: Path, counts: tuple[int, ...], rounds: int, steps: int, result: Result) -> None:
+    """As chats become many."""
+    runs = {}
+    for count in counts:
+        runs[count] = prepared(root / f"many-{count}", material.chats(root / f"chats-{count}", count).train, 2_048)
+    found: dict[int, list[Trained]] = {count: [] for count in counts}
+    for number in range(rounds):
+        for count, run in runs.items():
+            found[count].append(trained(run, _BATCH, steps))
+            speed = found[count][-1].tokens_per_second
+            print(f"round {number + 1}, {count} chats: {speed:.0f} tokens/s", flush=True)
+    speeds = {count: median(each.tokens_per_second for each in found[count]) for count in counts}
+    peaks = {count: median(each.measured.peak_mb for each in found[count]) for count in counts}
+    rows = [[f"{count:,}", speeds[count], peaks[count]] for count in counts]
+    result.tables.append(Table(f"Batches of {_BATCH}, {steps} steps, medians", ["chats", "tokens/s", "peak MB"], rows))
+    first, last = counts[0], counts[-1]
+    what = f"tokens/s at {last:,} chats, of those at {first:,}"
+    result.at_least(what, 100 * speeds[last] / speeds[first], _LEAST, "%")
+
+
+def long(root: Path, lengths: tuple[int, ...], steps: int, result: Result) -> None:
+    """As chats become long."""
+    rows, peak = [], 0.0
+    for length in lengths:
+        batch = max(1, _TOKENS_A_STEP // length)
+        data = root / f"long-{length}.jsonl"
+        long_chats(data, batch * 4, length)
+        run = trained(prepared(root / f"long-{length}", data, length), batch, steps)
+        rows.append([f"{length:,}", batch, run.tokens_per_second, run.measured.peak_mb, run.measured.anonymous_mb])
+        print(f"{length} tokens: {run.tokens_per_second:.0f} tokens/s, {run.measured.peak_mb:.0f} MB", flush=True)
+        peak = run.measured.peak_mb
+    columns = ["tokens of a chat", "batch", "tokens/s", "peak MB", "anonymous MB"]
+    result.tables.append(Table(f"Long chats, {steps} steps", columns, rows))
+    what = f"{lengths[-1]:,}-token sequences of the 135M model, the whole tree's memory"
+    result.at_most(what, peak / 1000, _WANTED_GB, " GB")
+
+
+def main() -> int:
+    """Measures and tells."""
+    parser = options(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=22)
+    arguments = parser.parse_args()
+    counts, lengths, long_steps = _COUNTS, _LENGTHS, 5
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 1, 6
+        counts, lengths, long_steps = (20, 200), (128, 1_024), 3
+    result = Result("growth", "Growth", versions("torch"), quick=arguments.quick)
+    with tempfile.TemporaryDirectory() as name:
+        many(Path(name), counts, arguments.rounds, arguments.steps, result)
+        long(Path(name), lengths, long_steps, result)
+    result.finish(arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

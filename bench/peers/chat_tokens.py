@@ -1,0 +1,48 @@
+"""A Hugging Face tokenizer with its chat template, as torchtune 0.6.1 wants a tokenizer. Runs in its environment.
+
+torchtune has no component for one; a component may be any dotted path, and this folder is on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+class ChatTokens:
+    """ChatML: ``<|im_start|>role, line break, content<|im_end|>, line break``; a masked message has no labels.
+
+    Args:
+        path: the model's folder.
+        max_seq_len: longer chats are cut.
+    """
+
+    def __init__(self, path: str, max_seq_len: int | None = None) -> None:
+        self._encode = Tokenizer.from_file(str(Path(path, "tokenizer.json")))
+        self.max_seq_len = max_seq_len
+        self.eos_id = self._encode.token_to_id("<|im_end|>")
+        self.pad_id = self.eos_id  # padding is masked by its place, never by its id
+
+    def tokenize_messages(self, messages: list[Any]) -> tuple[list[int], list[bool]]:
+        """Ids, and for each whether it is masked."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for message in messages:
+            head = self._ids(f"<|im_start|>{message.role}\n")
+            body = self._ids(f"{message.text_content}<|im_end|>")
+            tail = self._ids("\n")
+            ids += head + body + tail
+            mask += [True] * len(head) + [message.masked] * len(body) + [True] * len(tail)
+        return ids[: self.max_seq_len], mask[: self.max_seq_len]
+
+    def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
+        """A sample with its messages replaced by tokens and mask."""
+        del inference
+        sample["tokens"], sample["mask"] = self.tokenize_messages(sample.pop("messages"))
+        return sample
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._encode.encode(text, add_special_tokens=False).ids
+        return ids
