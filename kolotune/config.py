@@ -288,7 +288,7 @@ def _shown(key: str) -> str:
 
 
 def _in_words(error: Mapping[str, Any]) -> str:
-    message = str(error["msg"]).replace("Input should be", "must be")
+    message = str(error["msg"]).replace("Input should be", "must be").partition(", unable to")[0]
     value = error.get("input")
     if error.get("loc", [""])[0] == "hf_token":
         return message

@@ -104,7 +104,7 @@ class ArtifactError(KolotuneError):
 
 class RunFolderError(KolotuneError):
     exit_code = 12
-    default_hint = "`kolotune run DATA --output-dir FOLDER` makes a run folder."
+    default_hint = "`kolotune runs` lists those that are here; `kolotune run DATA --output-dir FOLDER` makes one."
 
 
 class SpaceError(KolotuneError):

@@ -144,5 +144,6 @@ class RunFolder:
             RunFolderError: it does not exist or holds no saved config.
         """
         if not self.config.is_file():
-            raise RunFolderError(f"{self.root}: is no run folder (there is no {self.config.name} in it)")
+            why = f"there is no {self.config.name} in it" if self.root.is_dir() else "it does not exist"
+            raise RunFolderError(f"{self.root}: is no run folder ({why})")
         return self

@@ -168,7 +168,7 @@ def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Has
         raise told from error
     records.unmark(context.run, stage.NAME)
     made = ", ".join(f"{path.name} ({size_in_words(size_of(path))})" for path in stage.outputs(context))
-    reporter.success(f"{stage.NAME}: {made} in {time.monotonic() - clock:.1f} s")
+    reporter.success(f"{stage.NAME}: {made or 'nothing to make'} in {time.monotonic() - clock:.1f} s")
 
 
 def _cleaned_outputs(stage: Stage, context: Context) -> str:

@@ -9,11 +9,68 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
+
+
+class TextEvent(TypedDict):
+    """``doing``, ``success``, ``note``, ``warning``: one message. `time` is UTC, to the second, as in every event."""
+
+    event: str
+    time: str
+    text: str
+
+
+class FailureEvent(TypedDict):
+    """``failure``: the last event of a verb that failed."""
+
+    event: str
+    time: str
+    cause: str
+    hint: str
+    exit_code: int
+
+
+class TableEvent(TypedDict):
+    """``table``: rows of text, each by the names of its columns."""
+
+    event: str
+    time: str
+    title: str
+    rows: list[dict[str, str]]
+
+
+class ResultEvent(TypedDict):
+    """``result``: what was asked for; the verb may add fields of its own."""
+
+    event: str
+    time: str
+    text: str
+
+
+class ProgressEvent(TypedDict):
+    """``progress``: a running count; what is counted may add fields, as loss."""
+
+    event: str
+    time: str
+    title: str
+    done: int
+    total: int
+
+
+EVENTS: dict[str, type] = {
+    **dict.fromkeys(("doing", "success", "note", "warning"), TextEvent),
+    "failure": FailureEvent,
+    "table": TableEvent,
+    "result": ResultEvent,
+    "progress": ProgressEvent,
+}
+"""What `JsonReporter` prints, by the value of `event`; docs/json-events.md describes it for its users."""
+WITH_MORE_FIELDS = frozenset({"result", "progress"})
 
 
 class Progress(Protocol):
@@ -38,8 +95,8 @@ class Reporter(Protocol):
     def warning(self, text: str) -> None:
         """Says something that the user should look at."""
 
-    def failure(self, cause: str, hint: str) -> None:
-        """Says what went wrong and what to do."""
+    def failure(self, cause: str, hint: str, exit_code: int = 1) -> None:
+        """Says what went wrong and what to do; `exit_code` is for programs."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Shows rows of text."""
@@ -68,7 +125,7 @@ def make_reporter(as_json: bool = False) -> Reporter:
 class PlainReporter:
     """One line a message, no colours; for files and pipes."""
 
-    seconds_between = 10.0
+    seconds_between, least_seconds = 30.0, 2.0
     table_width = 118
 
     def doing(self, text: str) -> None:
@@ -83,7 +140,8 @@ class PlainReporter:
     def warning(self, text: str) -> None:
         self._line(f"warning: {text}")
 
-    def failure(self, cause: str, hint: str) -> None:
+    def failure(self, cause: str, hint: str, exit_code: int = 1) -> None:
+        del exit_code
         print(clean(f"error: {cause}"), file=sys.stderr)
         if hint:
             print(clean(f"       {hint}"), file=sys.stderr, flush=True)
@@ -128,16 +186,43 @@ class PlainReporter:
 
 
 class _PlainProgress:
+    """A line for every tenth that is done, and when nothing was said for a while: 30 s, later a twentieth of the time.
+
+    So a log of hours stays short, and one of minutes shows that something goes on.
+    """
+
     def __init__(self, reporter: PlainReporter, title: str) -> None:
         self._reporter, self._title = reporter, title
-        self._next = 0.0
+        self._begun = self._said = 0.0
+        self._from: int | None = None
+        self._tenth = -1
 
     def update(self, done: int, total: int, **fields: Any) -> None:
-        if time.monotonic() < self._next and done < total:
+        now = time.monotonic()
+        if self._from is None:  # a resumed count does not begin at nothing
+            self._from, self._begun = done, now
+        if not self._is_due(now, done, total):
             return
-        self._next = time.monotonic() + self._reporter.seconds_between
-        shown = " ".join(f"{name} {value}" for name, value in fields.items())
-        self._reporter.note(f"{self._title} {done}/{total} {shown}")
+        self._said, self._tenth = now, _tenth(done, total)
+        parts = [f"{self._title} {done}/{total}"]
+        if total > 0:
+            parts.append(f"{100 * done // total}%")
+        elapsed, counted = now - self._begun, done - self._from
+        if counted > 0 and done < total and elapsed >= self._reporter.least_seconds:
+            parts.append(f"{duration_in_words(elapsed / counted * (total - done))} left")
+        self._reporter.note(", ".join([*parts, *in_words(fields)]))
+
+    def _is_due(self, now: float, done: int, total: int) -> bool:
+        silent = now - self._said
+        if self._tenth < 0 or done >= total:
+            return True
+        if _tenth(done, total) > self._tenth and silent >= self._reporter.least_seconds:
+            return True
+        return silent >= max(self._reporter.seconds_between, (now - self._begun) / 20)
+
+
+def _tenth(done: int, total: int) -> int:
+    return 10 * done // total if total > 0 else 0
 
 
 class JsonReporter:
@@ -155,8 +240,8 @@ class JsonReporter:
     def warning(self, text: str) -> None:
         self._event("warning", text=text)
 
-    def failure(self, cause: str, hint: str) -> None:
-        self._event("failure", cause=cause, hint=hint)
+    def failure(self, cause: str, hint: str, exit_code: int = 1) -> None:
+        self._event("failure", cause=cause, hint=hint, exit_code=exit_code)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._event("table", title=title, rows=[dict(zip(columns, row, strict=True)) for row in rows])
@@ -169,7 +254,16 @@ class JsonReporter:
         yield _JsonProgress(self, title)
 
     def _event(self, kind: str, **fields: Any) -> None:
-        print(json.dumps({"event": kind, **fields}), flush=True)
+        known = {
+            name: None if isinstance(each, float) and not math.isfinite(each) else each for name, each in fields.items()
+        }
+        print(json.dumps({"event": kind, "time": _now(), **known}, allow_nan=False), flush=True)
+
+
+def _now() -> str:
+    import datetime
+
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class _JsonProgress:
@@ -182,6 +276,8 @@ class _JsonProgress:
 
 class RichReporter:
     """Colours and a live progress bar."""
+
+    narrow = 70
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -201,10 +297,11 @@ class RichReporter:
     def warning(self, text: str) -> None:
         self._print(f"warning: {text}", "bold yellow")
 
-    def failure(self, cause: str, hint: str) -> None:
-        self._err.print(clean(f"error: {cause}"), style="bold red", markup=False)
+    def failure(self, cause: str, hint: str, exit_code: int = 1) -> None:
+        del exit_code
+        self._err.print(clean(f"error: {cause}"), style="bold red", markup=False, soft_wrap=True)
         if hint:
-            self._err.print(clean(hint), markup=False)
+            self._err.print(clean(hint), markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.table import Table
@@ -225,19 +322,23 @@ class RichReporter:
     def progress(self, title: str) -> Iterator[Progress]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
+        # What is shown beside the count takes the room that is left; in a narrow window there is no bar.
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            TextColumn("[yellow]{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", style="yellow", markup=False),
+            *([BarColumn(bar_width=20)] if self._out.width >= self.narrow else []),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[shown]}", markup=False, table_column=rest),
         )
-        with Bar(*columns, console=self._out, transient=False) as bar:
-            yield _RichProgress(bar, bar.add_task(title, total=None, shown=""))
+        with Bar(*columns, console=self._out, transient=False, expand=True) as live:
+            yield _RichProgress(live, live.add_task(clean(title), total=None, shown=""))
 
     def _print(self, text: str, style: str) -> None:
-        self._out.print(clean(text), style=style, markup=False)
+        # The terminal breaks the lines: a path or a command can then be copied whole.
+        self._out.print(clean(text), style=style, markup=False, soft_wrap=True)
 
 
 class _RichProgress:
@@ -245,8 +346,7 @@ class _RichProgress:
         self._bar, self._task = bar, task
 
     def update(self, done: int, total: int, **fields: Any) -> None:
-        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
-        self._bar.update(self._task, completed=done, total=total, shown=shown)
+        self._bar.update(self._task, completed=done, total=total, shown="  ".join(in_words(fields)))
 
 
 class Replay:
@@ -265,6 +365,7 @@ class Replay:
         """Repeats one event; one that is of no known kind is shown as a note, so that nothing gets lost."""
         fields = dict(event)
         kind = str(fields.pop("event", ""))
+        fields.pop("time", None)
         if kind == "progress":
             self._count(fields)
             return
@@ -273,7 +374,8 @@ class Replay:
         if kind in ("doing", "success", "note", "warning"):
             getattr(self._reporter, kind)(str(fields.get("text", "")))
         elif kind == "failure":
-            self._reporter.failure(str(fields.get("cause", "")), str(fields.get("hint", "")))
+            exit_code = int(fields.get("exit_code", 1))
+            self._reporter.failure(str(fields.get("cause", "")), str(fields.get("hint", "")), exit_code)
         elif kind == "table":
             rows = [row for row in fields.get("rows", []) if isinstance(row, dict)]
             columns = list(rows[0]) if rows else []
@@ -311,6 +413,25 @@ def event_of(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return loaded if isinstance(loaded, dict) else None
+
+
+def in_words(fields: dict[str, Any]) -> list[str]:
+    """Fields of a running count as they are shown: ``loss 2.4109``, ``612 tokens/s``."""
+    shown = []
+    for name, value in fields.items():
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        unit, per, _ = name.partition("_per_second")
+        shown.append(f"{text} {unit}/s" if per else f"{name.replace('_', ' ')} {text}")
+    return shown
+
+
+def duration_in_words(seconds: float) -> str:
+    """A time as people read it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def size_in_words(count: float) -> str:

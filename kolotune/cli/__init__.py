@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from ..errors import ArtifactError, Interrupted, KolotuneError, ToolchainError
-from . import container, elsewhere, looks, ollama, proof, roads, room, start, talk
+from ..errors import ArtifactError, ConfigError, Interrupted, KolotuneError, ToolchainError
+from . import container, elsewhere, hints, looks, ollama, proof, roads, room, start, talk
 from .options import reporter
 
 # What only `kolotune[local]` brings; a client works without.
@@ -62,8 +62,7 @@ def run_command_line(arguments: list[str]) -> int:
     try:
         result = elsewhere.main(command, arguments)
     except _CommandLineError as error:
-        error.show()
-        return 2
+        return _wrong_line(error, arguments)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(Interrupted("stopped"), arguments)
     except KolotuneError as error:
@@ -86,11 +85,18 @@ def run_command_line(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _wrong_line(error: Any, arguments: list[str]) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":  # `kolotune` alone: its message is the help
+        error.show()
+        return ConfigError.exit_code
+    return _fail(hints.explained(error), arguments)
+
+
 def _fail(error: KolotuneError, arguments: list[str]) -> int:
     if isinstance(error, Interrupted):  # it ends now; more Ctrl-C must not end it in a traceback
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    reporter("--json" in arguments).failure(error.cause, error.hint)
+    reporter("--json" in arguments).failure(error.cause, error.hint, error.exit_code)
     return error.exit_code
 
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ..config import DEFAULT_OUTPUT_DIR
-from ..errors import ConfigError, DataError, KolotuneError
+from ..errors import DataError, KolotuneError
 from ..layout import RunFolder
 from ..reporter import Reporter, size_in_words
+from . import hints
 from .options import ConfigFile, Data, Json, config_of, reporter, with_options
 
 _SHOWN_PROBLEMS = 50
@@ -36,7 +37,8 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     say = reporter(json)
     resolved = config_of(flags, data, config)
     if not resolved.train_data:
-        raise ConfigError("no chats were given", "Name a file: kolotune check chats.jsonl")
+        raise hints.no_chats("check")
+    hints.require_files((*resolved.train_data, *resolved.eval_data))
     base = base_models.resolve(resolved.base_model, resolved.hf_token, say)
     prepared = prepare_chats(resolved, base, compared=None)
     problems, prepared.problems = prepared.problems, []
@@ -50,7 +52,10 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
         more = len(problems) - _SHOWN_PROBLEMS
         cause = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the chats"
         raise DataError(
-            cause + (f" ({more} not shown)" if more > 0 else ""), "Mend them, or leave those chats out with --skip-bad."
+            cause + (f" ({more} not shown)" if more > 0 else ""),
+            "Mend them, or leave those chats out with --skip-bad."
+            if prepared.train.chats
+            else "No chat is good. `kolotune init FOLDER` writes a few that show the form.",
         )
     if not prepared.train.chats:
         raise DataError("no chat could be trained on", "Raise --max-seq-length, or mend the chats.")

@@ -13,6 +13,7 @@ from ..config import DEFAULT_OUTPUT_DIR, FIELDS, Config
 from ..errors import ConfigError, RunFolderError
 from ..layout import RunFolder
 from ..lean import left_out
+from . import hints
 from .options import ConfigFile, Data, Json, config_of, given, reporter, show, with_options
 
 Run = Annotated[Path, typer.Argument(help="The run folder.")]
@@ -35,7 +36,8 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     say = reporter(json)
     resolved = config_of(flags, data, config)
     if not resolved.train_data:
-        raise ConfigError("no training data was given", "Name a file: kolotune run chats.jsonl")
+        raise hints.no_chats("run")
+    hints.require_files((*resolved.train_data, *resolved.eval_data))
     show(resolved, say)
     folder = pipeline.run(resolved, say)
     say.success(f"Done: {folder.root}")
@@ -53,6 +55,9 @@ def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **
     folder = Path(given(flags).get("output_dir", DEFAULT_OUTPUT_DIR))
     saved = RunFolder(folder).config
     resolved = config_of(flags, data, config, saved if saved.is_file() else None)
+    if not resolved.train_data:
+        raise hints.no_chats("prepare")
+    hints.require_files((*resolved.train_data, *resolved.eval_data))
     pipeline.run(resolved, reporter(json), ["prepare"])
     return 0
 

@@ -10,9 +10,8 @@ import typer
 
 from ..config import Config, dump
 from ..errors import ConfigError
+from .hints import CHATS_NAME, CONFIG_NAME
 from .options import reporter
-
-CONFIG_NAME, CHATS_NAME = "kolotune.yaml", "chats.jsonl"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,7 +34,9 @@ def init(folder: Annotated[Path, typer.Argument(help="Folder to make or to fill.
         write_text(path.absolute(), text)
     say = reporter()
     say.success(f"wrote {' and '.join(str(path) for path in files)}")
-    say.note(f"put your own chats into {CHATS_NAME}, then: kolotune run --config {folder / CONFIG_NAME}")
+    say.note(f"put your own chats into {folder / CHATS_NAME}, then:")
+    say.note(f"  kolotune check {folder / CHATS_NAME}")
+    say.note(f"  kolotune run --config {folder / CONFIG_NAME}")
     return 0
 
 

@@ -154,8 +154,8 @@ class _Events:
             self._progress.update(
                 event["step"],
                 event["steps"],
-                loss=f"{event['loss']:.4f}",
-                speed=f"{event['tokens_per_second']:.0f} tokens/s",
+                loss=round(float(event["loss"]), 4),
+                tokens_per_second=round(event["tokens_per_second"]),
             )
         elif kind == "evaluation":
             self.facts.setdefault("first_held_out_loss", event["held_out_loss"])

@@ -105,7 +105,7 @@ def test_bad_chats_can_be_left_out_and_are_listed(
 
 OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "no data": ([], 2, "no training data was given"),
-    "no such flag": (["c.jsonl", "--epoch-count", "3"], 2, "No such option: --epoch-count"),
+    "no such flag": (["c.jsonl", "--epoch-count", "3"], 2, "there is no option --epoch-count"),
     "flag without value": (["c.jsonl", "--epochs", "--seed"], 2, "epochs must be a valid integer"),
     "epochs of words": (["c.jsonl", "--epochs", "many"], 2, "epochs must be a valid integer"),
     "negative epochs": (["c.jsonl", "--epochs", "-1"], 2, "epochs must be greater than or equal to 0, not '-1'"),
@@ -281,6 +281,7 @@ def test_hostile_names_of_data_and_folders_are_names(
     monkeypatch.chdir(tmp_path)
     flags = ["--base-model", tiny_base, f"--output-dir={name}.run"]
     if len(name) > 255:
+        (tmp_path / "good.jsonl").write_bytes(GOOD)
         for arguments in (["check", name], ["run", "good.jsonl", *flags], ["status", name], ["export", name]):
             code, output = kolotune(*arguments)
             assert code in (3, 11, 12)

@@ -126,13 +126,13 @@ def test_help_loads_nothing_large(arguments: list[str], tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ([], "Usage: kolotune"),
-        (["nonsense"], "No such command 'nonsense'"),
-        (["run", "--nonsense"], "No such option: --nonsense"),
+        (["nonsense"], "there is no verb 'nonsense'"),
+        (["run", "--nonsense"], "there is no option --nonsense"),
         (["run", "--epochs"], "requires an argument"),
         (["status", "a", "b"], "unexpected extra argument"),
-        (["export"], "Missing argument"),
-        (["chat", "--temperature", "hot"], "Invalid value for '--temperature'"),
-        (["chat", "--max-tokens", "0"], "Invalid value for '--max-tokens'"),
+        (["export"], "missing argument"),
+        (["chat", "--temperature", "hot"], "invalid value for '--temperature'"),
+        (["chat", "--max-tokens", "0"], "invalid value for '--max-tokens'"),
     ],
 )
 def test_a_wrong_command_line_is_2_with_words_and_without_a_traceback(
@@ -433,7 +433,7 @@ def test_a_planted_token_is_written_nowhere(
     wanted = [
         (["prepare", write_chats(), *flags], 0),
         (["run", "missing.jsonl", *flags], 3),
-        (["run", "missing.jsonl", "--base-model", "-no/such", *more], 5),
+        (["run", write_chats(), "--base-model", "-no/such", *more], 5),
         (["check", "missing.jsonl", *flags[:2], *more], 3),
     ]
     for arguments, expected in wanted:
@@ -444,6 +444,7 @@ def test_a_planted_token_is_written_nowhere(
 
 
 def test_a_token_from_standard_input_is_read_where_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text("{}\n")
     arguments = ["run", "c.jsonl", "--base-model", "no/such", "--hf-token", "-"]
     code, output = real(*arguments, cwd=tmp_path, typed=TOKEN + "\n", HF_HUB_OFFLINE="1")
     assert code == 7

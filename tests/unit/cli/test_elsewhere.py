@@ -191,8 +191,8 @@ def test_a_folder_is_no_file_of_chats(here: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("run --nonsense --container", 2, "No such option"),
-        ("nonsense --container", 2, "No such command 'nonsense'"),
+        ("run --nonsense --container", 2, "there is no option --nonsense"),
+        ("nonsense --container", 2, "there is no verb 'nonsense'"),
         ("run --epochs x --container", 2, "epochs"),
         ("run --help --container", 0, "Usage: kolotune run"),
         ("container status --container", 2, "takes the name as an argument"),

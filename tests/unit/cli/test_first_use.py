@@ -1,0 +1,63 @@
+"""A newcomer's mistakes: what is said must lead on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("rum", 2, "Did you mean run?"),
+        ("chats.jsonl", 2, "Did you mean: kolotune run chats.jsonl"),
+        ("run --lr 1", 2, "Did you mean --learning-rate"),
+        ("run --model x", 2, "Did you mean --base-model?"),
+        ("run --epoch 3", 2, "Did you mean --epochs?"),
+        ("models --josn", 2, "kolotune models: there is no option --josn"),
+        ("container strat", 2, "kolotune container: there is no verb 'strat'"),
+        ("--hlep", 2, "Did you mean --help?"),
+        ("export", 2, "missing argument 'folder'"),
+        ("run --epochs", 2, "'--epochs' requires an argument"),
+        ("run", 2, "`kolotune init FOLDER` writes some to begin with"),
+        ("prepare", 2, "kolotune prepare chats.jsonl"),
+        ("check", 2, "kolotune check chats.jsonl"),
+        ("run none.jsonl", 3, "none.jsonl: no such file"),
+        ("check none.jsonl --base-model ./none", 3, "none.jsonl: no such file"),
+        ("status", 12, "is no run folder (it does not exist)"),
+        ("chat", 12, "`kolotune runs` lists those that are here"),
+        ("runs", 0, "there are no runs in"),
+    ],
+)
+def test_a_wrong_line_in_an_empty_folder(line: str, code: int, words: str, empty: Path, kolotune: Call) -> None:
+    found, output = kolotune(*line.split())
+    assert found == code and words in output, output
+    assert "Traceback" not in output
+    assert not list(empty.iterdir())
+
+
+def test_what_is_here_is_named(empty: Path, kolotune: Call) -> None:
+    (empty / "chats.jsonl").write_text("")
+    assert "Here are chats: kolotune run chats.jsonl" in kolotune("run")[1]
+    assert f"Did you mean {empty / 'chats.jsonl'}?" in kolotune("run", "chat.jsonl")[1]
+    (empty / "chats.jsonl").unlink()
+    code, output = kolotune("init")
+    assert code == 0 and "kolotune check chats.jsonl" in output
+    assert "kolotune run --config kolotune.yaml" in output
+    assert "Here is a config: kolotune run --config kolotune.yaml" in kolotune("run")[1]
+
+
+def test_no_good_chat_at_all(empty: Path, kolotune: Call) -> None:
+    (empty / "notes.json").write_text('[{"title": "x"}]')
+    code, output = kolotune("check", "notes.json")
+    assert code == 3 and "No chat is good. `kolotune init FOLDER` writes a few that show the form." in output
