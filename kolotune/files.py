@@ -173,6 +173,17 @@ class Stream:
                 _written[_identity(os.fstat(self._file.fileno()))] = self._digest.hexdigest()
 
 
+def hash_and_flush(path: Path) -> None:
+    """Hashes a file that another program wrote within `replacing` while it is brought to the disk; see `Hasher`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(flush, path)
+        digest = hash_file(path)
+        flushed.result()
+    _written[_identity(path.stat())] = digest
+
+
 def _settle(target: Path) -> None:
     """Keeps the digests of what streams wrote into `target`, under the names that the files have now."""
     if not _written:
@@ -216,7 +227,7 @@ def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
 class Hasher:
     """SHA-256 of files and folders, each read once as long as size, times and inode stay the same.
 
-    What a `Stream` of this process wrote has been hashed on its way and is not read at all.
+    What this process has just written (a `Stream`, `hash_and_flush`) was hashed on its way and is not read again.
 
     Args:
         cache: hashes of an earlier process, to trust what has not been touched since; None: this process's only.

@@ -13,7 +13,7 @@ from typing import Any
 from .. import exporting, llamacpp, records
 from ..config import Config, as_record
 from ..errors import ArtifactError, ConfigError, ToolchainError
-from ..files import remove, replacing
+from ..files import hash_and_flush, remove, replacing
 from ..lean import kept
 from ..llamacpp import gguf_file
 from ..quantizations import FILE_TYPES, WHOLE_BLOCKS_ONLY
@@ -152,3 +152,4 @@ def quantize_file(source: Path, target: Path, name: str, log: Path, reporter: Re
             raise ArtifactError(f"{target}: its tensors are not those of {source.name}")
         if int(summary.fields.get("general.file_type", -1)) != FILE_TYPES[name]:
             raise ArtifactError(f"{target}: is not of type {name}")
+        hash_and_flush(partial)

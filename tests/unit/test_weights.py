@@ -118,6 +118,15 @@ def test_what_was_written_need_not_be_read_again(tmp_path: Path) -> None:
         assert files.Hasher().of(path) == files.hash_file(path)
 
 
+def test_what_another_program_wrote_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.replacing(tmp_path / "a") as partial:
+        partial.write_bytes(b"abc")
+        files.hash_and_flush(partial)
+    wanted = files.hash_file(tmp_path / "a")
+    monkeypatch.setattr(files, "hash_file", lambda _: pytest.fail("it is read again"))
+    assert files.Hasher().of(tmp_path / "a") == wanted
+
+
 def test_the_hash_of_a_file_that_never_got_its_name_is_no_one_else_s(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x"), files.replacing(tmp_path / "a") as partial:
         with files.Stream(partial) as stream:
