@@ -7,7 +7,7 @@ label. It computes what transformers computes; tests hold the two together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -81,10 +81,12 @@ class Decoder:
     @torch.no_grad()
     def loss(self, packed: Packed) -> float:
         """The summed cross-entropy of the labelled tokens, without gradients or dropout."""
+        if not packed.labels:
+            return 0.0
         row = _Row(self, packed)
         x, added = self.embedding[packed.ids], None
-        for layer in self.layers:
-            x, added = row.forward(layer, x, added, None)
+        for index, layer in enumerate(self.layers):
+            x, added = row.forward(layer, x, added, None, last=index == len(self.layers) - 1)
         return self._head(x, added, packed, 0.0)[1]
 
     @torch.no_grad()
@@ -99,43 +101,43 @@ class Decoder:
         Returns:
             The summed cross-entropy of the labelled tokens.
         """
+        if not packed.labels:
+            return 0.0
         row = _Row(self, packed)
         x, added = self.embedding[packed.ids], None
         kept: list[_Kept] = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             kept.append(_Kept(torch.get_rng_state() if recompute else None, recompute))
-            x, added = row.forward(layer, x, added, kept[-1])
+            x, added = row.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
         d_x: Tensor | None
         d_x, loss = self._head(x, added, packed, factor)
         for index in reversed(range(len(self.layers))):
             saved = kept.pop()
             if recompute:
-                saved = row.again(self.layers[index], saved)
+                saved = row.again(self.layers[index], saved, last=index == len(self.layers) - 1)
             assert d_x is not None
             d_x = row.backward(self.layers[index], d_x, saved, first=index == 0)
         return loss
 
     def _head(self, x: Tensor, added: Tensor | None, packed: Packed, factor: float) -> tuple[Tensor, float]:
-        """The gradient of ``x + added``, the last layer's output, and the summed loss.
+        """The gradient of ``x + added``, the last layer's output where a label is next, and the summed loss.
 
-        Logits are freed part by part. With a factor of 0 there is no gradient.
+        Logits are freed part by part. With a factor of 0 there is no gradient, and what stands for it is of no use.
         """
-        chosen = x[packed.rows] if added is None else x[packed.rows] + added[packed.rows]
-        normed = torch.empty_like(chosen)
-        chosen, norm_factor = self.operations.norm(self.norm, chosen, None, normed)
+        normed = torch.empty_like(x)
+        x, norm_factor = self.operations.norm(self.norm, x, added, normed)
         total, gradients = 0.0, []
-        parts = zip(torch.split(normed, _LOGITS_AT_ONCE), torch.split(packed.targets, _LOGITS_AT_ONCE), strict=True)
-        for part, wanted in parts if len(normed) else ():
+        for part, wanted in zip(
+            torch.split(normed, _LOGITS_AT_ONCE), torch.split(packed.targets, _LOGITS_AT_ONCE), strict=True
+        ):
             loss, gradient = self.operations.cross_entropy(self.head.forward(part, None), wanted, factor)
             total += loss
             if factor:
                 gradients.append(self.head.backward(gradient))
-        d_x = torch.zeros_like(x)
-        if gradients:
-            d_normed = InputGradient(torch.cat(gradients), x.shape[1], None)
-            d_chosen = self.operations.norm_backward(self.norm, d_normed, chosen, norm_factor, None)
-            d_x[packed.rows] = d_chosen
-        return d_x, total
+        if not gradients:
+            return x, total
+        d_normed = InputGradient(torch.cat(gradients), x.shape[1], None)
+        return self.operations.norm_backward(self.norm, d_normed, x, norm_factor, None), total
 
 
 @dataclass
@@ -155,11 +157,13 @@ class _Row:
 
     def __init__(self, decoder: Decoder, packed: Packed) -> None:
         self.heads, self.operations = decoder.heads, decoder.operations
-        self.tokens = len(packed.ids)
+        self.tokens, self.labelled = len(packed.ids), packed.rows
         rotary = Rotary.of(packed.positions, decoder.frequencies, decoder.embedding.dtype)
         self.attention = self.operations.attention(packed, decoder.heads, rotary)
 
-    def forward(self, layer: Layer, x: Tensor, added: Tensor | None, kept: _Kept | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, layer: Layer, x: Tensor, added: Tensor | None, kept: _Kept | None, last: bool
+    ) -> tuple[Tensor, Tensor]:
         """From ``x + added``, both ``[row, width]``, to two such whose sum is the layer's output.
 
         Args:
@@ -167,6 +171,7 @@ class _Row:
             x: its memory is used for the sum.
             added: None: nothing.
             kept: in training, takes what `backward` needs; and dropout draws.
+            last: nobody reads more of the output than where a label is next, and only that is computed.
         """
         masks: dict[str, list[Tensor] | None] = {
             name: [] if kept is not None else None for name in ("qkv", "out", "gate_up", "down")
@@ -176,13 +181,18 @@ class _Row:
         qkv = layer.qkv.forward(normed, masks["qkv"])
         headed, head_kept = self._normed_heads(layer, qkv)
         attended = layer.out.room(self.tokens)
-        attention_kept = self.attention.forward(headed, attended[:, : layer.out.inputs])
-        mlp_normed = layer.gate_up.room(self.tokens)
+        mixed = attended[:, : layer.out.inputs]
+        attention_kept = self.attention.forward(headed, mixed)
+        if last:
+            attended, residual = attended[self.labelled], x[self.labelled]
+        else:
+            residual = x
+        mlp_normed = layer.gate_up.room(len(attended))
         middle, mlp_factor = self.operations.norm(
-            layer.mlp_norm, layer.out.forward(attended, masks["out"]), x, mlp_normed[:, : layer.gate_up.inputs]
+            layer.mlp_norm, layer.out.forward(attended, masks["out"]), residual, mlp_normed[:, : layer.gate_up.inputs]
         )
         gate_up = layer.gate_up.forward(mlp_normed, masks["gate_up"])
-        product = layer.down.room(self.tokens)
+        product = layer.down.room(len(attended))
         self.operations.gate(gate_up, product[:, : layer.down.inputs])
         result = layer.down.forward(product, masks["down"])
         if kept is not None:
@@ -191,18 +201,18 @@ class _Row:
                 kept.attention = attention_kept
                 kept.masks = {name: each for name, each in masks.items() if each}
                 kept.tensors = head_kept | {
-                    "normed": normed, "factor": factor, "attended": attended, "middle": middle,
+                    "normed": normed, "factor": factor, "mixed": mixed, "attended": attended, "middle": middle,
                     "mlp_normed": mlp_normed, "mlp_factor": mlp_factor, "gate_up": gate_up, "product": product,
                 }  # fmt: skip
         return result, middle
 
-    def again(self, layer: Layer, kept: _Kept) -> _Kept:
+    def again(self, layer: Layer, kept: _Kept, last: bool) -> _Kept:
         """A layer's forward pass once more, with the same draws, for its backward pass."""
         before = torch.get_rng_state()
         assert kept.random_state is not None and kept.x is not None
         torch.set_rng_state(kept.random_state)
         whole = _Kept(None)
-        self.forward(layer, kept.x, None, whole)
+        self.forward(layer, kept.x, None, whole, last)
         torch.set_rng_state(before)
         return whole
 
@@ -214,7 +224,9 @@ class _Row:
         d_normed = layer.gate_up.backward(d_gate_up, saved["mlp_normed"], masks.get("gate_up"))
         d_middle = operations.norm_backward(layer.mlp_norm, d_normed, saved["middle"], saved["mlp_factor"], d_out)
         d_mixed = layer.out.backward(d_middle, saved["attended"], masks.get("out"))
-        d_headed = self.attention.backward(d_mixed, saved["attended"][:, : layer.out.inputs], kept.attention)
+        if len(d_out) < self.tokens:  # the last layer
+            d_mixed, d_middle = replace(d_mixed, whole=self._spread(d_mixed.whole)), self._spread(d_middle)
+        d_headed = self.attention.backward(d_mixed, saved["mixed"], kept.attention)
         d_qkv = self._normed_heads_backward(layer, d_headed, saved)
         if first:
             layer.qkv.backward_of_frozen(d_qkv, saved["normed"], masks.get("qkv"))
@@ -222,6 +234,10 @@ class _Row:
         d_normed = layer.qkv.backward(d_qkv, saved["normed"], masks.get("qkv"))
         assert kept.x is not None
         return operations.norm_backward(layer.attention_norm, d_normed, kept.x, saved["factor"], d_middle)
+
+    def _spread(self, labelled: Tensor) -> Tensor:
+        """``[labels, ...]`` as ``[row, ...]``, 0 elsewhere."""
+        return labelled.new_zeros(self.tokens, labelled.shape[1]).index_copy_(0, self.labelled, labelled)
 
     def _normed_heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Queries, keys and values ``[row, heads.all * d]`` with the first two normalised where the model does that."""

@@ -267,3 +267,11 @@ def test_what_is_shared_is_computed_once(training_room: Room) -> None:
     assert pack(tokens, [2], share=True).prefix == 0
     labelled = dataclasses.replace(tokens, labelled=torch.ones_like(tokens.labelled))
     assert pack(labelled, range(5), share=True).prefix == 0, "a label on the beginning is each chat's own"
+
+
+def test_chats_without_labels_add_nothing(training_room: Room, compiled: bool) -> None:
+    chats = [(ids, [0] * len(ids)) for ids, _ in chats_of(9, 3, 0, 10)]
+    job = training_room(chats=chats).job(compile=compiled)
+    tokens, model = Tokens.load(Path(job.data) / "train.safetensors"), PackedModel(job)
+    assert model.loss(tokens, range(3)) == 0.0 and model.backward(tokens, range(3), 1.0) == 0.0
+    assert model.flat.parameter.grad is not None and not model.flat.parameter.grad.any()
