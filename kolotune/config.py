@@ -124,7 +124,19 @@ class Config:
     lean: bool = option(
         False, "Keep no merged folder, and no unquantized GGUF unless nothing else is made.", kind="export"
     )
-    compare: bool = option(True, "Accepted for scripts; so far a run compares nothing at its end.", kind="export")
+    compare: bool = option(True, "Prove at the end that what was made is the model that was trained.", kind="export")
+    compare_chats: Annotated[int, Ge(1)] = option(
+        32, "Most held-out chats that are compared (training chats, where none are held out).", kind="comparison"
+    )
+    compare_length: Annotated[int, Ge(1)] = option(
+        4096, "Most tokens in them; one chat is always compared.", kind="comparison"
+    )
+    compare_answers: Annotated[int, Ge(0)] = option(
+        3, "Prompts of held-out chats that base and tuned model answer side by side.", kind="comparison"
+    )
+    compare_prompt: tuple[str, ...] = option(
+        (), "A prompt of your own to answer in place of those; may be given several times.", kind="comparison"
+    )
     output_dir: Path = option(DEFAULT_OUTPUT_DIR, "The run folder.", kind="export")
 
 
@@ -194,6 +206,8 @@ def normalized(key: str, value: Any, folder: Path) -> Any:
         if key == "quantization":
             names = [quantizations.NONE if name.upper() == "F16" else name.upper() for name in names]
         return tuple(dict.fromkeys(names))
+    if key == "compare_prompt":
+        return (value,) if isinstance(value, str) else value
     if key == "parameter":
         if isinstance(value, Mapping):
             return tuple(f"{name}={each}" for name, each in value.items())

@@ -25,6 +25,7 @@
     │   └── ContainerVersionError    23   the container's kolotune is another version than the client
     ├── OllamaError                  24   the Ollama server refused, failed, or says other than what was sent
     │   └── OllamaDownError          25   there is no Ollama server where one was looked for
+    ├── FidelityError                28   what is served is not the model that was trained
     ├── ManifestError                26   there is no usable manifest, or something is not what it says
     ├── HubError                     27   the hub refused what was pushed, or the repository is not as it should be
     └── Interrupted                 130   Ctrl-C or a termination signal
@@ -168,6 +169,11 @@ class OllamaError(KolotuneError):
 class OllamaDownError(OllamaError):
     exit_code = 25
     default_hint = "Start it (`ollama serve`, or the app); where it listens elsewhere, set OLLAMA_HOST."
+
+
+class FidelityError(KolotuneError):
+    exit_code = 28
+    default_hint = "`kolotune compare RUN` shows what was measured at each stage."
 
 
 class ManifestError(KolotuneError):

@@ -96,6 +96,11 @@ class RunFolder:
         return self.state / "comparison.json"
 
     @property
+    def comparing(self) -> Path:
+        """What a comparison needs while it lasts."""
+        return self.state / "comparing"
+
+    @property
     def choices(self) -> Path:
         """What was chosen automatically, once."""
         return self.state / "choices.json"

@@ -23,9 +23,9 @@ from .layout import RunFolder
 from .lean import kept, left_out
 from .records import Context, Stage
 from .reporter import Reporter, size_in_words
-from .stages import convert, merge, modelfile, prepare, quantize, train
+from .stages import compare, convert, merge, modelfile, prepare, quantize, train
 
-STAGES: tuple[Stage, ...] = (prepare, train, merge, convert, quantize, modelfile)
+STAGES: tuple[Stage, ...] = (prepare, train, merge, convert, quantize, modelfile, compare)
 NAMES = tuple(stage.NAME for stage in STAGES)
 
 
@@ -41,7 +41,7 @@ def run(
     Args:
         config: the resolved options.
         reporter: where progress and results are told.
-        names: names of stages, in any order.
+        names: names of stages, in any order; those that the config leaves out are left out.
         source: adapter or merged folder made elsewhere, in place of what the run's own stages made.
         again: stages whose outputs are wanted back when they were cleaned. Others stay cleaned unless a stage that
             has work reads them.
@@ -53,7 +53,7 @@ def run(
         KolotuneError: see `errors`.
     """
     folder = RunFolder(config.output_dir)
-    stages = [stage for stage in STAGES if stage.NAME in names and stage.NAME not in left_out(config)]
+    stages = [stage for stage in STAGES if stage.NAME in names and stage.NAME not in _not_had(config)]
     with locked(folder):
         try:
             config = _with_choices(config, folder, names)
@@ -77,9 +77,14 @@ def run(
     return folder
 
 
+def _not_had(config: Config) -> frozenset[str]:
+    """The stages that a run with these options does not have."""
+    return left_out(config) | (frozenset() if config.compare else {compare.NAME})
+
+
 def stages_of(context: Context) -> list[Stage]:
     """The stages that a run has: a lean one has fewer, and one that exports something those that it was made with."""
-    there = [stage for stage in STAGES if stage.NAME not in left_out(context.config)]
+    there = [stage for stage in STAGES if stage.NAME not in _not_had(context.config)]
     return [each for each in there if context.source is None or records.read(context.run, each.NAME) is not None]
 
 

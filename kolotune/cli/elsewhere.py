@@ -39,7 +39,7 @@ HERE = frozenset({"init", "install", "push", "rebuild", "runs", "serve", "uninst
 # They change nothing that would have to come out.
 LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "status", "verify"})
 # Verbs without --config whose flags are options of `Config` all the same.
-_STAGES = frozenset({"train", "merge", "quantize", "modelfile", "export"})
+_STAGES = frozenset({"compare", "train", "merge", "quantize", "modelfile", "export"})
 
 
 @dataclass(frozen=True)

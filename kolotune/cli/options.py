@@ -75,7 +75,7 @@ def _flag(field: dataclasses.Field[Any]) -> inspect.Parameter:
 
 
 def _is_list(name: str) -> bool:
-    return name in ("train_data", "eval_data", "parameter")
+    return name in ("train_data", "eval_data", "parameter", "compare_prompt")
 
 
 def _metavar(hint: Any) -> str:

@@ -14,6 +14,7 @@ from ..errors import ConfigError, RunFolderError
 from ..layout import RunFolder
 from ..lean import left_out
 from . import hints
+from .comparison import showing
 from .options import ConfigFile, Data, Json, config_of, given, reporter, show, with_options
 
 Run = Annotated[Path, typer.Argument(help="The run folder.")]
@@ -24,11 +25,11 @@ Lean = Annotated[Optional[bool], typer.Option("--lean/--no-lean", help=FIELDS["l
 
 def add_to(app: typer.Typer) -> None:
     """Adds the verbs of this module."""
-    for verb in (run, prepare, train, merge, convert, quantize, modelfile, export):
+    for verb in (run, prepare, train, merge, convert, quantize, modelfile, compare, export):
         app.command()(verb)
 
 
-@with_options("data", "model", "training", "export")
+@with_options("data", "model", "training", "export", "comparison")
 def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """All stages: from chats to Modelfiles, each stage only if something it depends on changed."""
     from .. import pipeline
@@ -39,7 +40,8 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
         raise hints.no_chats("run")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
     show(resolved, say)
-    folder = pipeline.run(resolved, say)
+    with showing(RunFolder(resolved.output_dir), say, wanted=resolved.compare):
+        folder = pipeline.run(resolved, say)
     say.success(f"Done: {folder.root}")
     shown = _as_typed(folder.root)
     say.note(f"talk to it:          kolotune chat {shown}")
@@ -110,7 +112,14 @@ def modelfile(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -
     return _stage("modelfile", run, json, flags)
 
 
-@with_options("export")
+@with_options("comparison")
+def compare(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
+    """Adapter, merged model, GGUFs and what Ollama serves, held against each other on held-out chats."""
+    with showing(RunFolder(run.absolute()), reporter(json)):
+        return _stage("compare", run, json, {**flags, "compare": True})
+
+
+@with_options("export", leave_out=("compare",))
 def export(
     folder: Annotated[Path, typer.Argument(help="An adapter or a merged model, made elsewhere.")],
     base: Annotated[Optional[str], typer.Option(help="The adapter's base model; default: the one it names.")] = None,  # noqa: UP045

@@ -97,6 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter
         "checkpoint_steps": 0,
         "dtype": "fp32",
         "template_date": "2026-01-02",
+        "compare": False,
     }
     config = configs.resolve((options, "test", room))
     pipeline.run(config, reporter)

@@ -47,7 +47,7 @@ def test_a_finished_run_has_everything_and_says_so(finished: Config) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [each["step"] for each in lines if "loss" in each] == [1]
     assert partials(run) == []
-    for stage in pipeline.NAMES:
+    for stage in set(pipeline.NAMES) - {"compare"}:
         assert records.read(run, stage) is not None
 
 

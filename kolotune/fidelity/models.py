@@ -1,0 +1,119 @@
+"""What is measured with transformers: the base, the adapter on it (the reference), and the merged model."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+
+import numpy as np
+
+from ..engines.job import emit
+from ..errors import KolotuneError, SpaceError
+from . import task
+from .chosen import Chosen, Trained, choose, misplaced, pieces
+from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
+from .fp32 import Whole
+from .task import Figures, Greedy, ModelsTask, Prompt, Reference
+
+
+def measure(file: Path) -> None:
+    """Carries out the `ModelsTask` in a file; leaves the reference and log-probabilities in its scratch folder.
+
+    Raises:
+        KolotuneError: base, adapter, tokenizer or prepared chats can't be used. What is wrong with the merged model
+            stands in its figures.
+    """
+    asked = task.read(ModelsTask, file)
+    scratch = Path(asked.scratch)
+    trained = Trained.load(Path(asked.tokenizer))
+    chosen = choose(asked, trained)
+    end = trained.tokenizer.convert_tokens_to_ids(trained.end)
+    prompts, expected = _to_answer(asked, trained, chosen)
+    emit("doing", text="the base model, and the adapter on it")
+    model = Whole(Path(asked.base))
+    rows_of_chats = zip(model.log_probabilities(chosen.chats), chosen.chats, strict=True)
+    base_losses = [loss_of(rows, chat) for rows, chat in rows_of_chats]
+    base_answers = model.answers([each.ids for each in prompts], end, asked.longest_answer)
+    model.add(Path(asked.adapter))
+    tuned = keep(scratch / TUNED, chosen.chats, model.log_probabilities(chosen.chats))
+    tuned_answers = model.answers([each.ids for each in prompts], end, asked.longest_answer)
+    del model
+    gc.collect()
+    tuned_losses = [loss_of(rows, chat) for rows, chat in split(tuned, chosen.chats)]
+    stops = [
+        [number, place]
+        for number, (rows, chat) in enumerate(split(tuned, chosen.chats))
+        for place in chat.ends
+        if int(rows[place].argmax()) == end
+    ]
+    labels = [len(chat.positions) for chat in chosen.chats]
+    reference = Reference(
+        chats=chosen.chats,
+        prompts=chosen.prompts,
+        probes=chosen.probes,
+        answers=[
+            Greedy(each.messages, each.ids, _said(trained, base), _said(trained, own), own[-1:] == [end], wanted)
+            for each, base, own, wanted in zip(prompts, base_answers, tuned_answers, expected, strict=True)
+        ],
+        chat_losses=[[one, two] for one, two in zip(base_losses, tuned_losses, strict=True)],
+        labels=labels,
+        stops=stops,
+        held_out=bool(asked.chats_file),
+        whole=chosen.whole,
+        prepared_equal=chosen.equal,
+        prepared_chats=chosen.held,
+        wrong_prepared=chosen.wrong,
+        end_token=trained.end,
+        pieces=pieces(trained.tokenizer),
+        base_loss=sum(base_losses) / sum(labels),
+        tuned_loss=sum(tuned_losses) / sum(labels),
+        merged=None,
+        notes=chosen.notes,
+    )
+    if asked.merged:
+        emit("doing", text="the merged model")
+        merged = _merged(Path(asked.merged), reference, tuned, scratch)
+        reference = dataclasses.replace(reference, merged=merged)
+    task.write(scratch / REFERENCE, reference)
+
+
+def _to_answer(asked: ModelsTask, trained: Trained, chosen: Chosen) -> tuple[list[Prompt], list[str | None]]:
+    """The prompts that are answered, and what the chats have there: the user's own, or the first of the chats."""
+    if asked.own_prompts:
+        system = [{"role": "system", "content": asked.system}] if asked.system else []
+        own = [trained.prompt([*system, {"role": "user", "content": each}], None) for each in asked.own_prompts]
+        return own, [None] * len(own)
+    firsts = [(prompt, text) for prompt, text in zip(chosen.prompts, chosen.expected, strict=True) if _first(prompt)]
+    return [prompt for prompt, _ in firsts[: asked.most_answers]], [text for _, text in firsts[: asked.most_answers]]
+
+
+def _first(prompt: Prompt) -> bool:
+    return all(each["role"] != "assistant" for each in prompt.messages)
+
+
+def _said(trained: Trained, ids: list[int]) -> str:
+    return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path) -> Figures:
+    """The merged model's figures against the adapter on its base."""
+    wrong: list[str] = []
+    equal = 0
+    try:
+        own = Trained.load(folder)
+        equal, found = prompts_equal(
+            reference.prompts, lambda prompt: own.prompt(prompt.messages, prompt.tools or None).ids
+        )
+        wrong += found
+        moved = misplaced(reference.pieces, [each or "" for each in pieces(own.tokenizer)])
+        wrong += [moved] if moved else []
+        if own.end != reference.end_token:
+            wrong.append(f"its answers end with {own.end!r}, and with {reference.end_token!r} in training")
+        model = Whole(folder)
+        after = keep(scratch / MERGED, reference.chats, model.log_probabilities(reference.chats))
+    except SpaceError:
+        raise
+    except KolotuneError as error:
+        return Figures(prompts_equal=equal, prompts=len(reference.prompts), wrong=[*wrong, error.cause])
+    return compared(reference, tuned, after, equal, wrong)

@@ -1,0 +1,246 @@
+"""compare: is each thing on the road still the model that was trained? Measured, judged, and written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import errors
+from ..config import Config, as_record
+from ..engines.job import event_of
+from ..errors import ArtifactError, FidelityError, KolotuneError
+from ..fidelity import figures, judge, task
+from ..fidelity.judge import F16, MERGED, Evidence, Made
+from ..fidelity.result import Comparison
+from ..files import remove, size_of, write_json
+from ..layout import RunFolder
+from ..quantizations import NONE
+from ..records import Context
+from ..reporter import Reporter
+from ..runners import local
+
+NAME = "compare"
+DOING = "comparing what was made with what was trained"
+_OPTIONS = (
+    "compare_chats", "compare_length", "compare_answers", "compare_prompt", "quantization", "system", "merge_dtype",
+)  # fmt: skip
+_LONGEST_ANSWER = 96
+
+
+def options(config: Config) -> dict[str, Any]:
+    """See `records.Stage`."""
+    return as_record(config, _OPTIONS)
+
+
+def inputs(context: Context) -> dict[str, Path]:
+    """See `records.Stage`."""
+    run = context.run
+    found = {
+        "the prepared chats": run.prepared,
+        "the base model": context.base,
+        "the adapter": run.adapter,
+        "the merged model": run.merged_model,
+        "what training measured": run.metrics,
+    }
+    for name, gguf, modelfile in _ggufs(context):
+        found |= {f"the {name}": gguf, f"the Modelfile of the {name}": modelfile}
+    return found
+
+
+def outputs(context: Context) -> list[Path]:
+    """See `records.Stage`."""
+    return [context.run.comparison]
+
+
+def packages() -> Sequence[str]:
+    """See `records.Stage`."""
+    return ("torch", "transformers", "llama-cpp-python")
+
+
+def preflight(context: Context, reporter: Reporter) -> None:
+    """Nothing can be said beforehand."""
+    del context, reporter
+
+
+def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+    """Measures and judges; writes the comparison in any case.
+
+    Raises:
+        FidelityError: a stage fails its bound; the comparison says which.
+        ArtifactError: there is nothing to compare.
+    """
+    if context.source is not None or not context.run.adapter.is_dir() or not context.run.prepared.is_dir():
+        raise ArtifactError(
+            f"{context.run.root}: has no chats and adapter of its own to compare with",
+            "Only runs that were trained here can be compared.",
+        )
+    with _scratch(context.run) as scratch:
+        comparison = judge.verdict(_evidence(context, scratch, reporter))
+    write_json(context.run.comparison, comparison.as_json())
+    if comparison.failure is not None:
+        failure = comparison.failure
+        raise FidelityError(
+            f"{failure.stage}: {failure.what}",
+            f"Likely cause: {failure.likely_cause}. `kolotune {failure.stage}` makes it again.",
+        )
+    return _facts(comparison)
+
+
+def _facts(comparison: Comparison) -> dict[str, Any]:
+    return {"chats": comparison.chats, "base_loss": comparison.base_loss, "tuned_loss": comparison.tuned_loss}
+
+
+@contextmanager
+def _scratch(run: RunFolder) -> Iterator[Path]:
+    """A folder for log-probabilities; what a killed process left there is removed first."""
+    remove(run.comparing)
+    run.comparing.mkdir(parents=True)
+    try:
+        yield run.comparing
+    finally:
+        remove(run.comparing)
+
+
+def _ggufs(context: Context) -> Iterator[tuple[str, Path, Path]]:
+    """Name, GGUF and Modelfile, the unquantized one first."""
+    run = context.run
+    yield F16, run.gguf, run.modelfile()
+    for name in context.config.quantization:
+        if name != NONE:
+            yield name, run.quantized(name), run.modelfile(name)
+
+
+def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
+    run, config = context.run, context.config
+    not_kept = []
+    merged = None
+    if run.merged_model.is_dir():
+        merged = Made(MERGED, run.relative(run.merged_model), size_of(run.merged_model))
+    else:
+        not_kept.append(MERGED)
+    reference = _reference(context, scratch, reporter)
+    before = scratch / (figures.MERGED if (scratch / figures.MERGED).is_file() else figures.TUNED)
+    measured = []
+    for name, gguf, modelfile in _ggufs(context):
+        if not gguf.is_file():
+            if name != F16:
+                raise ArtifactError(f"{gguf}: there is no such GGUF", "Run `kolotune quantize` first.")
+            not_kept.append(F16)
+            continue
+        reporter.doing(f"comparing the {name}")
+        after = scratch / f"{name}.npy"
+        answer = _measure_gguf(context, scratch, name, gguf, modelfile, before, after)
+        if name == F16 and after.is_file():
+            before = after
+        else:
+            remove(after)
+        made = Made(name, run.relative(gguf), gguf.stat().st_size)
+        measured.append((made, run.relative(modelfile), answer))
+    return Evidence(
+        reference=reference,
+        merged=merged,
+        ggufs=measured,
+        merge_dtype=config.merge_dtype,
+        load_in_4bit=config.load_in_4bit,
+        adapter=Made(judge.ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
+        recorded=_recorded(run, config) if reference.held_out else None,
+        not_kept=tuple(not_kept),
+    )
+
+
+def _reference(context: Context, scratch: Path, reporter: Reporter) -> task.Reference:
+    """What is computed with transformers."""
+    run, config = context.run, context.config
+    held_out = (run.prepared / "held_out.safetensors").is_file()
+    asked = task.ModelsTask(
+        base=str(context.base),
+        adapter=str(run.adapter),
+        merged=str(run.merged_model) if run.merged_model.is_dir() else "",
+        tokenizer=str(run.tokenizer),
+        tokens=str(run.prepared / ("held_out.safetensors" if held_out else "train.safetensors")),
+        chats_file=str(run.prepared / "held_out.jsonl") if held_out else "",
+        train_data=[str(each) for each in config.train_data],
+        most_chats=config.compare_chats,
+        most_tokens=config.compare_length,
+        own_prompts=list(config.compare_prompt),
+        system=config.system or "",
+        most_answers=config.compare_answers,
+        longest_answer=_LONGEST_ANSWER,
+        scratch=str(scratch),
+    )
+    task.write(scratch / "models.json", asked)
+    _in_a_process(run, "models", scratch / "models.json", reporter)
+    return task.read(task.Reference, scratch / figures.REFERENCE)
+
+
+def _measure_gguf(
+    context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path, before: Path, after: Path
+) -> task.GgufAnswer:
+    asked = task.GgufTask(
+        gguf=str(gguf),
+        modelfile=str(modelfile),
+        reference=str(scratch / figures.REFERENCE),
+        before=str(before),
+        after=str(after),
+        system=context.config.system or "",
+        longest_answer=_LONGEST_ANSWER,
+        answer_file=str(scratch / f"{name}.answer.json"),
+    )
+    task.write(scratch / f"{name}.json", asked)
+    try:
+        _in_a_process(context.run, "gguf", scratch / f"{name}.json", None)
+    except _ProcessDied as died:
+        # llama.cpp ends the process on files that it does not expect.
+        return task.GgufAnswer(task.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
+    return task.read(task.GgufAnswer, Path(asked.answer_file))
+
+
+class _ProcessDied(ArtifactError):
+    """A measuring process ended without an answer."""
+
+
+def _in_a_process(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) -> None:
+    """Measures in a process of its own; raises its errors in its words."""
+    raised: list[KolotuneError] = []
+
+    def on_line(line: str) -> bool:
+        event = event_of(line)
+        if event is None:
+            return False
+        if event["event"] == "doing" and reporter is not None:
+            reporter.doing(f"comparing {event['text']}")
+        elif event["event"] == "error":
+            kind_of = getattr(errors, str(event["kind"]), ArtifactError)
+            raised.append(kind_of(str(event["cause"]), str(event["hint"])))
+        return True
+
+    log = run.log(NAME)
+    argv = local.python("kolotune.fidelity", kind, str(file))
+    code = local.run(argv, log=log, env={"TOKENIZERS_PARALLELISM": "false"}, on_line=on_line, ends_with_us=True)
+    if raised:
+        raise raised[0]
+    if code != 0:
+        raise _ProcessDied(f"measuring ended with code {code}: {local.last_lines(log)}", f"The log is {log}.")
+
+
+def _recorded(run: RunFolder, config: Config) -> tuple[float, float] | None:
+    """The held-out losses of the base and of what was kept, as training measured them; None when it did not."""
+    losses = []
+    try:
+        lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(told, dict) and "held_out_loss" in told:
+            losses.append((int(told["step"]), float(told["held_out_loss"])))
+    if not losses or losses[0][0] != 0:
+        return None
+    kept = min(loss for _, loss in losses) if config.early_stopping else losses[-1][1]
+    return losses[0][1], kept
