@@ -7,25 +7,31 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import ollama
 import pytest
 from safetensors.numpy import load_file
+from support.ollama_server import OllamaServer
 
 from kolotune import pipeline
 from kolotune.chats.tokenizer import load_tokenizer, template_of
 from kolotune.errors import ToolchainError
 from kolotune.exporting import convert_folder
+from kolotune.installing import install
 from kolotune.layout import RunFolder
 from kolotune.llamacpp import gguf_file
 from kolotune.llamacpp.inference import GgufModel
 from kolotune.ollama.modelfile import parse
+from kolotune.ollama.server import Server
 from kolotune.quantizations import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
+from kolotune.serving.model import ServedModel
+from kolotune.serving.requests import read
 from kolotune.stages.quantize import quantize_file
 
 TINY = ("llama3_road", "torchtune_road", "qwen_road")
@@ -151,21 +157,37 @@ def test_llama_cpp_computes_what_the_merged_model_computes(road: Any, name: str)
     assert np.mean(agreed) >= 0.99
 
 
+def chats_with_prompts(run: RunFolder) -> Iterator[tuple[list[dict[str, Any]], list[int], int]]:
+    """Each held-out chat with its ids, and how many of them stand before the last answer."""
+    chats, ids_of = held_out(run), encoded(run, "held_out")
+    assert len(chats) == len(ids_of) > 0
+    for chat, (ids, labelled) in zip(chats, ids_of, strict=True):
+        assert chat["messages"][-1]["role"] == "assistant"
+        start = len(labelled) - 1 - labelled[::-1].index(True)
+        while labelled[start - 1]:
+            start -= 1
+        yield chat["messages"], ids, start
+
+
 @on(*EVERY)
 def test_llama_cpp_reads_the_prompt_as_it_was_trained(road: Any, name: str) -> None:
     model = GgufModel(road.run.gguf, context=256)
     template = template_of(road.run.tokenizer)
-    chats, ids_of = held_out(road.run), encoded(road.run, "held_out")
-    assert len(chats) == len(ids_of) > 0
-    for chat, (ids, labelled) in zip(chats, ids_of, strict=True):
-        messages = chat["messages"]
-        assert messages[-1]["role"] == "assistant"
-        last = len(labelled) - 1 - labelled[::-1].index(True)
-        start = last
-        while labelled[start - 1]:
-            start -= 1
+    for messages, ids, start in chats_with_prompts(road.run):
         assert model.tokens(template.render(messages[:-1], None, True)) == ids[:start]
         assert model.tokens(template.render(messages, None, False)) == ids
+
+
+@on(*EVERY)
+def test_what_is_served_reads_the_prompt_as_it_was_trained(road: Any, name: str, fake_ollama: OllamaServer) -> None:
+    """Token by token from `serve`; as many in Ollama, where Go renders and the GGUF decides about the BOS."""
+    served, there = ServedModel(road.run, None), Server(fake_ollama.host)
+    install(road.run, "m", road.said, parameters=["num_predict=1", "temperature=0"], server=there)
+    client = ollama.Client(fake_ollama.host, trust_env=False)
+    for messages, ids, start in chats_with_prompts(road.run):
+        request = read(json.dumps({"messages": messages[:-1]}).encode())
+        assert served.prompt(request) == ids[:start]
+        assert client.chat("m", messages[:-1]).prompt_eval_count == start
 
 
 @on(*EVERY)
