@@ -21,7 +21,7 @@ from .cache import cache_folder
 from .errors import KolotuneError, RunFolderError
 from .files import remove, size_of
 from .layout import RunFolder
-from .stages import convert, merge, quantize, train
+from .stages import convert, merge, modelfile, quantize, train
 
 _DEPTH = 5
 _LEFT_HALVES = (".partial", ".old")
@@ -114,7 +114,8 @@ def _state(run: RunFolder) -> str:
     done = [name for name in pipeline.NAMES if records.read(run, name) is not None]
     if not done:
         return "not begun"
-    return "done" if done[-1] == pipeline.NAMES[-1] else f"done up to {done[-1]}"
+    # What comes behind the Modelfiles only looks at the result.
+    return "done" if modelfile.NAME in done else f"done up to {done[-1]}"
 
 
 def _last_change(run: RunFolder) -> float:
