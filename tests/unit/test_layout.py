@@ -25,7 +25,8 @@ def test_results_stand_at_the_root_under_the_names_users_know() -> None:
 
 def test_everything_else_stands_below_the_state() -> None:
     run = RunFolder(Path("/runs/one"))
-    kept = {run.config, run.metrics, run.manifest, run.adapter, run.merged_model, run.gguf, run.root, run.state}
+    results = {run.adapter, run.merged_model, run.gguf, run.report}
+    kept = results | {run.config, run.metrics, run.manifest, run.root, run.state}
     names = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
     for name in names:
         path = getattr(run, name)
