@@ -51,6 +51,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Unparsed:
+    """One record of a file as bytes: small to send to another process, which parses it.
+
+    Attributes:
+        line: where it starts, counted from 1.
+        data: the bytes of one JSON value.
+        at_end: the file ends right after it, so that it may have been cut.
+    """
+
+    line: int
+    data: bytes
+    at_end: bool
+
+    def row(self) -> Row:
+        """The record, or why it is none."""
+        return _row(self.line, self.data, self.at_end)
+
+
+@dataclass(frozen=True)
 class Line:
     """One line as bytes, with its line break; `too_long` ones are empty but for their quotes' parity."""
 
@@ -103,14 +122,14 @@ def _zeros(head: bytes) -> str:
     return "".join("x" if byte else "0" for byte in head)
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path) -> Iterator[Row | Unparsed]:
     """Reads a file with one JSON value a line.
 
     Args:
         path: the file.
 
     Yields:
-        A row for each line that is not blank.
+        Each line that is not blank.
 
     Raises:
         OSError: the file can't be read.
@@ -126,7 +145,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             content = line.data.removeprefix(_BOM).strip(_BLANK)
             if content:
-                yield _row(line.number, line.data.rstrip(_BLANK), at_end=not line.data.endswith(b"\n"))
+                yield Unparsed(line.number, line.data.rstrip(_BLANK), at_end=not line.data.endswith(b"\n"))
 
 
 def _row(line: int, data: bytes, at_end: bool = False, first_column: int = 1) -> Row:
@@ -145,7 +164,7 @@ def is_array(path: Path) -> bool:
     return head.startswith(b"[") and tail.endswith(b"]")
 
 
-def read_json(path: Path) -> tuple[str, Iterator[Row]]:
+def read_json(path: Path) -> tuple[str, Iterator[Row | Unparsed]]:
     """Reads a file that is named as JSON: an array, an object around one, one chat, or JSON Lines after all.
 
     Args:

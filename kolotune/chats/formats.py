@@ -1,84 +1,113 @@
-"""Reading files of chats: which container, which shape, what is wrong, what stands there twice."""
+"""Reading files of chats: which container, which shape, what is wrong."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
 from . import Chat
 from .checks import Fault, Problem, printable
-from .containers import Row, is_array, read_json, read_jsonl
+from .containers import Row, Unparsed, is_array, read_json, read_jsonl
 from .shapes import Reading, read_record
+from .split import content_hash
 from .tables import read_csv, read_parquet
-
-__all__ = ["Problem", "ReadResult", "read_chats"]
 
 MAX_PROBLEMS_PER_RECORD = 3
 _KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
 
 
-@dataclass(frozen=True)
+Records = Iterator[Row | Unparsed]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[str, Records]]:
+    """A file of chats: the name of its container, and its records, each to be read by `read_chat`.
+
+    Raises:
+        DataError: the file can't be read at all: it is missing, a folder, empty, or of an unknown kind; also in the
+            block, when reading fails later.
+        ToolchainError: a Parquet file is given and pyarrow is not installed.
+    """
+    try:
+        require_file(path)
+        yield _open(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_chat(path: Path, record: Row | Unparsed) -> tuple[str, Chat | list[Problem]]:
+    """The shape of a record ("" when none is recognised), and its chat or what is wrong with it."""
+    row = record.row() if isinstance(record, Unparsed) else record
+    reading = Reading("", faults=(row.fault,)) if row.fault else read_record(row.value)
+    if reading.faults:
+        return reading.shape, _problems(path, row.line, reading.faults)
+    return reading.shape, Chat(reading.messages, path, row.line, reading.tools)
+
+
+def no_chats(path: Path) -> DataError:
+    """The error of a file in which not even a bad record stands."""
+    return DataError(f"{_shown(path)}: has no chats", "Give a file with at least one chat.")
+
+
+@dataclass
 class ReadResult:
-    """What files of chats hold.
+    """All that files of chats hold.
 
     Attributes:
         chats: every good chat, in order; exact copies of an earlier one are not among them.
         problems: every bad place, in order of file and line. A bad chat is never in `chats`.
         shapes: for each file, by its path as given, the container and shape that were recognised.
-        duplicates: (where the copy stands, where the first one stands), each as ``file:line``.
     """
 
-    chats: tuple[Chat, ...]
-    problems: tuple[Problem, ...]
-    shapes: dict[str, str]
-    duplicates: tuple[tuple[str, str], ...]
-
-
-@dataclass
-class _Found:
-    chats: list[Chat] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    chats: tuple[Chat, ...] = ()
+    problems: tuple[Problem, ...] = ()
     shapes: dict[str, str] = field(default_factory=dict)
-    duplicates: list[tuple[str, str]] = field(default_factory=list)
-    first_seen: dict[bytes, str] = field(default_factory=dict)
 
 
 def read_chats(paths: Sequence[Path]) -> ReadResult:
-    """Reads files of chats and checks every record.
-
-    Args:
-        paths: the files; their names' endings tell the container.
-
-    Returns:
-        Chats, problems and duplicates; every record of the files is in one of the three.
+    """Reads few chats at once; `preparing` reads many, chunk by chunk.
 
     Raises:
-        DataError: a file can't be read at all: it is missing, a folder, empty, of an unknown kind, or holds
-            no record.
-        ToolchainError: a Parquet file is given and pyarrow is not installed.
+        DataError, ToolchainError: see `opened`.
     """
-    if not paths:
-        raise DataError("no file of chats was given", "Give at least one file.")
-    found = _Found()
+    result = ReadResult()
+    seen: set[bytes] = set()
+    chats: list[Chat] = []
     for path in paths:
-        try:
-            _require_file(path)
-            _read_file(path, found)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    return ReadResult(tuple(found.chats), tuple(found.problems), found.shapes, tuple(found.duplicates))
+        counts: Counter[str] = Counter()
+        problems: list[Problem] = []
+        empty = True
+        with opened(path) as (container, records):
+            for record in records:
+                empty = False
+                shape, chat = read_chat(path, record)
+                counts[shape] += bool(shape)
+                if isinstance(chat, Chat):
+                    if (digest := content_hash(chat)) not in seen:
+                        seen.add(digest)
+                        chats.append(chat)
+                else:
+                    problems += chat
+        if empty:
+            raise no_chats(path)
+        result.problems += tuple(sorted(problems, key=lambda problem: problem.line))
+        result.shapes[str(path)] = f"{container}, {shape_names(+counts)}"
+    result.chats = tuple(chats)
+    return result
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> int:
+    """The size of a file that could hold chats; see `opened` for the errors."""
     try:
         status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValueError as error:
         raise DataError(f"{_shown(path)}: no file can have this name ({error})", "Check the name.") from None
     mode = status.st_mode
@@ -89,6 +118,7 @@ def _require_file(path: Path) -> None:
         raise DataError(f"{_shown(path)}: is no regular file", "Save the chats into a file first.")
     if status.st_size == 0:
         raise DataError(f"{_shown(path)}: is empty", "Give a file with at least one chat.")
+    return status.st_size
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -105,7 +135,7 @@ def _shown(path: Path) -> str:
     return printable(str(path), 200)
 
 
-def _open(path: Path) -> tuple[str, Iterator[Row]]:
+def _open(path: Path) -> tuple[str, Records]:
     suffix = path.suffix.lower()
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and is_array(path)):
         return read_json(path)
@@ -119,43 +149,13 @@ def _open(path: Path) -> tuple[str, Iterator[Row]]:
     raise DataError(f"{_shown(path)}: {kind}", f"Known are {_KNOWN}; unpack archives, and rename or convert others.")
 
 
-def _read_file(path: Path, found: _Found) -> None:
-    container, rows = _open(path)
-    counts: Counter[str] = Counter()
-    problems: list[Problem] = []
-    row_count = 0
-    for row in rows:
-        row_count += 1
-        reading = Reading("", faults=(row.fault,)) if row.fault else read_record(row.value)
-        if reading.shape:
-            counts[reading.shape] += 1
-        if reading.faults:
-            problems += _problems(path, row.line, reading.faults)
-        else:
-            _keep(Chat(reading.messages, path, row.line, reading.tools), found)
-    if not row_count:
-        raise DataError(f"{_shown(path)}: has no chats", "Give a file with at least one chat.")
-    found.problems += sorted(problems, key=lambda problem: problem.line)
-    found.shapes[str(path)] = f"{container}, {_shape_names(counts)}"
-
-
 def _problems(path: Path, line: int, faults: Iterable[Fault]) -> list[Problem]:
     told = list(faults)[:MAX_PROBLEMS_PER_RECORD]
     return [Problem(path, line + fault.down, fault.kind, fault.message) for fault in told]
 
 
-def _keep(chat: Chat, found: _Found) -> None:
-    content = json.dumps([chat.message_dicts(), chat.tools], sort_keys=True)
-    digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-    first = found.first_seen.get(digest)
-    if first is None:
-        found.first_seen[digest] = chat.where
-        found.chats.append(chat)
-    else:
-        found.duplicates.append((chat.where, first))
-
-
-def _shape_names(counts: Counter[str]) -> str:
+def shape_names(counts: Counter[str]) -> str:
+    """The shapes of a file's records, in the user's words."""
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{shape} ({count})" for shape, count in counts.most_common()) or "no shape recognised"

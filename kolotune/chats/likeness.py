@@ -26,8 +26,8 @@ from .checks import printable
 if TYPE_CHECKING:
     import numpy as np
 
-COMPARED = 50_000
-"""So many chats of each part are compared where it must cost little; `kolotune check` compares all."""
+COMPARED = 20_000
+"""So many records of the data are compared where it must cost little; `kolotune check` compares all."""
 
 _ALIKE = 0.8
 _PHRASE = 3
@@ -64,21 +64,57 @@ class Finding:
     places: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Look:
+    """What is compared of a chat.
+
+    Attributes:
+        source, line: where the chat stands.
+        question: stands for the text of its questions; 0 when it is too short.
+        phrases: of its questions, and of its answers: uint64, sorted, each once.
+        answers: of each answer its first words, a number for the text, and one for its beginning (0: too short).
+    """
+
+    source: str
+    line: int
+    question: int
+    phrases: tuple[np.ndarray, np.ndarray]
+    answers: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def at(cls, chat: Chat) -> Look:
+        """The look of a chat."""
+        answers = [(turn.content, _words(turn.content)) for turn in chat.messages if turn.role == "assistant"]
+        asked = _words("\n".join(turn.content for turn in chat.messages if turn.role in ("user", "tool")))
+        calls = _words("\n".join(str(call.get("function")) for turn in chat.messages for call in turn.tool_calls))
+        answered = [*(word for _, words in answers for word in words), *calls]
+        return cls(
+            str(chat.source),
+            chat.line,
+            _digest(asked) if len(asked) >= _PHRASE else 0,
+            (_phrases(asked), _phrases(answered)),
+            tuple(
+                (
+                    " ".join(text[: 2 * _SHOWN_TEXT].split()),
+                    _digest(words),
+                    _digest(words[:_OPENING]) if len(words) > _OPENING else 0,
+                )
+                for text, words in answers
+                if words
+            ),
+        )
+
+
 class Likeness:
     """Takes chats one by one and tells in the end how alike they are.
 
     In memory: some 250 bytes a chat and 30 an answer. The phrases of large data are in a temporary file, about as
     large as the chats' text.
-
-    Args:
-        most: of each part so many chats are compared, the first ones; None: all.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self) -> None:
         import numpy as np
 
-        self._most = most
-        self._counts = [0, 0]
         self._sources: dict[str, int] = {}
         self._source, self._line = array("H"), array("Q")
         self._held_out = array("B")
@@ -88,33 +124,19 @@ class Likeness:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - it lives as long as this object
         self._common = np.zeros((2, _SLOTS), np.uint32)
 
-    @property
-    def left_out(self) -> int:
-        """How many chats were not compared because there are too many."""
-        return sum(max(0, count - self._most) for count in self._counts) if self._most is not None else 0
-
-    def add(self, chat: Chat, held_out: bool) -> None:
+    def add(self, seen: Look, held_out: bool) -> None:
         """Takes a chat of the training part or the held-out one."""
-        self._counts[held_out] += 1
-        if self._most is not None and self._counts[held_out] > self._most:
-            return
-        answers = [(turn.content, _words(turn.content)) for turn in chat.messages if turn.role == "assistant"]
-        asked = [turn.content for turn in chat.messages if turn.role in ("user", "tool")]
-        calls = [str(call.get("function")) for turn in chat.messages for call in turn.tool_calls]
-        words = [_words("\n".join(asked)), [*(word for _, each in answers for word in each), *_words("\n".join(calls))]]
-        self._source.append(self._sources.setdefault(str(chat.source), len(self._sources)))
-        self._line.append(chat.line)
+        self._source.append(self._sources.setdefault(seen.source, len(self._sources)))
+        self._line.append(seen.line)
         self._held_out.append(held_out)
-        self._question_text.append(_digest(words[0]) if len(words[0]) >= _PHRASE else 0)
+        self._question_text.append(seen.question)
         self._offset.append(self._file.tell())
-        for kind, each in enumerate(words):
-            phrases = _phrases(each)
+        for kind, phrases in enumerate(seen.phrases):
             self._common[kind, phrases % _SLOTS] += 1
             self._lengths[kind].append(len(phrases))
             self._file.write(phrases.tobytes())
-        for text, each in answers:
-            if each:
-                self._answers.add(text, each, len(self._line) - 1, self._file)
+        for answer in seen.answers:
+            self._answers.add(answer, len(self._line) - 1, self._file)
 
     def findings(self) -> list[Finding]:
         """What there is to tell, the gravest first; empty when there is nothing."""
@@ -239,13 +261,14 @@ class _Answers:
         self._text, self._opening = array("Q"), array("Q")
         self._chat, self._offset = array("Q"), array("Q")
 
-    def add(self, answer: str, words: list[str], chat: int, file: Any) -> None:
-        self._text.append(_digest(words))
-        self._opening.append(_digest(words[:_OPENING]) if len(words) > _OPENING else 0)
+    def add(self, answer: tuple[str, int, int], chat: int, file: Any) -> None:
+        start, text, opening = answer
+        self._text.append(text)
+        self._opening.append(opening)
         self._chat.append(chat)
         self._offset.append(file.tell())
         # The space keeps it from being empty; the end of the line is the end of the text.
-        file.write(f" {' '.join(answer[: 2 * _SHOWN_TEXT].split())}\n".encode("utf-8", "replace"))
+        file.write(f" {start}\n".encode("utf-8", "replace"))
 
     def findings(self, where: Any, file: Any) -> list[Finding | None]:
         """What there is to tell of them; few answers, as in a test, say nothing."""

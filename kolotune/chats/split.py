@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import Chat
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # From so many chats on, at least one is held out.
 _ENOUGH_TO_HOLD_OUT = 20
 
 
-def content_hash(chat: Chat) -> str:
-    """SHA-256 of messages and tools, in hex; where the chat was read from plays no part."""
+def content_hash(chat: Chat) -> bytes:
+    """SHA-256 of messages and tools; where the chat was read from plays no part."""
     content = json.dumps([chat.message_dicts(), list(chat.tools)], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
 
-def split(chats: Sequence[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
-    """Training and held-out chats, each in the order given.
+def is_held_out(digest: bytes, share: float) -> bool:
+    """Whether a chat's hash, as a fraction, is below `share`."""
+    return int.from_bytes(digest) < share * 2**256
 
-    A chat is held out when its hash, as a fraction, is below `share`; when that leaves none and there are at
-    least 20 chats, the one with the lowest hash is.
+
+def settled(held_out: np.ndarray, lowest: int, share: float) -> np.ndarray:
+    """The chats that are held out, when all are known.
+
+    When `is_held_out` leaves none and there are at least 20 chats, the one with the lowest hash is held out; when it
+    leaves none to train on, none is.
+
+    Args:
+        held_out: bool ``[chats]``: what `is_held_out` says of each.
+        lowest: the chat with the lowest hash.
+        share: the share that is wanted.
+
+    Returns:
+        bool ``[chats]``.
     """
-    hashes = [int(content_hash(chat), 16) for chat in chats]
-    held_out = {index for index, value in enumerate(hashes) if value < share * 2**256}
-    if not held_out and share > 0 and len(chats) >= _ENOUGH_TO_HOLD_OUT:
-        held_out = {min(range(len(chats)), key=hashes.__getitem__)}
-    if len(held_out) == len(chats):
-        held_out = set()
-    train = [chat for index, chat in enumerate(chats) if index not in held_out]
-    return train, [chats[index] for index in sorted(held_out)]
+    held_out = held_out.copy()
+    if not held_out.any() and share > 0 and len(held_out) >= _ENOUGH_TO_HOLD_OUT:
+        held_out[lowest] = True
+    if held_out.all():
+        held_out[:] = False
+    return held_out

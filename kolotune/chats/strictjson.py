@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
-from .checks import RecordError, printable, quoted, value_fault
+from .checks import MAX_DEPTH, RecordError, printable, quoted, value_fault
 
 MAX_DIGITS = 400
 """Longest integer; longer ones are slow to convert, and Python refuses them from 4,300 digits on."""
@@ -17,6 +18,9 @@ _MENDS = {
     "Invalid \\escape": "write a backslash as \\\\",
     "Extra data": "one record ends here and more text follows; is a comma or a line break missing?",
 }
+
+
+_SUSPECT = re.compile("\\\\u(?:0000|[dD][89a-fA-F])|[\0\ud800-\udfff]")
 
 
 def parse(data: bytes, at_end: bool = False, first_column: int = 1) -> Any:
@@ -87,9 +91,11 @@ def _parse(text: str, at_end: bool, first_column: int) -> Any:
         raise _syntax(error, at_end, first_column) from None
     except RecursionError:
         raise RecordError("too-deep", "nested too deep to be read; a chat needs a few levels") from None
-    fault = value_fault(value)
-    if fault is not None:
-        raise RecordError(fault.kind, fault.message)
+    # What `value_fault` looks for can only come from such an escape, or where more is open than it allows.
+    if _SUSPECT.search(text) or text.count("[") + text.count("{") > MAX_DEPTH:
+        fault = value_fault(value)
+        if fault is not None:
+            raise RecordError(fault.kind, fault.message)
     return value
 
 

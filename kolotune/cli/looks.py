@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,8 @@ def add_to(app: typer.Typer) -> None:
 def check(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Validates chats: counts, lengths, problems with their lines, and a look at what is trained on."""
     from .. import models as base_models
-    from ..chats.preparing import prepare_chats
+    from ..chats.preparing import TRAIN, prepare_chats
+    from ..chats.spool import first_encoded
     from ..stages import prepare
 
     say = reporter(json)
@@ -40,12 +42,14 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
         raise hints.no_chats("check")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
     base = base_models.resolve(resolved.base_model, resolved.hf_token, say)
-    prepared = prepare_chats(resolved, base, compared=None)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare_chats(resolved, base, Path(folder), compared=None)
+        first = first_encoded(Path(folder, TRAIN)) if prepared.train.chats else None
     problems, prepared.problems = prepared.problems, []
     prepare.tell(prepared, say)
-    if prepared.train.chats:
+    if first:
         say.note("the first chat as it is trained on; ⟦ ⟧ encloses what the loss counts:")
-        say.note(_with_marks(prepared.train.encoded[0], prepared.tokenizer))
+        say.note(_with_marks(*first, prepared.tokenizer))
     for problem in problems[:_SHOWN_PROBLEMS]:
         say.warning(str(problem))
     if problems:
@@ -63,16 +67,16 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     return 0
 
 
-def _with_marks(encoded: Any, tokenizer: Any) -> str:
+def _with_marks(ids: list[int], labels: list[bool], tokenizer: Any) -> str:
     """The chat's text with its trained parts between ⟦ and ⟧."""
     parts: list[str] = []
     run: list[int] = []
     state = False
-    for token, labelled in [*zip(encoded.ids, encoded.labelled, strict=True), (None, None)]:
+    for token, labelled in [*zip(ids, labels, strict=True), (0, None)]:
         if labelled is not state:
             text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             parts.append(f"⟦{text}⟧" if state else text)
-            run, state = [], labelled
+            run, state = [], bool(labelled)
         run.append(token)
     return "".join(parts)
 

@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import SpaceError
 from ..files import explained
@@ -82,12 +83,34 @@ def run(
     return code
 
 
+@contextlib.contextmanager
+def piped(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that is spoken to through its standard input and output, for the time of the block.
+
+    When the block ends its input is closed, which it should take as its end; after an error it is stopped.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
+    child = subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**inherited, **env})
+    try:
+        yield child
+        assert child.stdin is not None
+        child.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_PATIENCE_SECONDS)
+    finally:
+        _end(child)
+        for pipe in (child.stdin, child.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+
+
 def interactive(argv: Sequence[str]) -> int:
     """Hands the terminal to a program until it ends; returns its exit code."""
     return subprocess.run(list(argv), check=False).returncode
 
 
-def _end(child: subprocess.Popen[str]) -> None:
+def _end(child: subprocess.Popen[Any]) -> None:
     """Stops a child that still runs: politely, then by force."""
     if child.poll() is None:
         with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..chats.preparing import Part, Prepared, prepare_chats, require_good
+from ..chats.preparing import Places, Prepared, prepare_chats, require_good
 from ..chats.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
 from ..config import Config, as_record
 from ..errors import ConfigError
@@ -59,15 +59,11 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     """Writes the run folder's prepared part; see `Prepared.summary` for the facts."""
-    prepared = prepare_chats(context.config, context.base)
-    require_good(prepared, context.config.skip_bad)
-    tell(prepared, reporter)
     with replacing(context.run.prepared) as partial:
         partial.mkdir(parents=True)
-        _write_tokens(prepared.train, partial / "train.safetensors")
-        if prepared.held_out.chats:
-            _write_tokens(prepared.held_out, partial / "held_out.safetensors")
-        _write_chats(prepared.held_out, partial / "held_out.jsonl")
+        prepared = prepare_chats(context.config, context.base, partial)
+        require_good(prepared, context.config.skip_bad)
+        tell(prepared, reporter)
         write_tokenizer(prepared, context.base, partial / "tokenizer")
     return prepared.summary()
 
@@ -92,18 +88,18 @@ def tell(prepared: Prepared, reporter: Reporter) -> None:
         "boundary_merges": "chats have an answer whose first characters merge with the prompt's last token",
     }
     places = {
-        "duplicates": [f"{copy} is {first} again" for copy, first in prepared.duplicates],
+        "duplicates": prepared.duplicates,
         "in_both_parts": prepared.in_both,
-        "shortened": [f"{where}: {turns} turns" for where, turns in prepared.shortened],
+        "shortened": prepared.shortened,
         "too_long": prepared.too_long,
     }
     for name, sentence in said.items():
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence}")
-            _tell_places(places.get(name, []), reporter)
+            _tell_places(places.get(name, Places()), reporter)
     for finding in prepared.findings:
         reporter.warning(finding.text)
-        _tell_places(finding.places, reporter)
+        _tell_places(Places(len(finding.places), finding.places[:_SHOWN_PLACES]), reporter)
     if prepared.not_compared:
         reporter.note(f"{prepared.not_compared} chats were not compared with others; `kolotune check` compares all")
     if prepared.problems:
@@ -112,12 +108,12 @@ def tell(prepared: Prepared, reporter: Reporter) -> None:
             reporter.note(str(problem))
 
 
-def _tell_places(places: Sequence[str], reporter: Reporter) -> None:
+def _tell_places(places: Places, reporter: Reporter) -> None:
     """Where the chats stand that were just counted; of many, the first ones."""
-    for place in places[:_SHOWN_PLACES]:
+    for place in places.shown:
         reporter.note(f"  {place}")
-    if len(places) > _SHOWN_PLACES:
-        reporter.note(f"  … and {len(places) - _SHOWN_PLACES} more")
+    if places.count > len(places.shown) > 0:
+        reporter.note(f"  … and {places.count - len(places.shown)} more")
 
 
 def write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
@@ -129,27 +125,3 @@ def write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
             shutil.copyfile(content, folder / name)
         else:
             (folder / name).write_text(content, encoding="utf-8", newline="")
-
-
-def _write_tokens(part: Part, path: Path) -> None:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    lengths = [len(each.ids) for each in part.encoded]
-    save_file(
-        {
-            "ids": np.fromiter((token for each in part.encoded for token in each.ids), np.int32, sum(lengths)),
-            "labelled": np.fromiter((flag for each in part.encoded for flag in each.labelled), np.uint8, sum(lengths)),
-            "offsets": np.cumsum([0, *lengths], dtype=np.int64),
-        },
-        path,
-    )
-
-
-def _write_chats(part: Part, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for chat in part.chats:
-            record: dict[str, Any] = {"messages": chat.message_dicts()}
-            if chat.tools:
-                record["tools"] = list(chat.tools)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """Chats as one flat row of tokens.
+    """Chats as one flat row of tokens, mapped from their file: what is not looked at takes no memory.
 
     Attributes:
         ids: int32 ``[tokens]``.
@@ -39,7 +39,7 @@ class Tokens:
         """
         try:
             loaded = load_file(path)
-            return cls(loaded["ids"], loaded["labelled"].bool(), loaded["offsets"])
+            return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"])
         except (SafetensorError, KeyError, OSError) as error:
             raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
 
@@ -110,16 +110,19 @@ def make_batch(tokens: Tokens, indices: list[int]) -> Batch:
 
 def order_of(epoch: int, chats: int, seed: int) -> list[int]:
     """The order in which an epoch (from 0) goes through the chats."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(chats, generator=generator).tolist()
+    order: list[int] = _shuffled(epoch, chats, seed).tolist()
     return order
+
+
+def _shuffled(epoch: int, chats: int, seed: int) -> Tensor:
+    return torch.randperm(chats, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def steps_of(chats: int, epoch: int, seed: int, size: int, first: int = 0) -> Iterator[list[int]]:
     """The chats of each step of an epoch, from step `first` of it on; at most `size` of them in a step."""
-    order = order_of(epoch, chats, seed)
+    order = _shuffled(epoch, chats, seed)  # no list of it: that would be 36 MB for a million chats
     for start in range(first * size, len(order), size):
-        yield order[start : start + size]
+        yield order[start : start + size].tolist()
 
 
 def steps_in_epoch(chats: int, batch_size: int, accumulation: int) -> int:
@@ -129,4 +132,6 @@ def steps_in_epoch(chats: int, batch_size: int, accumulation: int) -> int:
 
 def longest_first(tokens: Tokens) -> list[int]:
     """All chats, longest first, for evaluation."""
-    return sorted(range(len(tokens)), key=lambda index: (-tokens.length_of(index), index))
+    lengths = tokens.offsets[1:] - tokens.offsets[:-1]
+    order: list[int] = lengths.argsort(descending=True, stable=True).tolist()
+    return order

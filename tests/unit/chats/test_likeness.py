@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kolotune.chats import Chat, Message
 from kolotune.chats.formats import read_chats
-from kolotune.chats.likeness import Finding, Likeness
+from kolotune.chats.likeness import Finding, Likeness, Look
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCE = Path("chats.jsonl")
@@ -28,12 +28,12 @@ def prose(seed: int, count: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
-def findings(train: list[Chat], held_out: list[Chat] | None = None, most: int | None = None) -> dict[str, Finding]:
-    likeness = Likeness(most)
+def findings(train: list[Chat], held_out: list[Chat] | None = None) -> dict[str, Finding]:
+    likeness = Likeness()
     for each in train:
-        likeness.add(each, False)
+        likeness.add(Look.at(each), False)
     for each in held_out or []:
-        likeness.add(each, True)
+        likeness.add(Look.at(each), True)
     return {each.kind: each for each in likeness.findings()}
 
 
@@ -171,26 +171,16 @@ def test_odd_texts_are_taken() -> None:
     assert findings([]) == {}
 
 
-def test_of_many_chats_the_first_ones_are_compared() -> None:
-    likeness = Likeness(most=10)
-    for each in [*ordinary(10), *ordinary(1)]:
-        likeness.add(each, False)
-    likeness.add(ordinary(1)[0], True)
-    found = likeness.findings()
-    assert likeness.left_out == 1
-    assert [each.kind for each in found] == ["leaks"]
-
-
 def test_kept_in_memory_are_a_few_hundred_bytes_a_chat() -> None:
     import tracemalloc
 
     chats = ordinary(2000)
     likeness = Likeness()
-    likeness.add(chats[0], False)
+    likeness.add(Look.at(chats[0]), False)
     likeness._file.rollover()  # the phrases are on the disk, as those of large data
     tracemalloc.start()
     for each in chats[1:]:
-        likeness.add(each, False)
+        likeness.add(Look.at(each), False)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 200 * len(chats)

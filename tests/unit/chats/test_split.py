@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from kolotune.chats import Chat, Message
-from kolotune.chats.split import content_hash, split
+from kolotune.chats.split import content_hash, is_held_out, settled
 
 
 def chats(count: int) -> list[Chat]:
@@ -13,6 +15,14 @@ def chats(count: int) -> list[Chat]:
         Chat((Message("user", f"question {number}"), Message("assistant", f"answer {number}")), Path("a.jsonl"), number)
         for number in range(count)
     ]
+
+
+def split(some: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
+    hashes = [content_hash(each) for each in some]
+    held_out = np.array([is_held_out(each, share) for each in hashes])
+    held_out = settled(held_out, min(range(len(some)), key=hashes.__getitem__), share)
+    parts = [[each for each, out in zip(some, held_out, strict=True) if out == wanted] for wanted in (False, True)]
+    return parts[0], parts[1]
 
 
 def test_a_share_is_held_out_and_nothing_is_lost() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.chats.preparing import Prepared
+from kolotune.chats.preparing import Places, Prepared
 from kolotune.reporter import PlainReporter
 from kolotune.stages import prepare
 
@@ -14,10 +14,10 @@ from kolotune.stages import prepare
 def test_the_places_of_what_was_left_out_are_named(reporter: PlainReporter, capsys: pytest.CaptureFixture[str]) -> None:
     nothing: Any = None
     prepared = Prepared(nothing, nothing, "")
-    prepared.duplicates = [("a.jsonl:9", "a.jsonl:2")]
-    prepared.in_both = ["held.jsonl:4"]
-    prepared.shortened = [("a.jsonl:5", 2)]
-    prepared.too_long = [f"a.jsonl:{line}" for line in range(100, 125)]
+    prepared.duplicates = Places(1, ("a.jsonl:9 is a.jsonl:2 again",))
+    prepared.in_both = Places(1, ("held.jsonl:4",))
+    prepared.shortened = Places(1, ("a.jsonl:5: 2 turns",))
+    prepared.too_long = Places(25, tuple(f"a.jsonl:{line}" for line in range(100, 120)))
     prepare.tell(prepared, reporter)
     told = capsys.readouterr().out
     for place in ("a.jsonl:9 is a.jsonl:2 again", "held.jsonl:4", "a.jsonl:5: 2 turns", "a.jsonl:100", "a.jsonl:119"):

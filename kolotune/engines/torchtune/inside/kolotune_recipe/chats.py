@@ -21,7 +21,7 @@ class PadId:
 
 @dataclass(frozen=True)
 class Chats:
-    """Chats as one flat row of tokens: ids and flags ``[tokens]``, offsets ``[chats + 1]``."""
+    """Chats as one flat row of tokens, mapped from their file: ids and flags ``[tokens]``, offsets ``[chats + 1]``."""
 
     ids: Tensor
     labelled: Tensor
@@ -31,7 +31,7 @@ class Chats:
     def load(cls, path: Path) -> Chats:
         """The chats of a file that kolotune prepared."""
         loaded = load_file(path)
-        return cls(loaded["ids"].long(), loaded["labelled"].bool(), loaded["offsets"])
+        return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -48,7 +48,7 @@ class Chats:
         for row, index in enumerate(indices):
             span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
             tokens[row, : self.length(index)] = self.ids[span]
-            labels[row, : self.length(index)] = torch.where(self.labelled[span], self.ids[span], IGNORED)
+            labels[row, : self.length(index)] = torch.where(self.labelled[span], self.ids[span].long(), IGNORED)
         labels[:, 0] = IGNORED  # nothing stands before the first token that could predict it
         return {"tokens": tokens, "labels": labels}
 

@@ -1,0 +1,141 @@
+"""Work shared out to processes of this machine: pure work, whose results come back in the order of the tasks.
+
+A worker is this module, started by `local`. It gets what it is to do, then one task after another, pickled, on its
+standard input, and answers on its standard output. The input's end is its end: a parent that was killed leaves none.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
+from typing import Any, BinaryIO, TypeVar
+
+from ..errors import KolotuneError
+from . import local
+
+_MOST = 4  # each takes some 80 MB
+_AHEAD = 2  # tasks that wait for each worker
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def available() -> int:
+    """How many workers this machine has room for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST)
+
+
+def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], count: int) -> Iterator[Result]:
+    """Does each task in one of `count` processes.
+
+    Args:
+        work: what is done with a task; it, the tasks and the results must be picklable, and come from modules that a
+            new process can import.
+        tasks: taken as they are needed, a few ahead.
+        count: how many processes; with fewer than 2, the work is done here.
+
+    Yields:
+        The results, in the order of the tasks.
+
+    Raises:
+        KolotuneError: a worker came to an end of its own.
+        Exception: whatever `work` raised.
+    """
+    if count < 2:
+        yield from map(work, tasks)
+        return
+    with ExitStack() as stack:
+        free: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(count):
+            free.put(stack.enter_context(_started(work)))
+        # Its threads only wait for the processes. They end before these do: it is entered last.
+        threads = stack.enter_context(ThreadPoolExecutor(count))
+
+        def do(task: Task) -> Result:
+            worker = free.get()
+            try:
+                result: Result = worker.do(task)
+            finally:
+                free.put(worker)
+            return result
+
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(threads.submit(do, task))
+                if len(waiting) > count * _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
+class _Worker:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._in, self._out = process.stdin, process.stdout
+
+    def send(self, what: Any) -> None:
+        pickle.dump(what, self._in, pickle.HIGHEST_PROTOCOL)
+        self._in.flush()
+
+    def do(self, task: Any) -> Any:
+        try:
+            self.send(task)
+            good, result = pickle.load(self._out)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise KolotuneError("a worker process ended before its work was done", "Is there memory left?") from error
+        if not good:
+            raise result
+        return result
+
+
+@contextmanager
+def _started(work: Any) -> Iterator[_Worker]:
+    # One thread of the tokenizers' own in each: there is a process for each core.
+    with local.piped(local.python(__name__), {"TOKENIZERS_PARALLELISM": "false"}) as process:
+        worker = _Worker(process)
+        worker.send(work)
+        yield worker
+
+
+def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    tasks, answers = sys.stdin.buffer, _own_output()
+    work = pickle.load(tasks)
+    while True:
+        try:
+            task = pickle.load(tasks)
+        except EOFError:
+            return
+        try:
+            answer: Any = (True, work(task))
+        except Exception as error:
+            answer = (False, error)
+        try:
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except OSError:  # the parent is gone
+            return
+
+
+def _own_output() -> BinaryIO:
+    """Standard output for the answers alone: what anything prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    _main()

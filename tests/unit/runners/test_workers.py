@@ -1,0 +1,63 @@
+"""Work shared out to processes."""
+
+from __future__ import annotations
+
+import operator
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kolotune.errors import KolotuneError
+from kolotune.runners import workers
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_results_come_in_the_order_of_the_tasks(count: int) -> None:
+    assert list(workers.in_order(partial(operator.mul, 3), range(50), count)) == [3 * each for each in range(50)]
+
+
+def test_tasks_are_taken_as_they_are_needed() -> None:
+    taken = []
+
+    def tasks() -> object:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    results = workers.in_order(operator.neg, tasks(), 2)
+    assert next(results) == 0
+    assert len(taken) < 10
+    results.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_of_the_work_is_raised_here(count: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(workers.in_order(partial(operator.truediv, 1), [1, 2, 0, 3], count))
+
+
+def test_a_worker_that_ends_is_said() -> None:
+    with pytest.raises(KolotuneError, match="ended before its work"):
+        list(workers.in_order(os._exit, [3, 3], 2))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
+def test_a_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
+    program = (
+        "import time, sys; from kolotune.runners import workers\n"
+        "for _ in workers.in_order(time.sleep, [0.1] * 1000, 2): print('going', flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        children = psutil.Process(parent.pid).children()
+        assert len(children) == 2
+        parent.kill()
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert len(gone) == 2 and not alive
