@@ -111,7 +111,7 @@ def load(
     adapters: dict[str, LoraPair] = {}
 
     def read(name: str) -> Tensor:
-        return files.read(name).to(dtype)
+        return files.read(name).to(dtype, copy=True)  # what stays mapped would hold the whole file in memory
 
     def fused(prefix: str, names: Sequence[str]) -> FusedLinear:
         weights = [read(f"{prefix}.{name}.weight") for name in names]
