@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batches import IGNORED, Tokens
 
-TOKEN_BUDGET = 1024
+TOKEN_BUDGET = 512
 """Tokens computed at once. More make no product faster on a CPU, and each costs memory until its backward pass."""
 
 LONG = 512
