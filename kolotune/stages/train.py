@@ -9,6 +9,7 @@ from typing import Any
 from .. import errors
 from ..config import Config, as_record
 from ..engines.job import TrainJob, event_of
+from ..engines.native.environment import ENVIRONMENT
 from ..engines.torchtune import architecture, environment, plan
 from ..errors import ArtifactError, KolotuneError, TrainingError
 from ..files import Hasher
@@ -25,10 +26,6 @@ _OPTIONS = (
     "lora_dropout", "target_modules", "early_stopping",
 )  # fmt: skip
 _KILLED = (-9, 137)
-# glibc's allocator gives memory back after each step and gets it again, zeroed, for the next: up to a tenth of a step.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-# oneDNN keeps what it compiled for each number of rows; 1,024 of those are 1 GB, and a step needs a dozen.
-_FORGET_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 # Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
 _BUSY_TOKENS, _SMALLEST_BATCH, _STEPS_WANTED = 1000, 4, 100
 
@@ -124,8 +121,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     with reporter.progress("training") as progress:
         events = _Events(reporter, progress)
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
-        env = {"TOKENIZERS_PARALLELISM": "false", **_KEEP_MEMORY, **_FORGET_PRODUCTS}
-        code = local.run(argv, log=log, env=env, on_line=events, ends_with_us=True)
+        code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_us=True)
     if events.error is not None:
         raise events.error
     if code in _KILLED:

@@ -1,0 +1,16 @@
+"""What the engine's process is started with: settings that libraries read once, when they are loaded."""
+
+from __future__ import annotations
+
+_KEPT_PRODUCTS = "64"
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # glibc's allocator gives memory back after each step and gets it again, zeroed, for the next: up to a tenth of it.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    # oneDNN and PyTorch's own layer above it keep what was compiled for each number of rows, 1,024 of them: 10 MB a
+    # step, until it is 1 GB. A step needs some twenty.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": _KEPT_PRODUCTS,
+    "LRU_CACHE_CAPACITY": _KEPT_PRODUCTS,
+}
