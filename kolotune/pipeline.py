@@ -17,7 +17,7 @@ from . import config as configs
 from . import hardware, manifest, models, records
 from .config import Config
 from .engines.native.kernels import build
-from .errors import Interrupted, KolotuneError, RunFolderError, SpaceError
+from .errors import FidelityError, Interrupted, KolotuneError, RunFolderError, SpaceError
 from .files import Hasher, explained, remove, size_of, write_json, write_text
 from .layout import RunFolder
 from .lean import kept, left_out
@@ -26,6 +26,7 @@ from .reporter import Reporter, size_in_words
 from .stages import compare, convert, merge, modelfile, prepare, quantize, train
 
 STAGES: tuple[Stage, ...] = (prepare, train, merge, convert, quantize, modelfile, compare)
+COMPARE = compare.NAME
 NAMES = tuple(stage.NAME for stage in STAGES)
 
 
@@ -68,8 +69,14 @@ def run(
             records.forget_cleaned(folder, [path for stage in wanted for path in stage.outputs(context)])
             _remember_source(folder, source)
             _remove_what_is_not_kept(context, reporter)
-            for stage in stages:
-                _run_or_skip(stage, context, reporter, hasher)
+            try:
+                for stage in stages:
+                    _run_or_skip(stage, context, reporter, hasher)
+            except FidelityError:
+                # What was made is what the records say; that it is what was trained is another question.
+                made = [stage for stage in stages_of(context) if stage.NAME != COMPARE]
+                manifest.write(made, context, hasher)
+                raise
             manifest.write(stages_of(context), context, hasher)
         except KolotuneError:
             _log_traceback(folder)

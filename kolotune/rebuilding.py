@@ -77,6 +77,8 @@ def _config(manifest: Manifest, path: Path, output_dir: Path, hasher: Hasher) ->
         "train_data": [file for part, file in data if part == TRAINING],
         "eval_data": [file for part, file in data if part == HELD_OUT],
     }
+    if pipeline.COMPARE not in manifest.stages:  # it was left out, or failed
+        values["compare"] = False
     return configs.resolve((values, str(path), path.parent))
 
 
@@ -147,5 +149,9 @@ def _around(manifest: Manifest) -> dict[str, str]:
     """Versions, machine, and what the training says of itself; but for the threads that a rebuild sets."""
     machine = {name: value for name, value in manifest.machine.items() if name != _THREADS}
     facts = manifest.stages.get("train", {}).get("facts", {})
-    trained = {f"training {name}": str(facts[name]) for name in ("device", "threads", "instructions") if name in facts}
+    trained = {
+        f"training {name}": str(facts[name])
+        for name in ("device", "threads", "instructions", "kernels")
+        if name in facts
+    }
     return {**manifest.versions, **machine, **trained}

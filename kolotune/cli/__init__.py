@@ -19,6 +19,8 @@ _LOCAL_PACKAGES = frozenset(
         "gguf",
         "jinja2",
         "llama_cpp",
+        "markupsafe",
+        "matplotlib",
         "numpy",
         "psutil",
         "pyarrow",

@@ -1,8 +1,10 @@
-"""The verbs about a finished run: verify, rebuild, push."""
+"""The verbs about a finished run: report, verify, rebuild, push."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -10,16 +12,50 @@ import typer
 
 from .. import config as configs
 from ..config import DEFAULT_OUTPUT_DIR
-from ..errors import ManifestError
+from ..errors import FidelityError, ManifestError
 from ..layout import RunFolder
-from ..reporter import size_in_words
+from ..reporter import Reporter, size_in_words
 from .options import Json, config_of, reporter
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds the verbs of this module."""
-    for verb in (verify, rebuild, push):
+    for verb in (report, verify, rebuild, push):
         app.command()(verb)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR, json: Json = False
+) -> int:
+    """One page about a run, to look at: losses, data, fidelity, answers, sizes; it needs no network."""
+    from ..report import page
+
+    written = page.write(RunFolder(run.absolute()))
+    reporter(json).success(f"{written} ({size_in_words(written.stat().st_size)}): open it in a browser")
+    return 0
+
+
+@contextmanager
+def reporting(folder: RunFolder, say: Reporter) -> Iterator[None]:
+    """Writes the page when the block is done, or when it ends because the comparison failed."""
+    try:
+        yield
+    except FidelityError:
+        _write_report(folder, say)
+        raise
+    _write_report(folder, say)
+
+
+def _write_report(folder: RunFolder, say: Reporter) -> None:
+    """The page at a run's end, by a process of its own: drawing needs memory, and its failure is none of the run."""
+    from ..runners import local
+
+    log = folder.log("report")
+    code = local.run(local.python("kolotune.report", str(folder.root)), log=log, ends_with_us=True)
+    if code == 0:
+        say.success(f"report: {folder.report.name}")
+    else:
+        say.warning(f"there is no {folder.report.name}: {local.last_lines(log)}")
 
 
 def verify(

@@ -16,6 +16,7 @@ from ..lean import left_out
 from . import hints
 from .comparison import showing
 from .options import ConfigFile, Data, Json, config_of, given, reporter, show, with_options
+from .proof import reporting
 
 Run = Annotated[Path, typer.Argument(help="The run folder.")]
 
@@ -40,8 +41,9 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
         raise hints.no_chats("run")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
     show(resolved, say)
-    with showing(RunFolder(resolved.output_dir), say, wanted=resolved.compare):
-        folder = pipeline.run(resolved, say)
+    folder = RunFolder(resolved.output_dir)
+    with showing(folder, say, wanted=resolved.compare), reporting(folder, say):
+        pipeline.run(resolved, say)
     say.success(f"Done: {folder.root}")
     shown = _as_typed(folder.root)
     say.note(f"talk to it:          kolotune chat {shown}")
@@ -115,7 +117,8 @@ def modelfile(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -
 @with_options("comparison")
 def compare(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
     """Adapter, merged model, GGUFs and what Ollama serves, held against each other on held-out chats."""
-    with showing(RunFolder(run.absolute()), reporter(json)):
+    folder, say = RunFolder(run.absolute()), reporter(json)
+    with showing(folder, say), reporting(folder, say):
         return _stage("compare", run, json, {**flags, "compare": True})
 
 

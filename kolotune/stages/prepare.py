@@ -19,6 +19,16 @@ from ..reporter import Reporter
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
 _SHOWN_PLACES = 20
+# What is said of chats that were not taken as they were, behind their number; by the fact that counts them.
+SAID = {
+    "duplicates": "exact copies of other chats were left out",
+    "in_both_parts": "held-out chats also stand in the training data; they were taken out of the held-out part",
+    "shortened": "chats were too long: {turns_left_out} whole turns at their ends were left out",
+    "too_long": "chats were left out: not even their first answer fits --max-seq-length",
+    "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
+    "and can't be served with the same ids",
+    "boundary_merges": "chats have an answer whose first characters merge with the prompt's last token",
+}
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -78,24 +88,15 @@ def tell(prepared: Prepared, reporter: Reporter) -> None:
         f"{facts['labelled_tokens']} of them answers; lengths {facts['shortest']} to {facts['longest']}, "
         f"median {facts['median']}"
     )
-    said = {
-        "duplicates": "exact copies of other chats were left out",
-        "in_both_parts": "held-out chats also stand in the training data; they were taken out of the held-out part",
-        "shortened": f"chats were too long: {facts['turns_left_out']} whole turns at their ends were left out",
-        "too_long": "chats were left out: not even their first answer fits --max-seq-length",
-        "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
-        "and can't be served with the same ids",
-        "boundary_merges": "chats have an answer whose first characters merge with the prompt's last token",
-    }
     places = {
         "duplicates": prepared.duplicates,
         "in_both_parts": prepared.in_both,
         "shortened": prepared.shortened,
         "too_long": prepared.too_long,
     }
-    for name, sentence in said.items():
+    for name, sentence in SAID.items():
         if facts[name]:
-            reporter.warning(f"{facts[name]} {sentence}")
+            reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
             _tell_places(places.get(name, Places()), reporter)
     for finding in prepared.findings:
         reporter.warning(finding.text)

@@ -199,7 +199,9 @@ def test_rebuild_is_refused_without_the_same_data_and_base(
 
 
 @pytest.mark.slow
-def test_the_sample_run_again_in_fp32(tmp_path: Path, sample_chats: Path, reporter: PlainReporter) -> None:
+def test_the_sample_run_again_in_fp32(
+    tmp_path: Path, sample_chats: Path, reporter: PlainReporter, one_thread: None
+) -> None:
     """The sample of the README, twice, on the CPU in fp32: the same hashes."""
     file = sample_chats.parent / "kolotune.yaml"
     more = {"dtype": "fp32", "output_dir": tmp_path / "run"}

@@ -34,6 +34,10 @@ class TrainingModel(Protocol):
     def flat(self) -> lora.FlatAdapters:
         """The adapters' matrices as one row."""
 
+    @property
+    def kernels(self) -> str:
+        """Names the compiled parts and all that their machine code depends on; "" where there are none."""
+
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """The chats `indices` in groups that are computed at once."""
 
@@ -70,7 +74,9 @@ class PackedModel:
     def __init__(self, job: TrainJob) -> None:
         torch.manual_seed(job.seed)
         dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
-        operations: Operations = CompiledOperations(build.ensure(), dtype) if job.compile else PlainOperations()
+        library = build.ensure() if job.compile else None
+        operations: Operations = CompiledOperations(library, dtype) if library else PlainOperations()
+        self.kernels = library.stem if library else ""
         lora_options = (job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules)
         self.decoder, self.adapters = llama.load(Path(job.base_model), operations, dtype, *lora_options)
         names = {id(pair): name for name, pair in self.adapters.items()}
@@ -114,6 +120,8 @@ class PackedModel:
 
 class PlainModel:
     """Any causal language model of transformers, with automatic differentiation."""
+
+    kernels = ""
 
     def __init__(self, job: TrainJob, device: str) -> None:
         self._device, self._size = device, job.batch_size

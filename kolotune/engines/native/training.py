@@ -156,6 +156,7 @@ def train(job: TrainJob) -> None:
         device=trainer.device,
         threads=torch.get_num_threads(),
         instructions=torch.backends.cpu.get_cpu_capability(),
+        kernels=trainer.model.kernels,
     )
 
 

@@ -1,0 +1,18 @@
+"""``python -m kolotune.report RUN``: writes the page in a process of its own, whose memory goes when it is done."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..errors import KolotuneError
+from ..layout import RunFolder
+from ..runners.watchdog import end_with_parent
+from .page import write
+
+if __name__ == "__main__":
+    end_with_parent()
+    try:
+        write(RunFolder(Path(sys.argv[1])))
+    except KolotuneError as error:
+        sys.exit(error.cause)

@@ -1,0 +1,73 @@
+"""A run whose every text wants to be more than text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from kolotune.chats.tokenizer import load_tokenizer
+from kolotune.fidelity.result import Answer, Checked, Comparison, Count, Failure, Measured
+from kolotune.layout import RunFolder
+
+HOSTILE = (
+    "</span></style><script>window.hurt = 1</script><img src=x onerror='window.hurt=1'>\"'&amp; "
+    "{{ 7 * 7 }} {% raw %} <svg onload=window.hurt=1> \x1b[31mred\x07 \u202eabc\u2066 日本 🎉 " + "long" * 120
+)
+
+
+def comparison(text: str) -> Comparison:
+    """A comparison that has everything, and `text` wherever there is a text."""
+    checked = (
+        Checked("adapter on base", "train", "adapter", 100, "", Count(9, 9), None, None, None, 2.1, Count(9, 9)),
+        Checked("merged", "merge", text, 200, text, Count(9, 9), 1.0, 8e-7, 6e-6, 2.1, Count(9, 9), {"kl_mean": 1e-4}),
+        Checked(text, "quantize", "q", 50, "merged", Count(8, 9), 0.5, 1.5, 9.0, 4.0, Count(0, 9), {}, (text, text)),
+        Checked("served", "modelfile"),
+    )
+    return Comparison(
+        chats=9, positions=312, held_out=True, base_loss=3.5, tuned_loss=2.1, recorded_base_loss=None,
+        recorded_tuned_loss=None, checked=checked, answers=(Answer(text, text, text, text), Answer("plain", None, "")),
+        not_kept=(text,), notes=(text,), quantizations=(Measured("Q8_0", 80, 2.1, 0.001, 0.99, True),),
+        recommended="Q8_0", recommended_because=text, failure=Failure("quantize", text, text),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def hostile_run(run_copy: RunFolder, tmp_path: Path) -> RunFolder:
+    """The finished run with `HOSTILE` in every text that the page shows: chats, names, options, findings, answers."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    root = tmp_path / "<b>run&quot;"
+    run_copy.root.rename(root)
+    run = RunFolder(root)
+    ids = load_tokenizer(run.tokenizer)(HOSTILE, add_special_tokens=False)["input_ids"]
+    for part in ("train", "held_out"):
+        labelled = [at > 20 for at in range(len(ids))]
+        tensors = {"ids": np.array(ids, np.int32), "labelled": np.array(labelled, np.uint8)}
+        save_file({**tensors, "offsets": np.array([0, len(ids)], np.int64)}, run.prepared / f"{part}.safetensors")
+    run.comparison.write_text(json.dumps(comparison(HOSTILE).as_json()))
+    record = json.loads(run.record("prepare").read_text())
+    record["facts"] |= {"bad": [HOSTILE] * 3, "duplicates": 2, "shortened": 1, "turns_left_out": 4}
+    record["facts"]["findings"] = {HOSTILE: 2}
+    run.record("prepare").write_text(json.dumps(record))
+    values = json.loads(run.manifest.read_text())
+    values["artifacts"][run.relative(run.comparison)] = {"stage": "compare", "size": 1, "sha256": "0", "files": {}}
+    values["data"]["files"][0]["path"] = f"/data/{HOSTILE}"
+    values["config"] |= {"system": HOSTILE, "parameter": [HOSTILE]}
+    values["versions"]["python"] = values["machine"]["processor"] = HOSTILE
+    values["base"]["name"] = f"/models/{HOSTILE}"
+    run.manifest.write_text(json.dumps(values))
+    lines = [{"step": 0, "held_out_loss": 4.0, "time": 1.0}]
+    for step in range(1, 41):
+        lines.append({"step": step, "loss": 4 - step / 15, "learning_rate": 1e-3 / step, "tokens_per_second": 90.0,
+                      "memory_mb": 700, "time": 1.0 + step})  # fmt: skip
+    lines += [{"step": 20, "held_out_loss": 3.0, "time": 21.0}, {"step": 40, "held_out_loss": 2.5, "time": 41.0}]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def with_options(found: Comparison, **changes: object) -> Comparison:
+    return dataclasses.replace(found, **changes)  # type: ignore[arg-type]
