@@ -48,6 +48,7 @@ class Evidence:
         adapter: the adapter's size.
         recorded: held-out losses that training measured: of the base, and of what it kept; None: none.
         not_kept: see `Comparison`.
+        untied: head and embedding are one in the base and two in the merged model.
     """
 
     reference: Reference
@@ -58,6 +59,7 @@ class Evidence:
     adapter: Made
     recorded: tuple[float, float] | None
     not_kept: tuple[str, ...]
+    untied: bool = False
 
 
 def verdict(evidence: Evidence) -> Comparison:
@@ -253,9 +255,11 @@ def _cause_in_weights(failed: Checked, evidence: Evidence) -> str:
     reference = evidence.reference
     if "weights lack" in " ".join(failed.failed):
         return "head and embedding were untied in the config, and the head's weights are not there"
+    if evidence.untied:
+        return "head and embedding are one in the base and two in the merged model, and differ"
     near_base = failed.loss is not None and abs(failed.loss - reference.base_loss) < abs(
         failed.loss - reference.tuned_loss
     )
     if near_base:
         return "the adapter was added with too small a scale or not at all, or to another base model"
-    return "the adapter was added with a wrong scale or orientation, or head and embedding are no longer one"
+    return "the adapter was added with a wrong scale or orientation"

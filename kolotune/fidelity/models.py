@@ -13,7 +13,7 @@ from ..errors import KolotuneError, SpaceError
 from . import task
 from .chosen import Chosen, Trained, choose, misplaced, pieces
 from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
-from .fp32 import Whole
+from .fp32 import model_in
 from .task import Figures, Greedy, ModelsTask, Prompt, Reference
 
 
@@ -31,7 +31,7 @@ def measure(file: Path) -> None:
     end = trained.tokenizer.convert_tokens_to_ids(trained.end)
     prompts, expected = _to_answer(asked, trained, chosen)
     emit("doing", text="the base model, and the adapter on it")
-    model = Whole(Path(asked.base))
+    model = model_in(Path(asked.base))
     rows_of_chats = zip(model.log_probabilities(chosen.chats), chosen.chats, strict=True)
     base_losses = [loss_of(rows, chat) for rows, chat in rows_of_chats]
     base_answers = model.answers([each.ids for each in prompts], end, asked.longest_answer)
@@ -47,13 +47,24 @@ def measure(file: Path) -> None:
         for place in chat.ends
         if int(rows[place].argmax()) == end
     ]
+    if prompts and base_answers[0] is None:
+        chosen.notes.append(
+            "the model does not fit into the free memory in fp32: it was read layer by layer, and answers were left out"
+        )
     labels = [len(chat.positions) for chat in chosen.chats]
     reference = Reference(
         chats=chosen.chats,
         prompts=chosen.prompts,
         probes=chosen.probes,
         answers=[
-            Greedy(each.messages, each.ids, _said(trained, base), _said(trained, own), own[-1:] == [end], wanted)
+            Greedy(
+                each.messages,
+                each.ids,
+                _said(trained, base),
+                _said(trained, own),
+                own is not None and own[-1:] == [end],
+                wanted,
+            )
             for each, base, own, wanted in zip(prompts, base_answers, tuned_answers, expected, strict=True)
         ],
         chat_losses=[[one, two] for one, two in zip(base_losses, tuned_losses, strict=True)],
@@ -92,7 +103,9 @@ def _first(prompt: Prompt) -> bool:
     return all(each["role"] != "assistant" for each in prompt.messages)
 
 
-def _said(trained: Trained, ids: list[int]) -> str:
+def _said(trained: Trained, ids: list[int] | None) -> str | None:
+    if ids is None:
+        return None
     return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
@@ -110,7 +123,7 @@ def _merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path
         wrong += [moved] if moved else []
         if own.end != reference.end_token:
             wrong.append(f"its answers end with {own.end!r}, and with {reference.end_token!r} in training")
-        model = Whole(folder)
+        model = model_in(folder)
         after = keep(scratch / MERGED, reference.chats, model.log_probabilities(reference.chats))
     except SpaceError:
         raise

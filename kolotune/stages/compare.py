@@ -84,7 +84,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
         failure = comparison.failure
         raise FidelityError(
             f"{failure.stage}: {failure.what}",
-            f"Likely cause: {failure.likely_cause}. `kolotune {failure.stage}` makes it again.",
+            f"Likely cause: {failure.likely_cause}.",
         )
     return _facts(comparison)
 
@@ -148,7 +148,16 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
         adapter=Made(judge.ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
         recorded=_recorded(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
+        untied=merged is not None and _tied(context.base) and not _tied(run.merged_model),
     )
+
+
+def _tied(model: Path) -> bool:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("tie_word_embeddings"))
 
 
 def _reference(context: Context, scratch: Path, reporter: Reporter) -> task.Reference:

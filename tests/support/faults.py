@@ -1,0 +1,81 @@
+"""Faults that are planted in a finished run, and records that are sealed again over them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kolotune import models, pipeline, records
+from kolotune.config import Config
+from kolotune.files import Hasher
+from kolotune.layout import RunFolder
+from kolotune.records import Context
+from kolotune.reporter import PlainReporter
+
+
+def context_of(config: Config) -> Context:
+    base = models.resolve(config.base_model, None, PlainReporter())
+    return Context(config, RunFolder(config.output_dir), base)
+
+
+def seal(config: Config) -> None:
+    """Writes all records anew, so that every hash in them is that of the files as they now are."""
+    context = context_of(config)
+    hasher = Hasher()
+    for stage in pipeline.STAGES:
+        record = records.read(context.run, stage.NAME)
+        if record is None:
+            continue
+        facts = dict(record.facts)
+        for name in facts.get("made", {}):
+            facts["made"][name] = {
+                "source": hasher.of(context.run.gguf), "sha256": hasher.of(context.run.quantized(name))
+            }  # fmt: skip
+        records.write(stage, context, hasher, facts, record.started)
+
+
+def make_again(config: Config, *names: str) -> None:
+    """Seals, and lets later stages work with what was planted."""
+    seal(config)
+    for name in names:
+        RunFolder(config.output_dir).record(name).unlink()
+    pipeline.run(config, PlainReporter(), list(names))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the tensors of a folder of one safetensors file."""
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: each.contiguous() for name, each in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(file.read_text(encoding="utf-8"))
+    change(value)
+    file.write_text(json.dumps(value), encoding="utf-8")
+
+
+def change_bytes(file: Path, old: bytes, new: bytes) -> None:
+    """Puts other bytes of the same number in place of what stands there once."""
+    assert len(old) == len(new)
+    with file.open("r+b") as handle, mmap.mmap(handle.fileno(), 0) as data:
+        at = data.find(old)
+        assert at >= 0 and data.find(old, at + 1) < 0
+        data[at : at + len(new)] = new
+
+
+def change_tensors(file: Path, changes: dict[str, Callable[[Any], Any]]) -> None:
+    """Changes tensors of a GGUF in place, as the arrays that they are stored as."""
+    import gguf
+
+    reader: Any = gguf.GGUFReader(str(file), "r+")
+    found = {each.name: each for each in reader.tensors}
+    for name, change in changes.items():
+        found[name].data[:] = change(found[name].data.copy())
+    reader.data.flush()
