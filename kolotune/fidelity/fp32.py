@@ -274,9 +274,9 @@ def _until(end: int, ids: list[int]) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def _spellings(name: str) -> tuple[str, str, str]:
-    """The names that a weight may have: some models are saved without the outer module's name."""
-    return name, name.removeprefix("model."), f"model.{name}"
+def _spellings(name: str) -> tuple[str, ...]:
+    """The names that a weight may have, each once: some models are saved without the outer module's name."""
+    return tuple(dict.fromkeys((name, name.removeprefix("model."), f"model.{name}")))
 
 
 def _known(name: str, parameters: Collection[str]) -> str:

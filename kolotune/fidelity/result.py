@@ -133,7 +133,7 @@ class Comparison:
         answers: base against tuned.
         not_kept: names of what would be compared but is not kept in the run folder (`--lean`).
         notes: what was left out or is otherwise than it may seem, a sentence each.
-        quantizations: filled by `kolotune compare --try`, smallest first.
+        quantizations: those that were tried on the run's chats, smallest first.
         recommended: name of one of `quantizations`; "" when none were tried.
         recommended_because: one sentence.
         failure: None when everything passed.
