@@ -167,11 +167,12 @@ def prove_expected(context: Context, reporter: Reporter) -> None:
     Raises:
         ToolchainError: it can't.
     """
-    shape, kind = _expected(context)
+    shape, kind = expected(context)
     _prove(shape, kind, context.run.log("dry_conversion"), reporter)
 
 
-def _expected(context: Context) -> tuple[Shape, str]:
+def expected(context: Context) -> tuple[Shape, str]:
+    """What will be converted, as far as it is known before there is an adapter, and the type of the GGUF."""
     folder = source_folder(context)
     if context.source is not None and folder == context.source:
         return outline.shape_of(folder), outline.kind_of(MappedTensors(weight_files(folder)).entries)

@@ -92,3 +92,40 @@ def _cpu_text() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new process can have: what the machine has, and the container it runs in."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limited = _left_of_limit(Path("/sys/fs/cgroup"))
+    return free if limited is None else min(free, limited)
+
+
+def _left_of_limit(group: Path) -> int | None:
+    """What a control group leaves; files that it holds in memory can be dropped. None: there is no limit."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    droppable = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))
+    return max(0, int(limit) - used + droppable)
+
+
+def peak_memory() -> tuple[int, int]:
+    """Bytes that this process has held at most, and how many of those it holds are of files."""
+    import psutil
+
+    now = psutil.Process().memory_info()
+    mapped = int(getattr(now, "shared", 0))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return int(now.rss), mapped
+    peak = next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), int(now.rss))
+    return peak, mapped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configs
-from . import hardware, manifest, models, records
+from . import hardware, manifest, models, planning, records
 from .config import Config
 from .engines.native.kernels import build
-from .errors import FidelityError, Interrupted, KolotuneError, RunFolderError, SpaceError
+from .errors import FidelityError, Interrupted, KolotuneError, RunFolderError
 from .files import Hasher, explained, remove, size_of, write_json, write_text
 from .layout import RunFolder
 from .lean import kept, left_out
@@ -54,7 +53,7 @@ def run(
         KolotuneError: see `errors`.
     """
     folder = RunFolder(config.output_dir)
-    stages = [stage for stage in STAGES if stage.NAME in names and stage.NAME not in _not_had(config)]
+    stages = [stage for stage in STAGES if stage.NAME in names and stage.NAME not in not_had(config)]
     with locked(folder):
         try:
             config = _with_choices(config, folder, names)
@@ -71,6 +70,8 @@ def run(
             _remove_what_is_not_kept(context, reporter)
             try:
                 for stage in stages:
+                    if stage is train:
+                        _look_at_the_work(context, reporter, hasher)
                     _run_or_skip(stage, context, reporter, hasher)
             except FidelityError:
                 # What was made is what the records say; that it is what was trained is another question.
@@ -84,14 +85,14 @@ def run(
     return folder
 
 
-def _not_had(config: Config) -> frozenset[str]:
+def not_had(config: Config) -> frozenset[str]:
     """The stages that a run with these options does not have."""
     return left_out(config) | (frozenset() if config.compare else {compare.NAME})
 
 
 def stages_of(context: Context) -> list[Stage]:
     """The stages that a run has: a lean one has fewer, and one that exports something those that it was made with."""
-    there = [stage for stage in STAGES if stage.NAME not in _not_had(context.config)]
+    there = [stage for stage in STAGES if stage.NAME not in not_had(context.config)]
     return [each for each in there if context.source is None or records.read(context.run, each.NAME) is not None]
 
 
@@ -199,44 +200,54 @@ def _preflight(
     stages: Sequence[Stage], context: Context, reporter: Reporter, hasher: Hasher, wanted: Sequence[Stage]
 ) -> None:
     """What is known to fail is not started: every stage that has work is asked before the first one works."""
-    busy = (stage in wanted or bool(records.reasons(stage, context, hasher)) for stage in stages)
-    first = next((index for index, has_work in enumerate(busy) if has_work), None)
-    if first is None:
-        return
-    for stage in stages[first:]:
+    busy = to_do(stages, context, hasher, wanted)
+    if train in busy:
+        _check_space([train], context)  # what takes no time to find out comes first
+    for stage in busy:
         stage.preflight(context, reporter)
-    _check_space(stages[first:], context)
+    if busy:
+        _check_space(busy, context)
 
 
-def _check_space(stages: Sequence[Stage], context: Context) -> None:
-    """Refuses to start when the disk can't hold what the stages make.
+def to_do(stages: Sequence[Stage], context: Context, hasher: Hasher, wanted: Sequence[Stage] = ()) -> Sequence[Stage]:
+    """The stages from the first one on that has work, or whose outputs are `wanted` back."""
+    busy = (stage in wanted or bool(records.reasons(stage, context, hasher)) for stage in stages)
+    first = next((index for index, has_work in enumerate(busy) if has_work), len(stages))
+    return stages[first:]
 
-    The merged model and the unquantized GGUF are as large as the base's files (2 bytes a weight), twice that
-    in fp32; a quantization is at
-    most as large as Q8_0's 8.5 bits.
+
+def _check_space(stages: Sequence[Stage], context: Context, work: planning.Work | None = None) -> None:
+    """Refuses to start when disk or memory can't hold what the stages make. Before the chats are read the least counts.
+
+    Raises:
+        SpaceError: it says what to change.
     """
-    names = {stage.NAME for stage in stages}
-    weights = sum(path.stat().st_size for path in context.base.glob("*.safetensors"))
-    wide = 2 if context.config.merge_dtype == "fp32" else 1
-    lean = "quantize" in names and not kept(context.config).unquantized
-    needed = wide * weights * (("merge" in names) + ("convert" in names or lean))
-    if "quantize" in names:
-        needed += int(weights * 8.5 / 16) * len(context.config.quantization)
-    free = shutil.disk_usage(context.run.root).free
-    if needed > free:
-        raise SpaceError(
-            f"{context.run.root}: the run makes about {size_in_words(needed)}, but only {size_in_words(free)} are free"
-        )
+    planning.require_room(context, {stage.NAME for stage in stages}, context.run.log("plan"), work)
+
+
+def _look_at_the_work(context: Context, reporter: Reporter, hasher: Hasher) -> None:
+    """Once the chats are prepared it is known what training them takes: it is told, and checked again."""
+    if not context.run.prepared.is_dir() or not records.reasons(train, context, hasher):
+        return
+    work = planning.work_of(context.run.prepared, context.config)
+    reporter.note(planning.in_words(work, context.config))
+    _check_space([train], context, work)
 
 
 def _with_choices(config: Config, folder: RunFolder, names: Sequence[str]) -> Config:
-    """The config with what is chosen automatically; what the folder's first run chose is kept.
+    """The config with what is chosen automatically, which is kept in the folder."""
+    config, chosen = with_choices(config, folder, names)
+    write_json(folder.choices, chosen)
+    return config
+
+
+def with_choices(config: Config, folder: RunFolder, names: Sequence[str] = NAMES) -> tuple[Config, dict[str, Any]]:
+    """The config with what is chosen automatically, and the choices; what the folder's first run chose is kept.
 
     Whether the training step is compiled is chosen when something is trained: to know, it has to be compiled.
     """
-    file = folder.choices
     try:
-        chosen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        chosen: dict[str, Any] = json.loads(folder.choices.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         chosen = {}
     if "template_date" not in chosen:
@@ -245,14 +256,13 @@ def _with_choices(config: Config, folder: RunFolder, names: Sequence[str]) -> Co
         chosen["dtype"] = hardware.best_dtype()
     if "compile" not in chosen and config.compile == "auto" and train.NAME in names and config.engine == "native":
         chosen["compile"] = "on" if build.usable() else "off"
-    write_json(file, chosen)
     if config.template_date is None:
         config = dataclasses.replace(config, template_date=chosen["template_date"])
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=chosen["dtype"])
     if config.compile == "auto":
         config = dataclasses.replace(config, compile=chosen.get("compile", "auto"))
-    return config
+    return config, chosen
 
 
 @contextmanager

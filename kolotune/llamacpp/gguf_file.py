@@ -112,6 +112,18 @@ class _Header:
         return shape, kind, elements // block * size, int(self._number("<Q"))
 
 
+def block_of(kind: str) -> tuple[int, int]:
+    """A type's block: how many weights, and in how many bytes.
+
+    Raises:
+        KeyError: there is no such type.
+    """
+    import gguf
+
+    newer = {name: (block, size) for name, block, size in _NEWER.values()}
+    return newer[kind] if kind in newer else gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+
+
 def read(path: Path) -> GgufSummary:
     """The summary of a GGUF whose tensors all lie inside the file.
 

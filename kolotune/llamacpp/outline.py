@@ -140,6 +140,17 @@ class Outline:
     tensors: tuple[Made, ...]
 
 
+def hollow(outline: Outline, target: Path) -> None:
+    """A GGUF with that header, and a hole in the disk where the weights are: as large as the real one."""
+    target.write_bytes(outline.header)
+    os.truncate(target, size_of(outline))
+
+
+def size_of(outline: Outline) -> int:
+    """Bytes of the GGUF."""
+    return len(outline.header) + sum(made.size + -made.size % _ALIGNMENT for made in outline.tensors)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the converter says of a folder: an outline, or why there is none; `code` is not 0 when it failed."""
@@ -156,7 +167,7 @@ def draw(shape: Shape, kind: str, toolchain: Toolchain, log: Path) -> Verdict:
     """
     if toolchain.version == "own":
         return Verdict(reason="the converter is not the pinned one")
-    kept = _place(shape, kind, toolchain)
+    kept = place_of(shape, kind, toolchain)
     if (kept / PLAN).is_file():
         with suppress(OSError, ValueError, KeyError):
             return _read(kept, shape)
@@ -177,10 +188,11 @@ def draw(shape: Shape, kind: str, toolchain: Toolchain, log: Path) -> Verdict:
 
 def is_drawn(shape: Shape, kind: str, toolchain: Toolchain) -> bool:
     """Whether the converter's answer is known."""
-    return (_place(shape, kind, toolchain) / PLAN).is_file()
+    return (place_of(shape, kind, toolchain) / PLAN).is_file()
 
 
-def _place(shape: Shape, kind: str, toolchain: Toolchain) -> Path:
+def place_of(shape: Shape, kind: str, toolchain: Toolchain) -> Path:
+    """The folder that keeps what the converter said."""
     return cache_folder("conversions") / f"{shape.digest()}-{kind}-{toolchain.version}"
 
 

@@ -80,7 +80,7 @@ def make_job(context: Context) -> TrainJob:
     chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
     chosen["compile"] = config.engine == "native" and config.compile == "on"
     if config.batch_size is None:
-        chosen["batch_size"] = _batch_size(run.prepared / "train.safetensors")
+        chosen["batch_size"] = batch_size_of(run.prepared / "train.safetensors")
     return TrainJob(
         base_model=str(context.base),
         base_name=canonical(config.base_model),
@@ -96,7 +96,7 @@ def make_job(context: Context) -> TrainJob:
     )
 
 
-def _batch_size(tokens: Path) -> int:
+def batch_size_of(tokens: Path) -> int:
     """The batch for these chats: 4, or as many as keep the processor busy while an epoch keeps a hundred steps.
 
     It depends on the prepared chats alone, so that a resumed or repeated run has the same.

@@ -1,0 +1,184 @@
+"""What `kolotune plan` foretells against what then happens in `kolotune run`, for three very different jobs.
+
+    python bench/plan_accuracy.py [--json FILE] [--quick] [--rounds N] [--jobs A,B,C]
+
+Memory is that of `measuring`: the whole process tree's, with its part of mapped files. Disk is the run folder's
+largest sum of file sizes, looked at every half second. The plan with measured steps is made before each run; memory and
+disk of the plan without them are shown too. Every round has all jobs; what counts is the median of planned / happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from docstring_chats import docstrings, write_chats
+from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
+
+from kolotune import smollm2
+from kolotune.chats.tokenizer import TOKENIZER_FILES
+from kolotune.reporter import PlainReporter
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to plan and to run: its letter, what it is, and the arguments behind the verb."""
+
+    letter: str
+    what: str
+    arguments: tuple[str, ...]
+
+
+def jobs(room: Path, quick: bool) -> list[Job]:
+    """The three; their data and a random model are made in `room`."""
+    short, long, few = room / "short.jsonl", room / "long.jsonl", room / "few.jsonl"
+    write_chats(short, 12 if quick else 40)
+    _write_long(long, 3 if quick else 6)
+    write_chats(few, 6 if quick else 16, seed=1)
+    other = _random_model(room / "random-250m")
+    once = ("--epochs", "1")
+    return [
+        Job("A", "SmolLM2-135M, 40 short chats in batches of 4, Q4_K_M", (str(short), "--batch-size", "4", *once)),
+        Job(
+            "B",
+            "SmolLM2-135M, chats of some 2,000 tokens, Q8_0 and Q5_K_M, lean",
+            (str(long), "--quantization", "Q8_0,Q5_K_M", "--lean", "--batch-size", "1", "--eval-split", "0", *once),
+        ),
+        Job(
+            "C",
+            "a random Llama of 250 M weights in fp32, rank 64, two epochs, Q6_K",
+            (
+                str(few), "--base-model", str(other), "--dtype", "fp32", "--lora-rank", "64", "--quantization", "Q6_K",
+                "--epochs", "2", "--eval-split", "0",
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def _write_long(path: Path, count: int) -> None:
+    texts = [text for _, text in docstrings()]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            answer = ""
+            for text in texts[number * 97 :]:
+                answer += text + "\n\n"
+                if len(answer) > 6_300:  # characters: of SmolLM2 some 1,900 tokens
+                    break
+            turns = [{"role": "user", "content": f"Part {number}?"}, {"role": "assistant", "content": answer[:6_300]}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def _random_model(folder: Path) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=49_152, hidden_size=1_024, intermediate_size=2_816, num_hidden_layers=18, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=4_096, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    source = smollm2.unpacked(PlainReporter())
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return folder
+
+
+def planned(job: Job, out: Path, log: Path, *more: str) -> dict[str, Any]:
+    """What `plan` says, as its event has it."""
+    log.unlink(missing_ok=True)
+    measure([*KOLOTUNE, "plan", *job.arguments, *_common(out), "--json", *more], log)
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith('{"event"')]
+    found: dict[str, Any] = next(event["plan"] for event in events if "plan" in event)
+    return found
+
+
+def _common(out: Path) -> list[str]:
+    return ["--output-dir", str(out), "--no-compare"]
+
+
+def happened(job: Job, out: Path, log: Path) -> tuple[float, float, float]:
+    """Memory in bytes, disk in bytes and seconds of the real run."""
+    most = 0
+
+    def look() -> bool:
+        nonlocal most
+        most = max(most, _bytes_in(out))
+        return False
+
+    took = measure([*KOLOTUNE, "run", *job.arguments, *_common(out)], log, until=look)
+    return took.peak_mb * 1e6, max(most, _bytes_in(out)), took.seconds
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(path, name)).st_size
+            except OSError:  # it was renamed in the meantime
+                continue
+    return total
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = options(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", default="A,B,C")
+    arguments = parser.parse_args()
+    result = Result("plan_accuracy", "What plan foretells, against what happens", versions("torch", "transformers"))
+    result.quick = arguments.quick
+    rows: list[list[Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        chosen = [job for job in jobs(room, arguments.quick) if job.letter in arguments.jobs.split(",")]
+        ratios: dict[tuple[str, str], list[float]] = {}
+        for number in range(1 if arguments.quick else arguments.rounds):
+            for job in chosen:
+                rows += [[job.letter, number + 1, *row] for row in _round(job, room, ratios)]
+                print(rows[-3:], flush=True)
+    result.tables.append(Table("Rounds", ["job", "round", "what", "planned", "unmeasured plan", "happened"], rows))
+    bounds = {"memory": 0.25, "disk": 0.25, "time": 0.40}
+    for job in chosen:
+        result.notes.append(f"{job.letter}: {job.what}.")
+        for what, bound in bounds.items():
+            off = abs(median(ratios[job.letter, what]) - 1)
+            result.at_most(f"{job.letter}: {what}, planned against happened", 100 * off, 100 * bound, " %")
+        off = abs(median(ratios[job.letter, "memory without measuring"]) - 1)
+        result.at_most(f"{job.letter}: memory by formulas alone", 100 * off, 25, " %")
+    result.finish(arguments.json)
+    return 0 if all(each.passed for each in result.figures) else 1
+
+
+def _round(job: Job, room: Path, ratios: dict[tuple[str, str], list[float]]) -> list[list[Any]]:
+    out, log = room / "run", room / "log"
+    shutil.rmtree(out, ignore_errors=True)
+    by_formulas = planned(job, out, log, "--no-measure")
+    told = planned(job, out, log)
+    memory, disk, seconds = happened(job, out, room / f"{job.letter}-{time.time_ns()}.log")
+    expected = {
+        "memory": (told["memory_peak"], by_formulas["memory_peak"], memory),
+        "disk": (told["disk_peak"], by_formulas["disk_peak"], disk),
+    }
+    rows: list[list[Any]] = []
+    for what, (planned_bytes, formula, real) in expected.items():
+        ratios.setdefault((job.letter, what), []).append(planned_bytes / real)
+        rows.append([f"{what}, MB", planned_bytes / 1e6, formula / 1e6, real / 1e6])
+    ratios.setdefault((job.letter, "memory without measuring"), []).append(by_formulas["memory_peak"] / memory)
+    total = sum(told["seconds"].values())
+    ratios.setdefault((job.letter, "time"), []).append(total / seconds)
+    rows.append(["time, s", total, "-", seconds])
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
