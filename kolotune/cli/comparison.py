@@ -32,6 +32,8 @@ def show(found: Comparison, say: Reporter) -> None:
     say.table(title, _COLUMNS, [_row(each) for each in found.checked])
     if found.base_loss is not None and found.tuned_loss is not None:
         say.note(f"loss of the base model {found.base_loss:.4f}, tuned {found.tuned_loss:.4f}")
+    if found.recommended:
+        say.note(f"recommended: {found.recommended}, {found.recommended_because}")
     for name in found.not_kept:
         say.note(f"not kept, so not compared: {name}")
     for note in found.notes:

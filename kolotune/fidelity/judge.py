@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .result import Answer, Checked, Comparison, Count, Failure
+from .result import Answer, Checked, Comparison, Count, Failure, Measured
 from .task import Figures, GgufAnswer, Reference
 
 ADAPTER, MERGED, F16 = "adapter on base", "merged", "f16 GGUF"
@@ -25,6 +25,8 @@ _LOSS_APART_4BIT = 0.1
 _STANDARD_ERRORS = 4.0
 _LOSS_KEPT = 0.5  # of what training gained, a quantization keeps at least so much
 _NOTABLE_GAIN = 0.2
+# The smallest quantization is recommended that loses no more than this share of what training gained, or so many nats.
+_LOSS_LOST, _LOSS_UNSEEN = 0.05, 0.01
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def verdict(evidence: Evidence) -> Comparison:
     if evidence.recorded is None:
         notes.append("training measured no held-out loss that base and adapter could be held against")
     recorded = evidence.recorded or (None, None)
+    tried = tuple(sorted(_tried(evidence), key=lambda each: each.size_bytes))
+    best, because = recommended(tried, reference.base_loss, reference.tuned_loss)
     return Comparison(
         chats=len(reference.chats),
         positions=sum(reference.labels),
@@ -88,8 +92,34 @@ def verdict(evidence: Evidence) -> Comparison:
         ),
         not_kept=evidence.not_kept,
         notes=tuple(dict.fromkeys(notes)),
+        quantizations=tried,
+        recommended=best,
+        recommended_because=because,
         failure=_first_failure(checked, evidence),
     )
+
+
+def _tried(evidence: Evidence) -> Iterator[Measured]:
+    """The quantizations that could be measured whole."""
+    for made, _, answer in evidence.ggufs:
+        seen = answer.figures
+        if made.name == F16 or made.size is None or seen.wrong:
+            continue
+        if seen.loss is not None and seen.kl_mean is not None and seen.top1_agreement is not None:
+            yield Measured(made.name, made.size, seen.loss, seen.kl_mean, seen.top1_agreement)
+
+
+def recommended(tried: Sequence[Measured], base_loss: float, tuned_loss: float) -> tuple[str, str]:
+    """The quantization with the best loss for its size, and why; "" twice where there are not two to choose from."""
+    if len(tried) < 2:
+        return "", ""
+    allowed = tuned_loss + max(_LOSS_LOST * (base_loss - tuned_loss), _LOSS_UNSEEN)
+    good = [each for each in tried if each.loss <= allowed]
+    if not good:
+        best = min(tried, key=lambda each: each.loss)
+        return best.name, "all lose a notable part of what was learnt, and this one the least"
+    best = min(good, key=lambda each: each.size_bytes)
+    return best.name, f"the smallest whose loss ({best.loss:.4f}) is near that of the tuned model ({tuned_loss:.4f})"
 
 
 def _last_of_user(messages: Sequence[Mapping[str, str]]) -> str:

@@ -87,12 +87,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Measured:
-    """A quantization that was tried on the run's own chats; its file is not kept unless the run has it.
+    """A quantization of the run, measured on its own chats.
 
     Attributes:
         name: as "Q4_K_M".
         size_bytes: of the GGUF.
-        loss, kl_mean, top1_agreement: as in `Checked`, against the unquantized GGUF.
+        loss, kl_mean, top1_agreement: as in `Checked`.
         importance_matrix: whether it was made with one.
     """
 
@@ -133,8 +133,8 @@ class Comparison:
         answers: base against tuned.
         not_kept: names of what would be compared but is not kept in the run folder (`--lean`).
         notes: what was left out or is otherwise than it may seem, a sentence each.
-        quantizations: those that were tried on the run's chats, smallest first.
-        recommended: name of one of `quantizations`; "" when none were tried.
+        quantizations: all that the run has, smallest first.
+        recommended: name of one of `quantizations`; "" where there are not two to choose from.
         recommended_because: one sentence.
         failure: None when everything passed.
         version: of this schema.
