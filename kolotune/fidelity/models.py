@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from . import task
 from .chosen import Chosen, Trained, choose, misplaced, pieces
 from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
 from .fp32 import model_in
-from .task import Figures, Greedy, ModelsTask, Prompt, Reference
+from .task import Asked, Figures, Greedy, ModelsTask, Prompt, Reference
 
 
 def measure(file: Path) -> None:
@@ -41,12 +42,6 @@ def measure(file: Path) -> None:
     del model
     gc.collect()
     tuned_losses = [loss_of(rows, chat) for rows, chat in split(tuned, chosen.chats)]
-    stops = [
-        [number, place]
-        for number, (rows, chat) in enumerate(split(tuned, chosen.chats))
-        for place in chat.ends
-        if int(rows[place].argmax()) == end
-    ]
     if prompts and base_answers[0] is None:
         chosen.notes.append(
             "the model does not fit into the free memory in fp32: it was read layer by layer, and answers were left out"
@@ -56,20 +51,10 @@ def measure(file: Path) -> None:
         chats=chosen.chats,
         prompts=chosen.prompts,
         probes=chosen.probes,
-        answers=[
-            Greedy(
-                each.messages,
-                each.ids,
-                _said(trained, base),
-                _said(trained, own),
-                own is not None and own[-1:] == [end],
-                wanted,
-            )
-            for each, base, own, wanted in zip(prompts, base_answers, tuned_answers, expected, strict=True)
-        ],
+        answers=[_greedy(trained, *each) for each in zip(prompts, expected, base_answers, tuned_answers, strict=True)],
         chat_losses=[[one, two] for one, two in zip(base_losses, tuned_losses, strict=True)],
         labels=labels,
-        stops=stops,
+        stops=_stops(tuned, chosen.chats, end),
         held_out=bool(asked.chats_file),
         whole=chosen.whole,
         prepared_equal=chosen.equal,
@@ -101,6 +86,24 @@ def _to_answer(asked: ModelsTask, trained: Trained, chosen: Chosen) -> tuple[lis
 
 def _first(prompt: Prompt) -> bool:
     return all(each["role"] != "assistant" for each in prompt.messages)
+
+
+def _stops(tuned: np.ndarray, chats: Sequence[Asked], end: int) -> list[list[int]]:
+    """Where the tuned model finds the end token likeliest, of the places where it has to come."""
+    return [
+        [number, place]
+        for number, (rows, chat) in enumerate(split(tuned, chats))
+        for place in chat.ends
+        if int(rows[place].argmax()) == end
+    ]
+
+
+def _greedy(
+    trained: Trained, prompt: Prompt, expected: str | None, base: list[int] | None, tuned: list[int] | None
+) -> Greedy:
+    end = trained.tokenizer.convert_tokens_to_ids(trained.end)
+    ended = tuned is not None and tuned[-1:] == [end]
+    return Greedy(prompt.messages, prompt.ids, _said(trained, base), _said(trained, tuned), ended, expected)
 
 
 def _said(trained: Trained, ids: list[int] | None) -> str | None:
