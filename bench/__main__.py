@@ -15,7 +15,16 @@ from pathlib import Path
 
 from measuring import ROOT, Figure, Result, figures_table, machine, read_result
 
-SCRIPTS = ("answering", "training_speed", "matrix_rate", "whole_job", "merge_convert", "preparing", "growth")
+SCRIPTS = (
+    "answering",
+    "training_speed",
+    "matrix_rate",
+    "whole_job",
+    "merge_convert",
+    "preparing",
+    "growth",
+    "plan_accuracy",
+)
 _FOLDER = Path(__file__).resolve().parent
 _HEAD = """# Measurements
 

@@ -76,15 +76,15 @@ def long_chats(path: Path, count: int, length: int) -> None:
     """Chats of nearly `length` tokens: docstrings behind each other as the answer."""
     tokenizer = Tokenizer.from_file(str(material.base() / "tokenizer.json"))
     texts = [text for _, text in docstrings()]
-    overhead = len(tokenizer.encode(SYSTEM).ids) + _SPECIAL_TOKENS
-    ids: list[int] = []
-    for text in texts * (1 + count * length // 100_000):
-        ids += tokenizer.encode(text + "\n\n").ids
-        if len(ids) > count * length:
-            break
+    room = length - len(tokenizer.encode(SYSTEM).ids) - _SPECIAL_TOKENS
+    text = "\n\n".join(texts * (1 + count * length // 100_000))
+    start = 0
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            answer = tokenizer.decode(ids[number * length : (number + 1) * length][: length - overhead])
+            answer = text[start : start + 6 * room]
+            start += len(answer)
+            while (tokens := len(tokenizer.encode(answer).ids)) > room:
+                answer = answer[: min(len(answer) - 1, len(answer) * room // tokens)]
             question = f"Part {number}, please."
             roles = ("system", SYSTEM), ("user", question), ("assistant", answer)
             file.write(json.dumps({"messages": [{"role": role, "content": each} for role, each in roles]}) + "\n")

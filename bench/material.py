@@ -47,10 +47,15 @@ def chats(folder: Path, count: int, held_out: int = 40) -> Chats:
     return found
 
 
+def values() -> dict[str, object]:
+    """The training as options of kolotune."""
+    return {
+        "epochs": 1, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "lora_rank": RANK, "lora_alpha": ALPHA,
+        "target_modules": ",".join(TARGETS), "max_seq_length": MAX_SEQUENCE, "seed": SEED, "dtype": "bf16",
+        "eval_split": 0,
+    }  # fmt: skip
+
+
 def settings() -> list[str]:
     """The training as flags of kolotune."""
-    return [
-        "--epochs", "1", "--batch-size", str(BATCH_SIZE), "--learning-rate", str(LEARNING_RATE),
-        "--lora-rank", str(RANK), "--lora-alpha", str(ALPHA), "--target-modules", ",".join(TARGETS),
-        "--max-seq-length", str(MAX_SEQUENCE), "--seed", str(SEED), "--dtype", "bf16", "--eval-split", "0",
-    ]  # fmt: skip
+    return [text for name, value in values().items() for text in (f"--{name.replace('_', '-')}", str(value))]

@@ -64,6 +64,8 @@ def main() -> int:
     result.at_least(
         f"share of the measured {job.dtype} matrix rate, needed operations alone", median(shares), _WANTED, "%"
     )
+    strict = 1 - sum(each.spared for each in counts) / sum(each.all for each in counts)
+    result.at_least("the same, without what the rule counts and nobody needs", strict * median(shares), _WANTED, "%")
     result.notes.append(
         f"The products alone: those of a step of {rows} rows and {labels} labels at the model's own shapes, forwards "
         "and backwards, each layer with matrices of its own; the faster of PyTorch's product and oneDNN's with packed "

@@ -4,6 +4,9 @@ Counted are, of every step, 4 for each weight outside the head and token, 4 for 
 6 for each adapter weight and token, and attention as it is computed exactly: 12 for each layer, query head, element of
 a head, and pair of a token and one that it sees (two products forwards, four backwards, 2 each). A beginning that all
 chats of a step share is counted once. Tokens behind a chat's last labelled place can't change the result: not counted.
+
+That is the rule, and a little of what it counts is not needed either: in the last layer nobody reads what is not about
+to predict a label (its keys and values apart), and the first layer's input needs no gradient. `Needed.spared` is that.
 """
 
 from __future__ import annotations
@@ -73,11 +76,13 @@ class Needed:
     head: int
     adapters: int
     attention: int
+    spared: int
     rows: int
     labels: int
 
     @property
     def all(self) -> int:
+        """By the rule."""
         return self.weights + self.head + self.adapters + self.attention
 
 
@@ -88,21 +93,28 @@ def needed(shape: Shape, chats: Sequence[tuple[Sequence[int], Sequence[bool]]]) 
         shape: the model's.
         chats: of each, ids and whether each is labelled.
     """
-    ends, labels = [], 0
+    ends, labels, label_pairs = [], 0, 0
     for _, labelled in chats:
         places = [place for place in range(1, len(labelled)) if labelled[place]]
         ends.append(places[-1] if places else 0)  # the last labelled token itself is only predicted
         labels += len(places)
+        label_pairs += sum(places)  # the token before place p sees p tokens
     shared = shared_beginning([ids[:end] for (ids, _), end in zip(chats, ends, strict=True)])
     rows = shared + sum(end - shared for end in ends)
     pairs = sum(end * (end + 1) // 2 for end in ends) - (len(chats) - 1) * (shared * (shared + 1) // 2)
     linear = sum(inputs * outputs for inputs, outputs in shape.linears.values())
-    adapters = sum(shape.rank * sum(shape.linears[name]) for name in shape.targets)
+    adapters = {name: shape.rank * sum(shape.linears[name]) for name in shape.targets}
+    keys = {"k_proj", "v_proj"}
+    unread = 4 * sum(inputs * outputs for name, (inputs, outputs) in shape.linears.items() if name not in keys)
+    unread += 6 * sum(size for name, size in adapters.items() if name not in keys)
+    first = 2 * sum(shape.linears[name][0] * shape.linears[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+    by_pair = 12 * shape.queries * shape.head
     return Needed(
         weights=4 * shape.layers * linear * rows,
         head=4 * shape.width * shape.vocabulary * labels,
-        adapters=6 * shape.layers * adapters * rows,
-        attention=12 * shape.layers * shape.queries * shape.head * pairs,
+        adapters=6 * shape.layers * sum(adapters.values()) * rows,
+        attention=by_pair * shape.layers * pairs,
+        spared=unread * (rows - labels) + by_pair * (pairs - label_pairs) + first * rows,
         rows=rows,
         labels=labels,
     )

@@ -166,7 +166,7 @@ def soup(chats: material.Chats, folder: Path) -> Job:
     (folder / "soup.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     program, env = environments.ensure("soup") / "soup", material.OFFLINE | {"HOME": str(folder)}
     job = Job(adapter=adapter)
-    job.steps["train"] = measure([program, "train", "--config", "soup.yaml"], log, env=env, cwd=folder)
+    job.steps["train"] = measure([program, "train", "--config", "soup.yaml", "--yes"], log, env=env, cwd=folder)
     merge = [program, "merge", "--adapter", adapter, "--base", material.base(), "--output", folder / "merged"]
     job.steps["merge"] = measure(merge, log, env=env, cwd=folder)
     return job
@@ -238,7 +238,7 @@ def _tell(result: Result, jobs: dict[str, list[Job]], losses: dict[str, float], 
 
 def _beside(result: Result, chats: material.Chats, root: Path) -> None:
     """The cold job, with an empty cache, and the job with its comparison at the end."""
-    gated = kolotune(chats, root / "gated", "--compare")
+    gated = kolotune(chats, root / "gated", "--compare", "--eval-data", str(chats.held_out))  # it compares on these
     empty = {"KOLOTUNE_CACHE": str(root / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
     # Not offline for the hub's libraries alone: the base comes from the package index in any case.
     cold = kolotune(chats, root / "cold", env=empty)

@@ -3,7 +3,7 @@
     python trl_training.py TASK.json RESULT.json
 
 The task: base, train (chats as JSON Lines), seed, rank, alpha, targets, learning_rate, max_length, batch_size,
-`way` ("plain", "grouped": batches of near-equal length, "padding-free", "packed"), `steps`: at most so many; -1: all.
+`way` ("plain", "grouped": batches of near-equal length, "padding-free", "packed").
 The result: real tokens a second after the first step, and whether the loss of a batch of this way is the loss of its
 chats one by one (packing and padding-free batches are right only where attention keeps chats apart, for which TRL asks
 for flash attention, that CPUs don't have).
@@ -69,7 +69,7 @@ def trainer_for(task: dict[str, Any], timed: Timed, output: str) -> Counting:
     way = dict(_WAYS[task["way"]])
     lengths = {"packed": task["batch_size"] * 256, "padding-free": None}
     config = SFTConfig(
-        output_dir=output, num_train_epochs=1, max_steps=task["steps"], seed=task["seed"], bf16=True, use_cpu=True,
+        output_dir=output, num_train_epochs=1, seed=task["seed"], bf16=True, use_cpu=True,
         per_device_train_batch_size=1 if task["way"] == "packed" else task["batch_size"],
         gradient_checkpointing=False, learning_rate=task["learning_rate"], lr_scheduler_type="cosine",
         warmup_steps=2, weight_decay=0.01, max_length=lengths.get(task["way"], task["max_length"]),
