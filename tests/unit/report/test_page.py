@@ -14,7 +14,7 @@ import pytest
 
 from kolotune import records
 from kolotune.config import Config
-from kolotune.errors import ArtifactError, ManifestError, RunFolderError
+from kolotune.errors import ArtifactError, FidelityError, ManifestError, RunFolderError
 from kolotune.files import hash_file
 from kolotune.layout import RunFolder
 from kolotune.report import facts, page
@@ -173,6 +173,22 @@ def test_a_run_ends_with_its_page(run_copy: RunFolder, kolotune: Callable[..., t
     code, output = kolotune(*call)
     assert code == 0 and "there is no report.html: " in output and "can't be read" in output
     assert not run_copy.report.exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_that_fails_is_on_the_page(run_copy: RunFolder, kolotune: Callable[..., tuple[int, str]]) -> None:
+    """A Modelfile with another template, sealed again as if it had been made so."""
+    for file in (run_copy.modelfile(), run_copy.modelfile("Q4_K_M")):
+        file.write_text(file.read_text().replace("<|im_start|>user", "<|im_start|>someone"))
+        record = json.loads(run_copy.record("modelfile").read_text())
+        record["outputs"][file.name] = {"size": file.stat().st_size, "sha256": hash_file(file)}
+        run_copy.record("modelfile").write_text(json.dumps(record))
+    code, output = kolotune("compare", run_copy.root)
+    assert code == FidelityError.exit_code and "report: report.html" in output, output
+    text = " ".join(Elements(run_copy.report.read_text(encoding="utf-8")).text.split())
+    assert "The first stage that fails is modelfile" in text
+    code, output = kolotune("verify", run_copy.root)  # the files are those of the records all the same
+    assert code == 0, output
 
 
 def test_many_steps_are_thinned_out_and_the_last_one_stays(hostile_run: RunFolder) -> None:
