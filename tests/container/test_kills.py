@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from contracts import flags, results, write_chats
 from support.docker_engine import Client, until_training
-
-from kolotune import pipeline
+from support.runs import ROAD
 
 pytestmark = pytest.mark.container
 KILLS = 20
@@ -30,7 +29,7 @@ def test_a_client_that_is_killed_at_any_moment(container: Client, small_base: Pa
     done: set[str] = set()
     longest, rounds = 0.0, 0
     for _ in range(KILLS):
-        if len(done) == len(pipeline.NAMES):  # from the start again, and from another moment
+        if len(done) == len(ROAD):  # from the start again, and from another moment
             done, rounds = set(), rounds + 1
         folder = f"outputs{rounds}"
         child = container.start(*command, "--output-dir", folder, cwd=tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support import llama3
+from support.runs import ROAD
 
 from kolotune import config as configs
 from kolotune import llamacpp, pipeline, records
@@ -36,7 +37,7 @@ class Recorder(PlainReporter):
 
     def ran(self) -> list[str]:
         """The stages that ran, in order."""
-        return [name for line in self.lines for name in pipeline.NAMES if line.startswith(f"... {name}: ")]
+        return [name for line in self.lines for name in ROAD if line.startswith(f"... {name}: ")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Road:
 
     def finished(self) -> dict[str, str | None]:
         """When each stage last finished, and of which outputs."""
-        found = {name: records.read(self.run, name) for name in pipeline.NAMES}
+        found = {name: records.read(self.run, name) for name in ROAD}
         return {
             name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in found.items()
         }
@@ -74,7 +75,7 @@ def drive() -> Callable[..., Road]:
     """Runs the whole road: ``drive(folder, base, base_model=…, **options)``."""
 
     def make(folder: Path, base: Path, **options: Any) -> Road:
-        values = {"base_model": str(base), "output_dir": folder, "dtype": "fp32", **options}
+        values = {"base_model": str(base), "output_dir": folder, "dtype": "fp32", "compare": False, **options}
         config = configs.resolve((values, "test", folder.parent))
         said = Recorder()
         return Road(config, pipeline.run(config, said), base, said)

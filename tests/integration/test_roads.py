@@ -18,6 +18,7 @@ import ollama
 import pytest
 from safetensors.numpy import load_file
 from support.ollama_server import OllamaServer
+from support.runs import ROAD
 
 from kolotune import pipeline
 from kolotune.chats.tokenizer import load_tokenizer, template_of
@@ -109,7 +110,7 @@ def gguf_logits(path: Path, chats: list[list[int]]) -> list[np.ndarray]:
 @on(*EVERY)
 def test_everything_is_there(road: Any, name: str) -> None:
     run = road.run
-    assert road.said.ran() == list(pipeline.NAMES)
+    assert road.said.ran() == list(ROAD)
     quantized = road.config.quantization[0]
     made = {
         "adapter", "merged_model", "Merged.gguf", f"Merged{quantized}.gguf", "Modelfile", f"Modelfile{quantized}",
@@ -125,7 +126,7 @@ def test_everything_is_there(road: Any, name: str) -> None:
 @on(*EVERY)
 def test_everything_is_done(road: Any, name: str) -> None:
     assert [(each.name, each.state, each.why) for each in pipeline.status(road.run)] == [
-        (stage, "done", []) for stage in pipeline.NAMES
+        (stage, "done", []) for stage in ROAD
     ]
 
 
@@ -265,7 +266,7 @@ def test_nothing_changed_nothing_runs(road: Any, name: str, tmp_path: Path) -> N
     copy = road.copied(tmp_path / "run")
     before = copy.finished()
     said = copy.again()
-    assert said.ran() == [] and sum("done before" in line for line in said.lines) == len(pipeline.NAMES)
+    assert said.ran() == [] and sum("done before" in line for line in said.lines) == len(ROAD)
     assert copy.finished() == before
 
 
@@ -291,7 +292,7 @@ def test_what_changed_and_all_behind_it_runs(
     before = copy.finished()
     assert copy.again(**changes).ran() == stages
     after = copy.finished()
-    assert [name for name in pipeline.NAMES if before[name] != after[name]] == stages
+    assert [name for name in ROAD if before[name] != after[name]] == stages
     assert copy.again(**changes).ran() == []
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from support.judge import held_out_loss
+from support.runs import ROAD
 
-from kolotune import pipeline
 from kolotune.chatting import open_chat
 from kolotune.llamacpp import gguf_file
 
@@ -92,7 +92,7 @@ def test_its_own_config_for_llama_3_2_1b(
         warmup_steps=1,
         template_date="2026-03-05",
     )
-    assert road.said.ran() == list(pipeline.NAMES)
+    assert road.said.ran() == list(ROAD)
     assert any("llama3_2/1B_qlora_single_device" in line for line in road.said.lines)
     steps = [json.loads(line) for line in road.run.metrics.read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in steps] == [1, 2]

@@ -11,6 +11,9 @@ from kolotune import pipeline
 from kolotune.config import Config
 from kolotune.layout import RunFolder
 
+# The stages of a run with --no-compare, as most runs of tests are, to save their time.
+ROAD = tuple(name for name in pipeline.NAMES if name != "compare")
+
 
 def config_of(run: RunFolder, **changes: Any) -> Config:
     saved = configs.resolve((configs.load_file(run.config), "saved", run.root))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import config_of
+from support.runs import ROAD, config_of
 
 from kolotune import manifest, models, pipeline, records
 from kolotune.config import Config
@@ -35,7 +35,7 @@ def test_it_ties_everything_together(finished: Config) -> None:
     assert found.versions["kolotune"] == VERSION and {"python", "torch", "llama.cpp"} <= set(found.versions)
     assert {"system", "processor", "instructions", "cores"} <= set(found.machine)
     assert found.stages["train"]["facts"]["threads"] >= 1
-    assert set(found.stages) == set(pipeline.NAMES) - {"compare"}
+    assert set(found.stages) == set(ROAD)
     for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf", "Modelfile", ".kolotune/prepared"):
         artifact = found.artifacts[name]
         assert artifact["sha256"] == Hasher().of(run.root / name)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import ROAD
 
-from kolotune import pipeline
 from kolotune.config import Config
 from kolotune.layout import RunFolder
 
@@ -182,7 +182,7 @@ def test_status_of_a_finished_run(kolotune: Call, finished: Config) -> None:
     code, output = kolotune("status", finished.output_dir)
     assert code == 0
     rows = [line.split() for line in output.splitlines()[2:]]
-    assert rows == [[name, "done"] for name in pipeline.NAMES if name != "compare"]
+    assert rows == [[name, "done"] for name in ROAD]
 
 
 def test_status_tells_one_reason_and_with_why_all_of_them(kolotune: Call, run_copy: RunFolder) -> None:
@@ -198,9 +198,7 @@ def test_status_as_json(kolotune: Call, finished: Config) -> None:
     code, output = kolotune("status", finished.output_dir, "--json")
     told = json.loads(output)
     assert code == 0
-    assert [(each["stage"], each["state"]) for each in told["rows"]] == [
-        (name, "done") for name in pipeline.NAMES if name != "compare"
-    ]
+    assert [(each["stage"], each["state"]) for each in told["rows"]] == [(name, "done") for name in ROAD]
 
 
 @pytest.mark.parametrize("verb", ["status", "train", "merge", "convert", "quantize", "modelfile", "chat"])
