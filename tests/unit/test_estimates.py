@@ -82,7 +82,7 @@ def _bytes_kept(model: Any, packed: packing.Packed) -> int:
     x, added = model.decoder.embedding[packed.ids], None
     for layer in model.decoder.layers:
         kept = decoder._Kept(None)
-        x, added = row.forward(layer, x, added, kept)
+        x, added = row.forward(layer, x, added, kept, False)
     tensors = [kept.x, *kept.tensors.values(), *kept.attention]
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors if each is not None
