@@ -23,12 +23,14 @@ _KEPT = "\n\t\u200c\u200d"
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes the page of a finished run; returns its path.
+    """Writes the page of a finished run, if it is not there as it would be; returns its path.
 
     Raises:
         RunFolderError, ManifestError, ArtifactError: the run is not finished, or a part can't be read.
     """
-    write_text(folder.report, render(gather(folder)))
+    text = render(gather(folder))
+    if not folder.report.is_file() or folder.report.read_bytes() != text.encode():
+        write_text(folder.report, text)
     return folder.report
 
 

@@ -77,6 +77,16 @@ def test_the_same_run_gives_the_same_page(finished: Config) -> None:
     assert page.render(facts.gather(run)) == page.render(facts.gather(run))
 
 
+def test_a_page_that_is_there_already_is_left_alone(run_copy: RunFolder) -> None:
+    page.write(run_copy)
+    written = run_copy.report.stat().st_mtime_ns
+    page.write(run_copy)
+    assert run_copy.report.stat().st_mtime_ns == written
+    run_copy.report.write_text("another", encoding="utf-8")
+    page.write(run_copy)
+    assert run_copy.report.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_nothing_in_the_run_becomes_markup(hostile_run: RunFolder) -> None:
     html = page.write(hostile_run).read_text(encoding="utf-8")
     found = Elements(html)
