@@ -132,7 +132,7 @@ def narrow(image: Client, other: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize(
     ("narrow", "words"),
-    [(6, "the container's disk is full"), (12, "the disk is full")],
+    [(6, "the container's disk is full"), (12, "MB are free")],
     indirect=["narrow"],
     ids=["for what is sent", "for what is made"],
 )
