@@ -58,8 +58,9 @@ def runner(request: pytest.FixtureRequest) -> Runner:
 def flags(engine: str, base: Path, **more: Any) -> list[str]:
     """Options of a small run; not compiled, since the container has no compiler and both must be the same."""
     options = {
-        "base-model": base, "engine": engine, "dtype": "fp32", "compile": "off", "epochs": 2, "lora-rank": 2, "lora-dropout": 0.1,
-        "batch-size": 2, "learning-rate": 1e-2, "eval-split": 0.2, "template-date": "2026-01-02", **more,
+        "base-model": base, "engine": engine, "dtype": "fp32", "compile": "off", "epochs": 2, "lora-rank": 2,
+        "lora-dropout": 0.1, "batch-size": 2, "learning-rate": 1e-2, "eval-split": 0.2,
+        "template-date": "2026-01-02", **more,
     }  # fmt: skip
     return [*(f"--{name}={value}" for name, value in options.items()), "--no-compare"]
 
