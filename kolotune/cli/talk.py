@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
@@ -76,24 +76,32 @@ def chat(
             seed=DEFAULT_SEED if seed is None else seed,
         )
 
-    def answer(text: str) -> None:
-        for piece in ask(text):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-
     if prompt is not None:
-        answer(prompt)
-        return 0
-    say.note("Type a message; an empty line or Ctrl-D ends the chat.")
+        _print(ask(prompt))
+    else:
+        say.note("Type a message; an empty line or Ctrl-D ends the chat.")
+        _converse(ask)
+    return 0
+
+
+def _converse(ask: Callable[[str], Iterable[str]]) -> None:
+    """Answers line by line, until an empty one or the input's end."""
     while True:
         try:
             text = input("> ")
         except EOFError:
-            return 0
+            return
         if not text.strip():
-            return 0
-        answer(text)
+            return
+        _print(ask(text))
+
+
+def _print(answer: Iterable[str]) -> None:
+    """An answer, piece by piece as it comes."""
+    for piece in answer:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def serve(

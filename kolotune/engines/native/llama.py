@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,50 +106,61 @@ def load(
         ConfigError: a target is no linear layer.
         ArtifactError: a weight is missing or damaged.
     """
-    config, files = _config(folder), TensorFiles(weight_files(folder))
-    heads = _heads(config)
+    config = _config(folder)
     chosen = lora.targeted({name.rpartition(".")[2] for name in _LINEAR}, targets)
-    adapters: dict[str, LoraPair] = {}
 
-    def read(name: str) -> Tensor:
-        return files.read(name).to(dtype, copy=True)  # what stays mapped would hold the whole file in memory
+    def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
+        return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
 
-    def fused(prefix: str, names: Sequence[str]) -> FusedLinear:
-        weights = [read(f"{prefix}.{name}.weight") for name in names]
-        biases = [read(f"{prefix}.{name}.bias") if f"{prefix}.{name}.bias" in files else None for name in names]
-        pairs: list[LoraPair | None] = []
-        for name, weight in zip(names, weights, strict=True):
-            pair = None
-            if name.rpartition(".")[2] in chosen:
-                pair = LoraPair(weight.shape[1], weight.shape[0], rank, alpha, dropout)
-                adapters[f"{prefix}.{name}"] = pair
-            pairs.append(pair)
-        return FusedLinear(operations, weights, biases, pairs)
-
-    def norm(name: str) -> Norm:
-        return Norm(read(f"{name}.weight"), float(config.get("rms_norm_eps", 1e-6)))
-
-    layers = []
-    for index in range(int(config["num_hidden_layers"])):
-        prefix = f"model.layers.{index}"
-        by_head = f"{prefix}.self_attn.q_norm.weight" in files
-        layers.append(
-            Layer(
-                attention_norm=norm(f"{prefix}.input_layernorm"),
-                qkv=fused(prefix, _QKV),
-                out=fused(prefix, _OUT),
-                mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
-                gate_up=fused(prefix, _GATE_UP),
-                down=fused(prefix, _DOWN),
-                query_norm=norm(f"{prefix}.self_attn.q_norm") if by_head else None,
-                key_norm=norm(f"{prefix}.self_attn.k_norm") if by_head else None,
-            )
-        )
-    embedding = read("model.embed_tokens.weight")
-    head = read("lm_head.weight") if "lm_head.weight" in files else embedding
-    product = operations.product(head, head.shape[1])
+    parts = _Parts(TensorFiles(weight_files(folder)), dtype, operations, float(config.get("rms_norm_eps", 1e-6)), pair)
+    layers = [parts.layer(f"model.layers.{index}") for index in range(int(config["num_hidden_layers"]))]
+    embedding = parts.read("model.embed_tokens.weight")
+    head = parts.read("lm_head.weight") if "lm_head.weight" in parts.files else embedding
+    product, heads = operations.product(head, head.shape[1]), _heads(config)
     turns = frequencies(config, heads.width)
-    return Decoder(heads, layers, embedding, product, norm("model.norm"), turns, operations), adapters
+    decoder = Decoder(heads, layers, embedding, product, parts.norm("model.norm"), turns, operations)
+    return decoder, parts.adapters
+
+
+@dataclass
+class _Parts:
+    """Makes the parts of a decoder from a model's files, and keeps the adapters it made, by name."""
+
+    files: TensorFiles
+    dtype: torch.dtype
+    operations: Operations
+    epsilon: float
+    pair: Callable[[str, int, int], LoraPair | None]
+    adapters: dict[str, LoraPair] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of its own: what stays mapped would hold the whole file in memory."""
+        return self.files.read(name).to(self.dtype, copy=True)
+
+    def norm(self, name: str) -> Norm:
+        return Norm(self.read(f"{name}.weight"), self.epsilon)
+
+    def fused(self, prefix: str, names: Sequence[str]) -> FusedLinear:
+        """The linear layers of these names as one."""
+        full = [f"{prefix}.{name}" for name in names]
+        weights = [self.read(f"{name}.weight") for name in full]
+        biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]
+        pairs = [self.pair(name, *weight.shape) for name, weight in zip(full, weights, strict=True)]
+        self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
+        return FusedLinear(self.operations, weights, biases, pairs)
+
+    def layer(self, prefix: str) -> Layer:
+        by_head = f"{prefix}.self_attn.q_norm.weight" in self.files
+        return Layer(
+            attention_norm=self.norm(f"{prefix}.input_layernorm"),
+            qkv=self.fused(prefix, _QKV),
+            out=self.fused(prefix, _OUT),
+            mlp_norm=self.norm(f"{prefix}.post_attention_layernorm"),
+            gate_up=self.fused(prefix, _GATE_UP),
+            down=self.fused(prefix, _DOWN),
+            query_norm=self.norm(f"{prefix}.self_attn.q_norm") if by_head else None,
+            key_norm=self.norm(f"{prefix}.self_attn.k_norm") if by_head else None,
+        )
 
 
 def _heads(config: dict[str, Any]) -> Heads:
