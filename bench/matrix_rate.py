@@ -8,6 +8,8 @@ What is counted and how the rate is probed stands in `operations.py`. Steps and 
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from operations import Needed, Probe, Shape, needed, square_rate
 from training_speed import prepared_job
 
 from kolotune.engines.native.batches import steps_of
+from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.native.training import Trainer
 
 _WANTED = 75
@@ -30,6 +33,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="in each round")
     arguments = parser.parse_args()
+    if not ENVIRONMENT.items() <= os.environ.items():  # libraries read it when they are loaded: once more, with it
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     if arguments.quick:
         arguments.rounds, arguments.steps = 3, 2
     result = Result("matrix_rate", "Share of the matrix rate", versions("torch"), quick=arguments.quick)

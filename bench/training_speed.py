@@ -26,6 +26,8 @@ from measuring import KOLOTUNE, Result, Table, measure, median, options, version
 from kolotune import config as configs
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native.batches import Tokens, steps_of
+from kolotune.engines.native.environment import ENVIRONMENT
+from kolotune.engines.native.kernels import build
 from kolotune.layout import RunFolder
 from kolotune.records import Context
 from kolotune.runners import local
@@ -51,7 +53,8 @@ def prepared_job(folder: Path, count: int, chats: Path | None = None) -> TrainJo
         "--output-dir", run.root,
     ]  # fmt: skip
     measure(argv, folder / "prepare.log", env=material.OFFLINE)
-    values = material.values() | {"batch_size": BATCH_OF_MANY, "train_data": [data], "output_dir": run.root}
+    own = {"batch_size": BATCH_OF_MANY, "train_data": [data], "output_dir": run.root}
+    values = material.values() | own | {"compile": "off" if build.why_not() else "on"}
     config = configs.resolve((values, "bench", run.root))
     return train.make_job(Context(config, run, material.base()))
 
@@ -64,7 +67,7 @@ def engine_speed(module: str, job: TrainJob, folder: Path) -> float:
         metrics=str(folder / "metrics.jsonl"), checkpoint_steps=0,
     )  # fmt: skip
     own.write(folder / "job.json")
-    measure(local.python(module, str(folder / "job.json")), folder / "log", env=material.OFFLINE)
+    measure(local.python(module, str(folder / "job.json")), folder / "log", env=material.OFFLINE | ENVIRONMENT)
     return speed_of(Path(own.metrics), job)
 
 
