@@ -53,7 +53,7 @@ def trained(run: RunFolder, batch: int, steps: int) -> Trained:
     """`kolotune train` until it has made `steps` steps, from the start."""
     run.metrics.unlink(missing_ok=True)
     argv = [
-        *KOLOTUNE, "train", "--config", run.config, "--output-dir", run.root, "--epochs", "1000", "--dtype", "bf16",
+        *KOLOTUNE, "train", run.root, "--epochs", "1000", "--dtype", "bf16",
         "--batch-size", str(batch), "--checkpoint-steps", "0", "--target-modules", ",".join(material.TARGETS),
     ]  # fmt: skip
     found = measure(argv, run.root.with_suffix(".log"), env=material.OFFLINE, until=lambda: len(_steps(run)) >= steps)
