@@ -33,6 +33,7 @@ from kolotune.records import Context
 from kolotune.runners import local
 from kolotune.stages import train
 
+NATIVE, TORCHTUNE = "kolotune.engines.native", "kolotune.engines.torchtune"
 BATCH_OF_MANY = 8
 """What kolotune comes to by itself for chats of this length, when there are enough of them for it."""
 
@@ -67,7 +68,8 @@ def engine_speed(module: str, job: TrainJob, folder: Path) -> float:
         metrics=str(folder / "metrics.jsonl"), checkpoint_steps=0,
     )  # fmt: skip
     own.write(folder / "job.json")
-    measure(local.python(module, str(folder / "job.json")), folder / "log", env=material.OFFLINE | ENVIRONMENT)
+    env = material.OFFLINE | (ENVIRONMENT if module == NATIVE else {})  # a peer runs as it is
+    measure(local.python(module, str(folder / "job.json")), folder / "log", env=env)
     return speed_of(Path(own.metrics), job)
 
 
@@ -128,16 +130,15 @@ def main() -> int:
         chats = material.chats(root / "chats", arguments.chats).train
         job = prepared_job(root, arguments.chats, chats=chats)
         four = dataclasses.replace(job, batch_size=material.BATCH_SIZE)
-        native, torchtune = "kolotune.engines.native", "kolotune.engines.torchtune"
         table, (way, size) = best_of_trl(chats, root, arguments.quick)
         result.tables.append(table)
         best = f"TRL, {way}, batch {size}"
-        engine_speed(native, job, root / "warm")
+        engine_speed(NATIVE, job, root / "warm")
         runs: dict[str, Callable[[Path], float]] = {
-            f"kolotune, batch {BATCH_OF_MANY}": lambda folder: engine_speed(native, job, folder),
-            "kolotune, batch 4": lambda folder: engine_speed(native, four, folder),
-            "torchtune, batch 4": lambda folder: engine_speed(torchtune, four, folder),
-            f"torchtune, batch {BATCH_OF_MANY}": lambda folder: engine_speed(torchtune, job, folder),
+            f"kolotune, batch {BATCH_OF_MANY}": lambda folder: engine_speed(NATIVE, job, folder),
+            "kolotune, batch 4": lambda folder: engine_speed(NATIVE, four, folder),
+            "torchtune, batch 4": lambda folder: engine_speed(TORCHTUNE, four, folder),
+            f"torchtune, batch {BATCH_OF_MANY}": lambda folder: engine_speed(TORCHTUNE, job, folder),
             best: lambda folder: float(trl(chats, way, size, folder)["tokens_per_second"]),
         }
         speeds: dict[str, list[float]] = {who: [] for who in runs}
