@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Says what an ordinary run does not do."""
     if "not container" in config.option.markexpr:
         terminalreporter.write_line("left out: the tests that need a Docker engine; `make test-container` runs them")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_over() -> Iterator[None]:
+    """Models of llama.cpp that nobody holds go now: it says so on standard error, wherever that happens."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,8 @@ class OllamaServer:
         self.released.set()
         self._http.shutdown()
         self._http.server_close()
+        while self._loaded:  # now, and not when the collector comes: llama.cpp speaks to standard error
+            self._loaded.popitem()[1]._model.close()
 
     def counted(self, method: str, beginning: str) -> int:
         """How many requests there were of a method whose path begins so."""

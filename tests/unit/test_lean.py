@@ -185,8 +185,8 @@ def test_the_outline_that_the_preflight_draws_is_the_one_that_is_wanted(
     """Before anything is prepared, from the prepared tokenizer, and of the merged folder: one and the same."""
     base, done = Path(finished.base_model), RunFolder(finished.output_dir)
     config = dataclasses.replace(finished, output_dir=tmp_path)
-    early, kind = exporting._expected(Context(dataclasses.replace(config, lean=True), RunFolder(tmp_path), base))
-    later, _ = exporting._expected(Context(finished, done, base))
+    early, kind = exporting.expected(Context(dataclasses.replace(config, lean=True), RunFolder(tmp_path), base))
+    later, _ = exporting.expected(Context(finished, done, base))
     assert kind == "f16" and early.digest() == later.digest() == outline.shape_of(done.merged_model).digest()
 
 
