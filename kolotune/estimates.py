@@ -20,7 +20,7 @@ FP32 = 4
 _ALL_LINEAR = "all-linear"
 _STATE_FILE = 2_000  # the facts beside a checkpoint's tensors
 _HEADER_ENTRY = 170  # what a header takes for a tensor of an adapter or an optimizer; measured on SmolLM2's
-LOGITS_AT_ONCE = 512  # rows of logits that are in memory together: the decoder's portion
+LOGITS_AT_ONCE = 512  # rows of logits that the decoder has in memory together
 
 
 @dataclass(frozen=True)

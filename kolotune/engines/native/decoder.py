@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...estimates import LOGITS_AT_ONCE
 from .attention import Heads
 from .fused import FusedLinear
 from .lora import FlatAdapters
@@ -19,8 +20,6 @@ from .operations import Norm, Operations
 from .packing import Packed
 from .products import InputGradient, Product
 from .rotary import Rotary
-
-_LOGITS_AT_ONCE = 512  # rows of logits that are in memory together
 
 
 @dataclass
@@ -107,7 +106,7 @@ class Decoder:
         x, added = self.embedding[packed.ids], None
         kept: list[_Kept] = []
         for index, layer in enumerate(self.layers):
-            kept.append(_Kept(torch.get_rng_state() if recompute else None, recompute))
+            kept.append(_Kept(torch.get_rng_state() if recompute else None))
             x, added = row.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
         d_x: Tensor | None
         d_x, loss = self._head(x, added, packed, factor)
@@ -128,7 +127,7 @@ class Decoder:
         x, norm_factor = self.operations.norm(self.norm, x, added, normed)
         total, gradients = 0.0, []
         for part, wanted in zip(
-            torch.split(normed, _LOGITS_AT_ONCE), torch.split(packed.targets, _LOGITS_AT_ONCE), strict=True
+            torch.split(normed, LOGITS_AT_ONCE), torch.split(packed.targets, LOGITS_AT_ONCE), strict=True
         ):
             loss, gradient = self.operations.cross_entropy(self.head.forward(part, None), wanted, factor)
             total += loss
@@ -144,8 +143,7 @@ class Decoder:
 class _Kept:
     """What a layer's backward pass needs of its forward pass."""
 
-    random_state: Tensor | None
-    input_only: bool = False
+    random_state: Tensor | None  # only when all but x is computed again
     x: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     attention: tuple[Tensor, ...] = ()
@@ -197,7 +195,7 @@ class _Row:
         result = layer.down.forward(product, masks["down"])
         if kept is not None:
             kept.x = x
-            if not kept.input_only:
+            if kept.random_state is None:
                 kept.attention = attention_kept
                 kept.masks = {name: each for name, each in masks.items() if each}
                 kept.tensors = head_kept | {
