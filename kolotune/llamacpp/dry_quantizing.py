@@ -11,15 +11,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArtifactError
 from ..quantizations import FILE_TYPES
 from ..runners.watchdog import end_with_parent
 from . import gguf_file
+from .messages import messages_to
 
 # "[ 264/ 272] blk.29.attn_k.weight - [ 576, 192, 1, 1], type = f16, size = 0.21 MiB -> 0.07 MiB (q5_0)"
 _LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[\d, ]+\], type = +(\S+?),.*?(?:-> .*\((\S+)\))?\s*$")
@@ -85,17 +84,11 @@ def _kinds(source: str, name: str) -> dict[str, str]:
     import llama_cpp
 
     told: list[str] = []
-    log: Callable[..., Any] = llama_cpp.llama_log_callback
-
-    @log
-    def listen(level: int, text: bytes, data: Any) -> None:
-        told.append(text.decode("utf-8", errors="replace"))
-
-    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[name]
     parameters.dry_run = True
-    code = llama_cpp.llama_model_quantize(source.encode(), b"", ctypes.byref(parameters))
+    with messages_to(lambda _, text: told.append(text)):
+        code = llama_cpp.llama_model_quantize(source.encode(), b"", ctypes.byref(parameters))
     if code != 0:
         raise ArtifactError(f"llama.cpp can't quantize to {name}: {''.join(told)[-300:]}")
     found = {}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, ToolchainError
+from .messages import only_problems
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,6 @@ _BATCH = 256
 _TYPE_F32 = 0
 _NO_FLASH_ATTENTION = 0
 _LONGEST_PIECE = 4096
-_PROBLEMS = (3, 4)  # ggml's levels of warnings and errors
 
 
 class ExactGguf:
@@ -44,7 +43,7 @@ class ExactGguf:
         except (ImportError, OSError, RuntimeError) as error:
             raise ToolchainError(f"llama-cpp-python can't be loaded: {error}") from None
         self._library: Any = llama_cpp
-        self._log = _only_problems(llama_cpp)
+        only_problems()
         llama_cpp.llama_backend_init()
         with_model: Any = llama_cpp.llama_model_default_params()
         with_model.n_gpu_layers = 0
@@ -189,15 +188,3 @@ class ExactGguf:
     def _decode(self, batch: Any) -> None:
         if self._library.llama_decode(self._context, batch) != 0:
             raise ArtifactError(f"{self._path.name}: llama.cpp can't compute with it")
-
-
-def _only_problems(library: Any) -> Any:
-    """Keeps llama.cpp's warnings and errors and nothing else of what it says; the callback has to be kept alive."""
-
-    def heard(level: int, text: bytes, _: Any) -> None:
-        if level in _PROBLEMS:
-            sys.stderr.write(text.decode("utf-8", errors="replace"))
-
-    callback = library.llama_log_callback(heard)
-    library.llama_log_set(callback, None)
-    return callback
