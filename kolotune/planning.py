@@ -127,6 +127,9 @@ def _largest_row(tokens: Any, config: Config, batch: int) -> Row:
     """The row that keeps most for the way back, of those of the first steps and of the longest chat."""
     from .engines.native import packing
     from .engines.native.batches import longest_first, steps_of
+    from .engines.native.kernels import build
+
+    compiled = config.compile != "off" and not build.why_not()
 
     def rows() -> Iterator[Row]:
         steps = steps_of(len(tokens), 0, config.seed, batch * config.gradient_accumulation)
@@ -135,7 +138,7 @@ def _largest_row(tokens: Any, config: Config, batch: int) -> Row:
             for group in packing.grouped(tokens, step):
                 packed = packing.pack(tokens, group, not config.lora_dropout)
                 lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-                padded = max(lengths) <= packing.LONG
+                padded = not compiled and max(lengths) <= packing.LONG
                 yield Row(len(packed.ids), len(lengths), max(lengths), packed.prefix, packed.labels, padded)
 
     return max(rows(), key=lambda row: (row.tokens, row.chats * row.longest**2 * row.padded))

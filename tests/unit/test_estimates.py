@@ -12,6 +12,7 @@ from support.training import TrainingRoom, random_chats
 from kolotune import estimates
 from kolotune.engines.native import packing
 from kolotune.engines.native.batches import Tokens
+from kolotune.engines.native.kernels import build
 from kolotune.engines.native.training import Trainer, train
 from kolotune.estimates import Adapter, Row, Written, checkpoints_written, peak_of
 from kolotune.files import size_of
@@ -56,18 +57,21 @@ def test_checkpoints_are_counted(in_epoch: int, epochs: int, every: int, written
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("long", [False, True])
-def test_what_a_layer_keeps_is_what_the_formula_says(training_room: Room, dtype: str, long: bool) -> None:
+@pytest.mark.parametrize("attention", ["padded", "long", "compiled"])
+def test_what_a_layer_keeps_is_what_the_formula_says(training_room: Room, dtype: str, attention: str) -> None:
     """Against the bytes of the tensors that a forward pass keeps."""
-    lengths = (packing.LONG + 20, packing.LONG + 60) if long else (30, 90)
+    compiled = attention == "compiled"
+    if compiled and build.why_not():
+        pytest.skip(f"can't be compiled: {build.why_not()}")
+    lengths = (packing.LONG + 20, packing.LONG + 60) if attention == "long" else (30, 90)
     room = training_room(
         chats=random_chats(4, 1, *lengths), max_position_embeddings=1024, hidden_size=128, intermediate_size=384
     )
-    trainer = Trainer(room.job(dtype=dtype))
+    trainer = Trainer(room.job(dtype=dtype, compile=compiled))
     tokens = Tokens.load(room.root / "data" / "train.safetensors")
     packed = packing.pack(tokens, range(len(tokens)), True)
     lengths_of = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-    row = Row(len(packed.ids), len(lengths_of), max(lengths_of), packed.prefix, packed.labels, not long)
+    row = Row(len(packed.ids), len(lengths_of), max(lengths_of), packed.prefix, packed.labels, attention == "padded")
     real = _bytes_kept(trainer.model, packed)
     shape = estimates.read_shape(room.root / "base")
     adapter = Adapter.of(shape, 4, ["all-linear"])

@@ -45,7 +45,7 @@ class Attention(Protocol):
         """From queries, keys and values ``[row, heads.all * width]``, not yet turned, to ``[row, queries * width]``.
 
         Args:
-            qkv: by head, one after the other.
+            qkv: by head, one after the other; its memory may be used.
             into: takes the result.
 
         Returns:

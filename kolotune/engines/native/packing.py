@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batches import IGNORED, Tokens
 
-TOKEN_BUDGET = 512
+TOKEN_BUDGET = 1024
 """Tokens computed at once. More make no product faster on a CPU, and each costs memory until its backward pass."""
 
 LONG = 512
@@ -51,11 +51,13 @@ def pack(tokens: Tokens, indices: Sequence[int], share: bool) -> Packed:
 
     Args:
         tokens: all chats.
-        indices: which of them, in the row's order.
+        indices: which of them, in the row's order. Of each, what stands before its last label: nothing else can
+            change the loss.
         share: compute a common beginning once. Exact, as attention only looks back and no label stands there; with
             dropout the chats would share its draws too.
     """
-    chats = [tokens.chat(index) for index in indices]
+    whole = [tokens.chat(index) for index in indices]
+    chats = [chat for chat in map(_before_last_label, whole) if len(chat[0])] or whole[:1]
     prefix = _shared_beginning(chats) if share and len(chats) > 1 else 0
     if max(len(ids) for ids, _ in chats) - prefix > LONG:
         prefix = 0
@@ -77,14 +79,22 @@ def pack(tokens: Tokens, indices: Sequence[int], share: bool) -> Packed:
         lengths=tuple(len(ids) - prefix for ids, _ in chats),
         rows=torch.cat(rows),
         targets=torch.cat(targets),
-        tokens=sum(len(ids) for ids, _ in chats),
+        tokens=sum(len(ids) for ids, _ in whole),
     )
+
+
+def _before_last_label(chat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A chat's ids ``[length]``, without its last labelled token and what follows, and labels ``[length + 1]``."""
+    ids, labels = chat
+    labelled = (labels[1:] != IGNORED).nonzero()
+    length = int(labelled[-1]) + 1 if len(labelled) else 0
+    return ids[:length], labels[: length + 1]
 
 
 def _shared_beginning(chats: Sequence[tuple[Tensor, Tensor]]) -> int:
     """Tokens that all chats begin with; none of them, nor the first behind them, is labelled."""
     first = chats[0][0]
-    limit = min(len(ids) for ids, _ in chats) - 1
+    limit = min(len(ids) for ids, _ in chats)
     for _, labels in chats:
         labelled = (labels[1:] != IGNORED).nonzero()
         if len(labelled):

@@ -16,6 +16,7 @@ from ....hardware import best_device
 from ....runners import local
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = (_SOURCE, *sorted(Path(__file__).parent.glob("*.h")))
 # Sums may be reordered, so that they vectorize; NaN and infinity stay what they are, since the loop looks for them.
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
@@ -98,5 +99,6 @@ def _digest(compiler: str, openmp: Path) -> str:
     about_processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     kept = [line for line in about_processor.splitlines() if line.startswith(("model name", "flags", "Features"))]
     version = Path(compiler).resolve().name, str(Path(compiler).stat().st_mtime_ns), str(openmp)
-    parts = (_SOURCE.read_text(encoding="utf-8"), " ".join(_FLAGS), *version, *sorted(set(kept)))
+    sources = (each.read_text(encoding="utf-8") for each in _SOURCES)
+    parts = (*sources, " ".join(_FLAGS), *version, *sorted(set(kept)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -10,38 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import packing
-from ..attention import Attention, Heads, LongAttention, padded_places
+from ..attention import Attention, Heads
 from ..operations import Norm
 from ..packing import Packed
 from ..products import InputGradient, PlainProduct, Product
 from ..rotary import Rotary
 from .packed import packed_or_plain
 
-_DEEPEST = 1024  # as in kernels.cpp
 _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "norm_forward": [_POINTER] * 6 + [_COUNT] * 3 + [_REAL],
     "norm_backward": [_POINTER] * 6 + [_COUNT],
     "swiglu_forward": [_POINTER] * 2 + [_COUNT] * 3,
     "swiglu_backward": [_POINTER] * 3 + [_COUNT],
-    "attention_inputs": [_POINTER] * 7,
-    "attention_inputs_backward": [_POINTER] * 7,
-    "softmax_forward": [_POINTER] * 2,
-    "softmax_backward": [_POINTER] * 3,
-    "attention_outputs": [_POINTER] * 3 + [_COUNT],
-    "attention_outputs_backward": [_POINTER] * 3,
+    "turn": [_POINTER] * 4 + [_COUNT],
+    "attention_forward": [_POINTER] * 3 + [_COUNT, _POINTER],
+    "attention_backward": [_POINTER] * 2,
     "cross_entropy": [_POINTER] * 3 + [_COUNT] * 2 + [_REAL],
     "place": [_POINTER] * 4 + [_COUNT] * 2,
 }
 
 
-class _Grid(ctypes.Structure):
-    """`Grid` of kernels.cpp."""
+class _Chats(ctypes.Structure):
+    """`Chats` of attention.h."""
 
     _fields_ = (
-        ("source", _POINTER), ("lengths", _POINTER), ("rows", _COUNT), ("width", _COUNT), ("prefix", _COUNT),
+        ("starts", _POINTER), ("lengths", _POINTER), ("count", _COUNT), ("prefix", _COUNT),
         ("queries", _COUNT), ("keys", _COUNT), ("depth", _COUNT),
+    )  # fmt: skip
+
+
+class _Backward(ctypes.Structure):
+    """`Backward` of attention.h."""
+
+    _fields_ = (
+        ("qkv", _POINTER), ("out", _POINTER), ("d_out", _POINTER), ("out_stride", _COUNT), ("d_out_stride", _COUNT),
+        ("log_sums", _POINTER), ("cosine", _POINTER), ("sine", _POINTER), ("d_qkv", _POINTER),
     )  # fmt: skip
 
 
@@ -86,8 +90,6 @@ class CompiledOperations:
 
     def attention(self, packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
         """See `Operations`."""
-        if max(packed.lengths) > packing.LONG or heads.width > _DEEPEST:
-            return LongAttention(packed.lengths, heads, rotary)
         return CompiledAttention(self.functions, packed, heads, rotary)
 
     def norm(self, norm: Norm, x: Tensor, added: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,50 +133,38 @@ class CompiledOperations:
 
 
 class CompiledAttention:
-    """Short chats as a padded batch, as `attention.ShortAttention` has them; see `Attention`."""
+    """Chats of any length, each with its own; see `attention.Attention`."""
 
     def __init__(self, functions: dict[str, Callable[..., None]], packed: Packed, heads: Heads, rotary: Rotary) -> None:
         self._functions, self._heads, self._rotary = functions, heads, rotary
-        self._lengths, self._source, width = padded_places(packed)
-        rows = len(self._lengths)
-        self._grid = _Grid(
-            self._source.data_ptr(), self._lengths.data_ptr(), rows, width, packed.prefix,
-            heads.queries, heads.keys, heads.width,
-        )  # fmt: skip
-        self._at = ctypes.addressof(self._grid)
-        batch = rows * heads.keys
-        self._query_shape = (batch, heads.queries // heads.keys * width, heads.width)
-        self._key_shape = (batch, packed.prefix + width, heads.width)
+        lengths = torch.tensor(packed.lengths)
+        starts = packed.prefix + lengths.cumsum(0) - lengths
+        if packed.prefix:
+            lengths = torch.cat([lengths, torch.tensor([packed.prefix])])
+            starts = torch.cat([starts, torch.tensor([0])])
+        self._places = starts, lengths
+        self._chats = _Chats(
+            starts.data_ptr(), lengths.data_ptr(), len(lengths), packed.prefix, heads.queries, heads.keys, heads.width
+        )
+        self._at = ctypes.addressof(self._chats)
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
         """See `Attention`."""
-        queries, keys, values = (
-            qkv.new_empty(shape) for shape in (self._query_shape, self._key_shape, self._key_shape)
+        turns = self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr()
+        self._functions["turn"](self._at, qkv.data_ptr(), *turns, len(qkv))
+        log_sums = torch.empty(len(qkv), self._heads.queries, dtype=torch.float32)
+        self._functions["attention_forward"](
+            self._at, qkv.data_ptr(), into.data_ptr(), into.stride(0), log_sums.data_ptr()
         )
-        self._functions["attention_inputs"](
-            self._at, qkv.data_ptr(), self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr(),
-            queries.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        )  # fmt: skip
-        shares = torch.bmm(queries, keys.transpose(1, 2))
-        self._functions["softmax_forward"](self._at, shares.data_ptr())
-        out = torch.bmm(shares, values)
-        self._functions["attention_outputs"](self._at, out.data_ptr(), into.data_ptr(), into.stride(0))
-        return queries, keys, values, shares
+        return qkv, log_sums
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """See `Attention`."""
-        del out
-        queries, keys, values, shares = kept
-        d_result = torch.empty_like(queries)
-        self._functions["attention_outputs_backward"](self._at, ctypes.byref(_Split.of(d_out)), d_result.data_ptr())
-        d_scores = torch.bmm(d_result, values.transpose(1, 2))
-        self._functions["softmax_backward"](self._at, shares.data_ptr(), d_scores.data_ptr())
-        d_queries = torch.bmm(d_scores, keys)
-        d_keys = torch.bmm(d_scores.transpose(1, 2), queries)
-        d_values = torch.bmm(shares.transpose(1, 2), d_result)
-        gradient = queries.new_empty(len(d_out.whole), self._heads.all * self._heads.width)
-        self._functions["attention_inputs_backward"](
-            self._at, d_queries.data_ptr(), d_keys.data_ptr(), d_values.data_ptr(),
-            self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr(), gradient.data_ptr(),
+        qkv, log_sums = kept
+        gradient, d_mixed = torch.empty_like(qkv), d_out.sum()
+        given = _Backward(
+            qkv.data_ptr(), out.data_ptr(), d_mixed.data_ptr(), out.stride(0), d_mixed.stride(0),
+            log_sums.data_ptr(), self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr(), gradient.data_ptr(),
         )  # fmt: skip
+        self._functions["attention_backward"](self._at, ctypes.byref(given))
         return gradient

@@ -115,7 +115,7 @@ def test_attention(
         attention = operations.attention(packed, heads, rotary)
         assert isinstance(attention, CompiledAttention) == (operations is compiled)
         room = torch.zeros(row, width + RANK, dtype=dtype)
-        kept = attention.forward(qkv, room[:, :width])
+        kept = attention.forward(qkv.clone(), room[:, :width])
         results.append((room, attention.backward(d_out, room[:, :width], kept).view(row, -1)))
     for found, wanted in zip(*results, strict=True):
         close(found, wanted)

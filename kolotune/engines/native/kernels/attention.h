@@ -1,0 +1,349 @@
+// Causal attention over chats that lie end to end, each behind a beginning that all of them may share.
+//
+// Work is split by chat and key head, and what belongs to one is computed by one thread. Scores are not kept: of each
+// query there stays the logarithm of the sum of its scores' exponentials, and the way back computes them again
+// (Dao et al., "FlashAttention", 2022).
+
+#pragma once
+
+#include <memory>
+
+#include "numbers.h"
+#include "products.h"
+
+namespace {
+
+// Where chats lie in a packed row. A shared beginning begins the row, and is a chat too, the last one.
+struct Chats {
+    const int64_t *starts, *lengths;  // of each one's own tokens
+    int64_t count, prefix;            // prefix: tokens of the shared beginning
+    int64_t queries, keys, depth;     // query heads, key heads, width of a head
+
+    int64_t all() const { return (queries + 2 * keys) * depth; }
+    bool is_beginning(int64_t chat) const { return prefix > 0 && chat == count - 1; }
+    // The most keys that a chat sees.
+    int64_t most() const {
+        int64_t longest = 0;
+        for (int64_t chat = 0; chat < count; ++chat) longest = lengths[chat] > longest ? lengths[chat] : longest;
+        return longest + prefix;
+    }
+};
+
+// Queries and keys of a packed row are turned by their positions, in place; backwards with `direction` -1.
+template <class T>
+void turn_row(T *heads, int64_t count, int64_t depth, const float *cosine, const float *sine, float direction) {
+    const int64_t half = depth / 2;
+    for (T *left = heads, *right = heads + half; left < heads + count * depth; left += depth, right += depth) {
+        EACH (int64_t i = 0; i < half; ++i) {
+            const float l = get(left + i), r = get(right + i), s = sine[i] * direction;
+            put(left + i, l * cosine[i] - r * s);
+            put(right + i, r * cosine[i] + l * s);
+        }
+    }
+}
+
+template <class T>
+void turn(const Chats *chats, T *qkv, const float *cosine, const float *sine, int64_t rows) {
+    const Chats c = *chats;
+    const int64_t half = c.depth / 2;
+    ROWS(int64_t row = 0; row < rows; ++row)
+        turn_row(qkv + row * c.all(), c.queries + c.keys, c.depth, cosine + row * half, sine + row * half, 1.0f);
+}
+
+// One chat before one key head. Its lines are the queries that read this head: those of one token behind each other.
+template <class T>
+struct View {
+    const Chats c;
+    const T *qkv;
+    const int64_t head, start, length, front, group, lines;
+
+    View(const Chats &chats, const T *row, int64_t chat, int64_t key_head)
+        : c(chats),
+          qkv(row),
+          head(key_head),
+          start(chats.starts[chat]),
+          length(chats.lengths[chat]),
+          front(chats.is_beginning(chat) ? 0 : chats.prefix),
+          group(chats.queries / chats.keys),
+          lines(length * group) {}
+
+    // A line sees the keys before this one.
+    int64_t limit(int64_t line) const { return front + line / group + 1; }
+    int64_t limit_of_lines_before(int64_t line) const { return limit((line < lines ? line : lines) - 1); }
+    int64_t token(int64_t line) const { return start + line / group; }
+    int64_t query_head(int64_t line) const { return head * group + line % group; }
+    int64_t key_token(int64_t key) const { return key < front ? key : start + key - front; }
+    const T *query(int64_t line) const { return qkv + token(line) * c.all() + query_head(line) * c.depth; }
+    const T *key(int64_t at) const { return qkv + key_token(at) * c.all() + (c.queries + head) * c.depth; }
+    const T *value(int64_t at) const { return key(at) + c.keys * c.depth; }
+    // Where a line's part stands in a packed row of results.
+    int64_t result(int64_t line, int64_t stride) const { return token(line) * stride + query_head(line) * c.depth; }
+};
+
+template <class N>
+struct Room : std::unique_ptr<N[]> {
+    explicit Room(int64_t count) : std::unique_ptr<N[]>(new N[static_cast<size_t>(count)]) {}
+};
+
+constexpr int64_t LINES = 4 * TILE;  // whose gradients of keys and values are summed at once
+
+// Each thread's room for what one view needs: `keys` and `depth` rounded up so that tiles fit.
+template <class T>
+struct Desk {
+    typedef typename Word<T>::type word;
+    const int64_t keys, depth;
+    Room<word> by_key, by_value, key_rows, value_rows;
+    Room<float> scores, d_scores, lines;
+
+    Desk(const Chats &c, int64_t most)
+        : keys(up(most, COLUMNS) * COLUMNS + COLUMNS),
+          depth(up(c.depth, COLUMNS) * COLUMNS),
+          by_key(keys * depth),
+          by_value(keys * depth),
+          key_rows(keys * depth),
+          value_rows(keys * depth),
+          scores(TILE * keys),
+          d_scores(TILE * keys),
+          lines(TILE * depth) {}
+};
+
+// left[TILE]: where lines from `line` on begin; behind the last one, the last one.
+template <class T, class Line>
+void lines_from(int64_t line, int64_t lines, Line line_of, const typename Word<T>::type **left) {
+    for (int64_t i = 0; i < TILE; ++i) {
+        const T *own = line_of(line + i < lines ? line + i : lines - 1);
+        left[i] = reinterpret_cast<const typename Word<T>::type *>(own);
+    }
+}
+
+// sums[TILE][stride] = left · panels, for the first `columns` columns of panels of `height` words each.
+template <class T, bool ADDS>
+void tiles(const typename Word<T>::type *const *left, int64_t stride, const typename Word<T>::type *panels,
+           int64_t height, int64_t steps, int64_t columns, float *sums, int64_t sums_stride) {
+    for (int64_t from = 0; from < columns; from += COLUMNS)
+        tile<T, ADDS>(left, stride, panels + from * height, steps, sums + from, sums_stride);
+}
+
+// A line's scores become exponentials, from `limit` on 0. Returns what they sum to, and its logarithm in `log_sum`.
+inline float exponentials(float *scores, int64_t limit, int64_t last, float *log_sum) {
+    float highest = scores[0], sum = 0;
+    for (int64_t i = 0; i < limit; ++i) highest = scores[i] > highest ? scores[i] : highest;
+    for (int64_t i = 0; i < limit; ++i) {
+        const float own = fast_exp(scores[i] - highest);
+        scores[i] = own;
+        sum += own;
+    }
+    for (int64_t i = limit; i < last; ++i) scores[i] = 0;
+    *log_sum = highest + __builtin_logf(sum);
+    return sum;
+}
+
+template <class T>
+void put_line(const float *from, float scale, T *to, int64_t count) {
+    EACH (int64_t i = 0; i < count; ++i) put(to + i, from[i] * scale);
+}
+
+// The results of one view's queries, into ``out [row, stride]``, and the logarithms ``[row, queries]``.
+template <class T>
+void attend(const View<T> &view, Desk<T> &desk, T *out, int64_t stride, float *log_sums) {
+    typedef typename Word<T>::type word;
+    const int64_t depth = view.c.depth, seen = view.front + view.length, pair = Word<T>::NUMBERS;
+    const int64_t steps = depth / pair, height = up(seen, pair);
+    pack_columns<T>(seen, depth, [&](int64_t at) { return view.key(at); }, desk.by_key.get());
+    pack_rows<T>(seen, depth, [&](int64_t at) { return view.value(at); }, desk.value_rows.get());
+    float *scores = desk.scores.get(), *results = desk.lines.get(), sums[TILE];
+    const word *left[TILE];
+    T *shares = reinterpret_cast<T *>(desk.by_value.get());
+    for (int64_t line = 0; line < view.lines; line += TILE) {
+        const int64_t last = view.limit_of_lines_before(line + TILE), used = up(last, pair) * pair;
+        lines_from<T>(line, view.lines, [&](int64_t at) { return view.query(at); }, left);
+        tiles<T, false>(left, sizeof(word), desk.by_key.get(), steps, steps, last, scores, desk.keys);
+        for (int64_t i = 0; i < TILE && line + i < view.lines; ++i) {
+            float *log_sum = log_sums + view.token(line + i) * view.c.queries + view.query_head(line + i);
+            sums[i] = exponentials(scores + i * desk.keys, view.limit(line + i), used, log_sum);
+            put_line(scores + i * desk.keys, 1.0f, shares + i * desk.keys, used);
+        }
+        lines_from<T>(0, view.lines - line, [&](int64_t at) { return shares + at * desk.keys; }, left);
+        tiles<T, false>(left, sizeof(word), desk.value_rows.get(), height, up(last, pair), depth, results, desk.depth);
+        for (int64_t i = 0; i < TILE && line + i < view.lines; ++i)
+            put_line(results + i * desk.depth, 1.0f / sums[i], out + view.result(line + i, stride), depth);
+    }
+}
+
+template <class T>
+void attention_forward(const Chats *chats, const T *qkv, T *out, int64_t stride, float *log_sums) {
+    const Chats c = *chats;
+    const int64_t most = c.most();
+#pragma omp parallel
+    {
+        Desk<T> desk(c, most);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < c.count * c.keys; ++task)
+            attend(View<T>(c, qkv, task / c.keys, task % c.keys), desk, out, stride, log_sums);
+    }
+}
+
+// Room for one block of lines on the way back.
+template <class T>
+struct Block {
+    typedef typename Word<T>::type word;
+    Room<word> shares, d_scores, queries, d_results;
+    Room<float> d_keys, d_values;
+
+    explicit Block(const Desk<T> &desk)
+        : shares(LINES * desk.keys),
+          d_scores(LINES * desk.keys),
+          queries(LINES * desk.depth),
+          d_results(LINES * desk.depth),
+          d_keys(desk.keys * desk.depth),
+          d_values(desk.keys * desk.depth) {}
+};
+
+// What an attention's way back is given, and where its results go.
+template <class T>
+struct Backward {
+    const T *qkv, *out, *d_out;  // out and its gradient ``[row, queries * depth]``
+    int64_t out_stride, d_out_stride;
+    const float *log_sums, *cosine, *sine;
+    T *d_qkv;
+};
+
+// One tile of lines on the way back: writes the gradients of its queries, and puts its shares and the gradients of its
+// scores into the block, pairs of lines in a word, 0 from each line's limit to `last`.
+template <class T>
+void tile_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Block<T> &block, int64_t line,
+                   int64_t in_block, int64_t last) {
+    typedef typename Word<T>::type word;
+    const int64_t depth = view.c.depth, pair = Word<T>::NUMBERS, steps = depth / pair;
+    const int64_t height = up(view.front + view.length, pair);
+    const int64_t own_last = view.limit_of_lines_before(line + TILE);
+    float *scores = desk.scores.get(), *d_scores = desk.d_scores.get(), *results = desk.lines.get();
+    const word *left[TILE];
+    lines_from<T>(line, view.lines, [&](int64_t at) { return view.query(at); }, left);
+    tiles<T, false>(left, sizeof(word), desk.by_key.get(), steps, steps, own_last, scores, desk.keys);
+    const auto d_result = [&](int64_t at) { return b.d_out + view.result(at, b.d_out_stride); };
+    lines_from<T>(line, view.lines, d_result, left);
+    tiles<T, false>(left, sizeof(word), desk.by_value.get(), steps, steps, own_last, d_scores, desk.keys);
+    T *rounded = reinterpret_cast<T *>(desk.value_rows.get());
+    for (int64_t i = 0; i < TILE; ++i) {
+        float *own = scores + i * desk.keys, *d_own = d_scores + i * desk.keys;
+        const int64_t at = line + i, limit = at < view.lines ? view.limit(at) : 0;
+        if (limit > 0) {
+            const T *d = d_result(at), *result = b.out + view.result(at, b.out_stride);
+            float shared = 0;
+            for (int64_t j = 0; j < depth; ++j) shared += get(d + j) * get(result + j);
+            const float log_sum = b.log_sums[view.token(at) * view.c.queries + view.query_head(at)];
+            EACH (int64_t j = 0; j < limit; ++j) {
+                own[j] = fast_exp(own[j] - log_sum);
+                d_own[j] = own[j] * (d_own[j] - shared);
+            }
+        }
+        for (int64_t j = limit; j < last; ++j) own[j] = d_own[j] = 0;
+        put_line(d_own, 1.0f, rounded + i * desk.keys, up(own_last, pair) * pair);
+    }
+    for (int64_t i = 0; i < TILE; i += pair) {
+        const float *own = scores + i * desk.keys, *d_own = d_scores + i * desk.keys;
+        word *to = block.shares.get() + (in_block + i) / pair * desk.keys;
+        word *d_to = block.d_scores.get() + (in_block + i) / pair * desk.keys;
+        EACH (int64_t j = 0; j < last; ++j) to[j] = Word<T>::rounded(own + j, desk.keys);
+        EACH (int64_t j = 0; j < last; ++j) d_to[j] = Word<T>::rounded(d_own + j, desk.keys);
+    }
+    lines_from<T>(0, TILE, [&](int64_t at) { return rounded + at * desk.keys; }, left);
+    tiles<T, false>(left, sizeof(word), desk.key_rows.get(), height, up(own_last, pair), depth, results, desk.depth);
+    for (int64_t i = 0; i < TILE && line + i < view.lines; ++i) {
+        float *own = results + i * desk.depth;
+        const int64_t token = view.token(line + i), half = depth / 2;
+        turn_row(own, 1, depth, b.cosine + token * half, b.sine + token * half, -1.0f);
+        put_line(own, 1.0f, b.d_qkv + token * view.c.all() + view.query_head(line + i) * depth, depth);
+    }
+}
+
+// Adds a block of lines' part to the gradients of keys and values, of the keys before `last`.
+template <class T>
+void block_backward(const View<T> &view, const Backward<T> &b, const Desk<T> &desk, Block<T> &block, int64_t line,
+                    int64_t lines, int64_t last) {
+    typedef typename Word<T>::type word;
+    const int64_t depth = view.c.depth, pair = Word<T>::NUMBERS, steps = up(lines, pair);
+    pack_rows<T>(lines, depth, [&](int64_t at) { return view.query(line + at); }, block.queries.get());
+    const auto d_result = [&](int64_t at) { return b.d_out + view.result(line + at, b.d_out_stride); };
+    pack_rows<T>(lines, depth, d_result, block.d_results.get());
+    const word *left[TILE];
+    for (int64_t key = 0; key < last; key += TILE) {
+        // Lines before this one don't see the keys.
+        int64_t first = (key - view.front) * view.group - line;
+        first = first > 0 ? first / pair : 0;
+        for (int64_t i = 0; i < TILE; ++i) left[i] = block.shares.get() + first * desk.keys + key + i;
+        tiles<T, true>(left, desk.keys * sizeof(word), block.d_results.get() + first * COLUMNS, steps, steps - first, depth,
+                 block.d_values.get() + key * desk.depth, desk.depth);
+        for (int64_t i = 0; i < TILE; ++i) left[i] = block.d_scores.get() + first * desk.keys + key + i;
+        tiles<T, true>(left, desk.keys * sizeof(word), block.queries.get() + first * COLUMNS, steps, steps - first, depth,
+                 block.d_keys.get() + key * desk.depth, desk.depth);
+    }
+}
+
+// The gradients of a key and its value, from fp32, into their token's place.
+template <class T>
+void put_key(const Chats &c, const Backward<T> &b, int64_t token, int64_t head, float *d_key, const float *d_value) {
+    const int64_t half = c.depth / 2;
+    T *to = b.d_qkv + token * c.all() + (c.queries + head) * c.depth;
+    turn_row(d_key, 1, c.depth, b.cosine + token * half, b.sine + token * half, -1.0f);
+    put_line(d_key, 1.0f, to, c.depth);
+    put_line(d_value, 1.0f, to + c.keys * c.depth, c.depth);
+}
+
+// The gradients of one view; those of the shared beginning's keys and values go to ``shared [prefix, 2 * depth]``.
+template <class T>
+void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Block<T> &block, float *shared,
+                     int64_t shared_keys) {
+    const int64_t depth = view.c.depth, seen = view.front + view.length;
+    pack_columns<T>(seen, depth, [&](int64_t at) { return view.key(at); }, desk.by_key.get());
+    pack_columns<T>(seen, depth, [&](int64_t at) { return view.value(at); }, desk.by_value.get());
+    pack_rows<T>(seen, depth, [&](int64_t at) { return view.key(at); }, desk.key_rows.get());
+    const int64_t used = up(seen, TILE) * TILE * desk.depth;
+    for (Room<float> *each : {&block.d_keys, &block.d_values})
+        std::memset(each->get(), 0, static_cast<size_t>(used) * sizeof(float));
+    for (int64_t line = 0; line < view.lines; line += LINES) {
+        const int64_t lines = view.lines - line < LINES ? view.lines - line : LINES;
+        const int64_t last = view.limit_of_lines_before(line + lines), rounded = up(last, TILE) * TILE;
+        for (int64_t at = 0; at < lines; at += TILE) tile_backward(view, b, desk, block, line + at, at, rounded);
+        block_backward(view, b, desk, block, line, lines, last);
+    }
+    for (int64_t at = 0; at < seen; ++at) {
+        float *d_key = block.d_keys.get() + at * desk.depth, *d_value = block.d_values.get() + at * desk.depth;
+        if (at < shared_keys) {
+            put_line(d_key, 1.0f, shared + at * 2 * depth, depth);
+            put_line(d_value, 1.0f, shared + (at * 2 + 1) * depth, depth);
+        } else {
+            put_key(view.c, b, view.key_token(at), view.head, d_key, d_value);
+        }
+    }
+}
+
+template <class T>
+void attention_backward(const Chats *chats, const Backward<T> *given) {
+    const Chats c = *chats;
+    const Backward<T> b = *given;
+    const int64_t most = c.most(), part = c.prefix * 2 * c.depth, tasks = c.count * c.keys;
+    Room<float> shared(tasks * part);
+#pragma omp parallel
+    {
+        Desk<T> desk(c, most);
+        Block<T> block(desk);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task)
+            attend_backward(View<T>(c, b.qkv, task / c.keys, task % c.keys), b, desk, block,
+                            shared.get() + task * part, c.prefix);
+    }
+    // What all chats did to the beginning's keys is summed in their order.
+    ROWS(int64_t at = 0; at < c.prefix * c.keys; ++at) {
+        const int64_t token = at / c.keys, head = at % c.keys, width = 2 * c.depth;
+        float *sum = shared.get() + head * part + token * width;
+        for (int64_t chat = 1; chat < c.count; ++chat) {
+            const float *own = sum + chat * c.keys * part;
+            EACH (int64_t i = 0; i < width; ++i) sum[i] += own[i];
+        }
+        put_key(c, b, token, head, sum, sum + c.depth);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,56 @@
+// Numbers of both widths, and what is computed of single ones.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float get(const float *at) { return *at; }
+inline void put(float *at, float value) { *at = value; }
+
+inline float get(const bf16 *at) {
+    uint32_t bits = static_cast<uint32_t>(at->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Rounds to the nearest, ties to even; what is no number stays none.
+inline void put(bf16 *at, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    at->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// exp within some 1e-7 of itself (Cephes' reduction, a polynomial of degree 6), in a form that compilers vectorize.
+inline float fast_exp(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    int32_t power = (static_cast<int32_t>(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+#define ROWS _Pragma("omp parallel for schedule(static)") for
+// Iterations don't depend on each other, which a compiler can't know of pointers.
+#define EACH _Pragma("GCC ivdep") for
+
+}  // namespace
