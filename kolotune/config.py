@@ -109,6 +109,16 @@ class Config:
     )
     use_checkpoint: bool = option(False, "Go on from the newest whole checkpoint, or start when there is none.")
 
+    nproc: Annotated[int, Ge(1)] = option(
+        1, "Processes on this machine that train together; the result does not depend on it.", kind="machines"
+    )
+    nnodes: Annotated[int, Ge(1)] = option(
+        1, "Machines that train together; start the same command on each.", kind="machines"
+    )
+    rdzv: str | None = option(
+        None, "HOST:PORT where several machines meet: the address of one of them, the same for all.", kind="machines"
+    )
+
     merge_dtype: Literal["f16", "bf16", "fp32"] = option(
         "f16",
         "How merged weights are stored (where a value is too large for f16, fp32 is taken, and it is said).",
@@ -255,6 +265,10 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         return problems
     if config.eval_data and "eval_split" in values and config.eval_split > 0:
         problems.append("eval-data and eval-split exclude each other")
+    if config.nnodes > 1 and config.rdzv is None:
+        problems.append("nnodes: several machines need rdzv, the address of one of them as HOST:PORT")
+    if config.nnodes * config.nproc > 1 and config.engine == "torchtune":
+        problems.append("nproc: the engine torchtune trains in one process; native trains in several")
     if quantizations.NONE in config.quantization and len(config.quantization) > 1:
         problems.append("quantization: none does not go with another")
     return problems

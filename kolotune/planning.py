@@ -263,7 +263,7 @@ def _both(one: Memory, other: Memory) -> Memory:
 def training_memory(
     context: Context, shape: ModelShape, row: Row, free: int, unknown: list[str]
 ) -> tuple[Memory | None, bool]:
-    """What the engine's process holds, and whether it computes activations again; None: not known."""
+    """What the engine's processes hold, and whether they compute activations again; None: not known."""
     config = context.config
     reason = _why_not_known(context, row)
     if reason:
@@ -273,9 +273,10 @@ def training_memory(
     width = estimates.WIDTHS[config.dtype]
     kept_all = shape.layers * estimates.kept_by_layer(shape, adapter, row, width)
     without = estimates.of_training(shape, adapter, _SMALLEST_ROW, width, recompute=False).own
-    recompute = kept_all > max(0, free - without) // 2
+    recompute = kept_all > max(0, free // config.nproc - without) // 2
     best = config.early_stopping > 0
-    return estimates.of_training(shape, adapter, row, width, recompute=recompute, keeps_best=best), recompute
+    each = estimates.of_training(shape, adapter, row, width, recompute=recompute, keeps_best=best)
+    return Memory(each.own * config.nproc, each.mapped * config.nproc), recompute
 
 
 def _why_not_known(context: Context, row: Row) -> str:
@@ -412,8 +413,12 @@ def _memory_advice(found: Needs, context: Context, work: Work | None) -> str:
 def _smaller(config: Config, row: Row) -> Iterator[tuple[str, Config, int]]:
     """Changes that take less memory, the least harmful first: words, config, longest chat."""
     bases = [("", config)]
+    if config.nproc > 1:
+        bases = [("--nproc 1", dataclasses.replace(config, nproc=1))]
+        yield bases[0][0], bases[0][1], row.longest
     if config.dtype == "fp32" and hardware.best_dtype() == "bf16":
-        bases.append(("--dtype bf16", dataclasses.replace(config, dtype="bf16")))
+        words, wide = bases[-1]
+        bases.append((f"{words} --dtype bf16".strip(), dataclasses.replace(wide, dtype="bf16")))
         yield bases[-1][0], bases[-1][1], row.longest
     for words, base in bases:
         rank = config.lora_rank // 2

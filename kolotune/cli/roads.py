@@ -30,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-@with_options("data", "model", "training", "export", "comparison")
+@with_options("data", "model", "training", "machines", "export", "comparison")
 def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """All stages: from chats to Modelfiles, each stage only if something it depends on changed."""
     from .. import pipeline
@@ -66,7 +66,7 @@ def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **
     return 0
 
 
-@with_options("model", "training")
+@with_options("model", "training", "machines")
 def train(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
     """Prepared tokens to an adapter."""
     return _stage("train", run, json, flags)

@@ -23,6 +23,9 @@ _MAY_DIFFER_ON_RESUME = frozenset(
         "checkpoint_steps",
         "early_stopping",
         "resume",
+        "nproc",
+        "nnodes",
+        "rdzv",
     }
 )
 
@@ -40,6 +43,7 @@ class TrainJob:
         metrics: JSON lines, one a step and one an evaluation.
         resume: go on from the newest whole checkpoint, if there is one.
         dtype: "bf16" or "fp32", of the frozen weights; the adapter is always fp32.
+        nproc, nnodes, rdzv: processes on this machine, machines, and where they meet; the result is the same.
         compile: whether the native engine's step uses its compiled parts.
         The rest are the options of the same names in `Config`.
     """
@@ -53,6 +57,9 @@ class TrainJob:
     checkpoints: str
     metrics: str
     resume: bool
+    nproc: int
+    nnodes: int
+    rdzv: str | None
     dtype: str
     compile: bool
     load_in_4bit: bool

@@ -18,15 +18,19 @@ _STDIN = 0
 _PATIENCE_SECONDS = 20.0
 
 
-def end_with_parent() -> None:
+def end_with_parent() -> bool:
     """Watches standard input from a thread, if the parent asks for it; at its end, stops this process.
+
+    Returns whether it does: children that get the same standard input may be asked to watch it too.
 
     A killed parent can tell nobody, but the system closes its pipes: that works on every system and through a
     container's engine, where process numbers and death signals don't. The process is asked to stop (SIGTERM), so
     that it can end its own children, and is ended for good when it takes longer than 20 seconds.
     """
-    if os.environ.pop(WATCH_STDIN, "") == "1":
+    asked = os.environ.pop(WATCH_STDIN, "") == "1"
+    if asked:
         threading.Thread(target=_wait_for_the_end, name="end-with-parent", daemon=True).start()
+    return asked
 
 
 def say_process() -> None:

@@ -91,6 +91,9 @@ def make_job(context: Context) -> TrainJob:
         checkpoints=str(run.checkpoints),
         metrics=str(run.metrics),
         resume=config.use_checkpoint,
+        nproc=config.nproc,
+        nnodes=config.nnodes,
+        rdzv=config.rdzv,
         checkpoint_steps=config.checkpoint_steps,
         **chosen,
     )
@@ -119,7 +122,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
         reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
     log = context.run.log(NAME)
     with reporter.progress("training") as progress:
-        events = _Events(reporter, progress)
+        events = _Events(reporter, progress, several=job.nproc * job.nnodes > 1)
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
         code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_us=True)
     if events.error is not None:
@@ -137,8 +140,8 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
 class _Events:
     """Takes the engine's events out of its output."""
 
-    def __init__(self, reporter: Reporter, progress: Progress) -> None:
-        self._reporter, self._progress = reporter, progress
+    def __init__(self, reporter: Reporter, progress: Progress, *, several: bool) -> None:
+        self._reporter, self._progress, self._several = reporter, progress, several
         self.error: KolotuneError | None = None
         self.facts: dict[str, Any] = {}
 
@@ -166,4 +169,6 @@ class _Events:
         elif kind == "error":
             raised = getattr(errors, str(event["kind"]), TrainingError)
             self.error = raised(str(event["cause"]), str(event["hint"]))
+            if self._several:  # or they would be started again, to fail again
+                raise self.error
         return True

@@ -55,6 +55,9 @@ class TrainingRoom:
         """A job whose outputs stand in the folder `name`; the options are those of `TrainJob`."""
         chosen: dict[str, Any] = {
             "resume": False,
+            "nproc": 1,
+            "nnodes": 1,
+            "rdzv": None,
             "dtype": "fp32",
             "compile": False,
             "load_in_4bit": False,

@@ -11,15 +11,18 @@ from pathlib import Path
 from ...errors import KolotuneError, TrainingError
 from ...runners.watchdog import end_with_parent
 from ..job import TrainJob, emit
+from . import elastic
 
 
 def main(arguments: list[str]) -> int:
     """Runs the job in the file `arguments[0]`; returns the exit code."""
-    end_with_parent()
+    watches = end_with_parent()
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         job = TrainJob.read(Path(arguments[0]))
+        if elastic.is_wanted(job):
+            return elastic.launch(job, arguments[0], watched=watches)
         from .training import train
 
         train(job)

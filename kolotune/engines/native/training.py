@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,14 +19,21 @@ from . import checkpoints, lora, schedule
 from .batches import Tokens, longest_first, steps_in_epoch, steps_of
 from .checkpoints import State
 from .model import open_model
+from .world import World
 
 
 class Trainer:
-    """One training: model, adapters, optimizer, and where it stands."""
+    """One training: model, adapters, optimizer, and where it stands.
 
-    def __init__(self, job: TrainJob) -> None:
+    Args:
+        job: what is trained.
+        world: the processes that do it; None: this one alone.
+    """
+
+    def __init__(self, job: TrainJob, world: World | None = None) -> None:
         self.job = job
         self.device = best_device()
+        self.world = world or World(self.device)
         self.tokens = Tokens.load(Path(job.data) / "train.safetensors")
         held_out = Path(job.data) / "held_out.safetensors"
         self.held_out = Tokens.load(held_out) if held_out.is_file() else None
@@ -49,10 +57,14 @@ class Trainer:
             TrainingError: the loss or a gradient is not finite; the weights are those before the step.
         """
         self.optimizer.zero_grad(set_to_none=False)
+        self.world.draw_for(self.job.seed, self.state.step)
         labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
         total = 0.0
-        for group in self.model.groups(self.tokens, indices):
+        for group in self.model.groups(self.tokens, self._own(self.tokens, indices)):
             total += self.model.backward(self.tokens, group, 1 / labels) / labels
+        assert self.parameter.grad is not None
+        self.world.add_up(self.parameter.grad)
+        total = self.world.total(total)
         norm = self._clip()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise TrainingError(
@@ -64,6 +76,10 @@ class Trainer:
         self.optimizer.step()
         self.model.updated()
         return total
+
+    def _own(self, tokens: Tokens, indices: Sequence[int]) -> list[int]:
+        """This process's part of the chats `indices`."""
+        return self.world.share(indices, {index: tokens.length_of(index) for index in indices})
 
     def _clip(self) -> float:
         """Shortens the gradient to the job's longest norm; returns the norm that it had."""
@@ -78,8 +94,8 @@ class Trainer:
         held_out = self.held_out
         if held_out is None or len(held_out) == 0:
             return None
-        groups = self.model.groups(held_out, longest_first(held_out))
-        total = sum(self.model.loss(held_out, group) for group in groups)
+        groups = self.model.groups(held_out, self._own(held_out, longest_first(held_out)))
+        total = self.world.total(sum(self.model.loss(held_out, group) for group in groups))
         return total / max(1, sum(held_out.labels_of(index) for index in range(len(held_out))))
 
     def snapshot(self) -> State:
@@ -109,14 +125,40 @@ class Trainer:
         self.state = state
 
 
+class _Journal:
+    """What is written and told of a training, by the processes that do so."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._writes = trainer.world.writes
+        self._metrics = Metrics(Path(trainer.job.metrics), trainer.state.step) if self._writes else None
+
+    def metrics(self, **fields: Any) -> None:
+        """A line of the metrics file."""
+        if self._metrics is not None:
+            self._metrics.write(**fields)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """An event for the process that started the engine."""
+        if self._writes:
+            emit(event, **fields)
+
+    def checkpoint(self, job: TrainJob, state: State) -> None:
+        """A checkpoint, on the disk of each machine."""
+        if self._writes:
+            checkpoints.save(job, state)
+
+
 def train(job: TrainJob) -> None:
     """Trains the adapter of `job` and writes it.
 
     Raises:
-        TrainingError: see `Trainer.step` and `checkpoints.newest`; or the checkpoint is behind the job's end.
+        TrainingError: see `Trainer.step` and `checkpoints.newest`; or the checkpoint is behind the job's end; or other
+            processes train something else.
     """
-    state = checkpoints.newest(job) if job.resume else None
-    trainer = Trainer(job)
+    world = World(best_device())
+    world.require_same({**job.identity(), "epochs": job.epochs, "early_stopping": job.early_stopping})
+    state = _newest(job, world)
+    trainer = Trainer(job, world)
     if state is not None:
         if state.step > trainer.steps:
             raise TrainingError(
@@ -124,22 +166,56 @@ def train(job: TrainJob) -> None:
                 "Give more epochs, or leave --use-checkpoint out to train anew.",
             )
         trainer.restore(state)
-        emit("note", text=f"going on from step {state.step}")
-    else:
+    elif world.writes:
         checkpoints.clear(job)
-    metrics = Metrics(Path(job.metrics), trainer.state.step)
+    journal = _Journal(trainer)
+    if state is not None:
+        journal.tell("note", text=f"going on from step {state.step}")
+    stopped = _run(trainer, journal)
+    if world.writes:
+        _save(trainer)
+    journal.tell(
+        "result",
+        steps=trainer.state.step,
+        stopped_early=stopped,
+        device=trainer.device,
+        processes=world.size,
+        threads=torch.get_num_threads(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        kernels=trainer.model.kernels,
+    )
+    world.close()
+
+
+def _newest(job: TrainJob, world: World) -> State | None:
+    """The newest checkpoint that any machine has. Several processes may have been restarted: they always look."""
+    looks = world.writes and (job.resume or world.size > 1)
+    own = checkpoints.newest(job) if looks else None
+    found: State | None = world.newest(own.step if own else None, lambda: own)
+    return found
+
+
+def _run(trainer: Trainer, journal: _Journal) -> bool:
+    """All epochs from where the trainer stands; returns whether the training stopped early."""
+    job = trainer.job
     stopped = _has_stopped(trainer)  # before the process that wrote the checkpoint could finish
     if trainer.state.step == 0:
-        _evaluate(trainer, metrics)
+        _evaluate(trainer, journal)
     first_epoch, first_step = divmod(trainer.state.step, max(1, trainer.steps_in_epoch))
     for epoch in range(first_epoch, 0 if stopped else job.epochs):
-        _train_epoch(trainer, metrics, epoch, first_step if epoch == first_epoch else 0)
-        _evaluate(trainer, metrics)
-        checkpoints.save(job, trainer.snapshot())
+        _train_epoch(trainer, journal, epoch, first_step if epoch == first_epoch else 0)
+        _evaluate(trainer, journal)
+        journal.checkpoint(job, trainer.snapshot())
         stopped = _has_stopped(trainer)
         if stopped:
-            emit("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
+            journal.tell("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
             break
+    return stopped
+
+
+def _save(trainer: Trainer) -> None:
+    """Writes the adapter: the last, or the best where the training waits for one."""
+    job = trainer.job
     best = trainer.state.part("best.") if job.early_stopping else {}
     save_adapter(
         Path(job.adapter),
@@ -149,15 +225,6 @@ def train(job: TrainJob) -> None:
         alpha=job.lora_alpha,
         dropout=job.lora_dropout,
     )
-    emit(
-        "result",
-        steps=trainer.state.step,
-        stopped_early=stopped,
-        device=trainer.device,
-        threads=torch.get_num_threads(),
-        instructions=torch.backends.cpu.get_cpu_capability(),
-        kernels=trainer.model.kernels,
-    )
 
 
 def _has_stopped(trainer: Trainer) -> bool:
@@ -166,7 +233,7 @@ def _has_stopped(trainer: Trainer) -> bool:
     return bool(wait) and trainer.state.evaluations_since_best >= wait
 
 
-def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> None:
+def _train_epoch(trainer: Trainer, journal: _Journal, epoch: int, first: int) -> None:
     job = trainer.job
     size = job.batch_size * job.gradient_accumulation
     for indices in steps_of(len(trainer.tokens), epoch, job.seed, size, first):
@@ -180,11 +247,11 @@ def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> 
         except TrainingError:
             before = trainer.snapshot()
             before.tensors |= random_state
-            checkpoints.save(job, before)
+            journal.checkpoint(job, before)
             raise
         trainer.state.step += 1
         speed = sum(trainer.tokens.length_of(index) for index in indices) / (time.perf_counter() - started)
-        metrics.write(
+        journal.metrics(
             step=trainer.state.step,
             epoch=round(trainer.state.step / trainer.steps_in_epoch, 4),
             loss=loss,
@@ -193,19 +260,19 @@ def _train_epoch(trainer: Trainer, metrics: Metrics, epoch: int, first: int) -> 
             memory_mb=_memory_mb(trainer.device),
             time=round(time.time(), 3),
         )
-        emit("step", step=trainer.state.step, steps=trainer.steps, loss=loss, tokens_per_second=speed)
+        journal.tell("step", step=trainer.state.step, steps=trainer.steps, loss=loss, tokens_per_second=speed)
         in_epoch = trainer.state.step % trainer.steps_in_epoch
         if job.checkpoint_steps and trainer.state.step % job.checkpoint_steps == 0 and in_epoch:
-            checkpoints.save(job, trainer.snapshot())
+            journal.checkpoint(job, trainer.snapshot())
 
 
-def _evaluate(trainer: Trainer, metrics: Metrics) -> None:
+def _evaluate(trainer: Trainer, journal: _Journal) -> None:
     loss = trainer.evaluate()
     if loss is None:
         return
     state = trainer.state
-    metrics.write(step=state.step, held_out_loss=loss, time=round(time.time(), 3))
-    emit("evaluation", step=state.step, held_out_loss=loss)
+    journal.metrics(step=state.step, held_out_loss=loss, time=round(time.time(), 3))
+    journal.tell("evaluation", step=state.step, held_out_loss=loss)
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.evaluations_since_best = loss, 0
         if trainer.job.early_stopping:

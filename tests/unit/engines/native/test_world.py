@@ -1,0 +1,129 @@
+"""Several processes that train together: the same result as one, also with another number after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kolotune.engines.job import TrainJob, event_of
+from kolotune.engines.native import training
+from kolotune.engines.native.world import World
+
+Room = Callable[..., Any]
+
+
+def start(job: TrainJob) -> subprocess.Popen[str]:
+    file = Path(job.metrics).parent / "job.json"
+    job.write(file)
+    argv = [sys.executable, "-m", "kolotune.engines.native", str(file)]
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train(job: TrainJob) -> dict[str, Any]:
+    """Runs the engine; returns the event of its end."""
+    child = start(job)
+    output, _ = child.communicate()
+    assert child.returncode == 0, output
+    events = [event for line in output.splitlines() if (event := event_of(line))]
+    results = [event for event in events if event["event"] == "result"]
+    assert len(results) == 1, "one process tells"
+    return results[0]
+
+
+def figures(job: TrainJob, key: str) -> list[float]:
+    lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
+    return dict(load_file(Path(job.adapter) / "adapter_model.safetensors"))
+
+
+@pytest.fixture
+def room(training_room: Room) -> Any:
+    return training_room("llama", chats=37, held_out=7)
+
+
+OPTIONS = {"batch_size": 6, "epochs": 3, "checkpoint_steps": 1}
+
+
+@pytest.fixture
+def alone(room: Any) -> TrainJob:
+    """A training by this process."""
+    job: TrainJob = room.job("alone", **OPTIONS)
+    training.train(job)
+    return job
+
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_the_result_is_that_of_one_process(processes: int, room: Any, alone: TrainJob) -> None:
+    job = room.job(f"by-{processes}", nproc=processes, **OPTIONS)
+    assert train(job)["processes"] == processes
+    assert figures(job, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
+    assert figures(job, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
+    assert figures(alone, "loss")[0] - min(figures(alone, "loss")) > 0.5, "it must have learnt something"
+    for name, tensor in adapter(job).items():
+        torch.testing.assert_close(tensor, adapter(alone)[name], atol=2e-3, rtol=1e-3)
+
+
+def test_a_process_that_is_killed_costs_one_interval_and_nothing_else(room: Any) -> None:
+    whole = room.job("whole", nproc=2, lora_dropout=0.1, **OPTIONS)
+    train(whole)
+    job = dataclasses.replace(room.job("killed", nproc=2, lora_dropout=0.1, **OPTIONS), epochs=whole.epochs)
+    child = start(job)
+    checkpoints = Path(job.checkpoints)
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    workers = psutil.Process(child.pid).children()
+    assert len(workers) == 2
+    os.kill(workers[1].pid, signal.SIGKILL)
+    output, _ = child.communicate()
+    assert child.returncode == 0, output
+    assert "going on from step" in output
+    assert figures(job, "loss") == figures(whole, "loss")
+    ours, theirs = adapter(job), adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    steps = [event["step"] for line in output.splitlines() if (event := event_of(line)) and event["event"] == "step"]
+    assert len(steps) - len(set(steps)) <= 1, "steps that were made twice"
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(
+    first: int, then: int, room: Any, alone: TrainJob
+) -> None:
+    job = room.job(f"from-{first}", nproc=first, **OPTIONS)
+    (train if first > 1 else training.train)(job)
+    newest, before = sorted(Path(job.checkpoints).glob("step-*"), reverse=True)
+    shutil.rmtree(newest)  # the end of an epoch
+    assert int(before.name[-2:]) % 7 == 6
+    (train if then > 1 else training.train)(dataclasses.replace(job, nproc=then, resume=True))
+    assert figures(job, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
+
+
+def test_every_chat_is_in_one_part_and_the_parts_are_alike() -> None:
+    lengths = {index: 5 + (index * 37) % 90 for index in range(64)}
+    indices = list(range(64))
+    parts = []
+    for rank in range(4):
+        world = World()
+        world.rank, world.size = rank, 4
+        parts.append(world.share(indices, lengths))
+    assert sorted(each for part in parts for each in part) == indices
+    loads = [sum(lengths[each] for each in part) for part in parts]
+    assert max(loads) - min(loads) <= max(lengths.values())
+    assert max(loads) < 1.05 * min(loads)
