@@ -55,6 +55,7 @@ class FusedLinear:
             if pair is not None:
                 self.parts.append((pair, rows, slice(column, column + len(pair.lora_A))))
                 column += len(pair.lora_A)
+        self._operations = operations
         self._drops = any(pair.dropout for pair, _, _ in self.parts)
         self._product = operations.product(whole, self.inputs)
 
@@ -88,7 +89,7 @@ class FusedLinear:
         """
         given, low = x[:, : self.inputs], x[:, self.inputs :]
         if masks is None or not self._drops:
-            low.copy_(given @ self.down.t())
+            self._operations.lower(given, self.down, low)
         else:
             for pair, _, columns in self.parts:
                 masks.append(nn.functional.dropout(torch.ones_like(given), pair.dropout))
@@ -122,14 +123,13 @@ class FusedLinear:
 
     def _add_gradients(self, d_out: Tensor, d_low: Tensor, x: Tensor, masks: list[Tensor] | None) -> None:
         """Adds to the adapters' gradients; `d_low` is that of ``A x``, ``[tokens, rank]``."""
-        given, low = x[:, : self.inputs], x[:, self.inputs :].contiguous()
-        d_up = d_out.t() @ low  # of all layers against all adapters; the blocks that belong are taken
+        given, low, add = x[:, : self.inputs], x[:, self.inputs :], self._operations.add_product
         for pair, rows, columns in self.parts:
             assert pair.lora_B.grad is not None
-            pair.lora_B.grad.add_(d_up[rows, columns])
-        scale, d_low = self.parts[0][0].scale, d_low.contiguous()
+            add(pair.lora_B.grad, d_out[:, rows], low[:, columns], 1.0)
+        scale = self.parts[0][0].scale
         if not masks:
-            self._a_gradient.add_(d_low.t() @ given, alpha=scale)
+            add(self._a_gradient, d_low, given, scale)
             return
         for (_, _, columns), mask in zip(self.parts, masks, strict=True):
-            self._a_gradient[columns].add_(d_low[:, columns].t() @ (given * mask), alpha=scale)
+            add(self._a_gradient[columns], d_low[:, columns], given * mask, scale)

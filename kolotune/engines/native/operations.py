@@ -46,6 +46,15 @@ class Operations(Protocol):
     def product(self, weight: Tensor, changing: int) -> Product:
         """The product with ``weight [outputs, inputs]``, whose columns from `changing` on will be replaced."""
 
+    def lower(self, x: Tensor, down: Tensor, into: Tensor) -> None:
+        """``x [row, width] · downᵀ`` into ``into [row, rank]``, of ``down [rank, width]``; rows may stand apart."""
+
+    def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+        """Adds ``factor * leftᵀ · right`` to fp32 ``gradient [left, right]``, of ``[row, left]`` and ``[row, right]``.
+
+        Rows may stand apart.
+        """
+
     def attention(self, packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
         """Attention for one packed row."""
 
@@ -81,6 +90,14 @@ class PlainOperations:
         """See `Operations`."""
         del changing
         return PlainProduct(weight)
+
+    def lower(self, x: Tensor, down: Tensor, into: Tensor) -> None:
+        """See `Operations`."""
+        into.copy_(x @ down.t())
+
+    def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+        """See `Operations`."""
+        gradient.add_(left.t() @ right, alpha=factor)
 
     def attention(self, packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
         """See `Operations`."""

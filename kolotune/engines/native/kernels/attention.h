@@ -6,8 +6,6 @@
 
 #pragma once
 
-#include <memory>
-
 #include "numbers.h"
 #include "products.h"
 
@@ -80,11 +78,6 @@ struct View {
     int64_t result(int64_t line, int64_t stride) const { return token(line) * stride + query_head(line) * c.depth; }
 };
 
-template <class N>
-struct Room : std::unique_ptr<N[]> {
-    explicit Room(int64_t count) : std::unique_ptr<N[]>(new N[static_cast<size_t>(count)]) {}
-};
-
 constexpr int64_t LINES = 4 * TILE;  // whose gradients of keys and values are summed at once
 
 // Each thread's room for what one view needs: `keys` and `depth` rounded up so that tiles fit.
@@ -121,7 +114,7 @@ template <class T, bool ADDS>
 void tiles(const typename Word<T>::type *const *left, int64_t stride, const typename Word<T>::type *panels,
            int64_t height, int64_t steps, int64_t columns, float *sums, int64_t sums_stride) {
     for (int64_t from = 0; from < columns; from += COLUMNS)
-        tile<T, ADDS>(left, stride, panels + from * height, steps, sums + from, sums_stride);
+        tile<T, ADDS, TILE>(left, stride, panels + from * height, steps, sums + from, sums_stride);
 }
 
 // A line's scores become exponentials, from `limit` on 0. Returns what they sum to, and its logarithm in `log_sum`.

@@ -4,6 +4,7 @@
 // Plain C++ without PyTorch's headers, so that it compiles in seconds. Work is split so that no sum crosses a border
 // between threads, and results don't depend on the number of threads.
 
+#include "adapters.h"
 #include "attention.h"
 #include "elementwise.h"
 
@@ -22,6 +23,14 @@
     }                                                                                                                 \
     extern "C" void swiglu_backward_##suffix(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64_t rows) {   \
         swiglu_backward(d_out, gate_up, d_gate_up, rows);                                                             \
+    }                                                                                                                 \
+    extern "C" void lower_##suffix(const T *x, int64_t x_stride, const T *down, T *out, int64_t out_stride,           \
+                                   int64_t tokens, int64_t width, int64_t rank) {                                     \
+        lower(x, x_stride, down, out, out_stride, tokens, width, rank);                                               \
+    }                                                                                                                 \
+    extern "C" void add_product_##suffix(const Side<T> *thin, const Side<T> *wide, int64_t tokens, float *gradient,   \
+                                         float factor, int64_t transposed) {                                          \
+        add_product(thin, wide, tokens, gradient, factor, transposed);                                                \
     }                                                                                                                 \
     extern "C" void turn_##suffix(const Chats *chats, T *qkv, const float *cosine, const float *sine, int64_t rows) { \
         turn(chats, qkv, cosine, sine, rows);                                                                         \

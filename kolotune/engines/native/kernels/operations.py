@@ -23,12 +23,24 @@ _ARGUMENTS = {
     "norm_backward": [_POINTER] * 6 + [_COUNT],
     "swiglu_forward": [_POINTER] * 2 + [_COUNT] * 3,
     "swiglu_backward": [_POINTER] * 3 + [_COUNT],
+    "lower": [_POINTER, _COUNT, _POINTER, _POINTER] + [_COUNT] * 4,
+    "add_product": [_POINTER] * 2 + [_COUNT, _POINTER, _REAL, _COUNT],
     "turn": [_POINTER] * 4 + [_COUNT],
     "attention_forward": [_POINTER] * 3 + [_COUNT, _POINTER],
     "attention_backward": [_POINTER] * 2,
     "cross_entropy": [_POINTER] * 3 + [_COUNT] * 2 + [_REAL],
     "place": [_POINTER] * 4 + [_COUNT] * 2,
 }
+
+
+class _Side(ctypes.Structure):
+    """`Side` of adapters.h."""
+
+    _fields_ = (("numbers", _POINTER), ("stride", _COUNT), ("width", _COUNT))
+
+    @classmethod
+    def of(cls, row: Tensor) -> _Side:
+        return cls(row.data_ptr(), row.stride(0), row.shape[1])
 
 
 class _Chats(ctypes.Structure):
@@ -87,6 +99,26 @@ class CompiledOperations:
     def product(self, weight: Tensor, changing: int) -> Product:
         """See `Operations`."""
         return packed_or_plain(weight, changing, self.functions["place"]) if self._packs else PlainProduct(weight)
+
+    def lower(self, x: Tensor, down: Tensor, into: Tensor) -> None:
+        """See `Operations`."""
+        tokens, width = x.shape
+        if width % 2:  # the kernel takes bf16 numbers by twos
+            into.copy_(x @ down.t())
+            return
+        self.functions["lower"](
+            x.data_ptr(), x.stride(0), down.data_ptr(), into.data_ptr(), into.stride(0), tokens, width, len(down)
+        )
+
+    def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+        """See `Operations`."""
+        thin, wide = _Side.of(left), _Side.of(right)
+        transposed = left.shape[1] > right.shape[1]
+        if transposed:
+            thin, wide = wide, thin
+        self.functions["add_product"](
+            ctypes.byref(thin), ctypes.byref(wide), len(left), gradient.data_ptr(), factor, transposed
+        )
 
     def attention(self, packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
         """See `Operations`."""

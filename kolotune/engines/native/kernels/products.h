@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -80,27 +81,33 @@ struct Word<bf16> {
     }
 };
 
+template <class N>
+struct Room : std::unique_ptr<N[]> {
+    explicit Room(int64_t count) : std::unique_ptr<N[]>(new N[static_cast<size_t>(count)]) {}
+};
+
+// How many of a size hold a count.
 inline int64_t up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// sums[TILE][COLUMNS] (+)= left · panel. `left` are the rows' first words; a row's next word is `stride` bytes behind.
+// sums[HEIGHT][COLUMNS] (+)= left · panel. `left` are the rows' first words; a row's next word is `stride` bytes behind.
 // A function of its own, since inlined the compiler keeps some of the sums in memory.
-template <class T, bool ADDS>
+template <class T, bool ADDS, int HEIGHT>
 __attribute__((noinline)) void tile(const typename Word<T>::type *const *left, int64_t stride,
                                     const typename Word<T>::type *panel, int64_t steps, float *sums,
                                     int64_t sums_stride) {
     typedef typename Word<T>::type word;
-    floats sum[TILE][2] = {};
+    floats sum[HEIGHT][2] = {};
     int64_t at = 0;
     for (const word *right = panel, *end = panel + steps * COLUMNS; right < end; right += COLUMNS, at += stride) {
 #pragma GCC unroll 16
-        for (int i = 0; i < TILE; ++i) {
+        for (int i = 0; i < HEIGHT; ++i) {
             const word *own = reinterpret_cast<const word *>(reinterpret_cast<const char *>(left[i]) + at);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) sum[i][j] = Word<T>::add(sum[i][j], own, right + j * LANES);
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < TILE; ++i) {
+    for (int i = 0; i < HEIGHT; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
             floats *to = reinterpret_cast<floats *>(sums + i * sums_stride + j * LANES);

@@ -96,6 +96,24 @@ def test_what_is_no_number_stays_none(compiled: CompiledOperations, dtype: torch
     assert room.isfinite().tolist() == [[True, False, False, True]]
 
 
+@pytest.mark.parametrize("rank", [1, 6, 16, 40])
+@pytest.mark.parametrize("width", [WIDTH, 31])
+def test_products_of_adapters(compiled: CompiledOperations, dtype: torch.dtype, rank: int, width: int) -> None:
+    x = torch.randn(ROWS, width + rank).to(dtype)
+    down, low = torch.randn(rank, width).mul(0.1).to(dtype), torch.randn(ROWS, rank + 3).to(dtype)[:, :rank]
+    rooms, gradients, transposed = [], [], []
+    for operations in (compiled, PLAIN):
+        rooms.append(x.clone())
+        operations.lower(rooms[-1][:, :width], down, rooms[-1][:, width:])
+        gradients.append(torch.ones(rank, width))
+        operations.add_product(gradients[-1], low, x[:, :width], 0.1)
+        transposed.append(torch.ones(width, rank))
+        operations.add_product(transposed[-1], x[:, :width], low, 0.1)
+    close(*rooms)
+    for found, wanted in (gradients, transposed):
+        torch.testing.assert_close(found, wanted, rtol=2e-5 if dtype == torch.float32 else 3e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("prefix", [0, 5])
 @pytest.mark.parametrize("lengths", [(7,), (3, 9, 1), (4, 4)])
 @pytest.mark.parametrize("heads", [Heads(4, 2, 16), Heads(3, 1, 8), Heads(2, 2, 6)])
