@@ -292,9 +292,9 @@ void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, B
     pack_columns<T>(seen, depth, [&](int64_t at) { return view.key(at); }, desk.by_key.get());
     pack_columns<T>(seen, depth, [&](int64_t at) { return view.value(at); }, desk.by_value.get());
     pack_rows<T>(seen, depth, [&](int64_t at) { return view.key(at); }, desk.key_rows.get());
-    const int64_t used = up(seen, TILE) * TILE * desk.depth;
-    for (Room<float> *each : {&block.d_keys, &block.d_values})
-        std::memset(each->get(), 0, static_cast<size_t>(used) * sizeof(float));
+    const size_t used = static_cast<size_t>(up(seen, TILE) * TILE * desk.depth) * sizeof(float);
+    std::memset(block.d_keys.get(), 0, used);
+    std::memset(block.d_values.get(), 0, used);
     for (int64_t line = 0; line < view.lines; line += LINES) {
         const int64_t lines = view.lines - line < LINES ? view.lines - line : LINES;
         const int64_t last = view.limit_of_lines_before(line + lines), rounded = up(last, TILE) * TILE;

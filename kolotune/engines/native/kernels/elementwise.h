@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "numbers.h"
+#include "products.h"
 
 namespace {
 
@@ -36,63 +36,100 @@ template <class T>
 struct Split {
     const T *whole, *down;
     int64_t width, rank, stride;
+};
 
-    // Numbers `from` to before ``from + BLOCK`` of a row, or as many as there are.
-    void read(int64_t row, int64_t from, float *out) const {
-        const T *own = whole + row * stride, *low = own + width;
-        const int64_t count = width - from < BLOCK ? width - from : BLOCK;
-        if (count == BLOCK) {
-            read_block<BLOCK>(own + from, low, from, out, BLOCK);
-        } else {
-            read_block<1>(own + from, low, from, out, count);
+// Such a gradient, read in tiles: some columns of TILE rows at once.
+template <class T>
+struct Tiles {
+    typedef typename Word<T>::type word;
+    const Split<T> split;
+    const int64_t steps;
+    Room<word> panels;
+
+    explicit Tiles(const Split<T> &given)
+        : split(given),
+          steps(up(given.rank, Word<T>::NUMBERS)),
+          panels(steps * up(given.width, COLUMNS) * COLUMNS) {
+        pack_rows<T>(split.rank, split.width, [&](int64_t at) { return split.down + at * split.width; }, panels.get());
+    }
+
+    // Rows from `row` on, columns from `from` on, into ``out[TILE][stride]``; `from` is a multiple of COLUMNS, and there
+    // is room for whole panels. Behind the last row stands the last row.
+    void read(int64_t row, int64_t rows, int64_t from, int64_t columns, float *out, int64_t stride) const {
+        constexpr int64_t MOST = 64;  // words of a row's middle that are taken at once
+        word low[TILE][MOST];
+        const word *left[TILE];
+        for (int64_t i = 0; i < TILE; ++i) {
+            const T *own = line(row + i, rows) + from;
+            EACH (int64_t j = 0; j < columns; ++j) out[i * stride + j] = get(own + j);
+            left[i] = low[i];
+        }
+        for (int64_t step = 0; step < steps; step += MOST) {
+            const int64_t count = steps - step < MOST ? steps - step : MOST;
+            for (int64_t i = 0; i < TILE; ++i) {
+                const T *own = line(row + i, rows) + split.width;
+                for (int64_t j = 0; j < count; ++j) {
+                    const int64_t at = (step + j) * Word<T>::NUMBERS;
+                    low[i][j] = at + Word<T>::NUMBERS > split.rank ? Word<T>::alone(own + at) : Word<T>::of(own + at, 1);
+                }
+            }
+            for (int64_t j = 0; j < columns; j += COLUMNS)
+                tile<T, true, TILE>(left, sizeof(word), panels.get() + (from + j) * steps + step * COLUMNS, count,
+                                    out + j, stride);
         }
     }
-
-    void read_row(int64_t row, float *out) const {
-        for (int64_t from = 0; from < width; from += BLOCK) read(row, from, out + from);
-    }
-
-    static constexpr int64_t BLOCK = 128;
 
    private:
-    template <int64_t SIZE>
-    void read_block(const T *own, const T *low, int64_t from, float *out, int64_t count) const {
-        const int64_t size = SIZE == BLOCK ? SIZE : count;
-        float sum[BLOCK];
-        for (int64_t i = 0; i < size; ++i) sum[i] = get(own + i);
-        for (int64_t r = 0; r < rank; ++r) {
-            const float share = get(low + r);
-            const T *line = down + r * width + from;
-            for (int64_t i = 0; i < size; ++i) sum[i] += share * get(line + i);
-        }
-        for (int64_t i = 0; i < size; ++i) out[i] = sum[i];
-    }
+    const T *line(int64_t row, int64_t rows) const { return split.whole + (row < rows ? row : rows - 1) * split.stride; }
 };
+
+// The whole gradient, ``[rows, width]``.
+template <class T>
+void join(const Split<T> *given, T *out, int64_t rows) {
+    const Tiles<T> tiles(*given);
+    const int64_t width = given->width, stride = up(width, COLUMNS) * COLUMNS;
+#pragma omp parallel
+    {
+        Room<float> room(TILE * stride);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < rows; first += TILE) {
+            tiles.read(first, rows, 0, width, room.get(), stride);
+            for (int64_t row = first; row < first + TILE && row < rows; ++row) {
+                const float *own = room.get() + (row - first) * stride;
+                EACH (int64_t i = 0; i < width; ++i) put(out + row * width + i, own[i]);
+            }
+        }
+    }
+}
 
 // The gradient of `norm_forward`'s sum, plus `added`.
 template <class T>
 void norm_backward(const Split<T> *d_out, const T *x, const T *weight, const float *factor, const T *added, T *d_x,
                    int64_t rows) {
-    const Split<T> split = *d_out;
-    const int64_t width = split.width;
-    // Each thread's own copy of one row.
-    std::vector<float> room(static_cast<size_t>(width));
-#pragma omp parallel for schedule(static) firstprivate(room)
-    for (int64_t row = 0; row < rows; ++row) {
-        float *d = room.data();
-        split.read_row(row, d);
-        const T *own = x + row * width;
-        float scale = factor[row], shared = 0;
-        for (int64_t i = 0; i < width; ++i) shared += d[i] * get(weight + i) * get(own + i);
-        shared *= scale * scale / static_cast<float>(width);
-        T *result = d_x + row * width;
-        if (added == nullptr) {
-            EACH (int64_t i = 0; i < width; ++i)
-                put(result + i, (d[i] * get(weight + i) - get(own + i) * shared) * scale);
-        } else {
-            const T *other = added + row * width;
-            EACH (int64_t i = 0; i < width; ++i)
-                put(result + i, (d[i] * get(weight + i) - get(own + i) * shared) * scale + get(other + i));
+    const Tiles<T> tiles(*d_out);
+    const int64_t width = d_out->width, stride = up(width, COLUMNS) * COLUMNS;
+#pragma omp parallel
+    {
+        Room<float> room(TILE * stride);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < rows; first += TILE) {
+            tiles.read(first, rows, 0, width, room.get(), stride);
+            for (int64_t row = first; row < first + TILE && row < rows; ++row) {
+                const float *d = room.get() + (row - first) * stride;
+                const T *own = x + row * width;
+                float scale = factor[row], shared = 0;
+                for (int64_t i = 0; i < width; ++i) shared += d[i] * get(weight + i) * get(own + i);
+                shared *= scale * scale / static_cast<float>(width);
+                T *result = d_x + row * width;
+                if (added == nullptr) {
+                    EACH (int64_t i = 0; i < width; ++i)
+                        put(result + i, (d[i] * get(weight + i) - get(own + i) * shared) * scale);
+                } else {
+                    const T *other = added + row * width;
+                    EACH (int64_t i = 0; i < width; ++i)
+                        put(result + i, (d[i] * get(weight + i) - get(own + i) * shared) * scale + get(other + i));
+                }
+            }
         }
     }
 }
@@ -112,19 +149,23 @@ void swiglu_forward(const T *gate_up, T *out, int64_t rows, int64_t width, int64
 
 template <class T>
 void swiglu_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64_t rows) {
-    const Split<T> split = *d_out;
-    const int64_t width = split.width;
-    ROWS(int64_t row = 0; row < rows; ++row) {
-        const T *gate = gate_up + row * 2 * width, *up = gate + width;
-        T *d_gate = d_gate_up + row * 2 * width, *d_up = d_gate + width;
-        for (int64_t from = 0; from < width; from += Split<T>::BLOCK) {
-            float d[Split<T>::BLOCK];
-            split.read(row, from, d);
-            const int64_t last = width - from < Split<T>::BLOCK ? width - from : Split<T>::BLOCK;
-            EACH (int64_t i = 0; i < last; ++i) {
-                float g = get(gate + from + i), s = sigmoid(g);
-                put(d_up + from + i, d[i] * g * s);
-                put(d_gate + from + i, d[i] * get(up + from + i) * s * (1.0f + g * (1.0f - s)));
+    const Tiles<T> tiles(*d_out);
+    const int64_t width = d_out->width;
+    constexpr int64_t AT_ONCE = 8 * COLUMNS;
+    ROWS(int64_t first = 0; first < rows; first += TILE) {
+        float room[TILE * AT_ONCE];
+        for (int64_t from = 0; from < width; from += AT_ONCE) {
+            const int64_t count = width - from < AT_ONCE ? width - from : AT_ONCE;
+            tiles.read(first, rows, from, count, room, AT_ONCE);
+            for (int64_t row = first; row < first + TILE && row < rows; ++row) {
+                const float *d = room + (row - first) * AT_ONCE;
+                const T *gate = gate_up + row * 2 * width + from, *up = gate + width;
+                T *d_gate = d_gate_up + row * 2 * width + from, *d_up = d_gate + width;
+                EACH (int64_t i = 0; i < count; ++i) {
+                    float g = get(gate + i), s = sigmoid(g);
+                    put(d_up + i, d[i] * g * s);
+                    put(d_gate + i, d[i] * get(up + i) * s * (1.0f + g * (1.0f - s)));
+                }
             }
         }
     }

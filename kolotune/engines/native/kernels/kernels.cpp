@@ -17,6 +17,7 @@
                                            const float *factor, const T *added, T *d_x, int64_t rows) {               \
         norm_backward(d_out, x, weight, factor, added, d_x, rows);                                                    \
     }                                                                                                                 \
+    extern "C" void join_##suffix(const Split<T> *gradient, T *out, int64_t rows) { join(gradient, out, rows); }      \
     extern "C" void swiglu_forward_##suffix(const T *gate_up, T *out, int64_t rows, int64_t width,                    \
                                             int64_t out_stride) {                                                     \
         swiglu_forward(gate_up, out, rows, width, out_stride);                                                        \

@@ -21,6 +21,7 @@ _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "norm_forward": [_POINTER] * 6 + [_COUNT] * 3 + [_REAL],
     "norm_backward": [_POINTER] * 6 + [_COUNT],
+    "join": [_POINTER] * 2 + [_COUNT],
     "swiglu_forward": [_POINTER] * 2 + [_COUNT] * 3,
     "swiglu_backward": [_POINTER] * 3 + [_COUNT],
     "lower": [_POINTER, _COUNT, _POINTER, _POINTER] + [_COUNT] * 4,
@@ -193,7 +194,8 @@ class CompiledAttention:
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """See `Attention`."""
         qkv, log_sums = kept
-        gradient, d_mixed = torch.empty_like(qkv), d_out.sum()
+        gradient, d_mixed = torch.empty_like(qkv), qkv.new_empty(len(qkv), d_out.width)
+        self._functions["join"](ctypes.byref(_Split.of(d_out)), d_mixed.data_ptr(), len(qkv))
         given = _Backward(
             qkv.data_ptr(), out.data_ptr(), d_mixed.data_ptr(), out.stride(0), d_mixed.stride(0),
             log_sums.data_ptr(), self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr(), gradient.data_ptr(),
