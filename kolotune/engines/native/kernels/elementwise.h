@@ -176,8 +176,8 @@ template <class T>
 void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t width, float scale) {
     ROWS(int64_t row = 0; row < rows; ++row) {
         T *own = logits + row * width;
-        float highest = get(own), sum = 0;
-        for (int64_t i = 0; i < width; ++i) highest = get(own + i) > highest ? get(own + i) : highest;
+        const float highest = highest_of(own, width);
+        float sum = 0;
         for (int64_t i = 0; i < width; ++i) sum += fast_exp(get(own + i) - highest);
         const float target = get(own + targets[row]), share = scale / sum;
         losses[row] = __builtin_logf(sum) + highest - target;

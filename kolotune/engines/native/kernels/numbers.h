@@ -49,6 +49,27 @@ inline float fast_exp(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
+// The highest of some numbers (one at least); what is no number is passed over where another one is. By lanes, since no
+// compiler may turn a plain loop around that has to mind what is no number.
+template <class T>
+inline float highest_of(const T *numbers, int64_t count) {
+    constexpr int64_t AT_ONCE = 64;
+    float best = get(numbers);
+    if (count >= AT_ONCE) {
+        float lanes[AT_ONCE];
+        for (int64_t j = 0; j < AT_ONCE; ++j) lanes[j] = get(numbers + j);
+        for (int64_t i = AT_ONCE; i + AT_ONCE <= count; i += AT_ONCE) {
+            for (int64_t j = 0; j < AT_ONCE; ++j) {
+                const float own = get(numbers + i + j);
+                lanes[j] = own > lanes[j] ? own : lanes[j];
+            }
+        }
+        for (int64_t j = 0; j < AT_ONCE; ++j) best = lanes[j] > best ? lanes[j] : best;
+    }
+    for (int64_t i = count - count % AT_ONCE; i < count; ++i) best = get(numbers + i) > best ? get(numbers + i) : best;
+    return best;
+}
+
 #define ROWS _Pragma("omp parallel for schedule(static)") for
 // Iterations don't depend on each other, which a compiler can't know of pointers.
 #define EACH _Pragma("GCC ivdep") for
