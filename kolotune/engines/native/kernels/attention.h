@@ -119,7 +119,9 @@ void tiles(const typename Word<T>::type *const *left, int64_t stride, const type
 
 // A line's scores become exponentials, from `limit` on 0. Returns what they sum to, and its logarithm in `log_sum`.
 inline float exponentials(float *scores, int64_t limit, int64_t last, float *log_sum) {
-    const float highest = highest_of(scores, limit);
+    const int64_t whole = up(limit, COLUMNS) * COLUMNS;
+    for (int64_t i = limit; i < whole; ++i) scores[i] = scores[0];
+    const float highest = highest_of(scores, whole);
     float sum = 0;
     for (int64_t i = 0; i < limit; ++i) {
         const float own = fast_exp(scores[i] - highest);

@@ -53,7 +53,7 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 // compiler may turn a plain loop around that has to mind what is no number.
 template <class T>
 inline float highest_of(const T *numbers, int64_t count) {
-    constexpr int64_t AT_ONCE = 64;
+    constexpr int64_t AT_ONCE = 32;
     float best = get(numbers);
     if (count >= AT_ONCE) {
         float lanes[AT_ONCE];
