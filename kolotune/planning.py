@@ -16,6 +16,7 @@ from typing import Any
 from . import estimates, exporting, hardware, llamacpp, models
 from .chats.tokenizer import TOKENIZER_FILES
 from .config import Config
+from .engines.native import families
 from .errors import KolotuneError, SpaceError
 from .estimates import Adapter, Memory, ModelShape, Row, Written
 from .files import size_of, write_text
@@ -280,8 +281,6 @@ def training_memory(
 
 
 def _why_not_known(context: Context, row: Row) -> str:
-    from .engines.native import llama
-
     config = context.config
     if config.engine != "native":
         return f"{config.engine} is no engine of ours"
@@ -289,7 +288,7 @@ def _why_not_known(context: Context, row: Row) -> str:
         return "it depends on bitsandbytes (--load-in-4bit)"
     if hardware.best_device() != "cpu":
         return f"it trains on {hardware.best_device()}"
-    reason = llama.why_not(context.base, row.longest)
+    reason = families.why_not(context.base, row.longest)
     return f"transformers computes this model ({reason})" if reason else ""
 
 

@@ -1,8 +1,7 @@
-"""Models of the Llama family as a `Decoder`: which ones it computes, and how their folders are read."""
+"""Models of the Llama family as a `Decoder`: how their folders are read."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,54 +15,14 @@ from ...weights import TensorFiles, weight_files
 from . import lora
 from .attention import Heads
 from .decoder import Decoder, Layer
+from .families import config_of, rotary_of
 from .fused import FusedLinear
 from .lora import LoraPair
 from .operations import Norm, Operations
 
-# What a config may hold without changing what is computed; a key that stands nowhere here is one we don't know.
-_KNOWN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _QKV, _OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
 _GATE_UP, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
 _LINEAR = (*_QKV, *_OUT, *_GATE_UP, *_DOWN)
-
-
-def why_not(folder: Path, longest: int) -> str:
-    """Why the decoder can't compute a model; "" when it can.
-
-    Args:
-        folder: of the model.
-        longest: tokens of the longest chat.
-    """
-    config = _config(folder)
-    kind = config.get("model_type")
-    if kind not in _KNOWN_TYPES:
-        return f"its architecture is {kind}"
-    if config.get("hidden_act", "silu") != "silu":
-        return f"its activation is {config['hidden_act']}"
-    if _rotary(config).get("rope_type", "default") not in ("default", "llama3", "linear"):
-        return f"its rotary embedding is {_rotary(config)['rope_type']}"
-    if config.get("partial_rotary_factor", 1.0) != 1.0 or config.get("pretraining_tp", 1) != 1:
-        return "it turns a part of each head only"
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        return "some of its layers see a window only"
-    window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window", kind == "mistral") and window < longest:
-        return f"its layers see a window of {window} tokens"
-    return ""
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def _rotary(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's settings; older configs keep them in two places, and call the type by another name."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if "rope_type" not in found and "type" in found:
-        found["rope_type"] = found["type"]
-    return found
 
 
 def frequencies(config: dict[str, Any], width: int) -> Tensor:
@@ -72,7 +31,7 @@ def frequencies(config: dict[str, Any], width: int) -> Tensor:
     Sources: Su et al., "RoFormer", 2021; for "llama3" the scaling that Llama 3.1 was released with: long waves are
     stretched by `factor`, short ones kept, and those between are blended.
     """
-    rotary = _rotary(config)
+    rotary = rotary_of(config)
     plain: Tensor = 1.0 / rotary["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
     if rotary.get("rope_type") == "linear":
         return plain / float(rotary["factor"])
@@ -96,7 +55,7 @@ def load(
     """A model's decoder, and its new adapters by the full names of their layers, in the model's order.
 
     Args:
-        folder: a model for which `why_not` says nothing.
+        folder: a model for which `families.why_not` says nothing.
         operations: how its elementwise parts are computed.
         dtype: of the frozen weights and of the arithmetic.
         rank, alpha, dropout: see `LoraPair`.
@@ -106,7 +65,7 @@ def load(
         ConfigError: a target is no linear layer.
         ArtifactError: a weight is missing or damaged.
     """
-    config = _config(folder)
+    config = config_of(folder)
     chosen = lora.targeted({name.rpartition(".")[2] for name in _LINEAR}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ..job import TrainJob
-from . import llama, lora
+from . import families, llama, lora
 from .batches import IGNORED, Tokens, make_batch
 from .kernels import build
 from .kernels.operations import CompiledOperations
@@ -63,7 +63,7 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
         TrainingError: the base can't be loaded.
         ConfigError: a target is no linear layer of it.
     """
-    if device == "cpu" and not job.load_in_4bit and not llama.why_not(Path(job.base_model), longest):
+    if device == "cpu" and not job.load_in_4bit and not families.why_not(Path(job.base_model), longest):
         return PackedModel(job)
     return PlainModel(job, device)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native import attention, llama, packing
+from kolotune.engines.native import attention, families, llama, packing
 from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
@@ -216,7 +216,7 @@ def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
 )
 def test_other_models_go_through_transformers(kind: str, more: Any, reason: str, training_room: Room) -> None:
     room = training_room(kind, **more)
-    assert reason in llama.why_not(room.root / "base", 100)
+    assert reason in families.why_not(room.root / "base", 100)
     model = open_model(room.job(), "cpu", 100)
     assert isinstance(model, PlainModel)
     tokens = Tokens.load(Path(room.job().data) / "train.safetensors")
@@ -225,14 +225,14 @@ def test_other_models_go_through_transformers(kind: str, more: Any, reason: str,
 
 def test_a_model_without_linear_layers_is_refused(training_room: Room) -> None:
     room = training_room("gpt2")
-    assert "gpt2" in llama.why_not(room.root / "base", 100)
+    assert "gpt2" in families.why_not(room.root / "base", 100)
     with pytest.raises(ConfigError, match="no linear layer"):
         open_model(room.job(), "cpu", 100)
 
 
 def test_a_window_wider_than_the_chats_is_none(training_room: Room) -> None:
     base = training_room("mistral", sliding_window=64).root / "base"
-    assert llama.why_not(base, 64) == "" and "window" in llama.why_not(base, 65)
+    assert families.why_not(base, 64) == "" and "window" in families.why_not(base, 65)
 
 
 @pytest.mark.parametrize("rotary", [LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": 1e6}])
