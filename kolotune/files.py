@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import ArtifactError, SpaceError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     import numpy as np
 
 T = TypeVar("T")
@@ -135,7 +137,7 @@ class Stream:
     """
 
     def __init__(self, path: Path) -> None:
-        from concurrent.futures import Future, ThreadPoolExecutor
+        from concurrent.futures import ThreadPoolExecutor
 
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
@@ -207,21 +209,32 @@ def _stamp(status: os.stat_result) -> list[int]:
 
 def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
     """The results of `tasks`, in their order, from as many threads as there are cores; few of them wait in memory."""
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor
 
     threads = min(os.cpu_count() or 1, 8)
-    waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(task))
-                if len(waiting) > 4 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield from results(pool, tasks, 4 * threads)
+
+
+def results(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
+    """What the threads of a pool make of tasks, in their order.
+
+    Args:
+        pool: the threads.
+        tasks: taken as they are needed.
+        ahead: how many, at most, are begun or done before their result is asked for.
+    """
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            for each in waiting:
-                each.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 class Hasher:

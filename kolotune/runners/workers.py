@@ -6,19 +6,21 @@ standard input, and answers on its standard output. The input's end is its end: 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import KolotuneError
+from ..files import results
 from . import local
 
 _MOST = 4  # each takes some 80 MB
@@ -68,31 +70,21 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], count: int) 
                 free.put(worker)
             return result
 
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for task in tasks:
-                waiting.append(threads.submit(do, task))
-                if len(waiting) > count * _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for each in waiting:
-                each.cancel()
+        yield from results(threads, (partial(do, task) for task in tasks), count * _AHEAD)
 
 
 class _Worker:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], work: Any) -> None:
         assert process.stdin is not None and process.stdout is not None
         self._in, self._out = process.stdin, process.stdout
-
-    def send(self, what: Any) -> None:
-        pickle.dump(what, self._in, pickle.HIGHEST_PROTOCOL)
-        self._in.flush()
+        self._work: Any = work
 
     def do(self, task: Any) -> Any:
         try:
-            self.send(task)
+            if self._work is not None:  # not before: the processes start up side by side
+                self._send(self._work)
+                self._work = None
+            self._send(task)
             good, result = pickle.load(self._out)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise KolotuneError("a worker process ended before its work was done", "Is there memory left?") from error
@@ -100,20 +92,25 @@ class _Worker:
             raise result
         return result
 
+    def _send(self, what: Any) -> None:
+        pickle.dump(what, self._in, pickle.HIGHEST_PROTOCOL)
+        self._in.flush()
+
 
 @contextmanager
 def _started(work: Any) -> Iterator[_Worker]:
     # One thread of the tokenizers' own in each: there is a process for each core.
     with local.piped(local.python(__name__), {"TOKENIZERS_PARALLELISM": "false"}) as process:
-        worker = _Worker(process)
-        worker.send(work)
-        yield worker
+        yield _Worker(process, work)
 
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     tasks, answers = sys.stdin.buffer, _own_output()
     work = pickle.load(tasks)
+    # Looking for cycles among a chunk's many objects takes a tenth of the time, and there are hardly any.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
     while True:
         try:
             task = pickle.load(tasks)
