@@ -18,6 +18,7 @@ import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from . import Chat
@@ -36,7 +37,8 @@ _COMMON_SHARE, _COMMON_COUNT = 0.05, 10  # a phrase in more chats than these say
 _SLOTS = 1 << 20
 _BANDS, _ROWS = 16, 5  # finds of pairs that share 80% of their phrases 998 in 1000
 _IN_MEMORY = 64 << 20
-_AT_ONCE = 4096
+_AT_ONCE = 512  # chats
+_KEPT = 1_024  # sets of phrases
 _TRIED = 4
 _FEWEST_ANSWERS = 20
 _SAME_SHARE, _OPENING_SHARE, _VARIETY, _PHRASED_SHARE = 0.1, 0.25, 0.05, 0.25
@@ -123,6 +125,7 @@ class Likeness:
         self._answers = _Answers()
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - it lives as long as this object
         self._common = np.zeros((2, _SLOTS), np.uint32)
+        self._telling_of = lru_cache(_KEPT)(self._telling)
 
     def add(self, seen: Look, held_out: bool) -> None:
         """Takes a chat of the training part or the held-out one."""
@@ -151,17 +154,19 @@ class Likeness:
     def _where(self, index: int) -> str:
         return f"{list(self._sources)[self._source[index]]}:{self._line[index]}"
 
-    def _telling(self, index: int, kind: int) -> np.ndarray:
+    def _telling(self, index: int, kind: int) -> frozenset[int]:
         """The phrases of a chat that not many others have."""
         import numpy as np
 
-        if kind == _WHOLE:
-            return np.union1d(self._telling(index, _QUESTION), self._telling(index, _ANSWER))
-        skipped = self._lengths[_QUESTION][index] if kind == _ANSWER else 0
-        self._file.seek(self._offset[index] + 8 * skipped)
-        phrases = np.frombuffer(self._file.read(8 * self._lengths[kind][index]), np.uint64)
-        telling: np.ndarray = phrases[self._common[kind, phrases % _SLOTS] <= self._too_common]
-        return telling
+        questions, answers = self._lengths[_QUESTION][index], self._lengths[_ANSWER][index]
+        self._file.seek(self._offset[index])
+        phrases = np.frombuffer(self._file.read(8 * (questions + answers)), np.uint64)
+        slots = phrases % _SLOTS
+        telling = np.concatenate((self._common[_QUESTION, slots[:questions]], self._common[_ANSWER, slots[questions:]]))
+        telling = telling <= self._too_common
+        telling[: questions * (kind == _ANSWER)] = False
+        telling[questions + answers * (kind != _QUESTION) :] = False
+        return frozenset(phrases[telling].tolist())
 
     @property
     def _too_common(self) -> int:
@@ -176,25 +181,43 @@ class Likeness:
 
         factors = np.random.default_rng(0).integers(0, 2**63, _BANDS * _ROWS, dtype=np.uint64) * 2 + 1
         bands = [np.zeros((len(self._line), _BANDS), np.uint32) for _ in range(3)]
-        phrased = []
-        for index in range(len(self._line)):
-            parts = [self._telling(index, kind) for kind in (_QUESTION, _ANSWER)]
-            signatures = [_signature(part, factors) for part in parts]
-            signatures.append(np.minimum(*signatures))
-            sizes = [len(parts[0]), len(parts[1]), len(parts[0]) + len(parts[1])]
-            for kind, (signature, size) in enumerate(zip(signatures, sizes, strict=True)):
-                if size >= _FEWEST_PHRASES:
-                    bands[kind][index] = _banded(signature)
-            if (total := self._lengths[_ANSWER][index]) >= 2 * _FEWEST_PHRASES and 4 * sizes[1] < total:
-                phrased.append(index)
+        phrased: list[int] = []
+        for start in range(0, len(self._line), _AT_ONCE):
+            chosen = range(start, min(start + _AT_ONCE, len(self._line)))
+            lengths, phrases = self._phrases_of(chosen)
+            kinds = np.tile((_QUESTION, _ANSWER), len(chosen)).repeat(lengths)
+            telling = self._common[kinds, phrases % _SLOTS] <= self._too_common
+            sizes = np.add.reduceat(np.append(telling, 0), _starts(lengths)) * (lengths > 0)
+            signatures = _signatures(phrases[telling], sizes, factors)
+            per_chat, parts = sizes.reshape(-1, 2), signatures.reshape(len(chosen), 2, -1)
+            for kind, (signature, size) in enumerate(
+                (
+                    (parts[:, 0], per_chat[:, 0]),
+                    (parts[:, 1], per_chat[:, 1]),
+                    (parts.min(axis=1), per_chat.sum(axis=1)),
+                )
+            ):
+                bands[kind][chosen] = _banded(signature) * (size >= _FEWEST_PHRASES)[:, None]
+            total = lengths.reshape(-1, 2)[:, 1]
+            common = (total >= 2 * _FEWEST_PHRASES) & (4 * per_chat[:, 1] < total)
+            phrased += (start + np.flatnonzero(common)).tolist()
         return bands, phrased
+
+    def _phrases_of(self, chosen: range) -> tuple[np.ndarray, np.ndarray]:
+        """How many phrases the question and the answer of each of these chats have, in turns; and the phrases."""
+        import numpy as np
+
+        lengths = np.array([self._lengths[kind][index] for index in chosen for kind in (_QUESTION, _ANSWER)], np.int64)
+        data = []
+        for at, index in enumerate(chosen):
+            self._file.seek(self._offset[index])
+            data.append(self._file.read(8 * int(lengths[2 * at] + lengths[2 * at + 1])))
+        return lengths, np.frombuffer(b"".join(data), np.uint64)
 
     def _likeness(self, kind: int, one: int, other: int) -> float:
         """Jaccard's measure of two chats' phrases, exactly."""
-        import numpy as np
-
-        a, b = self._telling(one, kind), self._telling(other, kind)
-        both = len(np.intersect1d(a, b, assume_unique=True))
+        a, b = self._telling_of(one, kind), self._telling_of(other, kind)
+        both = len(a & b)
         return both / max(1, len(a) + len(b) - both)
 
     def _near_duplicates(self, bands: np.ndarray) -> Finding | None:
@@ -344,24 +367,42 @@ def _phrases(words: list[str]) -> np.ndarray:
     return np.unique(mixed ^ mixed >> np.uint64(32))
 
 
-def _signature(phrases: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """MinHash: for each factor the lowest of all phrases multiplied by it (their upper 32 bits)."""
+def _signatures(phrases: np.ndarray, sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """MinHash: for each factor the lowest of all phrases of a text multiplied by it (their upper 32 bits).
+
+    Args:
+        phrases: those of all texts, one after another.
+        sizes: how many each text has.
+        factors: odd numbers.
+
+    Returns:
+        uint32 ``[texts, factors]``; the highest number where a text has none.
+    """
     import numpy as np
 
-    lowest = np.full(len(factors), 2**32, np.uint64)
-    for start in range(0, len(phrases), _AT_ONCE):
-        part = phrases[start : start + _AT_ONCE, None] * factors >> np.uint64(32)
-        lowest = np.minimum(lowest, part.min(axis=0))
-    return lowest
+    out = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
+    if len(phrases):
+        starts, filled = _starts(sizes), sizes > 0
+        for column, factor in enumerate(factors):
+            hashed = (phrases * factor >> np.uint64(32)).astype(np.uint32)
+            out[filled, column] = np.minimum.reduceat(hashed, starts[filled])
+    return out
 
 
-def _banded(signature: np.ndarray) -> np.ndarray:
-    """Each band of a signature as 32 bits that are not 0; chats that are alike are likely to have one in common."""
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """Where each of several parts of these sizes begins."""
     import numpy as np
 
-    mixed = np.zeros(_BANDS, np.uint64)
+    return np.concatenate(([0], np.cumsum(sizes)[:-1]))
+
+
+def _banded(signatures: np.ndarray) -> np.ndarray:
+    """Each band of the signatures as 32 bits that are not 0; chats that are alike are likely to have one in common."""
+    import numpy as np
+
+    mixed = np.zeros((len(signatures), _BANDS), np.uint64)
     for row in range(_ROWS):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + signature[row::_ROWS]
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + signatures[:, row::_ROWS]
     return (mixed >> np.uint64(32) | np.uint64(1)).astype(np.uint32)
 
 
