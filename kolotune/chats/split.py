@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 # From so many chats on, at least one is held out.
 _ENOUGH_TO_HOLD_OUT = 20
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 
 def content_hash(chat: Chat) -> bytes:
     """SHA-256 of messages and tools; where the chat was read from plays no part."""
-    content = json.dumps([chat.message_dicts(), list(chat.tools)], sort_keys=True, ensure_ascii=False)
+    content = _CANONICAL.encode([chat.message_dicts(), list(chat.tools)])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -42,6 +42,9 @@ def read_turns(raw: Any, first: int = 1) -> tuple[list[Message], list[Fault]]:
     messages: list[Message] = []
     faults: list[Fault] = []
     for number, turn in enumerate(raw, first):
+        if (plain := _plain_turn(turn)) is not None:
+            messages.append(plain)
+            continue
         try:
             messages.append(_read_turn(turn))
         except RecordError as error:
@@ -93,6 +96,15 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError("bad-tools", "tools must be a list of objects")
     return tuple(tools)
+
+
+def _plain_turn(turn: Any) -> Message | None:
+    """The message of a turn that is a role and a text and nothing else, as most are; `_read_turn` makes the same."""
+    if type(turn) is dict and len(turn) == 2 and "role" in turn and "content" in turn:
+        role, content = turn["role"], turn["content"]
+        if type(content) is str and type(role) is str and role in ROLES:
+            return Message(role, content)
+    return None
 
 
 def _read_turn(turn: Any) -> Message:
