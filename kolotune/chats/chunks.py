@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -61,7 +60,7 @@ class Outcome:
         shapes: how many of each shape.
         problems: of records that are no chats.
         rows: for each chat a row of `COLUMNS`.
-        ids: the tokens of all used chats, int32; `labelled`: uint8 for each of them.
+        ids: the tokens of all used chats, as int32 in memory; `labelled`: a byte for each of them.
         records: of chats that may be held out, as lines of JSON; `looks`: pickled, of those that are compared.
         refused: problems of chats, by their number in the chunk.
         lowest: the lowest hash, and its chat's number in the chunk; None without chats.
@@ -71,7 +70,7 @@ class Outcome:
     shapes: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     rows: list[tuple[Any, ...]] = field(default_factory=list)
-    ids: array[int] = field(default_factory=lambda: array("i"))
+    ids: bytearray = field(default_factory=bytearray)
     labelled: bytearray = field(default_factory=bytearray)
     records: list[bytes] = field(default_factory=list)
     looks: list[bytes] = field(default_factory=list)
@@ -151,14 +150,14 @@ class Work:
         else:
             if found is None:
                 state = TOO_LONG
-            elif not any(found.labelled):
+            elif 1 not in found.packed_labels:
                 cause = "no token of it would be trained on"
                 out.refused[kept.number] = Problem(chat.source, chat.line, "no-label", cause)
             else:
-                state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(found.ids)
+                state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(found)
                 flags |= found.special_in_content * SPECIAL | found.boundary_merge * MERGED
-                out.ids.extend(found.ids)
-                out.labelled += bytes(found.labelled)
+                out.ids += found.packed_ids
+                out.labelled += found.packed_labels
                 record = _record(fitting) if kept.record else b""
                 look = pickle.dumps(Look.at(fitting), pickle.HIGHEST_PROTOCOL) if kept.look else b""
                 out.records.append(record)
@@ -170,7 +169,7 @@ class Work:
         """The chat, or as many whole turns of its beginning as fit, ending with an answer; None when none do."""
         if not isinstance(encoded, EncodedChat):
             raise encoded
-        if len(encoded.ids) <= self.longest:
+        if len(encoded) <= self.longest:
             return chat, encoded
         answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
         for last in reversed(answers[:-1]):
@@ -178,7 +177,7 @@ class Work:
                 continue  # a call without its result is no end of a chat
             shorter = dataclasses.replace(chat, messages=chat.messages[: last + 1])
             encoded = self.encoder.encode(shorter)
-            if len(encoded.ids) <= self.longest:
+            if len(encoded) <= self.longest:
                 return shorter, encoded
         return chat, None
 

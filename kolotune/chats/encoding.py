@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, TemplateError
 from . import Chat
+from .forms import Forms, Placed
 from .masking import Located, locate, pattern_of
 from .rendering import Span
 from .template import ChatTemplate
+from .tokenbytes import TokenBytes
+from .words import packed, words_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,8 +34,8 @@ class EncodedChat:
     """A chat as tokens.
 
     Attributes:
-        ids: the token ids of the whole rendering.
-        labelled: for each id, whether the loss falls on it; as long as `ids`.
+        packed_ids: the token ids of the whole rendering, as int32 in memory.
+        packed_labels: for each of them a byte that says whether the loss falls on it.
         turn_starts: the index into `ids` where each exchange starts: a user's turn and all up to the next
             user's turn that follows an answer. The first is 0. Cutting there leaves whole exchanges.
         special_in_content: a content holds the text of a special token; it was encoded as plain text.
@@ -40,11 +43,24 @@ class EncodedChat:
             labelled, and the served prompt will end with another token than the one trained on.
     """
 
-    ids: list[int]
-    labelled: list[bool]
+    packed_ids: bytes
+    packed_labels: bytes
     turn_starts: list[int]
     special_in_content: bool
     boundary_merge: bool
+
+    def __len__(self) -> int:
+        return len(self.packed_labels)
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids."""
+        return array("i", self.packed_ids).tolist()
+
+    @property
+    def labelled(self) -> list[bool]:
+        """For each id, whether the loss falls on it."""
+        return [bool(each) for each in self.packed_labels]
 
 
 class Encoder:
@@ -62,8 +78,19 @@ class Encoder:
         self.template = template
         self._backend: Any = tokenizer.backend_tokenizer
         self._special = _special_tokens(tokenizer)
+        self._begin()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.template, self._backend, self._special)
+
+    def _begin(self) -> None:
         self._names = frozenset(self._special)
-        self._bytes = _TokenBytes(self._backend)
+        self._bytes = TokenBytes(self._backend)
+        with _bare(self._backend):
+            words = words_of(self._backend)
+        # Where a named special token is none to the tokenizer itself, its text is more than this token.
+        self._words = words if words is not None and self._names <= words.added else None
+        self._forms = Forms(self.template, self._names, words.added if words is not None else frozenset())
 
     def encode(self, chat: Chat) -> EncodedChat:
         """Token ids of a chat, and which of them the loss falls on.
@@ -86,52 +113,47 @@ class Encoder:
 
     def encode_all(self, chats: Sequence[Chat]) -> list[EncodedChat | TemplateError | DataError]:
         """Each chat encoded, or the error that `encode` would raise."""
-        out: list[EncodedChat | TemplateError | DataError | None] = [None] * len(chats)
-        plain: dict[int, Located] = {}
+        out: dict[int, EncodedChat | TemplateError | DataError] = {}
+        found: dict[int, Located | Placed] = {}
+        ids: dict[int, bytes] = {}
         with _bare(self._backend):
             for index, chat in enumerate(chats):
                 try:
-                    found = locate(chat, self.template, self._names)
+                    if (placed := self._forms.place(chat)) is not None:
+                        found[index] = placed
+                        if self._words is not None and (known := self._words.ids(placed.parts)) is not None:
+                            ids[index] = known
+                        continue
+                    located = locate(chat, self.template, self._names)
                     if _special_in_content(chat, pattern_of(self._names)):
-                        out[index] = self._with_special(found)
+                        out[index] = self._with_special(located)
                     else:
-                        plain[index] = found
+                        found[index] = located
                 except (TemplateError, DataError) as error:
                     out[index] = error
-            for (index, found), ids in zip(plain.items(), self._ids(plain.values()), strict=True):
-                out[index] = self._by_bytes(found, ids) if ids is not None else None
-                if out[index] is None:
-                    try:
-                        out[index] = self._by_places(found)
-                    except DataError as error:
-                        out[index] = error
-        return [each for each in out if each is not None]
+            ids |= self._asked({index: each.text for index, each in found.items() if index not in ids})
+            proven = [(each, ids[index]) for index, each in found.items() if index in ids]
+            out |= dict(zip([index for index in found if index in ids], labelled(proven, self._bytes), strict=True))
+            for index in found.keys() - ids.keys():
+                try:
+                    out[index] = self._by_places(locate(chats[index], self.template, self._names))
+                except (TemplateError, DataError) as error:
+                    out[index] = error
+        return [out[index] for index in range(len(chats))]
 
-    def _ids(self, found: Iterable[Located]) -> list[list[int] | None]:
-        texts = [each.text for each in found]
+    def _asked(self, texts: Mapping[int, str]) -> dict[int, bytes]:
+        """What the tokenizer makes of the texts, where that is proven to be the text by the bytes of the tokens."""
         try:
-            return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            encoded = self._backend.encode_batch_fast(list(texts.values()), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            return [None] * len(texts)  # one of them holds half a character: `_by_places` tells which
-
-    def _by_bytes(self, found: Located, ids: list[int]) -> EncodedChat | None:
-        """Labels from the lengths of the tokens, for tokenizers that write bytes; None where they don't."""
-        text, data = found.text, found.text.encode()
-        parts = self._bytes.of(ids)
-        if parts is None or b"".join(parts) != data or self._bytes.changes(text):
-            return None
-        ends = list(accumulate(map(len, parts), initial=0))
-
-        def token_at(place: int) -> int:
-            """The first token that begins at this character or behind it."""
-            return bisect_left(ends, place if len(data) == len(text) else len(text[:place].encode()))
-
-        labelled, merged = [False] * len(ids), False
-        for start, end in found.spans:
-            first, last = token_at(start), token_at(end)
-            labelled[first:last] = [True] * (last - first)
-            merged = merged or ends[first] != (start if len(data) == len(text) else len(text[:start].encode()))
-        return EncodedChat(ids, labelled, [token_at(at) for at in found.turn_starts], False, merged)
+            return {}  # one of them holds half a character: `_by_places` tells which
+        proven = {}
+        for (index, text), each in zip(texts.items(), encoded, strict=True):
+            ids = each.ids
+            parts = self._bytes.of(ids)
+            if parts is not None and b"".join(parts) == text.encode() and not self._bytes.changes(text):
+                proven[index] = packed(ids)
+        return proven
 
     def _by_places(self, found: Located) -> EncodedChat:
         """Labels from prompts and answers encoded apart, or from where the tokenizer says that each token stands."""
@@ -147,50 +169,53 @@ class Encoder:
         return _with_labels(found, tokens, None, True)
 
 
-class _TokenBytes:
-    """The bytes that each token stands for, where the tokenizer's decoder does no more than put them together."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self._known: dict[int, bytes] = {}
-        self._added: dict[int, bytes] = {}
-        self._letters: dict[str, int] | None = None
-        if repr(backend.decoder).startswith("ByteLevel("):
-            self._added = {index: str(token).encode() for index, token in backend.get_added_tokens_decoder().items()}
-            self._letters = _byte_letters()
-
-    def of(self, ids: list[int]) -> list[bytes] | None:
-        """The bytes of each token; None where this tokenizer has none."""
-        known = self._known
-        try:
-            return [known[index] for index in ids]
-        except KeyError:
-            pass
-        if self._letters is None:
-            return None
-        for index in ids:
-            if index in known:
-                continue
-            letters = self._backend.id_to_token(index)
-            if index in self._added:
-                known[index] = self._added[index]
-            elif letters is not None and all(letter in self._letters for letter in letters):
-                known[index] = bytes(self._letters[letter] for letter in letters)
-            else:
-                return None
-        return [known[index] for index in ids]
-
-    def changes(self, text: str) -> bool:
-        """Whether the tokenizer changes a text before it encodes it."""
-        normalizer = self._backend.normalizer
-        return normalizer is not None and normalizer.normalize_str(text) != text
+def _restored(template: ChatTemplate, backend: Any, special: dict[str, Any]) -> Encoder:
+    encoder = Encoder.__new__(Encoder)
+    encoder.template, encoder._backend, encoder._special = template, backend, special
+    encoder._begin()
+    return encoder
 
 
-def _byte_letters() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 on."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    other = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + at): byte for at, byte in enumerate(other)}
+def labelled(chats: Sequence[tuple[Located | Placed, bytes]], token_bytes: TokenBytes) -> list[EncodedChat]:
+    """Chats with labels, all at once: a label begins and ends where the bytes of the tokens before it add up to.
+
+    Args:
+        chats: each chat's places, and its ids as int32 in memory; its tokens are the bytes of its text.
+        token_bytes: the bytes of the tokens.
+    """
+    import numpy as np
+
+    if not chats:
+        return []
+    ids = np.frombuffer(b"".join([each for _, each in chats]), np.int32)
+    begins = np.concatenate(([0], np.cumsum(token_bytes.lengths(ids), dtype=np.int64)))
+    places: list[int] = []
+    base = 0
+    for found, _ in chats:
+        wanted = [*(bound for span in found.spans for bound in span), *found.turn_starts]
+        if found.text.isascii():
+            places += [base + at for at in wanted]
+            base += len(found.text)
+        else:
+            places += [base + len(found.text[:at].encode()) for at in wanted]
+            base += len(found.text.encode())
+    # The first token that begins at the place or behind it.
+    at = np.searchsorted(begins, places)
+    inside = (begins[at] != places).tolist()
+    tokens = at.tolist()
+    out, first, place = [], 0, 0
+    for found, packed_ids in chats:
+        labels, merged = bytearray(len(packed_ids) // 4), False
+        for _ in found.spans:
+            start, end = tokens[place] - first, tokens[place + 1] - first
+            labels[start:end] = b"\1" * (end - start)
+            merged = merged or inside[place]
+            place += 2
+        starts = [token - first for token in tokens[place : place + len(found.turn_starts)]]
+        place += len(starts)
+        first += len(labels)
+        out.append(EncodedChat(packed_ids, bytes(labels), starts, False, merged))
+    return out
 
 
 def _with_labels(found: Located, tokens: _Tokens, labels: list[bool] | None, inside: bool) -> EncodedChat:
@@ -203,7 +228,7 @@ def _with_labels(found: Located, tokens: _Tokens, labels: list[bool] | None, ins
         next((index for index, begin in enumerate(tokens.begins) if begin >= at), len(tokens.ids))
         for at in found.turn_starts
     ]
-    return EncodedChat(tokens.ids, labels, starts, inside, merged)
+    return EncodedChat(packed(tokens.ids), bytes(labels), starts, inside, merged)
 
 
 @dataclass

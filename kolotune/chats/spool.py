@@ -50,7 +50,7 @@ class Spool:
         import numpy as np
 
         self._open["rows"].write(np.array(outcome.rows, dtype=_row_type()).tobytes())
-        self._open["ids"].write(np.asarray(outcome.ids, dtype=_IDS).tobytes())
+        self._open["ids"].write(np.frombuffer(outcome.ids, "i4").astype(_IDS, copy=False).tobytes())
         self._open["labelled"].write(outcome.labelled)
         self._open["records"].writelines(outcome.records)
         self._open["looks"].writelines(outcome.looks)

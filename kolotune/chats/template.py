@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import datetime
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from kolotune.errors import TemplateError
+
+if TYPE_CHECKING:
+    from . import unseen
 
 # A place for text in a chat: the number of its message, and "content", "reasoning" or "call" (a tool's name).
 Slot = tuple[int, str]
@@ -168,6 +171,28 @@ class ChatTemplate:
         except Exception as error:
             raise TemplateError(f"the chat template refuses these messages: {_words(error)}") from error
         return str(rendered[0])
+
+    def around(self, roles: Sequence[str], prompt: bool) -> unseen.Around | None:
+        """What the template writes around the texts of turns with these roles, if it only passes them on.
+
+        Args:
+            roles: who speaks; each turn is a role and a text that is not blank.
+            prompt: open the assistant's next turn.
+
+        Returns:
+            The pieces around the texts, and for each place between them the number of the turn and whether its text is
+            trimmed; None when what it writes depends on the texts.
+
+        Raises:
+            TemplateError: the template refuses these turns.
+        """
+        from . import unseen
+
+        options = {"add_generation_prompt": prompt, "tools": None, "documents": None, **self.special_tokens}
+        try:
+            return unseen.around(self._plain.environment, self.jinja, roles, options)
+        except Exception as error:
+            raise TemplateError(f"the chat template refuses these messages: {_words(error)}") from error
 
     def skeleton(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool, mark: str

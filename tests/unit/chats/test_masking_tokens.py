@@ -33,7 +33,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.encoding import Encoder, _bare
+from kolotune.chats.encoding import Encoder, _bare, labelled
 from kolotune.chats.masking import locate
 from kolotune.chats.template import ChatTemplate
 from kolotune.errors import DataError, TemplateError
@@ -240,6 +240,5 @@ def test_labels_by_bytes_are_those_by_the_tokenizers_places(pairs: list[tuple[st
     encoder = Encoder(template, tokenizer)
     with _bare(tokenizer.backend_tokenizer):
         found = locate(chat(*pairs), template, CHATML_SPECIAL)
-        (ids,) = encoder._ids([found])
-        by_bytes = encoder._by_bytes(found, ids or [])
-        assert by_bytes is not None and by_bytes == encoder._by_places(found)
+        (by_bytes,) = labelled([(found, encoder._asked({0: found.text})[0])], encoder._bytes)
+        assert by_bytes == encoder._by_places(found)
