@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..errors import KolotuneError
 from . import divergence
 from .task import Asked, Figures, Prompt, Reference
+
+if TYPE_CHECKING:
+    import numpy as np
 
 REFERENCE, TUNED, MERGED, GGUF = "reference.json", "tuned.npy", "merged.npy", "gguf.npy"
 
 
 def keep(path: Path, chats: Sequence[Asked], rows: Iterable[np.ndarray]) -> np.ndarray:
     """Writes the rows of all chats, fp32 ``[positions, words]``, one chat at a time; they are mapped, not loaded."""
+    import numpy as np
+
     total = sum(len(each.positions) for each in chats)
     kept: np.ndarray | None = None
     at = 0
@@ -30,6 +34,8 @@ def keep(path: Path, chats: Sequence[Asked], rows: Iterable[np.ndarray]) -> np.n
 
 def load(path: Path) -> np.ndarray:
     """What `keep` wrote, mapped."""
+    import numpy as np
+
     loaded: np.ndarray = np.load(path, mmap_mode="r")
     return loaded
 
@@ -44,6 +50,8 @@ def split(rows: np.ndarray, chats: Sequence[Asked]) -> Iterator[tuple[np.ndarray
 
 def loss_of(rows: np.ndarray, chat: Asked) -> float:
     """The summed loss of a chat's labelled tokens."""
+    import numpy as np
+
     wanted = [chat.ids[at + 1] for at in chat.positions]
     return -float(np.asarray(rows, np.float64)[np.arange(len(wanted)), wanted].sum())
 

@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..chats.preparing import Places, Prepared, prepare_chats, require_good
 from ..chats.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
 from ..config import Config, as_record
 from ..errors import ConfigError
 from ..files import replacing
 from ..records import Context
 from ..reporter import Reporter
+
+if TYPE_CHECKING:
+    from ..chats.preparing import Places, Prepared
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
@@ -69,6 +71,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     """Writes the run folder's prepared part; see `Prepared.summary` for the facts."""
+    from ..chats.preparing import prepare_chats, require_good
+
     with replacing(context.run.prepared) as partial:
         partial.mkdir(parents=True)
         prepared = prepare_chats(context.config, context.base, partial)
@@ -80,6 +84,8 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
 
 def tell(prepared: Prepared, reporter: Reporter) -> None:
     """Says what was read, what is trained on, and everything that was left out."""
+    from ..chats.preparing import Places
+
     for name, shape in prepared.shapes.items():
         reporter.note(f"{name}: {shape}")
     facts = prepared.summary()
