@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TRAIN, HELD_OUT_TOKENS, HELD_OUT_CHATS = "train.safetensors", "held_out.safetensors", "held_out.jsonl"
 _SHOWN = 20
+_LOADED = (Work.__module__, "numpy", "tokenizers")  # by workers, before they are given work
 _WORTH_WORKERS = 4 << 20
 """Bytes of data from which on processes bring more than their start costs."""
 
@@ -139,15 +140,16 @@ def prepare_chats(
     size = sum(require_file(path) for path in paths)
     if processes is None:
         processes = workers.available() if size >= _WORTH_WORKERS else 1
-    tokenizer = load_tokenizer(base)
-    day = date.fromisoformat(config.template_date) if config.template_date else date.today()
-    jinja = freeze_date(template_text(base), day)
-    prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
-    work = Work(Encoder(prepared.template, tokenizer), config.max_seq_length)
     with Spool(folder / "spool") as spool:
-        gathered = _Gathered(prepared, paths, spool)
-        for outcome in workers.in_order(work, gathered.chunks(config, compared), processes):
-            gathered.add(outcome)
+        with workers.pool(processes, *_LOADED) as pool:
+            tokenizer = load_tokenizer(base)
+            day = date.fromisoformat(config.template_date) if config.template_date else date.today()
+            jinja = freeze_date(template_text(base), day)
+            prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
+            work = Work(Encoder(prepared.template, tokenizer), config.max_seq_length)
+            gathered = _Gathered(prepared, paths, spool)
+            for outcome in pool.in_order(work, gathered.chunks(config, compared)):
+                gathered.add(outcome)
         gathered.finish()
         _settle(gathered, config, folder)
     return prepared

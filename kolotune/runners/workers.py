@@ -7,12 +7,13 @@ standard input, and answers on its standard output. The input's end is its end: 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,31 +37,34 @@ def available() -> int:
     return min(cores, _MOST)
 
 
-def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], count: int) -> Iterator[Result]:
-    """Does each task in one of `count` processes.
+class Pool:
+    """Processes that do work for this one; made by `pool`."""
 
-    Args:
-        work: what is done with a task; it, the tasks and the results must be picklable, and come from modules that a
-            new process can import.
-        tasks: taken as they are needed, a few ahead.
-        count: how many processes; with fewer than 2, the work is done here.
+    def __init__(self, workers: Sequence[_Worker]) -> None:
+        self._workers = workers
 
-    Yields:
-        The results, in the order of the tasks.
+    def in_order(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Does each task in one of the processes; here when there are fewer than 2.
 
-    Raises:
-        KolotuneError: a worker came to an end of its own.
-        Exception: whatever `work` raised.
-    """
-    if count < 2:
-        yield from map(work, tasks)
-        return
-    with ExitStack() as stack:
+        Args:
+            work: what is done with a task; it, the tasks and the results must be picklable, and come from modules that
+                a new process can import.
+            tasks: taken as they are needed, a few ahead.
+
+        Yields:
+            The results, in the order of the tasks.
+
+        Raises:
+            KolotuneError: a worker came to an end of its own.
+            Exception: whatever `work` raised.
+        """
+        if not self._workers:
+            yield from map(work, tasks)
+            return
         free: SimpleQueue[_Worker] = SimpleQueue()
-        for _ in range(count):
-            free.put(stack.enter_context(_started(work)))
-        # Its threads only wait for the processes. They end before these do: it is entered last.
-        threads = stack.enter_context(ThreadPoolExecutor(count))
+        for worker in self._workers:
+            worker.work = work
+            free.put(worker)
 
         def do(task: Task) -> Result:
             worker = free.get()
@@ -70,20 +74,34 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], count: int) 
                 free.put(worker)
             return result
 
-        yield from results(threads, (partial(do, task) for task in tasks), count * _AHEAD)
+        count = len(self._workers)
+        with ThreadPoolExecutor(count) as threads:  # they only wait for the processes
+            yield from results(threads, (partial(do, task) for task in tasks), count * _AHEAD)
+
+
+@contextmanager
+def pool(count: int, *modules: str) -> Iterator[Pool]:
+    """`count` processes for the time of the block; with fewer than 2, the work is done here.
+
+    Args:
+        count: how many.
+        modules: what they load at once, while this process gets the work ready.
+    """
+    with ExitStack() as stack:
+        yield Pool([stack.enter_context(_started(modules)) for _ in range(count if count > 1 else 0)])
 
 
 class _Worker:
-    def __init__(self, process: subprocess.Popen[bytes], work: Any) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None and process.stdout is not None
         self._in, self._out = process.stdin, process.stdout
-        self._work: Any = work
+        self.work: Any = None  # what it is to do, until it knows
 
     def do(self, task: Any) -> Any:
         try:
-            if self._work is not None:  # not before: the processes start up side by side
-                self._send(self._work)
-                self._work = None
+            if self.work is not None:
+                self._send(self.work)
+                self.work = None
             self._send(task)
             good, result = pickle.load(self._out)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
@@ -98,16 +116,21 @@ class _Worker:
 
 
 @contextmanager
-def _started(work: Any) -> Iterator[_Worker]:
+def _started(modules: Sequence[str]) -> Iterator[_Worker]:
     # One thread of the tokenizers' own in each: there is a process for each core.
-    with local.piped(local.python(__name__), {"TOKENIZERS_PARALLELISM": "false"}) as process:
-        yield _Worker(process, work)
+    with local.piped(local.python(__name__, *modules), {"TOKENIZERS_PARALLELISM": "false"}) as process:
+        yield _Worker(process)
 
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     tasks, answers = sys.stdin.buffer, _own_output()
-    work = pickle.load(tasks)
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    try:
+        work = pickle.load(tasks)
+    except EOFError:  # there was nothing to do
+        return
     # Looking for cycles among a chunk's many objects takes a tenth of the time, and there are hardly any.
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)

@@ -19,7 +19,14 @@ from kolotune.runners import workers
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_results_come_in_the_order_of_the_tasks(count: int) -> None:
-    assert list(workers.in_order(partial(operator.mul, 3), range(50), count)) == [3 * each for each in range(50)]
+    with workers.pool(count, "fractions") as pool:
+        assert list(pool.in_order(partial(operator.mul, 3), range(50))) == [3 * each for each in range(50)]
+
+
+def test_processes_that_got_no_work_end() -> None:
+    with workers.pool(2):
+        children = psutil.Process().children()
+    assert len(children) == 2 and not any(child.is_running() for child in children)
 
 
 def test_tasks_are_taken_as_they_are_needed() -> None:
@@ -30,28 +37,30 @@ def test_tasks_are_taken_as_they_are_needed() -> None:
             taken.append(number)
             yield number
 
-    results = workers.in_order(operator.neg, tasks(), 2)
-    assert next(results) == 0
-    assert len(taken) < 10
-    results.close()
+    with workers.pool(2) as pool:
+        results = pool.in_order(operator.neg, tasks())
+        assert next(results) == 0
+        assert len(taken) < 10
+        results.close()
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_error_of_the_work_is_raised_here(count: int) -> None:
-    with pytest.raises(ZeroDivisionError):
-        list(workers.in_order(partial(operator.truediv, 1), [1, 2, 0, 3], count))
+    with workers.pool(count) as pool, pytest.raises(ZeroDivisionError):
+        list(pool.in_order(partial(operator.truediv, 1), [1, 2, 0, 3]))
 
 
 def test_a_worker_that_ends_is_said() -> None:
-    with pytest.raises(KolotuneError, match="ended before its work"):
-        list(workers.in_order(os._exit, [3, 3], 2))
+    with workers.pool(2) as pool, pytest.raises(KolotuneError, match="ended before its work"):
+        list(pool.in_order(os._exit, [3, 3]))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
 def test_a_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
     program = (
         "import time, sys; from kolotune.runners import workers\n"
-        "for _ in workers.in_order(time.sleep, [0.1] * 1000, 2): print('going', flush=True)"
+        "with workers.pool(2) as pool:\n"
+        "    for _ in pool.in_order(time.sleep, [0.1] * 1000): print('going', flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
