@@ -30,6 +30,11 @@ class Message:
     name: str | None = None
     tool_call_id: str | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a role and a text and no more."""
+        return self.reasoning is None and not self.tool_calls and self.name is None and self.tool_call_id is None
+
     def as_dict(self) -> dict[str, Any]:
         """The message as chat templates expect it; keys without a value are left out."""
         out: dict[str, Any] = {"role": self.role, "content": self.content}

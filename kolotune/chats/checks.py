@@ -166,6 +166,8 @@ def order_faults(messages: Sequence[Message], first: int = 1) -> list[Fault]:
     Returns:
         Every fault, in the order of the turns; an empty list for a good chat.
     """
+    if _is_orderly(messages):
+        return []
     faults: list[Fault] = []
     previous: Message | None = None
     for number, message in enumerate(messages, first):
@@ -179,6 +181,17 @@ def order_faults(messages: Sequence[Message], first: int = 1) -> list[Fault]:
         cause = f"turn {number}: the last turn is the {messages[-1].role}'s; add the answer, or remove it"
         faults.append(Fault("no-answer", cause))
     return faults
+
+
+def _is_orderly(messages: Sequence[Message]) -> bool:
+    """Whether they are questions and answers in turns, behind a system turn or none: as most chats are."""
+    start = 1 if messages and messages[0].role == "system" else 0
+    asked, answered = messages[start::2], messages[start + 1 :: 2]
+    return (
+        0 < len(asked) == len(answered)
+        and all([message.role == "user" and not _says_nothing(message) for message in asked])
+        and all([message.role == "assistant" and not _says_nothing(message) for message in answered])
+    )
 
 
 def _turn_faults(message: Message, previous: Message | None, number: int, is_first: bool) -> list[Fault]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import DataError
 from .checks import Fault, RecordError, printable, quoted
@@ -50,8 +50,7 @@ class Row:
     fault: Fault | None = None
 
 
-@dataclass(frozen=True)
-class Unparsed:
+class Unparsed(NamedTuple):
     """One record of a file as bytes: small to send to another process, which parses it.
 
     Attributes:

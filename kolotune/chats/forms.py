@@ -107,7 +107,7 @@ class Forms:
 
     def place(self, chat: Chat) -> Placed | None:
         """The chat as the template writes it; None when it has to be rendered."""
-        if chat.tools or not all(map(_is_plain, chat.messages)):
+        if chat.tools or not all(map(_passes, chat.messages)):
             return None
         roles = tuple([message.role for message in chat.messages])
         form = self._known[roles] if roles in self._known else self._learn(roles)
@@ -167,14 +167,12 @@ class Forms:
         return True
 
 
-def _is_plain(message: Message) -> bool:
-    """Whether a message is no more than its role and a text."""
-    return not (
-        message.tool_calls
-        or message.reasoning is not None
-        or message.name is not None
-        or message.tool_call_id is not None
-        or (message.role == "assistant" and _THINKING in message.content)
-        or not message.content
-        or message.content.isspace()
+def _passes(message: Message) -> bool:
+    """Whether a message may have been the sample's."""
+    text = message.content
+    return (
+        message.is_plain
+        and bool(text)
+        and not text.isspace()
+        and not (message.role == "assistant" and _THINKING in text)
     )

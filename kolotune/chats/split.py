@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING
 
 from . import Chat
@@ -18,7 +19,14 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 def content_hash(chat: Chat) -> bytes:
     """SHA-256 of messages and tools; where the chat was read from plays no part."""
-    content = _CANONICAL.encode([chat.message_dicts(), list(chat.tools)])
+    # As JSON with sorted keys writes it; put together here for what most messages are.
+    messages = [
+        f'{{"content": {encode_basestring(message.content)}, "role": {encode_basestring(message.role)}}}'
+        if message.is_plain
+        else _CANONICAL.encode(message.as_dict())
+        for message in chat.messages
+    ]
+    content = f"[[{', '.join(messages)}], {_CANONICAL.encode(list(chat.tools)) if chat.tools else '[]'}]"
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
 

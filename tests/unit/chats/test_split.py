@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +63,15 @@ def test_where_a_chat_was_read_plays_no_part() -> None:
     other = Chat((Message("user", "a"), Message("assistant", "b")), Path("y"), 9)
     assert content_hash(one) == content_hash(other)
     assert content_hash(one) != content_hash(Chat((Message("user", "a"), Message("assistant", "b", reasoning="c"))))
+
+
+def test_a_hash_is_that_of_the_chat_as_json_with_sorted_keys() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": "ä"}}}
+    turns = (
+        Message("system", 'say "\u00e9\n\\"'), Message("user", "q\x7f\U0001f389"),
+        Message("assistant", "", "r", tool_calls=(call,)), Message("tool", "1", name="f", tool_call_id="x"),
+        Message("assistant", "a"),
+    )  # fmt: skip
+    for each in (Chat(turns[:2]), Chat(turns), Chat(turns, tools=({"z": 1, "name": "f"},))):
+        text = json.dumps([each.message_dicts(), list(each.tools)], sort_keys=True, ensure_ascii=False)
+        assert content_hash(each) == hashlib.sha256(text.encode()).digest()
