@@ -1,7 +1,7 @@
 """The chat template: one text that is stored, trained on and served.
 
 `freeze_date` turns a template that asks for today's date into one that states a date, so that the text does
-not change from one day to the next. `ChatTemplate` renders chats in transformers' own environment.
+not change from one day to the next. `ChatTemplate` renders chats as transformers does.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import ast
 import datetime
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kolotune.chats import renderer
 from kolotune.errors import TemplateError
-
-if TYPE_CHECKING:
-    from . import unseen
 
 # A place for text in a chat: the number of its message, and "content", "reasoning" or "call" (a tool's name).
 Slot = tuple[int, str]
 
 _PLAIN = {"role", "content"}
 _SKELETONS_KEPT = 1_000
+_LONGEST = 1 << 20  # characters of a template; the longest that are known have 30,000
 
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
@@ -61,7 +60,7 @@ def depends_on_date(jinja: str) -> bool:
     Raises:
         TemplateError: the source mentions ``strftime_now`` and is not valid Jinja.
     """
-    return "strftime_now" in jinja and _uses(jinja) > 0
+    return "strftime_now" in jinja and renderer.uses_of_date(jinja) > 0
 
 
 def freeze_date(jinja: str, date: datetime.date) -> str:
@@ -97,7 +96,7 @@ def freeze_date(jinja: str, date: datetime.date) -> str:
     frozen = _DATE_USE.sub(literal, jinja)
     # Counted on the parsed template: text that only looks like a call must not have been touched, and no call
     # may be left.
-    if replaced != _uses(jinja) or _uses(frozen) > 0:
+    if replaced != renderer.uses_of_date(jinja) or renderer.uses_of_date(frozen) > 0:
         raise TemplateError(
             "the chat template asks for the current date in a way that can't be fixed to one date",
             "Write the date into the template as plain text, or choose another base model.",
@@ -126,7 +125,9 @@ class ChatTemplate:
                 "the base model has no chat template",
                 "Use an instruction-tuned model: its tokenizer comes with a chat template.",
             )
-        self._plain = _compiled(jinja)
+        if len(jinja) > _LONGEST:
+            raise TemplateError(f"the chat template is longer than {_LONGEST} characters")
+        renderer.uses_of_date(jinja)  # that is, can it be read at all?
         self._skeletons: dict[Any, tuple[str, list[str], list[Slot]]] = {}
         self.jinja = jinja
         self.special_tokens = {
@@ -136,7 +137,7 @@ class ChatTemplate:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ChatTemplate, (self.jinja, self.special_tokens)  # compiled templates can't be sent
+        return ChatTemplate, (self.jinja, self.special_tokens)
 
     def render(
         self,
@@ -155,24 +156,13 @@ class ChatTemplate:
             The text, with the special tokens (also the first one) written out.
 
         Raises:
-            TemplateError: the template refuses these messages, or fails on them; with its own words.
+            TemplateError: the template refuses these messages, or fails on them, with its own words; or it takes too
+                much time, memory or room.
         """
         options = {"add_generation_prompt": add_generation_prompt, **self.special_tokens}
-        # The template is a program that came with the model: whatever it raises is its own failure.
-        try:
-            if not tools and all(message.keys() == _PLAIN for message in messages):
-                # Nothing of what transformers does before it renders (it copies, and gives reasoning its several
-                # names) concerns these, and it would take longer than the rendering.
-                return str(self._plain.render(messages=messages, tools=None, documents=None, **options))
-            from transformers.utils import chat_template_utils
+        return renderer.render(self.jinja, messages, tools or None, options)
 
-            render: Any = chat_template_utils.render_jinja_template
-            rendered, _ = render(conversations=[messages], tools=tools or None, chat_template=self.jinja, **options)
-        except Exception as error:
-            raise TemplateError(f"the chat template refuses these messages: {_words(error)}") from error
-        return str(rendered[0])
-
-    def around(self, roles: Sequence[str], prompt: bool) -> unseen.Around | None:
+    def around(self, roles: Sequence[str], prompt: bool) -> renderer.Around | None:
         """What the template writes around the texts of turns with these roles, if it only passes them on.
 
         Args:
@@ -184,15 +174,10 @@ class ChatTemplate:
             trimmed; None when what it writes depends on the texts.
 
         Raises:
-            TemplateError: the template refuses these turns.
+            TemplateError: the template refuses these turns, or takes too much.
         """
-        from . import unseen
-
         options = {"add_generation_prompt": prompt, "tools": None, "documents": None, **self.special_tokens}
-        try:
-            return unseen.around(self._plain.environment, self.jinja, roles, options)
-        except Exception as error:
-            raise TemplateError(f"the chat template refuses these messages: {_words(error)}") from error
+        return renderer.around(self.jinja, list(roles), options)
 
     def skeleton(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool, mark: str
@@ -225,37 +210,6 @@ class ChatTemplate:
                 self._skeletons.clear()
             self._skeletons[key] = text, found[::3], slots
         return text, found[::3], slots
-
-
-def _compiled(jinja: str) -> Any:
-    """The template in transformers' sandboxed environment (cached there)."""
-    from transformers.utils import chat_template_utils
-
-    compile_template: Any = chat_template_utils._compile_jinja_template
-    try:
-        return compile_template(jinja)
-    except Exception as error:
-        raise TemplateError(f"the chat template is not valid Jinja: {_words(error)}") from error
-
-
-def _uses(jinja: str) -> int:
-    """How often ``strftime_now`` stands in an expression of the template."""
-    from jinja2 import nodes
-
-    tree = _compiled(jinja).environment.parse(jinja)
-    return sum(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
-
-
-def _words(error: Exception) -> str:
-    """An error's message on one line; the type only where the message does not stand on its own."""
-    from jinja2 import exceptions
-
-    message = " ".join(str(error).split())
-    if isinstance(error, exceptions.TemplateSyntaxError):
-        return f"{' '.join((error.message or '').split())} (line {error.lineno})"
-    if isinstance(error, exceptions.TemplateError) and message:
-        return message
-    return f"{type(error).__name__}: {message}"
 
 
 def _string(literal: str) -> str:

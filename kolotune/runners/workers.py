@@ -20,9 +20,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, BinaryIO, TypeVar
 
-from ..errors import KolotuneError
+from ..errors import KolotuneError, TemplateError
 from ..files import results
-from . import local
+from . import limits, local
 
 _MOST = 4  # each takes some 80 MB
 _AHEAD = 2  # tasks that wait for each worker
@@ -94,6 +94,7 @@ def pool(count: int, *modules: str) -> Iterator[Pool]:
 class _Worker:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None and process.stdout is not None
+        self._process = process
         self._in, self._out = process.stdin, process.stdout
         self.work: Any = None  # what it is to do, until it knows
 
@@ -105,6 +106,8 @@ class _Worker:
             self._send(task)
             good, result = pickle.load(self._out)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
+            if reason := limits.verdict(self._process.wait()):
+                raise TemplateError(f"the chat template can't be used: {reason} for one chat") from None
             raise KolotuneError("a worker process ended before its work was done", "Is there memory left?") from error
         if not good:
             raise result
@@ -124,6 +127,7 @@ def _started(modules: Sequence[str]) -> Iterator[_Worker]:
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    limits.confine()  # what it is to do may include a chat template
     tasks, answers = sys.stdin.buffer, _own_output()
     for name in sys.argv[1:]:
         importlib.import_module(name)
