@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from .layout import RunFolder
 from .reporter import Reporter
 
 _NOT_INSTALLED = "-"
+_SEAL = "sha256"  # of the rest of a record: one digit of a fact that flips is seen by nothing else
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,12 @@ def now() -> str:
 
 
 def read(run: RunFolder, name: str) -> Record | None:
-    """The record of stage `name`; None when there is none, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        record = Record(**json.loads(run.record(name).read_text(encoding="utf-8")))
+    """The record of stage `name`; None when there is none, or it is not as it was written."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        loaded = json.loads(run.record(name).read_text(encoding="utf-8"))
+        if loaded.pop(_SEAL, None) not in (None, _digest(loaded)):  # earlier versions wrote none
+            return None
+        record = Record(**loaded)
         parts = [record.options, record.inputs, record.versions, record.facts, record.outputs, record.machine]
         if all(isinstance(part, dict) for part in [*parts, *record.outputs.values()]):
             return record
@@ -193,8 +198,13 @@ def write(stage: Stage, context: Context, hasher: Hasher, facts: dict[str, Any],
         finished=now(),
         machine=hardware.machine(),
     )
-    write_json(context.run.record(stage.NAME), dataclasses.asdict(record))
+    plain = _through_json(dataclasses.asdict(record))
+    write_json(context.run.record(stage.NAME), plain | {_SEAL: _digest(plain)})
     return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _in_words(value: Any) -> str:

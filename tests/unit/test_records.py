@@ -136,6 +136,7 @@ def test_another_version_counts_and_a_package_that_is_missing_is_told(stage: Fak
     record = context.run.record("fake")
     loaded = json.loads(record.read_text())
     loaded["versions"] = {"pydantic": "0.1"}
+    del loaded["sha256"]  # of the record as it was
     record.write_text(json.dumps(loaded))
     assert why(stage, context)[0].startswith("pydantic changed from 0.1 to 2")
     stage.needs = ("no-such-package",)
@@ -167,10 +168,21 @@ def test_a_record_of_another_kind_never_raises(stage: FakeStage, context: Contex
     path = context.run.record("fake")
     loaded = json.loads(path.read_text())
     loaded[name] = value
+    del loaded["sha256"]  # of the record as it was
     path.write_text(json.dumps(loaded))
     found = why(stage, context)
     if name in ("options", "inputs", "versions", "outputs"):
         assert found
+
+
+def test_a_record_that_was_changed_is_no_record(stage: FakeStage, context: Context) -> None:
+    path = context.run.record("fake")
+    loaded = json.loads(path.read_text())
+    path.write_text(json.dumps(loaded | {"facts": {"final_loss": 0.1}}))
+    assert records.read(context.run, "fake") is None
+    assert why(stage, context) == ["it has not run yet"]
+    path.write_text(json.dumps(loaded))
+    assert why(stage, context) == []
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "5", '{"stage": "fake"}', '{"unknown": 1}'])

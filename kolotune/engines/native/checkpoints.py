@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ def save(job: TrainJob, state: State) -> None:
             "evaluations_since_best": state.evaluations_since_best,
             "sha256": hash_file(partial / _TENSORS),
         }
+        facts["of_these"] = _digest(facts)
         (partial / _STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if _whole(target) is not None:
         for old in _by_step(folder)[_KEPT:]:
@@ -91,12 +93,18 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:
-    """The facts of a checkpoint whose tensors are what was written; None when it is damaged."""
+    """The facts of a checkpoint which, as its tensors, are what was written; None when it is damaged."""
     try:
         facts: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if facts.pop("of_these") != _digest(facts):
+            return None
         return facts if hash_file(folder / _TENSORS) == facts["sha256"] and facts["identity"] else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def random_state() -> dict[str, Tensor]:

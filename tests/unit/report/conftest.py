@@ -52,6 +52,7 @@ def hostile_run(run_copy: RunFolder, tmp_path: Path) -> RunFolder:
     record = json.loads(run.record("prepare").read_text())
     record["facts"] |= {"bad": [HOSTILE] * 3, "duplicates": 2, "shortened": 1, "turns_left_out": 4}
     record["facts"]["findings"] = {HOSTILE: 2}
+    del record["sha256"]  # of the record as it was
     run.record("prepare").write_text(json.dumps(record))
     values = json.loads(run.manifest.read_text())
     values["artifacts"][run.relative(run.comparison)] = {"stage": "compare", "size": 1, "sha256": "0", "files": {}}
