@@ -19,6 +19,7 @@ from .layout import RunFolder
 from .manifest import Manifest
 from .model_card import What, model_card
 from .reporter import Reporter, size_in_words
+from .secret import Secret
 
 _CARD = "README.md"
 _STAGES: dict[What, tuple[str, ...]] = {
@@ -96,7 +97,7 @@ def _listed(file: Path | bytes, hasher: Hasher) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": hasher.of(file)}
 
 
-def push(parcel: Parcel, repository: str, what: What, token: str | None, public: bool, reporter: Reporter) -> str:
+def push(parcel: Parcel, repository: str, what: What, token: Secret | None, public: bool, reporter: Reporter) -> str:
     """Makes the repository where there is none, and commits the files; returns the commit's address.
 
     Args:
@@ -112,7 +113,7 @@ def push(parcel: Parcel, repository: str, what: What, token: str | None, public:
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = HfApi(token=token, library_name="kolotune")
+    api = HfApi(token=token.reveal() if token else None, library_name="kolotune")
     with _explaining(repository):
         api.create_repo(repository, private=not public, exist_ok=True)
         if not public and not api.model_info(repository).private:

@@ -20,6 +20,7 @@ from ..runners.container import places
 from ..runners.container.exchange import Sender, Volume, seed
 from ..runners.container.paths import Paths
 from ..runners.container.sending import Order, carry_out
+from ..secret import Secret
 from .options import config_of, reporter
 
 FLAG, LEAVE_INSIDE, WITH_CHECKPOINTS = "--container", "--leave-inside", "--with-checkpoints"
@@ -195,13 +196,13 @@ class _Call:
         hasher.save()
         return carry_out(volume, order, say, leave_inside=wanted.leave_inside, with_checkpoints=wanted.with_checkpoints)
 
-    def _token(self) -> str:
-        """The hub's token, from where the options or the environment say; "" for none."""
+    def _token(self) -> Secret:
+        """The hub's token, from where the options or the environment say; an empty one for none."""
         from ..models import read_token
 
         source = self.config.hf_token if self.config else None
-        known = [os.environ.get(name, "") for name in places.SECRET_VARIABLES]
-        return read_token(source) or next(filter(None, known), "")
+        known = [Secret(os.environ.get(name, "")) for name in places.SECRET_VARIABLES]
+        return read_token(source) or next(filter(None, known), Secret())
 
     def _run(self) -> Path | None:
         """The run folder on the host; None when the verb has none."""

@@ -13,6 +13,7 @@ import typer
 from .. import config as configs
 from ..config import Config
 from ..reporter import Reporter, make_reporter
+from ..secret import STARS
 
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file with options; flags win over it.")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print every message as a line of JSON.")]
@@ -136,6 +137,6 @@ def show(config: Config, say: Reporter) -> None:
         if isinstance(value, tuple):
             value = ", ".join(str(each) for each in value)
         if field.name == "hf_token" and value:
-            value = "******** (from standard input)" if value == "-" else "******** (from a file)"
+            value = f"{STARS} (from standard input)" if value == "-" else f"{STARS} (from a file)"
         rows.append((field.metadata["kind"], field.name.replace("_", "-"), "-" if value in (None, "") else str(value)))
     say.table("Settings", ("of", "option", "value"), rows)

@@ -8,20 +8,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...layout import RunFolder
-
-_MASK = "********"
+from ...secret import Secret
 
 
 class Paths:
     """Pairs of paths; messages from inside are told with the host's.
 
     Args:
-        secret: a text that no message may show; "" for none.
+        secret: what no message may show; an empty one for none.
     """
 
-    def __init__(self, secret: str = "") -> None:
+    def __init__(self, secret: Secret | None = None) -> None:
         self._pairs: list[tuple[str, str]] = []
-        self._secret = secret
+        self._secret = secret or Secret()
 
     def add(self, inside: PurePosixPath, host: Path) -> None:
         """Remembers a pair."""
@@ -32,7 +31,7 @@ class Paths:
         """`text` with the host's paths in place of those inside."""
         for inside, outside in self._pairs:
             text = text.replace(inside, outside)
-        return text.replace(self._secret, _MASK) if self._secret else text
+        return self._secret.masked(text)
 
     def rewrite(self, file: Path, target: Path, run: RunFolder) -> None:
         """Puts the host's paths into a file of a run folder that names paths, before it becomes `target`."""

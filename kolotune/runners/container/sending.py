@@ -11,6 +11,7 @@ from ...errors import KolotuneError
 from ...files import remove, replacing
 from ...layout import RunFolder
 from ...reporter import Replay, Reporter, clean, event_of
+from ...secret import Secret
 from ..watchdog import SAY_PROCESS
 from . import places
 from .exchange import Volume, bring_out
@@ -29,7 +30,7 @@ class Order:
         run: the run folder on the host that the verb changes, and its folder inside; None: it changes none.
         out: a folder that the verb makes elsewhere, on the host and inside.
         paths: which path inside stands for which on the host.
-        token: the hub's; "" for none. It goes into the process's environment and nowhere else.
+        token: the hub's; an empty one for none. It goes into the process's environment and nowhere else.
         as_events: the verb answers in events; otherwise its output is shown as text.
         raw: show events as they come, one JSON object a line (the user's ``--json``).
         typed: standard input belongs to the verb (a chat).
@@ -39,7 +40,7 @@ class Order:
     paths: Paths
     run: tuple[Path, PurePosixPath] | None = None
     out: tuple[Path, PurePosixPath] | None = None
-    token: str = ""
+    token: Secret = Secret()  # noqa: RUF009 - it never changes
     as_events: bool = True
     raw: bool = False
     typed: bool = False
@@ -59,7 +60,7 @@ def carry_out(
     """
     env = {SAY_PROCESS: "1"}
     if order.token:
-        env["HF_TOKEN"] = order.token
+        env["HF_TOKEN"] = order.token.reveal()
     argv = [*_KOLOTUNE, *order.argv]
     typed = sys.stdin.buffer if order.typed else None
     process = Process(volume.docker, volume.found, argv, env=env, typed=typed, doing=order.argv[0])

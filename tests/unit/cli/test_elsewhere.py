@@ -14,6 +14,7 @@ from kolotune.cli import app, elsewhere
 from kolotune.cli.elsewhere import Wish, _Call, wish_of
 from kolotune.errors import ConfigError, DataError
 from kolotune.runners.container import places
+from kolotune.secret import Secret
 
 COMMAND: Any = typer.main.get_command(app)
 
@@ -140,7 +141,7 @@ def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
         "train-data: c.jsonl\noutput_dir: made\nhf_token: secret\nepochs: 0\nbase_model: ./base\nlora-rank: 2\n"
     )
     call, notebook, argv = called("run", "--config", "conf/k.yaml")
-    assert call._run() == folder / "made" and call._token() == "hf_x"
+    assert call._run() == folder / "made" and call._token() == Secret("hf_x")
     assert notebook.sent == [folder / "c.jsonl", folder / "base"]
     assert yaml.safe_load(notebook.texts["kolotune.yaml"]) == {
         "train_data": ["/runs/.inputs/0/c.jsonl"], "epochs": 0, "base_model": "/runs/.inputs/0/base", "lora_rank": 2,
@@ -152,10 +153,10 @@ def test_a_token_is_in_no_argument(here: Path, monkeypatch: pytest.MonkeyPatch) 
     (here / "secret").write_text("hf_secret\n")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     call, _, argv = called("run", "chats.jsonl", "--hf-token", "secret")
-    assert call._token() == "hf_secret" and not [each for each in argv if "secret" in each]
-    assert called("run", "chats.jsonl")[0]._token() == "hf_other"
+    assert call._token() == Secret("hf_secret") and not [each for each in argv if "secret" in each]
+    assert called("run", "chats.jsonl")[0]._token() == Secret("hf_other")
     monkeypatch.delenv("HF_TOKEN")
-    assert called("status")[0]._token() == ""
+    assert not called("status")[0]._token()
 
 
 def test_a_merge_elsewhere(here: Path) -> None:

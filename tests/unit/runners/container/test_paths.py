@@ -11,10 +11,11 @@ import yaml
 from kolotune.layout import RunFolder
 from kolotune.runners.container import places
 from kolotune.runners.container.paths import Paths, deep
+from kolotune.secret import Secret
 
 
 def test_the_longest_path_counts_and_a_secret_is_masked() -> None:
-    paths = Paths("hf_secret")
+    paths = Paths(Secret("hf_secret"))
     paths.add(PurePosixPath("/runs/a"), Path("/home/me/a"))
     paths.add(PurePosixPath("/runs/a-b"), Path("/home/me/other"))
     assert paths.host("/runs/a-b/x and /runs/a/y: hf_secret") == "/home/me/other/x and /home/me/a/y: ********"

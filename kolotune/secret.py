@@ -1,0 +1,42 @@
+"""Texts that nobody may see: the hub's token."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+STARS = "********"
+
+
+class Secret:
+    """A text that is stars wherever it is printed, formatted or written; false when it is empty.
+
+    It can be neither pickled nor made JSON of, so that it comes into no file and into no other process by mistake.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str = "") -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself, for the one call that sends it."""
+        return self._text
+
+    def masked(self, text: str) -> str:
+        """`text` with stars in the secret's place."""
+        return text.replace(self._text, STARS) if self._text else text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __repr__(self) -> str:
+        return STARS
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret can't be pickled")
