@@ -14,13 +14,15 @@ from typing import Any
 from . import smollm2
 from .cache import cache_folder
 from .errors import AccessError, ConfigError, ModelError, ModelNotFoundError, OfflineError
-from .reporter import Reporter
+from .reporter import Reporter, duration_in_words
+from .secret import Secret
 from .weights import weight_files
 
 # Everything that training and export read; never pickles, never the original/ copies of the weights.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
 _WANTED: dict[str, Any] = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_IGNORED)}
+_PATIENCE_SECONDS = 60  # for what the hub asks to wait before it is asked again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -151,7 +153,7 @@ def _from_hub_cache(name: str) -> Path | None:
         return None  # a download that was cut off: the hub's client goes on with it
 
 
-def read_token(source: str | None) -> str | None:
+def read_token(source: str | None) -> Secret | None:
     """The hub token from a file or from standard input ("-"); None leaves it to HF_TOKEN and the hub's login.
 
     Raises:
@@ -165,19 +167,20 @@ def read_token(source: str | None) -> str | None:
         raise ConfigError(f"hf-token: {source} can't be read", "Give a file that holds the token alone.") from None
     if not text.strip():
         raise ConfigError("hf-token: there was no token to read", "Give a file that holds the token alone.")
-    return text.strip()
+    return Secret(text.strip())
 
 
-def _download(name: str, token: str | None) -> Path:
+def _download(name: str, token: Secret | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     def fetch() -> Path:
-        files = [each.rfilename for each in HfApi().model_info(name, token=token).siblings or []]
+        plain = token.reveal() if token else None
+        files = [each.rfilename for each in HfApi().model_info(name, token=plain).siblings or []]
         if not any(each.endswith(".safetensors") for each in files):
             raise ModelError(
                 f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded."
             )
-        return Path(snapshot_download(name, token=token, **_WANTED))
+        return Path(snapshot_download(name, token=plain, **_WANTED))
 
     return _explaining(name, fetch)
 
@@ -187,6 +190,7 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
     import httpx2
     from huggingface_hub import errors
 
+    _keep_patience_short(name)
     try:
         return fetch()
     except errors.GatedRepoError:
@@ -208,6 +212,28 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
             hint = "Try again later; finished files are kept."
             raise OfflineError(f"{name}: the hub answered {code}", hint) from None
         raise OfflineError(f"{name}: is not on this machine, and the hub can't be reached") from None
+
+
+def _keep_patience_short(name: str) -> None:
+    """The hub's client waits in silence for as long as the hub asks, hours if need be; from here on it doesn't."""
+    from huggingface_hub import close_session, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def refuse(response: Any) -> None:
+        asked = [response.headers.get("Retry-After", "")]
+        asked += re.findall(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", response.headers.get("ratelimit", ""))
+        seconds = max((int(each) for each in asked if each.isdecimal()), default=0)
+        if response.status_code in (429, 500, 502, 503, 504) and seconds > _PATIENCE_SECONDS:
+            hint = f"Try again in {duration_in_words(seconds)}; finished files are kept."
+            raise OfflineError(f"{name}: the hub answered {response.status_code} and asks to wait", hint)
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "response": [refuse]}
+        return made
+
+    set_client_factory(client)
+    close_session()
 
 
 def status_of(error: BaseException | None) -> int:

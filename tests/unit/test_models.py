@@ -20,6 +20,7 @@ import pytest
 from kolotune import errors, models
 from kolotune.errors import ConfigError, ModelError
 from kolotune.reporter import PlainReporter
+from kolotune.secret import Secret
 
 TOKEN = "hf_PlantedTokenThatMustNotBeSeen"
 SHA = "a" * 40
@@ -60,6 +61,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
         elif name == "badtoken":
             self.answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif name == "drop":
+            self.close_connection = True
         elif name == "gone":
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif name.startswith("code"):
@@ -75,6 +78,9 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"})
         elif kind == "gatedlogin":
             self.answer(401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"})
+        elif kind.startswith("wait"):
+            headers = {"Retry-After": "86400"} if kind == "wait429" else {"RateLimit": '"resolvers";r=0;t=3600'}
+            self.answer(429, headers)
         elif kind.startswith("file"):
             self.answer(int(kind.removeprefix("file")))
         else:
@@ -209,6 +215,36 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(hub: str, tmp_pa
     assert again["T/Good"]["code"] == 7
 
 
+def test_a_hub_that_asks_for_hours_is_not_waited_for(hub: str, tmp_path: Path) -> None:
+    found, output = ask(hub, tmp_path, "t/wait429", "t/waitlimit")
+    for name, hint in (("t/wait429", "24.0 h"), ("t/waitlimit", "60 min")):
+        assert found[name].get("code") == 7, found
+        assert "answered 429 and asks to wait" in found[name]["cause"]
+        assert hint in found[name]["hint"]
+        assert found[name]["seconds"] < 30
+    assert "Traceback" not in output
+
+
+def test_a_hub_that_says_nothing_cannot_be_reached(hub: str, tmp_path: Path) -> None:
+    found, output = ask(hub, tmp_path, "t/drop")
+    nowhere, _ = ask("http://hub.invalid", tmp_path, "t/any")
+    for each in (found["t/drop"], nowhere["t/any"]):
+        assert each["code"] == 7 and "can't be reached" in each["cause"]
+        assert each["seconds"] < 60
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_finished_files_are_kept_when_another_is_cut(hub: str, tmp_path: Path) -> None:
+    ask(hub, tmp_path, "t/cut")
+    kept = [path for path in tmp_path.rglob("blobs/*") if path.is_file() and not path.name.endswith(".incomplete")]
+    assert {path.name for path in kept} >= {"config.json", "tokenizer.json"}
+    before = len(Hub.seen)
+    ask(hub, tmp_path, "t/cut")
+    fetched = [path for method, path, _ in Hub.seen[before:] if method == "GET" and "/resolve/" in path]
+    assert fetched and all(path.endswith("model.safetensors") for path in fetched)
+
+
 @pytest.mark.slow
 def test_a_download_that_is_cut_is_told_and_not_taken_for_whole(hub: str, tmp_path: Path) -> None:
     found, output = ask(hub, tmp_path, "t/cut")
@@ -279,7 +315,7 @@ def test_a_token_is_read_from_standard_input(monkeypatch: Any) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\nmore\n"))
-    assert models.read_token("-") == TOKEN
+    assert models.read_token("-") == Secret(TOKEN)
     assert models.read_token(None) is None
 
 
