@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,8 +280,11 @@ def _path_problems(values: Mapping[str, Any]) -> list[str]:
     problems = []
     for key in ("train_data", "eval_data", "output_dir", "base_model"):
         given = values.get(key, ())
-        if any("\0" in str(each) for each in (given if isinstance(given, tuple) else (given,))):
-            problems.append(f"{_shown(key)}: no name can have a NUL in it")
+        for each in given if isinstance(given, tuple) else (given,):
+            if "\0" in str(each):
+                problems.append(f"{_shown(key)}: no file can have a name with a NUL in it")
+            elif not _can_be_written(str(each)):
+                problems.append(f"{_shown(key)}: no file can have a name with half a character in it")
     token = values.get("hf_token")
     if token not in (None, "-") and not (_is_there(Path(str(token))) and Path(str(token)).is_file()):
         # The value is not repeated here: it may be the token itself.
@@ -288,6 +292,15 @@ def _path_problems(values: Mapping[str, Any]) -> list[str]:
             "hf-token: takes a file or - for standard input, never the token itself: a command line is visible to all"
         )
     return problems
+
+
+def _can_be_written(name: str) -> bool:
+    """Whether the system has bytes for a name; what it gave us itself can be half a character, and has."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _items(values: Mapping[str, Any], key: str) -> Sequence[Any]:

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypedDict
 
 
@@ -115,6 +115,15 @@ def clean(text: str) -> str:
     )
 
 
+def print_pieces(answer: Iterable[str]) -> None:
+    """Prints what a model answers, piece by piece as it comes, without what could steer the terminal."""
+    for piece in answer:
+        # Joiners are kept: scripts need them, and so do many emojis.
+        sys.stdout.write("".join(char if char in "\u200c\u200d" else clean(char) for char in piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
 def make_reporter(as_json: bool = False) -> Reporter:
     """The reporter that suits where the output goes."""
     if as_json:
@@ -155,6 +164,7 @@ class PlainReporter:
         if sum(widths) + 2 * len(widths) > self.table_width:
             most = max(12, self.table_width // max(1, len(columns)) - 2)
             widths = [min(most, width) for width in widths]
+        widths = [max(1, width) for width in widths]
         room = self.table_width - sum(widths) - 2 * len(widths)
         self._line(title)
         for row in cells:
@@ -346,7 +356,7 @@ class _RichProgress:
         self._bar, self._task = bar, task
 
     def update(self, done: int, total: int, **fields: Any) -> None:
-        self._bar.update(self._task, completed=done, total=total, shown="  ".join(in_words(fields)))
+        self._bar.update(self._task, completed=done, total=total, shown=clean("  ".join(in_words(fields))))
 
 
 class Replay:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..config import (
 )
 from ..errors import ConfigError
 from ..layout import RunFolder
+from ..reporter import print_pieces
 from .options import Json, reporter
 
 
@@ -77,7 +77,7 @@ def chat(
         )
 
     if prompt is not None:
-        _print(ask(prompt))
+        print_pieces(ask(prompt))
     else:
         say.note("Type a message; an empty line or Ctrl-D ends the chat.")
         _converse(ask)
@@ -93,15 +93,7 @@ def _converse(ask: Callable[[str], Iterable[str]]) -> None:
             return
         if not text.strip():
             return
-        _print(ask(text))
-
-
-def _print(answer: Iterable[str]) -> None:
-    """An answer, piece by piece as it comes."""
-    for piece in answer:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print_pieces(ask(text))
 
 
 def serve(

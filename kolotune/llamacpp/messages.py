@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..reporter import clean
+
 Listener = Callable[[int, str], None]
 
 _PROBLEMS = (3, 4)  # ggml's levels of warnings and errors
@@ -20,7 +22,7 @@ _PROBLEMS = (3, 4)  # ggml's levels of warnings and errors
 
 def _tell_problems(level: int, text: str) -> None:
     if level in _PROBLEMS:
-        sys.stderr.write(text)
+        sys.stderr.write(clean(text))  # it repeats names that stand in the file
 
 
 _listeners: list[Listener] = [_tell_problems]

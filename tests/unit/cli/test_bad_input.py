@@ -162,7 +162,7 @@ YAML: dict[str, tuple[str | bytes, str]] = {
     "component": ("_component_: os.system\n", "unknown option '_component_'"),
     "misspelt": ("learning-rat: 1\n", "did you mean learning_rate?"),
     "wrong kinds": ("quantization: 5\nparameter: 5\ntrain_data: 5\n", "quantization must be a valid tuple, not 5"),
-    "nul": ('base_model: "a\\0b"\n', "base-model: no name can have a NUL"),
+    "nul": ('base_model: "a\\0b"\n', "base-model: no file can have a name with a NUL"),
     "infinite": ("lora_alpha: .inf\n", "lora-alpha must be a finite number"),
     "token": ("hf_token: hf_SecretSecret\n", "never the token itself"),
     "latin-1": (b"system: \xe9\n", "can't be read"),

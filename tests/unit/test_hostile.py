@@ -1,0 +1,208 @@
+"""Two hundred hostile texts in every text input: each is a name, or a text, or refused; no command and no way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.hostile import STEERING, TEXTS
+
+from kolotune import adapters, config, models
+from kolotune.errors import KolotuneError
+from kolotune.layout import RunFolder
+from kolotune.ollama import modelfile, names
+from kolotune.reporter import JsonReporter, PlainReporter, RichReporter, print_pieces
+from kolotune.runners import local
+from kolotune.runners.container import places
+
+Call = Callable[..., tuple[int, str]]
+
+
+def test_there_are_two_hundred() -> None:
+    assert len(TEXTS) == len(set(TEXTS)) >= 200
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder below another one; the current one, and the home."""
+    inner = tmp_path / "out" / "in"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    monkeypatch.setenv("HOME", str(inner))
+    return inner
+
+
+def everything_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+# What is looked at, and what is to be worked on: a run folder, data, a config, an adapter, a name in Ollama.
+LINES: dict[str, tuple[Callable[[str], list[str]], tuple[int, ...]]] = {
+    "status": (lambda text: ["status", "--", text], (12, 11)),
+    "check": (lambda text: ["check", "--", text], (3, 11)),
+    "config": (lambda text: ["run", "none.jsonl", f"--config={text}"], (2,)),
+    "base model": (lambda text: ["run", "none.jsonl", f"--base-model={text}", "--output-dir=o"], (2, 3, 4, 5)),
+    "quantization": (lambda text: ["run", "none.jsonl", f"--quantization={text}"], (2, 3)),
+    "parameter": (lambda text: ["run", "none.jsonl", f"--parameter={text}"], (2, 3)),
+    "date": (lambda text: ["run", "none.jsonl", f"--template-date={text}"], (2,)),
+    "token": (lambda text: ["run", "none.jsonl", f"--hf-token={text}"], (2,)),
+    "engine": (lambda text: ["run", "none.jsonl", f"--engine={text}"], (2,)),
+    "option": (lambda text: ["run", "none.jsonl", f"--{text}"], (0, 2, 3)),
+    "verb": (lambda text: [text], (0, 2)),
+    "export": (lambda text: ["export", "--", text], (2, 4, 5, 11, 12)),
+    "report": (lambda text: ["report", "--", text], (12, 11)),
+    "repository": (lambda text: ["push", "none", f"--what=adapter", "--", text], (2, 12)),  # noqa: F541
+}
+
+
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("line", LINES)
+def test_on_the_command_line(line: str, every: int, kolotune: Call, room: Path) -> None:
+    argv, codes = LINES[line]
+    for text in TEXTS[list(LINES).index(line) % every :: every]:
+        code, output = kolotune(*argv(text))
+        assert code in codes, (text, code, output)
+        assert "Traceback" not in output, (text, output)
+        assert not set(output) & STEERING, (text, output)
+        # A run folder may have been begun; nothing else is there, and nothing outside.
+        assert {each.split("/")[0] for each in everything_below(room)} <= {"o", "outputs"}, text
+        assert [path.name for path in room.parent.parent.iterdir()] == ["out"], text
+        assert [path.name for path in room.parent.iterdir()] == ["in"], text
+
+
+def test_as_an_argument_of_a_program(tmp_path: Path) -> None:
+    """All at once, as they are; those that no system takes are an error and start nothing."""
+    sent = [text for text in TEXTS if "\0" not in text and "\ud800" not in text]
+    code = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    seen: list[str] = []
+    assert (
+        local.run([sys.executable, "-c", code, *sent], log=tmp_path / "log", on_line=lambda line: not seen.append(line))
+        == 0
+    )
+    assert json.loads(seen[0]) == sent
+
+
+def test_in_a_config_file(room: Path) -> None:
+    """What a text becomes by way of the saved config is that text."""
+    for text in TEXTS:
+        try:
+            wanted = config.resolve(
+                ({"system": text, "compare_prompt": [text], "parameter": [f"stop={text}"]}, "", room)
+            )
+            Path("c.yaml").write_text(config.dump(wanted), encoding="utf-8", newline="")
+        except (KolotuneError, UnicodeEncodeError):
+            assert "\ud800" in text or "\udcff" in text
+            continue
+        again = config.resolve((config.load_file(Path("c.yaml")), "", room))
+        assert dataclasses.asdict(again) == dataclasses.asdict(wanted), text
+
+
+@pytest.mark.parametrize("key", ["output_dir", "train_data", "base_model"])
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_names_that_no_file_can_have(key: str, name: str, room: Path) -> None:
+    with pytest.raises(KolotuneError, match="no file can have") as error:
+        config.resolve(({key: name}, "c.yaml", room))
+    assert key.replace("_", "-") in error.value.cause
+
+
+def test_in_a_modelfile() -> None:
+    for text in TEXTS:
+        for field in ({"system": text}, {"template": text}, {"license": text}, {"parameters": (("stop", text),)}):
+            try:
+                wanted = modelfile.Modelfile("./Merged.gguf", **field)  # type: ignore[arg-type]
+                said = modelfile.render(wanted)
+            except KolotuneError as error:
+                assert error.hint
+                continue
+            assert modelfile.parse(said) == wanted
+        try:
+            modelfile.render(modelfile.Modelfile(f"./{text}"))
+        except KolotuneError:
+            continue
+        assert ".." not in text.split("/") and "\n" not in text
+
+
+def test_as_a_name_in_ollama() -> None:
+    for text in TEXTS:
+        try:
+            names.checked_name(text)
+        except KolotuneError:
+            continue
+        assert re.fullmatch(r"[A-Za-z0-9_./:-]+", text) and ".." not in text.split("/") and text[0] not in "-./"
+
+
+def test_as_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in TEXTS:
+        for name in (text, f"owner/{text}", f"{text}/name"):
+            if models.is_hub_id(name):
+                assert re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name) and ".." not in name
+
+
+def test_as_an_adapter_and_as_its_tensors(tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    (tmp_path / adapters.CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    for text in TEXTS:
+        if "\ud800" in text or "\udcff" in text:
+            continue
+        file = tmp_path / "adapter_model.safetensors"
+        file.unlink(missing_ok=True)
+        save_file({text: np.ones((2, 2), np.float32)}, file)
+        with pytest.raises(KolotuneError):
+            adapters.read(tmp_path)
+    for text in TEXTS:
+        try:
+            assert not adapters.is_adapter(tmp_path / "none" / text) or "\0" not in text
+        except (OSError, ValueError):
+            assert len(text) > 200 or "\0" in text or "\ud800" in text
+
+
+def test_as_a_run_folder_in_the_container() -> None:
+    for text in TEXTS:
+        if "\ud800" in text:
+            continue  # no name that comes from the system has it, and a config's is refused
+        inside = places.run_folder(Path("/home/me") / text)
+        assert inside.parent == places.run_folder(Path("/home/me/run")).parent
+        assert re.fullmatch(r"[\w.-]+", inside.name, re.ASCII) and inside.name not in ("", ".", ".."), text
+
+
+def test_in_everything_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for reporter in (PlainReporter(), RichReporter(), JsonReporter()):
+        for text in TEXTS:
+            if "\ud800" in text or "\udcff" in text:
+                continue  # the command line sets its streams so that these are replaced
+            for say in (reporter.doing, reporter.success, reporter.note, reporter.warning, reporter.result):
+                say(text)
+            reporter.failure(text, text)
+            reporter.table(text, [text, "b"], [[text, text]])
+            with reporter.progress(text) as count:
+                count.update(1, 2, device=text)
+        shown = capsys.readouterr()
+        assert not set(shown.out + shown.err) & (STEERING - {"\r"}), type(reporter)
+
+
+def test_in_what_a_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    print_pieces(TEXTS)
+    assert not set(shown.getvalue()) & STEERING
+    assert "👨‍👩‍👧" in shown.getvalue()
+
+
+def test_run_folders_keep_their_names_inside(tmp_path: Path) -> None:
+    """No quantization that passes makes the name of a file that lies elsewhere."""
+    run = RunFolder(tmp_path)
+    for text in TEXTS:
+        try:
+            wanted: Any = config.resolve(({"quantization": text}, "", tmp_path)).quantization
+        except KolotuneError:
+            continue
+        assert all(run.quantized(name).parent == tmp_path for name in wanted)

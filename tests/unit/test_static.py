@@ -1,0 +1,194 @@
+"""What stands nowhere in the source: ways to run what came from elsewhere. Read from the syntax, not by words."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("kolotune", "bench", "examples", "tests")
+
+
+@cache
+def source(folder: str) -> dict[str, ast.Module]:
+    """The parsed files of a folder, by their path."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in files}
+
+
+def name_of(node: ast.expr) -> str:
+    """``a.b.c`` of an expression that is a name; of others what can be told."""
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls(*folders: str) -> Iterator[tuple[str, str, ast.Call]]:
+    """File, name of what is called, and call."""
+    for folder in folders:
+        for path, tree in source(folder).items():
+            for name, call in calls_in(tree):
+                yield path, name, call
+
+
+@cache
+def calls_in(tree: ast.Module) -> list[tuple[str, ast.Call]]:
+    return [(name_of(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def keyword(call: ast.Call, name: str) -> ast.expr | None:
+    return next((each.value for each in call.keywords if each.arg == name), None)
+
+
+def is_constant(node: ast.expr | None, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def found(wrong: Callable[[str, ast.Call], bool], *folders: str, but: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"{path}:{call.lineno}: {name}" for path, name, call in calls(*folders) if path not in but and wrong(name, call)
+    ]
+
+
+def test_there_is_something_to_find() -> None:
+    assert len(source("kolotune")) > 100
+    assert found(lambda name, _: name == "subprocess.Popen", "kolotune")
+
+
+def test_no_shell() -> None:
+    shells = ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn")
+    assert not found(lambda name, call: keyword(call, "shell") is not None or name in shells, *FOLDERS)
+
+
+def test_processes_start_in_one_place() -> None:
+    starts = ("os.fork", "os.posix_spawn", "asyncio.create_subprocess_exec")
+    assert not found(
+        lambda name, _: name.startswith(("subprocess.", "os.exec", "os.spawn", "multiprocessing.")) or name in starts,
+        "kolotune",
+        but=("kolotune/runners/local.py",),
+    )
+
+
+def test_no_code_from_text() -> None:
+    assert not found(lambda name, _: name in ("eval", "exec", "compile", "__import__"), "kolotune", "bench", "examples")
+
+
+def test_yaml_is_read_by_safe_loaders_only() -> None:
+    unsafe = ("yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all")
+    assert not found(lambda name, _: name in unsafe, *FOLDERS)
+    assert len(found(lambda name, _: name == "yaml.load", *FOLDERS)) == 1  # config.py's, with what follows
+    for path, tree in source("kolotune").items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and any("Loader" in name_of(base) for base in node.bases):
+                assert [name_of(base) for base in node.bases] == ["yaml.SafeLoader"], path
+
+
+def test_pickles_are_our_own_processes_only() -> None:
+    """What a worker or a file that this very process has just written says."""
+    own = ("kolotune/runners/workers.py", "kolotune/chats/spool.py")
+    loads = ("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open")
+    assert not found(lambda name, _: name in loads, "kolotune", "bench", "examples", but=own)
+    for path, tree in source("kolotune").items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in ("pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"), path
+
+
+def test_torch_loads_weights_only() -> None:
+    assert not found(
+        lambda name, call: name == "torch.load" and not is_constant(keyword(call, "weights_only"), True), *FOLDERS
+    )
+
+
+def test_no_code_of_a_model_is_trusted() -> None:
+    assert not found(
+        lambda _, call: (
+            keyword(call, "trust_remote_code") is not None
+            and not is_constant(keyword(call, "trust_remote_code"), False)
+        ),
+        *FOLDERS,
+    )
+    loaders = ("AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained", "AutoConfig.from_pretrained")
+    trusting = found(
+        lambda name, call: name in loaders and keyword(call, "trust_remote_code") is None,
+        "kolotune",
+        but=("kolotune/smollm2.py",),  # a GGUF of a known hash
+    )
+    assert not trusting
+
+
+def test_archives_are_unpacked_by_filter() -> None:
+    """`toolchain` sets the filter; `archive` takes each entry by itself."""
+    places = found(lambda name, _: name.endswith((".extractall", ".extract")), "kolotune")
+    assert [each.split(":")[0] for each in places] == ["kolotune/llamacpp/toolchain.py"]
+
+
+def test_certificates_are_checked() -> None:
+    assert not found(lambda _, call: is_constant(keyword(call, "verify"), False), *FOLDERS)
+    assert not found(lambda name, _: name in ("ssl._create_unverified_context", "tempfile.mktemp"), *FOLDERS)
+
+
+def test_strangers_templates_run_in_one_place() -> None:
+    runs = ("apply_chat_template", "render_jinja_template", "_compile_jinja_template")
+    assert not found(lambda name, _: name.rpartition(".")[2] in runs, "kolotune")
+    places = found(
+        lambda name, _: name.rpartition(".")[2] in ("from_string", "Template", "compile_expression"), "kolotune"
+    )
+    # The second runs in the first; the third is the report's own page.
+    assert [each.split(":")[0] for each in places] == [
+        "kolotune/chats/jinja.py",
+        "kolotune/chats/unseen.py",
+        "kolotune/report/page.py",
+    ]
+
+
+# Beside the reporter: lines of JSON between our own processes, and what a container's terminal shows, cleaned.
+PRINTING = (
+    "kolotune/reporter.py",
+    "kolotune/engines/job.py",
+    "kolotune/engines/native/elastic.py",
+    "kolotune/engines/torchtune/environment.py",
+    "kolotune/engines/torchtune/inside/kolotune_recipe/events.py",
+    "kolotune/llamacpp/dry_quantizing.py",
+    "kolotune/llamacpp/messages.py",
+    "kolotune/llamacpp/outlining.py",
+    "kolotune/runners/container/inside.py",
+    "kolotune/runners/container/sending.py",
+    "kolotune/runners/watchdog.py",
+)
+
+
+def test_printing_stands_where_it_is_cleaned() -> None:
+    prints = ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "click.echo")
+    assert not found(lambda name, _: name in prints, "kolotune", but=PRINTING)
+
+
+@pytest.mark.parametrize(
+    ("text", "test"),
+    [
+        ("import subprocess\nsubprocess.run('a', shell=True)", test_no_shell),
+        ("import yaml\nyaml.unsafe_load('')", test_yaml_is_read_by_safe_loaders_only),
+        ("import torch\ntorch.load('x')", test_torch_loads_weights_only),
+        ("import torch\ntorch.load('x', weights_only=False)", test_torch_loads_weights_only),
+        ("f(trust_remote_code=True)", test_no_code_of_a_model_is_trusted),
+        ("f(trust_remote_code=x)", test_no_code_of_a_model_is_trusted),
+        ("import pickle\npickle.loads(b'')", test_pickles_are_our_own_processes_only),
+        ("from pickle import loads", test_pickles_are_our_own_processes_only),
+        ("eval('1')", test_no_code_from_text),
+        ("import os\nos.execv('a', [])", test_processes_start_in_one_place),
+        ("tokenizer.apply_chat_template([])", test_strangers_templates_run_in_one_place),
+        ("print('a')", test_printing_stands_where_it_is_cleaned),
+    ],
+)
+def test_each_of_these_tests_can_fail(text: str, test: Callable[[], None]) -> None:
+    held = source("kolotune")
+    held["kolotune/planted.py"] = ast.parse(text)
+    try:
+        with pytest.raises(AssertionError):
+            test()
+    finally:
+        del held["kolotune/planted.py"]
