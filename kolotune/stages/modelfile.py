@@ -27,6 +27,9 @@ from ..reporter import Reporter
 
 NAME = "modelfile"
 DOING = "writing the Modelfiles"
+# Ollama up to the summer of 2026 punishes repetition (by 1.1) wherever a model does not say otherwise: what is served
+# would not be what was trained, and code, lists and names suffer.
+_UNPUNISHED = ("repeat_penalty", "1")
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -142,8 +145,9 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 
 def _parameters(config: Config) -> parameters.Parameters:
-    pairs = [each.split("=", 1) for each in config.parameter]
-    return parameters.validate([(name.strip(), value) for name, value in pairs])
+    """The user's, and no penalty for repetition unless they say so."""
+    pairs = [(name.strip(), value) for name, _, value in (each.partition("=") for each in config.parameter)]
+    return parameters.validate(pairs if any(name == _UNPUNISHED[0] for name, _ in pairs) else [*pairs, _UNPUNISHED])
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:

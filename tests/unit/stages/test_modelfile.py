@@ -81,3 +81,10 @@ def test_a_template_that_refuses_system_prompts(context: Context, reporter: Plai
         modelfile.preflight(dataclasses.replace(context, base=base), reporter)
     without = dataclasses.replace(context, base=base, config=dataclasses.replace(context.config, system=None))
     modelfile.preflight(without, reporter)
+
+
+@pytest.mark.parametrize(("given", "written"), [((), 1.0), (("repeat_penalty=1.3",), 1.3), (("top_k=5",), 1.0)])
+def test_repetition_is_punished_only_where_the_user_says_so(given: tuple[str, ...], written: float) -> None:
+    options = {"parameter": given, "output_dir": Path("/runs/one")}
+    found = modelfile._parameters(configs.resolve((options, "test", Path("/"))))
+    assert [value for name, value in found if name == "repeat_penalty"] == [written]
