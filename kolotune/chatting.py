@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import exporting, models, records
+from . import exporting, models, quantizing, records
 from .adapters import is_adapter
 from .cache import cache_folder
 from .chats.tokenizer import template_of
@@ -14,10 +14,10 @@ from .errors import ArtifactError, ConfigError
 from .files import Hasher
 from .layout import RunFolder
 from .llamacpp.inference import GgufModel
-from .quantizations import NONE
+from .quantizations import NEEDS_IMPORTANCE_MATRIX, NONE, made_with_matrix
 from .reporter import Reporter
 from .results import chosen_quantization, own_gguf, saved_config
-from .stages import modelfile, quantize
+from .stages import modelfile
 
 
 class Talk:
@@ -97,7 +97,12 @@ def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) ->
         exporting.convert_folder(base, plain, run.log("base"), reporter, exact=False)
     if name == NONE:
         return plain
-    target = folder / f"Base{name}.gguf"
+    matrix = run.importance_matrix if made_with_matrix(name, config.importance_matrix) else None
+    if matrix is not None and not matrix.is_file():
+        if name in NEEDS_IMPORTANCE_MATRIX:
+            raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")
+        matrix = None  # what was exported was trained elsewhere
+    target = folder / (f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
     if not target.is_file():
-        quantize.quantize_file(plain, target, name, run.log("base"), reporter)
+        quantizing.quantize_file(plain, target, name, run.log("base"), reporter, matrix)
     return target

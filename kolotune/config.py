@@ -128,6 +128,12 @@ class Config:
     quantization: tuple[str, ...] = option(
         ("Q4_K_M",), "One or several of llama.cpp's, as Q4_K_M,Q8_0; none: f16 only.", kind="export"
     )
+    importance_matrix: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Which weights matter, computed from the training chats; auto: for quantizations that need it or have fewer "
+        "than 4 bits.",
+        kind="export",
+    )
     system: str | None = option(None, "System prompt for the Modelfile.", kind="export")
     parameter: tuple[str, ...] = option(
         (), "PARAMETER for the Modelfile, as temperature=0.7; may be given several times.", kind="export"
@@ -214,7 +220,7 @@ def normalized(key: str, value: Any, folder: Path) -> Any:
         if not isinstance(items, (list, tuple)):
             return items
         names = [part.strip() for each in items for part in str(each).split(",") if part.strip()]
-        if key == "quantization":
+        if key != "target_modules":
             names = [quantizations.NONE if name.upper() == "F16" else name.upper() for name in names]
         return tuple(dict.fromkeys(names))
     if key == "compare_prompt":
@@ -272,6 +278,13 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         problems.append("nproc: the engine torchtune trains in one process; native trains in several")
     if quantizations.NONE in config.quantization and len(config.quantization) > 1:
         problems.append("quantization: none does not go with another")
+    if config.importance_matrix == "never":
+        problems += [
+            f"{_shown(key)}: {name} needs an importance matrix, and importance-matrix is never"
+            for key in ("quantization",)
+            for name in getattr(config, key)
+            if name in quantizations.NEEDS_IMPORTANCE_MATRIX
+        ]
     return problems
 
 

@@ -63,6 +63,11 @@ class ModelShape:
         """Bytes of the tensors in the model's own files."""
         return sum(entry.size for entry in self.entries)
 
+    @property
+    def importance(self) -> int:
+        """Bytes of an importance matrix: fp32 for each column of each matrix of the layers."""
+        return sum(FP32 * each.inputs + _HEADER_ENTRY for each in self.linears)
+
     def of_layer(self) -> tuple[Linear, ...]:
         """The linear layers of one decoder layer: the first's."""
         return self.linears[: len(self.linears) // max(1, self.layers)]
@@ -223,6 +228,7 @@ class Memory:
 MAIN = Memory(320_000_000, 60_000_000)
 ENGINE = Memory(160_000_000, 45_000_000)
 QUANTIZER = Memory(30_000_000, 20_000_000)
+READER = Memory(100_000_000, 40_000_000)
 
 
 def of_training_step(shape: ModelShape, adapter: Adapter, row: Row, width: int, *, recompute: bool) -> int:
@@ -252,6 +258,13 @@ def of_quantizing(shape: ModelShape) -> Memory:
     """What llama.cpp's quantizer holds: a tensor at a time, as fp32 and in its new type."""
     largest = max(_count(entry) for entry in shape.entries)
     return Memory(QUANTIZER.own + 5 * largest, QUANTIZER.mapped + 2 * largest)
+
+
+def of_importance(shape: ModelShape, longest: int, at_once: int) -> Memory:
+    """What llama.cpp holds while it reads chats of up to `longest` tokens, `at_once` of them together."""
+    cache = 2 * FP32 * shape.layers * shape.keys * shape.head * longest
+    logits = 2 * FP32 * at_once * shape.vocabulary
+    return Memory(READER.own + cache + logits, READER.mapped + WIDTHS["f16"] * shape.weights)
 
 
 @dataclass(frozen=True)

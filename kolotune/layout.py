@@ -59,6 +59,11 @@ class RunFolder:
         return self.root / f"Modelfile{quantization}"
 
     @property
+    def importance_matrix(self) -> Path:
+        """How much each column of a weight matters, for quantizations of few bits."""
+        return self.state / "importance_matrix.gguf"
+
+    @property
     def prepared(self) -> Path:
         """Token ids, labels and the tokenizer with its frozen template."""
         return self.state / "prepared"

@@ -23,6 +23,8 @@ from .files import size_of, write_text
 from .lean import kept
 from .llamacpp import outline
 from .llamacpp.dry_quantizing import Sizes, sizes_in
+from .llamacpp.exact import BATCH
+from .quantizing import with_matrix
 from .records import Context
 from .reporter import size_in_words
 from .runners import local
@@ -224,6 +226,9 @@ def written(context: Context, shape: ModelShape, sizes: Exported, work: Work | N
     quantized = sum(each.size for each in sizes.quantized.values())
     before = sum(_size(run.quantized(name)) for name in sizes.quantized)
     keeps = kept(config).unquantized
+    if with_matrix(context, sizes.quantized):
+        quantized += shape.importance
+        before += _size(run.importance_matrix)
     found["quantize"] = Written(quantized, 0 if keeps else sizes.gguf, before)
     return found
 
@@ -248,6 +253,10 @@ def memory(
     training, recomputes = training_memory(context, shape, work.largest if work else _SMALLEST_ROW, free, unknown)
     merging = Memory(main.own, main.mapped + shape.stored)
     quantizing = estimates.of_quantizing(shape)
+    if with_matrix(context, kept(context.config).quantized):
+        longest = work.largest.longest if work else context.config.max_seq_length
+        reading = estimates.of_importance(shape, longest, BATCH)
+        quantizing = max(quantizing, reading, key=lambda each: each.resident)
     return {
         "prepare": main,
         "train": _both(main, training) if training is not None else None,

@@ -43,16 +43,26 @@ FILE_TYPES: dict[str, int] = {
 NEEDS_IMPORTANCE_MATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
+# Of fewer than four bits a weight: which weights matter decides a good part of what is lost.
+GAINS_FROM_IMPORTANCE_MATRIX = frozenset({"Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ3_S", "IQ3_M"})
+# Whose numbers come of the weights alone.
+_IGNORES_IMPORTANCE_MATRIX = frozenset({"BF16", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q1_0", "Q2_0"})
 # Where a row of weights is no whole number of blocks llama.cpp takes a wider type, but for these it knows none.
 WHOLE_BLOCKS_ONLY: dict[str, int] = {"Q1_0": 128}
 NONE = "NONE"
 
 
+def made_with_matrix(name: str, choice: str) -> bool:
+    """Whether quantization `name` is made with an importance matrix where `Config.importance_matrix` is `choice`."""
+    if name not in FILE_TYPES or choice == "never":
+        return False
+    if choice == "always":
+        return name not in _IGNORES_IMPORTANCE_MATRIX
+    return name in NEEDS_IMPORTANCE_MATRIX | GAINS_FROM_IMPORTANCE_MATRIX
+
+
 def problem_with(name: str) -> str:
     """Why `name` (in capitals) can't be a quantization here; an empty string when it can."""
-    if name == NONE or (name in FILE_TYPES and name not in NEEDS_IMPORTANCE_MATRIX):
+    if name == NONE or name in FILE_TYPES:
         return ""
-    if name in NEEDS_IMPORTANCE_MATRIX:
-        return f"{name} needs an importance matrix, which kolotune does not make yet; Q2_K or IQ3_S are next in size"
-    usable = sorted(set(FILE_TYPES) - NEEDS_IMPORTANCE_MATRIX)
-    return f"{name!r} is no quantization that llama.cpp knows; known: none, {', '.join(usable)}"
+    return f"{name!r} is no quantization that llama.cpp knows; known: none, {', '.join(sorted(FILE_TYPES))}"

@@ -15,8 +15,10 @@ from .engines.native.environment import ENVIRONMENT
 from .errors import KolotuneError, TrainingError
 from .estimates import Memory, Written
 from .files import Stream, hash_file, replacing
+from .llamacpp.importance import tokens_read
 from .merging import MergedModel
 from .planning import Exported, Work
+from .quantizing import with_matrix
 from .records import Context
 from .runners import local
 from .stages import train
@@ -24,6 +26,8 @@ from .stages import train
 _TRIED_BYTES = 64_000_000
 # Starting an engine's process or a quantizer's once more, and what it writes beside results; measured on 2 cores.
 _QUANTIZER_START = 1.5
+# Of a trained token's time: llama.cpp reading one in f16 for an importance matrix, and its inputs looked at.
+_READING = 1.0
 
 
 @dataclass(frozen=True)
@@ -142,4 +146,6 @@ def seconds(
             for size in sizes.quantized.values()
         ]
         found["quantize"] = passing + sum(each)
+        if with_matrix(context, sizes.quantized):
+            found["quantize"] += _READING * steps.per_token * tokens_read(work.tokens, work.chats)
     return found

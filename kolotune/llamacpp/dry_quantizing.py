@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ToolchainError
 from ..quantizations import FILE_TYPES
 from ..runners.watchdog import end_with_parent
-from . import gguf_file
+from . import ggml, gguf_file
 from .messages import messages_to
 
 # "[ 264/ 272] blk.29.attn_k.weight - [ 576, 192, 1, 1], type = f16, size = 0.21 MiB -> 0.07 MiB (q5_0)"
@@ -110,19 +110,15 @@ def _bytes(kind: str, count: int) -> int:
 def _seconds_a_weight(kind: str) -> float:
     """Of one core; 0 for a type that is no more than a cast."""
     import gguf
-    import llama_cpp
     import numpy as np
 
     number = next((each.value for each in gguf.GGMLQuantizationType if each.name == kind), None)
     if kind in ("F32", "F16", "BF16") or number is None:
         return 0.0
-    libraries = sorted(Path(llama_cpp.__file__).parent.glob("lib/*ggml-base*"))
-    if not libraries:
+    try:
+        quantize = ggml.library().ggml_quantize_chunk
+    except ToolchainError:
         return 0.0
-    quantize = ctypes.CDLL(str(libraries[0])).ggml_quantize_chunk
-    quantize.restype = ctypes.c_size_t
-    pointer = ctypes.c_void_p
-    quantize.argtypes = [ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer]
     values = np.random.default_rng(0).standard_normal((_SAMPLE_ROWS, _SAMPLE_WIDTH), np.float32)
     room = np.empty(values.nbytes, np.uint8)
     alike = np.ones(_SAMPLE_WIDTH, np.float32)

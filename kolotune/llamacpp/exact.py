@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from .messages import only_problems
 if TYPE_CHECKING:
     import numpy as np
 
-_BATCH = 256
+BATCH = 256
+"""So many tokens are computed together."""
+
 _TYPE_F32 = 0
 _NO_FLASH_ATTENTION = 0
 _LONGEST_PIECE = 4096
@@ -31,13 +33,14 @@ class ExactGguf:
     Args:
         path: the file.
         context: the longest row of tokens that it has to read.
+        seen: llama.cpp's callback for evaluations, as ``(address of a tensor, asked, nothing)``.
 
     Raises:
         ArtifactError: llama.cpp can't load it.
         ToolchainError: llama-cpp-python is not installed.
     """
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, seen: Callable[[int, bool, Any], bool] | None = None) -> None:
         try:
             import llama_cpp
         except (ImportError, OSError, RuntimeError) as error:
@@ -53,11 +56,14 @@ class ExactGguf:
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         with_context: Any = llama_cpp.llama_context_default_params()
         with_context.n_ctx = context
-        with_context.n_batch = with_context.n_ubatch = _BATCH
+        with_context.n_batch = with_context.n_ubatch = BATCH
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         with_context.n_threads = with_context.n_threads_batch = threads
         with_context.type_k = with_context.type_v = _TYPE_F32
         with_context.flash_attn_type = _NO_FLASH_ATTENTION
+        if seen is not None:
+            callback: Any = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback
+            self._seen = with_context.cb_eval = callback(seen)  # it has to live as long as the context
         self._context = llama_cpp.llama_init_from_model(self._model, with_context)
         if not self._context:
             llama_cpp.llama_model_free(self._model)
@@ -132,8 +138,8 @@ class ExactGguf:
         found = np.empty((len(positions), self.words), np.float32)
         rows = {position: row for row, position in enumerate(positions)}
         self._forget()
-        for start in range(0, len(ids), _BATCH):
-            part = ids[start : start + _BATCH]
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
             with self._batch(part, start, [start + each in rows for each in range(len(part))]) as batch:
                 self._decode(batch)
             for offset in range(len(part)):
@@ -145,11 +151,24 @@ class ExactGguf:
         found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
         return found
 
+    def read(self, ids: Sequence[int]) -> None:
+        """Reads a row of tokens for its own sake: who watches sees all of it.
+
+        Raises:
+            ArtifactError: llama.cpp can't compute it.
+        """
+        self._forget()
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            # With a result for each: the last layer is computed for those tokens alone that have one.
+            with self._batch(part, start, [True] * len(part)) as batch:
+                self._decode(batch)
+
     def answer(self, prompt: Sequence[int], stops: Sequence[str], longest: int) -> tuple[str, bool]:
         """The greedy answer to a prompt, and whether it ended by itself within so many tokens."""
         self._forget()
-        for start in range(0, len(prompt), _BATCH):
-            part = prompt[start : start + _BATCH]
+        for start in range(0, len(prompt), BATCH):
+            part = prompt[start : start + BATCH]
             with self._batch(part, start, [start + each == len(prompt) - 1 for each in range(len(part))]) as batch:
                 self._decode(batch)
         data = b""

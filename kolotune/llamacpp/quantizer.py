@@ -1,22 +1,29 @@
-"""Quantizes a GGUF. Runs as a process of its own, because the library may abort: ``python -m … IN OUT TYPE``."""
+"""Quantizes a GGUF: ``python -m … IN OUT TYPE [MATRIX]``. A process of its own, because the library may abort."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 from ..quantizations import FILE_TYPES
 from ..runners.watchdog import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
-    """Quantizes file IN to file OUT as TYPE; 0 when the library says that it worked."""
+    """Quantizes file IN to file OUT as TYPE, by a matrix if there is one; 0 when the library says that it worked."""
     end_with_parent()
-    source, target, name = arguments
+    source, target, name, *given = arguments
     import llama_cpp
+
+    from . import importance
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[name]
+    matrix = importance.read(Path(given[0])) if given else {}
+    weighted = importance.as_parameter(matrix)
+    if matrix:
+        parameters.imatrix = weighted
     result = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
     return int(result)
 

@@ -5,42 +5,46 @@ Of a lean run the unquantized GGUF is made here too, from base and adapter, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import exporting, llamacpp, records
+from .. import exporting, llamacpp, quantizing, records
 from ..config import Config, as_record
-from ..errors import ArtifactError, ConfigError, ToolchainError
-from ..files import hash_and_flush, remove, replacing
+from ..errors import ArtifactError, ConfigError
+from ..files import remove
 from ..lean import kept
-from ..llamacpp import gguf_file
-from ..quantizations import FILE_TYPES, WHOLE_BLOCKS_ONLY
+from ..quantizations import NEEDS_IMPORTANCE_MATRIX, made_with_matrix
 from ..records import Context
 from ..reporter import Reporter
-from ..runners import local
-from ..weights import weight_files
 
-NAME = "quantize"
+NAME = quantizing.QUANTIZE
 DOING = "quantizing"
 
 
 def options(config: Config) -> dict[str, Any]:
-    """See `records.Stage`."""
-    return as_record(config, ("quantization",) if kept(config).unquantized else ("quantization", "lean", "merge_dtype"))
+    """See `records.Stage`; what the matrix is for is there when it is for anything."""
+    names = ("quantization",) if kept(config).unquantized else ("quantization", "lean", "merge_dtype")
+    weighted = [name for name in kept(config).quantized if made_with_matrix(name, config.importance_matrix)]
+    return as_record(config, names) | ({"importance_matrix": weighted} if weighted else {})
 
 
 def inputs(context: Context) -> dict[str, Path]:
     """See `records.Stage`."""
-    if kept(context.config).unquantized:
-        return {"the unquantized GGUF": context.run.gguf}
-    return exporting.inputs_of(context)
+    whole = kept(context.config).unquantized
+    found = {"the unquantized GGUF": context.run.gguf} if whole else exporting.inputs_of(context)
+    return found | ({"the prepared chats": context.run.prepared} if _weighted(context) else {})
+
+
+def _weighted(context: Context) -> list[str]:
+    return quantizing.with_matrix(context, kept(context.config).quantized)
 
 
 def outputs(context: Context) -> list[Path]:
     """See `records.Stage`."""
     made = [context.run.quantized(name) for name in kept(context.config).quantized]
+    made += [context.run.importance_matrix] if _weighted(context) else []
     return made if kept(context.config).unquantized else [*made, *exporting.small_outputs(context)]
 
 
@@ -53,33 +57,22 @@ def preflight(context: Context, reporter: Reporter) -> None:
     """The library must be there, and the model's rows fit the quantizations; names were checked with the config.
 
     Raises:
-        ConfigError: a quantization needs whole blocks, and this model's rows are none.
+        ConfigError: a quantization needs whole blocks, and this model's rows are none; or it needs an importance
+            matrix, and what is exported was not trained here.
     """
     wanted = kept(context.config).quantized
+    needy = [name for name in wanted if name in NEEDS_IMPORTANCE_MATRIX]
+    if needy and needy[0] not in _weighted(context):
+        raise ConfigError(
+            f"quantization {needy[0]}: needs an importance matrix, which is computed from the training chats, and what "
+            "is exported here was trained elsewhere",
+            "Choose another; Q2_K and IQ3_S are next in size.",
+        )
     if wanted:
         llamacpp.ensure(reporter)
     if not kept(context.config).unquantized:
         exporting.prove_expected(context, reporter)
-    for name in wanted:
-        block = WHOLE_BLOCKS_ONLY.get(name, 1)
-        unfit = [f"{each} has {row}" for each, row in _rows(context.base) if row % block]
-        if unfit:
-            raise ConfigError(
-                f"quantization {name}: needs rows of a multiple of {block} weights, and {unfit[0]} in this model",
-                "Choose another; Q2_K is the smallest that fits every model.",
-            )
-
-
-def _rows(model: Path) -> Iterator[tuple[str, int]]:
-    """The names of a model folder's matrices and the length of their rows."""
-    from safetensors import safe_open
-
-    for path in weight_files(model):
-        with safe_open(path, framework="numpy") as handle:
-            for name in handle.keys():  # noqa: SIM118 - no mapping
-                shape = handle.get_slice(name).get_shape()
-                if len(shape) > 1:
-                    yield name, shape[-1]
+    quantizing.check_blocks(context.base, wanted)
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
@@ -94,9 +87,12 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     made: dict[str, dict[str, str]] = dict(before.facts.get("made", {})) if before else {}
     with _unquantized(context, reporter) as facts:
         source = hasher.of(folder.gguf)
+        matrix = _matrix(context, before.facts.get("importance_matrix", {}) if before else {}, reporter)
+        weighted = {name: matrix["sha256"] for name in _weighted(context)}
         for name, fact in list(made.items()):
             path = folder.quantized(name)
-            if fact["source"] != source or hasher.of(path) != fact["sha256"]:
+            otherwise = name in wanted and fact.get("importance_matrix") != weighted.get(name)
+            if otherwise or fact["source"] != source or hasher.of(path) != fact["sha256"]:
                 if path.exists() and name not in wanted:
                     reporter.note(f"{path.name} was made of another training and is removed")
                 remove(path)
@@ -105,9 +101,27 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
         for name in wanted:
             if name not in made:
                 reporter.doing(f"quantizing to {name}")
-                quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter)
+                by = folder.importance_matrix if name in weighted else None
+                quantizing.quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter, by)
                 made[name] = {"source": source, "sha256": hasher.of(folder.quantized(name))}
-    return {"made": made, **facts}
+                made[name] |= {"importance_matrix": weighted[name]} if name in weighted else {}
+    return {"made": made, **({"importance_matrix": matrix} if matrix else {}), **facts}
+
+
+def _matrix(context: Context, before: Mapping[str, str], reporter: Reporter) -> dict[str, str]:
+    """What the importance matrix is made of, and its hash; that of an earlier run is kept when it still is that.
+
+    Returns:
+        Nothing where no quantization is made with one.
+    """
+    path, hasher = context.run.importance_matrix, context.hasher
+    if not _weighted(context):
+        remove(path)
+        return {}
+    log = context.run.log(NAME)
+    if {**before} != quantizing.made_of(context, context.run.gguf, hasher.of(path)):
+        quantizing.make_matrix(context.run.gguf, context.run.prepared, path, log, reporter)
+    return quantizing.made_of(context, context.run.gguf, hasher.of(path))
 
 
 @contextmanager
@@ -125,31 +139,3 @@ def _unquantized(context: Context, reporter: Reporter) -> Iterator[dict[str, Any
         yield {"unquantized": {**facts, "sha256": context.hasher.of(gguf)}}
     finally:
         remove(gguf)
-
-
-def quantize_file(source: Path, target: Path, name: str, log: Path, reporter: Reporter) -> None:
-    """Quantizes one GGUF and reads the result back before it gets its name.
-
-    Raises:
-        ToolchainError: the quantizer failed.
-        ArtifactError: what it wrote is not whole or has other tensors.
-    """
-    toolchain = llamacpp.ensure(reporter)
-    with replacing(target) as partial:
-        files = [str(source.absolute()), str(partial.absolute())]
-        if toolchain.quantizer is not None:
-            code = local.run([str(toolchain.quantizer), *files, name], log=log)
-        else:
-            argv = local.python("kolotune.llamacpp.quantizer", *files, name)
-            code = local.run(argv, log=log, ends_with_us=True)
-        if code != 0 or not partial.is_file():
-            raise ToolchainError(f"quantizing to {name} failed: {local.last_lines(log)}", f"The log is {log}.")
-        summary = gguf_file.read(partial)
-        original = gguf_file.read(source)
-        if {key: value[0] for key, value in summary.tensors.items()} != {
-            key: value[0] for key, value in original.tensors.items()
-        }:
-            raise ArtifactError(f"{target}: its tensors are not those of {source.name}")
-        if int(summary.fields.get("general.file_type", -1)) != FILE_TYPES[name]:
-            raise ArtifactError(f"{target}: is not of type {name}")
-        hash_and_flush(partial)

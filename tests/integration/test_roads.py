@@ -20,20 +20,23 @@ from safetensors.numpy import load_file
 from support.ollama_server import OllamaServer
 from support.runs import ROAD
 
-from kolotune import pipeline
+from kolotune import pipeline, quantizing
 from kolotune.chats.tokenizer import load_tokenizer, template_of
+from kolotune.engines.native.batches import Tokens
 from kolotune.errors import ToolchainError
 from kolotune.exporting import convert_folder
+from kolotune.fidelity.divergence import between
 from kolotune.installing import install
 from kolotune.layout import RunFolder
 from kolotune.llamacpp import gguf_file
+from kolotune.llamacpp.exact import ExactGguf
 from kolotune.llamacpp.inference import GgufModel
 from kolotune.ollama.modelfile import parse
 from kolotune.ollama.server import Server
 from kolotune.quantizations import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
+from kolotune.quantizing import quantize_file
 from kolotune.serving.model import ServedModel
 from kolotune.serving.requests import read
-from kolotune.stages.quantize import quantize_file
 
 TINY = ("llama3_road", "torchtune_road", "qwen_road")
 EVERY = (*TINY, "smollm2_road")
@@ -331,10 +334,18 @@ def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_road: Any) -> Pa
     return folder / "Wide.gguf"
 
 
+@pytest.fixture(scope="session")
+def wide_matrix(smollm2_road: Any, wide_gguf: Path) -> Path:
+    """An importance matrix of that model."""
+    target = wide_gguf.with_name("matrix.gguf")
+    quantizing.make_matrix(wide_gguf, smollm2_road.run.prepared, target, target.with_name("log"), smollm2_road.said)
+    return target
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_every_quantization_does_what_the_table_says(
-    kind: str, smollm2_road: Any, wide_gguf: Path, tmp_path: Path
+    kind: str, smollm2_road: Any, wide_gguf: Path, wide_matrix: Path, tmp_path: Path
 ) -> None:
     said = smollm2_road.said
     target = tmp_path / f"Wide{kind}.gguf"
@@ -342,6 +353,8 @@ def test_every_quantization_does_what_the_table_says(
         with pytest.raises(ToolchainError, match="imatrix"):
             quantize_file(wide_gguf, target, kind, tmp_path / "log", said)
         assert not target.exists()
+        quantize_file(wide_gguf, target, kind, tmp_path / "log", said, wide_matrix)
+        GgufModel(target, context=64)
         return
     quantize_file(wide_gguf, target, kind, tmp_path / "log", said)
     assert target.stat().st_size <= wide_gguf.stat().st_size + 4096
@@ -354,6 +367,28 @@ def test_every_quantization_does_what_the_table_says(
         return
     quantize_file(smollm2_road.run.gguf, target, kind, tmp_path / "log", said)
     GgufModel(target, context=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q2_K", "IQ3_M"])
+def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_road: Any, tmp_path: Path) -> None:
+    run, said, log = smollm2_road.run, smollm2_road.said, tmp_path / "log"
+    quantizing.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, said)
+    held_out = Tokens.load(run.prepared / "held_out.safetensors")
+    chats = [held_out.chat(each)[0].tolist() for each in range(min(len(held_out), 8))]
+
+    def likely(gguf: Path) -> np.ndarray:
+        model = ExactGguf(gguf, max(map(len, chats)))
+        found = np.concatenate([model.log_probabilities(each, range(len(each))) for each in chats])
+        model.close()
+        return found
+
+    whole, apart = likely(run.gguf), {}
+    for name, matrix in (("with", tmp_path / "matrix"), ("without", None)):
+        quantize_file(run.gguf, tmp_path / name, kind, log, said, matrix)
+        apart[name] = between(whole, likely(tmp_path / name))
+    print({name: (each.kl_mean, each.top1_agreement) for name, each in apart.items()})
+    assert apart["with"].kl_mean < apart["without"].kl_mean
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 from support.runs import config_of, partials, states
 
 from kolotune import config as configs
-from kolotune import exporting, pipeline, records
+from kolotune import exporting, pipeline, quantizing, records
 from kolotune.chatting import open_chat
 from kolotune.config import Config
 from kolotune.errors import ArtifactError
@@ -27,7 +27,6 @@ from kolotune.llamacpp import outline
 from kolotune.llamacpp.outline import Verdict
 from kolotune.records import Context
 from kolotune.reporter import PlainReporter
-from kolotune.stages import quantize
 from kolotune.stages.merge import merge_adapter
 
 
@@ -87,14 +86,14 @@ def test_another_quantization_neither_trains_nor_leaves_anything(
     lean_copy: Config, capsys: Any, monkeypatch: Any, reporter: PlainReporter
 ) -> None:
     seen: list[list[str]] = []
-    real = quantize.quantize_file
+    real = quantizing.quantize_file
 
     def watched(source: Path, *more: Any) -> None:
         seen.append(sorted(path.name for path in lean_copy.output_dir.glob("*.gguf")))
         assert not RunFolder(lean_copy.output_dir).merged_model.exists()
         real(source, *more)
 
-    monkeypatch.setattr(quantize, "quantize_file", watched)
+    monkeypatch.setattr(quantizing, "quantize_file", watched)
     run = pipeline.run(dataclasses.replace(lean_copy, quantization=("Q8_0", "Q4_K_M")), reporter)
     assert seen == [["Merged.gguf", "MergedQ4_K_M.gguf"]], "only what was missing was made"
     assert models_in(run.root) == LEAN | {"MergedQ8_0.gguf", "ModelfileQ8_0"}

@@ -115,7 +115,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "unknown dtype": (["c.jsonl", "--dtype", "int3"], 2, "'auto', 'bf16' or 'fp32'"),
     "unknown engine": (["c.jsonl", "--engine", "os.system"], 2, "engine must be 'native'"),
     "unknown quantization": (["c.jsonl", "--quantization", "Q4"], 2, "no quantization that llama.cpp knows"),
-    "matrix": (["c.jsonl", "--quantization", "iq1_s"], 2, "IQ1_S needs an importance matrix"),
+    "matrix": (["c.jsonl", "--quantization", "iq1_s", "--importance-matrix", "never"], 2, "IQ1_S needs an importance"),
     "none and more": (["c.jsonl", "--quantization", "none,Q8_0"], 2, "none does not go with another"),
     "parameter": (["c.jsonl", "--parameter", "hot"], 2, "'hot' is not of the form name=value"),
     "unknown parameter": (["{good}", "--base-model", "{base}", "--parameter", "hot=1"], 2, "hot"),

@@ -1,4 +1,4 @@
-"""What is known before training of a quantization: that it can't hold this model's rows."""
+"""What is known of a quantization before training, and what it is made with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from kolotune import config as configs
-from kolotune import llamacpp
+from kolotune import llamacpp, pipeline, records
 from kolotune.errors import ConfigError
+from kolotune.files import hash_file
 from kolotune.layout import RunFolder
 from kolotune.records import Context
 from kolotune.reporter import PlainReporter
@@ -41,3 +42,40 @@ def test_whole_blocks_are_taken(
 ) -> None:
     tiny_model("llama", tmp_path / "base", hidden_size=128, intermediate_size=256)
     quantize.preflight(context_of(tmp_path / "base", "Q1_0"), reporter)
+
+
+def test_what_needs_a_matrix_is_refused_where_there_are_no_chats(
+    toolchain: llamacpp.Toolchain, tiny_base: Path, tmp_path: Path, reporter: PlainReporter
+) -> None:
+    context = dataclasses.replace(context_of(tiny_base, "Q2_K", "IQ2_S"), source=tiny_base)
+    with pytest.raises(ConfigError, match=r"IQ2_S: needs an importance matrix,.* trained elsewhere"):
+        quantize.preflight(context, reporter)
+    config = dataclasses.replace(context.config, quantization=("Q2_K",))
+    quantize.preflight(dataclasses.replace(context, config=config), reporter)  # gets by without
+
+
+def test_a_matrix_is_made_once_and_known_by_what_it_is_made_of(
+    run_copy: RunFolder, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = configs.resolve((configs.load_file(run_copy.config), "test", run_copy.root))
+    config = dataclasses.replace(saved, quantization=("Q4_K_M", "IQ2_XS", "Q3_K_M"))
+    pipeline.run(config, reporter)
+    record = records.read(run_copy, "quantize")
+    assert record is not None and run_copy.relative(run_copy.importance_matrix) in record.outputs
+    made = record.facts["made"]
+    digest = record.facts["importance_matrix"]["sha256"]
+    assert digest == hash_file(run_copy.importance_matrix)
+    assert {name: each.get("importance_matrix") for name, each in made.items()} == {
+        "Q4_K_M": None, "IQ2_XS": digest, "Q3_K_M": digest,
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.count("the model reads training chats") == 1 and "quantizing to Q4_K_M" not in printed
+    pipeline.run(config, reporter)
+    assert "quantize: done before" in capsys.readouterr().out
+    pipeline.run(dataclasses.replace(config, quantization=("IQ2_XS",)), reporter)
+    printed = capsys.readouterr().out
+    assert "quantizing to" not in printed and "reads training chats" not in printed
+    pipeline.run(dataclasses.replace(config, quantization=("Q3_K_M",), importance_matrix="never"), reporter)
+    assert "quantizing to Q3_K_M" in capsys.readouterr().out and not run_copy.importance_matrix.exists()
+    record = records.read(run_copy, "quantize")
+    assert record is not None and record.facts["made"]["Q3_K_M"]["sha256"] != made["Q3_K_M"]["sha256"]
