@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -154,6 +154,11 @@ class Config:
     compare_prompt: tuple[str, ...] = option(
         (), "A prompt of your own to answer in place of those; may be given several times.", kind="comparison"
     )
+    compare_quantization: tuple[str, ...] = option(
+        (),
+        "Quantizations to measure beside the run's own, as Q5_K_M,IQ3_M: made, measured, and removed again.",
+        kind="comparison",
+    )
     output_dir: Path = option(DEFAULT_OUTPUT_DIR, "The run folder.", kind="export")
 
 
@@ -215,7 +220,7 @@ def normalized(key: str, value: Any, folder: Path) -> Any:
         return str(_absolute(value, folder))
     if key == "base_model" and isinstance(value, str) and _means_a_folder(value, folder):
         return str(_absolute(value, folder))
-    if key in ("quantization", "target_modules"):
+    if key in ("quantization", "compare_quantization", "target_modules"):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             return items
@@ -257,10 +262,7 @@ def _absolute(value: Any, folder: Path) -> Any:
 
 def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]:
     """What single fields can't tell: names of quantizations, dates, and options that exclude each other."""
-    problems = []
-    for name in _items(values, "quantization"):
-        if problem := quantizations.problem_with(str(name)):
-            problems.append(f"quantization: {problem}")
+    problems = list(_quantization_problems(values))
     date = values.get("template_date")
     if date is not None and not _is_date(str(date)):
         problems.append(f"template-date: {date!r} is no date of the form YYYY-MM-DD")
@@ -276,16 +278,23 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         problems.append("nnodes: several machines need rdzv, the address of one of them as HOST:PORT")
     if config.nnodes * config.nproc > 1 and config.engine == "torchtune":
         problems.append("nproc: the engine torchtune trains in one process; native trains in several")
-    if quantizations.NONE in config.quantization and len(config.quantization) > 1:
-        problems.append("quantization: none does not go with another")
-    if config.importance_matrix == "never":
-        problems += [
-            f"{_shown(key)}: {name} needs an importance matrix, and importance-matrix is never"
-            for key in ("quantization",)
-            for name in getattr(config, key)
-            if name in quantizations.NEEDS_IMPORTANCE_MATRIX
-        ]
     return problems
+
+
+def _quantization_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Names that are none, or don't go with each other or without an importance matrix."""
+    never = values.get("importance_matrix") == "never"
+    for key in ("quantization", "compare_quantization"):
+        names = [str(name) for name in _items(values, key)]
+        for name in names:
+            if problem := quantizations.problem_with(name):
+                yield f"{_shown(key)}: {problem}"
+            elif never and name in quantizations.NEEDS_IMPORTANCE_MATRIX:
+                yield f"{_shown(key)}: {name} needs an importance matrix, and importance-matrix is never"
+        if quantizations.NONE in names and key == "compare_quantization":
+            yield "compare-quantization: what is not quantized is always compared"
+        elif quantizations.NONE in names and len(names) > 1:
+            yield "quantization: none does not go with another"
 
 
 def _path_problems(values: Mapping[str, Any]) -> list[str]:

@@ -230,6 +230,9 @@ def written(context: Context, shape: ModelShape, sizes: Exported, work: Work | N
         quantized += shape.importance
         before += _size(run.importance_matrix)
     found["quantize"] = Written(quantized, 0 if keeps else sizes.gguf, before)
+    if set(config.compare_quantization) - set(config.quantization):
+        # One at a time, none larger than what it is made of.
+        found["compare"] = Written(0, passes=sizes.gguf * (1 if keeps else 2))
     return found
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import FidelityError
-from ..fidelity.result import Checked, Comparison
+from ..fidelity.result import Checked, Comparison, Measured
 from ..layout import RunFolder
 from ..reporter import Reporter, size_in_words
 
 _COLUMNS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
+_QUANTIZED = ("quantization", "size", "loss", "KL mean", "top-1", "importance matrix", "kept")
 
 
 @contextmanager
@@ -32,6 +33,8 @@ def show(found: Comparison, say: Reporter) -> None:
     say.table(title, _COLUMNS, [_row(each) for each in found.checked])
     if found.base_loss is not None and found.tuned_loss is not None:
         say.note(f"loss of the base model {found.base_loss:.4f}, tuned {found.tuned_loss:.4f}")
+    if len(found.quantizations) > 1:
+        say.table("Quantizations, the smallest first", _QUANTIZED, [_quantized(each) for each in found.quantizations])
     if found.recommended:
         say.note(f"recommended: {found.recommended}, {found.recommended_because}")
     for name in found.not_kept:
@@ -58,6 +61,12 @@ def _row(each: Checked) -> tuple[str, ...]:
         str(each.stops),
         "ok" if each.passed else "FAILED",
     )
+
+
+def _quantized(each: Measured) -> tuple[str, ...]:
+    weighted = "yes" if each.importance_matrix else "no"
+    figures = (f"{each.loss:.4f}", f"{each.kl_mean:.1e}", f"{each.top1_agreement:.1%}")
+    return each.name, size_in_words(each.size_bytes), *figures, weighted, "yes" if each.kept else "no"
 
 
 def _shown(value: float | None, form: str) -> str:

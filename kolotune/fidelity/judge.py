@@ -51,6 +51,8 @@ class Evidence:
         recorded: held-out losses that training measured: of the base, and of what it kept; None: none.
         not_kept: see `Comparison`.
         untied: head and embedding are one in the base and two in the merged model.
+        tried: quantizations that were made to be measured, and are not kept: no gate for the run.
+        weighted: names of quantizations that were made with an importance matrix.
     """
 
     reference: Reference
@@ -62,6 +64,8 @@ class Evidence:
     recorded: tuple[float, float] | None
     not_kept: tuple[str, ...]
     untied: bool = False
+    tried: Sequence[tuple[Made, GgufAnswer]] = ()
+    weighted: frozenset[str] = frozenset()
 
 
 def verdict(evidence: Evidence) -> Comparison:
@@ -75,9 +79,13 @@ def verdict(evidence: Evidence) -> Comparison:
         notes.append("no chats are held out: the first training chats were compared")
     if evidence.recorded is None:
         notes.append("training measured no held-out loss that base and adapter could be held against")
+    wrong = {made.name: next(iter(answer.figures.wrong), "") for made, answer in evidence.tried}
+    notes += [f"{name} could not be measured: {why}" for name, why in wrong.items() if why]
     recorded = evidence.recorded or (None, None)
     tried = tuple(sorted(_tried(evidence), key=lambda each: each.size_bytes))
     best, because = recommended(tried, reference.base_loss, reference.tuned_loss)
+    if any(each.name == best and not each.kept for each in tried):
+        because += f"; `kolotune quantize RUN --quantization {best}` makes it"
     return Comparison(
         chats=len(reference.chats),
         positions=sum(reference.labels),
@@ -101,12 +109,13 @@ def verdict(evidence: Evidence) -> Comparison:
 
 def _tried(evidence: Evidence) -> Iterator[Measured]:
     """The quantizations that could be measured whole."""
-    for made, _, answer in evidence.ggufs:
+    own = [(made, answer, True) for made, _, answer in evidence.ggufs if made.name != F16]
+    for made, answer, kept in [*own, *((made, answer, False) for made, answer in evidence.tried)]:
         seen = answer.figures
-        if made.name == F16 or made.size is None or seen.wrong:
+        if made.size is None or seen.wrong or seen.loss is None or seen.kl_mean is None or seen.top1_agreement is None:
             continue
-        if seen.loss is not None and seen.kl_mean is not None and seen.top1_agreement is not None:
-            yield Measured(made.name, made.size, seen.loss, seen.kl_mean, seen.top1_agreement)
+        weighted = made.name in evidence.weighted
+        yield Measured(made.name, made.size, seen.loss, seen.kl_mean, seen.top1_agreement, weighted, kept)
 
 
 def recommended(tried: Sequence[Measured], base_loss: float, tuned_loss: float) -> tuple[str, str]:

@@ -87,13 +87,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Measured:
-    """A quantization of the run, measured on its own chats.
+    """A quantization, measured on the run's own chats.
 
     Attributes:
         name: as "Q4_K_M".
         size_bytes: of the GGUF.
         loss, kl_mean, top1_agreement: as in `Checked`.
         importance_matrix: whether it was made with one.
+        kept: whether the run has it; otherwise it was made to be measured, and removed.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Measured:
     kl_mean: float
     top1_agreement: float
     importance_matrix: bool = False
+    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Comparison:
         answers: base against tuned.
         not_kept: names of what would be compared but is not kept in the run folder (`--lean`).
         notes: what was left out or is otherwise than it may seem, a sentence each.
-        quantizations: all that the run has, smallest first.
+        quantizations: all that were measured, smallest first.
         recommended: name of one of `quantizations`; "" where there are not two to choose from.
         recommended_because: one sentence.
         failure: None when everything passed.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import errors
+from .. import errors, exporting, llamacpp, quantizing
 from ..config import Config, as_record
 from ..engines.job import event_of
 from ..errors import ArtifactError, FidelityError, KolotuneError
@@ -31,8 +31,14 @@ _LONGEST_ANSWER = 96
 
 
 def options(config: Config) -> dict[str, Any]:
-    """See `records.Stage`."""
-    return as_record(config, _OPTIONS)
+    """See `records.Stage`; what is tried is there when anything is."""
+    tried = as_record(config, ("compare_quantization", "importance_matrix")) if _to_try(config) else {}
+    return as_record(config, _OPTIONS) | tried
+
+
+def _to_try(config: Config) -> list[str]:
+    """The quantizations that are measured and that the run does not have."""
+    return [name for name in config.compare_quantization if name not in config.quantization]
 
 
 def inputs(context: Context) -> dict[str, Path]:
@@ -61,8 +67,14 @@ def packages() -> Sequence[str]:
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """Nothing can be said beforehand."""
-    del context, reporter
+    """What is only tried has to be possible too.
+
+    Raises:
+        ConfigError: the model's rows do not fit a quantization.
+    """
+    if _to_try(context.config):
+        llamacpp.ensure(reporter)
+        quantizing.check_blocks(context.base, _to_try(context.config))
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
@@ -149,7 +161,34 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
         recorded=_recorded(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
         untied=merged is not None and _tied(context.base) and not _tied(run.merged_model),
+        tried=tuple(_tried(context, scratch, before, reporter)),
+        weighted=frozenset(
+            quantizing.with_matrix(context, [*config.quantization, *_to_try(config)]),
+        ),
     )
+
+
+def _tried(context: Context, scratch: Path, before: Path, reporter: Reporter) -> Iterator[tuple[Made, task.GgufAnswer]]:
+    """Makes each quantization that is only tried, measures and removes it: one at a time is on the disk."""
+    run, names = context.run, _to_try(context.config)
+    if not names:
+        return
+    source, log = run.gguf, run.log(NAME)
+    if not source.is_file():
+        reporter.doing("converting to GGUF, for as long as quantizations are tried")
+        source = scratch / run.gguf.name
+        exporting.make_gguf(context, source, log, reporter)
+    weighted = quantizing.with_matrix(context, names)
+    matrix = quantizing.matrix_for(context, source, scratch / run.importance_matrix.name, log, reporter, weighted)
+    for name in names:
+        reporter.doing(f"trying {name}")
+        target = scratch / run.quantized(name).name
+        quantizing.quantize_file(source, target, name, log, reporter, matrix if name in weighted else None)
+        after = scratch / f"{name}.npy"
+        answer = _measure_gguf(context, scratch, name, target, None, before, after)
+        yield Made(name, "", target.stat().st_size), answer
+        remove(target)
+        remove(after)
 
 
 def _tied(model: Path) -> bool:
@@ -186,11 +225,11 @@ def _reference(context: Context, scratch: Path, reporter: Reporter) -> task.Refe
 
 
 def _measure_gguf(
-    context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path, before: Path, after: Path
+    context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path | None, before: Path, after: Path
 ) -> task.GgufAnswer:
     asked = task.GgufTask(
         gguf=str(gguf),
-        modelfile=str(modelfile),
+        modelfile=str(modelfile or ""),
         reference=str(scratch / figures.REFERENCE),
         before=str(before),
         after=str(after),

@@ -188,7 +188,16 @@ def test_quantizations_in_any_case_and_in_lists(given: Any, kept: tuple[str, ...
 
 @pytest.mark.parametrize("name", sorted(quantizations.NEEDS_IMPORTANCE_MATRIX))
 def test_quantizations_that_need_a_matrix_say_so(name: str) -> None:
-    assert f"{name} needs an importance matrix" in refusal(flags(quantization=f"Q8_0,{name.lower()}"))
+    given = {"quantization": f"Q8_0,{name.lower()}"}
+    assert resolve(flags(**given)).quantization == ("Q8_0", name)
+    assert f"quantization: {name} needs an importance matrix" in refusal(flags(**given, importance_matrix="never"))
+    tried = {"compare_quantization": name.lower(), "importance_matrix": "never"}
+    assert f"compare-quantization: {name} needs an importance matrix" in refusal(flags(**tried))
+
+
+@pytest.mark.parametrize("given", ["none", "Q8_0,f16"])
+def test_what_is_not_quantized_need_not_be_tried(given: str) -> None:
+    assert "always compared" in refusal(flags(compare_quantization=given))
 
 
 @pytest.mark.parametrize("name", ["Q4", "Q4_K_M.gguf", "../Q8_0", "Q8_0;id", "-Q8_0", "Q4 K M"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -39,6 +40,28 @@ def test_a_folder_that_is_there_does_not_need_its_room_again(finished: Config, t
     largest = max(each.stays for each in found.disk.values())
     assert found.end == pytest.approx(0, abs=5_000)
     assert found.peak == pytest.approx(largest, rel=0.01)
+
+
+def test_an_importance_matrix_and_what_is_only_tried_are_counted(
+    finished: Config, tiny_base: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    work = planning.work_of(RunFolder(finished.output_dir).prepared, finished)
+
+    def needs(**changes: Any) -> planning.Needs:
+        config = dataclasses.replace(finished, **changes)
+        return planning.needs(Context(config, run, tiny_base), {"train", "quantize", "compare"}, tmp_path / "log", work)
+
+    weighted, plain = needs(quantization=("Q2_K",)), needs(quantization=("Q2_K",), importance_matrix="never")
+    read, quantized = weighted.memory["quantize"], plain.memory["quantize"]
+    assert read is not None and quantized is not None and read.resident > quantized.resident
+    assert 0 < weighted.disk["quantize"].stays - plain.disk["quantize"].stays < 20_000
+    assert not any("sizes of quantizations" in each for each in needs(quantization=("IQ2_XS",)).unknown)
+    assert "compare" not in plain.disk and plain.disk.keys() == needs(compare_quantization=("Q4_K_M",)).disk.keys()
+    sizes = planning.exported(Context(finished, run, tiny_base), tmp_path / "log")
+    assert needs(quantization=("IQ2_XS",)).disk["quantize"].stays < sizes.gguf
+    assert needs(compare_quantization=("Q8_0",)).disk["compare"].passes == sizes.gguf
+    assert needs(compare_quantization=("Q8_0",), lean=True).disk["compare"].passes == 2 * sizes.gguf
 
 
 def test_a_plan_foretells_a_run_and_leaves_nothing(

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from kolotune import config as configs
+from kolotune import pipeline
 from kolotune.config import Config
 from kolotune.fidelity.result import Comparison
 from kolotune.files import Hasher, size_of
 from kolotune.layout import RunFolder
+from kolotune.reporter import PlainReporter
 
 
 @pytest.mark.slow
@@ -43,3 +45,48 @@ def test_compare_shows_what_it_found_and_fails_with_its_own_code(
     assert "Likely cause: a PARAMETER stop is missing" in output and "served Q4_K_M" in output and "FAILED" in output
     code, output = kolotune("status", run.root)
     assert "compare" in output and "failed" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lean", [False, True])
+def test_other_quantizations_are_tried_and_leave_nothing(
+    lean: bool, learnt: Config, tmp_path: Path, kolotune: Callable[..., tuple[int, str]], reporter: PlainReporter
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(learnt.output_dir, run.root)
+    pipeline.run(dataclasses.replace(learnt, output_dir=run.root, lean=lean), reporter)
+    before = {path for path in run.root.rglob("*") if path.suffix == ".gguf"}
+    code, output = kolotune("compare", run.root, "--compare-quantization", "q8_0,IQ2_S,Q4_K_M")
+    assert code == 0, output
+    assert {path for path in run.root.rglob("*") if path.suffix == ".gguf"} == before and not run.comparing.exists()
+    found = Comparison.read(run.comparison)
+    tried = {each.name: each for each in found.quantizations}
+    assert set(tried) == {"Q8_0", "IQ2_S", "Q4_K_M"} and found.recommended in tried
+    assert [each.size_bytes for each in found.quantizations] == sorted(each.size_bytes for each in tried.values())
+    assert {name: (each.importance_matrix, each.kept) for name, each in tried.items()} == {
+        "Q8_0": (False, False), "IQ2_S": (True, False), "Q4_K_M": (False, True),
+    }  # fmt: skip
+    assert tried["Q8_0"].kl_mean < tried["IQ2_S"].kl_mean and tried["Q8_0"].top1_agreement > 0.9
+    assert "Quantizations, the smallest first" in output and f"recommended: {found.recommended}" in output
+    assert not any(each.name == "Q8_0" for each in found.checked), "what is only tried is no gate"
+    code, again = kolotune("compare", run.root, "--compare-quantization", "q8_0,IQ2_S,Q4_K_M")
+    assert code == 0 and "done before" in again
+
+
+@pytest.mark.slow
+def test_what_was_cleaned_is_made_again_to_be_compared(
+    learnt: Config, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(learnt.output_dir, run.root)
+    run.config.write_text(configs.dump(dataclasses.replace(learnt, output_dir=run.root)), encoding="utf-8")
+    code, output = kolotune("clean", run.root, "--yes")
+    assert code == 0 and not run.gguf.exists() and not run.merged_model.exists(), output
+    code, output = kolotune("compare", run.root)
+    assert code == 0, output
+    names = [each.name for each in Comparison.read(run.comparison).checked]
+    assert {"merged", "f16 GGUF", "Q4_K_M"} <= set(names) and not Comparison.read(run.comparison).not_kept
+    code, output = kolotune("clean", run.root, "--yes")
+    assert code == 0 and not run.gguf.exists(), output
+    code, output = kolotune("compare", run.root)
+    assert code == 0 and "done before" in output and not run.gguf.exists(), output

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
 
 from kolotune.fidelity.judge import ADAPTER, Evidence, Made, recommended, verdict
-from kolotune.fidelity.result import Measured
-from kolotune.fidelity.task import Asked, Reference
+from kolotune.fidelity.result import Comparison, Measured
+from kolotune.fidelity.task import Asked, Figures, GgufAnswer, Reference
 
 Q3, Q4, Q8 = (
     Measured(name, size, loss, 0.1, 0.9) for name, size, loss in (("Q3", 3, 2.5), ("Q4", 4, 2.04), ("Q8", 8, 2.0))
@@ -79,3 +80,22 @@ def test_losses_against_what_training_measured(
         assert failure is None
     else:
         assert failure is not None and failure.stage == "train" and f"the {fails} model's loss" in failure.what
+
+
+def test_what_is_only_tried_is_weighed_and_is_no_gate() -> None:
+    own = evidence([[20.0, 10.0]] * 3, (2.0, 1.0), whole=True)
+
+    def answer(loss: float, *wrong: str) -> GgufAnswer:
+        return GgufAnswer(Figures(loss, 0.9, 0.01, 0.02, wrong=list(wrong)))
+
+    q8, q5 = (Made(name, "", size) for name, size in (("Q8_0", 8), ("Q5_K_M", 5)))
+    kept = (Made("Q6_K", "MergedQ6_K.gguf", 6), "", answer(1.0))
+    tried = ((q8, answer(1.0)), (q5, answer(1.02)), (Made("IQ1_S", "", 1), answer(9.0, "words", "more")))
+    found = verdict(dataclasses.replace(own, ggufs=[kept], tried=tried, weighted=frozenset({"Q5_K_M"})))
+    assert [(each.name, each.kept, each.importance_matrix) for each in found.quantizations] == [
+        ("Q5_K_M", False, True), ("Q6_K", True, False), ("Q8_0", False, False),
+    ]  # fmt: skip
+    assert found.recommended == "Q5_K_M" and "--quantization Q5_K_M" in found.recommended_because
+    assert "IQ1_S could not be measured: words" in found.notes
+    assert found.passed and not {"Q8_0", "Q5_K_M", "IQ1_S"} & {each.name for each in found.checked}
+    assert Comparison.from_json(json.loads(json.dumps(found.as_json()))) == found
