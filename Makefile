@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all test-container lint format lock bench clean
+.PHONY: setup demo test test-all test-container fuzz lint format lock bench clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,11 @@ test-container: setup
 	    ! { command -v dockerd && command -v debootstrap; } >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap; fi
 	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m container
+
+# Looks for inputs that break a parser, for so many minutes in all; guided by coverage where atheris is installed.
+MINUTES ?= 30
+fuzz: setup
+	$(BIN)/python tests/fuzz --minutes $(MINUTES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SHARD_BYTES = 5_000_000_000
+_LONGEST_HEADER = 100_000_000  # the format's own limit
 _BLOCK = 1 << 18  # weights that are worked on at once: what a core's cache holds
 # safetensors' names of dtypes, and numpy's; bfloat16, which numpy does not have, as the bits that it is.
 _DTYPES = {
@@ -170,7 +171,14 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's tensors as its header describes them, and where the data begin."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        if length > _LONGEST_HEADER:
+            raise ValueError("its header is too long to be one")
+        try:
+            header = json.loads(file.read(length))
+        except RecursionError:
+            raise ValueError("its header is nested") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
     header.pop("__metadata__", None)
     return header, 8 + length
 

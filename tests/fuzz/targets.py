@@ -1,0 +1,140 @@
+"""What reads bytes that strangers wrote: functions of bytes that may raise a `KolotuneError` and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from kolotune import adapters, config, models, weights
+from kolotune.chats.formats import read_chats
+from kolotune.errors import KolotuneError
+from kolotune.llamacpp import gguf_file
+from kolotune.ollama import modelfile, names
+
+Target = Callable[[bytes], None]
+
+_room = tempfile.TemporaryDirectory(prefix="kolotune-fuzz-")
+ROOM = Path(_room.name)
+
+
+def _chats(suffix: str) -> Target:
+    def read(data: bytes) -> None:
+        path = ROOM / f"chats.{suffix}"
+        path.write_bytes(data)
+        for problem in read_chats([path]).problems:
+            assert str(problem).isprintable()
+            assert 1 <= problem.line <= data.count(b"\n") + data.count(b"\r") + 1
+
+    return read
+
+
+def _config(data: bytes) -> None:
+    path = ROOM / "config.yaml"
+    path.write_bytes(data)
+    found = config.resolve((config.load_file(path), "config.yaml", ROOM))
+    path.write_text(config.dump(found), encoding="utf-8", newline="")
+    config.resolve((config.load_file(path), "config.yaml", ROOM))
+
+
+def _safetensors(data: bytes) -> None:
+    path = ROOM / "model" / "model.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)  # what is mapped must not be cut
+    path.write_bytes(data)
+    weights.MappedTensors(weights.weight_files(path.parent))
+
+
+def _headers(data: bytes) -> None:
+    """Without the library's own look at the header before."""
+    path = ROOM / "header.safetensors"
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    weights.MappedTensors([path])
+
+
+def _adapter(data: bytes) -> None:
+    folder = ROOM / "adapter"
+    folder.mkdir(exist_ok=True)
+    (folder / adapters.CONFIG).write_bytes(data)
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        names = ("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight")
+        save_file({names[0]: np.ones((2, 4), np.float32), names[1]: np.ones((4, 2), np.float32)}, file)
+    adapters.read(folder)
+
+
+def _folder(data: bytes) -> None:
+    """A model's config and index: two JSON files, in two lines."""
+    folder = ROOM / "base"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text("{}")
+    one, _, other = data.partition(b"\n")
+    (folder / "config.json").write_bytes(one)
+    (folder / "model.safetensors.index.json").write_bytes(other)
+    models.checked_folder(folder)
+
+
+def _gguf(data: bytes) -> None:
+    path = ROOM / "model.gguf"
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    gguf_file.read(path)
+
+
+def _modelfile(data: bytes) -> None:
+    text = data.decode("utf-8", errors="replace")
+    modelfile.describe(text)
+    found = modelfile.parse(text)
+    with contextlib.suppress(KolotuneError):
+        assert modelfile.parse(modelfile.render(found)) == found
+
+
+def _written(data: bytes) -> None:
+    """Any text as each of the texts of a Modelfile."""
+    text = data.decode("utf-8", errors="replace")
+    for wanted in (
+        modelfile.Modelfile("./m.gguf", template=text),
+        modelfile.Modelfile("./m.gguf", system=text, license=text),
+        modelfile.Modelfile("./m.gguf", parameters=(("stop", text),)),
+        modelfile.Modelfile(text, system="x"),
+    ):
+        with contextlib.suppress(KolotuneError):
+            assert modelfile.parse(modelfile.render(wanted)) == wanted
+
+
+def _names(data: bytes) -> None:
+    text = data.decode("utf-8", errors="surrogateescape")
+    assert not models.is_hub_id(text) or ".." not in text
+    names.checked_name(text)
+    assert text.isascii() and text.isprintable()
+
+
+TARGETS: dict[str, Target] = {
+    "jsonl": _chats("jsonl"),
+    "json": _chats("json"),
+    "csv": _chats("csv"),
+    "parquet": _chats("parquet"),
+    "config": _config,
+    "safetensors": _safetensors,
+    "headers": _headers,
+    "adapter": _adapter,
+    "folder": _folder,
+    "gguf": _gguf,
+    "modelfile": _modelfile,
+    "written": _written,
+    "names": _names,
+}
+
+
+def run(name: str, data: bytes) -> None:
+    """Gives `data` to a parser; what it expects to be wrong is no finding."""
+    try:
+        TARGETS[name](data)
+    except KolotuneError as error:
+        assert error.cause
+        assert error.exit_code > 1
