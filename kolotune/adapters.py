@@ -19,6 +19,7 @@ CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.default)?(\.weight)?$")
+_NESTED, _REPEATS, _LONGEST_PATTERN = re.compile(r"\)\s*[*+{?]"), re.compile(r"[*+{]"), 300
 _CALM = 1 << 18  # a product of fewer multiplications is made by one thread
 _SAVED = re.compile(r"(?P<module>.+?)\.(modules_to_save(\.default)?\.)?(?P<leaf>weight|bias)$")
 
@@ -115,7 +116,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder}: holds no adapter (there is no {CONFIG})", "Give a folder in PEFT's format."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: is no JSON: {error}", "Copy the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: is no LoRA adapter", "Only LoRA adapters can be merged.")
@@ -126,7 +127,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ArtifactError(f"{path}: r is no rank", "Copy the adapter again.")
+    for option in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(path, option, config.get(option) or {})
+    if not isinstance(config.get("lora_alpha", 1), (int, float)):
+        raise ArtifactError(f"{path}: lora_alpha is no number", "Copy the adapter again.")
     return config
+
+
+def _check_patterns(path: Path, option: str, patterns: Any) -> None:
+    """They are regular expressions that came with the adapter: short ones without repetition in repetition only."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else [("", None)]:
+        heavy = len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern) or len(_REPEATS.findall(pattern)) > 3
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            heavy = True
+        if heavy or not isinstance(value, (int, float)):
+            raise ArtifactError(f"{path}: {option} is none that can be read", "Copy the adapter again.")
 
 
 def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Adapter:

@@ -85,14 +85,16 @@ def test_a_planted_token_is_nowhere(verb: str, source: str, tiny_base: Path, tmp
     room.mkdir()
     (tmp_path / "secret").write_text(TOKEN + "\n")
     (room / "chats.jsonl").write_text(CHATS)
-    options = ["--base-model", str(tiny_base), "--max-seq-length", "64", "--epochs", "1"]
+    options = ["--base-model", str(tiny_base), "--max-seq-length", "64"]
+    options += [] if verb == "prepare" else ["--epochs", "1"]
     options += ["--engine", "torchtune"] if verb == "torchtune" else []
     options += {"file": ["--hf-token", str(tmp_path / "secret")], "standard input": ["--hf-token", "-"]}.get(source, [])
     env = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN} if source == "environment" else {}
     word = "run" if verb == "torchtune" else verb
     line = [word, "chats.jsonl", "--output-dir", "good", *options]
     wrong = [word, "none.jsonl", "--output-dir", "bad", *options]
-    crash = ["-c", CRASH, "prepare", "chats.jsonl", "--output-dir", "crash", *options, str(tmp_path / "secret")]
+    base = ["--base-model", str(tiny_base)]
+    crash = ["-c", CRASH, "prepare", "chats.jsonl", "--output-dir", "crash", *base, str(tmp_path / "secret")]
     for argv, code in ((["-m", "kolotune", *line], 0), (["-m", "kolotune", *wrong], 3), (crash, 1)):
         found, output, watcher = watched(argv, room, TOKEN + "\n" if source == "standard input" else "", **env)
         assert found == code, output
