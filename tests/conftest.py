@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.docker_engine import container, docker_engine, image, small_base  # noqa: F401 - fixtures
 from support.go_templates import go  # noqa: F401 - a fixture
+from support.mounts import mount  # noqa: F401 - a fixture
 from support.ollama_server import any_ollama, fake_ollama  # noqa: F401 - fixtures
 from support.training import VOCABULARY, TrainingRoom, random_chats, write_tokens
 

@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import ROAD
-
-from kolotune.files import hash_file
-from kolotune.layout import RunFolder
+from support.runs import ROAD, results
 
 ENGINES = ["native", pytest.param("torchtune", marks=pytest.mark.slow)]
 RUNNERS = ["local", pytest.param("container", marks=pytest.mark.container)]
@@ -78,15 +75,6 @@ def write_chats(folder: Path, count: int = CHATS) -> None:
         return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n"
 
     (folder / "chats.jsonl").write_text("".join(map(chat, range(count))), encoding="utf-8")
-
-
-def results(root: Path) -> dict[str, str]:
-    """The hashes of what a run is for: tokens, adapter, merged weights, GGUFs, Modelfiles."""
-    run = RunFolder(root)
-    folders = [run.prepared, run.adapter, run.merged_model]
-    files = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
-    files += sorted(root.glob("*.gguf")) + sorted(root.glob("Modelfile*"))
-    return {run.relative(path): hash_file(path) for path in files}
 
 
 def states(runner: Runner, cwd: Path) -> dict[str, str]:

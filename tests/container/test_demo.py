@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from contracts import results
 from support.docker_engine import Client, certificates
+from support.runs import results
 
 NAME = "kolo_demo"
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from contracts import flags, results, write_chats
+from contracts import flags, write_chats
 from support.docker_engine import Client, until_training
-from support.runs import ROAD
+from support.runs import ROAD, results
 
 pytestmark = pytest.mark.container
 KILLS = 20

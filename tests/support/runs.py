@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from kolotune import config as configs
 from kolotune import pipeline
 from kolotune.config import Config
+from kolotune.files import hash_file
 from kolotune.layout import RunFolder
 
 # The stages of a run with --no-compare, as most runs of tests are, to save their time.
@@ -27,3 +30,24 @@ def states(run: RunFolder) -> dict[str, str]:
 def partials(run: RunFolder) -> list[Path]:
     found = [path for path in run.root.rglob("*") if path.name.endswith((".partial", ".old"))]
     return [path for path in found if path.parent != run.checkpoints]  # a terminated engine may leave one there
+
+
+def results(root: Path) -> dict[str, str]:
+    """The hashes of what a run is for: tokens, adapter, merged weights, GGUFs, Modelfiles."""
+    run = RunFolder(root)
+    folders = [run.prepared, run.adapter, run.merged_model]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
+    files += sorted(root.glob("*.gguf")) + sorted(root.glob("Modelfile*"))
+    return {run.relative(path): hash_file(path) for path in files}
+
+
+def losses(metrics: Path, key: str = "loss") -> dict[int, float]:
+    """Step → loss, of a metrics file; a line that a crash cut off is passed over."""
+    found: list[tuple[int, float]] = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else ():
+        with contextlib.suppress(ValueError):
+            each = json.loads(line)
+            if key in each:
+                found.append((each["step"], each[key]))
+    assert len(dict(found)) == len(found), "a step stands there twice"
+    return dict(found)

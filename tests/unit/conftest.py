@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny import chat_line, tiny_model, tiny_weights
 
 from kolotune import config as configs
-from kolotune import pipeline, smollm2
-from kolotune.chats.tokenizer import TOKENIZER_FILES
+from kolotune import pipeline
 from kolotune.cli import run_command_line
 from kolotune.config import Config
 from kolotune.files import hash_file
@@ -21,37 +20,11 @@ from kolotune.layout import RunFolder
 from kolotune.reporter import PlainReporter
 
 
-def _tiny_weights(folder: Path, seed: int) -> None:
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    shape = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Path:
     """A random Llama of 2 layers with SmolLM2's tokenizer and template; read it only."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    folder.mkdir()
-    _tiny_weights(folder, seed=0)
-    source = smollm2.unpacked(reporter)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    tiny_model(folder, reporter)
     return folder
 
 
@@ -59,15 +32,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter)
 def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights file of the same shapes as `tiny_base`'s, with other values."""
     folder = tmp_path_factory.mktemp("other")
-    _tiny_weights(folder, seed=1)
+    tiny_weights(folder, seed=1)
     return folder / "model.safetensors"
-
-
-def chat_line(number: int, **more: Any) -> str:
-    """One good chat as a line of JSONL."""
-    question = {"role": "user", "content": f"What is {number} plus 1?"}
-    answer = {"role": "assistant", "content": f"It is {number + 1}."}
-    return json.dumps({"messages": [question, answer], **more}) + "\n"
 
 
 @pytest.fixture

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.mounts import tmpfs
 from support.runs import config_of, partials, states
 
 from kolotune import pipeline
 from kolotune.errors import SpaceError
 from kolotune.layout import RunFolder
 from kolotune.reporter import PlainReporter
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a folder: ``mount("-t", "tmpfs", …)``; skips where that is not allowed."""
-    made: list[Path] = []
-
-    def do(*arguments: str) -> Path:
-        place = tmp_path / f"mount{len(made)}"
-        place.mkdir()
-        if shutil.which("mount") is None:
-            pytest.skip("there is no mount")
-        done = subprocess.run(["mount", *arguments, str(place)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        made.append(place)
-        return place
-
-    yield do
-    for place in reversed(made):
-        # Lazily: a file may still be mapped by what the test holds.
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def tmpfs(mount: Callable[..., Path], size: str) -> Path:
-    return mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
 
 
 def test_too_little_space_is_said_before_any_work(
