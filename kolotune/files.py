@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _CHUNK = 4 << 20
 _FLUSHED_AT_ONCE = 128 << 20
+_FEW_INODES = 8
 _CLOCK_SECONDS = 0.012  # longer than a tick of the clock that files are stamped by
 # Digests of files that this process has just written: by device, inode, size and time until they have their last
 # name, then by path with the file's stamp.
@@ -72,11 +73,28 @@ def explained(error: OSError, path: Path) -> SpaceError | ArtifactError:
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _is_out_of_inodes(path):
+            return SpaceError(
+                f"{path}: the disk holds as many files as it can (no inodes are left)",
+                "Remove some files there, or choose another --output-dir.",
+            )
         return SpaceError(f"{path}: the disk is full")
     return ArtifactError(
         f"{path}: can't be read or written: {error.strerror or error}",
         "Check the name and your rights there; --output-dir chooses another run folder.",
     )
+
+
+def _is_out_of_inodes(path: Path) -> bool:
+    """Whether a disk that has refused a file has no place for one more; what was given up may have left some."""
+    if not hasattr(os, "statvfs"):
+        return False
+    while not path.exists():
+        path = path.parent
+    with contextlib.suppress(OSError):
+        found = os.statvfs(path)
+        return found.f_files > 0 and found.f_favail < _FEW_INODES
+    return False
 
 
 def remove(path: Path) -> None:
