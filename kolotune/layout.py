@@ -87,6 +87,11 @@ class RunFolder:
         return self.state / "train_job.json"
 
     @property
+    def halvings(self) -> Path:
+        """Steps from which on fewer chats are computed at once, because memory ran out."""
+        return self.state / "halvings.json"
+
+    @property
     def logs(self) -> Path:
         return self.state / "logs"
 

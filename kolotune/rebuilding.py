@@ -19,6 +19,7 @@ from .files import Hasher
 from .layout import RunFolder
 from .manifest import HELD_OUT, TRAINING, Manifest
 from .reporter import Reporter
+from .stages import train
 
 _THREADS = "OMP_NUM_THREADS"
 
@@ -59,6 +60,7 @@ def rebuild(path: Path, output_dir: Path, reporter: Reporter) -> Rebuilt:
     config = _config(manifest, path, output_dir, hasher)
     source = _source(manifest, hasher)
     names = [name for name in pipeline.NAMES if name in manifest.stages]
+    _repeat_halvings(manifest, RunFolder(output_dir))
     with _threads(manifest):
         folder = pipeline.run(config, reporter, names, source)
     made = manifests.read(folder.manifest)
@@ -118,6 +120,13 @@ def _source(manifest: Manifest, hasher: Hasher) -> Path | None:
         kind = "adapter" if path.exists() and is_adapter(path) else "model"
         raise ArtifactError(f"{path}: is not the {kind} that was exported", "Bring it as it was.")
     return path
+
+
+def _repeat_halvings(manifest: Manifest, folder: RunFolder) -> None:
+    """From the same steps on, as few chats are computed at once: sums come out with the same last bits."""
+    halved = str(manifest.stages.get("train", {}).get("facts", {}).get("halved_from", ""))
+    if halved:
+        train.remember_halvings(folder, [int(each) for each in halved.split(",")])
 
 
 @contextlib.contextmanager

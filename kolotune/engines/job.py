@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _MAY_DIFFER_ON_RESUME = frozenset(
         "nproc",
         "nnodes",
         "rdzv",
+        "halvings",
     }
 )
 
@@ -45,6 +46,8 @@ class TrainJob:
         dtype: "bf16" or "fp32", of the frozen weights; the adapter is always fp32.
         nproc, nnodes, rdzv: processes on this machine, machines, and where they meet; the result is the same.
         compile: whether the native engine's step uses its compiled parts.
+        halvings: steps from which on half as many chats are computed at once as before, each time that memory ran out;
+            those that no checkpoint knows of count from where the training goes on. A step has the same chats as ever.
         The rest are the options of the same names in `Config`.
     """
 
@@ -78,6 +81,7 @@ class TrainJob:
     target_modules: list[str]
     early_stopping: int
     checkpoint_steps: int
+    halvings: list[int] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Writes the job as JSON."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from ..engines.job import TrainJob, event_of
 from ..engines.native.environment import ENVIRONMENT
 from ..engines.torchtune import architecture, environment, plan
 from ..errors import ArtifactError, KolotuneError, TrainingError
-from ..files import Hasher
+from ..files import Hasher, write_json
+from ..layout import RunFolder
 from ..models import canonical
 from ..records import Context
 from ..reporter import Progress, Reporter
@@ -26,6 +30,7 @@ _OPTIONS = (
     "lora_dropout", "target_modules", "early_stopping",
 )  # fmt: skip
 _KILLED = (-9, 137)
+_FIRST = ("first_held_out_loss",)  # facts that a training which goes on does not tell anew
 # Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
 _BUSY_TOKENS, _SMALLEST_BATCH, _STEPS_WANTED = 1000, 4, 100
 
@@ -117,40 +122,110 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     if not context.run.prepared.is_dir():
         raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")
     job = make_job(context)
-    job.write(context.run.job)
+    job = dataclasses.replace(job, halvings=_known_halvings(context.run, job))
     if context.config.batch_size is None:
         reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
+    facts: dict[str, Any] = {}
+    while True:
+        events, shortage = _train(job, context, reporter)
+        facts |= {name: value for name, value in events.facts.items() if name not in _FIRST or name not in facts}
+        if not shortage:
+            break
+        job = _with_less_memory(job, events, shortage, context.config, reporter)
+    if events.halvings:
+        facts["halved_from"] = ",".join(map(str, events.halvings))
+    return facts
+
+
+def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events, str]:
+    """Starts the engine once; returns what it told, and how memory ran out, if that is what ended it."""
+    job.write(context.run.job)
     log = context.run.log(NAME)
     with reporter.progress("training") as progress:
-        events = _Events(reporter, progress, several=job.nproc * job.nnodes > 1)
+        events = _Events(
+            reporter,
+            progress,
+            lambda halvings: remember_halvings(context.run, halvings, job),
+            several=job.nproc * job.nnodes > 1,
+        )
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
         code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_us=True)
     if events.error is not None:
         raise events.error
+    if events.out_of_memory:
+        return events, "memory ran out"
     if code in _KILLED:
-        raise TrainingError(
-            "the training process was killed, most likely because memory ran out",
-            "Free some memory and go on with --use-checkpoint, or train anew with a lower --max-seq-length.",
-        )
+        return events, "the training process was killed, most likely because memory ran out"
     if code != 0:
         raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")
-    return events.facts
+    return events, ""
+
+
+def _with_less_memory(job: TrainJob, events: _Events, shortage: str, config: Config, reporter: Reporter) -> TrainJob:
+    """The job that goes on from the last checkpoint with half as many chats at once.
+
+    Raises:
+        TrainingError: there is nothing to halve, or it would not help: what to change is told.
+    """
+    batch = job.batch_size >> len(events.halvings)
+    alone = config.engine == "native" and job.nproc * job.nnodes == 1
+    if not events.begun or batch <= 1 or not alone:
+        changes = ["lower --max-seq-length or --lora-rank", "take a smaller --base-model"]
+        if not config.load_in_4bit:
+            changes.insert(1, "add --load-in-4bit (on a GPU)")
+        if batch > 1:
+            changes.insert(0, "halve --batch-size and double --gradient-accumulation (same result)")
+        raise TrainingError(
+            shortage, f"Free some memory and go on with --use-checkpoint; or train anew: {', '.join(changes)}."
+        )
+    reporter.warning(
+        f"{shortage} in step {events.step + 1}: the batch is halved from {batch} to {batch // 2} and the accumulation "
+        "doubled, so that a step stays what it is; going on from the last checkpoint"
+    )
+    return dataclasses.replace(job, resume=True, halvings=[*events.halvings, 0])
+
+
+def remember_halvings(run: RunFolder, halvings: list[int], job: TrainJob | None = None) -> None:
+    """Keeps for the next training in this folder where memory ran out; `job`: only if it is that job's."""
+    write_json(run.halvings, {"halvings": halvings, "identity": job.identity() if job else None})
+
+
+def _known_halvings(run: RunFolder, job: TrainJob) -> list[int]:
+    """What `remember_halvings` kept for such a job."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(run.halvings.read_text(encoding="utf-8"))
+        if found["identity"] in (None, job.identity()):
+            return [int(each) for each in found["halvings"]]
+    return []
 
 
 class _Events:
     """Takes the engine's events out of its output."""
 
-    def __init__(self, reporter: Reporter, progress: Progress, *, several: bool) -> None:
+    def __init__(
+        self, reporter: Reporter, progress: Progress, on_halvings: Callable[[list[int]], None], *, several: bool
+    ) -> None:
         self._reporter, self._progress, self._several = reporter, progress, several
+        self._on_halvings = on_halvings
         self.error: KolotuneError | None = None
         self.facts: dict[str, Any] = {}
+        self.begun = self.out_of_memory = False
+        self.step = 0
+        self.halvings: list[int] = []
 
     def __call__(self, line: str) -> bool:
         event = event_of(line)
         if event is None:
             return False
         kind = event.pop("event")
-        if kind == "step":
+        if kind == "begins":
+            self.begun, self.step, self.halvings = True, int(event["step"]), list(event["halvings"])
+            if self.halvings:
+                self._on_halvings(self.halvings)
+        elif kind == "out_of_memory":
+            self.out_of_memory = True
+        elif kind == "step":
+            self.step = int(event["step"])
             self.facts["final_loss"] = event["loss"]
             self._progress.update(
                 event["step"],

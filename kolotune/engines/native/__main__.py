@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -31,17 +32,22 @@ def main(arguments: list[str]) -> int:
         emit("error", kind=type(error).__name__, cause=error.cause, hint=error.hint)
         return error.exit_code
     except Exception as error:
-        traceback.print_exc()
-        if type(error).__name__ != "OutOfMemoryError":
+        if not _ran_out_of_memory(error):
             raise
-        emit(
-            "error",
-            kind=TrainingError.__name__,
-            cause="the GPU is out of memory",
-            hint="Halve --batch-size and double --gradient-accumulation (same result), or add --load-in-4bit.",
-        )
+        traceback.print_exc()
+        emit("out_of_memory")
         return TrainingError.exit_code
     return 0
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error says: Python, PyTorch on a GPU, on the CPU, and C++ have their own words for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
 
 
 if __name__ == "__main__":

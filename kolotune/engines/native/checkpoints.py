@@ -29,12 +29,14 @@ class State:
         best_loss: the lowest held-out loss so far, None before the first evaluation.
         evaluations_since_best: evaluations since then.
         tensors: the adapter (PEFT's names), ``optimizer.*``, ``rng.*``, and ``best.*`` when a best one is kept.
+        halvings: see `TrainJob`; where each one counts from is known.
     """
 
     step: int = 0
     best_loss: float | None = None
     evaluations_since_best: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    halvings: list[int] = field(default_factory=list)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name begins with `prefix`, without it."""
@@ -44,7 +46,7 @@ class State:
 def save(job: TrainJob, state: State) -> None:
     """Writes a checkpoint, and removes the oldest ones only after it has been read back."""
     folder = Path(job.checkpoints)
-    target = folder / f"step-{state.step:08d}"
+    target = folder / _name(state.step)
     with replacing(target) as partial:
         partial.mkdir(parents=True)
         save_file({name: each.contiguous() for name, each in state.tensors.items()}, partial / _TENSORS)
@@ -53,6 +55,7 @@ def save(job: TrainJob, state: State) -> None:
             "step": state.step,
             "best_loss": state.best_loss,
             "evaluations_since_best": state.evaluations_since_best,
+            "halvings": state.halvings,
             "sha256": hash_file(partial / _TENSORS),
         }
         facts["of_these"] = _digest(facts)
@@ -76,13 +79,18 @@ def newest(job: TrainJob) -> State | None:
             continue
         job.require_same(facts["identity"], folder.name)
         tensors = load_file(folder / _TENSORS)
-        return State(facts["step"], facts["best_loss"], facts["evaluations_since_best"], tensors)
+        place = (facts["step"], facts["best_loss"], facts["evaluations_since_best"])
+        return State(*place, tensors, facts.get("halvings", []))
     return None
 
 
 def clear(job: TrainJob) -> None:
     """Removes all checkpoints: a new training begins."""
     remove(Path(job.checkpoints))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _by_step(folder: Path) -> list[Path]:
@@ -93,12 +101,13 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:
-    """The facts of a checkpoint which, as its tensors, are what was written; None when it is damaged."""
+    """The facts of a checkpoint which, as its tensors, are what was written at its step; None when it is damaged."""
     try:
         facts: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if facts.pop("of_these") != _digest(facts):
             return None
-        return facts if hash_file(folder / _TENSORS) == facts["sha256"] and facts["identity"] else None
+        whole = folder.name == _name(facts["step"]) and hash_file(folder / _TENSORS) == facts["sha256"]
+        return facts if whole and facts["identity"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
 

@@ -17,7 +17,7 @@ from .batches import IGNORED, Tokens, make_batch
 from .kernels import build
 from .kernels.operations import CompiledOperations
 from .operations import Operations, PlainOperations
-from .packing import grouped, pack
+from .packing import TOKEN_BUDGET, grouped, pack
 
 # What a layer keeps of a token for the way back, in rows of the model's width (measured on SmolLM2).
 _ROWS_KEPT = 19
@@ -25,6 +25,9 @@ _ROWS_KEPT = 19
 
 class TrainingModel(Protocol):
     """A base model with new adapters, and how gradients come about."""
+
+    halvings: int
+    """How many times the number of chats that are computed at once was halved: that takes less memory."""
 
     @property
     def adapters(self) -> Mapping[str, lora.LoraPair | lora.LoraLinear]:
@@ -73,6 +76,7 @@ class PackedModel:
 
     def __init__(self, job: TrainJob) -> None:
         torch.manual_seed(job.seed)
+        self.halvings, self._size = 0, job.batch_size
         dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
         library = build.ensure() if job.compile else None
         operations: Operations = CompiledOperations(library, dtype) if library else PlainOperations()
@@ -94,7 +98,11 @@ class PackedModel:
 
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; by length, within a budget of tokens."""
-        return grouped(tokens, indices)
+        if not self.halvings:
+            return grouped(tokens, indices)
+        most = max(1, self._size >> self.halvings)
+        groups = grouped(tokens, indices, TOKEN_BUDGET >> self.halvings)
+        return [group[at : at + most] for group in groups for at in range(0, len(group), most)]
 
     def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
         """See `TrainingModel`."""
@@ -110,9 +118,11 @@ class PackedModel:
         self.decoder.refresh()
 
     def _recomputes(self, row: int) -> bool:
-        """Whether what a row's layers would keep for the way back takes more than half of the free memory."""
+        """Whether what a row's layers would keep for the way back takes more than half of the free memory, or did."""
         import psutil
 
+        if self.halvings:
+            return True
         width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
         needed = row * width * _ROWS_KEPT * len(self.decoder.layers)
         return needed > psutil.virtual_memory().available // 2
@@ -124,6 +134,7 @@ class PlainModel:
     kernels = ""
 
     def __init__(self, job: TrainJob, device: str) -> None:
+        self.halvings = 0
         self._device, self._size = device, job.batch_size
         self.model = load_model(job, device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -137,7 +148,8 @@ class PlainModel:
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; of as many chats as the batch size says."""
         del tokens
-        return [list(indices[at : at + self._size]) for at in range(0, len(indices), self._size)]
+        size = max(1, self._size >> self.halvings)
+        return [list(indices[at : at + size]) for at in range(0, len(indices), size)]
 
     def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
         """See `TrainingModel`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=False)
         self.world.draw_for(self.job.seed, self.state.step)
+        self._split()
         labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
         total = 0.0
         for group in self.model.groups(self.tokens, self._own(self.tokens, indices)):
@@ -81,6 +83,10 @@ class Trainer:
         """This process's part of the chats `indices`."""
         return self.world.share(indices, {index: tokens.length_of(index) for index in indices})
 
+    def _split(self) -> None:
+        """How many chats are computed at once at this step: no more than memory was found to hold."""
+        self.model.halvings = sum(first <= self.state.step for first in self.state.halvings)
+
     def _clip(self) -> float:
         """Shortens the gradient to the job's longest norm; returns the norm that it had."""
         assert self.parameter.grad is not None
@@ -94,6 +100,7 @@ class Trainer:
         held_out = self.held_out
         if held_out is None or len(held_out) == 0:
             return None
+        self._split()
         groups = self.model.groups(held_out, self._own(held_out, longest_first(held_out)))
         total = self.world.total(sum(self.model.loss(held_out, group) for group in groups))
         return total / max(1, sum(held_out.labels_of(index) for index in range(len(held_out))))
@@ -107,7 +114,7 @@ class Trainer:
                 tensors[f"optimizer.{key}.{name}"] = part.detach().to("cpu", copy=True).contiguous()
         tensors |= checkpoints.random_state()
         tensors |= {name: each for name, each in self.state.tensors.items() if name.startswith("best.")}
-        return State(self.state.step, self.state.best_loss, self.state.evaluations_since_best, tensors)
+        return dataclasses.replace(self.state, tensors=tensors)
 
     def restore(self, state: State) -> None:
         """Puts back what `snapshot` gave."""
@@ -168,7 +175,10 @@ def train(job: TrainJob) -> None:
         trainer.restore(state)
     elif world.writes:
         checkpoints.clear(job)
+    known = trainer.state.halvings
+    trainer.state.halvings = [*known, *(max(each, trainer.state.step) for each in job.halvings[len(known) :])]
     journal = _Journal(trainer)
+    journal.tell("begins", step=trainer.state.step, halvings=trainer.state.halvings)
     if state is not None:
         journal.tell("note", text=f"going on from step {state.step}")
     stopped = _run(trainer, journal)

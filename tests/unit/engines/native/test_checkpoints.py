@@ -62,6 +62,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def _copy(folder: Path, *names: str) -> None:
+    """Takes these files from a checkpoint of another step."""
+    other = folder.with_name("step-00000002")
+    for name in names:
+        (folder / name).write_bytes((other / name).read_bytes())
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "tensors cut": lambda folder: _cut(folder / "state.safetensors"),
     "one bit of the tensors": lambda folder: _flip(folder / "state.safetensors"),
@@ -70,17 +77,26 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "facts cut": lambda folder: _cut(folder / "state.json"),
     "facts missing": lambda folder: (folder / "state.json").unlink(),
     "facts no mapping": lambda folder: (folder / "state.json").write_text("[]"),
+    "facts of another step": lambda folder: _copy(folder, "state.json"),
+    "tensors of another step": lambda folder: _copy(folder, "state.safetensors"),
+    "another step in its place": lambda folder: _copy(folder, "state.json", "state.safetensors"),
     "facts of nothing": lambda folder: (folder / "state.json").write_text("{}"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_one_is_passed_over(job: TrainJob, damage: str) -> None:
+    _save(job, 2)
+    elsewhere = _folder(job, 2).rename(Path(job.checkpoints).with_name("kept"))
     _save(job, 4, 8)
+    elsewhere.rename(_folder(job, 2))
     DAMAGES[damage](_folder(job, 8))
     state = checkpoints.newest(job)
     assert state is not None and state.step == 4
     DAMAGES[damage](_folder(job, 4))
+    state = checkpoints.newest(job)
+    assert state is not None and state.step == 2
+    DAMAGES["facts cut"](_folder(job, 2))
     assert checkpoints.newest(job) is None
 
 

@@ -1,0 +1,106 @@
+"""Fewer chats at once: the same steps, and the same bits when they are repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import losses
+
+from kolotune.engines.job import TrainJob
+from kolotune.engines.native import __main__ as engine
+from kolotune.engines.native import checkpoints, model, training
+
+Room = Callable[..., Any]
+JOB = {"epochs": 2, "batch_size": 4, "checkpoint_steps": 2}
+
+
+def curve(job: TrainJob) -> list[float]:
+    return list(losses(Path(job.metrics)).values())
+
+
+def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
+    return dict(load_file(Path(job.adapter) / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("way", ["packed", "plain"])
+def test_a_step_is_the_same_however_few_chats_are_computed_at_once(
+    way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "plain":
+        monkeypatch.setattr(model.families, "why_not", lambda *_: "this test")
+    room = training_room(chats=12, held_out=3)
+    whole = room.job("whole", **JOB)
+    training.train(whole)
+    for halvings in ([0], [2], [1, 1], [0, 3]):
+        job = room.job("".join(map(str, halvings)), **JOB, halvings=halvings)
+        training.train(job)
+        assert curve(job) == pytest.approx(curve(whole), abs=1e-5)
+        assert losses(Path(job.metrics), "held_out_loss")[6] == pytest.approx(
+            losses(Path(whole.metrics), "held_out_loss")[6], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("way", ["packed", "plain"])
+def test_halving_computes_fewer_at_once(way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "plain":
+        monkeypatch.setattr(model.families, "why_not", lambda *_: "this test")
+    trainer = training.Trainer(training_room(chats=8).job(batch_size=8))
+    largest = []
+    for trainer.model.halvings in range(4):
+        groups = trainer.model.groups(trainer.tokens, range(8))
+        assert sorted(index for group in groups for index in group) == list(range(8))
+        largest.append(max(map(len, groups)))
+    assert largest == [8, 4, 2, 1]
+
+
+def test_where_memory_ran_out_is_repeated_to_the_bit(training_room: Room) -> None:
+    """What went on from a checkpoint with dropout's other draws is what a training does that is told the step."""
+    room = training_room(chats=12, held_out=3)
+    options = {**JOB, "lora_dropout": 0.1}
+    halved, told = (room.job(name, **options) for name in ("halved", "told"))
+    training.train(dataclasses.replace(halved, epochs=1))
+    state = checkpoints.newest(halved)
+    assert state is not None and state.step == 3 and state.halvings == []
+    training.train(dataclasses.replace(halved, resume=True, halvings=[0]))
+    state = checkpoints.newest(halved)
+    assert state is not None and state.halvings == [3]
+    training.train(dataclasses.replace(told, epochs=1))  # whose rate goes down as in the first
+    training.train(dataclasses.replace(told, resume=True, halvings=[3]))
+    assert curve(told) == curve(halved)
+    assert adapter(told).keys() == adapter(halved).keys()
+    assert all(torch.equal(tensor, adapter(halved)[name]) for name, tensor in adapter(told).items())
+    # And once known to the checkpoint, it is what it is, whoever asks.
+    training.train(dataclasses.replace(halved, resume=True, epochs=3, halvings=[]))
+    state = checkpoints.newest(halved)
+    assert state is not None and state.halvings == [3]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(2, "No such file"), False),
+        (RuntimeError("shapes can't be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_said_when_memory_runs_out(error: Exception, expected: bool) -> None:
+    assert engine._ran_out_of_memory(error) is expected
+
+
+def test_pytorch_on_the_cpu_says_it_so() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert engine._ran_out_of_memory(raised.value)
