@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _CHUNK = 4 << 20
 _FLUSHED_AT_ONCE = 128 << 20
 _FEW_INODES = 8
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOCK_SECONDS = 0.012  # longer than a tick of the clock that files are stamped by
 # Digests of files that this process has just written: by device, inode, size and time until they have their last
 # name, then by path with the file's stamp.
@@ -43,15 +45,16 @@ def replacing(target: Path) -> Iterator[Path]:
         SpaceError: the disk is full.
         ArtifactError: the folder can't be written to.
     """
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists() and not target.exists():  # a process was killed between the two renames below
+            aside.rename(target)
         remove(temporary)
         yield temporary
         flush(temporary)
         if temporary.is_dir() and target.exists():
             # A folder can't be renamed over another: the old one steps aside first.
-            aside = target.with_name(f".{target.name}.old")
             remove(aside)
             target.rename(aside)
             temporary.rename(target)
@@ -65,14 +68,15 @@ def replacing(target: Path) -> Iterator[Path]:
             remove(temporary)
         if isinstance(error, OSError):
             raise explained(error, target) from error
+        for number in _FULL:  # libraries in Rust, safetensors for one, say so in their text only
+            if isinstance(error, Exception) and f"(os error {number})" in str(error):
+                raise explained(OSError(number, os.strerror(number)), target) from error
         raise
 
 
 def explained(error: OSError, path: Path) -> SpaceError | ArtifactError:
     """An `OSError` at `path` in the user's words."""
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         if _is_out_of_inodes(path):
             return SpaceError(
                 f"{path}: the disk holds as many files as it can (no inodes are left)",
