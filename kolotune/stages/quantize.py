@@ -96,7 +96,10 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
                 if path.exists() and name not in wanted:
                     reporter.note(f"{path.name} was made of another training and is removed")
                 remove(path)
-                remove(folder.modelfile(name))
+                if (
+                    otherwise or fact["source"] != source or name not in wanted
+                ):  # else the same comes of it: a Modelfile stays
+                    remove(folder.modelfile(name))
                 del made[name]
         for name in wanted:
             if name not in made:
