@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fuzz.seeds import seeds
-from fuzz.targets import run
 
 SECONDS, MEGABYTES = 5, 1000
 _WORDS = (
@@ -56,6 +55,8 @@ def tried(name: str, seed: int, seconds: float) -> tuple[int, float]:
     Returns:
         How many inputs it had, and the seconds of processor time that the slowest took.
     """
+    from fuzz.targets import run  # not before: `guided` instruments what is imported
+
     slowest, end = 0.0, float("inf")
     for count, data in enumerate(inputs(name, seed)):
         if count == len(seeds()[name]):  # what the first ones load is no part of it
