@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all test-container fuzz lint format lock bench clean
+.PHONY: setup demo test test-all test-container fuzz faults lint format lock bench clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,11 @@ test-container: setup
 MINUTES ?= 30
 fuzz: setup
 	$(BIN)/python tests/fuzz --minutes $(MINUTES)
+
+# Kills at random and at system calls, for some hours; each call goes on where the last one stopped.
+faults: setup
+	$(BIN)/python tests/faults calls
+	$(BIN)/python tests/faults kills
 
 lint: setup
 	$(BIN)/ruff check .

@@ -96,9 +96,8 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
                 if path.exists() and name not in wanted:
                     reporter.note(f"{path.name} was made of another training and is removed")
                 remove(path)
-                if (
-                    otherwise or fact["source"] != source or name not in wanted
-                ):  # else the same comes of it: a Modelfile stays
+                # Where the same comes of it again, its Modelfile stays.
+                if otherwise or fact["source"] != source or name not in wanted:
                     remove(folder.modelfile(name))
                 del made[name]
         for name in wanted:

@@ -1,0 +1,36 @@
+"""A tiny base, chats and configs for what is broken here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.room import Room
+from kolotune import config as configs
+from kolotune.config import Config
+
+
+@pytest.fixture(scope="session")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
+    """Base and chats; no run."""
+    return Room.make(tmp_path_factory.mktemp("faults"), reference=False)
+
+
+@pytest.fixture
+def config_in(room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """The config of a small run: ``config_in("folder", epochs=1)``."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def make(folder: str, **options: Any) -> Config:
+        chosen = {
+            "train_data": room.root / "chats.jsonl", "base_model": str(room.root / "base"),
+            "output_dir": tmp_path / folder, "dtype": "fp32", "compile": "off", "epochs": 2, "batch_size": 4,
+            "lora_rank": 2, "learning_rate": 1e-2, "checkpoint_steps": 2, "eval_split": 0,
+            "template_date": "2026-01-02", "compare": False, **options,
+        }  # fmt: skip
+        return configs.resolve((chosen, "test", tmp_path))
+
+    return make

@@ -1,0 +1,95 @@
+"""A kill at every system call of the writer of records: the old one or the new one, whole, and never a false "done"."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faults import calls
+from faults.calls import Point
+
+pytestmark = pytest.mark.skipif(bool(calls.why_not()), reason=calls.why_not() or "-")
+
+# A stage in small: an output by a stream, a folder, then the record, which names the hashes of both.
+_WRITER = """
+import hashlib, os, sys, time
+from pathlib import Path
+from kolotune import files, layout, records
+folder, text = Path(sys.argv[1]), sys.argv[2]
+while sys.argv[3:] and "TracerPid:\\t0\\n" in Path("/proc/self/status").read_text():
+    time.sleep(0.002)
+run = layout.RunFolder(folder)
+records.mark(run, "train", "running")
+with files.replacing(run.gguf) as partial, files.Stream(partial) as stream:
+    for _ in range(3):
+        stream.write(text.encode())
+with files.replacing(run.adapter) as partial:
+    partial.mkdir()
+    files.write_text(partial / "weights", text)
+hasher = files.Hasher()
+outputs = {each.name: {"sha256": hasher.of(each)} for each in (run.gguf, run.adapter)}
+files.write_json(run.record("train"), {"outputs": outputs, "text": text})
+records.unmark(run, "train")
+"""
+
+
+def _write(folder: Path, text: str, *traced: str) -> subprocess.Popen[bytes]:
+    """Starts the writer; with one more argument it waits to be traced."""
+    return subprocess.Popen([sys.executable, "-c", _WRITER, str(folder), text, *traced])
+
+
+def _holds(folder: Path) -> set[str]:
+    """What the files in the folder say; each must be one writer's, whole."""
+    found = set()
+    for path, times in ((folder / "Merged.gguf", 3), (folder / "adapter" / "weights", 1)):
+        if path.exists():
+            text = path.read_text()
+            assert text in {each * times for each in ("old", "new")}, (path, text)
+            found.add(text[:3])
+    return found
+
+
+@pytest.mark.parametrize("rewrites", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_kill_at_every_call_of_the_writer(rewrites: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    running: list[subprocess.Popen[bytes]] = []
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(made, folder)
+
+    def start() -> int:
+        running.append(_write(folder, "new", "traced"))
+        return running[-1].pid
+
+    def wait(pid: int) -> None:
+        running[-1].wait(60)
+
+    def check(point: Point) -> None:
+        record = folder / ".kolotune" / "train.json"
+        claimed = json.loads(record.read_text()) if record.exists() else None
+        holds = _holds(folder)
+        if claimed is not None:
+            digest = hashlib.sha256((claimed["text"] * 3).encode()).hexdigest()
+            assert claimed["outputs"]["Merged.gguf"]["sha256"] == digest, point
+        if claimed is not None and claimed["text"] == "new":  # the record comes last: all the rest is there
+            assert holds == {"new"}, point
+        assert claimed is not None or not rewrites, point
+        # The same again mends it.
+        assert _write(folder, "new").wait(60) == 0, point
+        assert _holds(folder) == {"new"} and json.loads(record.read_text())["text"] == "new"
+        assert not [path for path in folder.rglob("*") if path.name.endswith((".partial", ".old"))], point
+
+    made = tmp_path / "made"
+    made.mkdir()
+    if rewrites:
+        assert _write(made, "old").wait(60) == 0
+    points, hits = calls.at_every_call(folder, start, wait, prepare, check)
+    print(f"{points} calls, killed at {hits}")
+    assert points > 25 and hits == points

@@ -1,0 +1,156 @@
+"""Memory runs out in training: half the chats at once, the same steps, and the same bits when it is repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.runs import losses, states
+from support.training import random_chats, write_tokens
+
+from kolotune import config as configs
+from kolotune import pipeline, records
+from kolotune.config import Config
+from kolotune.engines.job import event_of
+from kolotune.errors import TrainingError
+from kolotune.layout import RunFolder
+from kolotune.rebuilding import rebuild
+from kolotune.records import Context
+from kolotune.reporter import PlainReporter
+from kolotune.runners import local
+from kolotune.stages import train
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Kills the engine's process as the kernel does, once it has told a step: ``killed_at(3)``, or at each of some."""
+
+    def at(*steps: int) -> list[int]:
+        killed: list[int] = []
+        run = local.run
+
+        def watched(argv: Any, *, on_line: Any = None, **more: Any) -> int:
+            def look(line: str) -> bool:
+                event = event_of(line) or {}
+                if event.get("event") == "step" and len(killed) < len(steps) and event["step"] >= steps[len(killed)]:
+                    for child in psutil.Process().children():
+                        if any("kolotune.engines" in each for each in child.cmdline()):
+                            killed.append(event["step"])
+                            child.kill()
+                return bool(on_line(line))
+
+            return run(argv, on_line=look if on_line else None, **more)
+
+        monkeypatch.setattr(local, "run", watched)
+        return killed
+
+    return at
+
+
+def of_training(config: Config) -> tuple[dict[int, float], dict[str, Any]]:
+    """The loss curve and what the record says."""
+    run = RunFolder(config.output_dir)
+    record = records.read(run, "train")
+    assert record is not None
+    return losses(run.metrics), record.facts
+
+
+def test_a_training_that_the_kernel_kills_goes_on_with_half_the_batch(
+    config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    # At a small rate, or AdamW makes more of the last bits at every step.
+    whole, broken = (config_in(name, epochs=8, learning_rate=1e-4) for name in ("whole", "broken"))
+    pipeline.run(whole, reporter, ["prepare", "train"])
+    killed = killed_at(5)
+    pipeline.run(broken, reporter)
+    assert killed == [5]
+    printed = capsys.readouterr().out
+    assert "the batch is halved from 4 to 2 and the accumulation doubled" in printed
+    assert "going on from step" in printed
+    curve, facts = of_training(broken)
+    expected, undisturbed = of_training(whole)
+    assert "halved_from" not in undisturbed
+    first = int(facts["halved_from"])
+    assert first >= 3  # the newest checkpoint: the engine may have been some steps ahead
+    assert {step: loss for step, loss in curve.items() if step <= first} == dict(list(expected.items())[:first])
+    assert curve == pytest.approx(expected, abs=1e-4)
+    # A rebuild computes the same steps with as few chats at once, and gets the same bits.
+    assert rebuild(RunFolder(broken.output_dir).manifest, tmp_path / "again", reporter).different == []
+    assert of_training(config_in("again"))[1]["halved_from"] == facts["halved_from"]
+    assert losses(tmp_path / "again" / "metrics.jsonl") == curve
+
+
+@pytest.mark.slow
+def test_at_a_batch_of_one_it_is_told_what_to_change(
+    config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any
+) -> None:
+    config = config_in("run", epochs=5, batch_size=2)
+    killed = killed_at(1, 5)
+    with pytest.raises(TrainingError, match="was killed, most likely because memory ran out") as raised:
+        pipeline.run(config, reporter, ["prepare", "train"])
+    assert len(killed) == 2
+    for word in ("--use-checkpoint", "--max-seq-length", "--lora-rank", "--load-in-4bit", "--base-model"):
+        assert word in raised.value.hint
+    assert "--batch-size" not in raised.value.hint
+    assert states(RunFolder(config.output_dir))["train"] == "failed"
+    # What was found out is kept: the same again does not begin with more at once.
+    pipeline.run(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
+    assert "going on from step" in capsys.readouterr().out
+    assert len(of_training(config)[1]["halved_from"].split(",")) == 1
+    assert list(of_training(config)[0]) == list(range(1, 31))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
+def test_an_allocation_that_fails(
+    tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The engine may have so much address space; eight long chats at once take more, one does not."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny_model("gemma2", tmp_path / "base", vocab_size=60_000)
+    chats = random_chats(8, 1, shortest=180, longest=200)
+    peaks: list[int] = []
+
+    def trained(name: str, limit: int | None, halvings: list[int]) -> tuple[dict[int, float], dict[str, Any]]:
+        run = RunFolder(tmp_path / name)
+        write_tokens(run.prepared / "train.safetensors", chats)
+        options = {
+            "base_model": str(tmp_path / "base"), "output_dir": run.root, "dtype": "fp32", "epochs": 2,
+            "batch_size": 8, "lora_rank": 2, "compile": "off",
+        }  # fmt: skip
+        context = Context(configs.resolve((options, "test", tmp_path)), run, tmp_path / "base")
+        if halvings:
+            train.remember_halvings(run, halvings)
+        real = local.run
+
+        def watched(argv: list[str], *, on_line: Any, **more: Any) -> int:
+            def look(line: str) -> bool:
+                if (event_of(line) or {}).get("event") == "step":
+                    for child in psutil.Process().children():
+                        peaks.append(child.memory_info().vms)
+                return bool(on_line(line))
+
+            prefix = ["prlimit", f"--as={limit}"] if limit else []
+            return real([*prefix, *argv], on_line=look, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "run", watched)
+            facts = train.run(context, reporter)
+        return losses(run.metrics), facts
+
+    whole, _ = trained("whole", None, [])
+    peaks.clear()
+    trained("small", None, [0, 0, 0])
+    room = max(peaks) + (300 << 20)
+    curve, facts = trained("limited", room, [])
+    assert facts["halved_from"].startswith("0")
+    assert curve == pytest.approx(whole, abs=1e-5)
