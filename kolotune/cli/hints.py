@@ -40,14 +40,14 @@ def explained(error: Any) -> ConfigError:
 
 
 def _near_options(wrong: str, parameters: Iterable[Any]) -> list[str]:
-    """At most three options that may be meant: spelled nearly so, holding the word, or having such initials."""
+    """At most three options that may be meant: with the word, with such initials, longer, or spelled nearly so."""
     options = ["--help"]
     options += [option for each in parameters for option in (*each.opts, *each.secondary_opts) if option[:2] == "--"]
     bare = wrong.lstrip("-").lower().replace("_", "-")
     words = {option: option.lstrip("-").split("-") for option in options}
     near = [option for option in options if bare in words[option] or bare == "".join(word[0] for word in words[option])]
-    near += difflib.get_close_matches(f"--{bare}", options, n=2, cutoff=0.7)
-    near += [option for option in options if len(bare) > 2 and option.startswith(f"--{bare}")]
+    longer = [option for option in options if len(bare) > 2 and option.startswith(f"--{bare}")]
+    near += longer or difflib.get_close_matches(f"--{bare}", options, n=2, cutoff=0.7)
     return list(dict.fromkeys(near))[:3]
 
 
