@@ -154,6 +154,7 @@ PRINTING = (
     "kolotune/engines/torchtune/environment.py",
     "kolotune/engines/torchtune/inside/kolotune_recipe/events.py",
     "kolotune/llamacpp/dry_quantizing.py",
+    "kolotune/llamacpp/importance.py",
     "kolotune/llamacpp/messages.py",
     "kolotune/llamacpp/outlining.py",
     "kolotune/runners/container/inside.py",
