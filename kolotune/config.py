@@ -119,6 +119,11 @@ class Config:
     rdzv: str | None = option(
         None, "HOST:PORT where several machines meet: the address of one of them, the same for all.", kind="machines"
     )
+    sharding: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Part the base over the processes, in place of one in each; auto: where it does not fit otherwise.",
+        kind="machines",
+    )
 
     merge_dtype: Literal["f16", "bf16", "fp32"] = option(
         "f16",
@@ -276,6 +281,8 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         problems.append("eval-data and eval-split exclude each other")
     if config.nnodes > 1 and config.rdzv is None:
         problems.append("nnodes: several machines need rdzv, the address of one of them as HOST:PORT")
+    if config.sharding == "on" and (config.nnodes * config.nproc == 1 or config.load_in_4bit):
+        problems.append("sharding: needs several processes (nproc, nnodes), and does not go with load-in-4bit")
     if config.nnodes * config.nproc > 1 and config.engine == "torchtune":
         problems.append("nproc: the engine torchtune trains in one process; native trains in several")
     return problems

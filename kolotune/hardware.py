@@ -103,6 +103,15 @@ def free_memory() -> int:
     return free if limited is None else min(free, limited)
 
 
+def memory_for_processes(count: int) -> int:
+    """Bytes that `count` processes of this machine have for models: its free memory, or that of a GPU for each."""
+    if best_device() != "cuda":
+        return free_memory()
+    import torch
+
+    return count * int(torch.cuda.get_device_properties(0).total_memory)
+
+
 def _left_of_limit(group: Path) -> int | None:
     """What a control group leaves; files that it holds in memory can be dropped. None: there is no limit."""
     try:

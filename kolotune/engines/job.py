@@ -27,6 +27,7 @@ _MAY_DIFFER_ON_RESUME = frozenset(
         "nnodes",
         "rdzv",
         "halvings",
+        "sharded",
     }
 )
 
@@ -45,6 +46,7 @@ class TrainJob:
         resume: go on from the newest whole checkpoint, if there is one.
         dtype: "bf16" or "fp32", of the frozen weights; the adapter is always fp32.
         nproc, nnodes, rdzv: processes on this machine, machines, and where they meet; the result is the same.
+        sharded: whether each process holds only a part of the base.
         compile: whether the native engine's step uses its compiled parts.
         halvings: steps from which on half as many chats are computed at once as before, each time that memory ran out;
             those that no checkpoint knows of count from where the training goes on. A step has the same chats as ever.
@@ -63,6 +65,7 @@ class TrainJob:
     nproc: int
     nnodes: int
     rdzv: str | None
+    sharded: bool
     dtype: str
     compile: bool
     load_in_4bit: bool

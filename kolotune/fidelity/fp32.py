@@ -143,7 +143,7 @@ class Layered(_Model):
     """
 
     def __init__(self, folder: Path) -> None:
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+        from accelerate import init_empty_weights
 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         factory: Any = transformers.AutoModelForCausalLM

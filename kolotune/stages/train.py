@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import errors
+from .. import errors, estimates, hardware
 from ..config import Config, as_record
 from ..engines.job import TrainJob, event_of
 from ..engines.native.environment import ENVIRONMENT
@@ -31,6 +31,7 @@ _OPTIONS = (
 )  # fmt: skip
 _KILLED = (-9, 137)
 _FIRST = ("first_held_out_loss",)  # facts that a training which goes on does not tell anew
+_MOST_FOR_THE_BASE = 0.6  # the rest is for adapters, activations and the optimizer
 # Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
 _BUSY_TOKENS, _SMALLEST_BATCH, _STEPS_WANTED = 1000, 4, 100
 
@@ -99,9 +100,18 @@ def make_job(context: Context) -> TrainJob:
         nproc=config.nproc,
         nnodes=config.nnodes,
         rdzv=config.rdzv,
+        sharded=is_sharded(config, context.base),
         checkpoint_steps=config.checkpoint_steps,
         **chosen,
     )
+
+
+def is_sharded(config: Config, base: Path) -> bool:
+    """Whether the base is parted over the processes: as asked for, or where one in each would not fit."""
+    if config.sharding != "auto" or config.load_in_4bit or config.nproc * config.nnodes == 1:
+        return config.sharding == "on"
+    size = estimates.read_shape(base).weights * estimates.WIDTHS[config.dtype]
+    return size * config.nproc > hardware.memory_for_processes(config.nproc) * _MOST_FOR_THE_BASE
 
 
 def batch_size_of(tokens: Path) -> int:
@@ -125,6 +135,8 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     job = dataclasses.replace(job, halvings=_known_halvings(context.run, job))
     if context.config.batch_size is None:
         reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
+    if job.sharded:
+        reporter.note(f"the base is parted over {job.nproc * job.nnodes} processes (--sharding)")
     facts: dict[str, Any] = {}
     while True:
         events, shortage = _train(job, context, reporter)

@@ -58,6 +58,7 @@ class TrainingRoom:
             "nproc": 1,
             "nnodes": 1,
             "rdzv": None,
+            "sharded": False,
             "dtype": "fp32",
             "compile": False,
             "load_in_4bit": False,

@@ -56,7 +56,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        device = base.weight.device
+        device = torch.device("cpu") if base.weight.is_meta else base.weight.device
         self.lora_A, self.lora_B = _new_matrices(base.in_features, base.out_features, rank, device)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ..job import TrainJob
-from . import families, llama, lora
+from . import families, llama, lora, sharded
 from .batches import IGNORED, Tokens, make_batch
 from .kernels import build
 from .kernels.operations import CompiledOperations
 from .operations import Operations, PlainOperations
 from .packing import TOKEN_BUDGET, grouped, pack
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What a layer keeps of a token for the way back, in rows of the model's width (measured on SmolLM2).
 _ROWS_KEPT = 19
 
@@ -66,7 +67,8 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
         TrainingError: the base can't be loaded.
         ConfigError: a target is no linear layer of it.
     """
-    if device == "cpu" and not job.load_in_4bit and not families.why_not(Path(job.base_model), longest):
+    by_hand = device == "cpu" and not job.load_in_4bit and not job.sharded
+    if by_hand and not families.why_not(Path(job.base_model), longest):
         return PackedModel(job)
     return PlainModel(job, device)
 
@@ -77,7 +79,7 @@ class PackedModel:
     def __init__(self, job: TrainJob) -> None:
         torch.manual_seed(job.seed)
         self.halvings, self._size = 0, job.batch_size
-        dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+        dtype = _DTYPES[job.dtype]
         library = build.ensure() if job.compile else None
         operations: Operations = CompiledOperations(library, dtype) if library else PlainOperations()
         self.kernels = library.stem if library else ""
@@ -136,12 +138,19 @@ class PlainModel:
     def __init__(self, job: TrainJob, device: str) -> None:
         self.halvings = 0
         self._device, self._size = device, job.batch_size
-        self.model = load_model(job, device)
+        folder = Path(job.base_model)
+        parted = job.sharded
+        self.model = sharded.without_weights(folder, _DTYPES[job.dtype]) if parted else load_model(job, device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         torch.manual_seed(job.seed)
         self.adapters = lora.add_adapters(
             self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
         )
+        if parted:  # because memory is short: activations are computed again on the way back
+            trained = [part for each in self.adapters.values() for part in (each.lora_A, each.lora_B)]
+            sharded.part(self.model, folder, trained, device)
+            anew: Any = self.model
+            anew.gradient_checkpointing_enable({"use_reentrant": False})
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
@@ -187,7 +196,7 @@ def load_model(job: TrainJob, device: str) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    dtype = _DTYPES[job.dtype]
     options: dict[str, Any] = {"dtype": dtype}
     if job.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]

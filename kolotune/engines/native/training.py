@@ -62,8 +62,8 @@ class Trainer:
         self._split()
         labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
         total = 0.0
-        for group in self.model.groups(self.tokens, self._own(self.tokens, indices)):
-            total += self.model.backward(self.tokens, group, 1 / labels) / labels
+        for group, counts in self._groups(self.tokens, indices):
+            total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
         assert self.parameter.grad is not None
         self.world.add_up(self.parameter.grad)
         total = self.world.total(total)
@@ -79,9 +79,13 @@ class Trainer:
         self.model.updated()
         return total
 
-    def _own(self, tokens: Tokens, indices: Sequence[int]) -> list[int]:
-        """This process's part of the chats `indices`."""
-        return self.world.share(indices, {index: tokens.length_of(index) for index in indices})
+    def _groups(self, tokens: Tokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
+        """This process's part of the chats `indices`, in groups that are computed at once, and how much each counts."""
+        own = self.world.share(indices, {index: tokens.length_of(index) for index in indices})
+        groups = self.model.groups(tokens, own)
+        if self.job.sharded:
+            return self.world.as_many(groups, list(indices[-1:]))
+        return [(group, 1.0) for group in groups]
 
     def _split(self) -> None:
         """How many chats are computed at once at this step: no more than memory was found to hold."""
@@ -101,8 +105,8 @@ class Trainer:
         if held_out is None or len(held_out) == 0:
             return None
         self._split()
-        groups = self.model.groups(held_out, self._own(held_out, longest_first(held_out)))
-        total = self.world.total(sum(self.model.loss(held_out, group) for group in groups))
+        groups = self._groups(held_out, longest_first(held_out))
+        total = self.world.total(sum(self.model.loss(held_out, group) * counts for group, counts in groups))
         return total / max(1, sum(held_out.labels_of(index) for index in range(len(held_out))))
 
     def snapshot(self) -> State:

@@ -77,6 +77,16 @@ class World:
         dist.all_reduce(summed)
         return float(summed)
 
+    def as_many(self, groups: list[list[int]], filler: list[int]) -> list[tuple[list[int], float]]:
+        """This process's groups of chats, each with the factor 1, and as many fillers with 0 as others have more.
+
+        For models of which all processes compute each group together.
+        """
+        most = torch.tensor(len(groups), device=self._device)
+        if self.size > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return [(group, 1.0) for group in groups] + [(filler, 0.0)] * (int(most) - len(groups))
+
     def draw_for(self, seed: int, step: int) -> None:
         """Where several train together, random numbers of this step are its own and this process's own."""
         if self.size > 1:

@@ -115,6 +115,17 @@ def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(
     assert figures(job, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
+def test_a_parted_base_makes_the_same_steps(kind: str, training_room: Room) -> None:
+    room = training_room(kind, chats=11, held_out=3)
+    options = {"batch_size": 5, "epochs": 2, "gradient_accumulation": 2}
+    alone, parted = room.job("alone", **options), room.job("parted", nproc=2, sharded=True, **options)
+    training.train(alone)
+    train(parted)
+    assert figures(parted, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
+    assert figures(parted, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
+
+
 def test_every_chat_is_in_one_part_and_the_parts_are_alike() -> None:
     lengths = {index: 5 + (index * 37) % 90 for index in range(64)}
     indices = list(range(64))
