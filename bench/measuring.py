@@ -28,6 +28,8 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+NOISE = 1.03
+"""By how much two runs of one program differ."""
 KOLOTUNE = (sys.executable, "-P", "-m", "kolotune")
 _SAMPLE_SECONDS = 0.05
 _FILES_EVERY = 10  # samples

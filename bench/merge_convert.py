@@ -37,7 +37,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 RANK, QUANTIZATION = 16, "Q4_K_M"
 WANTED_SECONDS, WANTED_SHARE, ROOM_MB = 10.0, 1 / 3, 350.0
-NOISE = 1.03  # of two runs of one program
 _ORIGINAL_MERGE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,7 +176,8 @@ def measure_size(size: str, folder: Path, rounds: int, quantize: bool, result: R
         result.at_most(f"{size}: {name}, anonymous memory", mine.anonymous_mb, room, " MB")
     if quantize:
         ratio = found["ours: quantize"].seconds / found["quantize"].seconds
-        result.at_most(f"{size}: quantize against llama.cpp's own, no slower but for noise", ratio, NOISE, " x")
+        what = f"{size}: quantize against llama.cpp's own, no slower but for noise"
+        result.at_most(what, ratio, measuring.NOISE, " x")
 
 
 def main() -> int:
