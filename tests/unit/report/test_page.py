@@ -192,7 +192,7 @@ def test_a_comparison_that_fails_is_on_the_page(run_copy: RunFolder, kolotune: C
         file.write_text(file.read_text().replace("<|im_start|>user", "<|im_start|>someone"))
         record = json.loads(run_copy.record("modelfile").read_text())
         record["outputs"][file.name] = {"size": file.stat().st_size, "sha256": hash_file(file)}
-        del record["sha256"]  # of the record as it was
+        record.pop("sha256", None)  # of the record as it was
         run_copy.record("modelfile").write_text(json.dumps(record))
     code, output = kolotune("compare", run_copy.root)
     assert code == FidelityError.exit_code and "report: report.html" in output, output
