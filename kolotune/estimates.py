@@ -228,7 +228,7 @@ class Memory:
 MAIN = Memory(320_000_000, 60_000_000)
 ENGINE = Memory(160_000_000, 45_000_000)
 QUANTIZER = Memory(30_000_000, 20_000_000)
-READER = Memory(100_000_000, 40_000_000)
+READER = Memory(100_000_000, 40_000_000)  # llama.cpp, for an importance matrix: a guess, not measured
 
 
 def of_training_step(shape: ModelShape, adapter: Adapter, row: Row, width: int, *, recompute: bool) -> int:

@@ -298,6 +298,8 @@ def _why_not_known(context: Context, row: Row) -> str:
         return f"{config.engine} is no engine of ours"
     if config.load_in_4bit:
         return "it depends on bitsandbytes (--load-in-4bit)"
+    if train.is_sharded(config, context.base):
+        return "the base is parted over processes (--sharding)"
     if hardware.best_device() != "cpu":
         return f"it trains on {hardware.best_device()}"
     reason = families.why_not(context.base, row.longest)

@@ -26,7 +26,7 @@ from .stages import train
 _TRIED_BYTES = 64_000_000
 # Starting an engine's process or a quantizer's once more, and what it writes beside results; measured on 2 cores.
 _QUANTIZER_START = 1.5
-# Of a trained token's time: llama.cpp reading one in f16 for an importance matrix, and its inputs looked at.
+# Of a trained token's time: llama.cpp reading one in f16 for an importance matrix. A guess, on the safe side.
 _READING = 1.0
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def tiny_weights(folder: Path, seed: int) -> None:
-    """A random Llama of 2 layers with SmolLM2's vocabulary, without its tokenizer."""
+def tiny_llama(seed: int, **more: Any) -> Any:
+    """A random Llama of 2 layers with SmolLM2's vocabulary, in fp32; `more` goes into its config."""
     import torch
     import transformers
 
@@ -26,8 +26,16 @@ def tiny_weights(folder: Path, seed: int) -> None:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        **more,
     )
-    transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    return transformers.LlamaForCausalLM(shape)
+
+
+def tiny_weights(folder: Path, seed: int) -> None:
+    """`tiny_llama` in bf16, without its tokenizer."""
+    import torch
+
+    tiny_llama(seed).to(torch.bfloat16).save_pretrained(folder)
 
 
 def tiny_model(folder: Path, reporter: Any) -> None:

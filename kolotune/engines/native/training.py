@@ -167,7 +167,8 @@ def train(job: TrainJob) -> None:
             processes train something else.
     """
     world = World(best_device())
-    world.require_same({**job.identity(), "epochs": job.epochs, "early_stopping": job.early_stopping})
+    alike = ("epochs", "early_stopping", "sharded")  # who differs here waits for the others for ever
+    world.require_same({**job.identity(), **{name: getattr(job, name) for name in alike}})
     state = _newest(job, world)
     trainer = Trainer(job, world)
     if state is not None:
