@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny import tiny_llama
 
 from kolotune import config as configs
 from kolotune import pipeline
@@ -39,24 +40,8 @@ def chats(tuned: bool) -> list[list[dict[str, str]]]:
 def _train_bases(folders: tuple[Path, Path], source: Path) -> None:
     """A Llama of 2 layers with the tokenizer in `source`, trained as a whole on the base's answers; saved twice."""
     import torch
-    import transformers
 
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.12,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = transformers.LlamaForCausalLM(shape)
+    model = tiny_llama(seed=0, initializer_range=0.12)
     tokenizer = load_tokenizer(source)
     encoder = Encoder(chat_template(tokenizer, template_text(source)), tokenizer)
     encoded = [encoder.encode(Chat(tuple(Message(**turn) for turn in turns))) for turns in chats(False)]
