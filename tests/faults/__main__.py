@@ -2,6 +2,7 @@
 
     python tests/faults kills [--count 1000]   random kills until there were so many; goes on where it stopped
     python tests/faults calls [--every 1]      a kill at every system call that changes the run folder
+    python tests/faults loop [--subject tiny --times 50]   a run that is killed until it finishes, so many times
     python tests/faults report                 docs/reliability.md, of what was measured
 
 What was measured is kept in KOLOTUNE_TEST_CACHE or the user's cache, until --fresh.
@@ -26,18 +27,22 @@ sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT)]
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from faults import forking, reliability, stages  # noqa: E402 - the path comes first
+from faults import forking, loop, reliability, stages  # noqa: E402 - the path comes first
 from faults.campaign import Tally, campaign  # noqa: E402
 from faults.room import Broken, Room  # noqa: E402
+
+_TIMES = {"tiny": 50, "sample": 10}
 
 
 def main() -> int:
     """Does what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "calls", "report"))
+    parser.add_argument("what", choices=("kills", "calls", "loop", "report"))
     parser.add_argument("--count", type=int, default=1000, help="random kills in all")
     parser.add_argument("--every", type=int, default=1, help="of the calls of each stage, only every so many-th")
     parser.add_argument("--stage", action="append", choices=stages.NAMES, help="calls of this stage only")
+    parser.add_argument("--subject", choices=loop.SUBJECTS, help="what is run in the loop; default: each")
+    parser.add_argument("--times", type=int, help="runs that are brought to their end; default: tiny 50, sample 10")
     parser.add_argument("--page", type=Path, default=_ROOT / "docs" / "reliability.md", help="what is written")
     parser.add_argument("--fresh", action="store_true", help="forgets what was measured before")
     chosen = parser.parse_args()
@@ -50,6 +55,9 @@ def main() -> int:
             _kills(kept / "kills.json", chosen.count)
         if chosen.what == "calls":
             _calls(kept / "calls.json", chosen.stage or stages.NAMES, chosen.every)
+        if chosen.what == "loop":
+            for name in [chosen.subject] if chosen.subject else loop.SUBJECTS:
+                _loop(kept, name, chosen.times or _TIMES[name])
     except Broken as error:
         print(f"broken: {error}")
         return 1
@@ -70,11 +78,18 @@ def _kept() -> Path:
 def _room() -> Iterator[Room]:
     """A room in memory where that can be had: a killed process loses nothing that it has handed to the system."""
     memory = Path("/dev/shm")
-    root = Path(tempfile.mkdtemp(prefix="kolotune-faults-", dir=memory if memory.is_dir() else None))
-    room = Room.make(root / "room")
-    forking.load()
-    try:
+    with _folder(memory if memory.is_dir() else None) as root:
+        room = Room.make(root / "room")
+        forking.load()
         yield room
+
+
+@contextmanager
+def _folder(where: Path | None = None) -> Iterator[Path]:
+    """A folder of its own, which stays when a promise was broken."""
+    root = Path(tempfile.mkdtemp(prefix="kolotune-faults-", dir=where))
+    try:
+        yield root
     except Broken:
         print(f"left as it is: {root}")
         raise
@@ -102,6 +117,17 @@ def _calls(file: Path, names: list[str], every: int) -> None:
             found[name] = {"points": points, "killed": killed, "every": every}
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {points} calls, killed at {killed}", flush=True)
+
+
+def _loop(kept: Path, name: str, times: int) -> None:
+    file = kept / f"loop-{name}.json"
+
+    def keep(so_far: loop.Loops) -> None:
+        so_far.write(file)
+        print(f"{name}: {so_far.times} runs through, {so_far.kills} kills", flush=True)
+
+    with _folder() as root:
+        loop.until_through(loop.SUBJECTS[name](root), root, loop.Loops.read(file), times, keep)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.campaign import Tally
+from faults.loop import SUBJECTS, Loops
 from faults.room import CHATS, INTERVAL, STEPS
 
 _HEAD = f"""# Reliability
@@ -28,6 +29,7 @@ def page(kept: Path) -> str:
         kept: the folder of what was measured.
     """
     rows = [*_kills(Tally.read(kept / "kills.json")), *_calls(kept / "calls.json")]
+    rows += [row for name in SUBJECTS for row in _loop(name, Loops.read(kept / f"loop-{name}.json"))]
     table = "".join(f"| {what} | {figure} | `{command}` |\n" for what, figure, command in rows)
     return f"{_HEAD}\n| what | figure | command |\n|---|---|---|\n{table}"
 
@@ -64,3 +66,15 @@ def _calls(file: Path) -> list[tuple[str, str, str]]:
         part = f", every {each['every']}th of them" if each["every"] > 1 else ""
         rows.append((f"system calls of {name}", f"{each['points']}{part}; killed at {each['killed']}", command))
     return rows
+
+
+def _loop(name: str, seen: Loops) -> list[tuple[str, str, str]]:
+    command = f"python tests/faults loop --subject {name}"
+    what = f"`kolotune run` of the {name}, killed until it finishes"
+    if not seen.times:
+        return [(what, "not measured", command)]
+    figure = f"{seen.times} times, each with the undisturbed hashes and losses; {seen.kills} kills, at most "
+    figure += f"{seen.most_kills} in one run; {seen.again} of {seen.steps * seen.times} steps computed again, where "
+    figure += f"{seen.interval} for each kill were allowed; an undisturbed run took {seen.seconds:.0f} s, the longest "
+    figure += f"{seen.longest:.0f} s"
+    return [(what, figure, command)]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ _PROGRAM = Path(__file__).parent
 def test_runs_that_are_killed_at_random(tmp_path: Path) -> None:
     found = _measured("kills", tmp_path, "--count", "8")
     assert found["kills"] == 8 and found["runs"] >= 1 and found["broken"] == []
-    assert found["groups"] + found["alone"] == sum(found["by_stage"].values()) == 8
+    assert found["groups"] + found["alone"] + found["children"] == sum(found["by_stage"].values()) == 8
     assert "| 8: " in (tmp_path / "page.md").read_text()
 
 
@@ -34,11 +35,18 @@ def test_stages_that_are_killed_at_system_calls(tmp_path: Path) -> None:
         assert each["points"] > 1 and each["killed"] == each["points"]
 
 
-def _measured(what: str, folder: Path, *more: str) -> dict[str, object]:
+@pytest.mark.slow
+def test_a_run_that_is_killed_until_it_finishes(tmp_path: Path) -> None:
+    found = _measured("loop", tmp_path, "--subject=tiny", "--times=2", file="loop-tiny")
+    assert found["times"] == 2 and found["steps"] == 36 and found["kills"] == sum(found["stages"].values())
+    assert found["again"] <= found["interval"] * found["kills"]
+
+
+def _measured(what: str, folder: Path, *more: str, file: str = "") -> dict[str, Any]:
     argv = [sys.executable, str(_PROGRAM), what, "--page", str(folder / "page.md"), *more]
     done = subprocess.run(
         argv, env={**os.environ, "KOLOTUNE_TEST_CACHE": str(folder)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    loaded: dict[str, object] = json.loads((folder / "faults" / f"{what}.json").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads((folder / "faults" / f"{file or what}.json").read_text(encoding="utf-8"))
     return loaded
