@@ -23,6 +23,7 @@ from typing import IO, Any, NoReturn
 import psutil
 
 from kolotune import files
+from kolotune.chats import renderer
 
 _LOADED = (
     "kolotune.cli", "kolotune.pipeline", "kolotune.engines.native.training", "kolotune.engines.native.model",
@@ -34,6 +35,7 @@ _LOADED = (
 )  # fmt: skip
 _PYTHON = [sys.executable, "-P", "-m"]
 _children_die_after = 0.0
+_inherited: list[object] = []
 ENDED_BY_TIMER = -signal.SIGPROF
 """The exit code of a process that `die_after` ended."""
 
@@ -167,6 +169,8 @@ def _become(work: Callable[[], object], descriptors: list[int], env: Mapping[str
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for remembered in (files._written, files._settled):  # a new process would know of no file
             remembered.clear()
+        _inherited.append(renderer._child)  # kept, since its end would end the parent's child
+        renderer._child = renderer._Child(renderer._child._argv)
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
