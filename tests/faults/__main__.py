@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import shutil
 import sys
@@ -20,12 +19,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT)]
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from support import figures  # noqa: E402
 
 from faults import forking, loop, reliability, stages  # noqa: E402 - the path comes first
 from faults.campaign import Tally, campaign  # noqa: E402
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=_ROOT / "docs" / "reliability.md", help="what is written")
     parser.add_argument("--fresh", action="store_true", help="forgets what was measured before")
     chosen = parser.parse_args()
-    kept = _kept()
+    kept = figures.folder()
     if chosen.fresh:
         for each in kept.glob("*.json"):
             each.unlink()
@@ -64,14 +64,6 @@ def main() -> int:
     finally:
         chosen.page.write_text(reliability.page(kept), encoding="utf-8")
     return 0
-
-
-def _kept() -> Path:
-    """Where figures are kept between calls."""
-    root = os.environ.get("KOLOTUNE_TEST_CACHE") or Path("~/.cache/kolotune-tests").expanduser()
-    folder = Path(root, "faults")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @contextmanager
@@ -110,12 +102,12 @@ def _kills(file: Path, count: int) -> None:
 
 
 def _calls(file: Path, names: list[str], every: int) -> None:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = figures.read(file)
     with _room() as room:
         for name in names:
             points, killed = stages.at_every_call(room, name, every)
             found[name] = {"points": points, "killed": killed, "every": every}
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            figures.write(file, found)
             print(f"{name}: {points} calls, killed at {killed}", flush=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import shutil
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support import figures
 from support.runs import ROAD
 
 from faults import forking
@@ -55,12 +55,10 @@ class Tally:
 
     @classmethod
     def read(cls, file: Path) -> Tally:
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+        return cls(**figures.read(file))
 
     def write(self, file: Path) -> None:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        figures.write(file, dataclasses.asdict(self))
 
 
 def campaign(room: Room, tally: Tally, kills: int, keep: Callable[[Tally], None], seed: int | None = None) -> None:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support import figures
 from support.runs import losses, results
 from support.tiny import chat_line, tiny_model
 
@@ -62,12 +63,10 @@ class Loops:
 
     @classmethod
     def read(cls, file: Path) -> Loops:
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+        return cls(**figures.read(file))
 
     def write(self, file: Path) -> None:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        figures.write(file, asdict(self))
 
 
 def tiny(root: Path) -> Subject:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from support import figures
 
 from faults.campaign import Tally
 from faults.loop import SUBJECTS, Loops
@@ -58,7 +58,7 @@ def _kills(tally: Tally) -> list[tuple[str, str, str]]:
 
 def _calls(file: Path) -> list[tuple[str, str, str]]:
     command = "python tests/faults calls"
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = figures.read(file)
     if not found:
         return [("kills at system calls that change the folder", "not measured", command)]
     rows = []

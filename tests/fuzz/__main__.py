@@ -1,7 +1,8 @@
 """`make fuzz`: each parser in a process of its own, for its share of the minutes.
 
 Where atheris is installed, guided by coverage; else by mutation alone. No crash, no hang over 5 seconds, no more than
-1 GB: a finding is kept as a file, and the exit code is 1.
+1 GB: a finding is kept as a file, and the exit code is 1. Figures are kept for docs/reliability.md, which
+`python tests/faults report` writes.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS, MEGABYTES = 5, 1000
 TEXTS = 100_000
+_GUIDED = importlib.util.find_spec("atheris") is not None
 
 
 def main() -> int:
@@ -25,26 +28,39 @@ def main() -> int:
     arguments.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
     given = arguments.parse_args()
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    from support import figures
+
     from fuzz.targets import TARGETS
 
     wanted = [given.only] if given.only else list(TARGETS)
     given.findings.mkdir(exist_ok=True)
-    failed = []
+    inputs, failed = {}, []
     for name in wanted:
-        code = _child(name, given.minutes * 60 / len(wanted), given.findings.absolute())
-        print(f"{name}: {'ok' if code == 0 else f'FAILED, see {given.findings}'}", flush=True)
+        code, inputs[name] = _child(name, given.minutes * 60 / len(wanted), given.findings.absolute())
+        print(f"{name}: {inputs[name]} inputs, {'ok' if code == 0 else f'FAILED, see {given.findings}'}", flush=True)
         failed += [name] * (code != 0)
     if not given.only:
         counts = _round_trips()
         print(f"modelfile: {TEXTS} texts: {counts}", flush=True)
+        found = {"minutes": given.minutes, "guided": _GUIDED, "inputs": inputs, "failed": failed, "texts": counts}
+        figures.write(figures.folder() / "fuzz.json", found)
     return int(bool(failed))
 
 
-def _child(name: str, seconds: float, findings: Path) -> int:
-    kind = "guided" if importlib.util.find_spec("atheris") else "mutated"
-    code = f"from fuzz import loops; loops.{kind}({name!r}, {seconds!r}, {str(findings)!r})"
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
+def _child(name: str, seconds: float, findings: Path) -> tuple[int, int]:
+    """A parser's exit code, and the number of inputs that it had."""
+    code = (
+        f"from fuzz import loops; loops.{'guided' if _GUIDED else 'mutated'}({name!r}, {seconds!r}, {str(findings)!r})"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    with tempfile.TemporaryFile("w+") as file:
+        ended = subprocess.run([sys.executable, "-c", code], env=env, check=False, stdout=file, stderr=file).returncode
+        file.seek(0)
+        text = file.read()
+    if ended != 0:
+        print(text[-5000:], flush=True)
+    counted = re.search(r"number_of_executed_units: (\d+)|: (\d+) inputs", text)
+    return ended, int(counted[1] or counted[2]) if counted else 0
 
 
 def _round_trips() -> dict[str, int]:

@@ -95,6 +95,7 @@ def guided(name: str, seconds: float, findings: str) -> None:
     for number, data in enumerate(seeds()[name]):
         (corpus / f"seed-{number}").write_bytes(data)
     options = [f"-max_total_time={int(seconds)}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", "-verbosity=0"]
+    options.append("-print_final_stats=1")  # with the number of inputs, which `__main__` reads
     atheris.Setup(
         [name, *options, f"-artifact_prefix={findings}/{name}-", str(corpus)], lambda data: targets.run(name, data)
     )
