@@ -42,6 +42,7 @@ fuzz: setup
 faults: setup
 	$(BIN)/python tests/faults calls
 	$(BIN)/python tests/faults kills
+	$(BIN)/python tests/faults loop
 
 lint: setup
 	$(BIN)/ruff check .

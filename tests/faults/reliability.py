@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from support import figures
 
@@ -21,6 +23,14 @@ faults that need no repetition: full disks, no inodes, read-only folders, lost t
 once, signals, memory that runs out in training, and a kill at each system call of the writer of records.
 """
 
+_TESTED = """## What ordinary tests show
+
+Each stands in `make test`, but for what is marked `slow` (`make test-all`) and the container's, which want a Docker
+engine (`make test-container`). The figures are those that the tests themselves count with.
+"""
+Row = tuple[str, str, str]
+"""What, its figure, and the command that shows it."""
+
 
 def page(kept: Path) -> str:
     """The page.
@@ -30,11 +40,16 @@ def page(kept: Path) -> str:
     """
     rows = [*_kills(Tally.read(kept / "kills.json")), *_calls(kept / "calls.json")]
     rows += [row for name in SUBJECTS for row in _loop(name, Loops.read(kept / f"loop-{name}.json"))]
+    rows += _fuzzing(figures.read(kept / "fuzz.json"))
+    return f"{_HEAD}\n{_table(rows)}\n{_TESTED}\n{_table(_tested())}"
+
+
+def _table(rows: Sequence[Row]) -> str:
     table = "".join(f"| {what} | {figure} | `{command}` |\n" for what, figure, command in rows)
-    return f"{_HEAD}\n| what | figure | command |\n|---|---|---|\n{table}"
+    return f"| what | figure | command |\n|---|---|---|\n{table}"
 
 
-def _kills(tally: Tally) -> list[tuple[str, str, str]]:
+def _kills(tally: Tally) -> list[Row]:
     command = "python tests/faults kills"
     if not tally.kills:
         return [("random kills", "not measured", command)]
@@ -56,7 +71,7 @@ def _kills(tally: Tally) -> list[tuple[str, str, str]]:
     ]
 
 
-def _calls(file: Path) -> list[tuple[str, str, str]]:
+def _calls(file: Path) -> list[Row]:
     command = "python tests/faults calls"
     found = figures.read(file)
     if not found:
@@ -68,7 +83,7 @@ def _calls(file: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _loop(name: str, seen: Loops) -> list[tuple[str, str, str]]:
+def _loop(name: str, seen: Loops) -> list[Row]:
     command = f"python tests/faults loop --subject {name}"
     what = f"`kolotune run` of the {name}, killed until it finishes"
     if not seen.times:
@@ -78,3 +93,68 @@ def _loop(name: str, seen: Loops) -> list[tuple[str, str, str]]:
     figure += f"{seen.interval} for each kill were allowed; an undisturbed run took {seen.seconds:.0f} s, the longest "
     figure += f"{seen.longest:.0f} s"
     return [(what, figure, command)]
+
+
+def _fuzzing(found: dict[str, Any]) -> list[Row]:
+    if not found:
+        return [("fuzzing", "not measured", "make fuzz")]
+    inputs, way = found["inputs"], "guided by coverage" if found["guided"] else "by mutation"
+    command = f"make fuzz MINUTES={found['minutes']:g}"
+    figure = f"{sum(inputs.values())} inputs for {len(inputs)} parsers in {found['minutes']:g} minutes, {way}; "
+    figure += f"{len(found['failed'])} parsers crashed, took over 5 s or more than 1 GB"
+    texts = ", ".join(f"{count} {name}" for name, count in found["texts"].items())
+    return [("fuzzing", figure, command), ("Modelfiles of any text", f"{texts}; none other than it was", command)]
+
+
+def _tested() -> list[Row]:
+    """The rows that tests show; the figures are their own."""
+    from support.hostile import TEXTS
+    from unit import test_corruption
+    from unit.chats import test_damage
+
+    corrupted = len(test_corruption.ARTIFACTS)
+    bad = len(test_damage.BAD_LINES) + len(test_damage.FILES)
+    engines = "tests/unit/engines"
+    return [
+        (
+            "resume",
+            "interrupted after every step, and killed: losses and adapter bit for bit, dropout and shuffling on",
+            f"pytest {engines}/native/test_training.py -k 'interrupted or killed'",
+        ),
+        (
+            "the same with torchtune",
+            "after each epoch",
+            f"pytest {engines}/torchtune/test_training.py -k 'bit or killed'",
+        ),
+        (
+            "corruption",
+            f"{test_corruption.COUNT} seeded damages of each of {corrupted} kinds of artifact, of records and of "
+            "checkpoints: all caught before use; of files without a hash: refused or read, nothing breaks",
+            "pytest tests/unit/test_corruption.py",
+        ),
+        (
+            "chats",
+            f"{bad} bad lines and files: exact line, no traceback, the good chats beside them are read",
+            "pytest tests/unit/chats/test_damage.py",
+        ),
+        (
+            "hostile text",
+            f"{len(TEXTS)} strings in every text input: no shell, no way out of a folder",
+            "pytest tests/unit/test_hostile.py",
+        ),
+        (
+            "secrets",
+            "a planted token is in no file, argument, message or crash: verbs, engines (slow), container",
+            "pytest -m '' tests/unit/test_planted_token.py tests/container/test_secrets.py",
+        ),
+        (
+            "static",
+            "no shell, no unsafe YAML or pickle, no code of a model's; each of these tests is seen to fail",
+            "pytest tests/unit/test_static.py",
+        ),
+        (
+            "container",
+            "not root, no ssh, loopback ports, base pinned by a digest that is a build argument",
+            "pytest -m container tests/container/test_secrets.py",
+        ),
+    ]
