@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import hub_client, models, verifying
 from . import manifest as manifests
-from . import models, verifying
 from .adapters import CONFIG
 from .errors import AccessError, ConfigError, HubError, KolotuneError, ManifestError, ModelNotFoundError, OfflineError
 from .files import Hasher
@@ -22,6 +22,7 @@ from .reporter import Reporter, size_in_words
 from .secret import Secret
 
 _CARD = "README.md"
+_SILENCES = 6  # times as long as a download waits: the hub works on a commit before it answers
 _STAGES: dict[What, tuple[str, ...]] = {
     "adapter": ("train",),
     "merged": ("merge",),
@@ -113,6 +114,7 @@ def push(parcel: Parcel, repository: str, what: What, token: Secret | None, publ
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    hub_client.limit_patience(repository, _SILENCES * hub_client.silence())
     api = HfApi(token=token.reveal() if token else None, library_name="kolotune")
     with _explaining(repository):
         api.create_repo(repository, private=not public, exist_ok=True)
@@ -135,7 +137,7 @@ def _explaining(repository: str) -> Iterator[None]:
     except KolotuneError:
         raise
     except (errors.HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, OSError) as error:
-        raise _in_words(repository, models.status_of(error), error) from None
+        raise _in_words(repository, hub_client.status_of(error), error) from None
 
 
 def _in_words(repository: str, code: int, error: Exception) -> KolotuneError:
@@ -163,6 +165,4 @@ def _in_words(repository: str, code: int, error: Exception) -> KolotuneError:
         return AccessError(f"{repository}: pushing needs a token of the hub")
     if isinstance(error, ValueError):
         return HubError(f"{repository}: the hub's answer can't be used: {str(error).splitlines()[0]}")
-    return OfflineError(
-        f"{repository}: the hub can't be reached", "Check the network, and HF_ENDPOINT where it is set."
-    )
+    return hub_client.without_answer(repository, error)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import smollm2
+from . import hub_client, smollm2
 from .cache import cache_folder
 from .errors import AccessError, ConfigError, ModelError, ModelNotFoundError, OfflineError
-from .reporter import Reporter, duration_in_words
+from .files import hash_file
+from .reporter import Reporter
 from .secret import Secret
 from .weights import weight_files
 
@@ -22,7 +23,7 @@ from .weights import weight_files
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _HUB_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "*.bin", "*.pth", "*.pt")
 _WANTED: dict[str, Any] = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_IGNORED)}
-_PATIENCE_SECONDS = 60  # for what the hub asks to wait before it is asked again
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -182,15 +183,31 @@ def _download(name: str, token: Secret | None) -> Path:
             )
         return Path(snapshot_download(name, token=plain, **_WANTED))
 
-    return _explaining(name, fetch)
+    folder = _explaining(name, fetch)
+    _require_sent_bytes(name, folder)
+    return folder
+
+
+def _require_sent_bytes(name: str, folder: Path) -> None:
+    """Holds weights that were fetched against the hashes that the hub's cache has them under; it looks at sizes only.
+
+    Raises:
+        OfflineError: a file is not what the hub has; it is removed.
+    """
+    for path in folder.glob("*.safetensors"):
+        blob = path.parent / os.readlink(path) if path.is_symlink() else path
+        if _SHA256.fullmatch(blob.name) and hash_file(path) != blob.name:
+            blob.unlink()
+            path.unlink()
+            raise OfflineError(f"{name}: {path.name} came with other bytes than the hub has", hub_client.LATER)
 
 
 def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
-    """Calls the hub and turns its errors into four different messages; none repeats what the hub answered."""
+    """Calls the hub and turns its errors into messages of their own; none repeats what the hub answered."""
     import httpx2
     from huggingface_hub import errors
 
-    _keep_patience_short(name)
+    hub_client.limit_patience(name, hub_client.silence())
     try:
         return fetch()
     except errors.GatedRepoError:
@@ -205,44 +222,12 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
             f"{name}: the hub has no such model, or this account may not see it", "Check the spelling, or log in."
         ) from None
     except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        code = status_of(error)
+        code = hub_client.status_of(error)
         if code in (401, 403):
             raise AccessError(f"{name}: the hub refused the token ({code})") from None
         if code:
-            hint = "Try again later; finished files are kept."
-            raise OfflineError(f"{name}: the hub answered {code}", hint) from None
-        raise OfflineError(f"{name}: is not on this machine, and the hub can't be reached") from None
-
-
-def _keep_patience_short(name: str) -> None:
-    """The hub's client waits in silence for as long as the hub asks, hours if need be; from here on it doesn't."""
-    from huggingface_hub import close_session, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    def refuse(response: Any) -> None:
-        asked = [response.headers.get("Retry-After", "")]
-        asked += re.findall(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", response.headers.get("ratelimit", ""))
-        seconds = max((int(each) for each in asked if each.isdecimal()), default=0)
-        if response.status_code in (429, 500, 502, 503, 504) and seconds > _PATIENCE_SECONDS:
-            hint = f"Try again in {duration_in_words(seconds)}; finished files are kept."
-            raise OfflineError(f"{name}: the hub answered {response.status_code} and asks to wait", hint)
-
-    def client() -> Any:
-        made = default_client_factory()
-        made.event_hooks = {**made.event_hooks, "response": [refuse]}
-        return made
-
-    set_client_factory(client)
-    close_session()
-
-
-def status_of(error: BaseException | None) -> int:
-    """What the hub answered; 0 when it did not. The hub's client hides the answer behind an error of its own."""
-    while error is not None:
-        if code := getattr(getattr(error, "response", None), "status_code", 0):
-            return int(code)
-        error = error.__cause__
-    return 0
+            raise OfflineError(f"{name}: the hub answered {code}", hub_client.LATER) from None
+        raise hub_client.without_answer(name, error) from None
 
 
 def checked_folder(folder: Path) -> Path:

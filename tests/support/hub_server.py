@@ -36,6 +36,7 @@ class Hub:
 
     Attributes:
         refuse: path fragment → status that requests with it are answered with.
+        silent: path fragments; requests with one are taken and never answered.
         part_bytes: LFS files that are larger go in parts of so many bytes.
         seen: (method, path, whether it carried the token) of every request.
     """
@@ -46,6 +47,8 @@ class Hub:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.verified: set[str] = set()
         self.refuse: dict[str, int] = {}
+        self.silent: set[str] = set()
+        self.over = threading.Event()
         self.part_bytes = 1 << 30
         self.seen: list[tuple[str, str, bool]] = []
         self.address = ""
@@ -68,6 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         has_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         self.hub.seen.append((self.command, path, "Authorization" in self.headers))
+        if any(fragment in path for fragment in self.hub.silent):
+            self.close_connection = True
+            self.hub.over.wait()
+            return None
         for fragment, status in self.hub.refuse.items():
             if fragment in path:
                 return self._answer(status, {"error": "no, and your token is " + TOKEN})
@@ -227,6 +234,7 @@ def serving() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

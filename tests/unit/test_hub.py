@@ -163,6 +163,19 @@ def test_refusals(
         assert hub.repositories[REPOSITORY].files == {}
 
 
+@pytest.mark.parametrize("where", ["repos/create", "/commit/", pytest.param("/storage/", marks=pytest.mark.slow)])
+def test_a_hub_that_stops_answering(
+    where: str, push: Callable[..., tuple[int, str]], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.silent.add(where)
+    code, output = push("adapter")
+    assert code == OfflineError.exit_code and "the hub stopped answering" in output, output
+    assert len([path for _, path, _ in hub.seen if where in path]) <= 6
+    hub.silent.clear()
+    assert push("adapter")[0] == 0
+
+
 def test_a_public_repository_is_not_pushed_to_by_mistake(push: Callable[..., tuple[int, str]], hub: Hub) -> None:
     hub.repositories[REPOSITORY] = Repository(private=False)
     code, output = push("adapter")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.hub_downloads import ask
 
 from kolotune import errors, models
 from kolotune.errors import ConfigError, ModelError
@@ -112,33 +111,6 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
-ASK = """
-import json, sys, time
-from kolotune import models
-from kolotune.errors import KolotuneError
-from kolotune.reporter import JsonReporter
-from huggingface_hub import constants
-for name in sys.argv[2:]:
-    clock = time.monotonic()
-    try:
-        told = {"folder": str(models.resolve(name, sys.argv[1] or None, JsonReporter()))}
-    except KolotuneError as error:
-        told = {"kind": type(error).__name__, "code": error.exit_code, "cause": error.cause, "hint": error.hint}
-    print("answer", json.dumps({**told, "name": name, "seconds": time.monotonic() - clock}))
-"""
-
-
-def ask(endpoint: str, cache: Path, *names: str, token_file: str = "", **env: str) -> tuple[dict[str, Any], str]:
-    """What `models.resolve` says to each name in a process of its own; and everything that was printed."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    more = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    argv = [sys.executable, "-c", ASK, token_file, *names]
-    done = subprocess.run(argv, env={**clean, **more, **env}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("answer ")]
-    return {each["name"]: each for each in answers}, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def answers(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     cache = tmp_path_factory.mktemp("hub")
@@ -225,11 +197,13 @@ def test_a_hub_that_asks_for_hours_is_not_waited_for(hub: str, tmp_path: Path) -
     assert "Traceback" not in output
 
 
-def test_a_hub_that_says_nothing_cannot_be_reached(hub: str, tmp_path: Path) -> None:
+def test_a_hub_that_breaks_off_or_has_no_such_name(hub: str, tmp_path: Path) -> None:
     found, output = ask(hub, tmp_path, "t/drop")
     nowhere, _ = ask("http://hub.invalid", tmp_path, "t/any")
+    assert "the connection to the hub broke off" in found["t/drop"]["cause"]
+    assert "can't be reached: the name hub.invalid can't be resolved" in nowhere["t/any"]["cause"]
     for each in (found["t/drop"], nowhere["t/any"]):
-        assert each["code"] == 7 and "can't be reached" in each["cause"]
+        assert each["code"] == 7 and each["hint"]
         assert each["seconds"] < 60
     assert "Traceback" not in output
 
@@ -253,11 +227,13 @@ def test_a_download_that_is_cut_is_told_and_not_taken_for_whole(hub: str, tmp_pa
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
 
 
-@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {}])
-def test_offline_is_its_own_message(tmp_path: Path, env: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("env", "words"), [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"), ({}, "the connection is refused")]
+)
+def test_offline_is_its_own_message(tmp_path: Path, env: dict[str, str], words: str) -> None:
     found, _ = ask("http://127.0.0.1:9", tmp_path, "t/any", **env)
     assert found["t/any"]["code"] == 7
-    assert "can't be reached" in found["t/any"]["cause"]
+    assert f"can't be reached: {words}" in found["t/any"]["cause"]
     assert found["t/any"]["seconds"] < 30
 
 

@@ -1,0 +1,172 @@
+"""Downloads from a hub that stalls, trickles, breaks off or sends something else: each ends, by itself, in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import bad_server
+from support.hub_downloads import answers, ask, start
+from support.mounts import tmpfs
+
+SHA = "a" * 40
+WEIGHTS = struct.pack("<Q", 2) + b"{}" + bytes(11 << 20)  # more than the hub's client reads before it writes
+FILES = {
+    "config.json": json.dumps({"architectures": ["LlamaForCausalLM"]}).encode(),
+    "tokenizer.json": b"{}",
+    "model.safetensors": struct.pack("<Q", 80)
+    + json.dumps({"a": {"dtype": "U8", "shape": [len(WEIGHTS)], "data_offsets": [0, len(WEIGHTS)]}}).encode().ljust(80)
+    + WEIGHTS,
+}
+IMPATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+
+
+class Hub(bad_server.Handler):
+    """Does with the weights, or already with the question for the model, what the repository's name says."""
+
+    seen: list[tuple[str, str]] = []  # noqa: RUF012 - filled by all handlers
+    mended: set[str] = set()  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        type(self).seen.append((self.command, path))
+        if found := re.fullmatch(r"/api/models/t/([^/]+)(/revision/[^/]+)?", path):
+            named = [{"rfilename": each} for each in FILES]
+            described = {"id": f"t/{found[1]}", "modelId": f"t/{found[1]}", "sha": SHA, "siblings": named}
+            return self.describe(found[1], json.dumps(described).encode())
+        if re.fullmatch(r"/api/models/t/[^/]+/tree/[^/]+", path):
+            listed = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in FILES.items()]
+            body = json.dumps(listed).encode()
+            self.begin(200, len(body), Content_Type="application/json")
+            self.wfile.write(body)
+            return None
+        _, _, kind, _, _, name = path.split("/")
+        return self.file("good" if name != "model.safetensors" or kind in self.mended else kind, name)
+
+    do_HEAD = do_GET
+
+    def describe(self, kind: str, body: bytes) -> None:
+        if kind == "no-answer":
+            return self.hold()
+        self.begin(200, len(body), Content_Type="application/json")
+        if kind == "trickled-answer":
+            return self.trickle(body)
+        self.wfile.write(body)
+        return None
+
+    def file(self, kind: str, name: str) -> None:
+        body, headers = FILES[name], {"X_Repo_Commit": SHA, "ETag": f'"{hashlib.sha256(FILES[name]).hexdigest()}"'}
+        if self.command == "HEAD":
+            return self.hold() if kind == "no-headers" else self.begin(200, len(body), **headers)
+        if kind == "changed":
+            body = body[:-1] + b"\x01"
+        if kind == "short":
+            body = body[:-1]
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if kind == "goes-on" and asked:
+            headers["Content_Range"] = f"bytes {asked[1]}-{len(body) - 1}/{len(body)}"
+            self.begin(206, len(body) - int(asked[1]), **headers)
+            self.wfile.write(body[int(asked[1]) :])
+            return None
+        self.begin(200, len(body), **headers)
+        if kind == "no-body":
+            return self.hold()
+        if kind == "trickled-body":
+            return self.trickle(body)
+        if kind == "dropped":
+            return self.drop(body[:1000])
+        if kind in ("goes-on", "begins-again"):
+            return self.drop(body[: (10 << 20) + 1000])
+        self.wfile.write(body)
+        return None
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    with bad_server.serving(Hub) as address:
+        yield address
+
+
+CASES = {
+    "no-answer": "the hub stopped answering",
+    "trickled-answer": "the hub stopped answering",
+    "no-body": "the hub stopped answering",
+    "trickled-body": "the hub stopped answering",
+    "dropped": "the connection to the hub broke off",
+    "begins-again": "breaks off in the same file every time",
+    "short": "a file came shorter or longer than the hub says it is",
+    "changed": "model.safetensors came with other bytes than the hub has",
+}
+
+
+@pytest.fixture(scope="module")
+def told(hub: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], str, Path]]:
+    """What was said to each case, with everything that was printed and the cache: most of it is waiting."""
+    caches = {kind: tmp_path_factory.mktemp(kind) for kind in CASES}
+    started = {kind: start(hub, cache, f"t/{kind}", **IMPATIENT) for kind, cache in caches.items()}
+    found = {}
+    for kind, child in started.items():
+        said, output = answers(child)
+        found[kind] = (said[f"t/{kind}"], output, caches[kind])
+    return found
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_it_ends_by_itself_and_nothing_is_taken_for_whole(kind: str, told: Any) -> None:
+    said, output, cache = told[kind]
+    require_an_end(said, kind, CASES[kind])
+    assert "Traceback" not in output
+    weights = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
+    assert weights == []
+
+
+@pytest.mark.slow  # the hub's client waits longer and longer between its tries
+def test_a_hub_that_says_nothing_of_a_file(hub: str, tmp_path: Path) -> None:
+    said, output = ask(hub, tmp_path, "t/no-headers", **IMPATIENT)
+    require_an_end(said["t/no-headers"], "no-headers", "the hub stopped answering")
+    assert "Traceback" not in output
+
+
+def require_an_end(said: dict[str, Any], kind: str, words: str) -> None:
+    assert said.get("kind") == "OfflineError", said
+    assert words in said["cause"] and said["cause"].startswith(f"t/{kind}: ")
+    assert "finished files are kept" in said["hint"]
+    assert said["seconds"] < 60
+    assert not said["is_there"]
+
+
+@pytest.mark.parametrize("kind", ["no-body", "trickled-body", "dropped", "short", "changed", "begins-again"])
+def test_trying_again_has_an_end_and_finished_files_are_kept(kind: str, told: Any, hub: str) -> None:
+    cache = told[kind][2]
+    place = f"/t/{kind}/resolve/{SHA}/"
+
+    def fetched() -> list[str]:
+        return [path.removeprefix(place) for method, path in Hub.seen if method == "GET" and path.startswith(place)]
+
+    before = fetched()
+    assert sorted(set(before)) == sorted(FILES)
+    assert before.count("config.json") == before.count("tokenizer.json") == 1
+    assert before.count("model.safetensors") <= 7
+    Hub.mended.add(kind)
+    said, _ = ask(hub, cache, f"t/{kind}", **IMPATIENT)
+    assert fetched()[len(before) :] == ["model.safetensors"]
+    found = Path(said[f"t/{kind}"]["folder"])
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == FILES
+
+
+def test_a_file_that_breaks_off_is_gone_on_with(hub: str, tmp_path: Path) -> None:
+    said, _ = ask(hub, tmp_path, "t/goes-on", **IMPATIENT)
+    assert (Path(said["t/goes-on"]["folder"]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_a_full_disk_is_not_told_as_the_network(hub: str, mount: Callable[..., Path]) -> None:
+    said, output = ask(hub, tmpfs(mount, "4m"), "t/good", **IMPATIENT)
+    assert said["t/good"]["kind"] == "SpaceError", said
+    assert "the disk is full" in said["t/good"]["cause"]
+    assert not said["t/good"]["is_there"] and "Traceback" not in output
