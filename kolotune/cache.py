@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
-from .errors import OfflineError, ToolchainError
+from .errors import KolotuneError, OfflineError, ToolchainError
 from .files import hash_file
 from .runners import local
+
+_OF_THE_NETWORK = "Check the network and pip's settings, then run the same command again."
+# What pip's log has when it fails, in the order of what tells most; pip itself tries five times.
+_CAUSES = (
+    ("ResolutionError|name resolution|Name or service not known|getaddrinfo", "its name can't be resolved"),
+    (r"(?:HTTP error|too many) ([45]\d\d)", "it answered {}"),
+    ("[Ii]ncomplete|Connection interrupted|IncompleteRead", "the download broke off"),
+    ("[Tt]imed out|TimeoutError", "it stopped answering"),
+    ("Connection refused|ConnectionError|connection broken", "it can't be reached"),
+    ("No matching distribution", "it has no such file for this machine"),
+)
 
 
 def cache_folder(kind: str) -> Path:
@@ -46,10 +58,24 @@ def fetch_package(requirement: str, sha256: str, into: Path, *, source: bool = F
         code = local.run([*argv, "--dest", folder, "--requirement", str(wanted)], log=log)
         found = sorted(Path(folder).iterdir())
         if code != 0 or len(found) != 1:
-            raise OfflineError(
-                f"{requirement}: could not be downloaded with pip: {local.last_lines(log)}",
-                "Check the network and pip's settings, then run the same command again.",
-            )
+            raise _why(requirement, log)
         if hash_file(found[0]) != sha256:
-            raise ToolchainError(f"{requirement}: the download is not the pinned file", "Check pip's index settings.")
+            raise _not_the_pinned(requirement)
         return found[0].replace(into / found[0].name)
+
+
+def _not_the_pinned(requirement: str) -> ToolchainError:
+    return ToolchainError(
+        f"{requirement}: the package index has another file than the pinned one", "Check pip's index settings."
+    )
+
+
+def _why(requirement: str, log: Path) -> KolotuneError:
+    """Why pip could not download it, from what it said."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if "DO NOT MATCH THE HASHES" in text:
+        return _not_the_pinned(requirement)
+    for words, cause in _CAUSES:
+        if found := re.search(words, text):
+            return OfflineError(f"{requirement}: the package index: {cause.format(*found.groups())}", _OF_THE_NETWORK)
+    return OfflineError(f"{requirement}: could not be downloaded with pip: {local.last_lines(log)}", _OF_THE_NETWORK)
