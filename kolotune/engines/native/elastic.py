@@ -41,6 +41,9 @@ def launch(job: TrainJob, job_file: str, *, watched: bool) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.nproc)))
     os.environ[WATCH_STDIN] = str(int(watched))
+    # A store of its own for each start. In a shared one (torch 2.13) processes that are started again find the addresses
+    # of those before them and wait for each other, and a machine that comes back waits for an address that is told once.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     from torch.distributed import run
 
     try:
@@ -66,8 +69,6 @@ def arguments(job: TrainJob, job_file: str) -> list[str]:
         host, port = _meeting_place(job.rdzv or "")
         here, there = _addresses(host, port)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(here))
-        # Otherwise a machine that comes back waits for the address of a store that the others (torch 2.13) tell once.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # Whose address it is keeps the store: torchrun alone would go by host names.
         conf = (
             f"is_host={int(here == there)},join_timeout={_WAIT_SECONDS},last_call_timeout={_JOIN_SECONDS},"

@@ -151,7 +151,7 @@ def test_many_templates_and_threads_at_once() -> None:
 
 
 def _rendered(task: tuple[ChatTemplate, str]) -> str:
-    limits.SECONDS, limits._GRACE_SECONDS = 0.3, 0.2
+    limits.SECONDS, limits._GRACE_SECONDS = 1.0, 0.2
     try:
         return task[0].render(turns(task[1]))
     except TemplateError as error:
