@@ -20,11 +20,14 @@ demo: setup
 	$(BIN)/kolotune run --config examples/lighthouse/kolotune.yaml --output-dir $(DEMO)
 	$(BIN)/python examples/lighthouse/judge.py $(DEMO) --limit 1
 
+# By files, since tests of one file share what is costly to make; two at a time, since a training has threads of its own.
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -m ""
+	$(TEST) -m ""
 
 # A real Docker engine of its own, with a data folder that is kept, so that a second time is quick. Needs root.
 test-container: setup

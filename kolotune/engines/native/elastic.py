@@ -41,8 +41,8 @@ def launch(job: TrainJob, job_file: str, *, watched: bool) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.nproc)))
     os.environ[WATCH_STDIN] = str(int(watched))
-    # A store of its own for each start. In a shared one (torch 2.13) processes that are started again find the addresses
-    # of those before them and wait for each other, and a machine that comes back waits for an address that is told once.
+    # A store of its own for each start. In a shared one (torch 2.13) processes that are started again find addresses of
+    # those before them and wait for each other, and a machine that comes back waits for one that is told once.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     from torch.distributed import run
 
