@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from support.runs import ROAD
 
 from faults import calls, forking
 from faults.calls import Point
@@ -34,9 +38,12 @@ def at_every_call(room: Room, name: str, every: int = 1) -> tuple[int, int]:
     folder = room.root / "traced"
     done = set(NAMES[: NAMES.index(name)])  # those behind it wait for it
     running: list[forking.Fork] = []
+    compares = name in NAMES[-2:]  # what training measured is new each time, and comparing takes longer than the rest
+    stages = pipeline.NAMES if compares else ROAD
 
     def start() -> int:
-        running.append(room.start(folder, prelude=lambda: _wait_to_be_traced(reports=name == NAMES[-1])))
+        waits = partial(_wait_to_be_traced, reports=name == NAMES[-1])
+        running.append(room.start(folder, prelude=waits, compares=compares))
         return running[-1].pid
 
     def wait(pid: int) -> None:
@@ -57,14 +64,18 @@ def at_every_call(room: Room, name: str, every: int = 1) -> tuple[int, int]:
     def check(point: Point) -> None:
         try:
             room.require_good(folder, done)
-            code = room.start(folder, prelude=lambda: _without_report(name == NAMES[-1])).wait()
+            code = room.start(folder, partial(_without_report, name == NAMES[-1]), compares).wait()
             if code != 0:
                 raise Broken(f"the next run ended with code {code}: {room.output(folder).read_text()[-500:]}")
-            room.require_finished(folder)
+            room.require_finished(folder, stages)
         except Broken as error:
             raise Broken(f"{name}, killed at {point.call} {point.count} of {point.path}: {error}") from error
 
-    return calls.at_every_call(folder, start, wait, prepare, check, lambda points: points[::every])
+    def choose(points: Sequence[Point]) -> Sequence[Point]:
+        print(f"{name}: {len(points[::every])} calls", flush=True)
+        return points[::every]
+
+    return calls.at_every_call(folder, start, wait, prepare, check, choose)
 
 
 def _undo(run: RunFolder, name: str) -> None:
