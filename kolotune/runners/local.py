@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0
 _FULL_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 16
+_SAID_BYTES = 4000
 # Values of these are secrets or would leak into what a child writes.
 _KEPT_FROM_CHILDREN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -81,6 +85,91 @@ def run(
         # Programs say it in many words, llama.cpp's quantizer as "iostream error".
         raise SpaceError(f"{log.parent}: the disk is full")
     return code
+
+
+class ProgramError(Exception):
+    """A program ended with another code than 0.
+
+    Args:
+        code: the exit code.
+        said: the end of its standard error.
+    """
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(said)
+        self.code, self.said = code, said
+
+
+def through(argv: Sequence[str], typed: Iterable[bytes] = ()) -> Iterator[bytes]:
+    """What a program writes to its standard output, as it comes, while `typed` goes into its standard input.
+
+    Args:
+        argv: the program and its arguments, never a shell string. It does not get the hub's tokens.
+        typed: read in a thread; what is raised there is raised here.
+
+    Raises:
+        ProgramError: it ended with another code than 0.
+        OSError: it can't be started.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=inherited, bufsize=0
+        )
+        failed: list[BaseException] = []
+        feeder = threading.Thread(target=_feed, args=(child, typed, failed), daemon=True)
+        feeder.start()
+        try:
+            assert child.stdout is not None
+            while piece := child.stdout.read(_PIECE_BYTES):
+                yield piece
+            code = child.wait()
+        finally:
+            _end(child)
+            feeder.join(_PATIENCE_SECONDS)
+            child.stdout.close()  # type: ignore[union-attr]
+        if failed:
+            raise failed[0]
+        if code != 0:
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - _SAID_BYTES))
+            raise ProgramError(code, errors.read().decode("utf-8", "replace"))
+
+
+def _feed(child: subprocess.Popen[bytes], typed: Iterable[bytes], failed: list[BaseException]) -> None:
+    """Writes `typed` into a child; notes what goes wrong with it. A child that reads no more is no failure of ours."""
+    assert child.stdin is not None
+    try:
+        for piece in typed:
+            view = memoryview(piece)
+            while view:
+                view = view[child.stdin.write(view) :]
+    except BrokenPipeError:
+        pass
+    except BaseException as error:
+        failed.append(error)
+    finally:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+
+
+def detached(argv: Sequence[str], log: Path) -> int:
+    """Starts a program that goes on when this process, its terminal or its connection ends.
+
+    Args:
+        argv: the program and its arguments, never a shell string.
+        log: file that its output is appended to.
+
+    Returns:
+        Its process number.
+
+    Raises:
+        OSError: it can't be started, or the log can't be written.
+    """
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return child.pid
 
 
 @contextlib.contextmanager

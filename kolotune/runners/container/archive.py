@@ -1,4 +1,4 @@
-"""Tars that go into the container and come out of it, piece by piece and without trust in what they say."""
+"""Tars that go into a container or to a machine and come back, piece by piece and without trust in what they say."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class _Stream:
 def unpack(chunks: Iterable[bytes], name: str, target: Path) -> None:
     """Writes the file or folder `name` of a tar to `target`, which does not exist yet.
 
-    Only plain files and folders below `name` are accepted: a container that was taken over must not reach any
-    other place on this machine, so there are no links, no devices, no ``..`` and no absolute names.
+    Only plain files and folders below `name` are accepted: a container or machine that was taken over must not reach
+    any other place on this one, so there are no links, no devices, no ``..`` and no absolute names.
 
     Raises:
         ArtifactError: the tar is cut off or holds something else.
@@ -110,9 +110,9 @@ def unpack(chunks: Iterable[bytes], name: str, target: Path) -> None:
         if not stream.is_whole():
             raise tarfile.ReadError("it is cut off")
     except tarfile.TarError as error:
-        raise ArtifactError(f"{name}: came out of the container damaged: {error}") from None
+        raise ArtifactError(f"{name}: came damaged: {error}") from None
     if not target.exists():
-        raise ArtifactError(f"{name}: did not come out of the container")
+        raise ArtifactError(f"{name}: did not come")
 
 
 def _unpack_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, name: str, target: Path) -> None:
@@ -120,7 +120,7 @@ def _unpack_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, name: str, targe
     # A backslash or a colon is part of a name on Linux, and a way out of the folder on Windows.
     strange = path.is_absolute() or ".." in path.parts or any(char in entry.name for char in "\\:\0")
     if strange or path.parts[:1] != (name,) or not (entry.isreg() or entry.isdir()):
-        raise ArtifactError(f"{entry.name!r}: came out of the container, and is no plain file of {name!r}")
+        raise ArtifactError(f"{entry.name!r}: came, and is no plain file of {name!r}")
     place = target.joinpath(*path.parts[1:])
     if entry.isdir():
         place.mkdir(exist_ok=True)
@@ -130,4 +130,4 @@ def _unpack_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, name: str, targe
     with place.open("xb") as handle:
         shutil.copyfileobj(source, handle, _CHUNK)
     if place.stat().st_size != entry.size:
-        raise ArtifactError(f"{entry.name}: came out of the container cut off")
+        raise ArtifactError(f"{entry.name}: came cut off")

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from ...errors import KolotuneError
 from ...files import Hasher, files_of, remove, replacing, size_of, write_json
@@ -26,12 +26,34 @@ _SMALL_BYTES = 100_000
 _MODULE = "kolotune.runners.container.inside"
 
 
+class Store(Protocol):
+    """Folders elsewhere, beside a kolotune that can be asked about them."""
+
+    @property
+    def inputs(self) -> PurePosixPath:
+        """Where files are sent to, each into a folder of its own."""
+
+    def ask(self, command: str, *arguments: object) -> Any:
+        """What `inside` answers there."""
+
+    def send(self, items: Iterable[Item], target: PurePosixPath) -> None:
+        """Puts a folder of files at `target`, whole or not at all."""
+
+    def fetch(self, source: PurePosixPath, target: Path) -> None:
+        """Takes a file or folder out to `target`, which does not exist yet."""
+
+
 @dataclass(frozen=True)
 class Volume:
     """The container's volume."""
 
     docker: Docker
     found: Found
+
+    @property
+    def inputs(self) -> PurePosixPath:
+        """Where files are sent to, each into a folder of its own."""
+        return places.INPUTS
 
     def ask(self, command: str, *arguments: object) -> Any:
         """What `inside` answers."""
@@ -73,7 +95,7 @@ class Sender:
         reporter: told when it may take a while.
     """
 
-    def __init__(self, volume: Volume, hasher: Hasher, paths: Paths, reporter: Reporter) -> None:
+    def __init__(self, volume: Store, hasher: Hasher, paths: Paths, reporter: Reporter) -> None:
         self._volume, self._hasher, self._paths, self._reporter = volume, hasher, paths, reporter
         self._settled: dict[Path, PurePosixPath] = {}
 
@@ -87,7 +109,7 @@ class Sender:
     def _send(self, host: Path) -> PurePosixPath:
         if not host.exists():
             return places.MISSING / uuid.uuid4().hex[:8] / _name(host)
-        folder = places.input_folder(_name(host), self._hasher.of(host))
+        folder = self._volume.inputs / places.input_name(_name(host), self._hasher.of(host))
         inside = folder / _name(host)
         if self._volume.ask("have", inside) != [True]:
             if (size := size_of(host)) >= _LARGE_BYTES:
@@ -105,7 +127,7 @@ class Sender:
     def place_text(self, name: str, text: str, host: Path) -> PurePosixPath:
         """The path inside of a text that stands for the host's file `host`."""
         content = text.encode()
-        inside = places.input_folder(name, hashlib.sha256(content).hexdigest()) / name
+        inside = self._volume.inputs / places.input_name(name, hashlib.sha256(content).hexdigest()) / name
         if self._volume.ask("have", inside) != [True]:
             self._volume.send([Item(name, content)], inside.parent)
         self._paths.add(inside, host)
@@ -139,7 +161,7 @@ def seed(volume: Volume, host: RunFolder, target: PurePosixPath, rewritten: Mapp
 
 
 def bring_out(
-    volume: Volume, source: PurePosixPath, host: RunFolder, paths: Paths, *, with_checkpoints: bool = False
+    volume: Store, source: PurePosixPath, host: RunFolder, paths: Paths, *, with_checkpoints: bool = False
 ) -> list[str]:
     """Brings a run folder's results and records to the host; what has not changed is left as it is.
 
@@ -195,7 +217,7 @@ def _unit(name: str, run: RunFolder) -> str:
 
 def _stays(name: str, run: RunFolder, with_checkpoints: bool) -> bool:
     """Whether a file belongs to the place where the work is done."""
-    local = [run.lock, run.lock_holder, run.hash_cache, run.brought]
+    local = [run.lock, run.lock_holder, run.hash_cache, run.brought, run.launched, run.machines]
     if not with_checkpoints:
         local.append(run.checkpoints)
     parts = PurePosixPath(name).parts

@@ -27,6 +27,11 @@ class Paths:
         self._pairs.append((str(inside), str(host)))
         self._pairs.sort(key=lambda pair: -len(pair[0]))
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """What was added, as texts: inside, host."""
+        return tuple(self._pairs)
+
     def host(self, text: str) -> str:
         """`text` with the host's paths in place of those inside."""
         for inside, outside in self._pairs:

@@ -13,7 +13,7 @@ DEFAULT_NAME = "kolo_container"
 VERSION_LABEL = "kolotune.version"
 VOLUME = PurePosixPath("/runs")
 INPUTS = VOLUME / ".inputs"
-"""Files sent in, each in a folder of its own (`input_folder`)."""
+"""Files sent in, each in a folder of its own (`input_name`)."""
 MISSING = INPUTS / "missing"
 """Stands for what is not there on the host either, so that the verb itself says so, in its own words."""
 OUTSIDE = VOLUME / ".out"
@@ -39,9 +39,9 @@ def volume_of(name: str) -> str:
     return f"{name}_runs"
 
 
-def input_folder(name: str, content: str) -> PurePosixPath:
-    """The folder for a file of that name and hash of content; the same content under two names is two files."""
-    return INPUTS / hashlib.sha256(f"{content} {name}".encode()).hexdigest()[:32]
+def input_name(name: str, content: str) -> str:
+    """What the folder of a file of that name and hash of content is called; the same content twice is two files."""
+    return hashlib.sha256(f"{content} {name}".encode()).hexdigest()[:32]
 
 
 def run_folder(host: Path) -> PurePosixPath:

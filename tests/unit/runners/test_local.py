@@ -17,6 +17,8 @@ import pytest
 from kolotune.errors import ArtifactError
 from kolotune.runners import local
 
+SOURCE = str(Path(local.__file__).parents[2])
+
 
 def code(text: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(text)]
@@ -206,3 +208,37 @@ def test_the_watch_is_not_in_the_way_of_an_ordinary_end(tmp_path: Path) -> None:
     program = code("from kolotune.runners import watchdog; watchdog.end_with_parent(); print('done')")
     assert local.run(program, log=tmp_path / "log", ends_with_us=True) == 0
     assert (tmp_path / "log").read_text() == "done\n"
+
+
+def test_what_goes_through_a_program_comes_back_whatever_its_size() -> None:
+    pieces = [os.urandom(100_000) for _ in range(30)]
+    assert b"".join(local.through(["cat"], iter(pieces))) == b"".join(pieces)
+
+
+def test_a_program_that_fails_is_told_with_its_code_and_words() -> None:
+    program = code("import sys; print('half', flush=True); sys.exit('no room')")
+    came = []
+    with pytest.raises(local.ProgramError) as failed:
+        for piece in local.through(program, [b"more than it reads"] * 100_000):
+            came.append(piece)
+    assert (failed.value.code, failed.value.said.strip(), b"".join(came)) == (1, "no room", b"half\n")
+
+
+def test_what_can_not_be_read_ends_it() -> None:
+    def broken() -> Any:
+        yield b"a"
+        raise ArtifactError("it changed")
+
+    with pytest.raises(ArtifactError, match="it changed"):
+        list(local.through(["cat"], broken()))
+
+
+def test_a_detached_program_outlives_its_parent(tmp_path: Path) -> None:
+    child = code("import os, sys, time; time.sleep(1); print(os.getsid(0) == os.getpid())")
+    program = f"from pathlib import Path; from kolotune.runners import local; local.detached({child!r}, Path('log'))"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": SOURCE})
+    assert not (tmp_path / "log").read_text()
+    deadline = time.monotonic() + 60
+    while (tmp_path / "log").read_text() != "True\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
