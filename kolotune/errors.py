@@ -28,6 +28,7 @@
     ├── FidelityError                28   what is served is not the model that was trained
     ├── ManifestError                26   there is no usable manifest, or something is not what it says
     ├── HubError                     27   the hub refused what was pushed, or the repository is not as it should be
+    ├── LaunchError                  29   a scheduler or another machine refused, can't be reached, or lost the job
     └── Interrupted                 130   Ctrl-C or a termination signal
 
 Each carries one line of cause, one line of what to do (``hint``) and the exit code above. The command
@@ -184,6 +185,11 @@ class ManifestError(KolotuneError):
 class HubError(KolotuneError):
     exit_code = 27
     default_hint = "Run the same command again: what the hub has already is not sent twice."
+
+
+class LaunchError(KolotuneError):
+    exit_code = 29
+    default_hint = "Without --submit, `kolotune launch` shows each command, to be tried by hand."
 
 
 class Interrupted(KolotuneError):

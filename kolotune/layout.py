@@ -142,6 +142,29 @@ class RunFolder:
         """The name under which the run was last put into Ollama."""
         return self.state / "installed.json"
 
+    @property
+    def launched(self) -> Path:
+        """The job that `launch` has handed to a scheduler or to other machines."""
+        return self.state / "launched.json"
+
+    @property
+    def launching(self) -> Path:
+        """What Slurm needs and writes: the job's script and its logs."""
+        return self.state / "launching"
+
+    @property
+    def part(self) -> Path:
+        """Of which launched job this folder is a part, so that a machine that comes back knows it."""
+        return self.state / "part.json"
+
+    def of_machine(self, number: int) -> RunFolder:
+        """The run folder of one of several machines, which may share a disk: the first has this one."""
+        return RunFolder(self.machines / str(number)) if number else self
+
+    @property
+    def machines(self) -> Path:
+        return self.state / "machines"
+
     def record(self, stage: str) -> Path:
         return self.state / f"{stage}.json"
 

@@ -34,9 +34,9 @@ CHATS = frozenset({"data", "train_data", "eval_data"})
 FILES = frozenset({"adapter", "folder", "manifest"})
 BASES = frozenset({"base_model", "base"})
 RUNS = frozenset({"run", "output_dir"})
-OTHERS = frozenset({"config", "out", "hf_token"})
+OTHERS = frozenset({"config", "out", "hf_token", "ssh_config"})
 # Their work is on this machine wherever the model was trained.
-HERE = frozenset({"init", "install", "push", "rebuild", "runs", "serve", "uninstall"})
+HERE = frozenset({"cancel", "follow", "init", "install", "launch", "push", "rebuild", "runs", "serve", "uninstall"})
 # They change nothing that would have to come out.
 LOOKING = frozenset({"check", "chat", "doctor", "models", "plan", "status", "verify"})
 # Verbs without --config whose flags are options of `Config` all the same.

@@ -111,14 +111,18 @@ def given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(
-    flags: Mapping[str, Any], data: list[Path] | None = None, config_file: Path | None = None, saved: Path | None = None
+    flags: Mapping[str, Any],
+    data: list[Path] | None = None,
+    config_file: Path | None = None,
+    saved: Path | None = None,
+    beneath: Mapping[str, Any] | None = None,
 ) -> Config:
-    """One config from a run folder's saved one, a file and flags, in rising order of weight.
+    """One config from what lies `beneath`, a run folder's saved one, a file and flags, in rising order of weight.
 
     Raises:
         ConfigError: unknown keys or impossible values, all told at once.
     """
-    layers: list[tuple[Mapping[str, Any], str, Path]] = []
+    layers: list[tuple[Mapping[str, Any], str, Path]] = [(beneath, "launch", Path.cwd())] if beneath else []
     for file in (saved, config_file):
         if file is not None:
             layers.append((configs.load_file(file), str(file), file.absolute().parent))

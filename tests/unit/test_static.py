@@ -153,6 +153,7 @@ PRINTING = (
     "kolotune/engines/native/elastic.py",
     "kolotune/engines/torchtune/environment.py",
     "kolotune/engines/torchtune/inside/kolotune_recipe/events.py",
+    "kolotune/launching/node.py",
     "kolotune/llamacpp/dry_quantizing.py",
     "kolotune/llamacpp/importance.py",
     "kolotune/llamacpp/messages.py",

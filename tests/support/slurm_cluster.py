@@ -1,0 +1,133 @@
+"""A real Slurm of one or two machines, for as long as a test: munge, slurmctld, and a slurmd on each host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .hosts import Host
+
+
+def why_not() -> str:
+    """Why there can be no Slurm here; "" when there can."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "Slurm's daemons need root"
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "nsenter") if shutil.which(name) is None]
+    return f"{', '.join(missing)} is not installed" if missing else ""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Slurm.
+
+    Attributes:
+        env: what its programs need in their environment.
+        inside: what starts a program on its first machine.
+    """
+
+    env: dict[str, str]
+    inside: Sequence[str] = field(default_factory=list)
+
+    def told(self, *command: str) -> str:
+        """The output of one of Slurm's programs."""
+        argv = [*self.inside, *command]
+        return subprocess.run(argv, env={**os.environ, **self.env}, check=True, capture_output=True, text=True).stdout
+
+
+@contextlib.contextmanager
+def slurm_cluster(folder: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
+    """Starts Slurm.
+
+    Args:
+        folder: for its state and logs; not too long a path, since a socket's has an end.
+        hosts: its machines; none: this one.
+    """
+    for name in ("state", "run"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o600)
+    # Machines are called by their addresses, which need nobody to resolve them.
+    named = [host.address for host in hosts] or ["127.0.0.1"]
+    config = folder / "slurm.conf"
+    config.write_text(_settings(folder, named), encoding="ascii")
+    first = _inside(hosts[0]) if hosts else []
+    with contextlib.ExitStack() as stack:
+        start = _starter(stack, folder)
+        start("munged", [
+            "munged", "--force", "--foreground", f"--socket={folder}/run/munge", f"--key-file={folder}/munge.key",
+            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed",
+        ])  # fmt: skip
+        _wait(lambda: (folder / "run" / "munge").exists())
+        start("slurmctld", [*first, "slurmctld", "-D", "-f", str(config)])
+        for at, name in enumerate(named):
+            start(
+                f"slurmd-{name}",
+                [*(_inside(hosts[at]) if hosts else ()), "slurmd", "-D", "-N", name, "-f", str(config)],
+            )
+        cluster = Cluster({"SLURM_CONF": str(config)}, first)
+        _wait(lambda: cluster.told("sinfo", "--noheader", "--format=%D", "--states=idle").split() == [str(len(named))])
+        yield cluster
+        subprocess.run([*first, "scancel", "--state=RUNNING"], env={**os.environ, **cluster.env}, check=False)
+
+
+def _settings(folder: Path, named: Sequence[str]) -> str:
+    ports = [_free_port(), _free_port()] if len(named) == 1 else [16817, 16818]
+    lines = [
+        "ClusterName=tests", f"SlurmctldHost={socket.gethostname()}({named[0]})", "SlurmUser=root", "SlurmdUser=root",
+        "AuthType=auth/munge", f"AuthInfo=socket={folder}/run/munge", "CredType=cred/munge",
+        f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool-%n", f"SlurmctldPidFile={folder}/ctld.pid",
+        f"SlurmdPidFile={folder}/slurmd-%n.pid", f"SlurmctldPort={ports[0]}", f"SlurmdPort={ports[1]}",
+        "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_Core", "JobAcctGatherType=jobacct_gather/none", "MpiDefault=none",
+        "ReturnToService=2", "KillWait=15", "SchedulerParameters=batch_sched_delay=0",
+        *[f"NodeName={name} NodeAddr={name} CPUs={os.cpu_count()} State=UNKNOWN" for name in named],
+        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _inside(host: Host) -> list[str]:
+    """What starts a program on a host, with the /sys of all: `ip netns exec` would hide the cgroups from slurmd."""
+    return ["nsenter", f"--net=/run/netns/{host.name}"]
+
+
+def _starter(stack: contextlib.ExitStack, folder: Path) -> Callable[[str, list[str]], None]:
+    def start(name: str, argv: list[str]) -> None:
+        log = stack.enter_context((folder / f"{name}.out").open("ab"))
+        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        stack.callback(_end, daemon)
+
+    return start
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(20)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            if condition():
+                return
+        assert time.monotonic() < deadline, "Slurm did not start"
+        time.sleep(0.2)

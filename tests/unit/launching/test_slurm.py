@@ -1,0 +1,200 @@
+"""Slurm's script as text, and submitit's executor for this machine, which really runs the job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+from support import hosts
+from support import slurm_cluster as cluster_support
+from support.runs import losses
+from support.slurm_cluster import slurm_cluster
+
+from kolotune import config as configs
+from kolotune.errors import ConfigError, LaunchError
+from kolotune.launching.contract import LATER, Launched, Order, Quiet
+from kolotune.launching.slurm import Part, Slurm, _without_secrets
+from kolotune.layout import RunFolder
+
+Call = Callable[..., tuple[int, str]]
+WHY_NOT = cluster_support.why_not() or hosts.why_not()
+
+
+def order(folder: Path, machines: int = 1, name: str = "job-1", **more: Any) -> Order:
+    (folder / "chats.jsonl").write_text("{}\n")
+    options = {"train_data": "chats.jsonl", "nnodes": machines, "rdzv": LATER, "output_dir": folder / "out"}
+    return Order(configs.resolve((options, "test", folder)), name, 1.5, **more)
+
+
+def script(slurm: Slurm, wanted: Order) -> str:
+    return dict(slurm.plan(wanted).files)[str(wanted.config.output_dir / ".kolotune/launching/submission_file_JOB.sh")]
+
+
+def flags(text: str) -> dict[str, str]:
+    """What sbatch is told, by name."""
+    lines = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert all(len(words) == 1 for words in lines)
+    return dict(words[0].removeprefix("--").split("=", 1) for words in lines)
+
+
+def test_the_script_asks_for_what_was_wanted(tmp_path: Path) -> None:
+    slurm = Slurm(partition="gpu", account="lab", qos="high", more=("constraint=a100",))
+    told = flags(script(slurm, order(tmp_path, 4, gpus=8, cpus=16, memory_gb=1.5)))
+    wanted = {
+        "job-name": "job-1", "nodes": "4", "ntasks-per-node": "1", "time": "90", "gpus-per-node": "8",
+        "cpus-per-task": "16", "mem": "1536MB", "partition": "gpu", "account": "lab", "qos": "high",
+        "constraint": "a100",
+    }  # fmt: skip
+    assert wanted.items() <= told.items()
+    assert "gpus-per-node" not in flags(script(Slurm(), order(tmp_path)))
+
+
+def test_it_is_the_script_that_submitit_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "sbatch"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    wanted = order(tmp_path, 2, gpus=1)
+    launched = Slurm().submit(wanted, Quiet())
+    assert (launched.job, launched.machines) == ("7", 2)
+    folder = RunFolder(wanted.config.output_dir).launching
+    assert (folder / "7_submission.sh").read_text() == script(Slurm(), wanted)
+    assert submitit.SlurmJob(folder, "7").submission().function == Part(Slurm()._node(wanted))
+
+
+def test_a_folder_with_a_space_and_quotes_stays_one_word(tmp_path: Path) -> None:
+    room = tmp_path / 'it\'s a "$(touch owned)" room'
+    room.mkdir()
+    text = script(Slurm(), order(room))
+    command = next(line for line in text.splitlines() if line.startswith("srun "))
+    assert shlex.split(command)[-1] == str(room / "out/.kolotune/launching")
+    assert flags(text)["output"].startswith(str(room))
+
+
+@pytest.mark.parametrize(
+    "slurm",
+    [
+        Slurm(partition="a b"),
+        Slurm(account="$(x)"),
+        Slurm(qos="a\n#SBATCH --wrap=x"),
+        Slurm(more=("constraint",)),
+        Slurm(more=("a b=c",)),
+        Slurm(more=("comment=a\nb",)),
+    ],
+)
+def test_words_that_sbatch_would_misread(slurm: Slurm, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        slurm.plan(order(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a%jb", "a\nb"])
+def test_folders_that_slurm_would_misread(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match="output-dir"):
+        Slurm().plan(order(tmp_path / name))
+
+
+def test_secrets_are_not_exported_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"HF_TOKEN": "a", "WANDB_API_KEY": "b", "aws_secret_access_key": "c", "DB_PASSWORD": "d"}
+    for name, value in {**secrets, "LANGUAGE": "en"}.items():
+        monkeypatch.setenv(name, value)
+    with _without_secrets(keep=False):
+        assert not set(secrets) & set(os.environ) and os.environ["LANGUAGE"] == "en"
+    with _without_secrets(keep=True):
+        assert set(secrets) <= set(os.environ)
+    assert all(os.environ[name] == value for name, value in secrets.items())
+
+
+def test_without_slurm_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="no sbatch"):
+        Slurm().submit(order(tmp_path), Quiet())
+
+
+def test_a_job_that_is_over_without_a_word_is_told(tmp_path: Path) -> None:
+    launched = Launched("local", {}, str(2**22 + 1), 1, str(tmp_path))
+    logs = RunFolder(tmp_path).launching
+    logs.mkdir(parents=True)
+    (logs / f"{launched.job}_0_log.err").write_text("no space left\n")
+    with pytest.raises(LaunchError, match="no space left"):
+        Slurm("local").follow(launched, Quiet())
+
+
+@pytest.mark.slow
+def test_submitits_executor_for_this_machine_trains(
+    kolotune: Call, write_chats: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle as Slurm does it when it takes a machine back, it goes on where it was."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_Planted")
+    run = RunFolder(tmp_path / "out")
+    options = ["--base-model", tiny_base, "--epochs", "30", "--lora-rank", "2", "--dtype", "fp32", "--compile", "off"]
+    more = ["--no-compare", "--quantization", "none", "--output-dir", run.root, "--checkpoint-steps", "1"]
+    line = ["launch", write_chats(24), "--on", "local", *options, *more]
+    assert kolotune(*line)[0] == 0 and not run.root.exists(), "nothing is done without --submit"
+    code, output = kolotune(*line, "--submit", "--detach")
+    assert code == 0 and "kolotune follow" in output, output
+    launched = Launched.read(run)
+    deadline = time.monotonic() + 300
+    while not (run.metrics.is_file() and max(losses(run.metrics), default=0) >= 3):
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.05)
+    _take_back(int(launched.job))
+    code, output = kolotune("follow", run.root)
+    assert code == 0, output
+    assert "going on from step" in (run.log("launched").read_text() + run.log("train").read_text())
+    assert run.gguf.is_file() and "will run" not in kolotune("status", run.root)[1]
+    assert b"hf_Planted" not in b"".join(path.read_bytes() for path in run.state.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+def test_a_real_slurm_of_two_machines_trains(
+    kolotune: Call, write_chats: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_Planted")
+    chats, run = write_chats(24), RunFolder(tmp_path / "out")
+    options = ["--base-model", tiny_base, "--epochs", "2", "--lora-rank", "2", "--dtype", "fp32", "--compile", "off"]
+    more = ["--no-compare", "--quantization", "none"]
+    assert kolotune("run", chats, *options, *more, "--output-dir", tmp_path / "alone")[0] == 0
+    with hosts.two_hosts() as both, slurm_cluster(tmp_path / "slurm", both) as cluster:
+        line = ["launch", chats, "--on", "slurm", "--nnodes", "2", "--output-dir", run.root, *options, *more]
+        output = cluster.told(sys.executable, "-m", "kolotune", *map(str, line), "--submit")
+        assert "submitted: job " in output and "ok  train: " in output, output
+        assert all(host.sent() > 10_000 for host in both), "they talked over the network"
+        # Refused on one machine: it ends on both, and is told with its cause.
+        run.machines.rename(tmp_path / "away")
+        run.machines.write_text("in the way")
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            cluster.told(sys.executable, "-m", "kolotune", *map(str, line), "--submit", "--epochs", "3")
+        assert (failed.value.returncode, "machine 1: " in failed.value.stderr) == (29, True), failed.value.stderr
+    assert losses(run.metrics) == pytest.approx(losses(RunFolder(tmp_path / "alone").metrics), abs=1e-4)
+    assert b"hf_Planted" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def _take_back(controller: int) -> None:
+    """Sends what Slurm sends a job's step: the signal goes to each of its processes."""
+    import psutil
+    from submitit.local.local import LocalJobEnvironment
+
+    for each in psutil.Process(controller).children(recursive=True):
+        each.send_signal(LocalJobEnvironment._usr_sig())
+
+
+def test_the_extra_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    from kolotune.errors import ToolchainError
+
+    with pytest.raises(ToolchainError) as told:
+        Slurm().plan(order(tmp_path))
+    assert "kolotune[cluster]" in told.value.hint
