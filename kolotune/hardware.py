@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -10,6 +11,8 @@ from pathlib import Path
 from .version import VERSION
 
 _DEVICES = Path("/dev")
+# Where the kernel counts whom it killed because memory ran out: in this container (control groups v2), or everywhere.
+_KILL_COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
 # What changes the order or the kind of a processor's sums, and with it the last bits of a result.
 _INSTRUCTIONS = (
@@ -124,6 +127,16 @@ def _left_of_limit(group: Path) -> int | None:
         return None
     droppable = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))
     return max(0, int(limit) - used + droppable)
+
+
+def kills_for_memory() -> int | None:
+    """How many processes the kernel has killed so far because memory ran out; None where it does not say."""
+    for counter in _KILL_COUNTERS:
+        with contextlib.suppress(OSError, ValueError):
+            for line in counter.read_text(encoding="ascii").splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return None
 
 
 def peak_memory() -> tuple[int, int]:

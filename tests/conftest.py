@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.control_groups import memory_group  # noqa: F401 - a fixture
 from support.docker_engine import container, docker_engine, image, small_base  # noqa: F401 - fixtures
 from support.go_templates import go  # noqa: F401 - a fixture
 from support.mounts import mount  # noqa: F401 - a fixture

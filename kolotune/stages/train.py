@@ -20,7 +20,7 @@ from ..layout import RunFolder
 from ..models import canonical
 from ..records import Context
 from ..reporter import Progress, Reporter
-from ..runners import local
+from ..runners import kills, local
 
 NAME = "train"
 DOING = "training the adapter"
@@ -29,7 +29,6 @@ _OPTIONS = (
     "weight_decay", "batch_size", "gradient_accumulation", "max_grad_norm", "seed", "lora_rank", "lora_alpha",
     "lora_dropout", "target_modules", "early_stopping",
 )  # fmt: skip
-_KILLED = (-9, 137)
 _FIRST = ("first_held_out_loss",)  # facts that a training which goes on does not tell anew
 _MOST_FOR_THE_BASE = 0.6  # the rest is for adapters, activations and the optimizer
 # Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
@@ -152,7 +151,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
 def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events, str]:
     """Starts the engine once; returns what it told, and how memory ran out, if that is what ended it."""
     job.write(context.run.job)
-    log = context.run.log(NAME)
+    log, kills_before = context.run.log(NAME), hardware.kills_for_memory()
     with reporter.progress("training") as progress:
         events = _Events(
             reporter,
@@ -166,8 +165,8 @@ def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events
         raise events.error
     if events.out_of_memory:
         return events, "memory ran out"
-    if code in _KILLED:
-        return events, "the training process was killed, most likely because memory ran out"
+    if shortage := kills.shortage(code, kills_before):
+        return events, shortage
     if code != 0:
         raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")
     return events, ""

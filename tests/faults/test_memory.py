@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from support.control_groups import MemoryGroup
 from support.runs import losses, states
 from support.training import random_chats, write_tokens
 
 from kolotune import config as configs
-from kolotune import pipeline, records
+from kolotune import hardware, pipeline, records
 from kolotune.config import Config
 from kolotune.engines.job import event_of
 from kolotune.errors import TrainingError
+from kolotune.files import hash_file
 from kolotune.layout import RunFolder
 from kolotune.rebuilding import rebuild
 from kolotune.records import Context
@@ -30,8 +32,14 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 
 
 @pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that does not say whom its kernel killed."""
+    monkeypatch.setattr(hardware, "_KILL_COUNTERS", ())
+
+
+@pytest.fixture
 def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Kills the engine's process as the kernel does, once it has told a step: ``killed_at(3)``, or at each of some."""
+    """Kills the engine's process, once it has told a step: ``killed_at(3)``, or at each of some."""
 
     def at(*steps: int) -> list[int]:
         killed: list[int] = []
@@ -63,7 +71,8 @@ def of_training(config: Config) -> tuple[dict[int, float], dict[str, Any]]:
     return losses(run.metrics), record.facts
 
 
-def test_a_training_that_the_kernel_kills_goes_on_with_half_the_batch(
+@pytest.mark.usefixtures("uncounted")
+def test_a_training_that_is_killed_goes_on_with_half_the_batch(
     config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -89,7 +98,23 @@ def test_a_training_that_the_kernel_kills_goes_on_with_half_the_batch(
     assert losses(tmp_path / "again" / "metrics.jsonl") == curve
 
 
+@pytest.mark.skipif(hardware.kills_for_memory() is None, reason="this system does not count whom its kernel killed")
+def test_a_kill_by_someone_else_is_told_and_halves_nothing(
+    config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any
+) -> None:
+    config = config_in("run", epochs=4)
+    killed = killed_at(5)
+    with pytest.raises(TrainingError, match=r"was killed \(SIGKILL\), and not by the kernel") as raised:
+        pipeline.run(config, reporter, ["prepare", "train"])
+    assert killed == [5] and "--use-checkpoint" in raised.value.hint
+    assert not RunFolder(config.output_dir).halvings.exists()
+    pipeline.run(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
+    assert "going on from step" in capsys.readouterr().out
+    assert "halved_from" not in of_training(config)[1]
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("uncounted")
 def test_at_a_batch_of_one_it_is_told_what_to_change(
     config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any
 ) -> None:
@@ -109,48 +134,81 @@ def test_at_a_batch_of_one_it_is_told_what_to_change(
     assert list(of_training(config)[0]) == list(range(1, 31))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
-def test_an_allocation_that_fails(
-    tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The engine may have so much address space; eight long chats at once take more, one does not."""
+Train = Callable[..., tuple[dict[int, float], dict[str, Any], str]]
+
+
+@pytest.fixture
+def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypatch: Any, tmp_path: Path) -> Train:
+    """Trains a model whose logits take most of the memory, with 8 chats in a batch.
+
+    ``wide_head(name, prefix=(), halvings=[], **options)`` gives the losses, the facts and the adapter's hash. The
+    engine's command begins with `prefix`; `halvings`: where memory is known to have run out.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny_model("gemma2", tmp_path / "base", vocab_size=60_000)
     chats = random_chats(8, 1, shortest=180, longest=200)
-    peaks: list[int] = []
+    real = local.run
 
-    def trained(name: str, limit: int | None, halvings: list[int]) -> tuple[dict[int, float], dict[str, Any]]:
+    def trained(
+        name: str, prefix: Sequence[str] = (), halvings: Sequence[int] = (), **options: Any
+    ) -> tuple[dict[int, float], dict[str, Any], str]:
         run = RunFolder(tmp_path / name)
         write_tokens(run.prepared / "train.safetensors", chats)
-        options = {
+        chosen = {
             "base_model": str(tmp_path / "base"), "output_dir": run.root, "dtype": "fp32", "epochs": 2,
-            "batch_size": 8, "lora_rank": 2, "compile": "off",
+            "batch_size": 8, "lora_rank": 2, "compile": "off", **options,
         }  # fmt: skip
-        context = Context(configs.resolve((options, "test", tmp_path)), run, tmp_path / "base")
+        context = Context(configs.resolve((chosen, "test", tmp_path)), run, tmp_path / "base")
         if halvings:
-            train.remember_halvings(run, halvings)
-        real = local.run
-
-        def watched(argv: list[str], *, on_line: Any, **more: Any) -> int:
-            def look(line: str) -> bool:
-                if (event_of(line) or {}).get("event") == "step":
-                    for child in psutil.Process().children():
-                        peaks.append(child.memory_info().vms)
-                return bool(on_line(line))
-
-            prefix = ["prlimit", f"--as={limit}"] if limit else []
-            return real([*prefix, *argv], on_line=look, **more)
-
+            train.remember_halvings(run, list(halvings))
         with monkeypatch.context() as patch:
-            patch.setattr(local, "run", watched)
+            patch.setattr(local, "run", lambda argv, **more: real([*prefix, *argv], **more))
             facts = train.run(context, reporter)
-        return losses(run.metrics), facts
+        return losses(run.metrics), facts, hash_file(run.adapter / "adapter_model.safetensors")
 
-    whole, _ = trained("whole", None, [])
+    return trained
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("processes", [1])
+def test_a_kill_by_the_kernel_itself(
+    processes: int, wide_head: Train, memory_group: Callable[[], MemoryGroup], capsys: Any
+) -> None:
+    """The engine's processes may hold so much together: less than 8 chats at once take, and more than some do."""
+    known = [0] * processes  # each of two processes has 4 of the chats, so that the first halving changes nothing
+    measured = memory_group()
+    expected = wide_head("told", measured.prefix, known, nproc=processes)
+    limited = memory_group()
+    limited.limit(measured.peak + (100 << 20))
+    kills = hardware.kills_for_memory()
+    curve, facts, adapter = wide_head("limited", limited.prefix, nproc=processes)
+    assert kills is not None and hardware.kills_for_memory() != kills, "the kernel did not kill it"
+    printed = capsys.readouterr()
+    assert "the batch is halved from 8 to 4 and the accumulation doubled" in printed.out + printed.err
+    assert (curve, facts["halved_from"]) == (expected[0], expected[1]["halved_from"])
+    assert adapter == expected[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
+def test_an_allocation_that_fails(wide_head: Train, monkeypatch: Any) -> None:
+    """The engine may have so much address space; eight long chats at once take more, one does not."""
+    peaks: list[int] = []
+    real = train._Events.__call__
+
+    def watched(events: Any, line: str) -> bool:
+        if (event_of(line) or {}).get("event") == "step":
+            peaks.extend(child.memory_info().vms for child in psutil.Process().children())
+        return real(events, line)
+
+    monkeypatch.setattr(train._Events, "__call__", watched)
+    whole, _, _ = wide_head("whole")
     peaks.clear()
-    trained("small", None, [0, 0, 0])
-    room = max(peaks) + (300 << 20)
-    curve, facts = trained("limited", room, [])
+    wide_head("small", halvings=[0, 0, 0])
+    limit = max(peaks) + (300 << 20)
+    curve, facts, adapter = wide_head("limited", ["prlimit", f"--as={limit}"])
     assert facts["halved_from"].startswith("0")
     assert curve == pytest.approx(whole, abs=1e-5)
+    halvings = [int(each) for each in facts["halved_from"].split(",")]
+    assert wide_head("told", halvings=halvings)[2] == adapter

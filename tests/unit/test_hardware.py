@@ -85,3 +85,13 @@ def test_without_torch_and_on_other_systems_it_is_fp32(monkeypatch: Any) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
     monkeypatch.setattr(hardware, "best_device", lambda: pytest.fail("torch is not there"))
     assert hardware.best_dtype() == "fp32"
+
+
+def test_the_kills_of_a_container_are_counted_before_those_of_the_machine(monkeypatch: Any, tmp_path: Path) -> None:
+    group, machine = tmp_path / "memory.events", tmp_path / "vmstat"
+    monkeypatch.setattr(hardware, "_KILL_COUNTERS", (group, machine))
+    assert hardware.kills_for_memory() is None
+    machine.write_text("nr_free_pages 5\noom_kill 12\n")
+    assert hardware.kills_for_memory() == 12
+    group.write_text("low 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 1\n")
+    assert hardware.kills_for_memory() == 2
