@@ -11,10 +11,10 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from .. import errors
 from ..errors import ConfigError, LaunchError, RunFolderError
@@ -30,6 +30,7 @@ from .listening import Listener
 from .node import MODULE, Node
 from .remote import Execute, Place, Rehearsal, arrived, really, sent_config
 
+T = TypeVar("T")
 FILES_SUFFIX = "-files"
 GPUS = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,250}[a-z0-9])?")
@@ -41,6 +42,9 @@ _KEPT_SECONDS = 7 * 86_400  # a finished job's pods, with their logs
 _READY_SECONDS = 600
 _FILES_SECONDS = 86_400
 _LOOK_SECONDS = 5.0
+_TRIES = 12
+_GOING_ON = "going on"
+_WITH_A_LOG = ("Running", "Succeeded", "Failed")
 # The converter that the image brings stands in the volume, as the image's own command has it (Dockerfile).
 LINK_TOOLCHAIN = (
     "mkdir -p /runs/.cache/toolchain && ln -sfn /opt/kolotune/cache/toolchain/* /runs/.cache/toolchain/ && exec"
@@ -125,29 +129,44 @@ class Kubernetes:
         heard: dict[str, int] = {}
         try:
             while True:
-                state = self._job_state(launched.job)
-                pod = self._first_pod(launched.job)
-                name = pod["metadata"]["name"] if pod else ""
-                if pod and pod["status"].get("phase") in ("Running", "Succeeded", "Failed"):
+                state, pods = _patiently(lambda: (self._job_state(launched.job), self._pods(launched.job)))
+                first = _newest(pods, 0)
+                name = first["metadata"]["name"] if first else ""
+                if first and first["status"].get("phase") in _WITH_A_LOG:
                     if name not in heard:  # a new try
                         listener.code = None
                     heard[name] = self._listen(name, listener, heard.get(name, 0))
                 if listener.code == 0:
                     return 0
-                if state == "Complete" or state == "Failed":
-                    if listener.code is not None:
-                        return listener.code
-                    raise LaunchError(
-                        f"job {launched.job} is over ({state}), and the run is not: "
-                        f"{self._why(launched.job) or listener.last_words() or 'it said nothing'}"
-                    )
-                waiting = _waits_for(pod)
+                if state != _GOING_ON:
+                    return self._end(launched, listener, state, pods)
+                waiting = _waits_for(first)
                 if waiting and waiting != told:
                     reporter.note(f"job {launched.job}: {waiting}")
                     told = waiting
                 time.sleep(_LOOK_SECONDS)
         finally:
             listener.close()
+
+    def _end(self, launched: Launched, listener: Listener, state: str, pods: Sequence[dict[str, Any]]) -> int:
+        """How a job ended that did not end well.
+
+        Raises:
+            LaunchError: the first machine's run was not what failed.
+        """
+        if listener.code not in (None, errors.Interrupted.exit_code):
+            return int(listener.code or 0)
+        for number in range(1, launched.machines):
+            pod = _newest(pods, number)
+            if pod and pod["status"].get("phase") in _WITH_A_LOG:
+                other = Listener(None, paths_of(launched))
+                self._listen(pod["metadata"]["name"], other, 0)
+                if other.cause:
+                    raise LaunchError(f"machine {number}: {other.cause}", f"kubectl logs {pod['metadata']['name']}")
+        if listener.code is not None:
+            return listener.code
+        said = self._why(launched.job) or listener.last_words() or "it said nothing"
+        raise LaunchError(f"job {launched.job} is {'over' if state else 'gone'}, and the run is not: {said}")
 
     def fetch(self, launched: Launched, folder: RunFolder, reporter: Reporter) -> list[str]:
         """See `contract.Launcher`."""
@@ -318,7 +337,7 @@ class Kubernetes:
     def _make_way(self, name: str, execute: Execute) -> None:
         """An old job of the same name goes when it is over."""
         state = self._job_state(name, execute)
-        if state == "going on":
+        if state == _GOING_ON:
             raise RunFolderError(
                 f"job {name}: is at work", "kolotune follow RUN shows it, kolotune cancel RUN stops it."
             )
@@ -346,7 +365,7 @@ class Kubernetes:
         for each in json.loads(text).get("status", {}).get("conditions") or ():
             if each.get("type") in ("Complete", "Failed") and each.get("status") == "True":
                 return str(each["type"])
-        return "going on"
+        return _GOING_ON
 
     def _why(self, name: str) -> str:
         """What the cluster says about a job's failure."""
@@ -357,11 +376,10 @@ class Kubernetes:
                     return f"{each.get('reason', '')}: {each.get('message', '')}"
         return ""
 
-    def _first_pod(self, name: str) -> dict[str, Any] | None:
-        """The newest pod of the first machine."""
+    def _pods(self, name: str) -> list[dict[str, Any]]:
+        """The pods of a job, also those that were lost."""
         loaded = json.loads(self._told("get", "pods", f"--selector=job-name={name}", "--output=json"))
-        pods = [each for each in loaded["items"] if each["metadata"].get("annotations", {}).get(_INDEX) == "0"]
-        return max(pods, key=lambda each: str(each["metadata"].get("creationTimestamp", "")), default=None)
+        return list(loaded["items"])
 
     def _listen(self, pod: str, listener: Listener, heard: int) -> int:
         """Tells a pod's log as it comes, without the bytes that were heard before; returns how many there are."""
@@ -376,6 +394,21 @@ class Kubernetes:
 
 
 _LOCKED_CONTAINER = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def _newest(pods: Sequence[dict[str, Any]], number: int) -> dict[str, Any] | None:
+    """The last pod of machine `number`; None when it has none."""
+    found = [each for each in pods if each["metadata"].get("annotations", {}).get(_INDEX) == str(number)]
+    return max(found, key=lambda each: str(each["metadata"].get("creationTimestamp", "")), default=None)
+
+
+def _patiently(look: Callable[[], T]) -> T:
+    """What `look` finds; a cluster that does not answer is asked some times."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(LaunchError):
+            return look()
+        time.sleep(_LOOK_SECONDS)
+    return look()
 
 
 def _called(name: str) -> dict[str, Any]:
