@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .. import config as configs
 from ..config import DEFAULT_OUTPUT_DIR, Config
 from ..errors import ConfigError
 from ..layout import RunFolder
@@ -96,8 +95,12 @@ def launch(
     _require_fitting(on, own)
     launcher = _launcher(on, own)
     resolved = _resolved(flags, data, config, len(host or ()))
-    if on in _SENDING and config is not None and "hf_token" in configs.load_file(config):
-        say.note("hf-token is a file of this machine, and is not sent: see --token-file and --token-secret")
+    if on in _SENDING and resolved.hf_token:
+        say.warning("hf-token is read on this machine, and not sent: see --token-file and --token-secret")
+    elif resolved.hf_token == "-":
+        raise ConfigError("hf-token: nobody types into a job", "Give a file with --token-file.")
+    elif resolved.hf_token:
+        token_file = token_file or resolved.hf_token
     if not in_place:
         hints.require_files((*resolved.train_data, *resolved.eval_data))
     order = Order(

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,12 @@ class Cluster:
     """A running Slurm.
 
     Attributes:
+        folder: its state and its logs.
         env: what its programs need in their environment.
         inside: what starts a program on its first machine.
     """
 
+    folder: Path
     env: dict[str, str]
     inside: Sequence[str] = field(default_factory=list)
 
@@ -42,15 +45,20 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
+def slurm_cluster(hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
     """Starts Slurm.
 
     Args:
-        folder: for its state and logs; not too long a path, since a socket's has an end.
         hosts: its machines; none: this one.
     """
+    # Not a test's own folder: the paths of its sockets would be too long.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        yield from _running(Path(folder), hosts)
+
+
+def _running(folder: Path, hosts: Sequence[Host]) -> Iterator[Cluster]:
     for name in ("state", "run"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
     folder.chmod(0o755)
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
@@ -72,10 +80,12 @@ def slurm_cluster(folder: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]
                 f"slurmd-{name}",
                 [*(_inside(hosts[at]) if hosts else ()), "slurmd", "-D", "-N", name, "-f", str(config)],
             )
-        cluster = Cluster({"SLURM_CONF": str(config)}, first)
+        cluster = Cluster(folder, {"SLURM_CONF": str(config)}, first)
         _wait(lambda: cluster.told("sinfo", "--noheader", "--format=%D", "--states=idle").split() == [str(len(named))])
-        yield cluster
-        subprocess.run([*first, "scancel", "--state=RUNNING"], env={**os.environ, **cluster.env}, check=False)
+        try:
+            yield cluster
+        finally:
+            cluster.told("scancel", "--user=root")
 
 
 def _settings(folder: Path, named: Sequence[str]) -> str:

@@ -1,0 +1,94 @@
+"""launch, follow and cancel on the command line: what is refused, and that nothing is done without --submit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Call = Callable[..., tuple[int, str]]
+KUBERNETES = "--on kubernetes --image reg/kolotune:1 --claim runs"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("chats.jsonl", "is none of slurm, kubernetes, ssh, local"),
+        ("chats.jsonl --on pbs", "is none of"),
+        ("--on slurm", "no training data"),
+        ("chats.jsonl --on ssh", "needs machines"),
+        ("chats.jsonl --on ssh --host a --partition p", "--partition: goes with --on slurm"),
+        ("chats.jsonl --on slurm --host a --claim b", "goes with --on"),
+        ("chats.jsonl --on kubernetes --image a", "needs --claim"),
+        ("chats.jsonl --on ssh --host -oProxyCommand=x", "no name or address"),
+        ("chats.jsonl --on ssh --host a --nnodes 3", "3 machines are wanted, and 1 are named"),
+        ("chats.jsonl --on slurm --name UPPER", "can't be a job's name"),
+        ("chats.jsonl --on slurm --hours 0", "hours: must be greater than 0"),
+        ("chats.jsonl --on slurm --token-file $(x)", "token-file"),
+        ("chats.jsonl --on slurm --epochs x --seed y", "seed"),
+        ("chats.jsonl --on local --nnodes 2", "only one"),
+        (f"chats.jsonl {KUBERNETES} --token-secret hf_abc", "never the token itself"),
+        (f"chats.jsonl {KUBERNETES} --rdzv a:1", "meet at the first"),
+        ("chats.jsonl --on slurm --config hub.yaml", "nobody types into a job"),
+    ],
+)
+@pytest.mark.parametrize("submit", [[], ["--submit"]])
+def test_what_is_refused_before_anything_is_asked(
+    kolotune: Call, line: str, words: str, submit: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(here))  # there is no scheduler's program, and no ssh
+    (here / "hub.yaml").write_text("hf_token: '-'\n")
+    before = sorted(here.rglob("*"))
+    code, output = kolotune("launch", *line.split(), *submit)
+    assert (code, words in output, "Traceback" in output) == (2, True, False), output
+    assert sorted(here.rglob("*")) == before
+    assert "hf_abc" not in output
+
+
+@pytest.mark.parametrize(
+    "line", ["--on slurm --nnodes 2", "--on local", "--on ssh --host a --host b", f"{KUBERNETES} --nnodes 2"]
+)
+def test_a_plan_makes_nothing_and_shows_the_run(kolotune: Call, line: str, here: Path) -> None:
+    before = sorted(here.rglob("*"))
+    code, output = kolotune("launch", "chats.jsonl", *line.split())
+    assert code == 0 and " kolotune run --config " in output.replace("-m kolotune run", " kolotune run"), output
+    assert "with --submit it is" in output and "epochs: 3" in output
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_token_file_of_the_config_is_named_to_slurm_and_not_sent_elsewhere(kolotune: Call, here: Path) -> None:
+    (here / "token").write_text("hf_Planted\n")
+    (here / "k.yaml").write_text("train_data: chats.jsonl\nhf_token: token\n")
+    output = kolotune("launch", "--config", "k.yaml", "--on", "slurm")[1]
+    assert f"--hf-token {here / 'token'}" in output
+    code, output = kolotune("launch", "--config", "k.yaml", "--on", "ssh", "--host", "a")
+    assert code == 0 and "not sent" in output and "--hf-token" not in output
+    assert "hf_Planted" not in output
+
+
+def test_chats_that_are_there_need_not_be_here(kolotune: Call) -> None:
+    line = ["launch", "--train-data", "/data/chats.jsonl", "--on", "ssh", "--host", "a"]
+    assert kolotune(*line)[0] == 3
+    code, output = kolotune(*line, "--in-place")
+    assert code == 0 and "- /data/chats.jsonl" in output and "a tar of chats.jsonl" not in output
+
+
+@pytest.mark.parametrize("verb", ["follow", "cancel"])
+def test_a_folder_without_a_job(kolotune: Call, verb: str) -> None:
+    code, output = kolotune(verb, "out")
+    assert (code, "no job was launched" in output) == (12, True)
+
+
+def test_a_plan_as_json(kolotune: Call) -> None:
+    code, output = kolotune("launch", "chats.jsonl", "--on", "slurm", "--json")
+    events = [json.loads(line) for line in output.splitlines()]
+    assert code == 0 and any(each["event"] == "result" and each["text"].startswith("sbatch ") for each in events)
