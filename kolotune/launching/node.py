@@ -114,7 +114,10 @@ def _run(argv: list[str], folder: RunFolder) -> int:
         _say(line)
         return False  # it goes to the log in the run folder, too
 
-    return local.run(argv, log=folder.log("launched"), env=env, on_line=on_line, ends_with_us=True)
+    code = local.run(argv, log=folder.log("launched"), env=env, on_line=on_line, ends_with_us=True)
+    if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked to stop before it could know how
+        return Interrupted.exit_code
+    return code if code >= 0 else 128 - code  # as shells tell a signal
 
 
 def _was_here(folder: RunFolder, job: str) -> bool:

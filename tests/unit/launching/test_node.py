@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import kolotune
-from kolotune.launching.node import MODULE, Node, _was_here
+from kolotune.launching.node import MODULE, Node, _run, _was_here
 from kolotune.layout import RunFolder
 from kolotune.version import VERSION
 
@@ -60,6 +61,12 @@ def test_how_it_ended_is_the_last_that_is_said(tmp_path: Path) -> None:
     assert [each["event"] for each in events] == ["failure", "ended"] and events[-1]["code"] == 2
     assert "none.yaml" in events[0]["cause"]
     assert "none.yaml" in RunFolder(tmp_path / "out").log("launched").read_text(), "it is in the log, too"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, 137)])
+def test_an_end_by_a_signal_has_a_code_of_its_own(number: int, code: int, tmp_path: Path) -> None:
+    program = f"import os, signal; signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), {int(number)})"
+    assert _run([sys.executable, "-c", program], RunFolder(tmp_path)) == code
 
 
 def test_one_that_is_started_is_watched_from_any_byte(tmp_path: Path) -> None:
