@@ -35,6 +35,7 @@ def run(
     names: Sequence[str] = NAMES,
     source: Path | None = None,
     again: Sequence[str] = (),
+    ahead: Sequence[str] = (),
 ) -> RunFolder:
     """Runs the stages `names` in the run folder of `config`, each only if something that it depends on changed.
 
@@ -45,6 +46,7 @@ def run(
         source: adapter or merged folder made elsewhere, in place of what the run's own stages made.
         again: stages whose outputs are wanted back when they were cleaned. Others stay cleaned unless a stage that
             has work reads them.
+        ahead: stages that will be wanted later, in this folder or another: they are asked now what is known to fail.
 
     Returns:
         The run folder.
@@ -62,7 +64,8 @@ def run(
             context = Context(config, folder, base, source, hasher)
             wanted = _wanted_back(stages, context, hasher, again)
             stages = [stage for stage in STAGES if stage in stages or stage in wanted]
-            _preflight(stages, context, reporter, hasher, wanted)
+            later = [stage for stage in STAGES if stage.NAME in ahead and stage.NAME not in not_had(config)]
+            _preflight([*stages, *later], context, reporter, hasher, wanted)
             # Only now: a run that was refused leaves what the folder had.
             write_text(folder.config, configs.dump(config))
             records.forget_cleaned(folder, [path for stage in wanted for path in stage.outputs(context)])

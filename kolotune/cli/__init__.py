@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from ..errors import ArtifactError, ConfigError, Interrupted, KolotuneError, ToolchainError
-from . import container, elsewhere, hints, launch, looks, ollama, plans, proof, roads, room, start, talk
+from . import container, elsewhere, hints, launch, looks, ollama, plans, proof, roads, room, start, sweep, talk
 from .options import reporter
 
 # What only `kolotune[local]` brings; a client works without.
@@ -46,7 +46,7 @@ app = typer.Typer(
 )
 # typer's own copy of click raises these, older versions the package's: a base of one of them fits both.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
-for module in (roads, plans, looks, room, talk, ollama, proof, launch, start, container):
+for module in (roads, sweep, plans, looks, room, talk, ollama, proof, launch, start, container):
     module.add_to(app)
 
 

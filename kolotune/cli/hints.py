@@ -79,3 +79,11 @@ def require_files(paths: Iterable[Path]) -> None:
         )
         hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the name and the folder."
         raise DataError(f"{path}: no such file", hint)
+
+
+def as_typed(path: Path) -> str:
+    """A path as the user would type it: relative where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

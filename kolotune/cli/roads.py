@@ -45,7 +45,7 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     with showing(folder, say, wanted=resolved.compare), reporting(folder, say):
         pipeline.run(resolved, say)
     say.success(f"Done: {folder.root}")
-    shown = _as_typed(folder.root)
+    shown = hints.as_typed(folder.root)
     say.note(f"talk to it:          kolotune chat {shown}")
     say.note(f"put it into Ollama:  kolotune install {shown} my-model")
     return 0
@@ -157,7 +157,7 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
     if name in left_out(resolved):
         raise ConfigError(
             f"{name}: a lean run keeps nothing that it would make",
-            f"With --no-lean it is made: kolotune {name} {_as_typed(folder.root)} --no-lean",
+            f"With --no-lean it is made: kolotune {name} {hints.as_typed(folder.root)} --no-lean",
         )
     for each in pipeline.status(folder, resolved):
         if each.name == name:
@@ -165,7 +165,7 @@ def _stage(name: str, root: Path, json: bool, flags: dict[str, Any]) -> int:
         if each.has_work:
             raise RunFolderError(
                 f"{folder.root}: {each.name} comes before {name} and is not done ({'; '.join(each.why)})",
-                f"Run `kolotune {each.name} {_as_typed(folder.root)}` first, or `kolotune run` for all stages.",
+                f"Run `kolotune {each.name} {hints.as_typed(folder.root)}` first, or `kolotune run` for all stages.",
             )
     resolved = dataclasses.replace(resolved, output_dir=folder.root)
     pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder), again=[name])
@@ -201,11 +201,3 @@ def _named_base(adapter: Path) -> str:
     if not name:
         raise ConfigError(f"{adapter}: does not name its base model", "Give it with --base.")
     return name
-
-
-def _as_typed(path: Path) -> str:
-    """A path as the user would type it: relative where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -46,6 +46,21 @@ def speed(curve: Curve, sheet: Sheet) -> str:
     return _picture(lambda axes: _speed(axes, curve), FLAT, "speed", label, sheet)
 
 
+def several(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], sheet: Sheet) -> list[str]:
+    """Held-out losses of several trainings against their steps, the first one in front: wide, and for a phone.
+
+    Args:
+        curves: a name, and (step, loss) of each evaluation.
+        sheet: the page's.
+    """
+    first, values = curves[0]
+    label = f"Held-out loss of {len(curves)} trials; that of {first} ends at {values[-1][1]:.4f}"
+    return [
+        _picture(lambda axes: _several(axes, curves), size, f"loss-{name}", label, sheet)
+        for name, size in (("wide", WIDE), ("narrow", NARROW))
+    ]
+
+
 def _picture(draw: Any, size: tuple[int, int], name: str, label: str, sheet: Sheet) -> str:
     import matplotlib
     from matplotlib.figure import Figure
@@ -73,6 +88,19 @@ def _loss(axes: Axes, curve: Curve) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     _from_zero(axes)
+    axes.legend(loc="upper right", labelcolor=INK, fontsize=12)
+
+
+def _several(axes: Axes, curves: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> None:
+    for at, (name, values) in reversed(list(enumerate(curves))):
+        steps, losses = zip(*values, strict=True)
+        if at == 0:
+            look: dict[str, Any] = {"color": HELD_OUT, "linewidth": 2.4, "marker": "o", "markersize": 7, "label": name}
+            axes.plot(steps, losses, markeredgecolor=PAPER, markeredgewidth=1.5, zorder=3, **look)
+        else:
+            axes.plot(steps, losses, color=MUTED, linewidth=1.2, alpha=0.55, label="others" if at == 1 else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss (nats a token)")
     axes.legend(loc="upper right", labelcolor=INK, fontsize=12)
 
 

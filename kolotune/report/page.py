@@ -49,7 +49,31 @@ def _mark(char: str) -> str:
 
 
 def render(facts: Facts) -> str:
-    """The page as HTML. Every text is escaped; nothing in it is believed to be markup but the pictures."""
+    """The page as HTML."""
+    from markupsafe import Markup
+
+    sheet = Sheet()
+    # Of our own making: matplotlib's elements with our attributes, and the texts in them escaped by the XML writer.
+    pictures = {name: [Markup(each) for each in drawn] for name, drawn in _pictures(facts, sheet).items()}
+    return document(
+        _TEMPLATE,
+        sheet,
+        facts=facts,
+        manifest=facts.manifest,
+        pictures=pictures,
+        results=_results(facts),
+        whole=json.dumps(_plain(facts), indent=1, ensure_ascii=False),
+    )
+
+
+def document(template: str, sheet: Sheet, **values: Any) -> str:
+    """A page as HTML. Every text is escaped; nothing in it is believed to be markup but the pictures.
+
+    Args:
+        template: name of a file in this room.
+        sheet: the rules of the pictures.
+        values: variables of the template; `policy` and `style` are added.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -61,20 +85,10 @@ def render(facts: Facts) -> str:
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters |= {"size": size_in_words, "number": _number, "duration": _duration, "short": _short}
-    sheet = Sheet()
-    # Of our own making: matplotlib's elements with our attributes, and the texts in them escaped by the XML writer.
-    pictures = {name: [Markup(each) for each in drawn] for name, drawn in _pictures(facts, sheet).items()}
     style = f"\n{_resource(_STYLE)}\n{sheet.css}\n"
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = environment.from_string(_resource(_TEMPLATE)).render(
-        facts=facts,
-        manifest=facts.manifest,
-        pictures=pictures,
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),
-        results=_results(facts),
-        whole=json.dumps(_plain(facts), indent=1, ensure_ascii=False),
-    )
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    page = environment.from_string(_resource(template)).render(policy=policy, style=Markup(style), **values)
     return page + "\n"
 
 

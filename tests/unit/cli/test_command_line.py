@@ -21,6 +21,7 @@ Call = Callable[..., tuple[int, str]]
 PROGRAM = [sys.executable, "-m", "kolotune"]
 VERBS = [
     "run",
+    "sweep",
     "prepare",
     "train",
     "merge",

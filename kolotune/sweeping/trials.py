@@ -1,0 +1,162 @@
+"""The trials of a sweep, one after the other, each a run folder of its own over the same prepared chats."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from .. import pipeline, records
+from ..config import Config
+from ..errors import DataError, TrainingError
+from ..layout import RunFolder
+from ..reporter import Reporter
+from ..stages import prepare, train
+from .record import Record, Trial, read
+from .search import next_values
+from .varied import Varied, with_values
+
+_CHATS = "chats"  # the run folder that only prepares
+
+
+def run(
+    config: Config,
+    varied: Sequence[Varied],
+    trials: int,
+    reporter: Reporter,
+) -> Record:
+    """Trains one adapter for each setting; what was trained before is not trained again.
+
+    Args:
+        config: the options that all trials share; `output_dir` is the sweep's folder.
+        varied: what differs.
+        trials: how many there shall be, at most; fewer where there are no more combinations.
+        reporter: where progress is told.
+
+    Raises:
+        DataError: nothing is held out, so nothing tells which is best.
+        TrainingError: no trial could be trained.
+        KolotuneError: what makes every trial fail, as chats or a base that can't be used.
+    """
+    folder = config.output_dir
+    if not config.eval_split and not config.eval_data:
+        raise _nothing_held_out()
+    for each in varied:
+        for value in each.choices:
+            with_values(config, {each.name: value})  # an impossible one is told now
+    chats = RunFolder(folder / _CHATS)
+    shared, _ = pipeline.with_choices(config, chats)
+    shared = dataclasses.replace(shared, compare=False)
+    pipeline.run(
+        dataclasses.replace(shared, output_dir=chats.root), reporter, [prepare.NAME], ahead=_road_after(prepare.NAME)
+    )
+    record = read(folder, varied, _made_of(chats, shared, varied))
+    while True:
+        trial = next((known for known in record.trials if not known.is_over), None)
+        if trial is None:
+            values = next_values(record, trials, config.seed)
+            if values is None:
+                break
+            trial = Trial(len(record.trials) + 1, values)
+            record.trials.append(trial)
+            record.write(folder)  # before it is trained: a sweep that goes on has the same trials
+        _train(trial, shared, chats, reporter)
+        record.write(folder)
+    if record.best is None:
+        raise TrainingError(f"no trial could be trained: {record.trials[-1].failure}", f"See {folder}.")
+    return record
+
+
+def folder_of(trial: Trial, config: Config) -> RunFolder:
+    """A trial's run folder."""
+    return RunFolder(config.output_dir / trial.folder)
+
+
+def config_of(trial: Trial, config: Config) -> Config:
+    """The options of a trial's run folder."""
+    return dataclasses.replace(with_values(config, trial.values), output_dir=folder_of(trial, config).root)
+
+
+def _road_after(name: str) -> tuple[str, ...]:
+    return pipeline.NAMES[pipeline.NAMES.index(name) + 1 :]
+
+
+def _made_of(chats: RunFolder, shared: Config, varied: Sequence[Varied]) -> str:
+    """A digest of what all trials have in common.
+
+    Raises:
+        DataError: no chats are held out.
+    """
+    record = records.read(chats, prepare.NAME)
+    if record is None or not record.facts["held_out_chats"]:
+        raise _nothing_held_out()
+    names = {each.name for each in varied}
+    options = {name: value for name, value in train.options(shared).items() if name not in names}
+    text = json.dumps([record.outputs, record.inputs, shared.base_model, options], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _nothing_held_out() -> DataError:
+    return DataError(
+        "no chats are held out, so nothing tells which setting is best", "Give --eval-split 0.1 or --eval-data."
+    )
+
+
+def _train(trial: Trial, shared: Config, chats: RunFolder, reporter: Reporter) -> None:
+    named = ", ".join(f"{name} {value}" for name, value in trial.values.items())
+    reporter.doing(f"trial {trial.number}: {named}")
+    config = dataclasses.replace(config_of(trial, shared), use_checkpoint=True)
+    folder = RunFolder(config.output_dir)
+    _share(chats, folder)
+    try:
+        pipeline.run(config, reporter, [prepare.NAME, train.NAME])
+        trial.loss = _loss(folder, config)
+        reporter.success(f"trial {trial.number}: held-out loss {trial.loss:.4f} ({named})")
+    except TrainingError as error:
+        trial.failure = error.cause
+        reporter.warning(f"trial {trial.number} failed: {error.cause}")
+
+
+def _share(chats: RunFolder, folder: RunFolder) -> None:
+    """Gives a trial the prepared chats: links where the disk has them, with the record that they were made so."""
+    if folder.prepared.exists():
+        return
+    folder.state.mkdir(parents=True, exist_ok=True)
+    for source, target in ((chats.choices, folder.choices), (chats.record(prepare.NAME), folder.record(prepare.NAME))):
+        shutil.copyfile(source, target)
+    shutil.copytree(chats.prepared, folder.prepared, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _loss(folder: RunFolder, config: Config) -> float:
+    """The held-out loss of the adapter that was kept: the last one, or the best where training stops early."""
+    losses = [loss for _, loss in held_out_losses(folder)]
+    return min(losses) if config.early_stopping else losses[-1]
+
+
+def held_out_losses(folder: RunFolder) -> list[tuple[int, float]]:
+    """(step, held-out loss) of each evaluation of a training; none where there is no metrics file."""
+    if not folder.metrics.is_file():
+        return []
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    return [(int(line["step"]), float(line["held_out_loss"])) for line in lines if "held_out_loss" in line]
+
+
+def rows(record: Record) -> list[dict[str, Any]]:
+    """The trials as rows of a table, the best one first, those that failed last."""
+    order = sorted(record.trials, key=lambda each: (each.loss is None, each.loss or 0.0, each.number))
+    return [
+        {"trial": each.number, **each.values, "loss": each.loss, "failure": each.failure}
+        for each in order
+        if each.is_over
+    ]
