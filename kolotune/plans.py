@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import models, pipeline, planning, records, timing
+from . import models, pipeline, planning, records, timing, traffic
 from .config import Config
 from .engines.torchtune import architecture
 from .engines.torchtune import plan as torchtune
 from .errors import KolotuneError
+from .estimates import Adapter, read_shape
 from .files import Hasher
 from .layout import RunFolder
 from .planning import Needs, Work
@@ -24,6 +25,7 @@ from .records import Context, Stage
 from .reporter import Reporter
 from .stages import compare, prepare, train
 from .timing import Measured
+from .traffic import Traffic
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Plan:
         converts: whether llama.cpp can convert the model; None: it was not asked.
         problems: why the run would fail.
         unknown: what is not known, in sentences.
+        traffic: between machines, where several train.
     """
 
     config: Config
@@ -52,15 +55,17 @@ class Plan:
     converts: bool | None = None
     problems: list[KolotuneError] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    traffic: Traffic | None = None
 
 
-def make(config: Config, reporter: Reporter, *, measure: bool) -> Plan:
+def make(config: Config, reporter: Reporter, *, measure: bool, link: float | None = None) -> Plan:
     """Plans the run of `config`; the run folder is looked at, and not touched.
 
     Args:
         config: the resolved options.
         reporter: told what is being done.
         measure: do some steps, to know the time.
+        link: megabits a second of the network between machines; None: it is not known.
 
     Raises:
         KolotuneError: the chats or the base can't be used at all. What only makes the run fail is in `Plan.problems`.
@@ -86,6 +91,8 @@ def make(config: Config, reporter: Reporter, *, measure: bool) -> Plan:
         plan.problems = [*problems, *planning.problems(needs, there, work, names, log)]
         if measure and not plan.problems and train in busy:
             _measure(plan, room, reporter, {"start": started, "prepare": prepared_in})
+        if config.nnodes > 1 and train in busy:
+            plan.traffic = _traffic(plan, room, link)
         if compare.NAME in names:
             plan.unknown.append("memory and time of the comparison at the end (--no-compare leaves it out)")
     return plan
@@ -154,3 +161,19 @@ def _measure(plan: Plan, room: Context, reporter: Reporter, known: dict[str, flo
     if steps.device == "cpu" and plan.needs.memory.get("train") is None:  # no formula: as it was
         plan.needs.memory["train"] = planning.with_main(steps.memory)
         plan.unknown = [each for each in plan.unknown if not each.startswith("memory at train")]
+
+
+def _traffic(plan: Plan, room: Context, link: float | None) -> Traffic:
+    """What the machines send each other, and how long that takes where the network's speed is known."""
+    config, work = plan.config, plan.work
+    weights = Adapter.of(read_shape(room.base), config.lora_rank, config.target_modules).weights
+    sent = traffic.of_step(weights, config.nproc * config.nnodes)
+    if link is None:
+        plan.unknown.append("time of the network between the machines: --link-mbit says how fast it is")
+        return Traffic(sent)
+    taken, computing = traffic.seconds(sent, link), None
+    if plan.measured is not None:
+        tokens = work.tokens / max(1, work.steps_in_epoch)
+        computing = tokens * plan.measured.per_token / config.nnodes
+        plan.seconds["train"] += work.steps * (taken + computing - tokens * plan.measured.per_token)
+    return Traffic(sent, taken, computing, config.gradient_accumulation)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ..errors import ConfigError
 from ..reporter import Reporter, size_in_words
+from ..traffic import MOST_SHARE, Traffic
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
 
 if TYPE_CHECKING:
@@ -22,13 +23,16 @@ def add_to(app: typer.Typer) -> None:
     app.command()(plan)
 
 
-@with_options("data", "model", "training", "export")
+@with_options("data", "model", "training", "machines", "export")
 def plan(
     data: Data = None,
     config: ConfigFile = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Do some steps of the training, to know the time.")
     ] = True,
+    link_mbit: Annotated[
+        Optional[float], typer.Option(min=0.001, help="Megabits a second of the network between machines.")  # noqa: UP045
+    ] = None,
     json: Json = False,
     **flags: Any,
 ) -> int:
@@ -41,7 +45,7 @@ def plan(
         raise ConfigError("no training data was given", "Name a file: kolotune plan chats.jsonl")
     if not json:
         show(resolved, say)
-    made = plans.make(resolved, say, measure=measure)
+    made = plans.make(resolved, say, measure=measure, link=link_mbit)
     _tell(made, say)
     if made.problems:
         first = made.problems[0]
@@ -100,7 +104,22 @@ def _work_rows(made: Plan) -> list[tuple[str, str, str]]:
     ]
     if made.needs.recomputes:
         rows.append(("activations", "computed twice", "they would take more than half of the free memory"))
+    if made.traffic is not None:
+        rows.append(("traffic", f"{size_in_words(made.traffic.step)} a step", _traffic(made.traffic)))
     return rows
+
+
+def _traffic(found: Traffic) -> str:
+    """What the network between the machines takes, and what would make that little."""
+    each = "from and to each machine"
+    if found.seconds is None:
+        return each
+    if found.share is None or found.enough is None:
+        return f"{each}: {found.seconds:.2g} s"
+    words = f"{each}: {found.seconds:.2g} s, {100 * found.share:.0f}% of a step"
+    if found.enough > found.accumulation:
+        words += f"; --gradient-accumulation {found.enough} keeps it under {100 * MOST_SHARE:.0f}%"
+    return words
 
 
 def _stage_row(made: Plan, name: str) -> tuple[str, ...]:
@@ -138,8 +157,13 @@ def as_event(made: Plan) -> dict[str, Any]:
         "recomputes": needs.recomputes,
         "seconds": made.seconds,
         "unknown": made.unknown,
+        "traffic": None if made.traffic is None else _traffic_event(made.traffic),
         "problems": [{"cause": each.cause, "hint": each.hint} for each in made.problems],
     }
+
+
+def _traffic_event(found: Traffic) -> dict[str, Any]:
+    return {**dataclasses.asdict(found), "share": found.share, "enough": found.enough}
 
 
 def time_in_words(seconds: float) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.hosts import Host, two_hosts, why_not
+from support.training import random_chats
 
+from kolotune import traffic
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import training
+from kolotune.estimates import Adapter, read_shape
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 OPTIONS = {"epochs": 4, "batch_size": 8, "checkpoint_steps": 1}
 PORT = 29531
+MEGABITS, STEPS = 100, 5
 
 
 @pytest.fixture
@@ -103,6 +110,61 @@ def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
     events = [event for line in log(jobs[0]).splitlines() if (event := event_of(line))]
     steps = [event["step"] for event in events if event["event"] == "step"]
     assert len(steps) - len(set(steps)) <= 1, "an interval is one step here"
+
+
+@pytest.mark.slow  # it measures, and wants the machine for itself
+def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
+    """And with the accumulation that follows from it the link takes less than a tenth of a step."""
+    shape = {"hidden_size": 256, "intermediate_size": 512}
+    room = training_room("llama", chats=random_chats(2400, 1, 150, 250), **shape)
+
+    def seconds_of_a_step(name: str, **options: Any) -> float:
+        jobs = [
+            replace(
+                job,
+                **{"epochs": 1, "lora_rank": 128, "checkpoint_steps": 0, **options},
+                metrics=f"{job.metrics}-{name}",
+            )
+            for job in jobs_for(room, hosts)
+        ]
+        children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
+        _wait_for(lambda: len(_times(jobs[0])) > STEPS, Path(jobs[0].metrics))
+        for host in hosts:
+            host.lose()
+        for child in children:
+            child.wait()
+        times = _times(jobs[0])[1:]  # the first step compiles and connects
+        return statistics.median(after - before for before, after in itertools.pairwise(times))
+
+    weights = Adapter.of(read_shape(room.root / "base"), 128, ["all-linear"]).weights
+    sent = traffic.of_step(weights, 4)
+    taken = traffic.seconds(sent, MEGABITS)
+    fast = seconds_of_a_step("fast")
+    for host in hosts:
+        host.slow_down(f"{MEGABITS}mbit")
+    before = hosts[0].sent()
+    slow = seconds_of_a_step("slow")
+    print(f"a step: {fast:.3f} s, {slow:.3f} s at {MEGABITS} Mbit/s; the formula says {taken:.3f} s more")
+    assert slow - fast == pytest.approx(taken, rel=0.2)
+    assert hosts[0].sent() - before > sent * STEPS
+    for host in hosts:
+        host.slow_down("10gbit")
+    computing = seconds_of_a_step("several", gradient_accumulation=4)
+    for host in hosts:
+        host.slow_down(f"{MEGABITS}mbit")
+    enough = traffic.Traffic(sent, taken, computing, accumulation=4).enough
+    assert enough is not None and 1 < enough < 50
+    accumulated = seconds_of_a_step("accumulated", gradient_accumulation=enough)
+    share = taken / accumulated
+    print(f"with an accumulation of {enough}: {accumulated:.3f} s, {100 * share:.1f}% of it on the link")
+    assert share < traffic.MOST_SHARE
+
+
+def _times(job: TrainJob) -> list[float]:
+    """When each step was through."""
+    file = Path(job.metrics)
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [line["time"] for line in lines if "loss" in line]
 
 
 def _wait_for(condition: Callable[[], bool], file: Path) -> None:

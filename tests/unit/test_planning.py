@@ -13,10 +13,11 @@ import pytest
 from support.runs import config_of
 
 from kolotune import config as configs
-from kolotune import hardware, pipeline, planning
+from kolotune import hardware, pipeline, planning, traffic
 from kolotune.chats.tokenizer import TOKENIZER_FILES
 from kolotune.config import Config
 from kolotune.errors import SpaceError
+from kolotune.estimates import Adapter, read_shape
 from kolotune.files import size_of
 from kolotune.layout import RunFolder
 from kolotune.records import Context
@@ -91,6 +92,24 @@ def test_a_plan_foretells_a_run_and_leaves_nothing(
     code, output = kolotune("plan", *arguments, "--no-measure")
     assert code == 0
     assert "everything is done" in output
+
+
+def test_a_plan_for_several_machines_tells_what_they_send(
+    kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "plan", write_chats(12), "--base-model", tiny_base, "--output-dir", tmp_path / "run", "--lora-rank", "2",
+        "--nnodes", "2", "--nproc", "2", "--rdzv", "10.0.0.1:29500", "--no-compare",
+    ]  # fmt: skip
+    code, output = kolotune(*arguments, "--link-mbit", "1", "--json")
+    assert code == 0, output
+    found = next(event["plan"] for event in map(json.loads, output.splitlines()) if "plan" in event)["traffic"]
+    adapter = Adapter.of(read_shape(tiny_base), 2, ["all-linear"])
+    assert found["step"] == traffic.of_step(adapter.weights, 4)
+    assert found["seconds"] == traffic.seconds(found["step"], 1)
+    assert found["computing"] > 0 and 0 < found["share"] < 1 and found["enough"] >= 1
+    code, output = kolotune(*arguments, "--no-measure")
+    assert code == 0 and "from and to each machine" in output and "--link-mbit says how fast it is" in output
 
 
 def _huge_base(folder: Path, tiny: Path, layers: int) -> Path:
