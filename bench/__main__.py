@@ -23,6 +23,7 @@ SCRIPTS = (
     "merge_convert",
     "preparing",
     "growth",
+    "scaling",
     "plan_accuracy",
 )
 _FOLDER = Path(__file__).resolve().parent

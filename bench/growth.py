@@ -49,14 +49,23 @@ def prepared(folder: Path, data: Path, longest: int) -> RunFolder:
     return run
 
 
-def trained(run: RunFolder, batch: int, steps: int) -> Trained:
-    """`kolotune train` until it has made `steps` steps, from the start."""
+def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0) -> Trained:
+    """`kolotune train` until it has made `steps` steps, from the start.
+
+    Args:
+        run: with prepared chats.
+        batch: chats of a step.
+        steps: that are made.
+        more: options.
+        threads: of each process; 0: as `material.THREADS` says.
+    """
     run.metrics.unlink(missing_ok=True)
     argv = [
         *KOLOTUNE, "train", run.root, "--epochs", "1000", "--dtype", "bf16",
-        "--batch-size", str(batch), "--checkpoint-steps", "0", "--target-modules", ",".join(material.TARGETS),
+        "--batch-size", str(batch), "--checkpoint-steps", "0", "--target-modules", ",".join(material.TARGETS), *more,
     ]  # fmt: skip
-    found = measure(argv, run.root.with_suffix(".log"), env=material.OFFLINE, until=lambda: len(_steps(run)) >= steps)
+    env = {**material.OFFLINE, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    found = measure(argv, run.root.with_suffix(".log"), env=env, until=lambda: len(_steps(run)) >= steps)
     speeds = [line["tokens_per_second"] for line in _steps(run)[_SKIPPED:steps]]
     # Batches are of like length, so the mean time of a token is that of the steps' speeds, taken harmonically.
     return Trained(len(speeds) / sum(1 / speed for speed in speeds), found)
