@@ -129,14 +129,31 @@ def _left_of_limit(group: Path) -> int | None:
     return max(0, int(limit) - used + droppable)
 
 
-def kills_for_memory() -> int | None:
-    """How many processes the kernel has killed so far because memory ran out; None where it does not say."""
-    for counter in _KILL_COUNTERS:
+def kills_for_memory(*, own: bool = False) -> int | None:
+    """How many processes the kernel has killed so far because memory ran out; None where it does not say.
+
+    Args:
+        own: only those of this process's control group, where it is in one.
+    """
+    for counter in [*(_own_counters() if own else ()), *_KILL_COUNTERS]:
         with contextlib.suppress(OSError, ValueError):
             for line in counter.read_text(encoding="ascii").splitlines():
                 if line.startswith("oom_kill "):
                     return int(line.split()[1])
     return None
+
+
+def _own_counters() -> list[Path]:
+    """Where the kills of this process's control group are counted, of version 1 or 2."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                found.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
+            elif "memory" in controllers.split(","):
+                found.append(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
+    return found
 
 
 def peak_memory() -> tuple[int, int]:

@@ -160,7 +160,10 @@ def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events
             several=job.nproc * job.nnodes > 1,
         )
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
-        code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_us=True)
+        try:
+            code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_us=True)
+        except _MemoryRanOut:
+            return events, "memory ran out"
     if events.error is not None:
         raise events.error
     if events.out_of_memory:
@@ -179,8 +182,7 @@ def _with_less_memory(job: TrainJob, events: _Events, shortage: str, config: Con
         TrainingError: there is nothing to halve, or it would not help: what to change is told.
     """
     batch = job.batch_size >> len(events.halvings)
-    alone = config.engine == "native" and job.nproc * job.nnodes == 1
-    if not events.begun or batch <= 1 or not alone:
+    if not events.begun or batch <= 1:
         changes = ["lower --max-seq-length or --lora-rank", "take a smaller --base-model"]
         if not config.load_in_4bit:
             changes.insert(1, "add --load-in-4bit (on a GPU)")
@@ -210,6 +212,10 @@ def _known_halvings(run: RunFolder, job: TrainJob) -> list[int]:
     return []
 
 
+class _MemoryRanOut(Exception):
+    """Ends several processes at once: they would start each other again, with as many chats as before."""
+
+
 class _Events:
     """Takes the engine's events out of its output."""
 
@@ -235,6 +241,8 @@ class _Events:
                 self._on_halvings(self.halvings)
         elif kind == "out_of_memory":
             self.out_of_memory = True
+            if self._several:
+                raise _MemoryRanOut
         elif kind == "step":
             self.step = int(event["step"])
             self.facts["final_loss"] = event["loss"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,7 @@ def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypat
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("processes", [1])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_kill_by_the_kernel_itself(
     processes: int, wide_head: Train, memory_group: Callable[[], MemoryGroup], capsys: Any
 ) -> None:
@@ -179,7 +181,7 @@ def test_a_kill_by_the_kernel_itself(
     measured = memory_group()
     expected = wide_head("told", measured.prefix, known, nproc=processes)
     limited = memory_group()
-    limited.limit(measured.peak + (100 << 20))
+    limited.limit(measured.peak + (300 << 20))
     kills = hardware.kills_for_memory()
     curve, facts, adapter = wide_head("limited", limited.prefix, nproc=processes)
     assert kills is not None and hardware.kills_for_memory() != kills, "the kernel did not kill it"
@@ -212,3 +214,20 @@ def test_an_allocation_that_fails(wide_head: Train, monkeypatch: Any) -> None:
     assert curve == pytest.approx(whole, abs=1e-5)
     halvings = [int(each) for each in facts["halved_from"].split(",")]
     assert wide_head("told", halvings=halvings)[2] == adapter
+
+
+def test_a_control_group_counts_its_own_kills_alone(memory_group: Callable[[], MemoryGroup]) -> None:
+    group = memory_group()
+    group.limit(200 << 20)
+    script = """
+import subprocess, sys
+from kolotune.hardware import kills_for_memory
+before = kills_for_memory(own=True)
+killed = subprocess.run([sys.executable, "-c", "bytearray(b'x') * (1 << 30)"])
+print(killed.returncode, kills_for_memory(own=True) - before)
+"""
+    before, all_before = hardware.kills_for_memory(own=True), hardware.kills_for_memory()
+    done = subprocess.run([*group.prefix, sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["-9", "1"], done.stderr
+    assert hardware.kills_for_memory(own=True) == before
+    assert hardware.kills_for_memory() != all_before

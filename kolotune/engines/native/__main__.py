@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> int:
         job = TrainJob.read(Path(arguments[0]))
         if elastic.is_wanted(job):
             return elastic.launch(job, arguments[0], watched=watches)
+        if elastic.one_was_killed_for_memory():
+            emit("out_of_memory")
+            return TrainingError.exit_code
         from .training import train
 
         train(job)

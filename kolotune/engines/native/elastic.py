@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import socket
 
+from ... import hardware
 from ...errors import TrainingError
 from ...runners.watchdog import WATCH_STDIN
 from ..job import TrainJob
 
+_KILLS_BEFORE = "KOLOTUNE_KILLS_BEFORE"
 _RESTARTS = 3
 _WAIT_SECONDS = 3600  # for the other machines, at the beginning and after one of them was lost
 _STORE_SECONDS = 600  # for the machine where they meet to be there
@@ -22,6 +24,16 @@ _JOIN_SECONDS = 5  # for a machine more than was asked for: there is none
 def is_wanted(job: TrainJob) -> bool:
     """Whether several processes train, and this is none of them."""
     return job.nproc * job.nnodes > 1 and "RANK" not in os.environ
+
+
+def one_was_killed_for_memory() -> bool:
+    """Whether torchrun has started this process anew, and the kernel has killed one since it began: likely one of ours.
+
+    It would be killed again, for the same reason.
+    """
+    before = os.environ.get(_KILLS_BEFORE, "")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and before.isdecimal() and hardware.kills_for_memory(own=True) != int(before)
 
 
 def launch(job: TrainJob, job_file: str, *, watched: bool) -> int:
@@ -41,6 +53,7 @@ def launch(job: TrainJob, job_file: str, *, watched: bool) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.nproc)))
     os.environ[WATCH_STDIN] = str(int(watched))
+    os.environ[_KILLS_BEFORE] = str(hardware.kills_for_memory(own=True))
     # A store of its own for each start. In a shared one (torch 2.13) processes that are started again find addresses of
     # those before them and wait for each other, and a machine that comes back waits for one that is told once.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -181,7 +181,8 @@ def train(job: TrainJob) -> None:
     elif world.writes:
         checkpoints.clear(job)
     known = trainer.state.halvings
-    trainer.state.halvings = [*known, *(max(each, trainer.state.step) for each in job.halvings[len(known) :])]
+    more = world.longest(job.halvings)[len(known) :]  # memory may have run out on one machine of several
+    trainer.state.halvings = [*known, *(max(each, trainer.state.step) for each in more)]
     journal = _Journal(trainer)
     journal.tell("begins", step=trainer.state.step, halvings=trainer.state.halvings)
     if state is not None:

@@ -111,6 +111,14 @@ class World:
         dist.broadcast_object_list(sent, src=source)
         return sent[0]
 
+    def longest(self, own: list[int]) -> list[int]:
+        """The longest of the lists that the processes have."""
+        if self.size == 1:
+            return own
+        lists: list[list[int]] = [[]] * self.size
+        dist.all_gather_object(lists, own)
+        return max(lists, key=len)
+
     def require_same(self, facts: Mapping[str, Any]) -> None:
         """Checks that all processes were asked for the same.
 

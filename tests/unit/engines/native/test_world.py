@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kolotune import hardware
 from kolotune.engines.job import TrainJob, event_of
-from kolotune.engines.native import training
+from kolotune.engines.native import elastic, training
 from kolotune.engines.native.world import World
 
 Room = Callable[..., Any]
@@ -86,7 +87,7 @@ def test_a_process_that_is_killed_costs_one_interval_and_nothing_else(room: Any)
     job = dataclasses.replace(room.job("killed", nproc=2, lora_dropout=0.1, **OPTIONS), epochs=whole.epochs)
     child = start(job)
     checkpoints = Path(job.checkpoints)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 500
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     workers = psutil.Process(child.pid).children()
@@ -124,6 +125,20 @@ def test_a_parted_base_makes_the_same_steps(kind: str, training_room: Room) -> N
     train(parted)
     assert figures(parted, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
     assert figures(parted, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "before", "now", "expected"),
+    [("1", "2", 3, True), ("1", "2", 2, False), ("0", "2", 3, False), ("2", "None", 3, False), ("1", "", 3, False)],
+)
+def test_one_that_is_started_anew_knows_whether_memory_ran_out(
+    restarts: str, before: str, now: int, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vmstat").write_text(f"oom_kill {now}\n")
+    monkeypatch.setattr(hardware, "_own_counters", lambda: [tmp_path / "vmstat"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.setenv(elastic._KILLS_BEFORE, before)
+    assert elastic.one_was_killed_for_memory() is expected
 
 
 def test_every_chat_is_in_one_part_and_the_parts_are_alike() -> None:
