@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from ...errors import Interrupted, KolotuneError
+from ...errors import Interrupted, KolotuneError, TrainingError
 from ...runners.watchdog import end_with_parent
 from ..job import TrainJob, emit
 
@@ -26,6 +26,10 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         emit("error", kind=type(error).__name__, cause=error.cause, hint=error.hint)
         return error.exit_code
+    except MemoryError:
+        traceback.print_exc()
+        emit("out_of_memory")
+        return TrainingError.exit_code
     except KeyboardInterrupt:
         return Interrupted.exit_code
     return 0

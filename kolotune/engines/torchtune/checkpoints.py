@@ -20,11 +20,12 @@ _FACTS, _ADAPTER = "checkpoint.txt", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, and how many epochs and steps were done."""
+    """A whole checkpoint: its folder, how many epochs and steps were done, and where memory had run out till then."""
 
     folder: Path
     epoch: int
     step: int
+    halvings: list[int]
 
     def adapter(self) -> dict[str, Tensor]:
         """The adapter under PEFT's names, fp32."""
@@ -44,7 +45,7 @@ def newest(job: TrainJob) -> Checkpoint | None:
         if facts is None:
             continue
         job.require_same(facts["identity"], folder.name)
-        return Checkpoint(folder, facts["epoch"], facts["step"])
+        return Checkpoint(folder, facts["epoch"], facts["step"], facts.get("halvings", []))
     return None
 
 

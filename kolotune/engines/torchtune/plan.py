@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,12 @@ def config_name(shape: Llama) -> str | None:
     return CONFIGS.get(shape)
 
 
-def config_of(job: TrainJob, shape: Llama, warmup_steps: int) -> dict[str, Any]:
+def parts_of(job: TrainJob, halvings: Sequence[int]) -> int:
+    """The parts of a batch: as many as it comes to when it was halved for the last time, from the first step on."""
+    return -(-job.batch_size // max(1, job.batch_size >> len(halvings)))
+
+
+def config_of(job: TrainJob, shape: Llama, warmup_steps: int, halvings: Sequence[int] = ()) -> dict[str, Any]:
     """torchtune's config for `job`; where torchtune has one of its own, the values that are put into it.
 
     No text of the user's is in it: in it, `_component_` imports what it names and `${…}` reads the environment.
@@ -125,7 +131,7 @@ def config_of(job: TrainJob, shape: Llama, warmup_steps: int) -> dict[str, Any]:
         "epochs": job.epochs,
         "max_steps_per_epoch": None,
         "batch_size": job.batch_size,
-        "gradient_accumulation_steps": job.gradient_accumulation,
+        "gradient_accumulation_steps": job.gradient_accumulation * parts_of(job, halvings),
         "clip_grad_norm": job.max_grad_norm or None,
         "seed": job.seed,
         "shuffle": True,

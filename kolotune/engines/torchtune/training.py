@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import hardware
 from ...errors import KolotuneError, TrainingError
 from ...files import write_json
-from ...runners import local
+from ...runners import kills, local
 from ...weights import weight_files
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit, event_of
@@ -18,7 +19,6 @@ from .architecture import Llama
 from .environment import Environment
 
 _INSIDE = Path(__file__).with_name("inside")
-_KILLED = (-9, 137)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def train(job: TrainJob) -> None:
 
     Raises:
         KolotuneError: torchtune can't do what is asked, its environment can't be had, or training stopped.
+        MemoryError: memory ran out.
     """
     shape = architecture.read(Path(job.base_model))
     plan.check(job, shape)
@@ -72,9 +73,12 @@ def train(job: TrainJob) -> None:
         emit("note", text=f"going on from step {found.step} (epoch {found.epoch})")
     _say_what_differs(job, shape, length)
     begin(Path(job.metrics), found.step if found else 0)
-    answers = _Answers(job)
-    if found is None or found.epoch < job.epochs:
-        _run_recipe(job, shape, length, place, found, answers)
+    halvings = halvings_of(job, found)
+    answers = _Answers(job, found.step if found else 0, halvings)
+    if found is not None and found.epoch == job.epochs:
+        emit("begins", step=found.step, halvings=halvings)
+    else:
+        _run_recipe(job, task_of(job, shape, length, found, halvings), place, answers)
         found = checkpoints.newest(job)
     if found is None or found.epoch != job.epochs:
         raise TrainingError("torchtune ended without the checkpoint of the last epoch", f"See {_log(job)}.")
@@ -107,11 +111,21 @@ def _say_what_differs(job: TrainJob, shape: Llama, length: Length) -> None:
         )
 
 
-def task_of(job: TrainJob, shape: Llama, length: Length, found: checkpoints.Checkpoint | None) -> dict[str, Any]:
+def halvings_of(job: TrainJob, found: checkpoints.Checkpoint | None) -> list[int]:
+    """From which steps on half as many chats are computed at once: what the checkpoint knows, and what came since."""
+    known, step = (found.halvings, found.step) if found else ([], 0)
+    return [*known, *(max(each, step) for each in job.halvings[len(known) :])]
+
+
+def task_of(
+    job: TrainJob, shape: Llama, length: Length, found: checkpoints.Checkpoint | None, halvings: list[int]
+) -> dict[str, Any]:
     """What the recipe is told. Paths stand beside torchtune's config, never in it."""
     return {
         "config_name": plan.config_name(shape),
-        "config": plan.config_of(job, shape, length.warmup),
+        "config": plan.config_of(job, shape, length.warmup, halvings),
+        "halvings": halvings,
+        "parts": plan.parts_of(job, halvings),
         "base_model": job.base_model,
         "weight_files": [path.name for path in weight_files(Path(job.base_model))],
         "tied": shape.tied,
@@ -130,18 +144,12 @@ def task_of(job: TrainJob, shape: Llama, length: Length, found: checkpoints.Chec
     }
 
 
-def _run_recipe(
-    job: TrainJob,
-    shape: Llama,
-    length: Length,
-    place: Environment,
-    found: checkpoints.Checkpoint | None,
-    answers: _Answers,
-) -> None:
+def _run_recipe(job: TrainJob, task: dict[str, Any], place: Environment, answers: _Answers) -> None:
     folder = _work_folder(job)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "task.json", task_of(job, shape, length, found))
+    write_json(folder / "task.json", task)
     _log(job).unlink(missing_ok=True)
+    kills_before = hardware.kills_for_memory()
     code = local.run(
         [str(place.python), "-P", "-m", "kolotune_recipe", str(folder / "task.json")],
         log=_log(job),
@@ -153,8 +161,8 @@ def _run_recipe(
     )
     if answers.error is not None:
         raise answers.error
-    if code in _KILLED:
-        raise _out_of_memory(job, "the training process was killed, most likely because memory ran out")
+    if shortage := kills.shortage(code, kills_before):
+        raise MemoryError(shortage)
     if code != 0:
         raise TrainingError(f"torchtune ended with code {code}: {local.last_lines(_log(job))}", f"See {_log(job)}.")
 
@@ -168,20 +176,12 @@ def _log(job: TrainJob) -> Path:
     return _work_folder(job) / "torchtune.log"
 
 
-def _out_of_memory(job: TrainJob, cause: str) -> TrainingError:
-    if job.batch_size > 1:
-        hint = "Halve --batch-size and double --gradient-accumulation (same result)"
-    else:
-        hint = "Lower --max-seq-length or --lora-rank, or take a smaller base model"
-    return TrainingError(cause, f"{hint}; --use-checkpoint goes on from the last epoch. See {_log(job)}.")
-
-
 class _Answers:
     """Takes the recipe's events out of its output, and hands them on."""
 
-    def __init__(self, job: TrainJob) -> None:
-        self._job = job
-        self.error: KolotuneError | None = None
+    def __init__(self, job: TrainJob, step: int, halvings: list[int]) -> None:
+        self._job, self._step, self._halvings = job, step, halvings
+        self.error: KolotuneError | MemoryError | None = None
         self.facts: dict[str, Any] = {}
 
     def __call__(self, line: str) -> bool:
@@ -191,6 +191,7 @@ class _Answers:
         kind = event.pop("event")
         if kind == "started":
             self.facts["device"] = event["device"]
+            emit("begins", step=self._step, halvings=self._halvings)
         elif kind in ("step", "evaluation"):
             emit(kind, **event)
         elif kind == "checkpoint":
@@ -199,9 +200,9 @@ class _Answers:
             self.error = self._in_words(event)
         return True
 
-    def _in_words(self, event: dict[str, Any]) -> TrainingError:
+    def _in_words(self, event: dict[str, Any]) -> TrainingError | MemoryError:
         if event["kind"] == "memory":
-            return _out_of_memory(self._job, "torchtune is out of memory")
+            return MemoryError(event["text"])
         if event["kind"] == "not finite":
             return TrainingError(
                 event["text"],

@@ -50,6 +50,33 @@ def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, a
         assert sum(len(batch["tokens"]) for batch in found if batch["tokens"].shape[1] > 1) == CHATS
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (3, 2), (5, 1)])
+def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
+    halvings, theirs = [1, 4], batches.Tokens.load(file)
+    parts = -(-batch_size // (batch_size >> 2 or 1))
+    loader = Loader(Chats.load(file), batch_size, accumulation, 7, halvings, parts)
+    step = 0
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        found = list(loader)
+        of_a_step = accumulation * parts
+        assert len(found) == len(loader) and len(found) % of_a_step == 0
+        for indices in batches.steps_of(CHATS, epoch, 7, batch_size * accumulation):
+            mine, found = found[:of_a_step], found[of_a_step:]
+            at_once = max(1, batch_size >> (step >= 1) + (step >= 4))
+            rows = [
+                indices[whole : whole + batch_size][at : at + at_once]
+                for whole in range(0, len(indices), batch_size)
+                for at in range(0, len(indices[whole : whole + batch_size]), at_once)
+            ]
+            real = [batch for batch in mine if (batch["labels"] != IGNORED).any()]
+            assert len(real) == len(rows)
+            for batch, row in zip(real, rows, strict=True):
+                agrees(batch, theirs, row)
+            step += 1
+        assert not found
+
+
 def test_tokens_are_counted_without_padding(file: Path) -> None:
     loader = Loader(Chats.load(file), 4, 2, seed=7)
     list(loader)

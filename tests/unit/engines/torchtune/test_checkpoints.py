@@ -32,7 +32,7 @@ def write(job: Any, epoch: int, **identity: Any) -> Path:
         random=recipe.random_state(),
     )
     peft = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((2, 3), float(epoch))}
-    recipe.save(Path(job.checkpoints), state, peft, {**job.identity(), **identity})
+    recipe.save(Path(job.checkpoints), state, peft, {**job.identity(), **identity}, [0, 5])
     return Path(job.checkpoints) / f"epoch-{epoch:06d}"
 
 
@@ -43,7 +43,7 @@ def epoch_of(found: checkpoints.Checkpoint | None) -> int | None:
 def test_what_is_written_is_read(job: Any) -> None:
     folder = write(job, 3)
     found = checkpoints.newest(job)
-    assert found == checkpoints.Checkpoint(folder, 3, 15)
+    assert found == checkpoints.Checkpoint(folder, 3, 15, [0, 5])
     (tensor,) = found.adapter().values()
     assert torch.equal(tensor, torch.full((2, 3), 3.0))
     state = recipe.load(folder)

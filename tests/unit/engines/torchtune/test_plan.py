@@ -79,6 +79,8 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (found["optimizer"]["lr"], found["optimizer"]["weight_decay"]) == (3e-4, 0.02)
     assert (found["clip_grad_norm"], found["lr_scheduler"]["num_warmup_steps"]) == (0.5, 15)
+    # Of 6 chats halved twice 1 is left, so that a batch comes in 6 parts.
+    assert plan.config_of(job, TINY, 15, [3, 5])["gradient_accumulation_steps"] == 7 * 6
     model = found["model"]
     assert (model["lora_rank"], model["lora_alpha"], model["lora_dropout"]) == (12, 13.5, 0.14)
     assert model["_component_"].endswith("lora_llama3_2") and model["scale_factor"] == 1.0

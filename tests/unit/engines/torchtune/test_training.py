@@ -123,6 +123,36 @@ def test_it_goes_on_bit_for_bit(training_room: Room) -> None:
     assert same(adapter(cut), adapter(whole)) and Path(cut.metrics).read_text(encoding="utf-8") == before
 
 
+def test_half_the_chats_at_once_make_the_same_steps_and_are_repeated_to_the_bit(
+    training_room: Room, capfd: pytest.CaptureFixture[str]
+) -> None:
+    room = training_room("llama", chats=11, held_out=3)
+    options = {"epochs": 3, "batch_size": 5, "lora_dropout": 0.0}
+    whole, halved = room.job("whole", **options), room.job("halved", **options, halvings=[0, 3])
+    training.train(whole)
+    training.train(halved)
+    assert list(losses(halved).values()) == pytest.approx(list(losses(whole).values()), abs=1e-5)
+    assert losses(halved, "held_out_loss")[9] == pytest.approx(losses(whole, "held_out_loss")[9], abs=1e-5)
+    # Memory ran out in the third epoch, of three steps; dropout's draws for smaller batches are others.
+    options["lora_dropout"] = 0.2
+    undisturbed, cut = room.job("undisturbed", **options), room.job("cut", **options, resume=True, halvings=[0])
+    training.train(undisturbed)
+    shutil.copytree(Path(undisturbed.checkpoints) / "epoch-000002", Path(cut.checkpoints) / "epoch-000002")
+    shutil.copyfile(undisturbed.metrics, cut.metrics)
+    capfd.readouterr()
+    training.train(cut)
+    assert '"begins", "step": 6, "halvings": [6]' in capfd.readouterr().out
+    told = room.job("told", **options, halvings=[6])
+    training.train(told)
+    assert same(adapter(told), adapter(cut)) and losses(told) == losses(cut)
+    assert {step: loss for step, loss in losses(told).items() if step <= 6}.items() <= losses(undisturbed).items()
+    assert not same(adapter(told), adapter(undisturbed))
+    shutil.rmtree(cut.adapter)
+    shutil.rmtree(Path(cut.checkpoints) / "epoch-000003")
+    training.train(dataclasses.replace(cut, halvings=[]))  # the checkpoint of the second epoch knows of none
+    assert same(adapter(cut), adapter(undisturbed))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"), [({"seed": 8, "lora_rank": 2}, "lora_rank, seed"), ({"epochs": 0}, "at epoch 1")]
 )
@@ -267,9 +297,8 @@ def test_a_loss_that_is_no_number_stops_it(training_room: Room) -> None:
 def test_memory_that_is_not_there(training_room: Room) -> None:
     # torchtune keeps the rotary embedding of every position: 10**13 of them are terabytes.
     room = training_room("llama", chats=4, max_position_embeddings=10**13)
-    with pytest.raises(TrainingError, match="out of memory") as raised:
+    with pytest.raises(MemoryError, match="allocate memory"):
         training.train(room.job())
-    assert "Halve --batch-size" in raised.value.hint
 
 
 def test_another_error_names_the_log(training_room: Room) -> None:

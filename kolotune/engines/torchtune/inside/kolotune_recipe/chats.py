@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +60,23 @@ class Loader:
     make a whole step. Here the last batch may be smaller, and a step that lacks batches is filled up with ones
     that hold a single token and no label: they add nothing to the loss, which is a mean over labels.
 
+    A batch may come in parts: where memory ran out, they are halves of it, and before that one whole and nothing. So a
+    step has the same chats as ever.
+
     Args:
         chats: what is trained on.
         batch_size: chats of a batch.
         accumulation: batches of a step.
         seed: decides, with the epoch, the order.
+        halvings: the steps from which on a part has half as many chats as before.
+        parts: of each batch; those that are not needed hold no label.
     """
 
-    def __init__(self, chats: Chats, batch_size: int, accumulation: int, seed: int) -> None:
+    def __init__(
+        self, chats: Chats, batch_size: int, accumulation: int, seed: int, halvings: Sequence[int] = (), parts: int = 1
+    ) -> None:
         self._chats, self._batch_size, self._accumulation, self._seed = chats, batch_size, accumulation, seed
+        self._halvings, self._parts = halvings, parts
         self._epoch = 0
         self.sampler = self  # the recipe says `dataloader.sampler.set_epoch(n)`
         self.tokens_read = 0
@@ -78,20 +86,30 @@ class Loader:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        size = self._batch_size * self._accumulation
-        return -(-len(self._chats) // size) * self._accumulation
+        return self._steps() * self._accumulation * self._parts
+
+    def _steps(self) -> int:
+        return -(-len(self._chats) // (self._batch_size * self._accumulation))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self._chats), generator=generator).tolist()
-        for number in range(len(self)):
+        for number in range(self._steps() * self._accumulation):
             indices = order[number * self._batch_size : (number + 1) * self._batch_size]
             self.tokens_read += sum(self._chats.length(index) for index in indices)
-            yield self._chats.batch(indices) if indices else _filler()
+            size = at_once(self._batch_size, self._halvings, self._epoch * self._steps() + number // self._accumulation)
+            for start in range(0, size * self._parts, size):
+                part = indices[start : start + size]
+                yield self._chats.batch(part) if part else _filler()
 
 
 def _filler() -> dict[str, Tensor]:
     return {"tokens": torch.full((1, 1), PadId.pad_id), "labels": torch.full((1, 1), IGNORED)}
+
+
+def at_once(batch_size: int, halvings: Sequence[int], step: int) -> int:
+    """The chats that are computed at once at a step."""
+    return max(1, batch_size >> sum(first <= step for first in halvings))
 
 
 def in_order(chats: Chats, batch_size: int) -> Iterator[dict[str, Tensor]]:

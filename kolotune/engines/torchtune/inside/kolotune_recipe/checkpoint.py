@@ -41,7 +41,7 @@ class State:
     random: dict[str, Tensor]
 
 
-def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, Any]) -> None:
+def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, Any], halvings: list[int]) -> None:
     """Writes a checkpoint below `root`.
 
     Args:
@@ -49,6 +49,7 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         state: to go on from.
         peft: the same adapter under PEFT's names, fp32, for who takes the adapter out.
         identity: the settings that a training which goes on must share.
+        halvings: the steps at which memory ran out.
     """
     target = root / f"epoch-{state.epoch:06d}"
     partial = root / f".{target.name}.partial"
@@ -65,6 +66,7 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         "identity": identity,
         "epoch": state.epoch,
         "step": state.step,
+        "halvings": halvings,
         "sha256": {file: _hash(partial / file) for file in (ADAPTER, STATE)},
     }
     text = json.dumps(facts, indent=1)

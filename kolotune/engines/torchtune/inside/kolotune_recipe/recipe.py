@@ -22,7 +22,7 @@ from torchtune import training
 from torchtune.models import convert_weights
 
 from . import checkpoint
-from .chats import IGNORED, Chats, Loader, in_order
+from .chats import IGNORED, Chats, Loader, at_once, in_order
 from .events import NotFiniteError, emit
 
 _RECIPES = Path(torchtune.__file__).parent.parent / "recipes"
@@ -115,7 +115,9 @@ class Recipe(_base_class()):  # type: ignore[misc] # its base is known when it i
     def _setup_data(self, *, batch_size: int, **others: Any) -> Loader:
         del others
         chats = Chats.load(Path(self._task["data"], "train.safetensors"))
-        return Loader(chats, batch_size, self._gradient_accumulation_steps, self._task["seed"])
+        parts = self._task["parts"]
+        accumulation = self._gradient_accumulation_steps // parts
+        return Loader(chats, batch_size, accumulation, self._task["seed"], self._task["halvings"], parts)
 
     def _setup_lr_scheduler(self, cfg_lr_scheduler: DictConfig, num_training_steps: int, last_epoch: int) -> Any:
         del last_epoch
@@ -177,7 +179,7 @@ class Recipe(_base_class()):  # type: ignore[misc] # its base is known when it i
             return
         self._model.eval()
         total, labels = 0.0, 0
-        for batch in in_order(self._held_out, self._batch_size):
+        for batch in in_order(self._held_out, at_once(self._batch_size, self._task["halvings"], self.global_step)):
             count = int((batch["labels"] != IGNORED).sum())
             if count:
                 on_device = {name: each.to(self._device) for name, each in batch.items()}
@@ -206,7 +208,8 @@ class Recipe(_base_class()):  # type: ignore[misc] # its base is known when it i
             if each in self._optimizer.state
         }
         state = checkpoint.State(self.epochs_run, self.global_step, adapter, optimizer, checkpoint.random_state())
-        checkpoint.save(Path(self._task["checkpoints"]), state, peft, self._task["identity"])
+        task = self._task
+        checkpoint.save(Path(task["checkpoints"]), state, peft, task["identity"], task["halvings"])
         emit("checkpoint", epoch=self.epochs_run, step=self.global_step)
 
 
