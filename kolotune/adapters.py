@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: r is no rank", "Copy the adapter again.")
     for option in ("rank_pattern", "alpha_pattern"):
         _check_patterns(path, option, config.get(option) or {})
-    if not isinstance(config.get("lora_alpha", 1), (int, float)):
+    if not _is_number(config.get("lora_alpha", 1)):
         raise ArtifactError(f"{path}: lora_alpha is no number", "Copy the adapter again.")
     return config
 
@@ -142,8 +143,13 @@ def _check_patterns(path: Path, option: str, patterns: Any) -> None:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError):
             heavy = True
-        if heavy or not isinstance(value, (int, float)):
+        if heavy or not _is_number(value):
             raise ArtifactError(f"{path}: {option} is none that can be read", "Copy the adapter again.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold; JSON has whole ones without an end, and Python reads NaN too."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Adapter:

@@ -106,6 +106,13 @@ def test_a_rank_that_is_none(write: Callable[..., Path], rank: Any) -> None:
         adapters.read(write(r=rank))
 
 
+@pytest.mark.parametrize("number", ["x", 10**400, -(10**400), float("nan"), float("inf")])
+@pytest.mark.parametrize("option", ["lora_alpha", "alpha_pattern", "rank_pattern"])
+def test_a_number_that_no_float_holds(write: Callable[..., Path], option: str, number: Any) -> None:
+    with pytest.raises(ArtifactError, match=option):
+        adapters.read(write(**{option: number if option == "lora_alpha" else {"q_proj": number}}))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
 def test_a_damaged_config(write: Callable[..., Path], text: str) -> None:
     folder = write()
