@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import typer
 
-from ..errors import ArtifactError, ConfigError, Interrupted, KolotuneError, ToolchainError
+from ..errors import ArtifactError, ConfigError, Interrupted, KolotuneError, SpaceError, ToolchainError
 from . import container, elsewhere, hints, launch, looks, ollama, plans, proof, roads, room, start, sweep, talk
 from .options import reporter
 
@@ -80,11 +82,20 @@ def run_command_line(arguments: list[str]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        # Such as a name that is too long, or a folder that may not be looked into: no bug.
-        return _fail(ArtifactError(f"{error.filename}: {error.strerror}", "Check the name and its folder."), arguments)
+        return _fail(_named(error), arguments)
     if result == Interrupted.exit_code:  # typer has caught the interruption itself
         return _fail(Interrupted("stopped"), arguments)
     return result if isinstance(result, int) else 0
+
+
+def _named(error: OSError) -> KolotuneError:
+    """An error of the system at a file, such as a name that is too long, or a full disk: no bug."""
+    from ..files import explained
+
+    found = explained(error, Path(os.fsdecode(error.filename2 or error.filename)))
+    if isinstance(found, SpaceError):
+        return found
+    return ArtifactError(f"{error.filename}: {error.strerror}", "Check the name and its folder.")
 
 
 def _wrong_line(error: Any, arguments: list[str]) -> int:
