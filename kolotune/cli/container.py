@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -134,7 +135,8 @@ def shell(name: Name = places.DEFAULT_NAME) -> int:
     program = shutil.which("docker")
     if program is None:
         raise ConfigError("shell: Docker's program `docker` is not here", "Install it; the other verbs don't need it.")
-    return local.interactive([program, "exec", "--interactive", "--tty", found.id, "/bin/bash"])
+    tty = ["--tty"] if sys.stdin.isatty() else []  # commands may come through a pipe
+    return local.interactive([program, "exec", "--interactive", *tty, found.id, "/bin/bash"])
 
 
 def _checked(name: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,16 +40,90 @@ def until_training(child: subprocess.Popen[str]) -> None:
     pytest.fail(f"it ended by itself: {''.join(seen)}")
 
 
+def until_said(child: subprocess.Popen[str], words: str) -> str:
+    """Reads what a client says until a line with these words; returns that line."""
+    assert child.stdout is not None
+    seen = []
+    for line in child.stdout:
+        seen.append(line)
+        if words in line:
+            return line
+    pytest.fail(f"it ended by itself: {''.join(seen)}")
+
+
+def told(output: str, *words: str) -> None:
+    """Checks that one error was told, with these words, and no traceback."""
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1, output
+    for word in words:
+        assert word in output, output
+
+
+@dataclass
+class Engine:
+    """dockerd, which can be stopped and started again while tests run.
+
+    Attributes:
+        folder: for its socket and log; short, because a socket's path may not be long.
+        data: where it keeps images, containers and volumes.
+    """
+
+    folder: Path
+    data: Path
+    _daemon: subprocess.Popen[bytes] | None = None
+
+    @property
+    def host(self) -> str:
+        return f"unix://{self.folder}/d.sock"
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        argv = [
+            "dockerd", "--data-root", str(self.data), "--exec-root", str(self.folder / "exec"), "-H", self.host,
+            "--pidfile", str(self.folder / "pid"), "--iptables=false", "--bridge=none", "--storage-driver=overlay2",
+        ]  # fmt: skip
+        for left in ("d.sock", "pid"):  # by one that was killed
+            (self.folder / left).unlink(missing_ok=True)
+        with (self.folder / "log").open("a") as log:
+            self._daemon = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            if self._daemon.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"dockerd did not start: {(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        import docker
+
+        try:
+            return bool(docker.APIClient(base_url=self.host, version="auto").ping())
+        except docker.errors.DockerException:
+            return False
+
+    def is_up(self) -> bool:
+        """Whether it runs."""
+        return self._daemon is not None and self._daemon.poll() is None
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it: in order, with all containers, or by SIGKILL."""
+        assert self._daemon is not None
+        self._daemon.send_signal(how)
+        self._daemon.wait(60)
+
+
 @dataclass(frozen=True)
 class Client:
     """kolotune as a user of that engine calls it."""
 
-    host: str
-    folder: Path
+    engine: Engine
     api: Any = field(repr=False)
 
+    @property
+    def folder(self) -> Path:
+        return self.engine.folder
+
     def env(self, **more: str) -> dict[str, str]:
-        return {**os.environ, "DOCKER_HOST": self.host, **more}
+        return {**os.environ, "DOCKER_HOST": self.engine.host, **more}
 
     def start(self, *arguments: Any, cwd: Path, **env: str) -> subprocess.Popen[str]:
         """Starts kolotune and does not wait for it."""
@@ -67,6 +142,11 @@ class Client:
         child = self.start(*arguments, cwd=cwd, **env)
         output, _ = child.communicate(typed, timeout=570)
         return child.returncode, output
+
+    def bring_up(self, name: str, *more: str) -> None:
+        """Makes a container of the image, or starts it again."""
+        code, output = self("container", "start", name, "--network", "host", *more, cwd=self.folder)
+        assert code == 0, output
 
     def processes(self, name: str = NAME) -> list[str]:
         """The command lines inside a container, other than those that keep it up."""
@@ -105,41 +185,39 @@ def _cache() -> Path:
     return Path(root, "docker")
 
 
-def _why_not() -> str:
+def why_not() -> str:
     if os.name != "posix" or os.geteuid() != 0:
         return "a Docker engine of our own needs root on Linux"
     missing = [name for name in ("dockerd", "debootstrap") if shutil.which(name) is None]
     return f"needs {' and '.join(missing)}: apt-get install docker.io debootstrap" if missing else ""
 
 
-@pytest.fixture(scope="session")
-def docker_engine() -> Iterator[Client]:
-    """An engine that runs while the tests do."""
-    if why := _why_not():
-        (pytest.fail if os.environ.get("KOLOTUNE_NEEDS_DOCKER") == "1" else pytest.skip)(why)
+@contextlib.contextmanager
+def engine() -> Iterator[Client]:
+    """An engine that runs as long as the block does."""
     import docker
 
     data = _cache() / "data"
     data.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="kolo-", dir="/tmp"))  # a socket's path may not be long
-    argv = [
-        "dockerd", "--data-root", str(data), "--exec-root", str(folder / "exec"), "-H", f"unix://{folder}/d.sock",
-        "--pidfile", str(folder / "pid"), "--iptables=false", "--bridge=none", "--storage-driver=overlay2",
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log:
-        daemon = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + _START_SECONDS
-    while not (folder / "d.sock").exists():
-        if daemon.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"dockerd did not start: {(folder / 'log').read_text()[-2000:]}")
-        time.sleep(0.1)
-    host = f"unix://{folder}/d.sock"
-    api = docker.APIClient(base_url=host, version="auto", timeout=120)
-    yield Client(host, folder, api)
-    api.close()
-    daemon.terminate()
-    daemon.wait(60)
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="kolo-", dir="/tmp"))
+    started = Engine(folder, data)
+    started.start()
+    try:
+        api = docker.APIClient(base_url=started.host, version="auto", timeout=120)
+        yield Client(started, api)
+        api.close()
+    finally:
+        started.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> Iterator[Client]:
+    """An engine that runs while the tests do."""
+    if why := why_not():
+        (pytest.fail if os.environ.get("KOLOTUNE_NEEDS_DOCKER") == "1" else pytest.skip)(why)
+    with engine() as client:
+        yield client
 
 
 def _make_base(api: Any) -> None:
@@ -165,6 +243,14 @@ def wheels() -> Path:
     return folder
 
 
+def build(client: Client) -> None:
+    """Builds the image of this kolotune."""
+    if not client.api.images(BASE, quiet=True):
+        _make_base(client.api)
+    code, output = client("container", "build", *build_arguments(), cwd=client.folder)
+    assert code == 0, output
+
+
 def build_arguments() -> list[str]:
     """What `kolotune container build` needs on this machine."""
     return ["--base", BASE, "--wheels", str(wheels()), "--network", "host", *certificates()]
@@ -179,10 +265,7 @@ def certificates() -> list[str]:
 @pytest.fixture(scope="session")
 def image(docker_engine: Client) -> Client:
     """The engine, with the image of this kolotune built."""
-    if not docker_engine.api.images(BASE, quiet=True):
-        _make_base(docker_engine.api)
-    code, output = docker_engine("container", "build", *build_arguments(), cwd=docker_engine.folder)
-    assert code == 0, output
+    build(docker_engine)
     return docker_engine
 
 
@@ -190,8 +273,7 @@ def image(docker_engine: Client) -> Client:
 def container(image: Client) -> Iterator[Client]:
     """The engine, with a fresh container that runs."""
     image.forget(NAME)
-    code, output = image("container", "start", "--network", "host", cwd=image.folder)
-    assert code == 0, output
+    image.bring_up(NAME)
     yield image
     image.forget(NAME)
 

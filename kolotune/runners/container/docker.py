@@ -23,6 +23,8 @@ from ...version import VERSION
 from . import places
 
 _FULL = ("no space left on device", "disk quota exceeded")
+_KEPT = "what was done stays, and --use-checkpoint goes on in mid-training."
+SPACE_HINT = "Free space where Docker keeps its volumes, or remove old runs with `kolotune container shell`."
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,23 @@ class Docker:
         """Turns Docker's errors in the block into ours; `what` is what was asked for, as "start kolo_container"."""
         import docker.errors
         import requests
+        import urllib3
 
         try:
             yield
         except docker.errors.APIError as error:
             words = str(error.explanation or error)
-            if any(each in words.lower() for each in _FULL):
-                raise SpaceError(
-                    f"{what}: the container's disk is full",
-                    "Free space where Docker keeps its volumes, or remove old runs with `kolotune container shell`.",
-                ) from None
+            if is_full(words):
+                raise SpaceError(f"{what}: the container's disk is full", SPACE_HINT) from None
             raise ContainerError(f"{what}: Docker says: {words.strip()}") from None
-        except (requests.exceptions.ConnectionError, ConnectionError) as error:
+        except requests.exceptions.ReadTimeout:
+            # As long as files go into a container or come out of it, Docker answers nothing else about that one.
+            raise ContainerError(
+                f"{what}: Docker has not answered for {self.api.timeout} s",
+                "Wait until it is done with the large files of another command, if there is one",
+            ) from None
+        # A stream that breaks is told by the library below, as it is.
+        except (requests.exceptions.ConnectionError, urllib3.exceptions.ProtocolError, ConnectionError) as error:
             raise _down(error) from None
         except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
             raise ContainerError(f"{what}: {error}") from None
@@ -118,7 +125,7 @@ class Docker:
         if found is None:
             raise self.missing(name)
         if found.state == "paused":
-            raise ContainerPausedError(f"container {name}: is paused")
+            raise paused(name, "")
         if found.state != "running":
             raise ContainerStoppedError(f"container {name}: is not running ({found.state})")
         if found.version != VERSION:
@@ -138,20 +145,73 @@ class Docker:
             )
         return ContainerMissingError(f"container {name}: there is none", f"Make it: kolotune container start {name}")
 
-    def require_unchanged(self, found: Found, doing: str) -> None:
-        """Checks that the container has been running all the time since it was `found`.
+    def require_unchanged(self, found: Found, doing: str) -> Found:
+        """Checks that the container has been running all the time since it was `found`; returns it as it is now.
+
+        It may be paused: that loses nothing.
 
         Raises:
-            ContainerLostError: it was stopped, restarted or removed.
+            ContainerLostError: it was stopped, restarted or removed, or Docker was.
         """
         try:
             now = self.find(found.name)
         except DockerDownError:
-            raise ContainerLostError(f"container {found.name}: Docker went away during {doing}") from None
+            raise _left_by_docker(found.name, doing) from None
         if now is None or now.id != found.id:
-            raise ContainerLostError(f"container {found.name}: was removed during {doing}")
+            raise lost(found.name, f"was removed during {doing}", "Make it again")
         if now.state not in ("running", "paused") or now.started != found.started:
-            raise ContainerLostError(f"container {found.name}: was stopped or restarted during {doing}")
+            raise lost(found.name, f"was stopped or restarted during {doing}", "Start it")
+        return now
+
+    @contextlib.contextmanager
+    def working(self, found: Found, doing: str, what: str = "") -> Iterator[None]:
+        """`told`, for work in a container: when it fails because the container or Docker went away, that is told.
+
+        Args:
+            found: the container, as it was when the work began.
+            doing: what the work is called, as "train".
+            what: what was asked of Docker; default: the same.
+
+        Raises:
+            ContainerLostError: the container was stopped, restarted or removed, or Docker was.
+            ContainerPausedError: it is paused, and does not take this.
+            SpaceError, ContainerError: as `told` has them.
+        """
+        try:
+            with self.told(what or doing):
+                yield
+        except DockerDownError:
+            # One that is about to stop takes no new connections, and still says of the old ones that all is well.
+            raise _left_by_docker(found.name, doing) from None
+        except ContainerError:
+            if self.require_unchanged(found, doing).state == "paused":
+                raise paused(found.name, doing) from None
+            raise
+
+
+def is_full(words: str) -> bool:
+    """Whether an error's text says that a disk is full."""
+    return any(each in words.lower() for each in _FULL)
+
+
+def paused(name: str, doing: str) -> ContainerPausedError:
+    """The error about a container that is paused under what a verb does; "" when nothing has begun."""
+    how = f"docker unpause {name}, or kolotune container start {name}"
+    if not doing:
+        return ContainerPausedError(f"container {name}: is paused", f"Let it go on: {how}")
+    return ContainerPausedError(f"container {name}: is paused, and {doing} stands still", f"Let it go on: {how}")
+
+
+def lost(name: str, why: str, first: str) -> ContainerLostError:
+    """The error about a container that a verb was running in; `first` is to be done before it runs again."""
+    return ContainerLostError(
+        f"container {name}: {why}",
+        f"{first} (kolotune container start {name}), then run the same command again: {_KEPT}",
+    )
+
+
+def _left_by_docker(name: str, doing: str) -> ContainerLostError:
+    return lost(name, f"Docker went away during {doing}", "Start Docker and the container")
 
 
 def _down(error: Exception) -> DockerDownError:
@@ -161,6 +221,6 @@ def _down(error: Exception) -> DockerDownError:
             "Docker can't be used: this account may not talk to it",
             "Add the account to the group `docker` and log in again, or use rootless Docker.",
         )
-    if "No such file" in words or "not found" in words.lower():
+    if any(each in words.lower() for each in ("no such file", "not found", "connection refused")):
         return DockerDownError("Docker can't be reached: it is not running, or not installed")
     return DockerDownError(f"Docker can't be reached: {words.splitlines()[0] if words else type(error).__name__}")

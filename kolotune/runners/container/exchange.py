@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from ...errors import KolotuneError
+from ...errors import KolotuneError, SpaceError
 from ...files import Hasher, files_of, remove, replacing, size_of, write_json
 from ...layout import RunFolder
 from ...reporter import Reporter, size_in_words
 from . import archive, places
 from .archive import Item
-from .docker import Docker, Found
+from .docker import SPACE_HINT, Docker, Found
 from .paths import Paths
 from .process import output_of
 
 _LARGE_BYTES = 10_000_000
+_BLOCK_BYTES = 4096  # what a file takes on a disk is a whole number of these
 _SMALL_BYTES = 100_000
 _MODULE = "kolotune.runners.container.inside"
+_DOING = "the exchange of files"
 
 
 class Store(Protocol):
@@ -58,19 +60,28 @@ class Volume:
     def ask(self, command: str, *arguments: object) -> Any:
         """What `inside` answers."""
         argv = [places.PYTHON, "-P", "-m", _MODULE, command, *map(str, arguments)]
-        return json.loads(output_of(self.docker, self.found, argv))
+        return json.loads(output_of(self.docker, self.found, argv, _DOING))
 
     def send(self, items: Iterable[Item], target: PurePosixPath) -> None:
         """Puts a folder of files at `target`, whole or not at all.
 
         Raises:
-            SpaceError: the volume is full.
+            SpaceError: the volume has no room for it.
+            ContainerLostError: the container, or Docker, went away meanwhile.
             ArtifactError: a file changes meanwhile.
         """
+        name = self.found.name
         partial = f".{uuid.uuid4().hex}.partial"
         inside = [Item(f"{partial}/{item.name}", item.content, item.sha256) for item in items]
+        needed, free = _on_disk(inside), int(self.ask("free", places.VOLUME))
+        size = size_in_words(needed)
+        if needed > free:
+            raise SpaceError(
+                f"container {name}: {size} are to be sent there, but only {size_in_words(free)} are free on its volume",
+                SPACE_HINT,
+            )
         try:
-            with self.docker.told(f"send files to {self.found.name}"):
+            with self.docker.working(self.found, _DOING, f"send {size} to {name}"):
                 self.docker.api.put_archive(self.found.id, str(places.VOLUME), archive.packed(inside))
             self.ask("settle", places.VOLUME / partial, target)
         except BaseException:
@@ -80,9 +91,15 @@ class Volume:
 
     def fetch(self, source: PurePosixPath, target: Path) -> None:
         """Takes a file or folder out to `target`, which does not exist yet."""
-        with self.docker.told(f"bring out {source.name}"):
+        with self.docker.working(self.found, _DOING, f"bring out {source.name}"):
             chunks, _ = self.docker.api.get_archive(self.found.id, str(source))
             archive.unpack(chunks, source.name, target)
+
+
+def _on_disk(items: Iterable[Item]) -> int:
+    """Bytes that files of these contents take on a disk."""
+    sizes = (len(item.content) if isinstance(item.content, bytes) else item.content.stat().st_size for item in items)
+    return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
 
 class Sender:

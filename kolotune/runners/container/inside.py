@@ -1,9 +1,11 @@
 """Small services inside the container, asked for by the client: ``python -m … COMMAND ARGUMENTS``; JSON comes back.
 
 have PATH…          which of the paths are there
+free FOLDER         bytes that its disk has left
 settle FROM TO      gives what was sent its final name, unless another client was faster
 list FOLDER         every file below it: size, time of change in ns, inode
 remove PATH         a file or folder, if it is there
+sweep FOLDER        removes what clients that were killed have sent in half
 sizes FOLDER        the folders in it and their bytes
 """
 
@@ -19,6 +21,10 @@ from typing import Any
 
 def have(*paths: str) -> list[bool]:
     return [Path(path).exists() for path in paths]
+
+
+def free(folder: str) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def settle(source: str, target: str) -> bool:
@@ -46,6 +52,11 @@ def remove(path: str) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def sweep(folder: str) -> None:
+    for half in Path(folder).glob(".*.partial"):
+        remove(str(half))
+
+
 def sizes(folder: str) -> dict[str, int]:
     found = {}
     for entry in sorted(Path(folder).iterdir()):
@@ -56,10 +67,12 @@ def sizes(folder: str) -> dict[str, int]:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "have": have,
+    "free": free,
     "settle": settle,
     "list": list_files,
     "remove": remove,
     "sizes": sizes,
+    "sweep": sweep,
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import ConfigError, ContainerMissingError, ImageBuildError, ImageMissingError
+from ...errors import ConfigError, ContainerMissingError, ImageBuildError, ImageMissingError, KolotuneError
 from ...reporter import Progress, Reporter
 from ...version import VERSION
 from . import context, places
@@ -144,7 +144,17 @@ def start(docker: Docker, name: str, options: StartOptions, reporter: Reporter) 
     started = docker.find(name)
     if started is None or started.state != "running":
         raise ContainerMissingError(f"container {name}: did not stay up", f"Look at `docker logs {name}`.")
+    if (found is None or found.state not in ("running", "paused")) and started.version == VERSION:
+        _sweep(docker, started)
     return started
+
+
+def _sweep(docker: Docker, started: Found) -> None:
+    """Frees what half-sent files take; in a container that has just been started nobody is sending any."""
+    from .exchange import Volume
+
+    with contextlib.suppress(KolotuneError):
+        Volume(docker, started).ask("sweep", places.VOLUME)
 
 
 def _make(docker: Docker, name: str, options: StartOptions) -> None:

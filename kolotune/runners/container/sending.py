@@ -56,6 +56,7 @@ def carry_out(
 
     Raises:
         ContainerLostError: the container was stopped meanwhile.
+        ContainerPausedError: it was paused, and still is.
         KolotuneError: the verb went well, and bringing its results out did not.
     """
     env = {SAY_PROCESS: "1"}
@@ -63,7 +64,7 @@ def carry_out(
         env["HF_TOKEN"] = order.token.reveal()
     argv = [*_KOLOTUNE, *order.argv]
     typed = sys.stdin.buffer if order.typed else None
-    process = Process(volume.docker, volume.found, argv, env=env, typed=typed, doing=order.argv[0])
+    process = Process(volume.docker, volume.found, argv, env=env, typed=typed, doing=order.argv[0], reporter=reporter)
     listener = _Listener(order, reporter, process)
     try:
         code = process.wait(listener)
