@@ -32,8 +32,8 @@ test-all: setup
 # A real Docker engine of its own, with a data folder that is kept, so that a second time is quick. Needs root.
 test-container: setup
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	    ! { command -v dockerd && command -v debootstrap; } >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap; fi
+	    ! { command -v dockerd && command -v debootstrap && command -v docker-registry; } >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap docker-registry; fi
 	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m container
 
 # Looks for inputs that break a parser, for so many minutes in all; guided by coverage where atheris is installed.

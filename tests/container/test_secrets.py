@@ -103,7 +103,10 @@ def test_the_image_gives_nobody_a_way_in(container: Client, tmp_path: Path) -> N
     seen = container.api.inspect_container(NAME)
     assert container.inside("id", "-u").strip() == "1000"
     assert seen["HostConfig"]["CapDrop"] == ["ALL"] and not seen["HostConfig"]["Privileged"]
-    assert container.inside("sh", "-c", "command -v sshd sudo gcc cmake") == ""
+    assert seen["Config"]["User"] == "1000:1000"
+    users = {row[1] for row in container.api.top(NAME, "-eo pid,uid,args")["Processes"]}
+    assert users == {"1000"}
+    assert container.inside("sh", "-c", "command -v sshd dropbear sudo gcc cmake") == ""
     accounts = container.inside("cat", "/etc/shadow", user="root").splitlines()
     assert accounts and all(line.split(":")[1] in ("*", "!", "!!", "!*") for line in accounts)
     assert "Permission denied" in container.inside("sh", "-c", "echo x > /opt/kolotune/app/kolotune/version.py")
@@ -115,6 +118,9 @@ def test_ports_are_on_the_loopback_only(image: Client, tmp_path: Path) -> None:
         assert image("container", "start", name, "--port", "18431", "--network", "none", cwd=tmp_path)[0] == 0
         seen = image.api.inspect_container(name)["HostConfig"]["PortBindings"]
         assert seen == {"18431/tcp": [{"HostIp": "127.0.0.1", "HostPort": "18431"}]}
+        # Nobody listens in there, on any address: there is nothing to log in to.
+        for table in ("/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp"):
+            assert len(image.inside("cat", table, name=name).splitlines()) == 1
     finally:
         image.forget(name)
 

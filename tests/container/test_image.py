@@ -1,0 +1,86 @@
+"""The base that the image is made of."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.docker_engine import Client, told
+
+pytestmark = pytest.mark.container
+_START_SECONDS = 30.0
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[str]:
+    """The address of a registry of images on the loopback."""
+    if shutil.which("docker-registry") is None:
+        needed = os.environ.get("KOLOTUNE_NEEDS_DOCKER") == "1"
+        (pytest.fail if needed else pytest.skip)("needs docker-registry: apt-get install docker-registry")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "registry.yml"
+    storage = f"storage:\n  filesystem:\n    rootdirectory: {tmp_path}/registry\n"
+    config.write_text(f"version: 0.1\n{storage}http:\n  addr: 127.0.0.1:{port}\n")
+    child = subprocess.Popen(
+        ["docker-registry", "serve", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + _START_SECONDS
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    yield f"127.0.0.1:{port}"
+    child.kill()
+    child.wait()
+    shutil.rmtree(tmp_path / "registry", ignore_errors=True)
+
+
+def _pushed(api: Any, repository: str, words: str) -> str:
+    """Pushes a base of a shell and no more, whose builds end at once with these words; returns it with its digest."""
+    linked = re.findall(r"(/lib\S+) ", subprocess.run(["ldd", "/bin/sh"], capture_output=True, text=True).stdout)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", dereference=True) as tar:
+        for path in ("/bin/sh", *linked):
+            tar.add(path)
+        script = tarfile.TarInfo("usr/bin/apt-get")
+        content = f"#!/bin/sh\necho {words}\nexit 1\n".encode()
+        script.size, script.mode = len(content), 0o755
+        tar.addfile(script, io.BytesIO(content))
+    api.import_image_from_data(packed.getvalue(), repository=repository, tag="1")
+    answers = list(api.push(repository, tag="1", stream=True, decode=True))
+    (digest,) = [each["aux"]["Digest"] for each in answers if "aux" in each]
+    return f"{repository}@{digest}"
+
+
+def test_a_base_that_is_pinned_by_its_digest_is_that_one_whatever_its_tag_means(
+    docker_engine: Client, registry: str, tmp_path: Path
+) -> None:
+    repository = f"{registry}/kolotune-tests/base"
+    build = ["container", "build", "--network", "host", "--base"]
+    pinned = _pushed(docker_engine.api, repository, "the first base")
+    assert _pushed(docker_engine.api, repository, "the second base") != pinned
+    docker_engine.api.remove_image(pinned)  # it has to be fetched
+    never = pinned[:-1] + ("0" if pinned[-1] != "0" else "1")
+    try:
+        for given, words in (
+            (pinned, ": the first base"),
+            (f"{repository}:1", ": the second base"),
+            (never, f"the base image {never} can't be had"),
+        ):
+            code, output = docker_engine(*build, given, cwd=tmp_path)
+            assert code == 17, output
+            told(output, words)
+    finally:
+        for each in (pinned, f"{repository}:1"):
+            docker_engine.api.remove_image(each, force=True)
