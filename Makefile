@@ -41,11 +41,13 @@ MINUTES ?= 30
 fuzz: setup
 	$(BIN)/python tests/fuzz --minutes $(MINUTES)
 
-# Kills at random and at system calls, for some hours; each call goes on where the last one stopped.
+# Kills at random and at system calls, for some hours; each call goes on where the last one stopped. As root, on Linux,
+# with Docker (see test-container): clients of a container too.
 faults: setup
 	$(BIN)/python tests/faults calls
 	$(BIN)/python tests/faults kills
 	$(BIN)/python tests/faults loop
+	$(BIN)/python tests/faults container
 
 lint: setup
 	$(BIN)/ruff check .

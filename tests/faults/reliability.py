@@ -8,6 +8,7 @@ from typing import Any
 
 from support import figures
 
+from faults import containers
 from faults.campaign import Tally
 from faults.loop import SUBJECTS, Loops
 from faults.room import CHATS, INTERVAL, STEPS
@@ -41,6 +42,7 @@ def page(kept: Path) -> str:
     rows = [*_kills(Tally.read(kept / "kills.json")), *_calls(kept / "calls.json")]
     rows += [row for name in SUBJECTS for row in _loop(name, Loops.read(kept / f"loop-{name}.json"))]
     rows += _fuzzing(figures.read(kept / "fuzz.json"))
+    rows += _container(containers.Tally.read(kept / "container.json"))
     return f"{_HEAD}\n{_table(rows)}\n{_TESTED}\n{_table(_tested())}"
 
 
@@ -53,7 +55,7 @@ def _kills(tally: Tally) -> list[Row]:
     command = "python tests/faults kills"
     if not tally.kills:
         return [("random kills", "not measured", command)]
-    where = ", ".join(f"{name} {count}" for name, count in sorted(tally.by_stage.items(), key=lambda each: -each[1]))
+    where = _counts(tally.by_stage)
     kinds = f"{tally.groups} of the whole process group, {tally.alone} of the main process alone, {tally.children} of "
     kinds += "what it had started (engine, quantizer, comparison)"
     over = tally.steps - tally.runs * STEPS
@@ -69,6 +71,34 @@ def _kills(tally: Tally) -> list[Row]:
         ),
         ("a killed process's children are gone after", f"{tally.longest:.2f} s at most", command),
     ]
+
+
+def _container(tally: containers.Tally) -> list[Row]:
+    command = "python tests/faults container"
+    if not tally.kills:
+        return [("clients killed while a verb ran in the container", "not measured", command)]
+    mean = tally.total / tally.kills
+    return [
+        ("clients killed while a verb ran in the container", f"{tally.kills}: {_counts(tally.by_verb)}", command),
+        ("stage at work in there when a run's client was killed", _counts(tally.by_stage), command),
+        ("processes left behind in the container (orphans)", f"{tally.orphans}", command),
+        (
+            "the last process in there was gone after",
+            f"{tally.longest:.1f} s at most, {mean:.1f} s on average",
+            command,
+        ),
+        (
+            "runs whose clients were killed until they were through",
+            f"{tally.runs}, each with the undisturbed hashes",
+            command,
+        ),
+        ("stages in there told to be done that ran again, other results", f"{len(tally.broken)}", command),
+    ]
+
+
+def _counts(found: dict[str, int]) -> str:
+    """How often each, the most frequent first."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(found.items(), key=lambda each: -each[1]))
 
 
 def _calls(file: Path) -> list[Row]:
@@ -154,7 +184,12 @@ def _tested() -> list[Row]:
         ),
         (
             "container",
-            "not root, no ssh, loopback ports, base pinned by a digest that is a build argument",
-            "pytest -m container tests/container/test_secrets.py",
+            "not root, no ssh, nobody listens, loopback ports, base pinned by a digest that is a build argument",
+            "pytest -m container tests/container/test_secrets.py tests/container/test_image.py",
+        ),
+        (
+            "a container that is paused, restarted, stopped, removed, full; Docker that goes down",
+            "in mid-stage: told within seconds with what to do, and the same command finishes, with the same results",
+            "pytest -m container tests/container/test_disturbed.py tests/container/test_space.py",
         ),
     ]
