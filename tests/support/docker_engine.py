@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 PROGRAM = [sys.executable, "-m", "kolotune"]
@@ -59,6 +60,13 @@ def told(output: str, *words: str) -> None:
         assert word in output, output
 
 
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @dataclass
 class Engine:
     """dockerd, which can be stopped and started again while tests run.
@@ -82,7 +90,7 @@ class Engine:
             "dockerd", "--data-root", str(self.data), "--exec-root", str(self.folder / "exec"), "-H", self.host,
             "--pidfile", str(self.folder / "pid"), "--iptables=false", "--bridge=none", "--storage-driver=overlay2",
         ]  # fmt: skip
-        for left in ("d.sock", "pid"):  # by one that was killed
+        for left in ("d.sock", "pid", "exec/containerd/containerd.pid"):  # by one that was killed
             (self.folder / left).unlink(missing_ok=True)
         with (self.folder / "log").open("a") as log:
             self._daemon = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
@@ -107,8 +115,11 @@ class Engine:
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Ends it: in order, with all containers, or by SIGKILL."""
         assert self._daemon is not None
+        helpers = psutil.Process(self._daemon.pid).children()
         self._daemon.send_signal(how)
         self._daemon.wait(60)
+        while not all(map(_has_ended, helpers)):
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)
