@@ -27,14 +27,15 @@ test: setup
 	$(TEST)
 
 test-all: setup
-	$(TEST) -m ""
+	$(TEST) -m "not container"
+	$(BIN)/python -m pytest -m container
 
 # A real Docker engine of its own, with a data folder that is kept, so that a second time is quick. Needs root.
 test-container: setup
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    ! { command -v dockerd && command -v debootstrap && command -v docker-registry; } >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap docker-registry; fi
-	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m container
+	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m "container and not slow"
 
 # Looks for inputs that break a parser, for so many minutes in all; guided by coverage where atheris is installed.
 MINUTES ?= 30

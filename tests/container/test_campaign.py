@@ -9,7 +9,7 @@ from faults import containers, reliability
 from faults.room import Room
 from support.docker_engine import Client
 
-pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_clients_that_are_killed_leave_nothing_behind(image: Client, tmp_path: Path) -> None:

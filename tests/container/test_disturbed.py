@@ -25,6 +25,7 @@ from kolotune.runners.container.exchange import Volume
 from kolotune.runners.container.process import Process
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
+SLOW = pytest.mark.slow
 NOTICED_SECONDS = 15.0
 GONE_SECONDS = 10.0
 
@@ -87,7 +88,9 @@ def restored(image: Client) -> Iterator[None]:
         image.bring_up(NAME)
 
 
-@pytest.mark.parametrize("how", DISTURBANCES)
+@pytest.mark.parametrize(
+    "how", [each if each == "stopped" else pytest.param(each, marks=SLOW) for each in DISTURBANCES]
+)
 def test_the_same_command_finishes(
     how: str, image: Client, other: str, restored: None, small_base: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_a_pause_is_told_and_waited_for(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@SLOW
 def test_nothing_stays_behind_of_a_client_that_ends_during_a_pause(
     how: signal.Signals, image: Client, other: str, small_base: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +187,7 @@ def _until_started(client: Client, name: str) -> None:
         time.sleep(0.05)
 
 
+@SLOW
 def test_a_pause_is_not_waited_for_without_end(
     volume: Volume, image: Client, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +215,7 @@ def test_a_short_question_does_not_wait_for_a_pause(
         volume.ask("have", "/runs")
 
 
+@SLOW
 def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
     volume: Volume, other: str, image: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +250,7 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
     ],
     ids=["stopped", "removed"],
 )
+@SLOW
 def test_it_goes_between_two_questions(
     do: Callable[[Any, str], None], words: str, volume: Volume, image: Client, other: str
 ) -> None:
@@ -271,6 +278,7 @@ def _until_sending(client: Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("whose", ["container", "docker"])
+@SLOW
 def test_what_is_sent_when_it_goes_down(
     whose: str, volume: Volume, image: Client, other: str, restored: None, tmp_path: Path
 ) -> None:
@@ -301,6 +309,7 @@ def test_what_is_sent_when_it_goes_down(
     assert "large" not in image.inside("ls", "-A", str(places.INPUTS), name=other)
 
 
+@SLOW
 def test_docker_goes_down_while_something_comes_out(volume: Volume, image: Client, other: str, restored: None) -> None:
     image.inside("dd", "if=/dev/zero", "of=/runs/large", "bs=1M", "count=100", name=other)
     chunks, _ = image.api.get_archive(other, "/runs/large")
@@ -313,6 +322,7 @@ def test_docker_goes_down_while_something_comes_out(volume: Volume, image: Clien
         list(chunks)
 
 
+@SLOW
 def test_a_client_that_is_killed_while_it_sends(image: Client, other: str, tmp_path: Path) -> None:
     image.bring_up(other)
     child = image.start("check", _large(tmp_path), f"--container={other}", cwd=tmp_path)
