@@ -168,6 +168,8 @@ def _traffic(plan: Plan, room: Context, link: float | None) -> Traffic:
     config, work = plan.config, plan.work
     weights = Adapter.of(read_shape(room.base), config.lora_rank, config.target_modules).weights
     sent = traffic.of_step(weights, config.nproc * config.nnodes)
+    if train.is_sharded(config, room.base):
+        plan.unknown.append("what a base that is parted over the machines sends in a step (--sharding)")
     if link is None:
         plan.unknown.append("time of the network between the machines: --link-mbit says how fast it is")
         return Traffic(sent)

@@ -30,7 +30,8 @@ def next_values(record: Record, trials: int, seed: int) -> dict[str, Any] | None
         return None
     count = combinations(record.varied)
     if count is not None and count <= trials:
-        return None if len(record.trials) >= count else _all(record.varied)[len(record.trials)]
+        tried = [trial.values for trial in record.trials]  # in any order, where a search came before
+        return next((values for values in _all(record.varied) if values not in tried), None)
     return _searched(record, seed)
 
 

@@ -23,12 +23,7 @@ from .varied import Varied, with_values
 _CHATS = "chats"  # the run folder that only prepares
 
 
-def run(
-    config: Config,
-    varied: Sequence[Varied],
-    trials: int,
-    reporter: Reporter,
-) -> Record:
+def run(config: Config, varied: Sequence[Varied], trials: int, reporter: Reporter) -> Record:
     """Trains one adapter for each setting; what was trained before is not trained again.
 
     Args:

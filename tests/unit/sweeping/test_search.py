@@ -30,6 +30,15 @@ def test_more_are_searched_and_no_more_than_asked_for() -> None:
     assert len(searched(Record([RANK, DECAY], ""), 3, lambda values: 1.0)) == 3
 
 
+def test_what_a_search_left_out_is_tried_when_more_is_asked_for() -> None:
+    record = Record([RANK, DECAY], "")
+    searched(record, 3, lambda values: 1.0, seed=5)
+    before = list(record.trials)
+    found = searched(record, 10, lambda values: 1.0)
+    distinct = [values for at, values in enumerate(found) if values not in found[:at]]
+    assert len(distinct) == 4 and record.trials[:3] == before
+
+
 def test_a_search_comes_near_the_best_and_stays_in_the_range() -> None:
     found = searched(Record([RATE], ""), 30, lambda values: 1 + abs(values["learning_rate"] - 0.002))
     assert all(1e-5 <= each["learning_rate"] <= 1e-1 for each in found)
