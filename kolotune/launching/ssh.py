@@ -141,6 +141,8 @@ class Ssh:
         if first.code is None:
             said = watches[0].why or first.last_words() or "it said nothing"
             raise LaunchError(f"{self.hosts[0]}: the job is gone: {said}")
+        if others and first.code not in (0, Interrupted.exit_code):
+            self.cancel(launched, reporter)  # they would wait for the first, which does not come
         return first.code
 
     def fetch(self, launched: Launched, folder: RunFolder, reporter: Reporter) -> list[str]:

@@ -20,7 +20,7 @@ from support.runs import losses
 from support.ssh_server import ALIAS, Server, ssh_server, why_not
 
 from kolotune import config as configs
-from kolotune.errors import ConfigError, LaunchError
+from kolotune.errors import ConfigError, DataError, LaunchError
 from kolotune.launching import remote, ssh
 from kolotune.launching.contract import LATER, Launched, Order, Quiet
 from kolotune.launching.ssh import Ssh
@@ -128,19 +128,36 @@ def connected(server: Server, count: int, lost: set[int]) -> set[int]:
 
 
 @needs_sshd
-def test_a_machine_that_fails_stops_the_others(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "chats.jsonl").write_text("{}\n")
-    options = {"train_data": "chats.jsonl", "nnodes": 2, "rdzv": "127.0.0.1:1", "output_dir": "out"}
-    order = Order(configs.resolve((options, "test", tmp_path)), "job-1", 1)
-    launcher = Ssh((server.name, ALIAS), str(tmp_path / "far"), sys.executable, str(server.config))
+def test_a_machine_that_fails_stops_the_others(server: Server, tmp_path: Path, write_chats: Any) -> None:
+    launcher, order = two_machines(server, tmp_path, write_chats(6))
     in_the_way = RunFolder(tmp_path / "far" / "job-1").machines
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("")
     launched = launcher.submit(order, Quiet())
     with pytest.raises(LaunchError, match=f"{ALIAS}: .*machines"):
         launcher.follow(launched, Quiet())
-    ended = sorted(each.name for each in (tmp_path / "far" / ".launched" / "job-1").glob("*.end"))
-    assert ended == ["0.end", "1.end"], "it was stopped on both"
+    assert ended(tmp_path) == ["0.end", "1.end"], "it was stopped on both"
+
+
+@needs_sshd
+def test_the_first_machine_s_failure_stops_the_others(server: Server, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("{}\n")  # only the first reads them: the second waits for it
+    launcher, order = two_machines(server, tmp_path, chats)
+    launched = launcher.submit(order, Quiet())
+    assert launcher.follow(launched, Quiet()) == DataError.exit_code
+    assert ended(tmp_path) == ["0.end", "1.end"], "it was stopped on both"
+
+
+def two_machines(server: Server, folder: Path, chats: Path) -> tuple[Ssh, Order]:
+    """A job of two machines, which are one with two names; nobody is where they are to meet."""
+    options = {"train_data": chats.name, "nnodes": 2, "rdzv": "127.0.0.1:1", "output_dir": "out"}
+    launcher = Ssh((server.name, ALIAS), str(folder / "far"), sys.executable, str(server.config))
+    return launcher, Order(configs.resolve((options, "test", folder)), "job-1", 1)
+
+
+def ended(folder: Path) -> list[str]:
+    return sorted(each.name for each in (folder / "far" / ".launched" / "job-1").glob("*.end"))
 
 
 @needs_sshd
