@@ -77,7 +77,8 @@ def _short(text: str) -> str:
 def write_chats(path: Path, count: int, seed: int = 0) -> None:
     """Writes chats as JSON Lines: a system prompt that all share, a question, and a docstring as the answer.
 
-    Every docstring is asked for once before one is asked for again, then in other words; no two chats are alike.
+    Every docstring is asked for once before one is asked for again, then in other words; no two chats are alike. Those
+    of few chats are spread over all lengths, the longest among them: few and many chats are alike in length.
 
     Raises:
         ValueError: there are not so many different chats.
@@ -90,12 +91,23 @@ def write_chats(path: Path, count: int, seed: int = 0) -> None:
     order.shuffle(words)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for start in range(0, count, len(known)):
-            order.shuffle(known)
-            for name, text in known[: count - start]:
+            chosen = _spread(known, count - start)
+            order.shuffle(chosen)
+            for name, text in chosen:
                 # Each name goes through the wordings in their order, from a place of its own: none comes twice.
                 question = words[(start // len(known) + _place(name)) % len(words)].format(name)
                 roles = ("system", SYSTEM), ("user", question), ("assistant", text)
                 file.write(json.dumps({"messages": [{"role": role, "content": each} for role, each in roles]}) + "\n")
+
+
+def _spread(known: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """At most `count` docstrings, evenly from the shortest to the longest."""
+    by_length = sorted(known, key=lambda each: (len(each[1]), each[0]))
+    if count >= len(known):
+        return by_length
+    if count < 2:
+        return by_length[-count:] if count else []
+    return [by_length[number * (len(known) - 1) // (count - 1)] for number in range(count)]
 
 
 def _place(name: str) -> int:

@@ -1,0 +1,26 @@
+"""The chats that are measured with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import docstring_chats
+
+
+def answers(folder: Path, count: int) -> list[str]:
+    file = folder / "chats.jsonl"
+    docstring_chats.write_chats(file, count)
+    chats = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(chats) == count == len({json.dumps(each) for each in chats}), "no two are alike"
+    return [each[-1]["content"] for each in chats]
+
+
+def test_few_chats_are_as_long_as_many(tmp_path: Path) -> None:
+    known = sorted(len(text) for _, text in docstring_chats.docstrings())
+    for count in (40, 160, len(known) + 50):
+        lengths = sorted(map(len, answers(tmp_path, count)))
+        assert lengths[-1] == known[-1] and lengths[0] == known[0]
+        assert abs(sum(lengths) / count / (sum(known) / len(known)) - 1) < 0.05
+    assert len(answers(tmp_path, 1)) == 1
+    assert answers(tmp_path, 30) == answers(tmp_path, 30), "the same each time"
