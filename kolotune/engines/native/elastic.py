@@ -13,6 +13,7 @@ from ... import hardware
 from ...errors import TrainingError
 from ...runners.watchdog import WATCH_STDIN
 from ..job import TrainJob
+from .environment import LEAN
 
 _KILLS_BEFORE = "KOLOTUNE_KILLS_BEFORE"
 _RESTARTS = 3
@@ -52,6 +53,8 @@ def launch(job: TrainJob, job_file: str, *, watched: bool) -> int:
         checkpoints.clear(job)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.nproc)))
+    if job.sharded:
+        os.environ.update(LEAN)
     os.environ[WATCH_STDIN] = str(int(watched))
     os.environ[_KILLS_BEFORE] = str(hardware.kills_for_memory(own=True))
     # A store of its own for each start. In a shared one (torch 2.13) processes that are started again find addresses of

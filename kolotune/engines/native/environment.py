@@ -14,3 +14,10 @@ ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": _KEPT_PRODUCTS,
     "LRU_CACHE_CAPACITY": _KEPT_PRODUCTS,
 }
+
+LEAN = {
+    # Where the base is parted because memory is short, what a layer was gathered into is given back at once.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
+"""In place of the same variables above, for processes that part the base."""

@@ -70,15 +70,22 @@ def part(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], devic
     layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
     parted = {id(each) for each in layers.parameters()} - trained
     whole = {each for each in model.parameters() if id(each) not in parted}
-    for module in (*layers, model):
+    # On a GPU a layer comes in one message, while another one is computed. A CPU's memory is what is short: there each
+    # matrix comes by itself, is in memory twice while it comes, and nothing is fetched ahead of its time.
+    units = [*layers] if device == "cuda" else [*_matrices(layers), *layers]
+    for module in (*units, model):
         fully_shard(module, mesh=mesh, ignored_params=whole)
-    if device == "cpu":  # nothing is fetched while something is computed: the next layer would only lie there
-        parts: list[Any] = list(layers)
-        for layer in parts:
-            layer.set_modules_to_backward_prefetch([layer])
+    if device == "cpu":
+        fetched: list[Any] = units
+        for each in fetched:
+            each.set_modules_to_backward_prefetch([each])
     _give_memory(model, device)
     _fill(model, folder, trained)
     _head_in_blocks(model)
+
+
+def _matrices(layers: nn.Module) -> list[nn.Module]:
+    return [each for each in layers.modules() if isinstance(each, nn.Linear)]
 
 
 def _head_in_blocks(model: nn.Module) -> None:
