@@ -20,7 +20,7 @@ FP32 = 4
 _ALL_LINEAR = "all-linear"
 _STATE_FILE = 2_000  # the facts beside a checkpoint's tensors
 _HEADER_ENTRY = 170  # what a header takes for a tensor of an adapter or an optimizer; measured on SmolLM2's
-LOGITS_AT_ONCE = 512  # rows of logits that the decoder has in memory together
+LOGITS_AT_ONCE = 256  # rows of logits that the decoder has in memory together
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class ModelShape:
     def importance(self) -> int:
         """Bytes of an importance matrix: fp32 for each column of each matrix of the layers."""
         return sum(FP32 * each.inputs + _HEADER_ENTRY for each in self.linears)
+
+    @property
+    def in_layers(self) -> int:
+        """Numbers in the matrices of the layers: what is parted where a base is."""
+        return sum(each.outputs * each.inputs for each in self.linears)
 
     def of_layer(self) -> tuple[Linear, ...]:
         """The linear layers of one decoder layer: the first's."""
@@ -227,6 +232,10 @@ class Memory:
 # Measured on SmolLM2-135M with 40 short chats: the peak of each process, less what the formulas say of its tensors.
 MAIN = Memory(320_000_000, 60_000_000)
 ENGINE = Memory(160_000_000, 45_000_000)
+# Of what the packed decoder keeps of a layer, by bytes of a number: measured on Llamas of widths 512 and 576, with 128
+# and 1,024 tokens (1.18 to 1.20; 1.33 to 1.46). It keeps norms in fp32, and what it makes of queries and keys.
+_TRANSFORMERS_KEEPS = {4: 1.2, 2: 1.4}
+PARTED = Memory(420_000_000, 100_000_000)  # with transformers and FSDP loaded
 QUANTIZER = Memory(30_000_000, 20_000_000)
 READER = Memory(100_000_000, 40_000_000)  # llama.cpp, for an importance matrix: a guess, not measured
 
@@ -252,6 +261,50 @@ def of_training(
     # While it is loaded the model's file is mapped; later that room is taken by the step.
     loading = max(0, shape.stored - optimizer - passing_by)
     return Memory(ENGINE.own + frozen + optimizer + passing_by, ENGINE.mapped + loading)
+
+
+def gathers(device: str) -> int:
+    """How often a batch brings a parted layer together: forwards, and backwards.
+
+    Not on a GPU it comes matrix by matrix, and once more when activations are computed again.
+    """
+    return 2 if device == "cuda" else 3
+
+
+def kept_by_transformers(shape: ModelShape, adapter: Adapter, row: Row, width: int) -> int:
+    """Bytes that all layers keep of a padded batch for the way back when transformers computes them."""
+    return int(shape.layers * _TRANSFORMERS_KEEPS[width] * kept_by_layer(shape, adapter, row, width))
+
+
+def of_plain_training(
+    shape: ModelShape,
+    adapter: Adapter,
+    row: Row,
+    width: int,
+    *,
+    recompute: bool,
+    parts: int = 1,
+    at_once: int = 0,
+    keeps_best: bool = False,
+) -> Memory:
+    """What a process holds at its peak when transformers computes the model, with the logits of all labels at once.
+
+    Args:
+        shape, adapter, width, recompute, keeps_best: as in `of_training`.
+        row: a padded batch; its labels are positions that have one in any chat, times chats.
+        parts: processes that share the layers' weights (`--sharding`).
+        at_once: numbers of those that are gathered together: a layer on a GPU, a matrix on a CPU.
+    """
+    frozen = width * (shape.weights - shape.in_layers + shape.in_layers // parts + 2 * at_once)
+    optimizer = FP32 * adapter.weights * (5 if keeps_best else 4)
+    inputs = shape.layers * row.tokens * shape.width * width
+    kept = kept_by_transformers(shape, adapter, row, width)
+    logits = row.labels * shape.vocabulary * (3 * width + 3 * FP32)  # they and their gradient, also in fp32
+    gradients = row.tokens * width * (3 * shape.width + 3 * max((each.outputs for each in shape.of_layer()), default=0))
+    layer = kept // shape.layers + gradients
+    step = inputs + max(layer, logits) if recompute else kept + max(gradients, logits)
+    own = PARTED.own + frozen + optimizer + max(step, 2 * adapter.checkpoint(keeps_best))
+    return Memory(own, PARTED.mapped + shape.stored // parts)
 
 
 def of_quantizing(shape: ModelShape) -> Memory:

@@ -106,6 +106,16 @@ def free_memory() -> int:
     return free if limited is None else min(free, limited)
 
 
+def free_on(device: str) -> int:
+    """Bytes that tensors of this process can still get on a device: its own, or the machine's memory."""
+    if device != "cuda":
+        return free_memory()
+    import torch
+
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's own, and free
+    return int(torch.cuda.mem_get_info()[0]) + kept
+
+
 def memory_for_processes(count: int) -> int:
     """Bytes that `count` processes of this machine have for models: its free memory, or that of a GPU for each."""
     if best_device() != "cuda":

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.training import TrainingRoom, random_chats
 
 from kolotune import estimates
 from kolotune.engines.native import packing
 from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.kernels import build
+from kolotune.engines.native.model import PlainModel
 from kolotune.engines.native.training import Trainer, train
 from kolotune.estimates import Adapter, Row, Written, checkpoints_written, peak_of
 from kolotune.files import size_of
@@ -76,6 +78,40 @@ def test_what_a_layer_keeps_is_what_the_formula_says(training_room: Room, dtype:
     shape = estimates.read_shape(room.root / "base")
     adapter = Adapter.of(shape, 4, ["all-linear"])
     assert estimates.kept_by_layer(shape, adapter, row, estimates.WIDTHS[dtype]) == pytest.approx(real, rel=0.06)
+
+
+@pytest.mark.parametrize(("dtype", "length"), [("fp32", 90), ("bf16", 90), ("bf16", 300)])
+def test_what_transformers_keeps_of_a_layer_is_what_the_formula_says(
+    training_room: Room, dtype: str, length: int
+) -> None:
+    shape_options = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
+    room = training_room(chats=random_chats(4, 1, length, length), max_position_embeddings=512, **shape_options)
+    model = PlainModel(room.job(dtype=dtype, batch_size=4), "cpu")
+    three, two = (_saved_bytes(model.model, layers, 4, length) for layers in (3, 2))
+    shape = estimates.read_shape(room.root / "base")
+    row = Row(4 * length, 4, length, 0, 4, padded=False)
+    foretold = estimates.kept_by_transformers(shape, Adapter.of(shape, 4, ["all-linear"]), row, estimates.WIDTHS[dtype])
+    assert foretold / 3 == pytest.approx(three - two, rel=0.15)
+
+
+def _saved_bytes(model: Any, layers: int, chats: int, length: int) -> int:
+    """Bytes of the distinct storages, weights left out, that a forward pass of so many layers saves."""
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    kept, storages = [], {}
+
+    def keep(tensor: Any) -> Any:
+        kept.append(tensor)  # so that no other one gets its place
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    full, ids = model.model.layers, torch.ones(chats, length, dtype=torch.long)
+    model.model.layers, model.model.config.num_hidden_layers = full[:layers], layers
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits)
+    model.model.layers, model.model.config.num_hidden_layers = full, len(full)
+    return sum(storages.values())
 
 
 def _bytes_kept(model: Any, packed: packing.Packed) -> int:

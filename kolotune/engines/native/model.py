@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ... import estimates, hardware
 from ...errors import TrainingError
+from ...estimates import Adapter, Row
 from ..job import TrainJob
 from . import families, llama, lora, sharded
 from .batches import IGNORED, Tokens, make_batch
@@ -146,11 +148,11 @@ class PlainModel:
         self.adapters = lora.add_adapters(
             self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
         )
-        if parted:  # because memory is short: activations are computed again on the way back
+        if parted:
             trained = [part for each in self.adapters.values() for part in (each.lora_A, each.lora_B)]
             sharded.part(self.model, folder, trained, device)
-            anew: Any = self.model
-            anew.gradient_checkpointing_enable({"use_reentrant": False})
+        self._shape, self._width, self._parted = estimates.read_shape(folder), estimates.WIDTHS[job.dtype], parted
+        self._adapter = Adapter.of(self._shape, job.lora_rank, job.target_modules)
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
@@ -163,9 +165,26 @@ class PlainModel:
     def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
         """See `TrainingModel`."""
         self.model.train()
+        self._keep_or_recompute(tokens, indices)
         loss = self._loss(tokens, indices)
         (loss * factor).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _keep_or_recompute(self, tokens: Tokens, indices: Sequence[int]) -> None:
+        """Has activations computed again on the way back where keeping them would take more than half of what is free.
+
+        So it is, too, where memory is known to be short. Neither changes a result.
+        """
+        model: Any = self.model
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            return
+        longest = max(tokens.length_of(index) for index in indices)
+        row = Row(len(indices) * longest, len(indices), longest, 0, 0, padded=False)
+        kept = estimates.kept_by_transformers(self._shape, self._adapter, row, self._width)
+        if self._parted or self.halvings or kept > hardware.free_on(self._device) // 2:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:

@@ -1,0 +1,38 @@
+"""transformers' way of computing a step: activations are kept, or computed again where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training import TrainingRoom
+
+from kolotune import hardware
+from kolotune.engines.native.batches import Tokens
+from kolotune.engines.native.model import PlainModel
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_are_computed_again_where_they_would_fill_the_memory(
+    training_room: Callable[..., TrainingRoom], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = training_room("llama", chats=4).job(lora_dropout=dropout)
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    model: Any = PlainModel(job, "cpu")
+
+    def step(free: int, halvings: int = 0) -> tuple[float, torch.Tensor, bool]:
+        monkeypatch.setattr(hardware, "free_memory", lambda: free)
+        model.halvings = halvings
+        model.flat.parameter.grad.zero_()
+        torch.manual_seed(5)
+        loss = model.backward(tokens, [0, 1, 2], 0.5)
+        return loss, model.flat.parameter.grad.clone(), model.model.is_gradient_checkpointing
+
+    kept, again, halved = step(1 << 34), step(1 << 10), step(1 << 34, halvings=1)
+    assert [each[2] for each in (kept, again, halved)] == [False, True, True]
+    for each in (again, halved):
+        assert each[0] == kept[0] and torch.equal(each[1], kept[1]), "nothing but the memory differs"
+    assert step(1 << 34)[2] is False
