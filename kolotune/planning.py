@@ -288,7 +288,15 @@ def training_memory(
     without = estimates.of_training(shape, adapter, _SMALLEST_ROW, width, recompute=False).own
     recompute = kept_all > max(0, free // config.nproc - without) // 2
     best = config.early_stopping > 0
-    each = estimates.of_training(shape, adapter, row, width, recompute=recompute, keeps_best=best)
+    if train.is_sharded(config, context.base):
+        recompute = True
+        largest = max((each.outputs * each.inputs for each in shape.linears), default=0)
+        parts = config.nproc * config.nnodes
+        each = estimates.of_plain_training(
+            shape, adapter, row, width, recompute=True, parts=parts, at_once=largest, keeps_best=best
+        )
+    else:
+        each = estimates.of_training(shape, adapter, row, width, recompute=recompute, keeps_best=best)
     return Memory(each.own * config.nproc, each.mapped * config.nproc), recompute
 
 
@@ -298,10 +306,10 @@ def _why_not_known(context: Context, row: Row) -> str:
         return f"{config.engine} is no engine of ours"
     if config.load_in_4bit:
         return "it depends on bitsandbytes (--load-in-4bit)"
-    if train.is_sharded(config, context.base):
-        return "the base is parted over processes (--sharding)"
     if hardware.best_device() != "cpu":
         return f"it trains on {hardware.best_device()}"
+    if train.is_sharded(config, context.base):
+        return ""
     reason = families.why_not(context.base, row.longest)
     return f"transformers computes this model ({reason})" if reason else ""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import models, pipeline, planning, records, timing, traffic
+from . import estimates, hardware, models, pipeline, planning, records, timing, traffic
 from .config import Config
 from .engines.torchtune import architecture
 from .engines.torchtune import plan as torchtune
@@ -152,6 +152,9 @@ def _measure(plan: Plan, room: Context, reporter: Reporter, known: dict[str, flo
     if plan.config.engine != "native":
         plan.unknown.append(f"time: {plan.config.engine} is not measured")
         return
+    if train.is_sharded(plan.config, room.base):
+        plan.unknown.append("time: one process alone can't try a base that is parted over several (--sharding)")
+        return
     reporter.doing("some steps of the training, to know how long it takes (--no-measure leaves them out)")
     steps = timing.measure_steps(room)
     rates = timing.measure_rates(room)
@@ -166,16 +169,19 @@ def _measure(plan: Plan, room: Context, reporter: Reporter, known: dict[str, flo
 def _traffic(plan: Plan, room: Context, link: float | None) -> Traffic:
     """What the machines send each other, and how long that takes where the network's speed is known."""
     config, work = plan.config, plan.work
-    weights = Adapter.of(read_shape(room.base), config.lora_rank, config.target_modules).weights
-    sent = traffic.of_step(weights, config.nproc * config.nnodes)
+    shape, processes = read_shape(room.base), config.nproc * config.nnodes
+    weights = Adapter.of(shape, config.lora_rank, config.target_modules).weights
+    sent, base = traffic.of_step(weights, processes), 0
     if train.is_sharded(config, room.base):
-        plan.unknown.append("what a base that is parted over the machines sends in a step (--sharding)")
+        batches = -(-config.gradient_accumulation // processes)
+        layers = shape.in_layers * estimates.WIDTHS[config.dtype]
+        base = traffic.of_parted_base(layers, processes, batches, estimates.gathers(hardware.best_device()))
     if link is None:
         plan.unknown.append("time of the network between the machines: --link-mbit says how fast it is")
-        return Traffic(sent)
-    taken, computing = traffic.seconds(sent, link), None
+        return Traffic(sent + base, base=base)
+    taken, computing = traffic.seconds(sent + base, link), None
     if plan.measured is not None:
         tokens = work.tokens / max(1, work.steps_in_epoch)
         computing = tokens * plan.measured.per_token / config.nnodes
         plan.seconds["train"] += work.steps * (taken + computing - tokens * plan.measured.per_token)
-    return Traffic(sent, taken, computing, config.gradient_accumulation)
+    return Traffic(sent + base, taken, computing, config.gradient_accumulation, base)

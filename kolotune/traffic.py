@@ -17,19 +17,21 @@ _PACKED = 1538 / 1448
 
 @dataclass(frozen=True)
 class Traffic:
-    """A step's exchange of gradients.
+    """What machines send each other in a step: the adapter's gradients, and a base that is parted over them.
 
     Attributes:
         step: bytes that each machine sends in a step, and as many that it gets.
         seconds: that the network takes over them; None: its speed was not given.
         computing: seconds of a step's batches on each machine; None: not measured.
         accumulation: the batches of a step as planned.
+        base: bytes of `step` that are the parted base's; they come with every batch, so that more batches don't help.
     """
 
     step: int
     seconds: float | None = None
     computing: float | None = None
     accumulation: int = 1
+    base: int = 0
 
     @property
     def share(self) -> float | None:
@@ -40,8 +42,11 @@ class Traffic:
 
     @property
     def enough(self) -> int | None:
-        """The accumulation that keeps the network below `MOST_SHARE` of a step: the planned one, if it does."""
-        if self.share is None or self.seconds is None or not self.computing:
+        """The accumulation that keeps the network below `MOST_SHARE` of a step: the planned one, if it does.
+
+        None: it is not known, or none does.
+        """
+        if self.share is None or self.seconds is None or not self.computing or self.base:
             return None
         if self.share <= MOST_SHARE:
             return self.accumulation
@@ -60,6 +65,21 @@ def of_step(weights: int, processes: int) -> int:
         processes: that train together, on all machines.
     """
     return math.ceil(2 * (processes - 1) / processes * FP32 * weights)
+
+
+def of_parted_base(layers: int, processes: int, batches: int, gathers: int) -> int:
+    """Bytes that leave each machine in a step, and as many that come, when the layers are parted over the processes.
+
+    Each time that layers are gathered, in a ring, a process passes on all parts but one. Nothing is summed up: the base
+    is frozen (Rajbhandari et al., ZeRO, 2020, section 7, without the gradients' part).
+
+    Args:
+        layers: bytes of the layers' weights.
+        processes: that train together, on all machines.
+        batches: that each process computes one after the other in a step.
+        gathers: how often a batch needs each layer, see `estimates.gathers`.
+    """
+    return math.ceil((processes - 1) / processes * layers * batches * gathers)
 
 
 def seconds(sent: int, megabits: float) -> float:

@@ -112,6 +112,28 @@ def test_a_plan_for_several_machines_tells_what_they_send(
     assert code == 0 and "from and to each machine" in output and "--link-mbit says how fast it is" in output
 
 
+def test_a_plan_for_a_parted_base_counts_what_it_holds_and_sends(
+    kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "plan", write_chats(12), "--base-model", tiny_base, "--output-dir", tmp_path / "run", "--lora-rank", "2",
+        "--nnodes", "2", "--nproc", "2", "--rdzv", "10.0.0.1:29500", "--sharding", "on", "--no-compare",
+        "--dtype", "fp32", "--gradient-accumulation", "8", "--link-mbit", "1",
+    ]  # fmt: skip
+    code, output = kolotune(*arguments, "--json")
+    assert code == 0, output
+    plan = next(event["plan"] for event in map(json.loads, output.splitlines()) if "plan" in event)
+    shape = read_shape(tiny_base)
+    layers = sum(each.outputs * each.inputs for each in shape.linears)
+    # Two batches in each of the four processes; every batch needs the layers three times, and passes on 3/4 of them.
+    assert plan["traffic"]["base"] == 2 * 3 * layers * 4 * 3 // 4
+    gradients = traffic.of_step(Adapter.of(shape, 2, ["all-linear"]).weights, 4)
+    assert plan["traffic"]["step"] == gradients + plan["traffic"]["base"]
+    assert plan["traffic"]["enough"] is None, "more batches would bring the base more often"
+    assert plan["memory"]["train"]["own"] > 0
+    assert any(each.startswith("time: ") for each in plan["unknown"])
+
+
 def _huge_base(folder: Path, tiny: Path, layers: int) -> Path:
     """A model folder with the headers of a huge model, whose weights are a hole in the disk."""
     folder.mkdir()

@@ -29,3 +29,11 @@ def test_an_accumulation_that_makes_the_network_a_tenth() -> None:
 
 def test_what_is_not_known() -> None:
     assert Traffic(1).share is Traffic(1).enough is Traffic(1, 1.0).share is Traffic(1, 1.0).enough is None
+
+
+def test_a_parted_base_comes_with_every_batch() -> None:
+    assert traffic.of_parted_base(1000, 1, 5, 3) == 0
+    assert traffic.of_parted_base(1000, 4, 1, 2) == 1500
+    assert traffic.of_parted_base(1000, 4, 3, 2) == 4500
+    assert Traffic(2, 1.0, 1.0, base=1).share == 0.5
+    assert Traffic(2, 1.0, 1.0, base=1).enough is None

@@ -1,0 +1,26 @@
+"""The tables of docs/scaling.md are what the formulas say."""
+
+from __future__ import annotations
+
+import scaling_model
+
+from kolotune import estimates
+from kolotune.models import KNOWN
+
+
+def test_the_page_has_the_tables_that_the_formulas_make() -> None:
+    text = scaling_model.PAGE.read_text(encoding="utf-8")
+    assert scaling_model.tables() in text, "python bench/scaling_model.py --write"
+
+
+def test_the_shapes_have_as_many_weights_as_the_models() -> None:
+    known = {each.name.rpartition("/")[2].removesuffix("-Instruct"): each.parameters for each in KNOWN}
+    for model in scaling_model.MODELS[:3]:
+        assert model.shape().weights == known[model.name.replace(" ", "-")]
+    assert abs(scaling_model.MODELS[3].shape().weights / 70.55e9 - 1) < 0.001
+
+
+def test_a_parted_base_takes_less_the_more_share_it() -> None:
+    for model in scaling_model.MODELS:
+        adapter = estimates.Adapter.of(model.shape(), scaling_model.RANK, ["all-linear"])
+        assert scaling_model.held(model.shape(), adapter, 8) > scaling_model.held(model.shape(), adapter, 64)
