@@ -22,7 +22,7 @@ from support.training import random_chats
 from kolotune import traffic
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import training
-from kolotune.estimates import Adapter, read_shape
+from kolotune.estimates import Adapter, gathers, read_shape
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -88,6 +88,21 @@ def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], trainin
         assert '"processes": 4' in log(job)
     first, second = map(adapter, jobs)
     assert all(torch.equal(first[name], second[name]) for name in first), "both hosts have the result"
+
+
+def test_a_parted_base_sends_what_the_formula_says(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
+    room = training_room("llama", chats=32, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    jobs = [replace(job, epochs=1, sharded=True, checkpoint_steps=0) for job in jobs_for(room, hosts)]
+    children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
+    finish(*children, jobs=jobs)
+    shape = read_shape(room.root / "base")
+    steps = len(losses(jobs[0]))
+    base = traffic.of_parted_base(4 * shape.in_layers, 4, 1, gathers("cpu"))
+    gradients = traffic.of_step(Adapter.of(shape, jobs[0].lora_rank, ["all-linear"]).weights, 4)
+    foretold = steps * (base + gradients)
+    print(f"{steps} steps: foretold {foretold / 1e6:.1f} MB, sent {[round(host.sent() / 1e6, 1) for host in hosts]} MB")
+    for host in hosts:
+        assert host.sent() == pytest.approx(foretold, rel=0.2)
 
 
 @pytest.mark.slow  # it is missed only after fifteen seconds

@@ -1,0 +1,108 @@
+"""One config file on one process, on four, and on two hosts: the sample comes to the same losses. (The container:
+`tests/container/test_demo.py`.)"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.hosts import Host, two_hosts, why_not
+from support.runs import losses
+
+from kolotune.layout import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+PORT = 29551
+# fp32, so that only the order of sums differs; held-out chats are a part of the sample.
+MORE = ["--dtype", "fp32", "--epochs", "1", "--eval-split", "0.1", "--template-date", "2026-01-02"]
+
+
+@pytest.fixture(scope="module")
+def config(sample_chats: Path) -> Path:
+    return sample_chats.parent / "kolotune.yaml"
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = RunFolder(tmp_path_factory.mktemp("alone") / "run")
+    finish(start(["prepare", "--config", config, *MORE], run), start(["train", run.root], run))
+    assert losses(run.metrics) and losses(run.metrics, "held_out_loss")
+    return run
+
+
+def start(arguments: list[object], run: RunFolder, host: Host | None = None, threads: int = 2) -> list[str]:
+    """What starts kolotune, on a host or here; its output goes to a file beside the run folder."""
+    where = ["--output-dir", run.root] if arguments[0] != "train" else []
+    argv = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "kolotune", *map(str, [*arguments, *where])]
+    return host.argv(*argv) if host is not None else argv
+
+
+def finish(*commands: list[str]) -> None:
+    """Runs commands one after the other."""
+    for argv in commands:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def same(run: RunFolder, other: RunFolder) -> None:
+    ours, theirs = losses(run.metrics), losses(other.metrics)
+    print(f"{len(ours)} steps, losses differ by at most {max(abs(ours[step] - theirs[step]) for step in theirs):.1e}")
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert losses(run.metrics, "held_out_loss") == pytest.approx(losses(other.metrics, "held_out_loss"), rel=1e-3)
+
+
+def test_four_processes(alone: RunFolder, config: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    prepare = start(["prepare", "--config", config, *MORE], run)
+    finish(prepare, start(["train", run.root, "--nproc", "4"], run, threads=1))
+    same(run, alone)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_two_hosts_of_two_processes(alone: RunFolder, config: Path, tmp_path: Path) -> None:
+    with two_hosts() as hosts:
+        runs = [RunFolder(tmp_path / host.name) for host in hosts]
+        meeting = ["--nnodes", "2", "--nproc", "2", "--rdzv", f"{hosts[0].address}:{PORT}"]
+        children = []
+        for host, run in zip(hosts, runs, strict=True):
+            finish(start(["prepare", "--config", config, *MORE], run, host))
+            argv = start(["train", run.root, *meeting], run, host, threads=1)
+            with (tmp_path / f"{host.name}.log").open("w") as log:
+                children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT))
+        wait_for_steps(runs[0], 2)
+        ranks = [at_work(host) for host in hosts]
+        connected = [host.told("ss", "-Htn", "state", "established") for host in hosts]
+        for child, host in zip(children, hosts, strict=True):
+            assert child.wait(timeout=1800) == 0, (tmp_path / f"{host.name}.log").read_text()
+        print(f"ranks at work: {dict(zip([host.address for host in hosts], ranks, strict=True))}")
+        assert sorted(rank for host in ranks for rank in host) == [0, 1, 2, 3]
+        assert all(len(host) == 2 for host in ranks), "two on each address"
+        assert hosts[1].address in connected[0] and hosts[0].address in connected[1]
+        for run in runs:
+            same(run, alone)
+
+
+def wait_for_steps(run: RunFolder, count: int) -> None:
+    deadline = time.monotonic() + 600
+    while len(losses(run.metrics)) < count:
+        assert time.monotonic() < deadline, "no step came"
+        time.sleep(0.2)
+
+
+def at_work(host: Host) -> list[int]:
+    """The ranks of the processes of a host."""
+    found = []
+    for number in subprocess.check_output(["ip", "netns", "pids", host.name], text=True).split():
+        try:
+            variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks = [each for each in variables if each.startswith(b"RANK=")]
+        if ranks and os.path.basename(os.readlink(f"/proc/{number}/exe")).startswith("python"):
+            found.append(int(ranks[0].removeprefix(b"RANK=")))
+    return sorted(set(found))
