@@ -109,7 +109,7 @@ def traffic_table() -> str:
         computing = [count * shape.weights * TOKENS / RATE for count in (4, 6)]
         processes = max(GPUS)
         gradients = traffic.of_step(adapter.weights, processes)
-        base = traffic.of_parted_base(_BF16 * shape.in_layers, processes, 1, estimates.gathers("cuda"))
+        base = traffic.of_parted_base(_BF16 * shape.in_layers, processes, 1)
         cells = [f"{computing[0]:.2f} s, {computing[1]:.2f} s"]
         for sent, computed in zip((gradients, gradients + base), computing, strict=True):
             seconds = traffic.seconds(sent, 1000 * LINK_GBIT)

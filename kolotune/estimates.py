@@ -20,6 +20,7 @@ FP32 = 4
 _ALL_LINEAR = "all-linear"
 _STATE_FILE = 2_000  # the facts beside a checkpoint's tensors
 _HEADER_ENTRY = 170  # what a header takes for a tensor of an adapter or an optimizer; measured on SmolLM2's
+GATHERS = 2  # how often a batch brings a parted layer together: forwards and backwards; counted with FSDP2
 LOGITS_AT_ONCE = 256  # rows of logits that the decoder has in memory together
 
 
@@ -261,14 +262,6 @@ def of_training(
     # While it is loaded the model's file is mapped; later that room is taken by the step.
     loading = max(0, shape.stored - optimizer - passing_by)
     return Memory(ENGINE.own + frozen + optimizer + passing_by, ENGINE.mapped + loading)
-
-
-def gathers(device: str) -> int:
-    """How often a batch brings a parted layer together: forwards, and backwards.
-
-    Not on a GPU it comes matrix by matrix, and once more when activations are computed again.
-    """
-    return 2 if device == "cuda" else 3
 
 
 def kept_by_transformers(shape: ModelShape, adapter: Adapter, row: Row, width: int) -> int:

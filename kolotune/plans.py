@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import estimates, hardware, models, pipeline, planning, records, timing, traffic
+from . import estimates, models, pipeline, planning, records, timing, traffic
 from .config import Config
 from .engines.torchtune import architecture
 from .engines.torchtune import plan as torchtune
@@ -175,7 +175,7 @@ def _traffic(plan: Plan, room: Context, link: float | None) -> Traffic:
     if train.is_sharded(config, room.base):
         batches = -(-config.gradient_accumulation // processes)
         layers = shape.in_layers * estimates.WIDTHS[config.dtype]
-        base = traffic.of_parted_base(layers, processes, batches, estimates.gathers(hardware.best_device()))
+        base = traffic.of_parted_base(layers, processes, batches)
     if link is None:
         plan.unknown.append("time of the network between the machines: --link-mbit says how fast it is")
         return Traffic(sent + base, base=base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .estimates import FP32
+from .estimates import FP32, GATHERS
 
 MOST_SHARE = 0.1
 """Of a step's time: more than that spent on the network is worth another `--gradient-accumulation`."""
@@ -67,7 +67,7 @@ def of_step(weights: int, processes: int) -> int:
     return math.ceil(2 * (processes - 1) / processes * FP32 * weights)
 
 
-def of_parted_base(layers: int, processes: int, batches: int, gathers: int) -> int:
+def of_parted_base(layers: int, processes: int, batches: int) -> int:
     """Bytes that leave each machine in a step, and as many that come, when the layers are parted over the processes.
 
     Each time that layers are gathered, in a ring, a process passes on all parts but one. Nothing is summed up: the base
@@ -77,9 +77,8 @@ def of_parted_base(layers: int, processes: int, batches: int, gathers: int) -> i
         layers: bytes of the layers' weights.
         processes: that train together, on all machines.
         batches: that each process computes one after the other in a step.
-        gathers: how often a batch needs each layer, see `estimates.gathers`.
     """
-    return math.ceil((processes - 1) / processes * layers * batches * gathers)
+    return math.ceil((processes - 1) / processes * layers * batches * GATHERS)
 
 
 def seconds(sent: int, megabits: float) -> float:

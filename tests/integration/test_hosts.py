@@ -22,7 +22,7 @@ from support.training import random_chats
 from kolotune import traffic
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import training
-from kolotune.estimates import Adapter, gathers, read_shape
+from kolotune.estimates import Adapter, read_shape
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -97,7 +97,7 @@ def test_a_parted_base_sends_what_the_formula_says(hosts: tuple[Host, Host], tra
     finish(*children, jobs=jobs)
     shape = read_shape(room.root / "base")
     steps = len(losses(jobs[0]))
-    base = traffic.of_parted_base(4 * shape.in_layers, 4, 1, gathers("cpu"))
+    base = traffic.of_parted_base(4 * shape.in_layers, 4, 1)
     gradients = traffic.of_step(Adapter.of(shape, jobs[0].lora_rank, ["all-linear"]).weights, 4)
     foretold = steps * (base + gradients)
     print(f"{steps} steps: foretold {foretold / 1e6:.1f} MB, sent {[round(host.sent() / 1e6, 1) for host in hosts]} MB")

@@ -125,8 +125,8 @@ def test_a_plan_for_a_parted_base_counts_what_it_holds_and_sends(
     plan = next(event["plan"] for event in map(json.loads, output.splitlines()) if "plan" in event)
     shape = read_shape(tiny_base)
     layers = sum(each.outputs * each.inputs for each in shape.linears)
-    # Two batches in each of the four processes; every batch needs the layers three times, and passes on 3/4 of them.
-    assert plan["traffic"]["base"] == 2 * 3 * layers * 4 * 3 // 4
+    # Two batches in each of the four processes; every batch needs the layers twice, and passes on 3/4 of them.
+    assert plan["traffic"]["base"] == 2 * 2 * layers * 4 * 3 // 4
     gradients = traffic.of_step(Adapter.of(shape, 2, ["all-linear"]).weights, 4)
     assert plan["traffic"]["step"] == gradients + plan["traffic"]["base"]
     assert plan["traffic"]["enough"] is None, "more batches would bring the base more often"

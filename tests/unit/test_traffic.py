@@ -32,8 +32,8 @@ def test_what_is_not_known() -> None:
 
 
 def test_a_parted_base_comes_with_every_batch() -> None:
-    assert traffic.of_parted_base(1000, 1, 5, 3) == 0
-    assert traffic.of_parted_base(1000, 4, 1, 2) == 1500
-    assert traffic.of_parted_base(1000, 4, 3, 2) == 4500
+    assert traffic.of_parted_base(1000, 1, 5) == 0
+    assert traffic.of_parted_base(1000, 4, 1) == 1500
+    assert traffic.of_parted_base(1000, 4, 3) == 4500
     assert Traffic(2, 1.0, 1.0, base=1).share == 0.5
     assert Traffic(2, 1.0, 1.0, base=1).enough is None
