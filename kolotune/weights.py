@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import half
 from .errors import ArtifactError, ModelError
 from .files import Stream
 
@@ -208,6 +209,8 @@ def from_f32(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":
         bits = values.view(np.uint32)
         return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    if dtype == "F16" and values.dtype == np.float32:
+        return half.from_f32(values)
     return values.astype(_DTYPES[dtype], copy=False)
 
 
