@@ -135,7 +135,8 @@ def main(command: Any, arguments: Sequence[str]) -> Any:
     described = command.commands[verb]
     parent = command.make_context("kolotune", list(wanted.rest))
     context = described.make_context(verb, list(wanted.rest[1:]), parent=parent)
-    if context.params.get("ollama"):  # the server is looked for from this machine
+    # A server, and a cluster or other machines, are looked for from this machine.
+    if context.params.get("ollama") or context.params.get("on"):
         return command.main(wanted.rest, prog_name="kolotune", standalone_mode=False)
     call = _Call(verb, described.params, context)
     return call.carry_out(wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
@@ -32,8 +32,10 @@ def reporter(as_json: bool = False) -> Reporter:
     return _chosen_reporter[as_json]
 
 
-def with_options(*kinds: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a command that takes ``**flags`` one flag for each option of the named kinds.
+def with_options(
+    *kinds: str, leave_out: tuple[str, ...] = (), more: Sequence[inspect.Parameter] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a command that takes ``**flags`` one flag for each option of the named kinds, and those of `more`.
 
     The flags' own default is always None, "not given": defaults stand in `Config`. Values are checked there too,
     so that all wrong ones are told at once.
@@ -52,8 +54,8 @@ def with_options(*kinds: str, leave_out: tuple[str, ...] = ()) -> Callable[[Call
             for field in dataclasses.fields(Config)
             if field.metadata["kind"] in kinds and field.name not in leave_out
         ]
-        command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in [*own, *flags]}
+        command.__signature__ = signature.replace(parameters=[*own, *more, *flags])  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in [*own, *more, *flags]}
         return command
 
     return add

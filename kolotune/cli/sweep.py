@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..config import Config
+from ..errors import ConfigError
 from ..layout import RunFolder
 from ..reporter import Reporter
-from . import hints
+from . import hints, launch
 from .comparison import showing
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
+from .placing import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_given
 from .proof import reporting
 
 if TYPE_CHECKING:
     from ..sweeping.record import Record
+    from ..sweeping.varied import Varied
 
 _TRIALS = 10
 _DIGITS = 4
@@ -26,6 +31,15 @@ Vary = Annotated[
     typer.Option(metavar="NAME=A,B|LOW..HIGH", help="An option and its values, or their range; several times."),
 ]
 Trials = Annotated[int, typer.Option(min=1, help="Settings that are tried, at most; few combinations are all tried.")]
+AtOnce = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        min=1,
+        metavar="K",
+        help=f"With --on: trials at work at a time; default {AT_ONCE}, with ssh one on each host.",
+        show_default=False,
+    ),
+]
 Finish = Annotated[bool, typer.Option("--finish/--no-finish", help="Bring the best one to its end, as `run` does.")]
 
 
@@ -34,46 +48,108 @@ def add_to(app: typer.Typer) -> None:
     app.command()(sweep)
 
 
-@with_options("data", "model", "training", "machines", "export", "comparison")
+@with_options("data", "model", "training", "machines", "export", "comparison", more=FLAGS)
 def sweep(
     data: Data = None,
     config: ConfigFile = None,
     vary: Vary = None,
     trials: Trials = _TRIALS,
+    at_once: AtOnce = None,
     finish: Finish = True,
     json: Json = False,
     **flags: Any,
 ) -> int:
-    """Trains with several settings over the same chats; the best by held-out loss becomes the model."""
-    from .. import pipeline
-    from ..report import sweep as page
+    """Trains with several settings over the same chats; the best by held-out loss becomes the model.
+
+    One after the other on this machine, or with --on as jobs side by side.
+    """
     from ..sweeping import trials as sweeping
     from ..sweeping import varied
 
     say = reporter(json)
-    resolved = config_of(flags, data, config)
-    if not resolved.train_data:
+    place = taken_if_given(flags)
+    if place is None and at_once is not None:
+        raise ConfigError("at-once: on this machine one trial is trained after the other", "Say where with --on.")
+    wanted = resolved("sweep", flags, data, config) if place else config_of(flags, data, config)
+    if not wanted.train_data:
         raise hints.no_chats("sweep")
-    hints.require_files((*resolved.train_data, *resolved.eval_data))
-    wanted = varied.parse(vary or [])
-    show(resolved, say)
-    record = sweeping.run(resolved, wanted, trials, say)
+    hints.require_files((*wanted.train_data, *wanted.eval_data))
+    what = varied.parse(vary or [])
+    if place is None:
+        show(wanted, say)
+        return _end(wanted, sweeping.run(wanted, what, trials, say), say, _finished_here if finish else None)
+    return _side_by_side(place.with_token_of(wanted, say), wanted, what, trials, at_once, say, finish=finish)
+
+
+def _side_by_side(
+    place: Place,
+    wanted: Config,
+    what: Sequence[Varied],
+    trials: int,
+    at_once: int | None,
+    say: Reporter,
+    *,
+    finish: bool,
+) -> int:
+    """Shows what would be launched for the first trial; or launches all, and the best one's way to its end."""
+    from ..launching.again import again
+    from ..launching.contract import LATER, name_for
+    from ..sweeping import beside
+    from ..sweeping.trials import shared_elsewhere
+
+    launchers = place.side_by_side(wanted.nnodes, at_once)
+    if len(launchers) > 1 and wanted.rdzv not in (None, LATER):
+        raise ConfigError("rdzv: trials side by side can't all meet in one place", "Leave rdzv out, or --at-once 1.")
+    placing = beside.Placing(launchers, lambda config: place.order(config, name_for(config.output_dir)))
+    plan = launchers[0].plan(placing.first(wanted, what, trials))
+    show(wanted, say)
+    if not place.submit:
+        say.note(f"of the trials {len(launchers)} are at work at a time; the first one's job:")
+        show_plan(plan, say)
+        return 0
+    shown = hints.as_typed(wanted.output_dir)
+    say.note(f"Ctrl-C leaves jobs at work, and the same command goes on; kolotune cancel {shown} stops them")
+    record = beside.run(wanted, what, trials, placing, say)
+
+    def finished_there(chosen: Config, say: Reporter) -> int:
+        folder = RunFolder(chosen.output_dir)
+        launcher = again(folder)[0] if folder.launched.is_file() else launchers[0]
+        chosen = dataclasses.replace(chosen, template_date=shared_elsewhere(wanted).template_date)
+        return launch.submit(launcher, placing.order(chosen), say)
+
+    return _end(wanted, record, say, finished_there if finish else None)
+
+
+def _finished_here(chosen: Config, say: Reporter) -> int:
+    from .. import pipeline
+
+    folder = RunFolder(chosen.output_dir)
+    with showing(folder, say, wanted=chosen.compare), reporting(folder, say):
+        pipeline.run(chosen, say)
+    return 0
+
+
+def _end(wanted: Config, record: Record, say: Reporter, finished: Callable[[Config, Reporter], int] | None) -> int:
+    """Tells what came of the trials, and brings the best one to its end; returns the exit code of that."""
+    from ..report import sweep as page
+    from ..sweeping import trials as sweeping
+
     _tell(record, say)
-    curves = {each.number: sweeping.held_out_losses(sweeping.folder_of(each, resolved)) for each in record.trials}
-    title = f"{Path(resolved.base_model).name} on {', '.join(each.name for each in resolved.train_data)}"
-    shown_at = page.write(resolved.output_dir, title, [each.name for each in wanted], sweeping.rows(record), curves)
+    curves = {each.number: sweeping.held_out_losses(sweeping.folder_of(each, wanted)) for each in record.trials}
+    title = f"{Path(wanted.base_model).name} on {', '.join(each.name for each in wanted.train_data)}"
+    names, rows = [each.name for each in record.varied], sweeping.rows(record)
+    shown_at = page.write(wanted.output_dir, title, names, rows, curves)
     best = record.best
     assert best is not None
-    chosen = sweeping.config_of(best, resolved)
-    folder = RunFolder(chosen.output_dir)
-    if finish:
-        chosen = dataclasses.replace(chosen, use_checkpoint=True)
-        with showing(folder, say, wanted=chosen.compare), reporting(folder, say):
-            pipeline.run(chosen, say)
+    chosen = dataclasses.replace(sweeping.config_of(best, wanted), use_checkpoint=True)
+    if finished is not None and (code := finished(chosen, say)) != 0:
+        return code
     say.success(f"Done: trial {best.number} is the best; {shown_at} shows all")
-    shown = hints.as_typed(folder.root)
+    shown = hints.as_typed(chosen.output_dir)
     say.note(
-        f"talk to it:          kolotune chat {shown}" if finish else f"its model:           kolotune merge {shown}"
+        f"talk to it:          kolotune chat {shown}"
+        if finished is not None
+        else f"its model:           kolotune merge {shown}"
     )
     return 0
 

@@ -40,6 +40,7 @@ class Order:
         gpus, cpus, memory_gb: of each machine; None: what the scheduler gives.
         token_file: where the hub's token lies, as the job sees it; None: nowhere.
         in_place: chats and base model are named as the machines see them; nothing is sent.
+        only_train: the run ends with its adapter.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Order:
     memory_gb: float | None = None
     token_file: str | None = None
     in_place: bool = False
+    only_train: bool = False
 
 
 @dataclass(frozen=True)

@@ -287,6 +287,7 @@ class Kubernetes:
             job="$(KOLOTUNE_JOB)",
             token_file=order.token_file or "",
             python=places.PYTHON,
+            only_train=order.only_train,
         )
 
     def _check(self, order: Order) -> None:

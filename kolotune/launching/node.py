@@ -1,7 +1,7 @@
 """What each machine of a job does: ``python -m kolotune.launching.node COMMAND …``. It starts kolotune's own verbs.
 
-The first machine does the whole run. The others only train with it: they prepare the same chats, and train. The job's
-output is the verbs' events, and at last one that says how it ended.
+The first machine does the whole run, or only trains. The others train with it: they prepare the same chats, and train.
+The job's output is the verbs' events, and at last one that says how it ended.
 
 about ROOT              what is installed, and ROOT as a whole path
 run …                   does this machine's part
@@ -53,6 +53,7 @@ class Node:
         job: what the scheduler calls it: a machine that finds it in its folder comes back, and goes on.
         token_file: where the hub's token is read; "" for nowhere.
         python: the interpreter.
+        only_train: the first machine does no more than the others.
     """
 
     config: str
@@ -62,6 +63,7 @@ class Node:
     job: str = ""
     token_file: str = ""
     python: str = sys.executable
+    only_train: bool = False
 
     def commands(self, number: int, *, again: bool = False) -> list[list[str]]:
         """What machine `number`, from 0, runs; `again`: it was lost, and goes on."""
@@ -70,7 +72,7 @@ class Node:
         together = ["--nnodes", str(self.machines), "--rdzv", self.rdzv] if self.machines > 1 else []
         more = [*token, "--json"]
         resumed = ["--use-checkpoint"] if again else []
-        if number == 0:
+        if number == 0 and not self.only_train:
             options = ["--config", self.config, "--output-dir", self.run]
             return [[*kolotune, "run", *options, *together, *resumed, *more]]
         folder = str(RunFolder(Path(self.run)).of_machine(number).root)
@@ -85,7 +87,8 @@ class Node:
             "config": self.config, "output-dir": self.run, "machines": str(self.machines), "number": str(number),
             "rdzv": self.rdzv, "job": self.job, "token-file": self.token_file,
         }  # fmt: skip
-        return [f"--{name}={value}" for name, value in given.items() if value]
+        only = ["--only-train"] if self.only_train else []
+        return [*[f"--{name}={value}" for name, value in given.items() if value], *only]
 
 
 def carry_out(node: Node, number: int) -> int:
@@ -269,6 +272,7 @@ def main(arguments: Sequence[str]) -> int:
             each.add_argument("--machines", type=int, default=1)
             for name in ("--rdzv", "--job", "--token-file"):
                 each.add_argument(name, default="")
+            each.add_argument("--only-train", action="store_true")
     given = parser.parse_args(arguments)
     if given.command == "about":
         _say(json.dumps({"version": VERSION, "root": str(given.root.expanduser().absolute())}))
@@ -277,7 +281,15 @@ def main(arguments: Sequence[str]) -> int:
     if given.command in ("watch", "stop"):
         assert state is not None
         return _watch(state, given.begin) if given.command == "watch" else _stop(state)
-    node = Node(given.config, given.output_dir, given.machines, given.rdzv, given.job, given.token_file)
+    node = Node(
+        config=given.config,
+        run=given.output_dir,
+        machines=given.machines,
+        rdzv=given.rdzv,
+        job=given.job,
+        token_file=given.token_file,
+        only_train=given.only_train,
+    )
     if given.command == "start":
         try:
             return _start(node, given.number, given.state)

@@ -215,6 +215,7 @@ class Slurm:
             run=str(folder.root),
             machines=order.config.nnodes,
             token_file=order.token_file or "",
+            only_train=order.only_train,
         )
 
     @staticmethod

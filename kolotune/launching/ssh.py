@@ -54,13 +54,14 @@ class Ssh:
 
     Attributes:
         hosts: as ssh is given them; the first is where they meet, and makes the results.
-        folder: on each, for everything of ours; relative to the home there.
+        folder: on each, for everything of ours; relative to the home there, until a job has made it whole: what differs
+            in it alone counts as equal.
         python: the interpreter on each that has kolotune.
         ssh_config: settings for ssh in place of the user's.
     """
 
     hosts: tuple[str, ...]
-    folder: str = "kolotune-runs"
+    folder: str = dataclasses.field(default="kolotune-runs", compare=False)
     python: str = "python3"
     ssh_config: str | None = None
 
@@ -201,6 +202,7 @@ class Ssh:
             job=job,
             token_file=order.token_file or "",
             python=self.python,
+            only_train=order.only_train,
         )
 
     @staticmethod

@@ -52,7 +52,7 @@ def run(
         SpaceError, ArtifactError: the log can't be written, or the program failed on a full disk.
         OSError: the program can't be started.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
+    inherited = _inherited()
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("a", encoding="utf-8")
@@ -87,6 +87,12 @@ def run(
     return code
 
 
+def _inherited() -> dict[str, str]:
+    """This process's variables, less the hub's tokens; another thread may take some away meanwhile."""
+    found = {name: os.environ.get(name) for name in list(os.environ) if name not in _KEPT_FROM_CHILDREN}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 class ProgramError(Exception):
     """A program ended with another code than 0.
 
@@ -111,7 +117,7 @@ def through(argv: Sequence[str], typed: Iterable[bytes] = ()) -> Iterator[bytes]
         ProgramError: it ended with another code than 0.
         OSError: it can't be started.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
+    inherited = _inherited()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=inherited, bufsize=0
@@ -178,7 +184,7 @@ def piped(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Po
 
     When the block ends its input is closed, which it should take as its end; after an error it is stopped.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in _KEPT_FROM_CHILDREN}
+    inherited = _inherited()
     child = subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**inherited, **env})
     try:
         yield child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -63,6 +64,14 @@ class Record:
 
     def write(self, folder: Path) -> None:
         write_json(folder / NAME, dataclasses.asdict(self))
+
+
+def not_over(folder: Path) -> list[str]:
+    """The run folders of trials that have not ended, of the sweep in `folder`; none where there is no sweep."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        loaded = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return [each.folder for each in (Trial(**each) for each in loaded["trials"]) if not each.is_over]
+    return []
 
 
 def read(folder: Path, varied: Sequence[Varied], made_of: str) -> Record:

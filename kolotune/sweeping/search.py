@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,11 @@ def next_values(record: Record, trials: int, seed: int) -> dict[str, Any] | None
 
     All combinations in their order where there are no more than `trials`; otherwise the tree-structured Parzen
     estimator of Optuna (Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011), which begins at random.
-    It is asked anew each time, with all trials so far, so that a sweep that was stopped goes on as it would have.
+    It is asked anew each time, with all trials so far, so that a sweep that was stopped goes on as it would have. What
+    is at work counts as bad until it is over ("constant liar"), so that the next is not nearly the same.
 
     Args:
-        record: of the trials so far.
+        record: of the trials so far, those at work among them.
         trials: how many there shall be in all.
         seed: of the search.
     """
@@ -48,7 +50,9 @@ def _searched(record: Record, seed: int) -> dict[str, Any]:
             "a search needs optuna", "Install it: pip install 'kolotune[sweep]', or give values with commas."
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=(seed + len(record.trials)) % 2**32)
+    with warnings.catch_warnings():  # Optuna 4 calls the liar an experiment
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(seed=(seed + len(record.trials)) % 2**32, constant_liar=True)
     study = optuna.create_study(sampler=sampler)
     space = {each.name: each.distribution for each in record.varied}
     for trial in record.trials:
@@ -60,12 +64,13 @@ def _searched(record: Record, seed: int) -> dict[str, Any]:
 def _known(trial: Trial, space: dict[str, Any]) -> Any:
     import optuna
 
-    failed = trial.loss is None or not math.isfinite(trial.loss)
+    states = optuna.trial.TrialState
+    trained = trial.loss is not None and math.isfinite(trial.loss)
     return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
+        state=states.COMPLETE if trained else states.FAIL if trial.is_over else states.RUNNING,
         params=trial.values,
         distributions=space,
-        value=None if failed else trial.loss,
+        value=trial.loss if trained else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The trials of a sweep, one after the other, each a run folder of its own over the same prepared chats."""
+"""The trials of a sweep, each a run folder of its own over the same prepared chats; `run` has one after the other."""
 
 from __future__ import annotations
 
@@ -23,6 +23,48 @@ from .varied import Varied, with_values
 _CHATS = "chats"  # the run folder that only prepares
 
 
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep whose chats are prepared.
+
+    Attributes:
+        record: its trials so far.
+        shared: the options that all trials share; `output_dir` is the sweep's folder.
+        chats: the run folder that has the prepared chats.
+        trials: how many there shall be, at most.
+    """
+
+    record: Record
+    shared: Config
+    chats: RunFolder
+    trials: int
+
+    def next(self) -> Trial | None:
+        """A new trial; None when all were had. It is in the record from now on: a sweep that goes on has the same."""
+        values = next_values(self.record, self.trials, self.shared.seed)
+        if values is None:
+            return None
+        trial = Trial(len(self.record.trials) + 1, values)
+        self.record.trials.append(trial)
+        self.write()
+        return trial
+
+    def write(self) -> None:
+        """Keeps the record."""
+        self.record.write(self.shared.output_dir)
+
+    def end(self) -> Record:
+        """The record, when nothing more is tried.
+
+        Raises:
+            TrainingError: no trial could be trained.
+        """
+        if self.record.best is None:
+            why = self.record.trials[-1].failure
+            raise TrainingError(f"no trial could be trained: {why}", f"See {self.shared.output_dir}.")
+        return self.record
+
+
 def run(config: Config, varied: Sequence[Varied], trials: int, reporter: Reporter) -> Record:
     """Trains one adapter for each setting; what was trained before is not trained again.
 
@@ -37,33 +79,43 @@ def run(config: Config, varied: Sequence[Varied], trials: int, reporter: Reporte
         TrainingError: no trial could be trained.
         KolotuneError: what makes every trial fail, as chats or a base that can't be used.
     """
-    folder = config.output_dir
+    sweep = begin(config, varied, trials, reporter)
+    while True:
+        trial = next((known for known in sweep.record.trials if not known.is_over), None) or sweep.next()
+        if trial is None:
+            return sweep.end()
+        _train(trial, sweep, reporter)
+        sweep.write()
+
+
+def begin(
+    config: Config, varied: Sequence[Varied], trials: int, reporter: Reporter, *, elsewhere: bool = False
+) -> Sweep:
+    """Prepares the chats, and finds what every trial would fail of; see `run`.
+
+    Args:
+        config, varied, trials, reporter: see `run`.
+        elsewhere: the trials are trained by other machines, which choose the arithmetic that suits them.
+    """
     if not config.eval_split and not config.eval_data:
         raise _nothing_held_out()
     for each in varied:
         for value in each.choices:
             with_values(config, {each.name: value})  # an impossible one is told now
-    chats = RunFolder(folder / _CHATS)
-    shared, _ = pipeline.with_choices(config, chats)
+    chats = RunFolder(config.output_dir / _CHATS)
+    shared = shared_elsewhere(config) if elsewhere else pipeline.with_choices(config, chats)[0]
     shared = dataclasses.replace(shared, compare=False)
-    pipeline.run(
-        dataclasses.replace(shared, output_dir=chats.root), reporter, [prepare.NAME], ahead=_road_after(prepare.NAME)
-    )
-    record = read(folder, varied, _made_of(chats, shared, varied))
-    while True:
-        trial = next((known for known in record.trials if not known.is_over), None)
-        if trial is None:
-            values = next_values(record, trials, config.seed)
-            if values is None:
-                break
-            trial = Trial(len(record.trials) + 1, values)
-            record.trials.append(trial)
-            record.write(folder)  # before it is trained: a sweep that goes on has the same trials
-        _train(trial, shared, chats, reporter)
-        record.write(folder)
-    if record.best is None:
-        raise TrainingError(f"no trial could be trained: {record.trials[-1].failure}", f"See {folder}.")
-    return record
+    # Whether the training fits is asked where it is done.
+    ahead = _road_after(train.NAME if elsewhere else prepare.NAME)
+    pipeline.run(dataclasses.replace(shared, output_dir=chats.root), reporter, [prepare.NAME], ahead=ahead)
+    record = read(config.output_dir, varied, _made_of(chats, shared, varied))
+    return Sweep(record, shared, chats, trials)
+
+
+def shared_elsewhere(config: Config) -> Config:
+    """The options of trials on other machines: with the date of the chats that are prepared here, or will be."""
+    chosen, _ = pipeline.with_choices(config, RunFolder(config.output_dir / _CHATS), [prepare.NAME])
+    return dataclasses.replace(config, template_date=chosen.template_date)
 
 
 def folder_of(trial: Trial, config: Config) -> RunFolder:
@@ -101,22 +153,26 @@ def _nothing_held_out() -> DataError:
     )
 
 
-def _train(trial: Trial, shared: Config, chats: RunFolder, reporter: Reporter) -> None:
-    named = ", ".join(f"{name} {value}" for name, value in trial.values.items())
-    reporter.doing(f"trial {trial.number}: {named}")
-    config = dataclasses.replace(config_of(trial, shared), use_checkpoint=True)
+def in_words(trial: Trial) -> str:
+    """A trial's values."""
+    return ", ".join(f"{name} {value}" for name, value in trial.values.items())
+
+
+def _train(trial: Trial, sweep: Sweep, reporter: Reporter) -> None:
+    reporter.doing(f"trial {trial.number}: {in_words(trial)}")
+    config = dataclasses.replace(config_of(trial, sweep.shared), use_checkpoint=True)
     folder = RunFolder(config.output_dir)
-    _share(chats, folder)
+    share(sweep.chats, folder)
     try:
         pipeline.run(config, reporter, [prepare.NAME, train.NAME])
-        trial.loss = _loss(folder, config)
-        reporter.success(f"trial {trial.number}: held-out loss {trial.loss:.4f} ({named})")
+        trial.loss = loss_of(folder, config)
+        reporter.success(f"trial {trial.number}: held-out loss {trial.loss:.4f} ({in_words(trial)})")
     except TrainingError as error:
         trial.failure = error.cause
         reporter.warning(f"trial {trial.number} failed: {error.cause}")
 
 
-def _share(chats: RunFolder, folder: RunFolder) -> None:
+def share(chats: RunFolder, folder: RunFolder) -> None:
     """Gives a trial the prepared chats: links where the disk has them, with the record that they were made so."""
     if folder.prepared.exists():
         return
@@ -133,7 +189,7 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _loss(folder: RunFolder, config: Config) -> float:
+def loss_of(folder: RunFolder, config: Config) -> float:
     """The held-out loss of the adapter that was kept: the last one, or the best where training stops early."""
     losses = [loss for _, loss in held_out_losses(folder)]
     return min(losses) if config.early_stopping else losses[-1]

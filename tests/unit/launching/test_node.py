@@ -40,6 +40,10 @@ def test_the_first_does_the_run_and_others_train_with_it() -> None:
     assert prepare[8] == train[5] == "/out/.kolotune/machines/2", "machines may share a disk"
     assert "--use-checkpoint" in train and "--use-checkpoint" not in prepare
     alone = Node("/c.yaml", "/out").commands(0)
+    only = Node("/c.yaml", "/out", only_train=True)
+    prepare, train = only.commands(0, again=True)
+    assert (prepare[4], prepare[8], train[4], train[5]) == ("prepare", "/out", "train", "/out")
+    assert "--use-checkpoint" in train and "--only-train" in only.arguments(0)
     assert len(alone) == 1 and not {"--nnodes", "--rdzv", "--hf-token"} & set(alone[0])
 
 

@@ -47,6 +47,28 @@ def test_a_search_comes_near_the_best_and_stays_in_the_range() -> None:
     assert sum(rate < 0.02 for rate in late) > len(late) / 2
 
 
+def test_with_some_at_work_the_next_is_another() -> None:
+    record = Record([RANK, DECAY], "")
+    found = [add_one(record, 10) for _ in range(4)]
+    assert [found.count(each) for each in found] == [1] * 4 and next_values(record, 10, 1) is None
+    # Of what a search looks at, what is at work counts as bad: nothing near it is tried beside it.
+    record = Record([RATE], "")
+    searched(record, 20, lambda values: 1 + abs(values["learning_rate"] - 0.002))
+    before = list(record.trials)
+    beside = [add_one(record, 100)["learning_rate"] for _ in range(5)]
+    assert len(set(beside)) == 5
+    ended = [Trial(each.number, each.values, None, "it failed") for each in record.trials[20:24]]
+    assert next_values(Record([RATE], "", [*before, *ended]), 100, 1) != {"learning_rate": beside[4]}
+
+
+def add_one(record: Record, trials: int) -> dict[str, Any]:
+    """A trial that is at work from now on."""
+    values = next_values(record, trials, 1)
+    assert values is not None
+    record.trials.append(Trial(len(record.trials) + 1, values))
+    return values
+
+
 def test_one_that_was_stopped_goes_on_as_it_would_have() -> None:
     def loss(values: dict[str, Any]) -> float | None:
         return None if values["learning_rate"] > 0.05 else values["learning_rate"]

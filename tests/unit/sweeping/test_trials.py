@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.runs import states
-from support.tiny import chat_line
 
-from kolotune import config as configs
 from kolotune import pipeline
 from kolotune.config import Config
 from kolotune.errors import ConfigError, DataError, TrainingError
@@ -19,17 +16,6 @@ from kolotune.layout import RunFolder
 from kolotune.reporter import PlainReporter
 from kolotune.sweeping import record, trials
 from kolotune.sweeping.varied import parse
-
-
-@pytest.fixture
-def config(tiny_base: Path, tmp_path: Path) -> Config:
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("".join(map(chat_line, range(20))), encoding="utf-8")
-    chosen = {
-        "train_data": chats, "base_model": str(tiny_base), "output_dir": tmp_path / "sweep", "dtype": "fp32",
-        "compile": "off", "epochs": 1, "lora_rank": 2, "eval_split": 0.3,
-    }  # fmt: skip
-    return configs.resolve((chosen, "test", tmp_path))
 
 
 def test_the_best_one_becomes_the_model(config: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,65 @@
+"""sweep on the command line: what is refused before anything is asked, and what is only shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Call = Callable[..., tuple[int, str]]
+VARY = ["--vary", "lora_rank=4,8"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no scheduler's program, and no ssh
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--submit", "is none of slurm, kubernetes, ssh, local"),
+        ("--partition gpu", "is none of"),
+        ("--on pbs", "is none of"),
+        ("--on slurm --host a", "goes with --on ssh"),
+        ("--on ssh", "0 machines can't be parted"),
+        ("--on ssh --host a --host a", "named twice"),
+        ("--on ssh --host a --host b --host c --nnodes 2", "3 machines can't be parted"),
+        ("--on ssh --host a --host b --at-once 3", "2 machines can't be parted"),
+        ("--on ssh --host a --host b --host c --host d --nnodes 2 --rdzv a:1", "can't all meet"),
+        ("--on slurm --hours 0", "hours"),
+        ("--on local --nnodes 2", "only one"),
+    ],
+)
+@pytest.mark.parametrize("submit", [[], ["--submit"]])
+def test_what_is_refused(kolotune: Call, line: str, words: str, submit: list[str], here: Path) -> None:
+    code, output = kolotune("sweep", "chats.jsonl", *VARY, *line.split(), *submit)
+    assert (code, words in output, "Traceback" in output) == (2, True, False), output
+    assert [each.name for each in here.iterdir()] == ["chats.jsonl"]
+
+
+def test_several_at_once_need_a_place(kolotune: Call) -> None:
+    code, output = kolotune("sweep", "chats.jsonl", *VARY, "--at-once", "2")
+    assert (code, "one trial is trained after the other" in output) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--on slurm --at-once 7 --gpus 1", "of the trials 7 are at work"),
+        ("--on local", "of the trials 4 are at work"),
+        ("--on ssh --host a --host b", "of the trials 2 are at work"),
+        ("--on ssh --host a --host b --nnodes 2", "of the trials 1 are at work"),
+        ("--on kubernetes --image reg/kolotune:1 --claim runs", "of the trials 4 are at work"),
+    ],
+)
+def test_without_submit_the_first_one_s_job_is_shown(kolotune: Call, line: str, words: str, here: Path) -> None:
+    code, output = kolotune("sweep", "chats.jsonl", *VARY, *line.split())
+    assert code == 0 and words in output and "with --submit it is" in output, output
+    assert "lora_rank: 4" in output and "kolotune prepare" in output and "kolotune train" in output
+    assert "kolotune run " not in output
+    assert [each.name for each in here.iterdir()] == ["chats.jsonl"]
