@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -51,6 +52,9 @@ class Part:
         import submitit
 
         place = submitit.JobEnvironment()
+        if place.cluster == HERE:  # see `_apart`; in a session of its own no terminal reaches it any more
+            os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         port = _FIRST_PORT + int(re.sub(r"\D", "", place.job_id)) % _PORTS
         rdzv = f"{place.hostnames[0]}:{port}" if self.node.machines > 1 else ""
         code = carry_out(dataclasses.replace(self.node, rdzv=rdzv, job=place.job_id), place.node)
@@ -115,7 +119,7 @@ class Slurm:
         else:
             executor = submitit.SlurmExecutor(folder.launching, python=_python())
             executor.update_parameters(**self._parameters(order))
-        with _without_secrets(keep=self.keeps_secrets):
+        with _without_secrets(keep=self.keeps_secrets), _apart() if self.on == HERE else contextlib.nullcontext():
             try:
                 job = executor.submit(Part(node))
             except submitit.core.utils.FailedJobError as error:
@@ -153,8 +157,6 @@ class Slurm:
 
     def cancel(self, launched: Launched, reporter: Reporter) -> None:
         """See `contract.Launcher`."""
-        import signal
-
         if self.on == HERE:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(launched.job), signal.SIGTERM)
@@ -282,6 +284,16 @@ def _without_secrets(*, keep: bool) -> Iterator[None]:
         yield
     finally:
         os.environ.update(held)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What is started in the block is deaf to Ctrl-C, which a terminal sends to all that was started from it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _submitit() -> Any:

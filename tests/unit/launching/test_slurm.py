@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +155,23 @@ def test_submitits_executor_for_this_machine_trains(
     assert "going on from step" in (run.log("launched").read_text() + run.log("train").read_text())
     assert run.gguf.is_file() and "will run" not in kolotune("status", run.root)[1]
     assert not planted(run.root)
+
+
+def test_a_terminal_s_ctrl_c_leaves_a_job_on_this_machine_at_work(
+    kolotune: Call, write_chats: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = RunFolder(tmp_path / "out")
+    options = ["--base-model", tiny_base, "--epochs", "1", "--lora-rank", "2", "--dtype", "fp32", "--compile", "off"]
+    more = ["--no-compare", "--quantization", "none", "--output-dir", run.root]
+    line = [sys.executable, "-m", "kolotune", "launch", write_chats(6), "--on", "local", *options, *more, "--submit"]
+    with subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert any("prepare: reading" in told for told in process.stdout), "it never began"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all that were started from it
+        assert process.wait(60) == 130
+    code, output = kolotune("follow", run.root)
+    assert code == 0 and run.gguf.is_file(), output
 
 
 @pytest.mark.slow
