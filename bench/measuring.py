@@ -53,6 +53,7 @@ def measure(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     until: Callable[[], bool] | None = None,
+    fine: tuple[int, ...] = (0,),
 ) -> Measured:
     """Runs a command as a child and watches it.
 
@@ -62,6 +63,7 @@ def measure(
         env: variables in addition to this process's own.
         cwd: folder it is started in.
         until: asked now and then; once it says True, the child is ended, and its code counts as 0.
+        fine: exit codes that are no failure.
 
     Raises:
         RuntimeError: it failed; the message has the end of its log.
@@ -94,7 +96,7 @@ def measure(
             anonymous, peak = max(anonymous, now), max(peak, now + files)
         seconds = time.perf_counter() - started
     code = 0 if stopped else child.returncode
-    if code != 0:
+    if code not in fine:
         last = log.read_text(encoding="utf-8", errors="replace")[-2_000:]
         raise RuntimeError(f"{' '.join(str(each) for each in argv)}: exit code {code}\n{last}")
     return Measured(seconds, peak * 1024 / 1e6, anonymous * 1024 / 1e6, code)

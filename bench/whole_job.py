@@ -23,6 +23,7 @@ import material
 import yaml
 from measuring import KOLOTUNE, ROOT, Measured, Result, Table, measure, median, options, versions
 
+from kolotune.errors import FidelityError
 from kolotune.layout import RunFolder
 from kolotune.llamacpp import toolchain
 from kolotune.reporter import PlainReporter
@@ -49,11 +50,13 @@ class Job:
         return max(each.peak_mb for each in self.steps.values())
 
 
-def kolotune(chats: material.Chats, folder: Path, *flags: str, env: dict[str, str] | None = None) -> Job:
-    """`kolotune run`."""
+def kolotune(
+    chats: material.Chats, folder: Path, *flags: str, env: dict[str, str] | None = None, fine: tuple[int, ...] = (0,)
+) -> Job:
+    """`kolotune run`; `fine` are the exit codes that it may end with."""
     run = folder / "run"
     argv = [*KOLOTUNE, "run", chats.train, *material.settings(), "--output-dir", run, *(flags or ("--no-compare",))]
-    measured = measure(argv, folder / "log", env=material.OFFLINE | (env or {}))
+    measured = measure(argv, folder / "log", env=material.OFFLINE | (env or {}), fine=fine)
     return Job({"run": measured}, RunFolder(run).adapter)
 
 
@@ -238,7 +241,9 @@ def _tell(result: Result, jobs: dict[str, list[Job]], losses: dict[str, float], 
 
 def _beside(result: Result, chats: material.Chats, root: Path) -> None:
     """The cold job, with an empty cache, and the job with its comparison at the end."""
-    gated = kolotune(chats, root / "gated", "--compare", "--eval-data", str(chats.held_out))  # it compares on these
+    # It compares on the held-out chats; what it finds of a model that has seen so little is no matter of its time.
+    flags = ("--compare", "--eval-data", str(chats.held_out))
+    gated = kolotune(chats, root / "gated", *flags, fine=(0, FidelityError.exit_code))
     empty = {"KOLOTUNE_CACHE": str(root / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
     # Not offline for the hub's libraries alone: the base comes from the package index in any case.
     cold = kolotune(chats, root / "cold", env=empty)
