@@ -283,8 +283,8 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         problems.append("nnodes: several machines need rdzv, the address of one of them as HOST:PORT")
     if config.sharding == "on" and (config.nnodes * config.nproc == 1 or config.load_in_4bit):
         problems.append("sharding: needs several processes (nproc, nnodes), and does not go with load-in-4bit")
-    if config.nnodes * config.nproc > 1 and config.engine == "torchtune":
-        problems.append("nproc: the engine torchtune trains in one process; native trains in several")
+    if config.sharding == "off" and config.engine == "torchtune" and config.nnodes * config.nproc > 1:
+        problems.append("sharding: several processes of torchtune always part the base; leave sharding out")
     return problems
 
 

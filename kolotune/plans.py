@@ -172,7 +172,9 @@ def _traffic(plan: Plan, room: Context, link: float | None) -> Traffic:
     shape, processes = read_shape(room.base), config.nproc * config.nnodes
     weights = Adapter.of(shape, config.lora_rank, config.target_modules).weights
     sent, base = traffic.of_step(weights, processes), 0
-    if train.is_sharded(config, room.base):
+    if config.engine == "torchtune":
+        plan.unknown.append("what the base that torchtune parts over the machines sends in a step")
+    elif train.is_sharded(config, room.base):
         batches = -(-config.gradient_accumulation // processes)
         layers = shape.in_layers * estimates.WIDTHS[config.dtype]
         base = traffic.of_parted_base(layers, processes, batches)

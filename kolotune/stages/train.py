@@ -106,8 +106,14 @@ def make_job(context: Context) -> TrainJob:
 
 
 def is_sharded(config: Config, base: Path) -> bool:
-    """Whether the base is parted over the processes: as asked for, or where one in each would not fit."""
-    if config.sharding != "auto" or config.load_in_4bit or config.nproc * config.nnodes == 1:
+    """Whether the base is parted over the processes: as asked for, or where one in each would not fit.
+
+    Several processes of torchtune always part it.
+    """
+    several = config.nproc * config.nnodes > 1
+    if config.engine == "torchtune":
+        return several
+    if config.sharding != "auto" or config.load_in_4bit or not several:
         return config.sharding == "on"
     size = estimates.read_shape(base).weights * estimates.WIDTHS[config.dtype]
     return size * config.nproc > hardware.memory_for_processes(config.nproc) * _MOST_FOR_THE_BASE

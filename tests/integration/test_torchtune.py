@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from support.hosts import two_hosts, why_not
 from support.judge import held_out_loss
 from support.runs import ROAD
 
 from kolotune.chatting import open_chat
+from kolotune.engines.torchtune import training
 from kolotune.llamacpp import gguf_file
 
 
@@ -103,3 +108,40 @@ def test_its_own_config_for_llama_3_2_1b(
     assert "Q4_K" in kinds
     talk = open_chat(road.run, road.said)
     assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_two_hosts_make_what_one_process_makes(training_room: Callable[..., Any]) -> None:
+    """Two processes on each of two hosts; then one of them has lost its last checkpoint, and gets it from the other."""
+    room = training_room("llama", chats=19, held_out=6)
+    options = {"epochs": 2, "batch_size": 4}
+    alone = room.job("alone", **options)
+    training.train(alone)
+
+    def lines(metrics: str, key: str = "loss") -> dict[int, float]:
+        read = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+        return {line["step"]: line[key] for line in read if key in line}
+
+    with two_hosts() as hosts:
+        place = {"nproc": 2, "nnodes": 2, "rdzv": f"{hosts[0].address}:29533"}
+        for resume in (False, True):
+            jobs = [room.job(host.name, **place, **options, resume=resume) for host in hosts]
+            children = []
+            for host, job in zip(hosts, jobs, strict=True):
+                file = Path(job.metrics).with_name("job.json")
+                job.write(file)
+                argv = host.argv(sys.executable, "-m", "kolotune.engines.torchtune", str(file))
+                children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True))
+            for child in children:
+                output, _ = child.communicate(timeout=300)
+                assert child.returncode == 0, output
+                assert '"processes": 4' in output
+            for job in jobs:
+                assert lines(job.metrics) == pytest.approx(lines(alone.metrics), rel=1e-3)
+                told = lines(job.metrics, "held_out_loss")
+                assert told == pytest.approx(lines(alone.metrics, "held_out_loss"), rel=1e-3)
+            first, second = (load_file(Path(job.adapter) / "adapter_model.safetensors") for job in jobs)
+            assert all(first[name].equal(second[name]) for name in first), "both hosts have the result"
+            for path in sorted(Path(jobs[1].checkpoints).iterdir())[-1].iterdir():
+                path.unlink()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...files import hash_file, remove
+from ...files import remove
 from ..job import TrainJob
+from .inside.kolotune_recipe import found
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _KEPT = 2
-_FACTS, _ADAPTER = "checkpoint.txt", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Checkpoint:
         """The adapter under PEFT's names, fp32."""
         from safetensors.torch import load_file
 
-        return load_file(self.folder / _ADAPTER)
+        return load_file(self.folder / found.ADAPTER)
 
 
 def newest(job: TrainJob) -> Checkpoint | None:
@@ -40,20 +38,18 @@ def newest(job: TrainJob) -> Checkpoint | None:
     Raises:
         TrainingError: it belongs to other data, another base or other settings.
     """
-    for folder in _by_epoch(Path(job.checkpoints)):
-        facts = _whole(folder)
-        if facts is None:
-            continue
-        job.require_same(facts["identity"], folder.name)
-        return Checkpoint(folder, facts["epoch"], facts["step"], facts.get("halvings", []))
-    return None
+    there = found.newest(Path(job.checkpoints))
+    if there is None:
+        return None
+    folder, facts = there
+    job.require_same(facts["identity"], folder.name)
+    return Checkpoint(folder, facts["epoch"], facts["step"], facts.get("halvings", []))
 
 
 def prune(job: TrainJob) -> None:
     """Removes the oldest checkpoints, once the newest has been read back."""
-    root = Path(job.checkpoints)
-    folders = _by_epoch(root)
-    if not folders or _whole(folders[0]) is None:
+    folders = found.by_epoch(Path(job.checkpoints))
+    if not folders or found.whole(folders[0]) is None:
         return
     for old in folders[_KEPT:]:
         remove(old)
@@ -62,26 +58,3 @@ def prune(job: TrainJob) -> None:
 def clear(job: TrainJob) -> None:
     """Removes all checkpoints: a new training begins."""
     remove(Path(job.checkpoints))
-
-
-def _by_epoch(root: Path) -> list[Path]:
-    """The checkpoints, newest first; by the number in their name, never by time."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.glob("epoch-*") if path.is_dir() and path.name.removeprefix("epoch-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
-
-
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """The facts of a checkpoint whose files are those that were written together; None when it is damaged."""
-    try:
-        digest_of_facts, _, text = (folder / _FACTS).read_text(encoding="utf-8").partition("\n")
-        if hashlib.sha256(text.encode()).hexdigest() != digest_of_facts:
-            return None
-        facts: dict[str, Any] = json.loads(text)
-        same = all(hash_file(folder / name) == digest for name, digest in facts["sha256"].items())
-        proper = len(facts["sha256"]) == 2 and _ADAPTER in facts["sha256"] and isinstance(facts["identity"], dict)
-        numbers = isinstance(facts["step"], int) and folder.name == f"epoch-{facts['epoch']:06d}"
-        return facts if same and proper and numbers else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None

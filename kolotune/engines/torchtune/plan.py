@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +45,24 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
         )
     targets(settings.target_modules, shape)
     if four_bit(settings, shape):
-        odd = [name for name, size in shape.linear_sizes().items() if size % _NF4_BLOCK]
-        if odd:
-            raise ConfigError(
-                f"load-in-4bit: torchtune packs {_NF4_BLOCK} weights at a time, and {'; '.join(odd)} are no multiple",
-                f"Leave --load-in-4bit out, {_INSTEAD}",
-            )
+        _check_four_bit(shape, settings.nproc * settings.nnodes)
+
+
+def _check_four_bit(shape: Llama, processes: int) -> None:
+    odd = [name for name, size in shape.linear_sizes().items() if size % _NF4_BLOCK]
+    if odd:
+        raise ConfigError(
+            f"load-in-4bit: torchtune packs {_NF4_BLOCK} weights at a time, and {'; '.join(odd)} are no multiple",
+            f"Leave --load-in-4bit out, {_INSTEAD}",
+        )
+    rows = (shape.embed_dim, shape.num_kv_heads * shape.head_dim, shape.intermediate_dim)
+    whole = all(size % (_NF4_BLOCK * processes) == 0 for size in shape.linear_sizes().values())
+    if not whole or any(each % processes for each in rows):
+        raise ConfigError(
+            f"nproc: torchtune keeps this base in 4 bits, in blocks of {_NF4_BLOCK} weights, and these can't be parted "
+            f"over {processes} processes",
+            f"Take another number of processes (a power of two), {_INSTEAD}",
+        )
 
 
 def four_bit(settings: Config | TrainJob, shape: Llama) -> bool:
@@ -97,14 +108,10 @@ def config_name(shape: Llama) -> str | None:
     return CONFIGS.get(shape)
 
 
-def parts_of(job: TrainJob, halvings: Sequence[int]) -> int:
-    """The parts of a batch: as many as it comes to when it was halved for the last time, from the first step on."""
-    return -(-job.batch_size // max(1, job.batch_size >> len(halvings)))
-
-
-def config_of(job: TrainJob, shape: Llama, warmup_steps: int, halvings: Sequence[int] = ()) -> dict[str, Any]:
+def config_of(job: TrainJob, shape: Llama, warmup_steps: int) -> dict[str, Any]:
     """torchtune's config for `job`; where torchtune has one of its own, the values that are put into it.
 
+    How many batches a step has in a process follows from where memory ran out, on any machine: the recipe sees to it.
     No text of the user's is in it: in it, `_component_` imports what it names and `${…}` reads the environment.
     """
     return {
@@ -131,7 +138,7 @@ def config_of(job: TrainJob, shape: Llama, warmup_steps: int, halvings: Sequence
         "epochs": job.epochs,
         "max_steps_per_epoch": None,
         "batch_size": job.batch_size,
-        "gradient_accumulation_steps": job.gradient_accumulation * parts_of(job, halvings),
+        "gradient_accumulation_steps": job.gradient_accumulation,
         "clip_grad_norm": job.max_grad_norm or None,
         "seed": job.seed,
         "shuffle": True,

@@ -11,6 +11,7 @@ from ...errors import KolotuneError, TrainingError
 from ...files import write_json
 from ...runners import kills, local
 from ...weights import weight_files
+from .. import torchrun
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit, event_of
 from ..metrics import begin
@@ -19,6 +20,7 @@ from .architecture import Llama
 from .environment import Environment
 
 _INSIDE = Path(__file__).with_name("inside")
+_RECIPE = "kolotune_recipe"
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,15 @@ def train(job: TrainJob) -> None:
     place = environment.ensure(lambda text: emit("note", text=text))
     if found is None:
         checkpoints.clear(job)
-    else:
-        emit("note", text=f"going on from step {found.step} (epoch {found.epoch})")
     _say_what_differs(job, shape, length)
-    begin(Path(job.metrics), found.step if found else 0)
     halvings = halvings_of(job, found)
-    answers = _Answers(job, found.step if found else 0, halvings)
-    if found is not None and found.epoch == job.epochs:
-        emit("begins", step=found.step, halvings=halvings)
+    answers = _Answers(job)
+    # Of several machines another one may have less than this.
+    if found is not None and found.epoch == job.epochs and job.nnodes == 1:
+        begin(Path(job.metrics), found.step)
+        answers.begins(found.epoch, found.step, halvings)
     else:
-        _run_recipe(job, task_of(job, shape, length, found, halvings), place, answers)
+        _run_recipe(job, task_of(job, shape, length, halvings), place, answers)
         found = checkpoints.newest(job)
     if found is None or found.epoch != job.epochs:
         raise TrainingError("torchtune ended without the checkpoint of the last epoch", f"See {_log(job)}.")
@@ -117,18 +118,16 @@ def halvings_of(job: TrainJob, found: checkpoints.Checkpoint | None) -> list[int
     return [*known, *(max(each, step) for each in job.halvings[len(known) :])]
 
 
-def task_of(
-    job: TrainJob, shape: Llama, length: Length, found: checkpoints.Checkpoint | None, halvings: list[int]
-) -> dict[str, Any]:
+def task_of(job: TrainJob, shape: Llama, length: Length, halvings: list[int]) -> dict[str, Any]:
     """What the recipe is told. Paths stand beside torchtune's config, never in it."""
     return {
         "config_name": plan.config_name(shape),
-        "config": plan.config_of(job, shape, length.warmup, halvings),
+        "config": plan.config_of(job, shape, length.warmup),
         "halvings": halvings,
-        "parts": plan.parts_of(job, halvings),
         "base_model": job.base_model,
         "weight_files": [path.name for path in weight_files(Path(job.base_model))],
         "tied": shape.tied,
+        "four_bit": plan.four_bit(job, shape),
         "heads": {
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
@@ -139,22 +138,29 @@ def task_of(
         "seed": job.seed,
         "checkpoints": job.checkpoints,
         "metrics": job.metrics,
-        "resume": str(found.folder) if found else None,
         "identity": job.identity(),
+        "torchrun": torchrun.arguments(job, _RECIPE, str(_task_file(job))) if _are_several(job) else None,
     }
+
+
+def _are_several(job: TrainJob) -> bool:
+    return job.nproc * job.nnodes > 1
 
 
 def _run_recipe(job: TrainJob, task: dict[str, Any], place: Environment, answers: _Answers) -> None:
     folder = _work_folder(job)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "task.json", task)
+    write_json(_task_file(job), task)
     _log(job).unlink(missing_ok=True)
     kills_before = hardware.kills_for_memory()
+    # Of kolotune it sees that one folder; it needs no network, and progress bars would fill the log.
+    env = {"PYTHONPATH": str(_INSIDE), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    if _are_several(job):
+        env |= {**torchrun.variables(job), "PYTHONSAFEPATH": "1"}  # as -P, for those that torchrun starts
     code = local.run(
-        [str(place.python), "-P", "-m", "kolotune_recipe", str(folder / "task.json")],
+        [str(place.python), "-P", "-m", _RECIPE, str(_task_file(job))],
         log=_log(job),
-        # Of kolotune it sees that one folder; it needs no network, and progress bars would fill the log.
-        env={"PYTHONPATH": str(_INSIDE), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+        env=env,
         cwd=folder,
         on_line=answers,
         ends_with_us=True,
@@ -164,7 +170,8 @@ def _run_recipe(job: TrainJob, task: dict[str, Any], place: Environment, answers
     if shortage := kills.shortage(code, kills_before):
         raise MemoryError(shortage)
     if code != 0:
-        raise TrainingError(f"torchtune ended with code {code}: {local.last_lines(_log(job))}", f"See {_log(job)}.")
+        said = answers.lost or local.last_lines(_log(job))
+        raise TrainingError(f"torchtune ended with code {code}: {said}", f"See {_log(job)}.")
 
 
 def _work_folder(job: TrainJob) -> Path:
@@ -172,16 +179,26 @@ def _work_folder(job: TrainJob) -> Path:
     return Path(job.checkpoints).with_name("torchtune")
 
 
+def _task_file(job: TrainJob) -> Path:
+    return _work_folder(job) / "task.json"
+
+
 def _log(job: TrainJob) -> Path:
     return _work_folder(job) / "torchtune.log"
 
 
 class _Answers:
-    """Takes the recipe's events out of its output, and hands them on."""
+    """Takes the recipe's events out of its output, and hands them on.
 
-    def __init__(self, job: TrainJob, step: int, halvings: list[int]) -> None:
-        self._job, self._step, self._halvings = job, step, halvings
+    Where there are several processes an error of one is raised at once, which ends them all: torchrun would start them
+    again, to fail again.
+    """
+
+    def __init__(self, job: TrainJob) -> None:
+        self._job = job
+        self._kills_before = hardware.kills_for_memory(own=True)
         self.error: KolotuneError | MemoryError | None = None
+        self.lost = ""
         self.facts: dict[str, Any] = {}
 
     def __call__(self, line: str) -> bool:
@@ -190,15 +207,27 @@ class _Answers:
             return False
         kind = event.pop("event")
         if kind == "started":
-            self.facts["device"] = event["device"]
-            emit("begins", step=self._step, halvings=self._halvings)
+            self.facts |= {"device": event["device"], "processes": event["processes"]}
+            self.begins(event["epoch"], event["step"], event["halvings"])
         elif kind in ("step", "evaluation"):
             emit(kind, **event)
         elif kind == "checkpoint":
             checkpoints.prune(self._job)
+        elif kind == "lost":
+            self.lost = event["text"]
+        elif kind == "again" and hardware.kills_for_memory(own=True) != self._kills_before:
+            raise MemoryError("the kernel killed a training process because memory ran out")
         elif kind == "error":
             self.error = self._in_words(event)
+            if _are_several(self._job):
+                raise self.error
         return True
+
+    def begins(self, epoch: int, step: int, halvings: list[int]) -> None:
+        """Tells where the training stands when its steps begin, or go on after a process was lost."""
+        emit("begins", step=step, halvings=halvings)
+        if step:
+            emit("note", text=f"going on from step {step} (epoch {epoch})")
 
     def _in_words(self, event: dict[str, Any]) -> TrainingError | MemoryError:
         if event["kind"] == "memory":
@@ -208,5 +237,10 @@ class _Answers:
                 event["text"],
                 "Lower --learning-rate and train anew; the last whole epoch is kept among the checkpoints. "
                 f"See {_log(self._job)}.",
+            )
+        if event["kind"] == "disagreement":
+            return TrainingError(
+                f"the machines that train together disagree about {event['text']}",
+                "Give all of them the same chats, the same base model and the same options.",
             )
         return TrainingError(f"torchtune stopped: {event['text']}", f"See {_log(self._job)}.")

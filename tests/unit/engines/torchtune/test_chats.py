@@ -9,7 +9,7 @@ import torch
 from support.training import random_chats, write_tokens
 
 from kolotune.engines.native import batches
-from kolotune.engines.torchtune.inside.kolotune_recipe.chats import IGNORED, Chats, Loader, in_order
+from kolotune.engines.torchtune.inside.kolotune_recipe.chats import IGNORED, Chats, Loader, in_order, share
 
 CHATS = 11
 
@@ -54,7 +54,7 @@ def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, a
 def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
     halvings, theirs = [1, 4], batches.Tokens.load(file)
     parts = -(-batch_size // (batch_size >> 2 or 1))
-    loader = Loader(Chats.load(file), batch_size, accumulation, 7, halvings, parts)
+    loader = Loader(Chats.load(file), batch_size, accumulation, 7, halvings)
     step = 0
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -75,6 +75,53 @@ def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumul
                 agrees(batch, theirs, row)
             step += 1
         assert not found
+
+
+def labels_of(batches_of_it: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+    """The labels of each chat, without padding; of fillers none."""
+    rows = [row[row != IGNORED].tolist() for batch in batches_of_it for row in batch["labels"]]
+    return sorted(row for row in rows if row)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "size"), [(4, 1, 2), (1, 3, 2), (3, 2, 4), (1, 1, 3)])
+@pytest.mark.parametrize("halvings", [[], [1, 4]])
+def test_several_processes_part_each_step(
+    file: Path, batch_size: int, accumulation: int, size: int, halvings: list[int]
+) -> None:
+    alone = Loader(Chats.load(file), batch_size, accumulation, 7, halvings)
+    parts = [Loader(Chats.load(file), batch_size, accumulation, 7, halvings, rank, size) for rank in range(size)]
+    steps = -(-CHATS // (batch_size * accumulation))
+    for epoch in (0, 1):
+        found = []
+        for each in (alone, *parts):
+            each.set_epoch(epoch)
+            read = list(each)
+            assert len(read) == len(each) and len(read) % steps == 0
+            assert max(len(batch["tokens"]) for batch in read) <= batch_size
+            of_a_step = len(read) // steps
+            found.append([read[number * of_a_step : (number + 1) * of_a_step] for number in range(steps)])
+        assert len({len(each[0]) for each in found[1:]}) == 1, "all must compute as many batches"
+        if not halvings:
+            assert len(found[1][0]) == -(-batch_size * accumulation // (size * batch_size))
+        for number in range(steps):
+            together = [batch for each in found[1:] for batch in each[number]]
+            assert labels_of(together) == labels_of(found[0][number])
+    assert alone.tokens_read == parts[0].tokens_read == parts[-1].tokens_read
+
+
+def test_shares_are_alike(file: Path) -> None:
+    chats = Chats.load(file)
+    shares = [share(chats, range(CHATS), rank, 3) for rank in range(3)]
+    assert sorted(each for part in shares for each in part) == list(range(CHATS))
+    assert {len(part) for part in shares} == {3, 4}
+
+
+@pytest.mark.parametrize("size", [2, 4, 12])
+def test_evaluation_is_parted_too(file: Path, size: int) -> None:
+    alone = list(in_order(Chats.load(file), 2))
+    parts = [list(in_order(Chats.load(file), 2, rank, size)) for rank in range(size)]
+    assert len({len(part) for part in parts}) == 1
+    assert labels_of([batch for part in parts for batch in part]) == labels_of(alone)
 
 
 def test_tokens_are_counted_without_padding(file: Path) -> None:

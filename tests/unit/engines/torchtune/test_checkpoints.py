@@ -13,6 +13,7 @@ from support.training import TrainingRoom
 
 from kolotune.engines.torchtune import checkpoints
 from kolotune.engines.torchtune.inside.kolotune_recipe import checkpoint as recipe
+from kolotune.engines.torchtune.inside.kolotune_recipe import found as found_files
 from kolotune.errors import TrainingError
 
 FILES = ("adapter_model.safetensors", "state.safetensors", "checkpoint.txt")
@@ -30,9 +31,10 @@ def write(job: Any, epoch: int, **identity: Any) -> Path:
         adapter={"layers.0.attn.q_proj.lora_a.weight": torch.full((2, 3), float(epoch))},
         optimizer={"layers.0.attn.q_proj.lora_a.weight": {"step": torch.tensor(epoch * 5.0)}},
         random=recipe.random_state(),
+        halvings=[0, 5],
     )
     peft = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((2, 3), float(epoch))}
-    recipe.save(Path(job.checkpoints), state, peft, {**job.identity(), **identity}, [0, 5])
+    recipe.save(Path(job.checkpoints), state, peft, {**job.identity(), **identity})
     return Path(job.checkpoints) / f"epoch-{epoch:06d}"
 
 
@@ -115,7 +117,7 @@ def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPat
 
         with monkeypatch.context() as patched:
             patched.setattr(recipe, "save_file", step(recipe.save_file))
-            patched.setattr(recipe, "_hash", step(recipe._hash))
+            patched.setattr(found_files, "hash_of", step(found_files.hash_of))
             patched.setattr(os, "fsync", step(os.fsync))
             patched.setattr(Path, "write_text", step(Path.write_text))
             patched.setattr(Path, "rename", step(Path.rename))

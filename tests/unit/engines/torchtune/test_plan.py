@@ -63,6 +63,19 @@ def test_what_is_refused(change: dict[str, Any], reason: str) -> None:
     assert reason in raised.value.cause and raised.value.hint
 
 
+def test_several_processes_part_the_base_and_cannot_be_told_not_to() -> None:
+    assert config_of(nproc=2).sharding == "auto"
+    with pytest.raises(ConfigError, match="always part the base"):
+        config_of(nproc=2, sharding="off")
+
+
+def test_a_base_in_4_bits_is_parted_in_whole_blocks() -> None:
+    plan.check(config_of(nproc=2), ONE_B)
+    plan.check(config_of(nproc=3), TINY)
+    with pytest.raises(ConfigError, match=r"4 bits.* over 3 processes"):
+        plan.check(config_of(nproc=3), ONE_B)
+
+
 @pytest.mark.parametrize("shape", [TINY, UNTIED, ONE_B, THREE_B, EIGHT_B])
 def test_the_defaults_are_accepted(shape: Llama) -> None:
     plan.check(config_of(), shape)
@@ -79,8 +92,6 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (found["optimizer"]["lr"], found["optimizer"]["weight_decay"]) == (3e-4, 0.02)
     assert (found["clip_grad_norm"], found["lr_scheduler"]["num_warmup_steps"]) == (0.5, 15)
-    # Of 6 chats halved twice 1 is left, so that a batch comes in 6 parts.
-    assert plan.config_of(job, TINY, 15, [3, 5])["gradient_accumulation_steps"] == 7 * 6
     model = found["model"]
     assert (model["lora_rank"], model["lora_alpha"], model["lora_dropout"]) == (12, 13.5, 0.14)
     assert model["_component_"].endswith("lora_llama3_2") and model["scale_factor"] == 1.0

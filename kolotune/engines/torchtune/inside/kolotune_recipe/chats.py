@@ -60,23 +60,32 @@ class Loader:
     make a whole step. Here the last batch may be smaller, and a step that lacks batches is filled up with ones
     that hold a single token and no label: they add nothing to the loss, which is a mean over labels.
 
-    A batch may come in parts: where memory ran out, they are halves of it, and before that one whole and nothing. So a
-    step has the same chats as ever.
+    Where memory ran out, a batch comes in parts; where several processes train, each has its share of a step's chats,
+    in batches of its own. So a step has the same chats as ever.
 
     Args:
         chats: what is trained on.
         batch_size: chats of a batch.
         accumulation: batches of a step.
         seed: decides, with the epoch, the order.
-        halvings: the steps from which on a part has half as many chats as before.
-        parts: of each batch; those that are not needed hold no label.
+        halvings: the steps from which on a batch has half as many chats as before.
+        rank, size: this process's number among those that train together, from 0, and how many there are.
     """
 
     def __init__(
-        self, chats: Chats, batch_size: int, accumulation: int, seed: int, halvings: Sequence[int] = (), parts: int = 1
+        self,
+        chats: Chats,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        halvings: Sequence[int] = (),
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
-        self._chats, self._batch_size, self._accumulation, self._seed = chats, batch_size, accumulation, seed
-        self._halvings, self._parts = halvings, parts
+        self._chats, self._batch_size, self._seed, self._halvings = chats, batch_size, seed, halvings
+        self._rank, self._size = rank, size
+        self._chats_of_step = batch_size * accumulation
+        self._batches = batches_of_step(batch_size, accumulation, halvings, size)
         self._epoch = 0
         self.sampler = self  # the recipe says `dataloader.sampler.set_epoch(n)`
         self.tokens_read = 0
@@ -86,25 +95,48 @@ class Loader:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._steps() * self._accumulation * self._parts
+        return self._steps() * self._batches
 
     def _steps(self) -> int:
-        return -(-len(self._chats) // (self._batch_size * self._accumulation))
+        return -(-len(self._chats) // self._chats_of_step)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self._chats), generator=generator).tolist()
-        for number in range(self._steps() * self._accumulation):
-            indices = order[number * self._batch_size : (number + 1) * self._batch_size]
+        for number in range(self._steps()):
+            indices = order[number * self._chats_of_step : (number + 1) * self._chats_of_step]
             self.tokens_read += sum(self._chats.length(index) for index in indices)
-            size = at_once(self._batch_size, self._halvings, self._epoch * self._steps() + number // self._accumulation)
-            for start in range(0, size * self._parts, size):
-                part = indices[start : start + size]
-                yield self._chats.batch(part) if part else _filler()
+            batches = self._batches_of(indices, at_once(self._batch_size, self._halvings, self._of_all(number)))
+            yield from (self._chats.batch(each) for each in batches)
+            yield from (_filler() for _ in range(self._batches - len(batches)))
+
+    def _of_all(self, number: int) -> int:
+        """The number of a step of this epoch among all steps."""
+        return self._epoch * self._steps() + number
+
+    def _batches_of(self, indices: list[int], size: int) -> list[list[int]]:
+        """This process's batches of a step, of at most `size` chats."""
+        if self._size > 1:
+            return _cut(share(self._chats, indices, self._rank, self._size), size)
+        return [part for batch in _cut(indices, self._batch_size) for part in _cut(batch, size)]
 
 
-def _filler() -> dict[str, Tensor]:
-    return {"tokens": torch.full((1, 1), PadId.pad_id), "labels": torch.full((1, 1), IGNORED)}
+def batches_of_step(batch_size: int, accumulation: int, halvings: Sequence[int], size: int = 1) -> int:
+    """The batches of a step in each of `size` processes: as many as when they were halved for the last time."""
+    smallest = max(1, batch_size >> len(halvings))
+    if size == 1:
+        return accumulation * -(-batch_size // smallest)
+    return -(-batch_size * accumulation // (size * smallest))
+
+
+def share(chats: Chats, indices: Sequence[int], rank: int, size: int) -> list[int]:
+    """This process's part of the chats `indices`: as many as others have, or one more, and about as many tokens.
+
+    Longest first; dealt to and fro, so that nobody always gets the longest.
+    """
+    order = sorted(indices, key=lambda index: (-chats.length(index), index))
+    turns = [*range(size), *reversed(range(size))]
+    return [index for place, index in enumerate(order) if turns[place % len(turns)] == rank]
 
 
 def at_once(batch_size: int, halvings: Sequence[int], step: int) -> int:
@@ -112,8 +144,17 @@ def at_once(batch_size: int, halvings: Sequence[int], step: int) -> int:
     return max(1, batch_size >> sum(first <= step for first in halvings))
 
 
-def in_order(chats: Chats, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """All chats, longest first, for evaluation."""
-    order = sorted(range(len(chats)), key=lambda index: (-chats.length(index), index))
-    for start in range(0, len(order), batch_size):
-        yield chats.batch(order[start : start + batch_size])
+def in_order(chats: Chats, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[dict[str, Tensor]]:
+    """This process's part of all chats, longest first, for evaluation; with fillers where others have a batch more."""
+    batches = _cut(share(chats, range(len(chats)), rank, size), batch_size)
+    most = -(-len(chats) // (size * batch_size))
+    yield from (chats.batch(each) for each in batches)
+    yield from (_filler() for _ in range(most - len(batches)))
+
+
+def _cut(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _filler() -> dict[str, Tensor]:
+    return {"tokens": torch.full((1, 1), PadId.pad_id), "labels": torch.full((1, 1), IGNORED)}

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ADAPTER, STATE, FACTS = "adapter_model.safetensors", "state.safetensors", "checkpoint.txt"
-_CHUNK = 4 << 20
+from . import found
+from .found import ADAPTER, FACTS, STATE
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class State:
         adapter: weights under torchtune's names, in the dtype they are trained in.
         optimizer: moments and step by the name of the weight they belong to.
         random: the states of the generators that dropout draws from, by device.
+        halvings: the steps at which memory ran out.
     """
 
     epoch: int
@@ -39,9 +40,10 @@ class State:
     adapter: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     random: dict[str, Tensor]
+    halvings: list[int]
 
 
-def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, Any], halvings: list[int]) -> None:
+def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, Any]) -> None:
     """Writes a checkpoint below `root`.
 
     Args:
@@ -49,9 +51,8 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         state: to go on from.
         peft: the same adapter under PEFT's names, fp32, for who takes the adapter out.
         identity: the settings that a training which goes on must share.
-        halvings: the steps at which memory ran out.
     """
-    target = root / f"epoch-{state.epoch:06d}"
+    target = found.folder_of(root, state.epoch)
     partial = root / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -66,8 +67,8 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         "identity": identity,
         "epoch": state.epoch,
         "step": state.step,
-        "halvings": halvings,
-        "sha256": {file: _hash(partial / file) for file in (ADAPTER, STATE)},
+        "halvings": state.halvings,
+        "sha256": {file: found.hash_of(partial / file) for file in (ADAPTER, STATE)},
     }
     text = json.dumps(facts, indent=1)
     # The facts' own hash stands before them: a damaged setting must not be told as another setting.
@@ -98,7 +99,7 @@ def load(folder: Path) -> State:
             optimizer.setdefault(weight, {})[value] = tensor
         else:
             random[rest] = tensor
-    return State(facts["epoch"], facts["step"], adapter, optimizer, random)
+    return State(facts["epoch"], facts["step"], adapter, optimizer, random, facts.get("halvings", []))
 
 
 def random_state() -> dict[str, Tensor]:
@@ -114,11 +115,3 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

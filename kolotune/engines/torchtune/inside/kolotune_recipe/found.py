@@ -1,0 +1,58 @@
+"""Checkpoints on the disk: which there are, and which is whole. Read by the driver too: it imports nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+ADAPTER, STATE, FACTS = "adapter_model.safetensors", "state.safetensors", "checkpoint.txt"
+_NAME = "epoch-"
+_CHUNK = 4 << 20
+
+
+def folder_of(root: Path, epoch: int) -> Path:
+    """The folder of the checkpoint that was made after so many epochs."""
+    return root / f"{_NAME}{epoch:06d}"
+
+
+def by_epoch(root: Path) -> list[Path]:
+    """The checkpoints, newest first; by the number in their name, never by time."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.glob(f"{_NAME}*") if path.is_dir() and path.name.removeprefix(_NAME).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_NAME)), reverse=True)
+
+
+def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The whole checkpoint with the highest number of epochs, and its facts; None when there is none."""
+    for folder in by_epoch(root):
+        facts = whole(folder)
+        if facts is not None:
+            return folder, facts
+    return None
+
+
+def whole(folder: Path) -> dict[str, Any] | None:
+    """The facts of a checkpoint whose files are those that were written together; None when it is damaged."""
+    try:
+        digest_of_facts, _, text = (folder / FACTS).read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() != digest_of_facts:
+            return None
+        facts: dict[str, Any] = json.loads(text)
+        same = all(hash_of(folder / name) == digest for name, digest in facts["sha256"].items())
+        proper = facts["sha256"].keys() == {ADAPTER, STATE} and isinstance(facts["identity"], dict)
+        numbers = isinstance(facts["step"], int) and folder.name == folder_of(folder, facts["epoch"]).name
+        return facts if same and proper and numbers else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
