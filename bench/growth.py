@@ -49,7 +49,7 @@ def prepared(folder: Path, data: Path, longest: int) -> RunFolder:
     return run
 
 
-def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0) -> Trained:
+def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0, memory: bool = True) -> Trained:
     """`kolotune train` until it has made `steps` steps, from the start.
 
     Args:
@@ -58,6 +58,7 @@ def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0
         steps: that are made.
         more: options.
         threads: of each process; 0: as `material.THREADS` says.
+        memory: see `measuring.measure`.
     """
     run.metrics.unlink(missing_ok=True)
     argv = [
@@ -65,7 +66,8 @@ def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0
         "--batch-size", str(batch), "--checkpoint-steps", "0", "--target-modules", ",".join(material.TARGETS), *more,
     ]  # fmt: skip
     env = {**material.OFFLINE, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    found = measure(argv, run.root.with_suffix(".log"), env=env, until=lambda: len(_steps(run)) >= steps)
+    log = run.root.with_suffix(".log")
+    found = measure(argv, log, env=env, until=lambda: len(_steps(run)) >= steps, memory=memory)
     speeds = [line["tokens_per_second"] for line in _steps(run)[_SKIPPED:steps]]
     # Batches are of like length, so the mean time of a token is that of the steps' speeds, taken harmonically.
     return Trained(len(speeds) / sum(1 / speed for speed in speeds), found)

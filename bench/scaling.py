@@ -33,7 +33,7 @@ def main() -> int:
         run = prepared(root / "run", material.chats(root / "chats", _CHATS).train, 2_048)
         for number in range(arguments.rounds):
             for processes, found in speeds.items():
-                one = trained(run, _BATCH, arguments.steps, "--nproc", str(processes), threads=1)
+                one = trained(run, _BATCH, arguments.steps, "--nproc", str(processes), threads=1, memory=False)
                 found.append(one.tokens_per_second)
                 print(f"round {number + 1}, {processes} processes: {found[-1]:.0f} tokens/s", flush=True)
     found = {processes: median(each) for processes, each in speeds.items()}

@@ -19,7 +19,7 @@ from .batches import IGNORED, Tokens, make_batch
 from .kernels import build
 from .kernels.operations import CompiledOperations
 from .operations import Operations, PlainOperations
-from .packing import TOKEN_BUDGET, grouped, pack
+from .packing import TOKEN_BUDGET, costs, grouped, pack
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What a layer keeps of a token for the way back, in rows of the model's width (measured on SmolLM2).
@@ -46,6 +46,9 @@ class TrainingModel(Protocol):
 
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """The chats `indices` in groups that are computed at once."""
+
+    def costs(self, tokens: Tokens, indices: Sequence[int]) -> dict[int, float]:
+        """What each of the chats `indices` takes to compute, in tokens, so that processes get equal parts."""
 
     def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
         """Adds ``factor`` times the gradient of the chats' summed loss to the adapters'; returns that sum."""
@@ -98,7 +101,13 @@ class PackedModel:
         self.flat = lora.FlatAdapters(self.adapters, order)
         self.decoder.join(self.flat)
         self._shares = not job.lora_dropout
+        shape = estimates.read_shape(Path(job.base_model))
+        self._label = shape.vocabulary * shape.width / max(1, shape.in_layers)
         self.updated()
+
+    def costs(self, tokens: Tokens, indices: Sequence[int]) -> dict[int, float]:
+        """See `TrainingModel`; a logit costs the head's part of what a token costs in the layers."""
+        return costs(tokens, indices, self._shares, self._label)
 
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; by length, within a budget of tokens."""
@@ -155,6 +164,10 @@ class PlainModel:
         self._adapter = Adapter.of(self._shape, job.lora_rank, job.target_modules)
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
+
+    def costs(self, tokens: Tokens, indices: Sequence[int]) -> dict[int, float]:
+        """See `TrainingModel`; logits and padding are left out."""
+        return {index: tokens.length_of(index) for index in indices}
 
     def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; of as many chats as the batch size says."""

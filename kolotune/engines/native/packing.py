@@ -106,6 +106,14 @@ def _shared_beginning(chats: Sequence[tuple[Tensor, Tensor]]) -> int:
     return limit if limit >= _WORTH_SHARING else 0
 
 
+def costs(tokens: Tokens, indices: Sequence[int], share: bool, label: float) -> dict[int, float]:
+    """What each of the chats `indices` takes to compute, in tokens: its own ones, and `label` for each logit."""
+    chats = {index: _before_last_label(tokens.chat(index)) for index in indices}
+    full = [chat for chat in chats.values() if len(chat[0])]
+    prefix = _shared_beginning(full) if share and len(full) > 1 else 0
+    return {index: max(0, len(ids) - prefix) + label * tokens.labels_of(index) for index, (ids, _) in chats.items()}
+
+
 def grouped(tokens: Tokens, indices: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
     """The chats of one step in groups of at most `budget` tokens and near-equal length; a longer chat is alone."""
     lengths = {index: tokens.length_of(index) for index in indices}

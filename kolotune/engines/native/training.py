@@ -81,7 +81,7 @@ class Trainer:
 
     def _groups(self, tokens: Tokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
         """This process's part of the chats `indices`, in groups that are computed at once, and how much each counts."""
-        own = self.world.share(indices, {index: tokens.length_of(index) for index in indices})
+        own = self.world.share(indices, self.model.costs(tokens, indices) if self.world.size > 1 else {})
         groups = self.model.groups(tokens, own)
         if self.job.sharded:
             return self.world.as_many(groups, list(indices[-1:]))

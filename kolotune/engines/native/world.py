@@ -50,17 +50,21 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
 
-    def share(self, indices: Sequence[int], lengths: Mapping[int, int]) -> list[int]:
+    def share(self, indices: Sequence[int], costs: Mapping[int, float]) -> list[int]:
         """This process's part of the chats `indices`, in their order.
 
-        The longest goes first, each to whoever has the fewest tokens (Graham's rule, at most 4/3 of the best).
+        The costliest goes first, each to whoever has least to do (Graham's rule, at most 4/3 of the best).
+
+        Args:
+            indices: of the step.
+            costs: what each takes, in any unit; not looked at by the only process.
         """
         if self.size == 1:
             return list(indices)
-        loads, parts = [0] * self.size, {}
-        for index in sorted(indices, key=lambda each: (-lengths[each], each)):
+        loads, parts = [0.0] * self.size, {}
+        for index in sorted(indices, key=lambda each: (-costs[each], each)):
             to = loads.index(min(loads))
-            loads[to] += lengths[index]
+            loads[to] += costs[index]
             parts[index] = to
         return [index for index in indices if parts[index] == self.rank]
 

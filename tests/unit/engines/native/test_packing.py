@@ -1,0 +1,29 @@
+"""What chats take to compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.training import write_tokens
+
+from kolotune.engines.native.batches import Tokens
+from kolotune.engines.native.packing import costs
+
+BEGINNING = list(range(10))
+CHATS = [
+    (BEGINNING + [20, 21, 22], [0] * 11 + [1, 1]),
+    (BEGINNING + [30, 31, 32, 33, 34], [0] * 11 + [1, 0, 1, 0]),
+    (BEGINNING + [40], [0] * 11),
+]
+
+
+@pytest.mark.parametrize(("share", "prefix"), [(True, 10), (False, 0)])
+def test_a_shared_beginning_and_what_stands_behind_the_last_label_cost_nothing(
+    tmp_path: Path, share: bool, prefix: int
+) -> None:
+    file = tmp_path / "train.safetensors"
+    write_tokens(file, CHATS)
+    # Of each what stands before its last label, and a logit for each label; the third has none.
+    expected = {0: 12 - prefix + 2 * 0.5, 1: 13 - prefix + 2 * 0.5, 2: 0}
+    assert costs(Tokens.load(file), range(3), share, 0.5) == expected
