@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from support.hosts import Host, two_hosts, why_not
 from support.runs import losses
 
@@ -18,19 +19,21 @@ from kolotune.layout import RunFolder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 PORT = 29551
-# fp32, so that only the order of sums differs; held-out chats are a part of the sample.
-MORE = ["--dtype", "fp32", "--epochs", "1", "--eval-split", "0.1", "--template-date", "2026-01-02"]
+# fp32, so that only the order of sums differs; a part of the sample is held out.
+OPTIONS = {"base_model": "smollm2-135m", "epochs": 1, "learning_rate": 1e-3, "dtype": "fp32", "eval_split": 0.1}
 
 
 @pytest.fixture(scope="module")
-def config(sample_chats: Path) -> Path:
-    return sample_chats.parent / "kolotune.yaml"
+def config(sample_chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "kolotune.yaml"
+    file.write_text(yaml.safe_dump({"train_data": [str(sample_chats)], **OPTIONS}))
+    return file
 
 
 @pytest.fixture(scope="module")
 def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("alone") / "run")
-    finish(start(["prepare", "--config", config, *MORE], run), start(["train", run.root], run))
+    finish(start(["prepare", "--config", config], run), start(["train", run.root], run))
     assert losses(run.metrics) and losses(run.metrics, "held_out_loss")
     return run
 
@@ -58,7 +61,7 @@ def same(run: RunFolder, other: RunFolder) -> None:
 
 def test_four_processes(alone: RunFolder, config: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    prepare = start(["prepare", "--config", config, *MORE], run)
+    prepare = start(["prepare", "--config", config], run)
     finish(prepare, start(["train", run.root, "--nproc", "4"], run, threads=1))
     same(run, alone)
 
@@ -70,7 +73,7 @@ def test_two_hosts_of_two_processes(alone: RunFolder, config: Path, tmp_path: Pa
         meeting = ["--nnodes", "2", "--nproc", "2", "--rdzv", f"{hosts[0].address}:{PORT}"]
         children = []
         for host, run in zip(hosts, runs, strict=True):
-            finish(start(["prepare", "--config", config, *MORE], run, host))
+            finish(start(["prepare", "--config", config], run, host))
             argv = start(["train", run.root, *meeting], run, host, threads=1)
             with (tmp_path / f"{host.name}.log").open("w") as log:
                 children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT))

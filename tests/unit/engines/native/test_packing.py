@@ -12,9 +12,9 @@ from kolotune.engines.native.packing import costs
 
 BEGINNING = list(range(10))
 CHATS = [
-    (BEGINNING + [20, 21, 22], [0] * 11 + [1, 1]),
-    (BEGINNING + [30, 31, 32, 33, 34], [0] * 11 + [1, 0, 1, 0]),
-    (BEGINNING + [40], [0] * 11),
+    ([*BEGINNING, 20, 21, 22], [0] * 11 + [1, 1]),
+    ([*BEGINNING, 30, 31, 32, 33, 34], [0] * 11 + [1, 0, 1, 0]),
+    ([*BEGINNING, 40], [0] * 11),
 ]
 
 
