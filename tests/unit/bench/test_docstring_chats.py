@@ -18,9 +18,9 @@ def answers(folder: Path, count: int) -> list[str]:
 
 def test_few_chats_are_as_long_as_many(tmp_path: Path) -> None:
     known = sorted(len(text) for _, text in docstring_chats.docstrings())
-    for count in (40, 160, len(known) + 50):
+    for count, off in ((40, 0.1), (160, 0.05), (len(known) + 50, 0.01)):
         lengths = sorted(map(len, answers(tmp_path, count)))
         assert lengths[-1] == known[-1] and lengths[0] == known[0]
-        assert abs(sum(lengths) / count / (sum(known) / len(known)) - 1) < 0.05
+        assert abs(sum(lengths) / count / (sum(known) / len(known)) - 1) < off
     assert len(answers(tmp_path, 1)) == 1
     assert answers(tmp_path, 30) == answers(tmp_path, 30), "the same each time"
