@@ -75,7 +75,7 @@ def part(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], devic
     units = [*layers] if device == "cuda" else [*_matrices(layers), *layers]
     for module in (*units, model):
         fully_shard(module, mesh=mesh, ignored_params=whole)
-    if device == "cpu":
+    if device != "cuda":
         fetched: list[Any] = units
         for each in fetched:
             each.set_modules_to_backward_prefetch([each])
