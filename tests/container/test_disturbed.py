@@ -16,6 +16,7 @@ from contracts import flags, write_chats
 from support.docker_engine import NAME, Client, told, until_said, until_training
 from support.runs import results
 
+from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.errors import ContainerLostError, ContainerPausedError
 from kolotune.reporter import PlainReporter
 from kolotune.runners.container import archive, places, process
@@ -49,7 +50,7 @@ def undisturbed(image: Client, small_base: Path, tmp_path_factory: pytest.TempPa
 
 def _until_checkpoint(client: Client, name: str) -> None:
     """Waits until a training inside has something to go on from."""
-    while not client.inside("find", "/runs", "-path", "*/checkpoints/*", "-name", "state.safetensors", name=name):
+    while not client.inside("find", "/runs", "-path", "*/checkpoints/*", "-name", TENSORS, name=name):
         time.sleep(0.1)
 
 

@@ -14,6 +14,7 @@ from contracts import flags, results, write_chats
 from support.docker_engine import Client
 
 from kolotune import models
+from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.layout import RunFolder
 from kolotune.runners.container import places
 
@@ -100,7 +101,7 @@ def test_what_is_left_inside_and_what_is_asked_for(container: Client, small_base
     code, output = container(*command, "--with-checkpoints", cwd=tmp_path)
     assert code == 0 and output.count("done before") == 6
     checkpoints = RunFolder(tmp_path / "outputs").checkpoints
-    assert list(checkpoints.rglob("state.safetensors"))
+    assert list(checkpoints.rglob(TENSORS))
 
 
 def test_records_come_out_of_a_failure(container: Client, small_base: Path, tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
-"""Checkpoints: everything that training needs to go on bit for bit, whole or invisible."""
+"""Checkpoints: everything that training needs to go on bit for bit, whole or invisible.
+
+Their tensors are in the safetensors form of PyTorch's distributed checkpoint, which writes them where several processes
+train. One process alone writes the same form without it, since only to load it takes longer than a short training's
+steps; who reads one reads the other, with any number of processes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +25,8 @@ from ...files import hash_file, remove, replacing
 from ..job import TrainJob
 
 _KEPT = 2
-_TENSORS, _STATE = "state.safetensors", "state.json"
+TENSORS, _STATE = "model-00001-of-00001.safetensors", "state.json"
+"""The files of a checkpoint; the first is named as PyTorch names it."""
 
 
 @dataclass
@@ -49,14 +58,14 @@ def save(job: TrainJob, state: State) -> None:
     target = folder / _name(state.step)
     with replacing(target) as partial:
         partial.mkdir(parents=True)
-        save_file({name: each.contiguous() for name, each in state.tensors.items()}, partial / _TENSORS)
+        _write({name: each.contiguous() for name, each in state.tensors.items()}, partial)
         facts = {
             "identity": job.identity(),
             "step": state.step,
             "best_loss": state.best_loss,
             "evaluations_since_best": state.evaluations_since_best,
             "halvings": state.halvings,
-            "sha256": hash_file(partial / _TENSORS),
+            "sha256": hash_file(partial / TENSORS),
         }
         facts["of_these"] = _digest(facts)
         (partial / _STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -65,6 +74,30 @@ def save(job: TrainJob, state: State) -> None:
             remove(old)
         for unfinished in folder.glob(".step-*"):  # what a process that was ended left behind
             remove(unfinished)
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """The tensors as a file of `folder`.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        save_file(dict(tensors), folder / TENSORS)
+        return
+    from torch.distributed.checkpoint import state_dict_saver  # 0.7 s
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder))
+    try:
+        with warnings.catch_warnings():
+            # Each machine has a disk of its own, and each process has all of it: nobody else is asked, on purpose.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
+    except CheckpointException as error:
+        ((cause, _),) = error.failures.values()
+        raise cause from error
 
 
 def newest(job: TrainJob) -> State | None:
@@ -78,7 +111,7 @@ def newest(job: TrainJob) -> State | None:
         if facts is None:
             continue
         job.require_same(facts["identity"], folder.name)
-        tensors = load_file(folder / _TENSORS)
+        tensors = load_file(folder / TENSORS)
         place = (facts["step"], facts["best_loss"], facts["evaluations_since_best"])
         return State(*place, tensors, facts.get("halvings", []))
     return None
@@ -106,7 +139,7 @@ def _whole(folder: Path) -> dict[str, Any] | None:
         facts: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if facts.pop("of_these") != _digest(facts):
             return None
-        whole = folder.name == _name(facts["step"]) and hash_file(folder / _TENSORS) == facts["sha256"]
+        whole = folder.name == _name(facts["step"]) and hash_file(folder / TENSORS) == facts["sha256"]
         return facts if whole and facts["identity"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None

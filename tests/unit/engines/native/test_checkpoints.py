@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import checkpoints
-from kolotune.engines.native.checkpoints import State
+from kolotune.engines.native.checkpoints import TENSORS, State
 from kolotune.errors import TrainingError
 
 
@@ -39,6 +43,37 @@ def test_there_and_back(job: TrainJob) -> None:
     assert (state.step, state.best_loss, state.evaluations_since_best) == (7, 1.5, 2)
     assert torch.equal(state.tensors["x"], torch.full((3, 4), 7.0))
     assert list(state.part("best.")) == ["x"]
+
+
+@pytest.fixture
+def together() -> Iterator[None]:
+    """As a process that trains with others, be they none."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_it_is_pytorch_s_distributed_checkpoint(
+    with_others: bool, job: TrainJob, request: pytest.FixtureRequest, recwarn: pytest.WarningsRecorder
+) -> None:
+    if with_others:
+        request.getfixturevalue("together")
+    tensors = {"a.weight": torch.rand(3, 4), "optimizer.step.": torch.tensor(3.0), "rng.cpu": torch.get_rng_state()}
+    tensors |= {"b": torch.rand(2, 2).bfloat16()}
+    checkpoints.save(job, State(1, tensors=tensors))
+    assert not [each for each in recwarn if "distributed" in str(each.message)], "nothing for the user"
+    state = checkpoints.newest(job)
+    read = {name: torch.zeros_like(each) for name, each in tensors.items()}
+    state_dict_loader.load(read, storage_reader=HuggingFaceStorageReader(str(_folder(job, 1))), no_dist=True)
+    assert state is not None and state.tensors.keys() == tensors.keys()
+    assert all(torch.equal(each[name], tensors[name]) for each in (read, state.tensors) for name in tensors)
+
+
+def test_what_it_can_not_write_with_others_fails_as_it_does_alone(together: None, tmp_path: Path) -> None:
+    (tmp_path / TENSORS).mkdir()
+    with pytest.raises(IsADirectoryError):
+        checkpoints._write({"x": torch.ones(2)}, tmp_path)
 
 
 def test_none_at_first(job: TrainJob) -> None:
@@ -70,16 +105,16 @@ def _copy(folder: Path, *names: str) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "tensors cut": lambda folder: _cut(folder / "state.safetensors"),
-    "one bit of the tensors": lambda folder: _flip(folder / "state.safetensors"),
-    "tensors missing": lambda folder: (folder / "state.safetensors").unlink(),
-    "tensors empty": lambda folder: (folder / "state.safetensors").write_bytes(b""),
+    "tensors cut": lambda folder: _cut(folder / TENSORS),
+    "one bit of the tensors": lambda folder: _flip(folder / TENSORS),
+    "tensors missing": lambda folder: (folder / TENSORS).unlink(),
+    "tensors empty": lambda folder: (folder / TENSORS).write_bytes(b""),
     "facts cut": lambda folder: _cut(folder / "state.json"),
     "facts missing": lambda folder: (folder / "state.json").unlink(),
     "facts no mapping": lambda folder: (folder / "state.json").write_text("[]"),
     "facts of another step": lambda folder: _copy(folder, "state.json"),
-    "tensors of another step": lambda folder: _copy(folder, "state.safetensors"),
-    "another step in its place": lambda folder: _copy(folder, "state.json", "state.safetensors"),
+    "tensors of another step": lambda folder: _copy(folder, TENSORS),
+    "another step in its place": lambda folder: _copy(folder, "state.json", TENSORS),
     "facts of nothing": lambda folder: (folder / "state.json").write_text("{}"),
 }
 
@@ -104,7 +139,7 @@ def test_a_half_written_one_is_invisible(job: TrainJob) -> None:
     _save(job, 4)
     unfinished = Path(job.checkpoints) / ".step-00000008.partial"
     unfinished.mkdir()
-    (unfinished / "state.safetensors").write_bytes(b"half")
+    (unfinished / TENSORS).write_bytes(b"half")
     state = checkpoints.newest(job)
     assert state is not None and state.step == 4
 

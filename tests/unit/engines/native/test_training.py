@@ -19,6 +19,7 @@ from support.judge import plain_loop
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import checkpoints, training
 from kolotune.engines.native.batches import Tokens
+from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.engines.native.model import PackedModel
 from kolotune.errors import ConfigError, TrainingError
 
@@ -161,7 +162,7 @@ def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
     assert losses(broken, "held_out_loss") == losses(whole, "held_out_loss")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("tensors", "state.safetensors"), ("facts", "state.json")])
+@pytest.mark.parametrize(("kind", "name"), [("tensors", TENSORS), ("facts", "state.json")])
 def test_a_damaged_newest_checkpoint_costs_steps_only(
     kind: str, name: str, training_room: Room, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
