@@ -17,7 +17,7 @@ from pathlib import Path
 import material
 import torch
 from measuring import Result, Table, median, options, versions
-from operations import Needed, Probe, Shape, needed, square_rate
+from operations import Needed, Probe, Shape, chats_of, needed, square_rate
 from training_speed import prepared_job
 
 from kolotune.engines.native.batches import steps_of
@@ -45,7 +45,7 @@ def main() -> int:
         shape = Shape.read(Path(job.base_model), job.lora_rank, material.TARGETS)
         steps = list(steps_of(len(tokens), 0, job.seed, size))[: arguments.steps]
         trainer.step(steps[0], job.learning_rate)  # warms up
-        counts = [needed(shape, [_chat(trainer, index) for index in step]) for step in steps]
+        counts = [needed(shape, chats_of(tokens, step)) for step in steps]
         rows = int(median(each.rows for each in counts))
         labels = int(median(each.labels for each in counts))
         dtype = torch.bfloat16 if job.dtype == "bf16" else torch.float32
@@ -78,11 +78,6 @@ def main() -> int:
     )
     result.finish(arguments.json)
     return 0
-
-
-def _chat(trainer: Trainer, index: int) -> tuple[list[int], list[bool]]:
-    ids, labels = trainer.tokens.chat(index)
-    return ids.tolist(), (labels >= 0).tolist()
 
 
 def _counts(counts: list[Needed], size: int) -> Table:

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kolotune.engines.native.batches import Tokens
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -84,6 +86,11 @@ class Needed:
     def all(self) -> int:
         """By the rule."""
         return self.weights + self.head + self.adapters + self.attention
+
+
+def chats_of(tokens: Tokens, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+    """Of these chats, ids and whether each is labelled."""
+    return [(ids.tolist(), (labels >= 0).tolist()) for ids, labels in map(tokens.chat, indices)]
 
 
 def needed(shape: Shape, chats: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Needed:

@@ -22,6 +22,7 @@ from typing import Any
 import environments
 import material
 from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
+from operations import Shape, chats_of, needed
 
 from kolotune import config as configs
 from kolotune.engines.job import TrainJob
@@ -146,9 +147,24 @@ def main() -> int:
             for place, (who, run) in enumerate(runs.items()):
                 speeds[who].append(run(root / f"round-{number}-{place}"))
                 print(f"round {number + 1}, {who}: {speeds[who][-1]:.0f} tokens/s", flush=True)
+        result.notes.append(_limit(job))
     _tell(result, speeds, best)
     result.finish(arguments.json)
     return 0
+
+
+def _limit(job: TrainJob) -> str:
+    """What keeps anyone from being faster: operations that the exact result needs, for each real token."""
+    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    shape = Shape.read(Path(job.base_model), job.lora_rank, material.TARGETS)
+    steps = list(steps_of(len(tokens), 0, job.seed, job.batch_size))
+    counts = [needed(shape, chats_of(tokens, step)) for step in steps]
+    real = sum(tokens.length_of(index) for step in steps for index in step)
+    each = sum(count.all - count.spared for count in counts) / real
+    return (
+        f"In batches of {job.batch_size} the exact result of these chats needs {each / 1e6:.0f} million operations a "
+        "real token; more than the measured rate of the next part allows of that, nobody can train."
+    )
 
 
 def _tell(result: Result, speeds: dict[str, list[float]], best: str) -> None:
