@@ -95,3 +95,10 @@ def test_the_kills_of_a_container_are_counted_before_those_of_the_machine(monkey
     assert hardware.kills_for_memory() == 12
     group.write_text("low 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 1\n")
     assert hardware.kills_for_memory() == 2
+
+
+def test_a_choice_of_blas_kernel_is_known(monkeypatch: Any) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    assert "OPENBLAS_CORETYPE" not in hardware.machine()
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert hardware.machine()["OPENBLAS_CORETYPE"] == "Haswell", "a merge has other last bits with another one"
