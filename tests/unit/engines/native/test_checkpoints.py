@@ -63,6 +63,7 @@ def test_it_is_pytorch_s_distributed_checkpoint(
     tensors |= {"b": torch.rand(2, 2).bfloat16()}
     checkpoints.save(job, State(1, tensors=tensors))
     assert not [each for each in recwarn if "distributed" in str(each.message)], "nothing for the user"
+    assert (_folder(job, 1) / "model.safetensors.index.json").is_file() == with_others, "PyTorch's writer makes one"
     state = checkpoints.newest(job)
     read = {name: torch.zeros_like(each) for name, each in tensors.items()}
     state_dict_loader.load(read, storage_reader=HuggingFaceStorageReader(str(_folder(job, 1))), no_dist=True)
