@@ -72,8 +72,8 @@ lock: setup
 	# The part of it that the container's image needs.
 	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra local --no-emit-index-url \
 	  --no-emit-find-links --no-header --no-annotate --constraint requirements.lock \
-	  -o kolotune/image/requirements.lock pyproject.toml
-	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' kolotune/image/requirements.lock
+	  -o kolotune/runners/container/image/requirements.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' kolotune/runners/container/image/requirements.lock
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -20,7 +20,7 @@ from docstring_chats import SYSTEM, docstrings
 from measuring import KOLOTUNE, Measured, Result, Table, measure, median, options, versions
 from tokenizers import Tokenizer
 
-from kolotune.layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
 
 _COUNTS, _LENGTHS = (100, 1_000, 10_000), (128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 _BATCH = 8

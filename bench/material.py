@@ -7,8 +7,8 @@ from pathlib import Path
 
 from docstring_chats import write_chats
 
-from kolotune import smollm2
-from kolotune.reporter import PlainReporter
+from kolotune.base_models import packaged_model
+from kolotune.foundation.reporter import PlainReporter
 
 # One training, in the words of `kolotune run`; every contender gets the same in its own words.
 BATCH_SIZE = 4
@@ -33,7 +33,7 @@ class Chats:
 
 def base() -> Path:
     """SmolLM2's folder."""
-    return smollm2.unpacked(PlainReporter())
+    return packaged_model.unpacked(PlainReporter())
 
 
 def chats(folder: Path, count: int, held_out: int = 40) -> Chats:

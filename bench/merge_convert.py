@@ -23,8 +23,8 @@ import measuring
 from measuring import Measured, Result, Table, measure, medians
 
 from kolotune import llamacpp
-from kolotune.chats.tokenizer import TEMPLATE_FILE
-from kolotune.reporter import PlainReporter
+from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE
+from kolotune.foundation.reporter import PlainReporter
 
 sys.path.append(str(measuring.ROOT / "tests"))
 SHAPES: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def make_model(folder: Path, size: str) -> float:
     from support import llama3
     from transformers import AutoModelForCausalLM
 
-    from kolotune.weights import Entry, shards_of, write_shards
+    from kolotune.weights.tensors import Entry, shards_of, write_shards
 
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir(parents=True)
@@ -120,7 +120,7 @@ def ours(folder: Path, names: str, log: Path, **options: Any) -> tuple[Measured,
 
 def one_round(folder: Path, quantize: bool) -> dict[str, Measured]:
     """Each step once, the original's and ours in turns."""
-    from kolotune.quantizations import FILE_TYPES
+    from kolotune.foundation.quantization_types import FILE_TYPES
 
     toolchain, log = llamacpp.ensure(PlainReporter()), folder / "log"
     python = [sys.executable, "-P", "-c"]

@@ -21,9 +21,9 @@ from typing import Any
 from docstring_chats import docstrings, write_chats
 from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
 
-from kolotune import smollm2
-from kolotune.chats.tokenizer import TOKENIZER_FILES
-from kolotune.reporter import PlainReporter
+from kolotune.base_models import packaged_model
+from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
+from kolotune.foundation.reporter import PlainReporter
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _random_model(folder: Path) -> Path:
         pad_token_id=2,
     )  # fmt: skip
     transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
-    source = smollm2.unpacked(PlainReporter())
+    source = packaged_model.unpacked(PlainReporter())
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

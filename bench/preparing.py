@@ -17,8 +17,8 @@ import measuring
 from docstring_chats import write_chats
 from measuring import KOLOTUNE, Measured, Result, Table
 
-from kolotune import smollm2
-from kolotune.reporter import PlainReporter
+from kolotune.base_models import packaged_model
+from kolotune.foundation.reporter import PlainReporter
 
 PEER = Path(__file__).parent / "peers" / "trl_preparing.py"
 
@@ -26,13 +26,13 @@ PEER = Path(__file__).parent / "peers" / "trl_preparing.py"
 def kolotune(chats: Path, folder: Path) -> Measured:
     """One `kolotune prepare`, into a run folder of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
-        argv = [*KOLOTUNE, "prepare", chats, "--base-model", smollm2.folder(), "--output-dir", Path(run, "run")]
+        argv = [*KOLOTUNE, "prepare", chats, "--base-model", packaged_model.folder(), "--output-dir", Path(run, "run")]
         return measuring.measure(argv, folder / "kolotune.log")
 
 
 def trl(chats: Path, folder: Path, python: Path) -> Measured:
     """One preparation by TRL."""
-    argv = [python, PEER, chats, smollm2.folder(), "2"]
+    argv = [python, PEER, chats, packaged_model.folder(), "2"]
     return measuring.measure(argv, folder / "trl.log", env={"HF_HUB_OFFLINE": "1"})
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--counts", default="1000,100000,1000000", help="TRL prepares the second number")
     arguments = parser.parse_args()
     counts = [500, 2_000, 4_000] if arguments.quick else [int(each) for each in arguments.counts.split(",")]
-    smollm2.unpacked(PlainReporter())
+    packaged_model.unpacked(PlainReporter())
     programs = environments.ensure("trl")
     result = Result("preparing", "Preparing chats", quick=arguments.quick)
     result.versions = measuring.versions("tokenizers", "transformers", "numpy") | environments.versions(programs, "trl")

@@ -12,9 +12,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune import estimates, traffic
-from kolotune.estimates import Adapter, Linear, ModelShape, Row
-from kolotune.weights import Entry
+from kolotune.engines import estimates
+from kolotune.engines.estimates import Adapter, Linear, ModelShape, Row
+from kolotune.planning import network
+from kolotune.weights.tensors import Entry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- made by bench/scaling_model.py -->\n", "<!-- end -->\n"
@@ -108,11 +109,11 @@ def traffic_table() -> str:
         # Forwards and backwards to the inputs, and once more forwards where the base is parted.
         computing = [count * shape.weights * TOKENS / RATE for count in (4, 6)]
         processes = max(GPUS)
-        gradients = traffic.of_step(adapter.weights, processes)
-        base = traffic.of_parted_base(_BF16 * shape.in_layers, processes, 1)
+        gradients = network.of_step(adapter.weights, processes)
+        base = network.of_parted_base(_BF16 * shape.in_layers, processes, 1)
         cells = [f"{computing[0]:.2f} s, {computing[1]:.2f} s"]
         for sent, computed in zip((gradients, gradients + base), computing, strict=True):
-            seconds = traffic.seconds(sent, 1000 * LINK_GBIT)
+            seconds = network.seconds(sent, 1000 * LINK_GBIT)
             cells += [_bytes(sent), f"{seconds:.2f} s, {100 * seconds / (seconds + computed):.0f}%"]
         lines.append(f"| {model.name} | {' | '.join(cells)} |")
     return "\n".join(lines)

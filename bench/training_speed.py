@@ -24,13 +24,13 @@ import material
 from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
 from operations import Shape, chats_of, needed
 
-from kolotune import config as configs
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native.batches import Tokens, steps_of
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.native.kernels import build
-from kolotune.layout import RunFolder
-from kolotune.records import Context
+from kolotune.foundation import config as configs
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
 from kolotune.runners import local
 from kolotune.stages import train
 

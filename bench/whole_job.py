@@ -23,10 +23,10 @@ import material
 import yaml
 from measuring import KOLOTUNE, ROOT, Measured, Result, Table, measure, median, options, versions
 
-from kolotune.errors import FidelityError
-from kolotune.layout import RunFolder
+from kolotune.foundation.errors import FidelityError
+from kolotune.foundation.reporter import PlainReporter
 from kolotune.llamacpp import toolchain
-from kolotune.reporter import PlainReporter
+from kolotune.run_folder.layout import RunFolder
 
 sys.path.append(str(ROOT / "tests"))
 from support.judge import held_out_loss
@@ -79,7 +79,7 @@ def original(chats: material.Chats, folder: Path) -> Job:
     converter = toolchain.ensure(PlainReporter()).converter
     convert = [PYTHON, converter, merged, "--outtype", "f16", "--outfile", gguf]
     job.steps["convert"] = measure(convert, log, env=material.OFFLINE)
-    quantize = [PYTHON, "-m", "kolotune.llamacpp.quantizer", gguf, folder / "model-Q4_K_M.gguf", "Q4_K_M"]
+    quantize = [PYTHON, "-m", "kolotune.gguf.quantizer", gguf, folder / "model-Q4_K_M.gguf", "Q4_K_M"]
     job.steps["quantize"] = measure(quantize, log, cwd=ROOT)
     job.adapter = as_peft(job.adapter, folder)
     return job

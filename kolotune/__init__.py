@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION
 
 if TYPE_CHECKING:
-    from .config import Config, resolve
-    from .layout import RunFolder
-    from .reporter import Reporter
+    from .foundation.config import Config, resolve
+    from .foundation.reporter import Reporter
+    from .run_folder.layout import RunFolder
 
 __version__ = VERSION
 __all__ = ["Config", "RunFolder", "load_run", "resolve", "run"]
-_HOMES = {"Config": "config", "resolve": "config", "RunFolder": "layout"}
+_HOMES = {"Config": "foundation.config", "resolve": "foundation.config", "RunFolder": "run_folder.layout"}
 
 
 def run(config: Config, reporter: Reporter | None = None) -> RunFolder:
     """Runs all stages that have work; see `pipeline.run`."""
-    from .pipeline import run as run_pipeline
-    from .reporter import make_reporter
+    from .foundation.reporter import make_reporter
+    from .pipeline.run import run as run_pipeline
 
     return run_pipeline(config, reporter or make_reporter())
 
@@ -39,7 +39,7 @@ def load_run(folder: Path | str) -> RunFolder:
     Raises:
         RunFolderError: it is none.
     """
-    from .layout import RunFolder as Folder
+    from .run_folder.layout import RunFolder as Folder
 
     return Folder(Path(folder).absolute()).require()
 

@@ -7,8 +7,8 @@ import sys
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
-    from .cli import run_command_line
-    from .runners import watchdog
+    from kolotune.cli import run_command_line
+    from kolotune.runners import watchdog
 
     watchdog.end_with_parent()
     watchdog.say_process()

@@ -18,7 +18,7 @@ from support.ollama_server import any_ollama, fake_ollama  # noqa: F401 - fixtur
 from support.training import VOCABULARY, TrainingRoom, random_chats, write_tokens
 
 from kolotune import llamacpp
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.reporter import PlainReporter
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "lighthouse"
 # How long an example takes says something about the machine, which is shared, and nothing about the code.

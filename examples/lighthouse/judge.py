@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from kolotune.chatting import open_chat
-from kolotune.errors import KolotuneError
-from kolotune.layout import RunFolder
-from kolotune.reporter import make_reporter
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.reporter import make_reporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.serving.terminal_chat import open_chat
 
 OPENING, CLOSING = "Ahoy!", "Fair winds!"
 

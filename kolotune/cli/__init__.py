@@ -11,8 +11,30 @@ from typing import Any
 
 import typer
 
-from ..errors import ArtifactError, ConfigError, Interrupted, KolotuneError, SpaceError, ToolchainError
-from . import container, elsewhere, hints, launch, looks, ollama, plans, proof, roads, room, start, sweep, talk
+from kolotune.foundation.errors import (
+    ArtifactError,
+    ConfigError,
+    Interrupted,
+    KolotuneError,
+    SpaceError,
+    ToolchainError,
+)
+
+from . import (
+    container,
+    hints,
+    in_container,
+    init,
+    launch,
+    looking,
+    making,
+    ollama,
+    plan,
+    proving,
+    run_listing,
+    sweep,
+    talking,
+)
 from .options import reporter
 
 # What only `kolotune[local]` brings; a client works without.
@@ -39,7 +61,7 @@ _HELP = "From a file of chats to a model that runs in Ollama. Begin with: kolotu
 app = typer.Typer(
     name="kolotune",
     help=_HELP,
-    epilog=elsewhere.HELP,
+    epilog=in_container.HELP,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # rich's help takes longer to load than all the rest
@@ -48,7 +70,7 @@ app = typer.Typer(
 )
 # typer's own copy of click raises these, older versions the package's: a base of one of them fits both.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
-for module in (roads, sweep, plans, looks, room, talk, ollama, proof, launch, start, container):
+for module in (making, sweep, plan, looking, run_listing, talking, ollama, proving, launch, init, container):
     module.add_to(app)
 
 
@@ -64,7 +86,7 @@ def run_command_line(arguments: list[str]) -> int:
             stream.reconfigure(errors="replace")
     command = typer.main.get_command(app)
     try:
-        result = elsewhere.main(command, arguments)
+        result = in_container.main(command, arguments)
     except _CommandLineError as error:
         return _wrong_line(error, arguments)
     except (KeyboardInterrupt, typer.Abort):
@@ -90,7 +112,7 @@ def run_command_line(arguments: list[str]) -> int:
 
 def _named(error: OSError) -> KolotuneError:
     """An error of the system at a file, such as a name that is too long, or a full disk: no bug."""
-    from ..files import explained
+    from kolotune.foundation.files import explained
 
     found = explained(error, Path(os.fsdecode(error.filename2 or error.filename)))
     if isinstance(found, SpaceError):

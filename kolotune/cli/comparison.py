@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import FidelityError
-from ..fidelity.result import Checked, Comparison, Measured
-from ..layout import RunFolder
-from ..reporter import Reporter, size_in_words
+from kolotune.fidelity.result import Checked, Comparison, Measured
+from kolotune.foundation.errors import FidelityError
+from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.run_folder.layout import RunFolder
 
 _COLUMNS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
 _QUANTIZED = ("quantization", "size", "loss", "KL mean", "top-1", "importance matrix", "kept")

@@ -10,8 +10,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..errors import ConfigError
-from ..runners.container import places
+from kolotune.foundation.errors import ConfigError
+from kolotune.runners.container import names
+
 from .options import Json, reporter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")  # Docker's own rule
@@ -59,9 +60,9 @@ def build(
     json: Json = False,
 ) -> int:
     """Builds the image; only what has changed is built again."""
-    from ..cache import cache_folder
-    from ..runners.container import lifecycle
-    from ..runners.container.docker import Docker
+    from kolotune.base_models.downloads import cache_folder
+    from kolotune.runners.container import lifecycle
+    from kolotune.runners.container.docker import Docker
 
     say = reporter(json)
     options = lifecycle.BuildOptions(base, extra_index, wheels, ca_bundle, pip_config, network)
@@ -72,7 +73,7 @@ def build(
 
 
 def start(
-    name: Name = places.DEFAULT_NAME,
+    name: Name = names.DEFAULT_NAME,
     anew: Annotated[bool, typer.Option("--anew", help="Make the container anew; its volume stays.")] = False,
     image: Annotated[
         Optional[str],  # noqa: UP045
@@ -92,8 +93,8 @@ def start(
     json: Json = False,
 ) -> int:
     """Starts the container; makes it, with its volume, if there is none."""
-    from ..runners.container import lifecycle
-    from ..runners.container.docker import Docker
+    from kolotune.runners.container import lifecycle
+    from kolotune.runners.container.docker import Docker
 
     if gpus not in lifecycle.GPUS:
         raise ConfigError(f"gpus: must be one of {', '.join(lifecycle.GPUS)}, not {gpus!r}")
@@ -106,30 +107,30 @@ def start(
     return 0
 
 
-def stop(name: Name = places.DEFAULT_NAME, json: Json = False) -> int:
+def stop(name: Name = names.DEFAULT_NAME, json: Json = False) -> int:
     """Stops the container; the volume with its runs stays."""
-    from ..runners.container import lifecycle
-    from ..runners.container.docker import Docker
+    from kolotune.runners.container import lifecycle
+    from kolotune.runners.container.docker import Docker
 
     lifecycle.stop(Docker(), _checked(name))
     reporter(json).success(f"container {name} is stopped; its runs are kept")
     return 0
 
 
-def status(name: Name = places.DEFAULT_NAME, json: Json = False) -> int:
+def status(name: Name = names.DEFAULT_NAME, json: Json = False) -> int:
     """What is there: Docker, the image, the container, and what is on its volume."""
-    from ..runners.container import lifecycle
-    from ..runners.container.docker import Docker
+    from kolotune.runners.container import lifecycle
+    from kolotune.runners.container.docker import Docker
 
     rows = lifecycle.described(Docker(), _checked(name))
     reporter(json).table(f"Container {name}", ("part", "state", "what"), rows)
     return 0
 
 
-def shell(name: Name = places.DEFAULT_NAME) -> int:
+def shell(name: Name = names.DEFAULT_NAME) -> int:
     """Opens a shell in the container; needs Docker's own program."""
-    from ..runners import local
-    from ..runners.container.docker import Docker
+    from kolotune.runners import local
+    from kolotune.runners.container.docker import Docker
 
     found = Docker().running(_checked(name))
     program = shutil.which("docker")

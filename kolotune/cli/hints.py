@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from kolotune.foundation.errors import ConfigError, DataError
 
 _FILES_OF_CHATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CONFIG_NAME, CHATS_NAME = "kolotune.yaml", "chats.jsonl"

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..config import DEFAULT_OUTPUT_DIR
-from ..layout import RunFolder
-from ..reporter import Reporter
+from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import RunFolder
+
 from . import hints
 from .options import ConfigFile, Data, Json, reporter, show, with_options
-from .placing import FLAGS, resolved, show_plan, taken
+from .placement import FLAGS, resolved, show_plan, taken
 
 if TYPE_CHECKING:
-    from ..launching.contract import Launched, Launcher, Order
+    from kolotune.launching.launcher import Launched, Launcher, Order
 
 Run = Annotated[Path, typer.Argument(help="The run folder that the job was launched from.")]
 
@@ -43,7 +44,7 @@ def launch(
     **flags: Any,
 ) -> int:
     """A run on a cluster or other machines. Shows exactly what it would do; with --submit, does it."""
-    from ..launching.contract import name_for
+    from kolotune.launching.launcher import name_for
 
     say = reporter(json)
     place = taken(flags)
@@ -69,7 +70,7 @@ def follow(
     json: Json = False,
 ) -> int:
     """What a launched job tells, until it ends; then its results are fetched."""
-    from ..launching.again import again
+    from kolotune.launching.registry import again
 
     say = reporter(json)
     folder = RunFolder(run.absolute())
@@ -79,8 +80,8 @@ def follow(
 
 def cancel(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:
     """Stops a launched job, or those of a sweep."""
-    from ..launching.again import again
-    from ..sweeping.record import not_over
+    from kolotune.launching.registry import again
+    from kolotune.sweeping.record import not_over
 
     say = reporter(json)
     folder = RunFolder(run.absolute())

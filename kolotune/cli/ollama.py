@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
+
 from .options import Json, reporter
 
 
@@ -36,7 +37,7 @@ def install(
     json: Json = False,
 ) -> int:
     """Puts a run's model into Ollama (OLLAMA_HOST, else this machine) and checks that it arrived."""
-    from .. import installing
+    from kolotune.ollama import install as installing
 
     installing.install(
         RunFolder(run.absolute()),
@@ -55,7 +56,7 @@ def uninstall(
     json: Json = False,
 ) -> int:
     """Takes a model out of Ollama."""
-    from .. import installing
+    from kolotune.ollama import install as installing
 
     installing.uninstall(name, reporter(json))
     return 0

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hint
 
 import typer
 
-from .. import config as configs
-from ..config import Config
-from ..reporter import Reporter, make_reporter
-from ..secret import STARS
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.reporter import Reporter, make_reporter
+from kolotune.foundation.secrets import STARS
 
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file with options; flags win over it.")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print every message as a line of JSON.")]

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..config import Config
-from ..errors import ConfigError
-from ..layout import RunFolder
-from ..reporter import Reporter
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import RunFolder
+
 from . import hints, launch
 from .comparison import showing
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
-from .placing import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_given
-from .proof import reporting
+from .placement import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_given
+from .proving import reporting
 
 if TYPE_CHECKING:
-    from ..sweeping.record import Record
-    from ..sweeping.varied import Varied
+    from kolotune.sweeping.record import Record
+    from kolotune.sweeping.space import Varied
 
 _TRIALS = 10
 _DIGITS = 4
@@ -63,8 +64,8 @@ def sweep(
 
     One after the other on this machine, or with --on as jobs side by side.
     """
-    from ..sweeping import trials as sweeping
-    from ..sweeping import varied
+    from kolotune.sweeping import space
+    from kolotune.sweeping import trials as sweeping
 
     say = reporter(json)
     place = taken_if_given(flags)
@@ -74,7 +75,7 @@ def sweep(
     if not wanted.train_data:
         raise hints.no_chats("sweep")
     hints.require_files((*wanted.train_data, *wanted.eval_data))
-    what = varied.parse(vary or [])
+    what = space.parse(vary or [])
     if place is None:
         show(wanted, say)
         return _end(wanted, sweeping.run(wanted, what, trials, say), say, _finished_here if finish else None)
@@ -92,15 +93,15 @@ def _side_by_side(
     finish: bool,
 ) -> int:
     """Shows what would be launched for the first trial; or launches all, and the best one's way to its end."""
-    from ..launching.again import again
-    from ..launching.contract import LATER, name_for
-    from ..sweeping import beside
-    from ..sweeping.trials import shared_elsewhere
+    from kolotune.launching.launcher import LATER, name_for
+    from kolotune.launching.registry import again
+    from kolotune.sweeping import parallel
+    from kolotune.sweeping.trials import shared_elsewhere
 
     launchers = place.side_by_side(wanted.nnodes, at_once)
     if len(launchers) > 1 and wanted.rdzv not in (None, LATER):
         raise ConfigError("rdzv: trials side by side can't all meet in one place", "Leave rdzv out, or --at-once 1.")
-    placing = beside.Placing(launchers, lambda config: place.order(config, name_for(config.output_dir)))
+    placing = parallel.Placing(launchers, lambda config: place.order(config, name_for(config.output_dir)))
     plan = launchers[0].plan(placing.first(wanted, what, trials))
     show(wanted, say)
     if not place.submit:
@@ -109,7 +110,7 @@ def _side_by_side(
         return 0
     shown = hints.as_typed(wanted.output_dir)
     say.note(f"Ctrl-C leaves jobs at work, and the same command goes on; kolotune cancel {shown} stops them")
-    record = beside.run(wanted, what, trials, placing, say)
+    record = parallel.run(wanted, what, trials, placing, say)
 
     def finished_there(chosen: Config, say: Reporter) -> int:
         folder = RunFolder(chosen.output_dir)
@@ -121,18 +122,18 @@ def _side_by_side(
 
 
 def _finished_here(chosen: Config, say: Reporter) -> int:
-    from .. import pipeline
+    from kolotune.pipeline import run
 
     folder = RunFolder(chosen.output_dir)
     with showing(folder, say, wanted=chosen.compare), reporting(folder, say):
-        pipeline.run(chosen, say)
+        run.run(chosen, say)
     return 0
 
 
 def _end(wanted: Config, record: Record, say: Reporter, finished: Callable[[Config, Reporter], int] | None) -> int:
     """Tells what came of the trials, and brings the best one to its end; returns the exit code of that."""
-    from ..report import sweep as page
-    from ..sweeping import trials as sweeping
+    from kolotune.report import sweep as page
+    from kolotune.sweeping import trials as sweeping
 
     _tell(record, say)
     curves = {each.number: sweeping.held_out_losses(sweeping.folder_of(each, wanted)) for each in record.trials}
@@ -155,7 +156,7 @@ def _end(wanted: Config, record: Record, say: Reporter, finished: Callable[[Conf
 
 
 def _tell(record: Record, say: Reporter) -> None:
-    from ..sweeping.trials import rows
+    from kolotune.sweeping.trials import rows
 
     names = [each.name for each in record.varied]
     shown = [

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import replacing
+from kolotune.foundation.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor

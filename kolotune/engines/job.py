@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingError
-from ..files import write_json
+from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.files import write_json
 
 # A resumed training must agree in all but these.
 _MAY_DIFFER_ON_RESUME = frozenset(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from kolotune.foundation.files import replacing
 
 
 class Metrics:

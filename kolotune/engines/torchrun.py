@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import socket
 
-from ..errors import TrainingError
+from kolotune.foundation.errors import TrainingError
+
 from .job import TrainJob
 
 _RESTARTS = 3

@@ -9,9 +9,9 @@ import traceback
 import warnings
 from pathlib import Path
 
-from ..engines.job import emit
-from ..errors import KolotuneError
-from ..runners.watchdog import end_with_parent
+from kolotune.engines.job import emit
+from kolotune.foundation.errors import KolotuneError
+from kolotune.runners.watchdog import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> int:
 
             models.measure(file)
         else:
-            from . import ggufs
+            from . import gguf_reader
 
-            ggufs.measure(file)
+            gguf_reader.measure(file)
     except KolotuneError as error:
         traceback.print_exc()
         emit("error", kind=type(error).__name__, cause=error.cause, hint=error.hint)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import KolotuneError
+from kolotune.foundation.errors import KolotuneError
+
 from . import divergence
-from .task import Asked, Figures, Prompt, Reference
+from .tasks import Asked, Figures, Prompt, Reference
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .result import Answer, Checked, Comparison, Count, Failure, Measured
-from .task import Figures, GgufAnswer, Reference
+from .tasks import Figures, GgufAnswer, Reference
 
 ADAPTER, MERGED, F16 = "adapter on base", "merged", "f16 GGUF"
 _MERGED_KL = {"f16": 1e-4, "fp32": 1e-4, "bf16": 1e-2}

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engines.job import emit
-from ..errors import KolotuneError, SpaceError
-from . import task
-from .chosen import Chosen, Trained, choose, misplaced, pieces
+from kolotune.engines.job import emit
+from kolotune.foundation.errors import KolotuneError, SpaceError
+
+from . import tasks
+from .chats import Chosen, Trained, choose, misplaced, pieces
 from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
-from .fp32 import model_in
-from .task import Asked, Figures, Greedy, ModelsTask, Prompt, Reference
+from .reference_model import model_in
+from .tasks import Asked, Figures, Greedy, ModelsTask, Prompt, Reference
 
 
 def measure(file: Path) -> None:
@@ -25,7 +26,7 @@ def measure(file: Path) -> None:
         KolotuneError: base, adapter, tokenizer or prepared chats can't be used. What is wrong with the merged model
             stands in its figures.
     """
-    asked = task.read(ModelsTask, file)
+    asked = tasks.read(ModelsTask, file)
     scratch = Path(asked.scratch)
     trained = Trained.load(Path(asked.tokenizer))
     chosen = choose(asked, trained)
@@ -71,7 +72,7 @@ def measure(file: Path) -> None:
         emit("doing", text="the merged model")
         merged = _merged(Path(asked.merged), reference, tuned, scratch)
         reference = dataclasses.replace(reference, merged=merged)
-    task.write(scratch / REFERENCE, reference)
+    tasks.write(scratch / REFERENCE, reference)
 
 
 def _to_answer(asked: ModelsTask, trained: Trained, chosen: Chosen) -> tuple[list[Prompt], list[str | None]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
+from kolotune.foundation.errors import ArtifactError
 
 VERSION = 1
 

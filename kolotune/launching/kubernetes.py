@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
-from .. import errors
-from ..errors import ConfigError, LaunchError, RunFolderError
-from ..layout import RunFolder
-from ..reporter import Reporter
-from ..runners import local
-from ..runners.container import places
-from ..runners.container.exchange import bring_out
-from ..runners.container.paths import Paths
-from ..version import VERSION
-from .contract import LATER, MEETING_PORT, Launched, Order, Plan, Quiet, as_typed, last_line, paths_of
-from .listening import Listener
+from kolotune.foundation import errors
+from kolotune.foundation.errors import ConfigError, LaunchError, RunFolderError
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners import local
+from kolotune.runners.container import names
+from kolotune.runners.container.paths import Paths
+from kolotune.runners.container.transfer import bring_out
+from kolotune.version import VERSION
+
+from .launcher import LATER, MEETING_PORT, Launched, Order, Plan, Quiet, as_typed, last_line, paths_of
 from .node import MODULE, Node
+from .output import Listener
 from .remote import Execute, Place, Rehearsal, arrived, really, sent_config
 
 T = TypeVar("T")
@@ -89,10 +90,10 @@ class Kubernetes:
         """See `contract.Launcher`."""
         import yaml
 
-        about = json.dumps({"version": VERSION, "root": str(places.VOLUME)})
+        about = json.dumps({"version": VERSION, "root": str(names.VOLUME)})
         rehearsal = Rehearsal({"have": b"[false]", "get": b"", "about": about.encode()})
         config, text = self._launch(order, Quiet(), Paths(), rehearsal)
-        node = self._node(order, config, places.VOLUME / order.name)
+        node = self._node(order, config, names.VOLUME / order.name)
         steps = [*rehearsal.steps, *[f"(the first pod:) {as_typed(argv)}" for argv in node.commands(0)]]
         if node.machines > 1:
             others = [as_typed(argv).replace("/1 ", "/K ") for argv in node.commands(1)]
@@ -107,14 +108,14 @@ class Kubernetes:
         paths = Paths()
         self._launch(order, reporter, paths, really)
         reporter.success(f"submitted: job {order.name}")
-        run = str(places.VOLUME / order.name)
+        run = str(names.VOLUME / order.name)
         return Launched(self.NAME, dataclasses.asdict(self), order.name, order.config.nnodes, run, paths.pairs)
 
     def _launch(self, order: Order, reporter: Reporter, paths: Paths, execute: Execute) -> tuple[PurePosixPath, str]:
         """Puts what the run needs on the volume, and makes the job; returns the file of options there, and its text."""
         self._check(order)
         self._make_way(order.name, execute)
-        run = places.VOLUME / order.name
+        run = names.VOLUME / order.name
         reporter.doing(f"sending what the run needs to the claim {self.claim}")
         with self._files(order.name, execute) as place:
             place = arrived(place)
@@ -179,7 +180,7 @@ class Kubernetes:
 
     def manifest(self, order: Order, config: PurePosixPath) -> list[dict[str, Any]]:
         """The job, after the service by which its pods find each other."""
-        node = self._node(order, config, places.VOLUME / order.name)
+        node = self._node(order, config, names.VOLUME / order.name)
         found = [self._job(order, node)]
         if node.machines > 1:
             service = {
@@ -198,7 +199,7 @@ class Kubernetes:
             "image": self.image,
             "command": ["sleep", str(_FILES_SECONDS)],
             "securityContext": _LOCKED_CONTAINER,
-            "volumeMounts": [{"name": "runs", "mountPath": str(places.VOLUME)}],
+            "volumeMounts": [{"name": "runs", "mountPath": str(names.VOLUME)}],
         }
         spec = self._pod(container) | {"activeDeadlineSeconds": _FILES_SECONDS, "terminationGracePeriodSeconds": 0}
         return {"apiVersion": "v1", "kind": "Pod", "metadata": _called(f"{name}{FILES_SUFFIX}"), "spec": spec}
@@ -253,7 +254,7 @@ class Kubernetes:
             "resources": {"requests": dict(asked), "limits": asked} if asked else {},
             "securityContext": _LOCKED_CONTAINER,
             "volumeMounts": [
-                {"name": "runs", "mountPath": str(places.VOLUME)},
+                {"name": "runs", "mountPath": str(names.VOLUME)},
                 {"name": "shared-memory", "mountPath": "/dev/shm"},
             ],
         }
@@ -268,9 +269,9 @@ class Kubernetes:
             "automountServiceAccountToken": False,
             "securityContext": {
                 "runAsNonRoot": True,
-                "runAsUser": places.USER,
-                "runAsGroup": places.USER,
-                "fsGroup": places.USER,
+                "runAsUser": names.USER,
+                "runAsGroup": names.USER,
+                "fsGroup": names.USER,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [container],
@@ -286,7 +287,7 @@ class Kubernetes:
             rdzv=f"{order.name}-0.{order.name}:{MEETING_PORT}" if machines > 1 else "",
             job="$(KOLOTUNE_JOB)",
             token_file=order.token_file or "",
-            python=places.PYTHON,
+            python=names.PYTHON,
             only_train=order.only_train,
         )
 
@@ -316,7 +317,7 @@ class Kubernetes:
         def reach(argv: Sequence[str]) -> list[str]:
             return self._argv("exec", "--stdin", f"pod/{pod}", "--", *argv)
 
-        return Place(pod, reach, places.PYTHON, places.VOLUME, execute)
+        return Place(pod, reach, names.PYTHON, names.VOLUME, execute)
 
     def _told(self, *arguments: str, typed: Iterable[bytes] = (), what: str = "", execute: Execute = really) -> bytes:
         try:

@@ -25,14 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..errors import Interrupted, KolotuneError, LaunchError, RunFolderError
-from ..files import write_json
-from ..layout import RunFolder
-from ..reporter import JsonReporter
-from ..runners import local
-from ..runners.container.places import SECRET_VARIABLES
-from ..version import VERSION
-from .listening import ENDED
+from kolotune.foundation.errors import Interrupted, KolotuneError, LaunchError, RunFolderError
+from kolotune.foundation.files import write_json
+from kolotune.foundation.reporter import JsonReporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners import local
+from kolotune.runners.container.names import SECRET_VARIABLES
+from kolotune.version import VERSION
+
+from .output import ENDED
 
 MODULE = "kolotune.launching.node"
 _PATIENCE_SECONDS = 600  # for the first machine's name to be known: a cluster tells it some time after it started

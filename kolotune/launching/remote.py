@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from .. import config as configs
-from ..config import Config
-from ..errors import KolotuneError, LaunchError
-from ..files import Hasher
-from ..reporter import Reporter, event_of
-from ..runners import local
-from ..runners.container import archive
-from ..runners.container.archive import Item
-from ..runners.container.exchange import Sender
-from ..runners.container.paths import Paths
-from ..version import VERSION
-from .contract import as_typed
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import KolotuneError, LaunchError
+from kolotune.foundation.files import Hasher
+from kolotune.foundation.reporter import Reporter, event_of
+from kolotune.runners import local
+from kolotune.runners.container import archive
+from kolotune.runners.container.archive import Item
+from kolotune.runners.container.paths import Paths
+from kolotune.runners.container.transfer import Sender
+from kolotune.version import VERSION
+
+from .launcher import as_typed
 from .node import MODULE
 
 _INSIDE = "kolotune.runners.container.inside"

@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .. import config as configs
-from ..errors import ConfigError, Interrupted, LaunchError, ToolchainError
-from ..files import write_text
-from ..layout import RunFolder
-from ..reporter import Reporter
-from ..runners import local
-from ..runners.container.paths import Paths
-from .contract import Launched, Order, Plan, last_line, require_word
-from .listening import Listener
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError, Interrupted, LaunchError, ToolchainError
+from kolotune.foundation.files import write_text
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners import local
+from kolotune.runners.container.paths import Paths
+
+from .launcher import Launched, Order, Plan, last_line, require_word
 from .node import Node, carry_out
+from .output import Listener
 
 HERE, CLUSTER = "local", "slurm"
 _CONFIG = "kolotune.yaml"

@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import ClassVar
 
-from ..errors import ConfigError, Interrupted, LaunchError
-from ..layout import RunFolder
-from ..reporter import Reporter
-from ..runners import local
-from ..runners.container.exchange import bring_out
-from ..runners.container.paths import Paths
-from ..version import VERSION
-from .contract import LATER, MEETING_PORT, Launched, Order, Plan, Quiet, as_typed, paths_of, require_word
-from .listening import Listener
+from kolotune.foundation.errors import ConfigError, Interrupted, LaunchError
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners import local
+from kolotune.runners.container.paths import Paths
+from kolotune.runners.container.transfer import bring_out
+from kolotune.version import VERSION
+
+from .launcher import LATER, MEETING_PORT, Launched, Order, Plan, Quiet, as_typed, paths_of, require_word
 from .node import MODULE, Node
+from .output import Listener
 from .remote import Execute, Place, Rehearsal, arrived, really, sent_config
 
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")

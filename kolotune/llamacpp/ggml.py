@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ToolchainError
+from kolotune.foundation.errors import ToolchainError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,10 +12,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..cache import cache_folder, fetch_package
-from ..errors import ToolchainError
-from ..files import replacing
-from ..reporter import Reporter
+from kolotune.base_models.downloads import cache_folder, fetch_package
+from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.files import replacing
+from kolotune.foundation.reporter import Reporter
 
 VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from kolotune.errors import ArtifactError, ConfigError
-from kolotune.ollama import parameters as known
-from kolotune.ollama.parameters import Parameters, Value
+from kolotune.foundation.errors import ArtifactError, ConfigError
+
+from . import parameters as known
+from .parameters import Parameters, Value
 
 COMMANDS = frozenset(
     {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 
 # Ollama's own rule: a part begins with a letter, digit or underscore; a host may be longer and have a port.
 _HOST = r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349})"

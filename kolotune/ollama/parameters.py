@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from kolotune.errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 
 Value = str | int | float | bool
 Parameters = tuple[tuple[str, Value], ...]

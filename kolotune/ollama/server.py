@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..addresses import is_loopback
-from ..errors import OllamaDownError, OllamaError
+from kolotune.foundation.addresses import is_loopback
+from kolotune.foundation.errors import OllamaDownError, OllamaError
+
 from .modelfile import Description
 
 _CONNECT_SECONDS = 10.0

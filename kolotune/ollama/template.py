@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from kolotune.errors import TemplateError
-from kolotune.ollama.turns import Affix, TurnFormat, merge
+from kolotune.foundation.errors import TemplateError
+
+from .turns import Affix, TurnFormat, merge
 
 __all__ = ["Affix", "NotDerivable", "RenderFn", "TurnFormat", "battery", "derive", "merge", "stop_strings"]
 

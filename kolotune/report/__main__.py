@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..errors import KolotuneError
-from ..layout import RunFolder
-from ..runners.watchdog import end_with_parent
+from kolotune.foundation.errors import KolotuneError
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners.watchdog import end_with_parent
+
 from .page import write
 
 if __name__ == "__main__":

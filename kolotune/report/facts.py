@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import config as configs
-from .. import manifest as manifests
-from .. import models, records
-from ..chats.preparing import HELD_OUT_TOKENS, TRAIN
-from ..errors import ArtifactError
-from ..fidelity.result import Comparison
-from ..layout import RunFolder
-from ..manifest import Manifest
-from ..stages import compare
-from ..stages.prepare import SAID
+from kolotune.base_models import catalog
+from kolotune.chats.dataset.prepare import HELD_OUT_TOKENS, TRAIN
+from kolotune.fidelity.result import Comparison
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ArtifactError
+from kolotune.run_folder import manifest as manifests
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.manifest import Manifest
+from kolotune.stages import compare
+from kolotune.stages.prepare import SAID
 
 _SMOOTHED = 25  # a moving mean over at most a so many'th part of the steps
 _POINTS = 3000  # more steps than that are thinned out for the pictures
@@ -128,7 +129,7 @@ def gather(folder: RunFolder) -> Facts:
     return Facts(
         title=folder.root.name,
         manifest=manifest,
-        base=models.hub_id(name) or Path(name).name,
+        base=catalog.hub_id(name) or Path(name).name,
         curve=_curve(folder.metrics) if "train" in manifest.stages else None,
         lengths=_lengths(folder) if prepared else [],
         left_out=_left_out(facts),

@@ -10,9 +10,10 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
-from ..layout import RunFolder
-from ..reporter import size_in_words
+from kolotune.foundation.files import write_text
+from kolotune.foundation.reporter import size_in_words
+from kolotune.run_folder.layout import RunFolder
+
 from . import figures
 from .drawing import Sheet
 from .facts import NOTHING, Facts, gather

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from kolotune.foundation.files import write_text
+
 from . import figures
 from .drawing import Sheet
 from .page import document

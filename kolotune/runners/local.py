@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import SpaceError
-from ..files import explained
+from kolotune.foundation.errors import SpaceError
+from kolotune.foundation.files import explained
+
 from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0

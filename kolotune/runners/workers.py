@@ -20,8 +20,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, BinaryIO, TypeVar
 
-from ..errors import KolotuneError, TemplateError
-from ..files import results
+from kolotune.foundation.errors import KolotuneError, TemplateError
+from kolotune.foundation.files import results
+
 from . import limits, local
 
 _MOST = 4  # each takes some 80 MB

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..addresses import is_loopback
-from ..errors import ConfigError
-from ..reporter import Reporter
+from kolotune.foundation.addresses import is_loopback
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.reporter import Reporter
+
 from .model import ServedModel
 from .requests import BadRequest, ChatRequest, Shapes, error_of, read, usage_of
 

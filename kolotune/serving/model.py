@@ -6,15 +6,16 @@ import os
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..chats.tokenizer import template_of
-from ..config import DEFAULT_TEMPERATURE
-from ..errors import TemplateError
-from ..installing import described
-from ..layout import RunFolder
-from ..llamacpp.inference import Answer, GgufModel, Sampling
-from ..ollama.server import as_options
-from ..results import open_result
-from ..stages import modelfile
+from kolotune.chats.tokens.tokenizer import template_of
+from kolotune.foundation.config import DEFAULT_TEMPERATURE
+from kolotune.foundation.errors import TemplateError
+from kolotune.gguf.inference import Answer, GgufModel, Sampling
+from kolotune.ollama.install import described
+from kolotune.ollama.server import as_options
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.results import open_result
+from kolotune.stages import modelfile
+
 from .requests import BadRequest, ChatRequest
 
 _SAMPLING = tuple(each.name for each in fields(Sampling))

@@ -8,19 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import errors, exporting, llamacpp, quantizing
-from ..config import Config, as_record
-from ..engines.job import event_of
-from ..errors import ArtifactError, FidelityError, KolotuneError
-from ..fidelity import figures, judge, task
-from ..fidelity.judge import F16, MERGED, Evidence, Made
-from ..fidelity.result import Comparison
-from ..files import remove, size_of, write_json
-from ..layout import RunFolder
-from ..quantizations import NONE
-from ..records import Context
-from ..reporter import Reporter
-from ..runners import local
+from kolotune import llamacpp
+from kolotune.engines.job import event_of
+from kolotune.fidelity import figures, judge, tasks
+from kolotune.fidelity.judge import F16, MERGED, Evidence, Made
+from kolotune.fidelity.result import Comparison
+from kolotune.foundation import errors
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.errors import ArtifactError, FidelityError, KolotuneError
+from kolotune.foundation.files import remove, size_of, write_json
+from kolotune.foundation.quantization_types import NONE
+from kolotune.foundation.reporter import Reporter
+from kolotune.gguf import convert, quantize
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
+from kolotune.runners import local
 
 NAME = "compare"
 DOING = "comparing what was made with what was trained"
@@ -74,7 +76,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     """
     if _to_try(context.config):
         llamacpp.ensure(reporter)
-        quantizing.check_blocks(context.base, _to_try(context.config))
+        quantize.check_blocks(context.base, _to_try(context.config))
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
@@ -163,12 +165,14 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
         untied=merged is not None and _tied(context.base) and not _tied(run.merged_model),
         tried=tuple(_tried(context, scratch, before, reporter)),
         weighted=frozenset(
-            quantizing.with_matrix(context, [*config.quantization, *_to_try(config)]),
+            quantize.with_matrix(context, [*config.quantization, *_to_try(config)]),
         ),
     )
 
 
-def _tried(context: Context, scratch: Path, before: Path, reporter: Reporter) -> Iterator[tuple[Made, task.GgufAnswer]]:
+def _tried(
+    context: Context, scratch: Path, before: Path, reporter: Reporter
+) -> Iterator[tuple[Made, tasks.GgufAnswer]]:
     """Makes each quantization that is only tried, measures and removes it: one at a time is on the disk."""
     run, names = context.run, _to_try(context.config)
     if not names:
@@ -177,13 +181,13 @@ def _tried(context: Context, scratch: Path, before: Path, reporter: Reporter) ->
     if not source.is_file():
         reporter.doing("converting to GGUF, for as long as quantizations are tried")
         source = scratch / run.gguf.name
-        exporting.make_gguf(context, source, log, reporter)
-    weighted = quantizing.with_matrix(context, names)
-    matrix = quantizing.matrix_for(context, source, scratch / run.importance_matrix.name, log, reporter, weighted)
+        convert.make_gguf(context, source, log, reporter)
+    weighted = quantize.with_matrix(context, names)
+    matrix = quantize.matrix_for(context, source, scratch / run.importance_matrix.name, log, reporter, weighted)
     for name in names:
         reporter.doing(f"trying {name}")
         target = scratch / run.quantized(name).name
-        quantizing.quantize_file(source, target, name, log, reporter, matrix if name in weighted else None)
+        quantize.quantize_file(source, target, name, log, reporter, matrix if name in weighted else None)
         after = scratch / f"{name}.npy"
         answer = _measure_gguf(context, scratch, name, target, None, before, after)
         yield Made(name, "", target.stat().st_size), answer
@@ -199,11 +203,11 @@ def _tied(model: Path) -> bool:
     return isinstance(config, dict) and bool(config.get("tie_word_embeddings"))
 
 
-def _reference(context: Context, scratch: Path, reporter: Reporter) -> task.Reference:
+def _reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Reference:
     """What is computed with transformers."""
     run, config = context.run, context.config
     held_out = (run.prepared / "held_out.safetensors").is_file()
-    asked = task.ModelsTask(
+    asked = tasks.ModelsTask(
         base=str(context.base),
         adapter=str(run.adapter),
         merged=str(run.merged_model) if run.merged_model.is_dir() else "",
@@ -219,15 +223,15 @@ def _reference(context: Context, scratch: Path, reporter: Reporter) -> task.Refe
         longest_answer=_LONGEST_ANSWER,
         scratch=str(scratch),
     )
-    task.write(scratch / "models.json", asked)
+    tasks.write(scratch / "models.json", asked)
     _in_a_process(run, "models", scratch / "models.json", reporter)
-    return task.read(task.Reference, scratch / figures.REFERENCE)
+    return tasks.read(tasks.Reference, scratch / figures.REFERENCE)
 
 
 def _measure_gguf(
     context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path | None, before: Path, after: Path
-) -> task.GgufAnswer:
-    asked = task.GgufTask(
+) -> tasks.GgufAnswer:
+    asked = tasks.GgufTask(
         gguf=str(gguf),
         modelfile=str(modelfile or ""),
         reference=str(scratch / figures.REFERENCE),
@@ -237,13 +241,13 @@ def _measure_gguf(
         longest_answer=_LONGEST_ANSWER,
         answer_file=str(scratch / f"{name}.answer.json"),
     )
-    task.write(scratch / f"{name}.json", asked)
+    tasks.write(scratch / f"{name}.json", asked)
     try:
         _in_a_process(context.run, "gguf", scratch / f"{name}.json", None)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
-        return task.GgufAnswer(task.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
-    return task.read(task.GgufAnswer, Path(asked.answer_file))
+        return tasks.GgufAnswer(tasks.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
+    return tasks.read(tasks.GgufAnswer, Path(asked.answer_file))
 
 
 class _ProcessDied(ArtifactError):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import exporting
-from ..config import Config, as_record
-from ..errors import ArtifactError
-from ..records import Context
-from ..reporter import Reporter
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.reporter import Reporter
+from kolotune.gguf import convert
+from kolotune.run_folder.records import Context
 
 NAME = "convert"
 DOING = "converting to GGUF"
@@ -23,12 +23,12 @@ def options(config: Config) -> dict[str, Any]:
 
 def inputs(context: Context) -> dict[str, Path]:
     """See `records.Stage`."""
-    return exporting.inputs_of(context)
+    return convert.inputs_of(context)
 
 
 def outputs(context: Context) -> list[Path]:
     """See `records.Stage`."""
-    return [context.run.gguf, *exporting.small_outputs(context)]
+    return [context.run.gguf, *convert.small_outputs(context)]
 
 
 def packages() -> Sequence[str]:
@@ -42,12 +42,12 @@ def preflight(context: Context, reporter: Reporter) -> None:
     Raises:
         ToolchainError: it does not.
     """
-    exporting.prove_expected(context, reporter)
+    convert.prove_expected(context, reporter)
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     """Converts; see `exporting`."""
-    folder = exporting.source_folder(context)
+    folder = convert.source_folder(context)
     if folder is not None and not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no merged model", "Run `kolotune merge` first.")
-    return exporting.make_gguf(context, context.run.gguf, context.run.log(NAME), reporter)
+    return convert.make_gguf(context, context.run.gguf, context.run.log(NAME), reporter)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import adapters
-from ..config import Config, as_record
-from ..files import replacing
-from ..merging import MergedModel, small_files, tokenizer_of
-from ..records import Context
-from ..reporter import Reporter
-from ..weights import shards_of, weight_files, write_shards
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.files import replacing
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.records import Context
+from kolotune.weights import adapter
+from kolotune.weights.merge import MergedModel, small_files, tokenizer_of
+from kolotune.weights.tensors import shards_of, weight_files, write_shards
 
 NAME = "merge"
 DOING = "merging the adapter into the base model"
@@ -48,7 +48,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     del reporter
     weight_files(context.base)
     if context.source is not None:
-        adapters.read(context.source)
+        adapter.read(context.source)
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:

@@ -9,21 +9,27 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .. import records
-from ..adapters import is_adapter
-from ..chats.masking import end_token
-from ..chats.template import freeze_date
-from ..chats.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, special_tokens, template_text
-from ..config import Config, as_record
-from ..errors import ArtifactError, ConfigError
-from ..files import write_text
-from ..layout import RunFolder
-from ..lean import kept
-from ..ollama import parameters
-from ..ollama.modelfile import Modelfile, render
-from ..ollama.template import NotDerivable, TurnFormat, derive, stop_strings
-from ..records import Context
-from ..reporter import Reporter
+from kolotune.chats.templates.loss_mask import end_token
+from kolotune.chats.templates.template import freeze_date
+from kolotune.chats.tokens.tokenizer import (
+    TOKENIZER_FILES,
+    chat_template,
+    load_tokenizer,
+    special_tokens,
+    template_text,
+)
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.errors import ArtifactError, ConfigError
+from kolotune.foundation.files import write_text
+from kolotune.foundation.reporter import Reporter
+from kolotune.ollama import parameters
+from kolotune.ollama.modelfile import Modelfile, render
+from kolotune.ollama.template import NotDerivable, TurnFormat, derive, stop_strings
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
+from kolotune.run_folder.retention import kept
+from kolotune.weights.adapter import is_adapter
 
 NAME = "modelfile"
 DOING = "writing the Modelfiles"

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chats.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
-from ..config import Config, as_record
-from ..errors import ConfigError
-from ..files import replacing
-from ..records import Context
-from ..reporter import Reporter
+from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.files import replacing
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.records import Context
 
 if TYPE_CHECKING:
-    from ..chats.preparing import Places, Prepared
+    from kolotune.chats.dataset.prepare import Places, Prepared
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
@@ -71,7 +71,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
     """Writes the run folder's prepared part; see `Prepared.summary` for the facts."""
-    from ..chats.preparing import prepare_chats, require_good
+    from kolotune.chats.dataset.prepare import prepare_chats, require_good
 
     with replacing(context.run.prepared) as partial:
         partial.mkdir(parents=True)
@@ -84,7 +84,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
 
 def tell(prepared: Prepared, reporter: Reporter) -> None:
     """Says what was read, what is trained on, and everything that was left out."""
-    from ..chats.preparing import Places
+    from kolotune.chats.dataset.prepare import Places
 
     for name, shape in prepared.shapes.items():
         reporter.note(f"{name}: {shape}")

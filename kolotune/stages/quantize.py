@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import exporting, llamacpp, quantizing, records
-from ..config import Config, as_record
-from ..errors import ArtifactError, ConfigError
-from ..files import remove
-from ..lean import kept
-from ..quantizations import NEEDS_IMPORTANCE_MATRIX, made_with_matrix
-from ..records import Context
-from ..reporter import Reporter
+from kolotune import llamacpp
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.errors import ArtifactError, ConfigError
+from kolotune.foundation.files import remove
+from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, made_with_matrix
+from kolotune.foundation.reporter import Reporter
+from kolotune.gguf import convert, quantize
+from kolotune.run_folder import records
+from kolotune.run_folder.records import Context
+from kolotune.run_folder.retention import kept
 
-NAME = quantizing.QUANTIZE
+NAME = quantize.QUANTIZE
 DOING = "quantizing"
 
 
@@ -33,19 +35,19 @@ def options(config: Config) -> dict[str, Any]:
 def inputs(context: Context) -> dict[str, Path]:
     """See `records.Stage`."""
     whole = kept(context.config).unquantized
-    found = {"the unquantized GGUF": context.run.gguf} if whole else exporting.inputs_of(context)
+    found = {"the unquantized GGUF": context.run.gguf} if whole else convert.inputs_of(context)
     return found | ({"the prepared chats": context.run.prepared} if _weighted(context) else {})
 
 
 def _weighted(context: Context) -> list[str]:
-    return quantizing.with_matrix(context, kept(context.config).quantized)
+    return quantize.with_matrix(context, kept(context.config).quantized)
 
 
 def outputs(context: Context) -> list[Path]:
     """See `records.Stage`."""
     made = [context.run.quantized(name) for name in kept(context.config).quantized]
     made += [context.run.importance_matrix] if _weighted(context) else []
-    return made if kept(context.config).unquantized else [*made, *exporting.small_outputs(context)]
+    return made if kept(context.config).unquantized else [*made, *convert.small_outputs(context)]
 
 
 def packages() -> Sequence[str]:
@@ -71,8 +73,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
     if wanted:
         llamacpp.ensure(reporter)
     if not kept(context.config).unquantized:
-        exporting.prove_expected(context, reporter)
-    quantizing.check_blocks(context.base, wanted)
+        convert.prove_expected(context, reporter)
+    quantize.check_blocks(context.base, wanted)
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
             if name not in made:
                 reporter.doing(f"quantizing to {name}")
                 by = folder.importance_matrix if name in weighted else None
-                quantizing.quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter, by)
+                quantize.quantize_file(folder.gguf, folder.quantized(name), name, folder.log(NAME), reporter, by)
                 made[name] = {"source": source, "sha256": hasher.of(folder.quantized(name))}
                 made[name] |= {"importance_matrix": weighted[name]} if name in weighted else {}
     return {"made": made, **({"importance_matrix": matrix} if matrix else {}), **facts}
@@ -121,9 +123,9 @@ def _matrix(context: Context, before: Mapping[str, str], reporter: Reporter) -> 
         remove(path)
         return {}
     log = context.run.log(NAME)
-    if {**before} != quantizing.made_of(context, context.run.gguf, hasher.of(path)):
-        quantizing.make_matrix(context.run.gguf, context.run.prepared, path, log, reporter)
-    return quantizing.made_of(context, context.run.gguf, hasher.of(path))
+    if {**before} != quantize.made_of(context, context.run.gguf, hasher.of(path)):
+        quantize.make_matrix(context.run.gguf, context.run.prepared, path, log, reporter)
+    return quantize.made_of(context, context.run.gguf, hasher.of(path))
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def _unquantized(context: Context, reporter: Reporter) -> Iterator[dict[str, Any
         yield {}
         return
     reporter.doing("converting to GGUF, for as long as it is quantized")
-    facts = exporting.make_gguf(context, gguf, context.run.log(NAME), reporter)
+    facts = convert.make_gguf(context, gguf, context.run.log(NAME), reporter)
     try:
         yield {"unquantized": {**facts, "sha256": context.hasher.of(gguf)}}
     finally:

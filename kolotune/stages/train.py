@@ -9,18 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import errors, estimates, hardware
-from ..config import Config, as_record
-from ..engines.job import TrainJob, event_of
-from ..engines.native.environment import ENVIRONMENT
-from ..engines.torchtune import architecture, environment, plan
-from ..errors import ArtifactError, KolotuneError, TrainingError
-from ..files import Hasher, write_json
-from ..layout import RunFolder
-from ..models import canonical
-from ..records import Context
-from ..reporter import Progress, Reporter
-from ..runners import kills, local
+from kolotune.base_models.catalog import canonical
+from kolotune.engines import estimates
+from kolotune.engines.job import TrainJob, event_of
+from kolotune.engines.native.environment import ENVIRONMENT
+from kolotune.engines.torchtune import architecture, environment, plan
+from kolotune.foundation import errors, hardware
+from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
+from kolotune.foundation.files import Hasher, write_json
+from kolotune.foundation.reporter import Progress, Reporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
+from kolotune.runners import local, memory_kills
 
 NAME = "train"
 DOING = "training the adapter"
@@ -174,7 +175,7 @@ def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events
         raise events.error
     if events.out_of_memory:
         return events, "memory ran out"
-    if shortage := kills.shortage(code, kills_before):
+    if shortage := memory_kills.shortage(code, kills_before):
         return events, shortage
     if code != 0:
         raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..files import write_json
-from .varied import Varied
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.files import write_json
+
+from .space import Varied
 
 NAME = "sweep.json"
 

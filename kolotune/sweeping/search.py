@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ToolchainError
+from kolotune.foundation.errors import ToolchainError
+
 from .record import Record, Trial
-from .varied import Varied, combinations
+from .space import Varied, combinations
 
 _DIGITS = 3  # of numbers with a point: more would tell nothing
 

@@ -10,15 +10,17 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from .. import pipeline, records
-from ..config import Config
-from ..errors import DataError, TrainingError
-from ..layout import RunFolder
-from ..reporter import Reporter
-from ..stages import prepare, train
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import DataError, TrainingError
+from kolotune.foundation.reporter import Reporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.stages import prepare, train
+
 from .record import Record, Trial, read
 from .search import next_values
-from .varied import Varied, with_values
+from .space import Varied, with_values
 
 _CHATS = "chats"  # the run folder that only prepares
 

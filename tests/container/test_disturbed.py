@@ -17,13 +17,13 @@ from support.docker_engine import NAME, Client, told, until_said, until_training
 from support.runs import results
 
 from kolotune.engines.native.checkpoints import TENSORS
-from kolotune.errors import ContainerLostError, ContainerPausedError
-from kolotune.reporter import PlainReporter
-from kolotune.runners.container import archive, places, process
+from kolotune.foundation.errors import ContainerLostError, ContainerPausedError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.runners.container import archive, names, process
 from kolotune.runners.container.archive import Item
 from kolotune.runners.container.docker import Docker
-from kolotune.runners.container.exchange import Volume
 from kolotune.runners.container.process import Process
+from kolotune.runners.container.transfer import Volume
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 SLOW = pytest.mark.slow
@@ -176,7 +176,7 @@ def volume(image: Client, other: str, monkeypatch: pytest.MonkeyPatch) -> Volume
     return Volume(docker, docker.running(other))
 
 
-_SLEEP = [places.PYTHON, "-c", "import time; time.sleep(30)"]
+_SLEEP = [names.PYTHON, "-c", "import time; time.sleep(30)"]
 
 
 def _ignore(piece: bytes, is_stderr: bool) -> None:
@@ -230,7 +230,7 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
         time.sleep(seconds)
         yield whole[1000:]
 
-    code = [places.PYTHON, "-c", f"import time; time.sleep({seconds + 2}); print('done')"]
+    code = [names.PYTHON, "-c", f"import time; time.sleep({seconds + 2}); print('done')"]
     running = Process(volume.docker, volume.found, code, doing="train", reporter=PlainReporter())
     sending = threading.Thread(target=image.api.put_archive, args=(other, "/runs", slowly()))
     sending.start()
@@ -290,7 +290,7 @@ def test_what_is_sent_when_it_goes_down(
 
     def send() -> None:
         try:
-            volume.send([Item("large.bin", path)], places.INPUTS / "large")
+            volume.send([Item("large.bin", path)], names.INPUTS / "large")
         except ContainerLostError as error:
             caught.append(error.cause)
 
@@ -308,7 +308,7 @@ def test_what_is_sent_when_it_goes_down(
     assert _half_sent(image, other)
     image.bring_up(other)
     assert not _half_sent(image, other)
-    assert "large" not in image.inside("ls", "-A", str(places.INPUTS), name=other)
+    assert "large" not in image.inside("ls", "-A", str(names.INPUTS), name=other)
 
 
 @SLOW
@@ -336,7 +336,7 @@ def test_a_client_that_is_killed_while_it_sends(image: Client, other: str, tmp_p
     assert image("container", "stop", other, cwd=tmp_path)[0] == 0
     image.bring_up(other)
     assert not _half_sent(image, other)
-    assert "large" not in image.inside("find", str(places.INPUTS), name=other)
+    assert "large" not in image.inside("find", str(names.INPUTS), name=other)
 
 
 def test_a_container_of_a_similar_name_is_never_touched(

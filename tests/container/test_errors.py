@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.docker_engine import Client, told, until_training
 
-from kolotune.runners.container.places import image_tag
+from kolotune.runners.container.names import image_tag
 
 pytestmark = pytest.mark.container
 

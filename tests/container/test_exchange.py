@@ -13,10 +13,10 @@ import pytest
 from contracts import flags, results, write_chats
 from support.docker_engine import Client
 
-from kolotune import models
+from kolotune.base_models import catalog
 from kolotune.engines.native.checkpoints import TENSORS
-from kolotune.layout import RunFolder
-from kolotune.runners.container import places
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners.container import names
 
 pytestmark = pytest.mark.container
 
@@ -56,7 +56,7 @@ def test_what_came_out_is_a_run_folder_of_this_machine(made: Path, tmp_path: Pat
 
 def test_nothing_is_sent_or_brought_twice(made: Path, container: Client, small_base: Path) -> None:
     run = RunFolder(made / "outputs")
-    weights = container.inside("find", str(places.INPUTS), "-name", "model.safetensors").split()
+    weights = container.inside("find", str(names.INPUTS), "-name", "model.safetensors").split()
     before = [inode(container, path) for path in weights]
     times = {path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()}
     code, output = container("run", "chats.jsonl", *flags("native", small_base, epochs=1), "--container", cwd=made)
@@ -119,8 +119,8 @@ def test_an_adapter_and_a_merge_elsewhere(made: Path, container: Client, small_b
     command = ["merge", "--adapter", adapter, "--base", small_base, "--out", "merged", "--container"]
     code, output = container(*command, cwd=tmp_path)
     assert code == 0 and f"merged: {tmp_path / 'merged'}" in output, output
-    models.checked_folder(tmp_path / "merged")
-    assert container.inside("ls", str(places.OUTSIDE)) == ""
+    catalog.checked_folder(tmp_path / "merged")
+    assert container.inside("ls", str(names.OUTSIDE)) == ""
     code, output = container(*command, cwd=tmp_path)
     assert code == 2 and "is there already" in output
     command = ["export", "adapter", "--base", small_base, "--output-dir", "exported", "--quantization", "none"]

@@ -15,7 +15,7 @@ import pytest
 from contracts import write_chats
 from support.docker_engine import NAME, Client
 
-from kolotune.runners.container.places import image_tag
+from kolotune.runners.container.names import image_tag
 
 pytestmark = pytest.mark.container
 TOKEN = "hf_PlantedTokenThatMustNotBeSeenAnywhere"

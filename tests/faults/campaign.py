@@ -16,8 +16,9 @@ from support.runs import ROAD
 
 from faults import forking
 from faults.room import INTERVAL, STEPS, Broken, Room, said
-from kolotune import pipeline, records
-from kolotune.layout import RunFolder
+from kolotune.pipeline import run
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
 
 _MOST_KILLS, _MOST_AT_LAST = 14, 2
 """Of one folder, and of one in which the last stage is all that is left: then it may finish."""
@@ -81,7 +82,7 @@ def campaign(room: Room, tally: Tally, kills: int, keep: Callable[[Tally], None]
             old.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            stages = pipeline.NAMES if tally.runs % _COMPARES == 0 else ROAD
+            stages = run.NAMES if tally.runs % _COMPARES == 0 else ROAD
             _one_folder(room, folder, tally, dice, min(_MOST_KILLS, kills - tally.kills), stages)
         except Broken as error:
             tally.broken.append(f"{folder.name}: {error}")
@@ -138,7 +139,7 @@ def _dies(kind: str, after: float) -> Callable[[], None]:
 
 def _at_work(folder: Path) -> str:
     """The stage that was not brought to its end, or what stands between them."""
-    marked = [name for name in pipeline.NAMES if records.marked(RunFolder(folder), name)]
+    marked = [name for name in run.NAMES if records.marked(RunFolder(folder), name)]
     return marked[-1] if marked else "between stages"
 
 

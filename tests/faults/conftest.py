@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from faults.room import Room
-from kolotune import config as configs
-from kolotune.config import Config
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
 
 
 @pytest.fixture(scope="session")

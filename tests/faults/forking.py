@@ -22,15 +22,16 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from kolotune import files
-from kolotune.chats import renderer
+from kolotune.chats.templates import sandbox
+from kolotune.foundation import files
 
 _LOADED = (
-    "kolotune.cli", "kolotune.pipeline", "kolotune.engines.native.training", "kolotune.engines.native.model",
-    "kolotune.engines.native.llama", "kolotune.fidelity.models", "kolotune.fidelity.ggufs", "kolotune.report.page",
-    "kolotune.llamacpp.quantizer", "kolotune.llamacpp.inference", "kolotune.llamacpp.outline", "kolotune.exporting",
-    "kolotune.chats.preparing", "kolotune.ollama.template", "kolotune.fidelity.fp32", "llama_cpp", "gguf", "pydantic",
-    "transformers", "transformers.models.llama.modeling_llama", "safetensors.torch", "tokenizers", "jinja2",
+    "kolotune.cli", "kolotune.pipeline.run", "kolotune.engines.native.training", "kolotune.engines.native.model",
+    "kolotune.engines.native.llama", "kolotune.fidelity.models", "kolotune.fidelity.gguf_reader",
+    "kolotune.report.page", "kolotune.gguf.quantizer", "kolotune.gguf.inference", "kolotune.gguf.conversion_plan",
+    "kolotune.gguf.convert", "kolotune.chats.dataset.prepare", "kolotune.ollama.template",
+    "kolotune.fidelity.reference_model", "llama_cpp", "gguf", "pydantic", "transformers",
+    "transformers.models.llama.modeling_llama", "safetensors.torch", "tokenizers", "jinja2",
     "matplotlib.figure", "filelock", "yaml", "rich.progress",
 )  # fmt: skip
 _PYTHON = [sys.executable, "-P", "-m"]
@@ -169,8 +170,8 @@ def _become(work: Callable[[], object], descriptors: list[int], env: Mapping[str
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for remembered in (files._written, files._settled):  # a new process would know of no file
             remembered.clear()
-        _inherited.append(renderer._child)  # kept, since its end would end the parent's child
-        renderer._child = renderer._Child(renderer._child._argv)
+        _inherited.append(sandbox._child)  # kept, since its end would end the parent's child
+        sandbox._child = sandbox._Child(sandbox._child._argv)
         if env is not None:
             os.environ.clear()
             os.environ.update(env)

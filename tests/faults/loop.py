@@ -22,7 +22,7 @@ from support.runs import losses, results
 from support.tiny import chat_line, tiny_model
 
 from faults.room import Broken
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.reporter import PlainReporter
 
 _SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lighthouse"
 _LONGEST = 0.6
@@ -178,7 +178,7 @@ class _Attempts:
 
     def _require_once(self, events: Sequence[dict[str, Any]]) -> tuple[list[str], set[str]]:
         """The stages that began now, and those done so far."""
-        from kolotune import pipeline
+        from kolotune.pipeline import run as pipeline
 
         def stages(kind: str) -> list[str]:
             texts = [event["text"] for event in events if event["event"] == kind]

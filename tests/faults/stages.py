@@ -14,8 +14,9 @@ from support.runs import ROAD
 from faults import calls, forking
 from faults.calls import Point
 from faults.room import Broken, Room
-from kolotune import pipeline, records
-from kolotune.layout import RunFolder
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
 
 NAMES = [*pipeline.NAMES, "the run's end"]
 """The stages, and what comes behind them: manifest and report."""
@@ -107,7 +108,7 @@ def _wait_to_be_traced(reports: bool) -> None:
 
 def _without_report(reports: bool) -> None:
     """Drawing takes longer than any stage, and is a target of its own."""
-    from kolotune.cli import roads
+    from kolotune.cli import making
 
     if not reports:
-        roads.reporting = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, attr-defined]
+        making.reporting = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, attr-defined]

@@ -17,17 +17,19 @@ from support.control_groups import MemoryGroup
 from support.runs import losses, states
 from support.training import random_chats, write_tokens
 
-from kolotune import config as configs
-from kolotune import hardware, pipeline, records
-from kolotune.config import Config
 from kolotune.engines.job import event_of
-from kolotune.errors import TrainingError
-from kolotune.files import hash_file
-from kolotune.layout import RunFolder
-from kolotune.rebuilding import rebuild
-from kolotune.records import Context
-from kolotune.reporter import PlainReporter
+from kolotune.foundation import config as configs
+from kolotune.foundation import hardware
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.files import hash_file
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
 from kolotune.runners import local
+from kolotune.runs.rebuild import rebuild
 from kolotune.stages import train
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")

@@ -14,18 +14,18 @@ import pytest
 from support.mounts import tmpfs
 from support.runs import partials, results, states
 
-from kolotune import pipeline
-from kolotune.config import Config
-from kolotune.errors import SpaceError
-from kolotune.files import replacing
-from kolotune.layout import RunFolder
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import SpaceError
+from kolotune.foundation.files import replacing
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder.layout import RunFolder
 
 
 @pytest.fixture(scope="module")
 def made(room: Any, tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Path:
     """A finished run; read it only."""
-    from kolotune import config as configs
+    from kolotune.foundation import config as configs
 
     folder = tmp_path_factory.mktemp("made")
     options = {

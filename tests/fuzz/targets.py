@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from kolotune import adapters, config, models, weights
-from kolotune.chats.formats import read_chats
-from kolotune.errors import KolotuneError
-from kolotune.llamacpp import gguf_file
+from kolotune.base_models import catalog
+from kolotune.chats.reading.files import read_chats
+from kolotune.foundation import config
+from kolotune.foundation.errors import KolotuneError
+from kolotune.gguf import header
 from kolotune.ollama import modelfile, names
+from kolotune.weights import adapter, tensors
 
 Target = Callable[[bytes], None]
 
@@ -43,7 +45,7 @@ def _safetensors(data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # what is mapped must not be cut
     path.write_bytes(data)
-    weights.MappedTensors(weights.weight_files(path.parent))
+    tensors.MappedTensors(tensors.weight_files(path.parent))
 
 
 def _headers(data: bytes) -> None:
@@ -51,13 +53,13 @@ def _headers(data: bytes) -> None:
     path = ROOM / "header.safetensors"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
-    weights.MappedTensors([path])
+    tensors.MappedTensors([path])
 
 
 def _adapter(data: bytes) -> None:
     folder = ROOM / "adapter"
     folder.mkdir(exist_ok=True)
-    (folder / adapters.CONFIG).write_bytes(data)
+    (folder / adapter.CONFIG).write_bytes(data)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         import numpy as np
@@ -65,7 +67,7 @@ def _adapter(data: bytes) -> None:
 
         names = ("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight")
         save_file({names[0]: np.ones((2, 4), np.float32), names[1]: np.ones((4, 2), np.float32)}, file)
-    adapters.read(folder)
+    adapter.read(folder)
 
 
 def _folder(data: bytes) -> None:
@@ -76,14 +78,14 @@ def _folder(data: bytes) -> None:
     one, _, other = data.partition(b"\n")
     (folder / "config.json").write_bytes(one)
     (folder / "model.safetensors.index.json").write_bytes(other)
-    models.checked_folder(folder)
+    catalog.checked_folder(folder)
 
 
 def _gguf(data: bytes) -> None:
     path = ROOM / "model.gguf"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
-    gguf_file.read(path)
+    header.read(path)
 
 
 def _modelfile(data: bytes) -> None:
@@ -109,7 +111,7 @@ def _written(data: bytes) -> None:
 
 def _names(data: bytes) -> None:
     text = data.decode("utf-8", errors="surrogateescape")
-    assert not models.is_hub_id(text) or ".." not in text
+    assert not catalog.is_hub_id(text) or ".." not in text
     names.checked_name(text)
     assert text.isascii() and text.isprintable()
 

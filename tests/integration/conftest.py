@@ -13,11 +13,13 @@ import pytest
 from support import llama3
 from support.runs import ROAD
 
-from kolotune import config as configs
-from kolotune import llamacpp, pipeline, records
-from kolotune.config import Config
-from kolotune.layout import RunFolder
-from kolotune.reporter import PlainReporter
+from kolotune import llamacpp
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
 
 TEXT = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
@@ -213,14 +215,14 @@ def smollm2_road(
     toolchain: llamacpp.Toolchain,
 ) -> Road:
     """SmolLM2 after 12 steps on 36 chats of the sample; 20 others are held out."""
-    from kolotune import smollm2
+    from kolotune.base_models import packaged_model
 
-    base = smollm2.unpacked(reporter)
+    base = packaged_model.unpacked(reporter)
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "train.jsonl").write_text("\n".join(lines[:36]) + "\n", encoding="utf-8")
     (folder / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
     options = {
-        "base_model": smollm2.NAME,
+        "base_model": packaged_model.NAME,
         "train_data": folder / "train.jsonl",
         "eval_data": folder / "held_out.jsonl",
         "epochs": 1,

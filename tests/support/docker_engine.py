@@ -27,7 +27,7 @@ PROGRAM = [sys.executable, "-m", "kolotune"]
 BASE = "kolotune-tests/python:bookworm"
 NAME = "kolo_container"
 _START_SECONDS = 60.0
-_LOCK = Path(__file__).parents[2] / "kolotune" / "image" / "requirements.lock"
+_LOCK = Path(__file__).parents[2] / "kolotune" / "runners" / "container" / "image" / "requirements.lock"
 
 
 def until_training(child: subprocess.Popen[str]) -> None:
@@ -292,13 +292,13 @@ def container(image: Client) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], reporter: Any) -> Path:
     """A random Llama of 2 layers with SmolLM2's tokenizer and template."""
-    from kolotune import smollm2
-    from kolotune.chats.tokenizer import TOKENIZER_FILES
+    from kolotune.base_models import packaged_model
+    from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 
     folder = tmp_path_factory.mktemp("small") / "tiny"
     tiny_model("llama", folder, dtype="bfloat16", vocab_size=49152, max_position_embeddings=2048,
                tie_word_embeddings=True, pad_token_id=2)  # fmt: skip
-    for path in smollm2.unpacked(reporter).iterdir():
+    for path in packaged_model.unpacked(reporter).iterdir():
         if path.name in (*TOKENIZER_FILES, "generation_config.json"):
             shutil.copyfile(path, folder / path.name)
     return folder

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kolotune import models, pipeline, records
-from kolotune.config import Config
-from kolotune.files import Hasher
-from kolotune.layout import RunFolder
-from kolotune.records import Context
-from kolotune.reporter import PlainReporter
+from kolotune.base_models import catalog
+from kolotune.foundation.config import Config
+from kolotune.foundation.files import Hasher
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
 
 
 def context_of(config: Config) -> Context:
-    base = models.resolve(config.base_model, None, PlainReporter())
+    base = catalog.resolve(config.base_model, None, PlainReporter())
     return Context(config, RunFolder(config.output_dir), base)
 
 
@@ -25,7 +27,7 @@ def seal(config: Config) -> None:
     """Writes all records anew, so that every hash in them is that of the files as they now are."""
     context = context_of(config)
     hasher = Hasher()
-    for stage in pipeline.STAGES:
+    for stage in run.STAGES:
         record = records.read(context.run, stage.NAME)
         if record is None:
             continue
@@ -42,7 +44,7 @@ def make_again(config: Config, *names: str) -> None:
     seal(config)
     for name in names:
         RunFolder(config.output_dir).record(name).unlink()
-    pipeline.run(config, PlainReporter(), list(names))
+    run.run(config, PlainReporter(), list(names))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.encoding import EncodedChat, Encoder
-from kolotune.chats.template import ChatTemplate, freeze_date
+from kolotune.chats.templates.template import ChatTemplate, freeze_date
+from kolotune.chats.tokens.encoder import EncodedChat, Encoder
 
 DATE = datetime.date(2026, 3, 5)
 CHATML = (

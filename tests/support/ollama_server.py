@@ -26,9 +26,9 @@ from typing import Any
 
 import pytest
 
-from kolotune.llamacpp import gguf_file
-from kolotune.llamacpp.inference import GgufModel, Sampling
-from kolotune.quantizations import FILE_TYPES
+from kolotune.foundation.quantization_types import FILE_TYPES
+from kolotune.gguf import header
+from kolotune.gguf.inference import GgufModel, Sampling
 from support.go_templates import Renderer, job
 from support.ollama_texts import go_json, lines_of, modelfile_of
 
@@ -149,7 +149,7 @@ class OllamaServer:
         if self.fault == "error in create":
             yield {"error": "this GGUF is of no use"}
             return
-        gguf_file.read(self.blob(digest))
+        header.read(self.blob(digest))
         yield {"status": f"using existing layer {digest}"}
         texts = {name: request.get(name) for name in ("template", "system") if request.get(name)}
         license_ = request.get("license") or []
@@ -205,7 +205,7 @@ class OllamaServer:
         if self.fault == "other weights":
             model["digest"] = f"sha256:{'0' * 64}"
         path = self.blob(model["digest"])
-        summary = gguf_file.read(self.blob(self.found(name)["digest"]))
+        summary = header.read(self.blob(self.found(name)["digest"]))
         kinds = {number: kind for kind, number in FILE_TYPES.items()} | {0: "F32", 1: "F16"}
         answer = {
             "license": "\n".join(model["licenses"]),

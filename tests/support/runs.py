@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kolotune import config as configs
-from kolotune import pipeline
-from kolotune.config import Config
-from kolotune.files import hash_file
-from kolotune.layout import RunFolder
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.files import hash_file
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder.layout import RunFolder
 
 # The stages of a run with --no-compare, as most runs of tests are, to save their time.
 ROAD = tuple(name for name in pipeline.NAMES if name != "compare")

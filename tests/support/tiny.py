@@ -40,12 +40,12 @@ def tiny_weights(folder: Path, seed: int) -> None:
 
 def tiny_model(folder: Path, reporter: Any) -> None:
     """`tiny_weights` with SmolLM2's tokenizer and template, which llama.cpp knows."""
-    from kolotune import smollm2
-    from kolotune.chats.tokenizer import TOKENIZER_FILES
+    from kolotune.base_models import packaged_model
+    from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 
     folder.mkdir(parents=True)
     tiny_weights(folder, seed=0)
-    source = smollm2.unpacked(reporter)
+    source = packaged_model.unpacked(reporter)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from support.tiny import chat_line, tiny_model, tiny_weights
 
-from kolotune import config as configs
-from kolotune import pipeline
 from kolotune.cli import run_command_line
-from kolotune.config import Config
-from kolotune.files import hash_file
-from kolotune.layout import RunFolder
-from kolotune.reporter import PlainReporter
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.files import hash_file
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run
+from kolotune.run_folder.layout import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter
         "compare": False,
     }
     config = configs.resolve((options, "test", room))
-    pipeline.run(config, reporter)
+    run.run(config, reporter)
     return config
 
 

@@ -16,16 +16,18 @@ import torch
 from safetensors.numpy import save_file
 from unit.test_records import FakeStage
 
-from kolotune import adapters, records, weights
-from kolotune.config import Config
 from kolotune.engines.native import checkpoints
 from kolotune.engines.native.checkpoints import State
-from kolotune.errors import KolotuneError
-from kolotune.files import Hasher
-from kolotune.layout import RunFolder
-from kolotune.llamacpp import gguf_file
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.files import Hasher
+from kolotune.gguf import header
 from kolotune.ollama import modelfile
-from kolotune.records import Context
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
+from kolotune.weights import adapter
+from kolotune.weights import tensors as weights
 
 COUNT = 500
 
@@ -152,14 +154,14 @@ def test_a_damaged_checkpoint_is_passed_over(training_room: Callable[..., Any]) 
 
 
 def _read_adapter(path: Path) -> Any:
-    (path.parent / adapters.CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    return adapters.read(path.parent)
+    (path.parent / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    return adapter.read(path.parent)
 
 
 PARSERS: dict[str, Callable[[Path], Any]] = {
     "adapter_model.safetensors": _read_adapter,
     "model.safetensors": lambda path: weights.MappedTensors(weights.weight_files(path.parent)),
-    "Merged.gguf": gguf_file.read,
+    "Merged.gguf": header.read,
     "Modelfile": lambda path: modelfile.parse(path.read_text(encoding="utf-8", errors="replace")),
 }
 

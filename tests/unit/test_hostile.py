@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 from support.hostile import STEERING, TEXTS
 
-from kolotune import adapters, config, models
-from kolotune.errors import KolotuneError
-from kolotune.layout import RunFolder
+from kolotune.base_models import catalog
+from kolotune.foundation import config
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.reporter import JsonReporter, PlainReporter, RichReporter, print_pieces
 from kolotune.ollama import modelfile, names
-from kolotune.reporter import JsonReporter, PlainReporter, RichReporter, print_pieces
+from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
-from kolotune.runners.container import places
+from kolotune.runners.container import names as places
+from kolotune.weights import adapter
 
 Call = Callable[..., tuple[int, str]]
 
@@ -141,7 +143,7 @@ def test_as_a_name_in_ollama() -> None:
 def test_as_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in TEXTS:
         for name in (text, f"owner/{text}", f"{text}/name"):
-            if models.is_hub_id(name):
+            if catalog.is_hub_id(name):
                 assert re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name) and ".." not in name
 
 
@@ -149,7 +151,7 @@ def test_as_an_adapter_and_as_its_tensors(tmp_path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    (tmp_path / adapters.CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    (tmp_path / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     for text in TEXTS:
         if "\ud800" in text or "\udcff" in text:
             continue
@@ -157,10 +159,10 @@ def test_as_an_adapter_and_as_its_tensors(tmp_path: Path) -> None:
         file.unlink(missing_ok=True)
         save_file({text: np.ones((2, 2), np.float32)}, file)
         with pytest.raises(KolotuneError):
-            adapters.read(tmp_path)
+            adapter.read(tmp_path)
     for text in TEXTS:
         try:
-            assert not adapters.is_adapter(tmp_path / "none" / text) or "\0" not in text
+            assert not adapter.is_adapter(tmp_path / "none" / text) or "\0" not in text
         except (OSError, ValueError):
             assert len(text) > 200 or "\0" in text or "\ud800" in text
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kolotune import reporter
-from kolotune.layout import RunFolder
-from kolotune.reporter import EVENTS, WITH_MORE_FIELDS, JsonReporter
+from kolotune.foundation import reporter
+from kolotune.foundation.reporter import EVENTS, WITH_MORE_FIELDS, JsonReporter
+from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "json-events.md"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.reporter import JsonReporter, PlainReporter, Replay, Reporter, event_of
+from kolotune.foundation.reporter import JsonReporter, PlainReporter, Replay, Reporter, event_of
 
 
 def speak(say: Reporter) -> None:

@@ -89,7 +89,7 @@ def test_yaml_is_read_by_safe_loaders_only() -> None:
 
 def test_pickles_are_our_own_processes_only() -> None:
     """What a worker or a file that this very process has just written says."""
-    own = ("kolotune/runners/workers.py", "kolotune/chats/spool.py")
+    own = ("kolotune/runners/workers.py", "kolotune/chats/dataset/row_store.py")
     loads = ("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open")
     assert not found(lambda name, _: name in loads, "kolotune", "bench", "examples", but=own)
     for path, tree in source("kolotune").items():
@@ -116,7 +116,7 @@ def test_no_code_of_a_model_is_trusted() -> None:
     trusting = found(
         lambda name, call: name in loaders and keyword(call, "trust_remote_code") is None,
         "kolotune",
-        but=("kolotune/smollm2.py",),  # a GGUF of a known hash
+        but=("kolotune/base_models/packaged_model.py",),  # a GGUF of a known hash
     )
     assert not trusting
 
@@ -140,26 +140,26 @@ def test_strangers_templates_run_in_one_place() -> None:
     )
     # The second runs in the first; the third is the report's own page.
     assert [each.split(":")[0] for each in places] == [
-        "kolotune/chats/jinja.py",
-        "kolotune/chats/unseen.py",
+        "kolotune/chats/templates/jinja.py",
+        "kolotune/chats/templates/opaque_strings.py",
         "kolotune/report/page.py",
     ]
 
 
 # Beside the reporter: lines of JSON between our own processes, and what a container's terminal shows, cleaned.
 PRINTING = (
-    "kolotune/reporter.py",
+    "kolotune/foundation/reporter.py",
     "kolotune/engines/job.py",
     "kolotune/engines/native/elastic.py",
     "kolotune/engines/torchtune/environment.py",
     "kolotune/engines/torchtune/inside/kolotune_recipe/events.py",
     "kolotune/launching/node.py",
-    "kolotune/llamacpp/dry_quantizing.py",
-    "kolotune/llamacpp/importance.py",
-    "kolotune/llamacpp/messages.py",
-    "kolotune/llamacpp/outlining.py",
+    "kolotune/gguf/quantized_sizes.py",
+    "kolotune/gguf/importance_matrix.py",
+    "kolotune/llamacpp/log.py",
+    "kolotune/gguf/conversion_tracing.py",
     "kolotune/runners/container/inside.py",
-    "kolotune/runners/container/sending.py",
+    "kolotune/runners/container/verb.py",
     "kolotune/runners/watchdog.py",
 )
 

@@ -9,8 +9,9 @@ import traceback
 import warnings
 from pathlib import Path
 
-from ...errors import KolotuneError, TrainingError
-from ...runners.watchdog import end_with_parent
+from kolotune.foundation.errors import KolotuneError, TrainingError
+from kolotune.runners.watchdog import end_with_parent
+
 from ..job import TrainJob, emit
 from . import elastic
 

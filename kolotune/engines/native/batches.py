@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...errors import TrainingError
+from kolotune.foundation.errors import TrainingError
 
 IGNORED = -100
 

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import KolotuneError
-from ...hardware import peak_memory
-from ...runners.watchdog import end_with_parent
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.hardware import peak_memory
+from kolotune.runners.watchdog import end_with_parent
+
 from ..job import TrainJob, emit
 
 if TYPE_CHECKING:

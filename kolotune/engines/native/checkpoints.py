@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...files import hash_file, remove, replacing
+from kolotune.foundation.files import hash_file, remove, replacing
+
 from ..job import TrainJob
 
 _KEPT = 2

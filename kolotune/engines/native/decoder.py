@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ...estimates import LOGITS_AT_ONCE
+from ..estimates import LOGITS_AT_ONCE
 from .attention import Heads
 from .fused import FusedLinear
 from .lora import FlatAdapters

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
-from ... import hardware
-from ...runners.watchdog import WATCH_STDIN
+from kolotune.foundation import hardware
+from kolotune.runners.watchdog import WATCH_STDIN
+
 from .. import torchrun
 from ..job import TrainJob
 from .environment import LEAN

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...weights import TensorFiles, weight_files
+from kolotune.weights.tensors import TensorFiles, weight_files
+
 from . import lora
 from .attention import Heads
 from .decoder import Decoder, Layer

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 

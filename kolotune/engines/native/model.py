@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ... import estimates, hardware
-from ...errors import TrainingError
-from ...estimates import Adapter, Row
+from kolotune.foundation import hardware
+from kolotune.foundation.errors import TrainingError
+
+from .. import estimates
+from ..estimates import Adapter, Row
 from ..job import TrainJob
 from . import families, llama, lora, sharded
 from .batches import IGNORED, Tokens, make_batch

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...errors import TrainingError
-from ...weights import weight_files
+from kolotune.foundation.errors import TrainingError
+from kolotune.weights.tensors import weight_files
 
 _ROWS = 8192  # of a matrix, that are in memory twice while they are read or multiplied
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ...errors import TrainingError
-from ...hardware import best_device
+from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.hardware import best_device
+
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit
 from ..metrics import Metrics

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...errors import TrainingError
+from kolotune.foundation.errors import TrainingError
 
 _PATIENCE = datetime.timedelta(minutes=10)  # for the slowest of the others, before a peer counts as gone
 _SEED_STEPS = 1_000_003

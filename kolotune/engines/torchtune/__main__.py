@@ -8,8 +8,9 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from ...errors import Interrupted, KolotuneError, TrainingError
-from ...runners.watchdog import end_with_parent
+from kolotune.foundation.errors import Interrupted, KolotuneError, TrainingError
+from kolotune.runners.watchdog import end_with_parent
+
 from ..job import TrainJob, emit
 
 

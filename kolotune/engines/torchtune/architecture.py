@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ModelError
-from ...models import KNOWN
+from kolotune.base_models.catalog import KNOWN
+from kolotune.foundation.errors import ModelError
 
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

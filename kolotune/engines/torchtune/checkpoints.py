@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...files import remove
+from kolotune.foundation.files import remove
+
 from ..job import TrainJob
 from .inside.kolotune_recipe import found
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...cache import cache_folder
-from ...errors import KolotuneError, OfflineError, ToolchainError
-from ...files import explained, remove, write_json
-from ...runners import local
+from kolotune.base_models.downloads import cache_folder
+from kolotune.foundation.errors import KolotuneError, OfflineError, ToolchainError
+from kolotune.foundation.files import explained, remove, write_json
+from kolotune.runners import local
 
 MODULE = "kolotune.engines.torchtune.environment"
 VARIABLE = "KOLOTUNE_TORCHTUNE"

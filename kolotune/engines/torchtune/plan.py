@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...config import Config
-from ...errors import ConfigError
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ConfigError
+
 from ..job import TrainJob
 from .architecture import CONFIGS, Llama
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import hardware
-from ...errors import KolotuneError, TrainingError
-from ...files import write_json
-from ...runners import kills, local
-from ...weights import weight_files
+from kolotune.foundation import hardware
+from kolotune.foundation.errors import KolotuneError, TrainingError
+from kolotune.foundation.files import write_json
+from kolotune.runners import local, memory_kills
+from kolotune.weights.tensors import weight_files
+
 from .. import torchrun
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit, event_of
@@ -167,7 +168,7 @@ def _run_recipe(job: TrainJob, task: dict[str, Any], place: Environment, answers
     )
     if answers.error is not None:
         raise answers.error
-    if shortage := kills.shortage(code, kills_before):
+    if shortage := memory_kills.shortage(code, kills_before):
         raise MemoryError(shortage)
     if code != 0:
         said = answers.lost or local.last_lines(_log(job))

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ...errors import ArtifactError
-from . import places
+from kolotune.foundation.errors import ArtifactError
+
+from . import names
 
 _CHUNK = 1 << 20
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -65,7 +66,7 @@ def _head(name: str, kind: bytes, size: int) -> bytes:
     entry = tarfile.TarInfo(name)
     entry.type, entry.size = kind, size
     entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
-    entry.uid = entry.gid = places.USER
+    entry.uid = entry.gid = names.USER
     return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 

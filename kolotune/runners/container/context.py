@@ -12,23 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ...errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[2]
+_IMAGE = Path(__file__).with_name("image")
 _LOCK = "requirements.lock"
 # What makes llama.cpp's converter and torchtune's environment: steps of their own, which other changes must not repeat.
 _FETCHING = (
     "__init__.py",
-    "cache.py",
-    "errors.py",
-    "files.py",
+    "base_models/__init__.py",
+    "base_models/downloads.py",
+    "foundation/__init__.py",
+    "foundation/errors.py",
+    "foundation/files.py",
     "runners/__init__.py",
     "runners/local.py",
     "runners/watchdog.py",
     "version.py",
 )
 _STEPS = {
-    "toolchain": (*_FETCHING, "reporter.py", "llamacpp/__init__.py", "llamacpp/toolchain.py"),
+    "toolchain": (*_FETCHING, "foundation/reporter.py", "llamacpp/__init__.py", "llamacpp/toolchain.py"),
     "torchtune": (
         *_FETCHING,
         "engines/__init__.py",
@@ -54,8 +57,8 @@ def write(
         ConfigError: one of the files is not there, or the folder holds no wheel.
     """
     with tarfile.open(fileobj=into, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        _add(tar, "Dockerfile", _PACKAGE / "image" / "Dockerfile")
-        _add(tar, f"build/{_LOCK}", _PACKAGE / "image" / _LOCK)
+        _add(tar, "Dockerfile", _IMAGE / "Dockerfile")
+        _add(tar, f"build/{_LOCK}", _IMAGE / _LOCK)
         for name, given in (("ca.pem", ca_bundle), ("pip.conf", pip_config)):
             if given is not None:
                 if not given.is_file():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import (
+from kolotune.foundation.errors import (
     ContainerError,
     ContainerLostError,
     ContainerMissingError,
@@ -19,8 +19,9 @@ from ...errors import (
     SimilarContainerError,
     SpaceError,
 )
-from ...version import VERSION
-from . import places
+from kolotune.version import VERSION
+
+from . import names
 
 _FULL = ("no space left on device", "disk quota exceeded")
 _KEPT = "what was done stays, and --use-checkpoint goes on in mid-training."
@@ -109,7 +110,7 @@ class Docker:
             id=seen["Id"],
             state=state["Status"],
             image=seen["Image"],
-            version=(seen["Config"].get("Labels") or {}).get(places.VERSION_LABEL, ""),
+            version=(seen["Config"].get("Labels") or {}).get(names.VERSION_LABEL, ""),
             started=state["StartedAt"],
         )
 

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import ConfigError, ContainerMissingError, ImageBuildError, ImageMissingError, KolotuneError
-from ...reporter import Progress, Reporter
-from ...version import VERSION
-from . import context, places
+from kolotune.foundation.errors import (
+    ConfigError,
+    ContainerMissingError,
+    ImageBuildError,
+    ImageMissingError,
+    KolotuneError,
+)
+from kolotune.foundation.reporter import Progress, Reporter
+from kolotune.version import VERSION
+
+from . import context, names
 from .archive import Item, packed
 from .docker import Docker, Found
 
@@ -58,7 +65,7 @@ def build(docker: Docker, options: BuildOptions, log: Path, reporter: Reporter) 
             answers = docker.api.build(
                 fileobj=tar,
                 custom_context=True,
-                tag=places.image_tag(),
+                tag=names.image_tag(),
                 buildargs={name: value for name, value in arguments.items() if value is not None},
                 network_mode=options.network,
                 rm=True,
@@ -67,7 +74,7 @@ def build(docker: Docker, options: BuildOptions, log: Path, reporter: Reporter) 
                 timeout=None,
             )
             _follow(answers, output, log, progress, options.base or "of the Dockerfile")
-    return places.image_tag()
+    return names.image_tag()
 
 
 def _follow(answers: Iterable[dict[str, Any]], output: IO[str], log: Path, progress: Progress, base: str) -> None:
@@ -130,13 +137,11 @@ def start(docker: Docker, name: str, options: StartOptions, reporter: Reporter) 
         found = None
     if found is None:
         _make(docker, name, options)
-        reporter.success(f"made container {name}, with volume {places.volume_of(name)}")
+        reporter.success(f"made container {name}, with volume {names.volume_of(name)}")
     elif options != StartOptions():
         reporter.warning(f"container {name} is there already, and keeps the options it has; --anew makes it anew")
-    elif found.image != _image_id(docker, places.image_tag()):
-        reporter.warning(
-            f"container {name} was made from another image than {places.image_tag()}; --anew makes it anew"
-        )
+    elif found.image != _image_id(docker, names.image_tag()):
+        reporter.warning(f"container {name} was made from another image than {names.image_tag()}; --anew makes it anew")
     with docker.told(f"start {name}"):
         if found is not None and found.state == "paused":
             docker.api.unpause(name)
@@ -151,25 +156,25 @@ def start(docker: Docker, name: str, options: StartOptions, reporter: Reporter) 
 
 def _sweep(docker: Docker, started: Found) -> None:
     """Frees what half-sent files take; in a container that has just been started nobody is sending any."""
-    from .exchange import Volume
+    from .transfer import Volume
 
     with contextlib.suppress(KolotuneError):
-        Volume(docker, started).ask("sweep", places.VOLUME)
+        Volume(docker, started).ask("sweep", names.VOLUME)
 
 
 def _make(docker: Docker, name: str, options: StartOptions) -> None:
-    image = options.image or places.image_tag()
+    image = options.image or names.image_tag()
     if _image_id(docker, image) is None:
         raise ImageMissingError(f"there is no image {image}")
     env = _variables(options.env)
     if options.ca_bundle is not None:
-        certificates = f"{places.VOLUME}/.{_CERTIFICATES}"
+        certificates = f"{names.VOLUME}/.{_CERTIFICATES}"
         env |= dict.fromkeys(("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"), certificates)
     api = docker.api
     with docker.told(f"make {name}"):
         host = api.create_host_config(
             init=True,  # takes in what a killed process leaves behind
-            binds={places.volume_of(name): {"bind": str(places.VOLUME), "mode": "rw"}},
+            binds={names.volume_of(name): {"bind": str(names.VOLUME), "mode": "rw"}},
             network_mode=options.network,
             port_bindings={port: ("127.0.0.1", port) for port in options.ports},
             cap_drop=["ALL"],
@@ -182,7 +187,7 @@ def _make(docker: Docker, name: str, options: StartOptions) -> None:
         )
         if options.ca_bundle is not None:
             content = options.ca_bundle.read_bytes()
-            api.put_archive(made["Id"], str(places.VOLUME), packed([Item(f".{_CERTIFICATES}", content)]))
+            api.put_archive(made["Id"], str(names.VOLUME), packed([Item(f".{_CERTIFICATES}", content)]))
 
 
 def _image_id(docker: Docker, image: str) -> str | None:
@@ -201,7 +206,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
         name, equals, value = each.partition("=")
         if not equals or not name:
             raise ConfigError(f"env: {name!r} is not of the form NAME=VALUE")
-        if name in places.SECRET_VARIABLES:
+        if name in names.SECRET_VARIABLES:
             raise ConfigError(
                 f"env: {name} would be readable in the container's description",
                 "Leave it in this machine's environment, or use --hf-token FILE: each verb takes it along.",
@@ -242,24 +247,24 @@ def stop(docker: Docker, name: str) -> None:
 
 def described(docker: Docker, name: str) -> list[tuple[str, str, str]]:
     """Rows (part, state, what) about Docker, the image and the container."""
-    from .exchange import Volume
+    from .transfer import Volume
 
     version = docker.api.version()
     rows = [("docker", "ok", f"{version.get('Version', '?')}, on {version.get('Os', '?')}/{version.get('Arch', '?')}")]
-    image = _image_id(docker, places.image_tag())
-    rows.append(("image", "ok" if image else "missing", places.image_tag() if image else "kolotune container build"))
+    image = _image_id(docker, names.image_tag())
+    rows.append(("image", "ok" if image else "missing", names.image_tag() if image else "kolotune container build"))
     found = docker.find(name)
     if found is None:
         return [*rows, ("container", "missing", f"kolotune container start {name}")]
     note = "" if found.image == image else ", of another image: kolotune container start --anew"
     rows.append(("container", found.state, f"{name}{note}"))
     rows.append(("kolotune inside", "ok" if found.version == VERSION else "other", found.version or "none"))
-    rows.append(("volume", "ok", places.volume_of(name)))
+    rows.append(("volume", "ok", names.volume_of(name)))
     if found.state == "running" and found.version == VERSION:
-        from ...reporter import size_in_words
+        from kolotune.foundation.reporter import size_in_words
 
         with contextlib.suppress(OSError):
-            sizes = Volume(docker, found).ask("sizes", places.VOLUME)
+            sizes = Volume(docker, found).ask("sizes", names.VOLUME)
             for folder, size in sizes.items():
                 label = {".inputs": "files sent in", ".cache": "models and toolchain"}.get(folder, folder)
                 rows.append(("on the volume", size_in_words(size), label))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...layout import RunFolder
-from ...secret import Secret
+from kolotune.foundation.secrets import Secret
+from kolotune.run_folder.layout import RunFolder
 
 
 class Paths:

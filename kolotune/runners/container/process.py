@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-from ...errors import ContainerError, ContainerLostError, Interrupted, SpaceError
-from ...reporter import Reporter
+from kolotune.foundation.errors import ContainerError, ContainerLostError, Interrupted, SpaceError
+from kolotune.foundation.reporter import Reporter
+
 from ..watchdog import WATCH_STDIN
-from . import places
+from . import names
 from .docker import SPACE_HINT, Docker, Found, is_full, lost, paused
 
 _FRAME = struct.Struct(">BxxxL")  # which stream, three bytes of nothing, length
@@ -120,7 +121,7 @@ class Process:
         """The process's number inside, when it has told it (`watchdog.SAY_PROCESS`)."""
         with docker.working(found, doing, f"start a process in {found.name}"):
             created = docker.api.exec_create(
-                found.id, list(argv), stdin=True, environment=variables, workdir=places.HOME
+                found.id, list(argv), stdin=True, environment=variables, workdir=names.HOME
             )
             self._id = created["Id"]
             stream = docker.api.exec_start(self._id, socket=True)
@@ -200,7 +201,7 @@ class Process:
         code = (
             "import os, signal, sys; getattr(os, sys.argv[1])(int(sys.argv[2]), getattr(signal, 'SIG' + sys.argv[3]))"
         )
-        argv = [places.PYTHON, "-P", "-c", code, how, str(self.number), name]
+        argv = [names.PYTHON, "-P", "-c", code, how, str(self.number), name]
         with contextlib.suppress(Exception):  # it has ended by itself, or the container has
             created = self._docker.api.exec_create(self._found.id, argv)
             self._docker.api.exec_start(created["Id"])

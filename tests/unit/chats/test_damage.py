@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kolotune.chats.containers import MAX_LINE_BYTES
-from kolotune.chats.formats import ReadResult, read_chats
+from kolotune.chats.reading.files import ReadResult, read_chats
+from kolotune.chats.reading.json_files import MAX_LINE_BYTES
 
 GOOD = '{"messages": [{"role": "user", "content": "q%d"}, {"role": "assistant", "content": "a%d"}]}'
 

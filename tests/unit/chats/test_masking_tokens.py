@@ -33,10 +33,10 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.encoding import Encoder, _bare, labelled
-from kolotune.chats.masking import locate
-from kolotune.chats.template import ChatTemplate
-from kolotune.errors import DataError, TemplateError
+from kolotune.chats.templates.loss_mask import locate
+from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.tokens.encoder import Encoder, _bare, labelled
+from kolotune.foundation.errors import DataError, TemplateError
 
 
 def test_template_written_in_other_ways() -> None:

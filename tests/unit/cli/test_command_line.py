@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from support.runs import ROAD
 
-from kolotune.config import Config
-from kolotune.layout import RunFolder
+from kolotune.foundation.config import Config
+from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 PROGRAM = [sys.executable, "-m", "kolotune"]
@@ -251,7 +251,7 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
 
 def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -> None:
     """Not there yet is nothing missing; a variable that names nothing is."""
-    from kolotune.cli.looks import _torchtune
+    from kolotune.cli.looking import _torchtune
 
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
     name, state, what = _torchtune()
@@ -406,7 +406,7 @@ def test_chat_reads_from_a_pipe_and_ends_with_it(finished: Config, tmp_path: Pat
 
 @pytest.mark.slow
 def test_chat_with_the_base_model(kolotune: Call, finished: Config, tmp_path: Path, monkeypatch: Any) -> None:
-    from kolotune.cache import cache_folder
+    from kolotune.base_models.downloads import cache_folder
 
     toolchain = cache_folder("toolchain")
     (tmp_path / "cache").mkdir()
@@ -476,12 +476,12 @@ def test_a_terminal_of_another_encoding_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_an_interruption_before_any_stage_is_130_and_said(kolotune: Call, monkeypatch: Any, write_chats: Any) -> None:
-    from kolotune import models
+    from kolotune.base_models import catalog
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "resolve", interrupted)
+    monkeypatch.setattr(catalog, "resolve", interrupted)
     code, output = kolotune("check", write_chats())
     assert code == 130
     assert "error: stopped" in output

@@ -30,7 +30,7 @@ def test_the_test_behind_each_row_exists(row: list[str]) -> None:
 
 
 def test_every_parameter_of_the_script_has_a_row_and_a_flag() -> None:
-    from kolotune.config import FIELDS
+    from kolotune.foundation.config import FIELDS
 
     told = " ".join(row[0] for row in ROWS)
     for name in PARAMETERS.split():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import scaling_model
 
-from kolotune import estimates
-from kolotune.models import KNOWN
+from kolotune.base_models.catalog import KNOWN
+from kolotune.engines import estimates
 
 
 def test_the_page_has_the_tables_that_the_formulas_make() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from support.tiny import tiny_llama
 
-from kolotune import config as configs
-from kolotune import pipeline
 from kolotune.chats import Chat, Message
-from kolotune.chats.encoding import EncodedChat, Encoder
-from kolotune.chats.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, template_text
-from kolotune.config import Config
-from kolotune.reporter import PlainReporter
+from kolotune.chats.tokens.encoder import EncodedChat, Encoder
+from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, template_text
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run
 
 _COLOURS = ("red", "blue", "green", "black", "white", "brown")
 _THINGS = ("boat", "house", "lamp", "door", "hat", "cup", "coat", "road")
@@ -104,5 +104,5 @@ def learnt(
         "compare_answers": 2,
     }
     config = configs.resolve((options, "test", room))
-    pipeline.run(config, reporter)
+    run.run(config, reporter)
     return config

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from kolotune import config as configs
-from kolotune import pipeline
-from kolotune.config import Config
 from kolotune.fidelity.result import Comparison
-from kolotune.files import Hasher, size_of
-from kolotune.layout import RunFolder
-from kolotune.reporter import PlainReporter
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.files import Hasher, size_of
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder.layout import RunFolder
 
 
 @pytest.mark.slow

@@ -16,16 +16,17 @@ from typing import Any
 import pytest
 from support import faults
 
-from kolotune import pipeline, records
-from kolotune.config import Config
-from kolotune.errors import FidelityError, KolotuneError
-from kolotune.exporting import convert_folder
-from kolotune.fidelity import ggufs, models
+from kolotune.fidelity import gguf_reader, models
 from kolotune.fidelity.result import Comparison
-from kolotune.files import Hasher
-from kolotune.layout import RunFolder
-from kolotune.llamacpp import gguf_file
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import FidelityError, KolotuneError
+from kolotune.foundation.files import Hasher
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.gguf import header
+from kolotune.gguf.convert import convert_folder
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
 from kolotune.stages import compare
 
 
@@ -33,7 +34,7 @@ from kolotune.stages import compare
 def measured_here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
         del run, reporter
-        (models if kind == "models" else ggufs).measure(file)
+        (models if kind == "models" else gguf_reader).measure(file)
 
     monkeypatch.setattr(compare, "_in_a_process", measure)
 
@@ -124,8 +125,8 @@ def missing_stop(config: Config) -> None:
 
 def doubled_bos(config: Config) -> None:
     for file in (run_of(config).gguf, run_of(config).quantized("Q4_K_M")):
-        assert gguf_file.read(file).fields["tokenizer.ggml.add_bos_token"] is False
-        gguf_file.set_flag(file, "tokenizer.ggml.add_bos_token", True)
+        assert header.read(file).fields["tokenizer.ggml.add_bos_token"] is False
+        header.set_flag(file, "tokenizer.ggml.add_bos_token", True)
 
 
 def dropped_system_prompt(config: Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kolotune.fidelity.judge import ADAPTER, Evidence, Made, recommended, verdict
 from kolotune.fidelity.result import Comparison, Measured
-from kolotune.fidelity.task import Asked, Figures, GgufAnswer, Reference
+from kolotune.fidelity.tasks import Asked, Figures, GgufAnswer, Reference
 
 Q3, Q4, Q8 = (
     Measured(name, size, loss, 0.1, 0.9) for name, size, loss in (("Q3", 3, 2.5), ("Q4", 4, 2.04), ("Q8", 8, 2.0))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.errors import ArtifactError
 from kolotune.fidelity.result import Answer, Checked, Comparison, Count, Failure, Measured
-from kolotune.files import write_json
+from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.files import write_json
 
 WHOLE = Comparison(
     chats=2,

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from support.kubernetes_api import Cluster, kubernetes_api, why_not
 
-from kolotune import config as configs
-from kolotune.errors import ConfigError, LaunchError, RunFolderError
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError, LaunchError, RunFolderError
 from kolotune.launching import kubernetes
-from kolotune.launching.contract import LATER, Launched, Order, Plan, Quiet
 from kolotune.launching.kubernetes import Kubernetes
+from kolotune.launching.launcher import LATER, Launched, Order, Plan, Quiet
 
-DOCKERFILE = Path(kubernetes.__file__).parents[1] / "image" / "Dockerfile"
+DOCKERFILE = Path(kubernetes.__file__).parents[1] / "runners" / "container" / "image" / "Dockerfile"
 VERSIONS = ["1.27", "1.30", "1.33"]
 CLUSTER = {"image": "registry.example/kolotune:1", "claim": "runs"}
 

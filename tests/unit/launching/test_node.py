@@ -15,7 +15,7 @@ import pytest
 
 import kolotune
 from kolotune.launching.node import MODULE, Node, _run, _was_here
-from kolotune.layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
 from kolotune.version import VERSION
 
 SOURCE = str(Path(kolotune.__file__).parents[1])

@@ -19,11 +19,11 @@ from support import slurm_cluster as cluster_support
 from support.runs import losses
 from support.slurm_cluster import slurm_cluster
 
-from kolotune import config as configs
-from kolotune.errors import ConfigError, LaunchError
-from kolotune.launching.contract import LATER, Launched, Order, Quiet
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError, LaunchError
+from kolotune.launching.launcher import LATER, Launched, Order, Quiet
 from kolotune.launching.slurm import Part, Slurm, _without_secrets
-from kolotune.layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 WHY_NOT = cluster_support.why_not() or hosts.why_not()
@@ -217,7 +217,7 @@ def _take_back(controller: int) -> None:
 
 def test_the_extra_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    from kolotune.errors import ToolchainError
+    from kolotune.foundation.errors import ToolchainError
 
     with pytest.raises(ToolchainError) as told:
         Slurm().plan(order(tmp_path))

@@ -19,12 +19,12 @@ from support import hosts
 from support.runs import losses
 from support.ssh_server import ALIAS, Server, ssh_server, why_not
 
-from kolotune import config as configs
-from kolotune.errors import ConfigError, DataError, LaunchError
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError, DataError, LaunchError
 from kolotune.launching import remote, ssh
-from kolotune.launching.contract import LATER, Launched, Order, Quiet
+from kolotune.launching.launcher import LATER, Launched, Order, Quiet
 from kolotune.launching.ssh import Ssh
-from kolotune.layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 TOKEN = "hf_PlantedTokenThatMustNotBeSeen"

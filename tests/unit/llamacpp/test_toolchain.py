@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kolotune import llamacpp
-from kolotune.errors import ToolchainError
+from kolotune.foundation.errors import ToolchainError
 from kolotune.llamacpp import toolchain as module
 
 

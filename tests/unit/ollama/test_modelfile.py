@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kolotune.errors import ArtifactError, ConfigError
+from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.ollama.modelfile import Modelfile, parse, read_commands, render
 from kolotune.ollama.parameters import IGNORED, KNOWN, validate
 

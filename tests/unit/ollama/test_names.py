@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kolotune.errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 from kolotune.ollama.names import checked_name
 
 LONG = "a" * 80

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support.ollama_server import OllamaServer
 
-from kolotune.errors import OllamaDownError, OllamaError
-from kolotune.ollama.confirm import differences
+from kolotune.foundation.errors import OllamaDownError, OllamaError
+from kolotune.ollama.confirmation import differences
 from kolotune.ollama.modelfile import Description, describe
 from kolotune.ollama.server import Server, as_options, release
 

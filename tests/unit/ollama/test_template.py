@@ -13,11 +13,11 @@ from support.go_templates import job
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kolotune import llamacpp
-from kolotune.errors import TemplateError
+from kolotune.foundation.errors import TemplateError
+from kolotune.foundation.reporter import PlainReporter
 from kolotune.ollama.modelfile import Modelfile, parse, render
 from kolotune.ollama.template import NotDerivable, RenderFn, TurnFormat, battery, derive, merge, stop_strings
 from kolotune.ollama.turns import Affix, go_text
-from kolotune.reporter import PlainReporter
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.chats.tokenizer import load_tokenizer
+from kolotune.chats.tokens.tokenizer import load_tokenizer
 from kolotune.fidelity.result import Answer, Checked, Comparison, Count, Failure, Measured
-from kolotune.layout import RunFolder
+from kolotune.run_folder.layout import RunFolder
 
 HOSTILE = (
     "</span></style><script>window.hurt = 1</script><img src=x onerror='window.hurt=1'>\"'&amp; "

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.browser import PROGRAM, Page, browser
 
-from kolotune.layout import RunFolder
 from kolotune.report import page as pages
+from kolotune.run_folder.layout import RunFolder
 
 pytestmark = pytest.mark.skipif(
     not PROGRAM and not os.environ.get("KOLOTUNE_NEEDS_CHROMIUM"), reason="there is no Chromium here"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from kolotune import records
-from kolotune.config import Config
-from kolotune.errors import ArtifactError, FidelityError, ManifestError, RunFolderError
-from kolotune.files import hash_file
-from kolotune.layout import RunFolder
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ArtifactError, FidelityError, ManifestError, RunFolderError
+from kolotune.foundation.files import hash_file
 from kolotune.report import facts, page
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
 
 from .conftest import HOSTILE, comparison, with_options
 

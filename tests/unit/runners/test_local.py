@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from kolotune.errors import ArtifactError
+from kolotune.foundation.errors import ArtifactError
 from kolotune.runners import local
 
 SOURCE = str(Path(local.__file__).parents[2])

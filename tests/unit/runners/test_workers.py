@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kolotune.errors import KolotuneError
+from kolotune.foundation.errors import KolotuneError
 from kolotune.runners import workers
 
 

@@ -18,14 +18,14 @@ import openai
 import pytest
 import uvicorn
 
-from kolotune.chatting import Talk, open_chat
-from kolotune.config import DEFAULT_HOST, Config
-from kolotune.errors import ConfigError
-from kolotune.layout import RunFolder
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.config import DEFAULT_HOST, Config
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.app import application, serve
 from kolotune.serving.model import ServedModel
 from kolotune.serving.requests import read
+from kolotune.serving.terminal_chat import Talk, open_chat
 
 QUESTION = [{"role": "user", "content": 'What is "2" plus 1? 🙂'}]
 TAKEN: dict[str, Any] = {"temperature": 1.5, "seed": 7, "max_tokens": 24}

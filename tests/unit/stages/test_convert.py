@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kolotune import llamacpp
-from kolotune.errors import ToolchainError
-from kolotune.exporting import convert_folder
-from kolotune.llamacpp import gguf_file
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.gguf import header
+from kolotune.gguf.convert import convert_folder
 
 NEVER: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 
@@ -33,7 +33,7 @@ def test_bos_is_what_the_config_says(model: Path, tmp_path: Path, reporter: Plai
     _change(model / "tokenizer.json", post_processor=NEVER)
     _change(model / "tokenizer_config.json", add_bos_token=True)
     convert_folder(model, tmp_path / "out.gguf", tmp_path / "log", reporter)
-    summary = gguf_file.read(tmp_path / "out.gguf")
+    summary = header.read(tmp_path / "out.gguf")
     assert summary.fields["tokenizer.ggml.add_bos_token"] is True
     assert {kind for _, kind, _ in summary.tensors.values()} == {"BF16", "F32"}, "the type that the weights have"
 

@@ -16,8 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from kolotune.errors import ArtifactError, ModelError
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.errors import ArtifactError, ModelError
+from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from kolotune import config as configs
-from kolotune import smollm2
-from kolotune.chats.tokenizer import template_text
-from kolotune.errors import ConfigError
-from kolotune.layout import RunFolder
+from kolotune.base_models import packaged_model
+from kolotune.chats.tokens.tokenizer import template_text
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.reporter import PlainReporter
 from kolotune.ollama.modelfile import parse
-from kolotune.records import Context
-from kolotune.reporter import PlainReporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
 from kolotune.stages import modelfile
 
 
 @pytest.fixture
 def context(tmp_path: Path, reporter: PlainReporter) -> Context:
     """A run folder with GGUFs in place (empty ones: a Modelfile only names them) and SmolLM2's tokenizer."""
-    base = smollm2.unpacked(reporter)
+    base = packaged_model.unpacked(reporter)
     run = RunFolder(tmp_path)
     run.prepared.mkdir(parents=True)
     run.tokenizer.symlink_to(base)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kolotune.chats.preparing import Places, Prepared
-from kolotune.reporter import PlainReporter
+from kolotune.chats.dataset.prepare import Places, Prepared
+from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import prepare
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from kolotune import config as configs
-from kolotune import llamacpp, pipeline, records
-from kolotune.errors import ConfigError
-from kolotune.files import hash_file
-from kolotune.layout import RunFolder
-from kolotune.records import Context
-from kolotune.reporter import PlainReporter
+from kolotune import llamacpp
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.files import hash_file
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
 from kolotune.stages import quantize
 
 
@@ -59,7 +61,7 @@ def test_a_matrix_is_made_once_and_known_by_what_it_is_made_of(
 ) -> None:
     saved = configs.resolve((configs.load_file(run_copy.config), "test", run_copy.root))
     config = dataclasses.replace(saved, quantization=("Q4_K_M", "IQ2_XS", "Q3_K_M"))
-    pipeline.run(config, reporter)
+    run.run(config, reporter)
     record = records.read(run_copy, "quantize")
     assert record is not None and run_copy.relative(run_copy.importance_matrix) in record.outputs
     made = record.facts["made"]
@@ -70,12 +72,12 @@ def test_a_matrix_is_made_once_and_known_by_what_it_is_made_of(
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert printed.count("the model reads training chats") == 1 and "quantizing to Q4_K_M" not in printed
-    pipeline.run(config, reporter)
+    run.run(config, reporter)
     assert "quantize: done before" in capsys.readouterr().out
-    pipeline.run(dataclasses.replace(config, quantization=("IQ2_XS",)), reporter)
+    run.run(dataclasses.replace(config, quantization=("IQ2_XS",)), reporter)
     printed = capsys.readouterr().out
     assert "quantizing to" not in printed and "reads training chats" not in printed
-    pipeline.run(dataclasses.replace(config, quantization=("Q3_K_M",), importance_matrix="never"), reporter)
+    run.run(dataclasses.replace(config, quantization=("Q3_K_M",), importance_matrix="never"), reporter)
     assert "quantizing to Q3_K_M" in capsys.readouterr().out and not run_copy.importance_matrix.exists()
     record = records.read(run_copy, "quantize")
     assert record is not None and record.facts["made"]["Q3_K_M"]["sha256"] != made["Q3_K_M"]["sha256"]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from support.training import write_tokens
 
-from kolotune import config as configs
 from kolotune.engines.torchtune import environment
-from kolotune.errors import ConfigError, ModelError
-from kolotune.layout import RunFolder
-from kolotune.records import Context
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError, ModelError
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
 from kolotune.stages import train
 
 LLAMA = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.tiny import chat_line
 
-from kolotune import config as configs
-from kolotune.config import Config
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
 
 
 @pytest.fixture

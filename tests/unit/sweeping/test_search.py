@@ -6,7 +6,7 @@ from typing import Any
 
 from kolotune.sweeping.record import Record, Trial
 from kolotune.sweeping.search import next_values
-from kolotune.sweeping.varied import Varied
+from kolotune.sweeping.space import Varied
 
 RANK, DECAY = Varied("lora_rank", ("8", "16")), Varied("weight_decay", ("0", "0.1"))
 RATE = Varied("learning_rate", low=1e-5, high=1e-1)

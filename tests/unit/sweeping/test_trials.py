@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from support.runs import states
 
-from kolotune import pipeline
-from kolotune.config import Config
-from kolotune.errors import ConfigError, DataError, TrainingError
-from kolotune.layout import RunFolder
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ConfigError, DataError, TrainingError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder.layout import RunFolder
 from kolotune.sweeping import record, trials
-from kolotune.sweeping.varied import parse
+from kolotune.sweeping.space import parse
 
 
 def test_the_best_one_becomes_the_model(config: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,11 @@ import platform
 import shutil
 from pathlib import Path
 
-from ....cache import cache_folder
-from ....errors import ToolchainError
-from ....files import replacing
-from ....hardware import best_device
-from ....runners import local
+from kolotune.base_models.downloads import cache_folder
+from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.files import replacing
+from kolotune.foundation.hardware import best_device
+from kolotune.runners import local
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _SOURCES = (_SOURCE, *sorted(Path(__file__).parent.glob("*.h")))

@@ -21,7 +21,7 @@ from kolotune.engines.native.batches import (
     steps_of,
 )
 from kolotune.engines.native.model import PlainModel
-from kolotune.errors import TrainingError
+from kolotune.foundation.errors import TrainingError
 
 CHATS = [
     ([5, 6, 7, 8], [0, 0, 1, 1]),

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import checkpoints
 from kolotune.engines.native.checkpoints import TENSORS, State
-from kolotune.errors import TrainingError
+from kolotune.foundation.errors import TrainingError
 
 
 @pytest.fixture

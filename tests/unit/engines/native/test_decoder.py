@@ -18,7 +18,7 @@ from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
 from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
-from kolotune.errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 
 Room = Callable[..., Any]
 LLAMA3 = {

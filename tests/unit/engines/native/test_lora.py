@@ -14,7 +14,7 @@ from torch import nn
 
 from kolotune.engines.adapter_folder import save_adapter
 from kolotune.engines.native import lora
-from kolotune.errors import ConfigError
+from kolotune.foundation.errors import ConfigError
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

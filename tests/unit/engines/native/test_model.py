@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.training import TrainingRoom
 
-from kolotune import hardware
 from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.model import PlainModel
+from kolotune.foundation import hardware
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

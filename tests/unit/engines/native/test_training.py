@@ -21,7 +21,7 @@ from kolotune.engines.native import checkpoints, training
 from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.engines.native.model import PackedModel
-from kolotune.errors import ConfigError, TrainingError
+from kolotune.foundation.errors import ConfigError, TrainingError
 
 Room = Callable[..., Any]
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kolotune import hardware
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import elastic, training
 from kolotune.engines.native.world import World
+from kolotune.foundation import hardware
 
 Room = Callable[..., Any]
 

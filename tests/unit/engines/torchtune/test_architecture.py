@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kolotune.engines.torchtune.architecture import CONFIGS, read
-from kolotune.errors import ModelError
+from kolotune.foundation.errors import ModelError
 
 # As on the hub, in the spelling of transformers before and since version 5.
 LLAMA_1B: dict[str, Any] = {

@@ -14,7 +14,7 @@ from support.training import TrainingRoom
 from kolotune.engines.torchtune import checkpoints
 from kolotune.engines.torchtune.inside.kolotune_recipe import checkpoint as recipe
 from kolotune.engines.torchtune.inside.kolotune_recipe import found as found_files
-from kolotune.errors import TrainingError
+from kolotune.foundation.errors import TrainingError
 
 FILES = ("adapter_model.safetensors", "state.safetensors", "checkpoint.txt")
 

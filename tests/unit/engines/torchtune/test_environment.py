@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kolotune.engines.torchtune import environment
-from kolotune.errors import OfflineError, ToolchainError
+from kolotune.foundation.errors import OfflineError, ToolchainError
 
 PIN = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+")
 

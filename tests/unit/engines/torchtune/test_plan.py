@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from support.training import TrainingRoom
 
-from kolotune import config as configs
 from kolotune.engines.torchtune import plan
 from kolotune.engines.torchtune.architecture import CONFIGS, Llama
-from kolotune.errors import ConfigError
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError
 
 TINY = Llama(96, 2, 4, 2, 64, 96, 512, 1e-6, 10000.0, 1.0, True)
 UNTIED = Llama(96, 2, 4, 2, 64, 96, 512, 1e-6, 10000.0, 1.0, False)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from kolotune.engines.job import TrainJob
 from kolotune.engines.torchtune import training
 from kolotune.engines.torchtune.environment import ensure
-from kolotune.errors import TrainingError
+from kolotune.foundation.errors import TrainingError
 from kolotune.runners.watchdog import WATCH_STDIN
 
 Room = Callable[..., Any]

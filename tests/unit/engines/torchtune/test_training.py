@@ -25,7 +25,7 @@ from support.training import random_chats
 from kolotune.engines.job import TrainJob
 from kolotune.engines.torchtune import training
 from kolotune.engines.torchtune.environment import ensure
-from kolotune.errors import ConfigError, TrainingError
+from kolotune.foundation.errors import ConfigError, TrainingError
 from kolotune.runners.watchdog import WATCH_STDIN
 
 Room = Callable[..., Any]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.errors import ArtifactError
-from kolotune.files import hash_file
+from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.files import hash_file
 from kolotune.runners.container.archive import Item, packed, unpack
 
 

@@ -14,8 +14,9 @@ import pytest
 
 import kolotune
 from kolotune.engines.torchtune import environment
-from kolotune.errors import ConfigError
-from kolotune.runners.container import context, places
+from kolotune.foundation.errors import ConfigError
+from kolotune.runners.container import context
+from kolotune.runners.container import names as places
 
 PROJECT = Path(__file__).parents[4]
 
@@ -99,7 +100,7 @@ def test_what_is_not_there(option: str, tmp_path: Path) -> None:
 
 
 def test_the_image_has_the_versions_that_everything_is_tested_with() -> None:
-    image = pins(PROJECT / "kolotune" / "image" / "requirements.lock")
+    image = pins(PROJECT / "kolotune" / "runners" / "container" / "image" / "requirements.lock")
     assert image - pins(PROJECT / "requirements.lock") == set()
     names = {each.partition("==")[0] for each in image}
     needed = {"torch", "transformers", "llama-cpp-python", "sentencepiece", "safetensors", "typer"}
@@ -107,7 +108,7 @@ def test_the_image_has_the_versions_that_everything_is_tested_with() -> None:
 
 
 def test_the_dockerfile_has_the_user_that_files_are_sent_for() -> None:
-    text = (PROJECT / "kolotune" / "image" / "Dockerfile").read_text()
+    text = (PROJECT / "kolotune" / "runners" / "container" / "image" / "Dockerfile").read_text()
     assert f"USER {places.USER}:{places.USER}" in text
     assert f"VOLUME {places.VOLUME}" in text and f"WORKDIR {places.HOME}" in text
     assert places.PYTHON in text and f'LABEL {places.VERSION_LABEL}="${{VERSION}}"' in text

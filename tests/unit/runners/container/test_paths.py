@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
-from kolotune.layout import RunFolder
-from kolotune.runners.container import places
+from kolotune.foundation.secrets import Secret
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runners.container import names
 from kolotune.runners.container.paths import Paths, deep
-from kolotune.secret import Secret
 
 
 def test_the_longest_path_counts_and_a_secret_is_masked() -> None:
@@ -57,15 +57,15 @@ def test_other_files_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_has_one_place_and_no_other_run_has_it(tmp_path: Path) -> None:
-    first = places.run_folder(tmp_path / "outputs")
-    assert first == places.run_folder(tmp_path / "x" / ".." / "outputs")
-    assert first.parent == places.VOLUME and first.name.startswith("outputs-")
-    assert first != places.run_folder(tmp_path / "other" / "outputs")
+    first = names.run_folder(tmp_path / "outputs")
+    assert first == names.run_folder(tmp_path / "x" / ".." / "outputs")
+    assert first.parent == names.VOLUME and first.name.startswith("outputs-")
+    assert first != names.run_folder(tmp_path / "other" / "outputs")
 
 
 @pytest.mark.parametrize("name", ["; rm -rf ~", "$(id)", "a\nb", "-x", "..", "日本", "n" * 200, ".inputs", " "])
 def test_its_name_is_harmless(name: str, tmp_path: Path) -> None:
-    made = places.run_folder(tmp_path / "deep" / name)
-    assert made.parent == places.VOLUME
+    made = names.run_folder(tmp_path / "deep" / name)
+    assert made.parent == names.VOLUME
     assert len(made.name) <= 51 and made.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
     assert not made.name.startswith((".", "-"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kolotune.engines.native.kernels import build
-from kolotune.errors import ToolchainError
+from kolotune.foundation.errors import ToolchainError
 
 
 @pytest.fixture

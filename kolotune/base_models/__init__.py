@@ -1,0 +1,1 @@
+"""Base models: the catalog, the hub, the packaged model, and downloads."""

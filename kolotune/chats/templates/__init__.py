@@ -1,0 +1,1 @@
+"""Chat templates: rendered in a sandbox, and the loss mask that follows from them."""

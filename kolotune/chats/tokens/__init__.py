@@ -1,0 +1,1 @@
+"""From rendered chats to token ids."""

@@ -1,0 +1,80 @@
+"""The verb that begins: init."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation.config import Config, dump
+from kolotune.foundation.errors import ConfigError
+
+from .hints import CHATS_NAME, CONFIG_NAME
+from .options import reporter
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this module."""
+    app.command()(init)
+
+
+def init(folder: Annotated[Path, typer.Argument(help="Folder to make or to fill.")] = Path(".")) -> int:
+    """Writes a few starter chats and a commented config into a folder."""
+    import importlib.resources
+
+    from kolotune.foundation.files import write_text
+
+    chats = importlib.resources.files("kolotune.cli.starter").joinpath(CHATS_NAME).read_text(encoding="utf-8")
+    files = {folder / CHATS_NAME: chats, folder / CONFIG_NAME: commented_config()}
+    for path in files:
+        if path.exists():
+            raise ConfigError(f"{path}: is there already", "Name another folder; nothing is overwritten.")
+    for path, text in files.items():
+        write_text(path.absolute(), text)
+    say = reporter()
+    say.success(f"wrote {' and '.join(str(path) for path in files)}")
+    say.note(f"put your own chats into {folder / CHATS_NAME}, then:")
+    say.note(f"  kolotune check {folder / CHATS_NAME}")
+    say.note(f"  kolotune run --config {folder / CONFIG_NAME}")
+    return 0
+
+
+def commented_config() -> str:
+    """A config file that names every option with its default, commented out, but for the training data."""
+    defaults = dump(Config())
+    values = {line.split(":")[0]: line for line in defaults.splitlines() if not line.startswith((" ", "-"))}
+    lines = [
+        "# Options of a kolotune run; `kolotune run --help` shows them too.",
+        "# Uncomment what you want to change.",
+        "",
+    ]
+    kind = ""
+    for field in dataclasses.fields(Config):
+        if field.name == "hf_token":
+            continue
+        if field.metadata["kind"] != kind:
+            kind = field.metadata["kind"]
+            lines += [f"# --- {kind}", ""]
+        lines.append(f"# {field.metadata['help']}")
+        if field.metadata["torchtune"] is not None:
+            lines.append(f"# With engine: torchtune the default is {_plain(field.metadata['torchtune'])}.")
+        if field.name == "train_data":
+            lines += [f"train_data: [{CHATS_NAME}]", ""]
+            continue
+        lines += [f"#{_example(field.name, field.default, values)}", ""]
+    return "\n".join(lines)
+
+
+def _plain(default: object) -> str:
+    """A default as it stands in YAML."""
+    return f"[{', '.join(str(each) for each in default)}]" if isinstance(default, tuple) else str(default)
+
+
+def _example(name: str, default: object, values: dict[str, str]) -> str:
+    if isinstance(default, tuple):
+        return f"{name}: {_plain(default)}"
+    if isinstance(default, Path):
+        return f"{name}: {default}"
+    return values.get(name, f"{name}:")

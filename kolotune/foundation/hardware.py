@@ -1,0 +1,180 @@
+"""What this machine is good at."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+from kolotune.version import VERSION
+
+_DEVICES = Path("/dev")
+# Where the kernel counts whom it killed because memory ran out: in this container (control groups v2), or everywhere.
+_KILL_COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+
+# What changes the order or the kind of a processor's sums, and with it the last bits of a result.
+_INSTRUCTIONS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
+    "asimd", "asimdhp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR",
+    "CUBLAS_WORKSPACE_CONFIG", "OPENBLAS_CORETYPE",
+)  # fmt: skip
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu": the first that PyTorch can use here."""
+    if not _may_have_gpu():  # PyTorch need not be loaded to know that
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype() -> str:
+    """ "bf16" where products of bf16 matrices are fast, else "fp32".
+
+    Without bf16 instructions a processor computes bf16 by way of fp32, slower than fp32 itself.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return "fp32"
+    device = best_device()
+    if device == "cuda":
+        import torch
+
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def machine() -> dict[str, str]:
+    """What a result's last bits may depend on besides its inputs: versions, processor, cores, thread settings."""
+    has = getattr(os, "sched_getaffinity", None)
+    found = {
+        "kolotune": VERSION,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "instructions": " ".join(each for each in _INSTRUCTIONS if each in _cpu_words()),
+        "cores": str(len(has(0)) if has else os.cpu_count() or 1),
+    }
+    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def _processor() -> str:
+    for line in _cpu_text().splitlines():
+        if line.lower().startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _may_have_gpu() -> bool:
+    """Whether a driver of NVIDIA's or AMD's is here; elsewhere than on Linux nothing tells without PyTorch."""
+    if platform.system() != "Linux":
+        return True
+    return any(any(_DEVICES.glob(name)) for name in ("nvidia*", "kfd", "dxg"))
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_words() -> set[str]:
+    return set(_cpu_text().split())
+
+
+def _cpu_text() -> str:
+    """What Linux says about its processors; "" elsewhere."""
+    if platform.system() != "Linux":
+        return ""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new process can have: what the machine has, and the container it runs in."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limited = _left_of_limit(Path("/sys/fs/cgroup"))
+    return free if limited is None else min(free, limited)
+
+
+def free_on(device: str) -> int:
+    """Bytes that tensors of this process can still get on a device: its own, or the machine's memory."""
+    if device != "cuda":
+        return free_memory()
+    import torch
+
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's own, and free
+    return int(torch.cuda.mem_get_info()[0]) + kept
+
+
+def memory_for_processes(count: int) -> int:
+    """Bytes that `count` processes of this machine have for models: its free memory, or that of a GPU for each."""
+    if best_device() != "cuda":
+        return free_memory()
+    import torch
+
+    return count * int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _left_of_limit(group: Path) -> int | None:
+    """What a control group leaves; files that it holds in memory can be dropped. None: there is no limit."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    droppable = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))
+    return max(0, int(limit) - used + droppable)
+
+
+def kills_for_memory(*, own: bool = False) -> int | None:
+    """How many processes the kernel has killed so far because memory ran out; None where it does not say.
+
+    Args:
+        own: only those of this process's control group, where it is in one.
+    """
+    for counter in [*(_own_counters() if own else ()), *_KILL_COUNTERS]:
+        with contextlib.suppress(OSError, ValueError):
+            for line in counter.read_text(encoding="ascii").splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return None
+
+
+def _own_counters() -> list[Path]:
+    """Where the kills of this process's control group are counted, of version 1 or 2."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                found.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
+            elif "memory" in controllers.split(","):
+                found.append(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
+    return found
+
+
+def peak_memory() -> tuple[int, int]:
+    """Bytes that this process has held at most, and how many of those it holds are of files."""
+    import psutil
+
+    now = psutil.Process().memory_info()
+    mapped = int(getattr(now, "shared", 0))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return int(now.rss), mapped
+    peak = next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), int(now.rss))
+    return peak, mapped

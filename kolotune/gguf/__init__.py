@@ -1,0 +1,1 @@
+"""GGUF files: converted from a model folder, quantized, and their headers read."""

@@ -1,0 +1,1 @@
+"""The pipeline: select the stages that have work, run them, record them."""

@@ -1,0 +1,1 @@
+"""Push results to the hub, with a model card."""

@@ -1,0 +1,130 @@
+"""The model card of a run, in the hub's format: what it is, how it was trained, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from kolotune.base_models import catalog
+from kolotune.foundation.reporter import size_in_words
+from kolotune.run_folder.manifest import Manifest
+
+What = Literal["adapter", "merged", "gguf"]
+# For each kind of result: the library that loads it, how it relates to the base, and what it is in words.
+_KINDS: dict[What, tuple[str, str, str]] = {
+    "adapter": ("peft", "adapter", "a LoRA adapter in PEFT's format"),
+    "merged": ("transformers", "finetune", "base and adapter merged, in transformers' format"),
+    "gguf": ("gguf", "quantized", "base and adapter merged, as GGUF for llama.cpp and Ollama, with Modelfiles"),
+}
+
+
+def model_card(manifest: Manifest, repository: str, what: What, files: dict[str, dict[str, Any]]) -> str:
+    """The README.md of a repository.
+
+    Args:
+        manifest: of the run.
+        repository: its name on the hub, ``owner/name``.
+        what: which of the results is in it.
+        files: name → size and sha256 of the files that stand beside it.
+
+    Nothing of the chats is in it, and no path of the machine.
+    """
+    from huggingface_hub import ModelCardData
+
+    library, relation, _ = _KINDS[what]
+    name = manifest.base["name"]
+    known = catalog.known(name)
+    base = catalog.hub_id(name) or None
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=relation if base else None,
+        library_name=library,
+        license=known.license if known else None,
+        pipeline_tag="text-generation",
+        tags=["kolotune", "lora", "sft", "conversational", *(["gguf", "ollama"] if what == "gguf" else [])],
+    )
+    parts = [_what_it_is(manifest, repository, what), _training(manifest), _use(repository, what, base, files)]
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n", *parts, _files(files)])
+
+
+def _what_it_is(manifest: Manifest, repository: str, what: What) -> str:
+    base = catalog.hub_id(manifest.base["name"])
+    named = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
+    version = manifest.versions.get("kolotune", "")
+    return (
+        f"# {repository.partition('/')[2]}\n\n"
+        f"{_KINDS[what][2][0].upper()}{_KINDS[what][2][1:]}. The base is {named}; it was tuned on chats with "
+        f"kolotune {version}.\n"
+    )
+
+
+def _training(manifest: Manifest) -> str:
+    counts, config = manifest.data["counts"], manifest.config
+    facts = manifest.stages.get("train", {}).get("facts", {})
+    if not facts:
+        return "## Training\n\nThe adapter was trained elsewhere.\n"
+    rows = [
+        ("chats", f"{counts.get('chats')}, and {counts.get('held_out_chats')} held out"),
+        (
+            "tokens",
+            f"{counts.get('tokens')}, of which {counts.get('labelled_tokens')} are answers (the loss counts these)",
+        ),
+        ("epochs, steps", f"{config.get('epochs')}, {facts.get('steps')}"),
+        (
+            "LoRA",
+            f"rank {config.get('lora_rank')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}",
+        ),
+        ("layers", ", ".join(config.get("target_modules", []))),
+        ("learning rate", f"{config.get('learning_rate')}, {config.get('scheduler_type')}"),
+        ("longest chat", f"{config.get('max_seq_length')} tokens"),
+        ("arithmetic", f"{config.get('dtype')} base, {facts.get('device')}"),
+        ("seed", str(config.get("seed"))),
+    ]
+    if "held_out_loss" in facts:
+        rows.append(
+            ("held-out loss", f"{facts.get('first_held_out_loss', 0):.4f} before, {facts['held_out_loss']:.4f} after")
+        )
+    elif "final_loss" in facts:
+        rows.append(("loss of the last step", f"{facts['final_loss']:.4f}"))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"## Training\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _use(repository: str, what: What, base: str | None, files: dict[str, dict[str, Any]]) -> str:
+    if what == "gguf":
+        modelfile = next((each for each in sorted(files, reverse=True) if each.startswith("Modelfile")), "Modelfile")
+        return (
+            "## Use with Ollama\n\n```\n"
+            f"hf download {repository} --local-dir model\n"
+            f"cd model && ollama create my-model -f {modelfile}\n"
+            "ollama run my-model\n```\n\n"
+            "The Modelfile has the chat template that was trained with, and its stops.\n"
+        )
+    if what == "merged":
+        code = (
+            "from transformers import pipeline\n\n"
+            f'chat = pipeline("text-generation", "{repository}")\n'
+            'print(chat([{"role": "user", "content": "Hello!"}])[0]["generated_text"][-1]["content"])'
+        )
+    else:
+        code = (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base or "the base model"}")\n'
+            f'model = PeftModel.from_pretrained(base, "{repository}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{repository}")'
+        )
+    ollama = f"hf download {repository} --local-dir model && kolotune export model"
+    if what == "adapter" and base:
+        ollama += f" --base {base}"
+    return (
+        f"## Use\n\n```python\n{code}\n```\n\n"
+        f"## Use with Ollama\n\n```\n{ollama}\n"
+        "cd outputs && ollama create my-model -f ModelfileQ4_K_M\nollama run my-model\n```\n"
+    )
+
+
+def _files(files: dict[str, dict[str, Any]]) -> str:
+    rows = "\n".join(
+        f"| `{name}` | {size_in_words(each['size'])} | `{each['sha256']}` |" for name, each in sorted(files.items())
+    )
+    return f"## Files\n\n| file | size | sha256 |\n|---|---|---|\n{rows}\n"

@@ -1,0 +1,1 @@
+"""A run folder: layout, records, manifest, and what is kept."""

@@ -1,0 +1,1 @@
+"""Finished runs: list, clean, verify, rebuild."""

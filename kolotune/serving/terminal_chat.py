@@ -1,0 +1,110 @@
+"""A talk with a run's result, or with its base model by the same road, through llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from kolotune.base_models import catalog
+from kolotune.base_models.downloads import cache_folder
+from kolotune.chats.tokens.tokenizer import template_of
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ArtifactError, ConfigError
+from kolotune.foundation.files import Hasher
+from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, made_with_matrix
+from kolotune.foundation.reporter import Reporter
+from kolotune.gguf import convert, quantize
+from kolotune.gguf.inference import GgufModel
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.results import chosen_quantization, own_gguf, saved_config
+from kolotune.stages import modelfile
+from kolotune.weights.adapter import is_adapter
+
+
+class Talk:
+    """A conversation: it remembers what was said and renders it with the trained template.
+
+    Args:
+        model: what answers.
+        tokenizer: folder with the tokenizer and the trained template.
+        stops: texts that end an answer.
+        system: system prompt, or None.
+    """
+
+    def __init__(self, model: GgufModel, tokenizer: Path, stops: tuple[str, ...], system: str | None) -> None:
+        self._model, self._stops = model, stops
+        self._template = template_of(tokenizer)
+        self._messages = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, text: str, *, temperature: float, max_tokens: int, seed: int) -> Iterator[str]:
+        """The answer to `text`, piece by piece.
+
+        Raises:
+            ConfigError: the conversation has grown longer than the model can read.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        prompt = self._model.tokens(self._template.render(messages, None, True))
+        room = self._model.context - len(prompt)
+        if room < 1:
+            raise ConfigError("the conversation is longer than the model can read", "Start a new chat.")
+        pieces: list[str] = []
+        for piece in self._model.generate(
+            prompt, self._stops, temperature=temperature, max_tokens=min(max_tokens, room), seed=seed
+        ):
+            pieces.append(piece)
+            yield piece
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def open_chat(
+    run: RunFolder,
+    reporter: Reporter,
+    *,
+    quantization: str | None = None,
+    base: bool = False,
+    system: str | None = None,
+) -> Talk:
+    """A talk with the GGUF of a run.
+
+    Args:
+        run: the run folder.
+        reporter: told when the base model has to be converted first.
+        quantization: which one; "none" for the unquantized; default: the run's first.
+        base: the base model in place of the tuned one.
+        system: system prompt; None: the run's.
+
+    Raises:
+        RunFolderError, ArtifactError, ConfigError: there is no such run or no such GGUF, or it isn't what was made.
+    """
+    config = saved_config(run)
+    name = chosen_quantization(config, quantization)
+    path = _base_gguf(run, config, name, reporter) if base else own_gguf(run, name)[0]
+    written = records.read(run, modelfile.NAME)
+    if written is None:
+        raise ArtifactError(f"{run.root}: has no Modelfiles yet", "Run `kolotune run` first.")
+    stops = tuple(written.facts["stops"])
+    return Talk(GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system)
+
+
+def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:
+    """The base model as a GGUF of the same quantization, made once and kept in the cache."""
+    base = catalog.resolve(config.base_model, None, reporter)
+    if is_adapter(base):
+        raise ConfigError(f"{base}: is an adapter, not a base model", "Give the base model itself.")
+    folder = cache_folder("base_ggufs") / Hasher().of(base)[:32]
+    plain = folder / "Base.gguf"
+    if not plain.is_file():
+        reporter.doing(f"converting {config.base_model} itself, once")
+        convert.convert_folder(base, plain, run.log("base"), reporter, exact=False)
+    if name == NONE:
+        return plain
+    matrix = run.importance_matrix if made_with_matrix(name, config.importance_matrix) else None
+    if matrix is not None and not matrix.is_file():
+        if name in NEEDS_IMPORTANCE_MATRIX:
+            raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")
+        matrix = None  # what was exported was trained elsewhere
+    target = folder / (f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
+    if not target.is_file():
+        quantize.quantize_file(plain, target, name, run.log("base"), reporter, matrix)
+    return target

@@ -1,0 +1,1 @@
+"""Model weights: safetensors files, LoRA adapters, and their merge."""

@@ -1,0 +1,268 @@
+"""From files of chats to counted tokens, with SmolLM2's real tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pickle
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from kolotune.base_models import packaged_model
+from kolotune.chats.dataset.holdout import content_hash
+from kolotune.chats.dataset.prepare import (
+    HELD_OUT_CHATS,
+    HELD_OUT_TOKENS,
+    TRAIN,
+    Places,
+    Prepared,
+    prepare_chats,
+    require_good,
+)
+from kolotune.chats.reading.files import read_chats
+from kolotune.chats.tokens.encoder import Encoder
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import DataError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.runners import local
+
+Preparer = Callable[..., Prepared]
+
+
+@pytest.fixture(scope="session")
+def base(reporter: PlainReporter) -> Path:
+    return packaged_model.unpacked(reporter)
+
+
+@pytest.fixture
+def prepare(base: Path, tmp_path: Path) -> Preparer:
+    def call(chats: list[list[tuple[str, str]]], held_out: list[list[tuple[str, str]]] = [], **more: Any) -> Prepared:  # noqa: B006
+        values = {"train_data": [write(tmp_path / "chats.jsonl", chats)], **more}
+        if held_out:
+            values["eval_data"] = [write(tmp_path / "held_out.jsonl", held_out)]
+        return prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path), processes=1)
+
+    return call
+
+
+def new_folder(tmp_path: Path) -> Path:
+    """An empty folder for the prepared files: ``prepared`` in `tmp_path`."""
+    shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+    (tmp_path / "prepared").mkdir()
+    return tmp_path / "prepared"
+
+
+def encoded(file: Path) -> list[tuple[list[int], list[int]]]:
+    """Of each chat of a prepared file the ids, and those of them that are labelled."""
+    tokens = load_file(file)
+    spans = list(pairwise(tokens["offsets"].tolist()))
+    ids = [tokens["ids"][start:end] for start, end in spans]
+    return [
+        (each.tolist(), each[tokens["labelled"][start:end] == 1].tolist())
+        for each, (start, end) in zip(ids, spans, strict=True)
+    ]
+
+
+def write(path: Path, chats: list[list[tuple[str, str]]]) -> Path:
+    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]}) for chat in chats]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def chat(number: int, answer: str = "Yes.") -> list[tuple[str, str]]:
+    return [("user", f"Question {number}?"), ("assistant", f"{answer} {number}")]
+
+
+def test_too_long_chats_lose_whole_turns_and_never_half_an_answer(prepare: Preparer, tmp_path: Path) -> None:
+    long = [*chat(1), *chat(2, "word " * 60), *chat(3)]
+    prepared = prepare([long, chat(4), chat(5, "word " * 100)], max_seq_length=64, eval_split=0)
+    assert prepared.train.chats == 2
+    assert prepared.shortened == Places(1, (f"{tmp_path / 'chats.jsonl'}:1: 4 turns",))
+    assert prepared.turns_left_out == 4
+    assert prepared.too_long == Places(1, (f"{tmp_path / 'chats.jsonl'}:3",))
+    for ids, labelled in encoded(tmp_path / "prepared" / TRAIN):
+        text = prepared.tokenizer.decode(labelled)
+        assert text.startswith("Yes.") and text.endswith("<|im_end|>")
+        assert len(ids) <= 64
+
+
+def test_counts_add_up(prepare: Preparer, tmp_path: Path) -> None:
+    prepared = prepare([chat(number) for number in [*range(40), 3, 7]])
+    facts = prepared.summary()
+    assert facts["duplicates"] == 2
+    assert facts["chats"] + facts["held_out_chats"] == 40
+    assert facts["held_out_chats"] >= 1
+    lengths = [len(ids) for ids, _ in encoded(tmp_path / "prepared" / TRAIN)]
+    assert facts["tokens"] == sum(lengths)
+    assert (facts["shortest"], facts["longest"]) == (min(lengths), max(lengths))
+    assert 0 < facts["labelled_tokens"] < facts["tokens"]
+    assert facts["labelled_tokens"] == sum(len(each) for _, each in encoded(tmp_path / "prepared" / TRAIN))
+    assert len((tmp_path / "prepared" / HELD_OUT_CHATS).read_text().splitlines()) == facts["held_out_chats"]
+    assert sorted(each.name for each in (tmp_path / "prepared").iterdir()) == sorted(
+        (TRAIN, HELD_OUT_TOKENS, HELD_OUT_CHATS)
+    )
+
+
+def test_chats_in_both_parts_are_taken_out_of_the_held_out_one(prepare: Preparer, tmp_path: Path) -> None:
+    prepared = prepare([chat(1), chat(2)], held_out=[chat(2), chat(3), chat(2), chat(3)])
+    file = tmp_path / "held_out.jsonl"
+    assert prepared.in_both == Places(1, (f"{file}:1",))
+    assert prepared.duplicates == Places(2, (f"{file}:3 is {file}:1 again", f"{file}:4 is {file}:2 again"))
+    (line,) = (tmp_path / "prepared" / HELD_OUT_CHATS).read_text().splitlines()
+    assert json.loads(line)["messages"][0]["content"] == "Question 3?"
+    assert (prepared.train.chats, prepared.held_out.chats) == (2, 1)
+
+
+def test_copies_are_found_across_files_and_kinds_of_files(base: Path, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [chat(1), chat(2), chat(1)])
+    again = tmp_path / "b.json"
+    again.write_text(json.dumps([{"id": 3, "prompt": "Question 2?", "completion": "Yes. 2"}]))
+    values = {"train_data": [first, again, first], "eval_split": 0}
+    prepared = prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path))
+    assert prepared.train.chats == 2
+    assert prepared.duplicates.count == 5
+    assert prepared.duplicates.shown[:2] == (f"{first}:3 is {first}:1 again", f"{again}:1 is {first}:2 again")
+
+
+def mixed(path: Path, count: int) -> Path:
+    """Good chats, copies, damaged lines, special tokens, and chats that are too long or become shorter."""
+    lines = []
+    for number in range(count):
+        turns = chat(number, ["Yes.", "A <|im_end|> B", "é 日本 🎉"][number % 3])
+        if number % 50 == 1:
+            turns = chat(number // 2)
+        if number % 70 == 2:
+            turns = [*turns, *chat(number, "word " * 90)]
+        if number % 90 == 3:
+            turns = chat(number, "word " * 200)
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+        if number % 100 == 4:
+            lines[-1] = lines[-1][: -number % 37 - 1]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_any_number_of_processes_makes_the_same_files_and_words(base: Path, tmp_path: Path) -> None:
+    data = mixed(tmp_path / "chats.jsonl", 1500)
+    config = configs.resolve(({"train_data": [data], "max_seq_length": 96}, "test", tmp_path))
+    made, told = [], []
+    for processes in (1, 2, 3):
+        prepared = prepare_chats(config, base, new_folder(tmp_path), processes=processes)
+        made.append({path.name: path.read_bytes() for path in (tmp_path / "prepared").iterdir()})
+        told.append(dataclasses.replace(prepared, template=None, tokenizer=None))
+    assert made[0] == made[1] == made[2] and told[0] == told[1] == told[2]
+    facts = told[0].summary()
+    assert len(facts["bad"]) == 15 and facts["special_tokens_in_content"] > 300
+    assert min(facts[name] for name in ("duplicates", "shortened", "too_long", "held_out_chats")) > 5
+
+
+def test_the_tokens_are_those_of_each_chat_encoded_alone(base: Path, tmp_path: Path) -> None:
+    data = mixed(tmp_path / "chats.jsonl", 400)
+    config = configs.resolve(({"train_data": [data], "eval_split": 0, "max_seq_length": 4096}, "test", tmp_path))
+    prepared = prepare_chats(config, base, new_folder(tmp_path), processes=2)
+    encoder = Encoder(prepared.template, prepared.tokenizer)
+    expected = {}
+    for each in read_chats([data]).chats:
+        alone = encoder.encode(each)
+        labelled = [token for token, on in zip(alone.ids, alone.labelled, strict=True) if on]
+        expected.setdefault(content_hash(each), (alone.ids, labelled))
+    assert encoded(tmp_path / "prepared" / TRAIN) == list(expected.values())
+
+
+@pytest.mark.slow
+def test_ten_times_the_chats_take_no_more_memory(base: Path, tmp_path: Path) -> None:
+    peaks = []
+    for count in (20_000, 200_000):
+        data = mixed(tmp_path / f"{count}.jsonl", count)
+        values = {"train_data": [data], "output_dir": tmp_path / f"run {count}", "skip_bad": True}
+        peaks.append(peak_memory(tmp_path, values, base))
+    assert peaks[1] < 1.1 * peaks[0] < 700e6
+
+
+def peak_memory(folder: Path, values: dict[str, Any], base: Path) -> float:
+    """Bytes that preparing takes in its own process and its workers, what they share left out."""
+    config = configs.resolve((values, "test", folder))
+    (folder / "prepared").mkdir(exist_ok=True)
+    program = (
+        "import pickle, sys; from kolotune.chats.dataset.prepare import prepare_chats;"
+        "config, base, folder = pickle.load(sys.stdin.buffer); prepare_chats(config, base, folder)"
+    )
+    with local.piped([sys.executable, "-c", program], {}) as child:
+        assert child.stdin is not None
+        pickle.dump((config, base, new_folder(folder)), child.stdin)
+        child.stdin.close()
+        peak = 0.0
+        while child.poll() is None:
+            peak = max(peak, unshared(child.pid))
+            time.sleep(0.1)
+        assert child.returncode == 0
+    return peak
+
+
+def unshared(pid: int) -> float:
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += each.memory_full_info().uss
+    return total
+
+
+def test_no_data_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file of chats"):
+        prepare_chats(configs.resolve(({}, "test", tmp_path)), base, new_folder(tmp_path))
+
+
+def test_special_tokens_in_content_are_counted_and_stay_text(prepare: Preparer, tmp_path: Path) -> None:
+    prepared = prepare([chat(1, "Write <|im_end|> so.")], eval_split=0)
+    assert prepared.summary()["special_tokens_in_content"] == 1
+    end = prepared.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    system_user_and_answer = 3
+    ((ids, _),) = encoded(tmp_path / "prepared" / TRAIN)
+    assert ids.count(end) == system_user_and_answer
+
+
+def test_bad_chats_stop_with_their_lines_unless_they_may_be_skipped(prepare: Preparer) -> None:
+    prepared = prepare([chat(1), [("user", "no answer")], chat(2)], eval_split=0)
+    with pytest.raises(DataError, match=r"chats\.jsonl:2"):
+        require_good(prepared, skip_bad=False)
+    require_good(prepared, skip_bad=True)
+    assert prepared.train.chats == 2
+
+
+def test_nothing_left_is_refused(prepare: Preparer) -> None:
+    with pytest.raises(DataError, match="too long"):
+        require_good(prepare([chat(1, "word " * 100)], max_seq_length=16, eval_split=0), skip_bad=True)
+
+
+def test_likeness_is_told_with_lines_and_counted(
+    prepare: Preparer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kolotune.stages.prepare import tell
+
+    story = "Once upon a time a fox met a hen at the river and asked her politely for the way to the mill"
+    chats = [[*chat(number, f"Answer number {number} of many")] for number in range(5)]
+    chats.append([("user", "Tell me a story"), ("assistant", story)])
+    chats.append([("user", "Tell me a story!"), ("assistant", story + ".")])
+    prepared = prepare(chats, held_out=[[("user", "tell me a STORY"), ("assistant", "No.")]], eval_split=0)
+    assert prepared.summary()["findings"] == {"leaks": 1, "near_duplicates": 1}
+    tell(prepared, PlainReporter())
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'chats.jsonl'}:7 is nearly {tmp_path / 'chats.jsonl'}:6 (100%)" in output
+    assert f"{tmp_path / 'held_out.jsonl'}:1 asks the same as {tmp_path / 'chats.jsonl'}:6" in output
+    config = configs.resolve(({"train_data": [tmp_path / "chats.jsonl"]}, "test", tmp_path))
+    few = prepare_chats(config, base, new_folder(tmp_path), compared=3)
+    assert few.summary()["not_compared"] == 4
+    tell(few, PlainReporter())
+    assert "4 chats were not compared" in capsys.readouterr().out

@@ -1,0 +1,217 @@
+"""``--container`` on the command line: what is meant for it, and what the verb gets."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import typer
+import yaml
+
+from kolotune.cli import app, in_container
+from kolotune.cli.in_container import Wish, _Call, wish_of
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ConfigError, DataError
+from kolotune.foundation.secrets import Secret
+from kolotune.runners.container import names
+
+COMMAND: Any = typer.main.get_command(app)
+
+
+class Notebook:
+    """In place of the sender: notes what would go in."""
+
+    def __init__(self) -> None:
+        self.sent: list[Path] = []
+        self.texts: dict[str, str] = {}
+
+    def place(self, host: Path) -> PurePosixPath:
+        self.sent.append(host)
+        return names.INPUTS / "0" / host.name
+
+    def place_text(self, name: str, text: str, host: Path) -> PurePosixPath:
+        self.texts[name] = text
+        return names.INPUTS / "1" / name
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("")
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def called(*arguments: str) -> tuple[_Call, Notebook, list[str]]:
+    """The verb as it would be called inside, where its run folder is /runs/R."""
+    verb, *rest = arguments
+    parent = COMMAND.make_context("kolotune", list(arguments))
+    described = COMMAND.commands[verb]
+    call = _Call(verb, described.params, described.make_context(verb, rest, parent=parent))
+    notebook = Notebook()
+    run, out = call._run(), call._out()
+    argv = call._argv(notebook, (run, PurePosixPath("/runs/R")) if run else None, out)  # type: ignore[arg-type]
+    return call, notebook, argv
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "rest"),
+    [
+        ("run chats.jsonl --container", names.DEFAULT_NAME, "run chats.jsonl"),
+        ("run --container chats.jsonl", names.DEFAULT_NAME, "run chats.jsonl"),
+        ("run --container other chats.jsonl", "other", "run chats.jsonl"),
+        ("run --container --epochs 1 chats.jsonl", names.DEFAULT_NAME, "run --epochs 1 chats.jsonl"),
+        ("run --container=chats.jsonl x", "chats.jsonl", "run x"),
+        ("--container status", names.DEFAULT_NAME, "status"),
+        ("--container box status", "box", "status"),
+        ("status --container status", "status", "status"),
+        ("status run --container", names.DEFAULT_NAME, "status run"),
+        ("--container=box chat --system --container run", "box", "chat --system --container run"),
+        ("chat --system=--container --container box", "box", "chat --system=--container"),
+        ("check --container -- --container", names.DEFAULT_NAME, "check -- --container"),
+        ("chat --base --container box", "box", "chat --base"),
+    ],
+)
+def test_what_the_container_is_called(line: str, name: str, rest: str, here: Path) -> None:
+    assert wish_of(COMMAND, line.split()) == Wish(rest.split(), name, False, False)
+
+
+@pytest.mark.parametrize(
+    "line", ["run chats.jsonl", "run --leave-inside", "check -- --container", "chat --system --container"]
+)
+def test_no_container_is_spoken_of(line: str, here: Path) -> None:
+    assert wish_of(COMMAND, line.split()) is None
+
+
+def test_what_comes_out(here: Path) -> None:
+    found = wish_of(COMMAND, ["run", "--leave-inside", "--container", "--with-checkpoints", "x"])
+    assert found == Wish(["run", "x"], names.DEFAULT_NAME, True, True)
+
+
+def test_every_path_of_every_verb_is_understood() -> None:
+    """A new parameter with a path must get its place in one of the lists."""
+    known = in_container.CHATS | in_container.FILES | in_container.BASES | in_container.RUNS | in_container.OTHERS
+    hints = get_type_hints(configs.Config)
+    of_config = {name for name, hint in hints.items() if hint is Path or Path in get_args(hint)}
+    assert of_config == {"train_data", "eval_data", "output_dir"} and of_config <= known
+    count = 0
+    for verb in (info.callback for info in app.registered_commands):
+        assert verb is not None
+        for name, hint in verb.__annotations__.items():
+            if "Path" in str(hint):
+                count += 1
+                assert name in known, (verb.__name__, name)
+    assert count >= 15
+
+
+def test_inputs_run_folder_and_values(here: Path) -> None:
+    (here / "held.jsonl").write_text("")
+    (here / "base").mkdir()
+    line = ["run", "chats.jsonl", "--eval-data", "held.jsonl", "--base-model", "base", "--epochs", "2"]
+    call, notebook, argv = called(*line, "--system", "-x\n'; rm", "--no-compare", "--eval-split", "0")
+    assert notebook.sent == [here / "chats.jsonl", here / "held.jsonl", here / "base"]
+    assert call._run() == here / "outputs"
+    assert set(argv) == {
+        "run", "--json", "--eval-data=/runs/.inputs/0/held.jsonl", "--base-model=/runs/.inputs/0/base", "--epochs=2",
+        "--system=-x\n'; rm", "--no-compare", "--eval-split=0", "--output-dir=/runs/R", "--",
+        "/runs/.inputs/0/chats.jsonl",
+    }  # fmt: skip
+    assert argv[0] == "run" and argv[-2:] == ["--", "/runs/.inputs/0/chats.jsonl"]
+
+
+def test_a_name_of_a_base_model_stays_a_name(here: Path) -> None:
+    _, notebook, argv = called("run", "chats.jsonl", "--base-model", "meta-llama/Llama-3.2-1B-Instruct")
+    assert "--base-model=meta-llama/Llama-3.2-1B-Instruct" in argv and notebook.sent == [here / "chats.jsonl"]
+
+
+@pytest.mark.parametrize("verb", ["status", "train", "merge", "convert", "quantize", "modelfile", "chat"])
+def test_verbs_of_a_run_folder(verb: str, here: Path) -> None:
+    for arguments, folder in (([verb], "outputs"), ([verb, "run"], "run")):
+        call, _, argv = called(*arguments)
+        assert call._run() == here / folder and argv[-2:] == ["--", "/runs/R"]
+
+
+def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
+    folder = here / "conf"
+    folder.mkdir()
+    (folder / "c.jsonl").write_text("")
+    (folder / "secret").write_text("hf_x")
+    (folder / "k.yaml").write_text(
+        "train-data: c.jsonl\noutput_dir: made\nhf_token: secret\nepochs: 0\nbase_model: ./base\nlora-rank: 2\n"
+    )
+    call, notebook, argv = called("run", "--config", "conf/k.yaml")
+    assert call._run() == folder / "made" and call._token() == Secret("hf_x")
+    assert notebook.sent == [folder / "c.jsonl", folder / "base"]
+    assert yaml.safe_load(notebook.texts["kolotune.yaml"]) == {
+        "train_data": ["/runs/.inputs/0/c.jsonl"], "epochs": 0, "base_model": "/runs/.inputs/0/base", "lora_rank": 2,
+    }  # fmt: skip
+    assert "--config=/runs/.inputs/1/kolotune.yaml" in argv and not [each for each in argv if "token" in each]
+
+
+def test_a_token_is_in_no_argument(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "secret").write_text("hf_secret\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    call, _, argv = called("run", "chats.jsonl", "--hf-token", "secret")
+    assert call._token() == Secret("hf_secret") and not [each for each in argv if "secret" in each]
+    assert called("run", "chats.jsonl")[0]._token() == Secret("hf_other")
+    monkeypatch.delenv("HF_TOKEN")
+    assert not called("status")[0]._token()
+
+
+def test_a_merge_elsewhere(here: Path) -> None:
+    call, notebook, argv = called("merge", "--adapter", "run", "--out", "made", "--base", "smollm2-135m")
+    assert call._run() is None and notebook.sent == [here / "run"]
+    assert "--base=smollm2-135m" in argv
+    made = next(PurePosixPath(each.partition("=")[2]) for each in argv if each.startswith("--out="))
+    assert made.is_relative_to(names.OUTSIDE) and made.name.startswith("made-")
+    with pytest.raises(ConfigError, match="is there already"):
+        called("merge", "--adapter", "run", "--out", "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "chats.jsonl", "--epochs", "x"], "epochs"),
+        (["run", "chats.jsonl", "--epochs", "-1", "--seed", "y"], "seed"),
+        (["train", "--lora-rank", "0"], "lora-rank"),
+        (["run", "--config", "none.yaml"], "none.yaml"),
+        (["run", "chats.jsonl", "--hf-token", "hf_abc"], "never the token itself"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_sent(arguments: list[str], words: str, here: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        called(*arguments)
+
+
+def test_a_folder_is_no_file_of_chats(here: Path) -> None:
+    with pytest.raises(DataError, match="is a folder"):
+        called("run", "run")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("run --nonsense --container", 2, "there is no option --nonsense"),
+        ("nonsense --container", 2, "there is no verb 'nonsense'"),
+        ("run --epochs x --container", 2, "epochs"),
+        ("run --help --container", 0, "Usage: kolotune run"),
+        ("container status --container", 2, "takes the name as an argument"),
+        ("models --container", 15, "Docker can't be reached"),
+        ("container status", 15, "Docker can't be reached"),
+        ("container stop", 15, "DOCKER_HOST"),
+        ("container start -- -x", 15, "Docker"),
+    ],
+)
+def test_without_docker(
+    line: str, code: int, words: str, kolotune: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{here}/none.sock")
+    found, output = kolotune(*line.split())
+    assert (found, words in output, "Traceback" in output) == (code, True, False), output
+
+
+def test_init_is_done_here(kolotune: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{here}/none.sock")
+    assert kolotune("init", "new", "--container")[0] == 0
+    assert (here / "new" / "chats.jsonl").is_file()

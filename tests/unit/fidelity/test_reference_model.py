@@ -1,0 +1,82 @@
+"""A model that is read layer by layer finds the same likely as the whole one, and as PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kolotune.fidelity import reference_model
+from kolotune.fidelity.tasks import Asked
+from kolotune.foundation.errors import SpaceError
+
+CHATS = [Asked([5, 9, 2, 7, 40], [1, 3], []), Asked(list(range(3, 30)), [20, 25], []), Asked([1, 2], [0], [])]
+
+
+def with_adapter(model: Any, folder: Path, targets: list[str]) -> Any:
+    """A random adapter, saved by PEFT."""
+    import peft
+    import torch
+
+    torch.manual_seed(3)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets))
+    with torch.no_grad():
+        for name, each in tuned.named_parameters():
+            if "lora_" in name:
+                each.normal_(std=0.2)
+    tuned.save_pretrained(folder)
+    return tuned
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "more"),
+    [
+        ("llama", ["q_proj", "down_proj"], {}),
+        ("llama", ["q_proj", "embed_tokens"], {"tie_word_embeddings": True}),
+        ("gemma", ["o_proj"], {}),
+        ("qwen2", ["v_proj"], {}),
+        ("gpt2", ["c_attn", "c_proj"], {}),
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_layer_by_layer_as_peft(
+    kind: str, targets: list[str], more: dict[str, Any], tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+
+    tuned = with_adapter(tiny_model(kind, tmp_path / "base", **more), tmp_path / "adapter", targets)
+    for way in (reference_model.Whole, reference_model.Layered):
+        model: Any = way(tmp_path / "base")
+        before = list(model.log_probabilities(CHATS))
+        model.add(tmp_path / "adapter")
+        for chat, plain, found in zip(CHATS, before, model.log_probabilities(CHATS), strict=True):
+            with torch.no_grad():
+                logits = tuned(input_ids=torch.tensor([chat.ids])).logits[0, chat.positions]
+            wanted = torch.log_softmax(logits, -1).numpy()
+            assert np.abs(found - wanted).max() < 2e-4, way
+            assert np.abs(found - plain).max() > 1e-2
+
+
+def test_a_model_that_does_not_fit_is_read_layer_by_layer(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    tiny_model("llama", tmp_path / "base")
+    assert isinstance(reference_model.model_in(tmp_path / "base"), reference_model.Whole)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": 1000}))
+    model = reference_model.model_in(tmp_path / "base")
+    assert isinstance(model, reference_model.Layered) and model.answers([[1]], 2, 3) == [None]
+
+
+def test_what_can_be_read_neither_way_is_refused(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("llama", tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({f"other.{name}": each for name, each in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(SpaceError, match="layer by layer"):
+        reference_model.Layered(tmp_path / "base")

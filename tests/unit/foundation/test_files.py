@@ -1,0 +1,198 @@
+"""Files: the old one or the new one, whole; hashes decide by content."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune.foundation import files
+from kolotune.foundation.errors import ArtifactError, SpaceError
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_a_file_and_a_folder_take_the_place_of_older_ones(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "thing"
+    files.write_text(target, "one")
+    files.write_text(target, "two\n")
+    assert target.read_bytes() == b"two\n"
+    with files.replacing(target) as partial:  # a folder where a file was
+        partial.mkdir()
+        (partial / "a").write_text("a")
+    with files.replacing(target) as partial:  # a folder where a folder was
+        partial.mkdir()
+        (partial / "b").write_text("b")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert leftovers(target.parent) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_in_the_block_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "thing"
+    target.mkdir()
+    (target / "old").write_text("good")
+    with pytest.raises(type(error)), files.replacing(target) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("half")
+        raise error
+    assert (target / "old").read_text() == "good"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / ".thing.partial").mkdir()
+    (tmp_path / ".thing.partial" / "half").write_text("half")
+    (tmp_path / ".thing.old").mkdir()
+    with files.replacing(tmp_path / "thing") as partial:
+        assert not partial.exists()
+        partial.mkdir()
+    with files.replacing(tmp_path / "thing") as partial:
+        partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_the_new_one_is_flushed_before_the_rename_and_its_folder_after(tmp_path: Path, monkeypatch: Any) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        calls.append(f"rename {self.name} {target.name}")
+        return replace(self, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    files.write_text(tmp_path / "a", "text")
+    assert calls == ["fsync .a.partial", "rename .a.partial a", f"fsync {tmp_path.name}"]
+
+
+def test_system_errors_are_told_in_the_users_words(tmp_path: Path) -> None:
+    full = files.explained(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "x")
+    assert isinstance(full, SpaceError)
+    assert full.exit_code == 13
+    assert str(tmp_path / "x") in full.cause
+    other = files.explained(PermissionError(errno.EACCES, "Permission denied"), tmp_path)
+    assert isinstance(other, ArtifactError)
+    assert "Permission denied" in other.cause
+    assert other.hint
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="can't be read or written"):
+        files.write_text(tmp_path / "file" / "below", "x")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_full_disk_is_a_space_error_and_leaves_no_partial_file(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    target.write_text("old")
+    with pytest.raises(SpaceError), files.replacing(target) as partial:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert target.read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+def test_json_comes_back_whatever_the_names(tmp_path: Path) -> None:
+    value = {"file": "bad\udcff.jsonl", "é": ["日本", "\x1b[31m", 'q"\n'], "n": 1.5}
+    files.write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
+
+
+def test_text_keeps_its_newlines(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a", "one\r\ntwo\n")
+    assert (tmp_path / "a").read_bytes() == b"one\r\ntwo\n"
+
+
+def test_remove_takes_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    files.remove(tmp_path / "link")
+    files.remove(tmp_path / "nothing")
+    assert (tmp_path / "kept" / "file").is_file()
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_sizes_and_files_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, text in (("b/2", "22"), ("a", "1"), (".hidden", "333")):
+        (tmp_path / name).write_text(text)
+    assert files.size_of(tmp_path) == 6
+    assert [path.relative_to(tmp_path).as_posix() for path in files.files_of(tmp_path)] == [".hidden", "a", "b/2"]
+
+
+def test_hashes_are_of_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 100)
+    assert files.Hasher().of(path) == hashlib.sha256(b"x" * 100).hexdigest() == files.hash_file(path)
+    assert files.Hasher().of(tmp_path / "nothing") == ""
+    os.utime(path, (0, 0))
+    assert files.Hasher().of(path) == files.hash_file(path)
+
+
+def test_a_folders_hash_knows_names_and_bytes_and_not_its_place(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    (one / "sub").mkdir(parents=True)
+    (one / "a").write_text("a")
+    (one / "sub" / "b").write_text("b")
+    shutil.copytree(one, two)
+    hasher = files.Hasher()
+    first = hasher.of(one)
+    assert hasher.of(two) == first
+    (two / "sub" / "b").rename(two / "sub" / "c")
+    assert hasher.of(two) != first
+    (one / "a").write_text("b")
+    assert files.Hasher().of(one) != first
+
+
+def test_the_cache_of_hashes_is_trusted_only_while_the_file_is_untouched(tmp_path: Path) -> None:
+    path, cache = tmp_path / "a", tmp_path / "hashes.json"
+    path.write_bytes(b"one")
+    hasher = files.Hasher(cache)
+    first = hasher.of(path)
+    hasher.save()
+    assert files.Hasher(cache).of(path) == first
+    status = path.stat()
+    path.write_bytes(b"two")  # same size, and the old time is put back
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert files.Hasher(cache).of(path) == files.hash_file(path) != first
+
+
+def test_the_cache_saves_reading(tmp_path: Path, monkeypatch: Any) -> None:
+    path, cache = tmp_path / "a", tmp_path / "hashes.json"
+    path.write_bytes(b"one")
+    hasher = files.Hasher(cache)
+    digest = hasher.of(path)
+    hasher.save()
+    monkeypatch.setattr(files, "hash_file", lambda _: pytest.fail("the file was read again"))
+    assert files.Hasher(cache).of(path) == digest
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', "null", "\udcff"])
+def test_a_damaged_cache_is_no_cache(tmp_path: Path, text: str) -> None:
+    path, cache = tmp_path / "a", tmp_path / "hashes.json"
+    path.write_bytes(b"one")
+    cache.write_bytes(text.encode("utf-8", "surrogateescape"))
+    hasher = files.Hasher(cache)
+    assert hasher.of(path) == files.hash_file(path)
+    hasher.save()
+
+
+def test_a_cache_that_cannot_be_saved_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    hasher = files.Hasher(tmp_path / "file" / "cache.json")
+    hasher.of(tmp_path / "file")
+    hasher.save()

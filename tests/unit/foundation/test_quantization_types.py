@@ -1,0 +1,47 @@
+"""The table of quantizations, held against the library's own constants."""
+
+from __future__ import annotations
+
+import llama_cpp
+import pytest
+
+from kolotune.foundation.quantization_types import (
+    FILE_TYPES,
+    NEEDS_IMPORTANCE_MATRIX,
+    NONE,
+    made_with_matrix,
+    problem_with,
+)
+
+PREFIX = "LLAMA_FTYPE_MOSTLY_"
+CHOICES = ("auto", "always", "never")
+
+
+def test_the_table_is_the_library_s() -> None:
+    library = {name.removeprefix(PREFIX): getattr(llama_cpp, name) for name in dir(llama_cpp) if PREFIX in name}
+    assert library.pop("F16") == 1  # that is "none" here: the converter writes it
+    assert library.pop("NVFP4") == 39  # has a number, but llama_model_quantize calls it invalid (see the slow test)
+    assert library == FILE_TYPES
+
+
+def test_what_needs_a_matrix_is_in_the_table() -> None:
+    assert set(FILE_TYPES) > NEEDS_IMPORTANCE_MATRIX
+
+
+@pytest.mark.parametrize("name", [NONE, *FILE_TYPES])
+def test_usable(name: str) -> None:
+    assert problem_with(name) == ""
+
+
+def test_which_are_made_with_a_matrix() -> None:
+    by_choice = {choice: {name for name in (NONE, *FILE_TYPES) if made_with_matrix(name, choice)} for choice in CHOICES}
+    assert by_choice["never"] == set()
+    assert set(FILE_TYPES) > by_choice["always"] > by_choice["auto"] > NEEDS_IMPORTANCE_MATRIX
+    assert {"Q4_K_M", "IQ4_XS"} <= by_choice["always"] - by_choice["auto"]
+    assert {"Q2_K", "IQ3_M"} <= by_choice["auto"] and not {"Q8_0", "BF16"} & by_choice["always"]
+
+
+@pytest.mark.parametrize("name", ["Q4_K_X", "q4_k_m", "", "F16"])
+def test_unknown(name: str) -> None:
+    told = problem_with(name)
+    assert "Q4_K_M" in told and "none" in told and "IQ1_S" in told

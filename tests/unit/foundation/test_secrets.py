@@ -1,0 +1,52 @@
+"""A secret is stars wherever it goes, and goes nowhere by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import traceback
+
+import pytest
+
+from kolotune.foundation.secrets import STARS, Secret
+from kolotune.runners.container.paths import Paths
+from kolotune.runners.container.verb import Order
+
+TOKEN = "hf_PlantedTokenThatMustNotBeSeen"
+
+
+def test_it_is_stars_in_every_form() -> None:
+    secret = Secret(TOKEN)
+    order = Order(["run"], paths=Paths(secret), token=secret)
+    shown = [str(secret), repr(secret), f"{secret}", f"{secret!r}", f"{[secret]}", f"{ {'a': secret} }"]
+    assert not [each for each in [*shown, str(order), repr(vars(order))] if TOKEN in each]
+    assert all(STARS in each for each in shown)
+    assert secret.reveal() == TOKEN
+
+
+def test_it_goes_into_no_file() -> None:
+    secret = Secret(TOKEN)
+    for write in (pickle.dumps, json.dumps, dataclasses.asdict):
+        with pytest.raises(TypeError) as error:
+            write(secret)  # type: ignore[operator]
+        assert TOKEN not in str(error.value)
+
+
+def test_a_crash_does_not_show_it() -> None:
+    def fails(secret: Secret) -> None:
+        raise ValueError(f"no: {secret} {secret!r}")
+
+    try:
+        fails(Secret(TOKEN))
+    except ValueError as error:
+        told = traceback.TracebackException.from_exception(error, capture_locals=True)
+        assert TOKEN not in "".join(told.format()) and STARS in "".join(told.format())
+
+
+def test_it_compares_and_masks() -> None:
+    assert Secret(TOKEN) == Secret(TOKEN) != Secret("x")
+    assert Secret(TOKEN) != TOKEN
+    assert not Secret()
+    assert Secret(TOKEN).masked(f"a{TOKEN}b") == f"a{STARS}b"
+    assert Secret().masked("ab") == "ab"

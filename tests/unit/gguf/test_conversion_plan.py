@@ -1,0 +1,248 @@
+"""A GGUF that is streamed into an outline is, byte for byte, the one that llama.cpp's converter writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kolotune import llamacpp
+from kolotune.base_models import packaged_model
+from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.gguf import conversion_plan, header
+from kolotune.gguf.conversion_plan import NotSimple
+from kolotune.gguf.conversion_tracing import _how_it_is_made
+from kolotune.weights.tensors import Entry, MappedTensors, row_blocks, weight_files
+
+WORDS = 49152
+# What is stored, as which GGUF. Gemma's norms, to which 1 is added, have a test of their own.
+MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "llama": ("llama", "float16", "f16", {"tie_word_embeddings": True}),
+    "llama-as-it-is": ("llama", "bfloat16", "bf16", {}),
+    "llama-wide": ("llama", "float32", "f32", {}),
+    "llama-narrowed": ("llama", "bfloat16", "f16", {}),
+    "llama-in-parts": ("llama", "float16", "f16", {"shard": "2MB"}),
+    "llama-3-rope": (
+        "llama", "float16", "f16",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "high_freq_factor": 4.0,
+                             "low_freq_factor": 1.0, "original_max_position_embeddings": 128}},
+    ),
+    "mistral": ("mistral", "float16", "f16", {}),
+    "qwen2": ("qwen2", "float16", "f16", {}),
+    "qwen3": ("qwen3", "float16", "f16", {}),
+    "gemma": ("gemma", "float32", "f16", {}),
+    "gemma2": ("gemma2", "float32", "f32", {}),
+    "gemma3": ("gemma3", "float32", "f16", {}),
+    "gemma3-narrow": ("gemma3", "float16", "f16", {}),
+    "phi3": ("phi3", "float16", "f16", {"pad_token_id": 2}),
+    "gpt2": ("gpt2", "float16", "f16", {"n_ctx": 128}),
+}  # fmt: skip
+_CONVERT = """
+import runpy, sys
+from pathlib import Path
+root, room = sys.argv[1:3]
+sys.path.insert(0, root)
+for pair in sys.argv[3:]:
+    name, kind = pair.split(":")
+    sys.argv = ["convert", "--outtype", kind, "--outfile", f"{room}/{name}.gguf", f"{room}/{name}"]
+    runpy.run_path(f"{root}/convert_hf_to_gguf.py", run_name="__main__")
+"""
+_DRAW = """
+import sys
+from pathlib import Path
+from kolotune.llamacpp import outlining
+root, room = sys.argv[1:3]
+for pair in sys.argv[3:]:
+    name, kind = pair.split(":")
+    target = Path(room, f"{name}.outline")
+    target.mkdir()
+    assert outlining.main([root, f"{room}/bare/{name}", kind, str(target)]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def room(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., Any],
+    toolchain: llamacpp.Toolchain,
+    reporter: PlainReporter,
+) -> Path:
+    """Every model, what the converter makes of it, and an outline drawn of a folder without its weights' values."""
+    room = tmp_path_factory.mktemp("models")
+    (room / "bare").mkdir()
+    for name, (kind, dtype, _, more) in MODELS.items():
+        tiny_model(kind, room / name, dtype=dtype, **{"vocab_size": WORDS, **more})
+        for file in TOKENIZER_FILES:
+            if (packaged_model.unpacked(reporter) / file).is_file():
+                shutil.copyfile(packaged_model.unpacked(reporter) / file, room / name / file)
+        if kind in ("gemma", "gemma2", "phi3", "qwen2", "qwen3"):  # SmolLM2's tokenizer would be taken for another
+            shutil.copyfile(_sentencepiece(room), room / name / "tokenizer.model")
+        conversion_plan.shape_of(room / name).written(room / "bare")
+    pairs = [f"{name}:{type_}" for name, (_, _, type_, _) in MODELS.items()]
+    for code in (_CONVERT, _DRAW):
+        argv = [sys.executable, "-c", code, str(toolchain.root), str(room), *pairs]
+        child = subprocess.run(argv, capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr[-3000:]
+    return room
+
+
+def _sentencepiece(room: Path) -> Path:
+    import sentencepiece
+
+    model = room / "sentencepiece.model"
+    if not model.is_file():
+        text = room / "text"
+        text.write_text("\n".join(f"{number} keepers of {number * 7} lights" for number in range(300)))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(model.with_suffix("")), vocab_size=100, minloglevel=2
+        )
+    return model
+
+
+def verdict(room: Path, name: str) -> conversion_plan.Verdict:
+    return conversion_plan._read(room / f"{name}.outline", conversion_plan.shape_of(room / name))
+
+
+def streamed(room: Path, name: str, target: Path) -> Path:
+    tensors = MappedTensors(weight_files(room / name))
+
+    def blocks(entry: Entry) -> Iterator[np.ndarray]:
+        return (tensors[entry.name][rows] for rows in row_blocks(entry))
+
+    drawn = verdict(room, name).outline
+    assert drawn is not None, verdict(room, name).reason
+    conversion_plan.write_gguf(drawn, target, tensors.entries, blocks)
+    return target
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gemma3-narrow", "gpt2")])
+def test_every_byte(name: str, room: Path, tmp_path: Path) -> None:
+    assert streamed(room, name, tmp_path / "out.gguf").read_bytes() == (room / f"{name}.gguf").read_bytes()
+
+
+def test_one_is_added_to_gemma_s_norms_in_fp32(room: Path, tmp_path: Path) -> None:
+    """The converter adds it in f16, where what was trained is lost; the model computes it in fp32."""
+    name = "gemma3-narrow"
+    found = streamed(room, name, tmp_path / "out.gguf").read_bytes()
+    wanted = (room / f"{name}.gguf").read_bytes()
+    tensors = MappedTensors(weight_files(room / name))
+    drawn = verdict(room, name).outline
+    assert drawn is not None and len(found) == len(wanted) and found[: len(drawn.header)] == wanted[: len(drawn.header)]
+    at, norms = len(drawn.header), 0
+    for made in drawn.tensors:
+        mine, its = found[at : at + made.size], wanted[at : at + made.size]
+        at += -(-made.size // 32) * 32
+        if made.add:
+            norms += 1
+            exact = np.float32(1) + tensors[str(made.source)].astype(np.float32)
+            assert np.array_equal(np.frombuffer(mine, np.float32), exact) and mine != its
+            np.testing.assert_allclose(exact, np.frombuffer(its, np.float32), rtol=1e-3)
+        else:
+            assert mine == its, made.name
+    assert at == len(found) and norms == 13
+
+
+def test_what_is_more_than_rows_in_another_order_is_left_to_the_converter(room: Path) -> None:
+    assert verdict(room, "gpt2").outline is None and "attn_qkv" in verdict(room, "gpt2").reason
+
+
+def test_the_digest_names_all_that_the_converter_sees(room: Path, tmp_path: Path) -> None:
+    shape = conversion_plan.shape_of(room / "llama")
+    assert shape.digest() == conversion_plan.shape_of(room / "llama").digest()
+    seen = {shape.digest()}
+    for change in ("config.json", "tokenizer.json", "chat_template.jinja", "README.md", "name", "weights"):
+        folder = tmp_path / change / ("other" if change == "name" else "llama")
+        shutil.copytree(room / "llama", folder)
+        if change == "weights":
+            for path in folder.glob("*.safetensors"):
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 1
+                path.write_bytes(content)
+            assert conversion_plan.shape_of(folder).digest() in seen, "values are not part of it"
+            continue
+        if change != "name":
+            file = folder / change
+            file.write_text((file.read_text(encoding="utf-8") if file.is_file() else "") + " ", encoding="utf-8")
+        seen.add(conversion_plan.shape_of(folder).digest())
+    assert len(seen) == 6
+
+
+def test_it_is_drawn_once_and_kept(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
+) -> None:
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
+    shape = conversion_plan.shape_of(room / "llama")
+    first = conversion_plan.draw(shape, "f16", toolchain, tmp_path / "log")
+    assert first.outline is not None and conversion_plan.is_drawn(shape, "f16", toolchain)
+    monkeypatch.setattr("kolotune.runners.local.run", lambda *_, **__: pytest.fail("it is known already"))
+    again = conversion_plan.draw(shape, "f16", toolchain, tmp_path / "log")
+    assert again == first and first == verdict(room, "llama")
+    assert len(list((tmp_path / "conversions").iterdir())) == 1, "nothing is left behind"
+
+
+def test_flags_are_changed_in_the_header(room: Path, tmp_path: Path) -> None:
+    name = "tokenizer.ggml.add_bos_token"
+    drawn = verdict(room, "llama").outline
+    assert drawn is not None
+    for value in (True, False):
+        changed = header.with_flag(drawn.header, name, value)
+        assert len(changed) == len(drawn.header)
+        path = tmp_path / "x.gguf"
+        path.write_bytes(changed + (room / "llama.gguf").read_bytes()[len(changed) :])
+        assert header.read(path).fields[name] is value
+    assert header.with_flag(drawn.header, "no.such", True) == drawn.header
+
+
+def _interleaved(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(2, 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda x: x, {}),
+        (_interleaved, {"order": [0, 2, 1, 3, 4, 6, 5, 7]}),
+        (lambda x: x + 1, {"add": 1.0}),
+        (lambda x: _interleaved(x) - 0.5, {"order": [0, 2, 1, 3, 4, 6, 5, 7], "add": -0.5}),
+        (lambda x: x.clone(), {}),
+    ],
+)
+@pytest.mark.parametrize("width", [1, 6])
+def test_what_is_recognised(change: Any, wanted: dict[str, Any], width: int) -> None:
+    assert _how_it_is_made(change, "x", (8, width), "F16") == wanted
+    assert json.loads(json.dumps(wanted)) == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x * 2,
+        lambda x: -x,
+        lambda x: x.abs(),
+        lambda x: x.round(),
+        lambda x: x.clamp(min=-1),
+        lambda x: x.flip(1),
+        lambda x: x.flip(0) * 1.5,
+        lambda x: x.T,
+        lambda x: x[:4],
+        lambda x: x[:1].expand(8, 8).clone(),
+        lambda x: x.exp(),
+        lambda x: x.cumsum(0),
+        lambda x: x.reshape(4, 16),
+        lambda x: x.sum(),
+        lambda x: torch.where(x.abs() < 0.1, 0.0, x),
+        lambda x: x + torch.arange(8),
+    ],
+)
+def test_what_is_not(change: Any) -> None:
+    with pytest.raises(NotSimple):
+        _how_it_is_made(change, "x", (8, 8), "F16")

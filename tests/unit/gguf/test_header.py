@@ -1,0 +1,138 @@
+"""Reading back GGUFs: whole ones, and ones that are damaged."""
+
+from __future__ import annotations
+
+import random
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from kolotune.foundation.errors import ArtifactError
+from kolotune.gguf import header as gguf_file
+from kolotune.llamacpp import Toolchain
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_add_bos_token(False)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{number}" for number in range(200)])
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.arange(64 * 32, dtype=np.float32).reshape(64, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_what_a_whole_file_says(whole: Path) -> None:
+    summary = gguf_file.read(whole)
+    assert summary.architecture == "llama"
+    assert summary.tensors["output.weight"] == ((32, 64), "F32", 64 * 32 * 4)
+    assert summary.fields["tokenizer.ggml.add_bos_token"] is False
+    assert summary.fields["tokenizer.ggml.tokens"] == 200
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_cut_anywhere(whole: Path, part: int) -> None:
+    data = whole.read_bytes()
+    # The last bytes are padding behind the last tensor: what counts is cut before them.
+    whole.write_bytes(data[: int((len(data) - 64) * part / 20)])
+    with pytest.raises(ArtifactError):
+        gguf_file.read(whole)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (0, b"GGML"),
+        (4, struct.pack("<I", 99)),
+        (8, struct.pack("<Q", 2**60)),
+        (16, struct.pack("<Q", 2**60)),
+        (0, bytes(64)),
+    ],
+    ids=["magic", "version", "tensor count", "key count", "zeroed header"],
+)
+def test_damaged_headers(whole: Path, offset: int, value: bytes) -> None:
+    data = bytearray(whole.read_bytes())
+    data[offset : offset + len(value)] = value
+    whole.write_bytes(data)
+    with pytest.raises(ArtifactError):
+        gguf_file.read(whole)
+
+
+def test_mutations_never_raise_anything_else(whole: Path) -> None:
+    original = whole.read_bytes()
+    dice = random.Random(7)
+    header = 4000
+    for _ in range(150):
+        data = bytearray(original)
+        for _ in range(dice.randint(1, 4)):
+            data[dice.randrange(header)] = dice.randrange(256)
+        whole.write_bytes(data)
+        try:
+            gguf_file.read(whole)
+        except ArtifactError:
+            continue
+
+
+def test_no_file_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError):
+        gguf_file.read(tmp_path / "none.gguf")
+
+
+def test_the_same_as_the_format_s_own_reader(whole: Path) -> None:
+    judge, summary = gguf.GGUFReader(whole), gguf_file.read(whole)
+    assert summary.tensors == {
+        each.name: (tuple(map(int, each.shape)), each.tensor_type.name, int(each.n_bytes)) for each in judge.tensors
+    }
+    wanted = {name: field.contents() for name, field in judge.fields.items() if not name.startswith("GGUF.")}
+    assert summary.fields.keys() == wanted.keys()
+    for name, value in summary.fields.items():
+        assert value == wanted[name] or value == len(wanted[name]), name
+
+
+def test_a_vocabulary_alone_is_no_model(toolchain: Toolchain) -> None:
+    with pytest.raises(ArtifactError, match="holds no model"):
+        gguf_file.read(toolchain.root / "models" / "ggml-vocab-qwen2.gguf")
+
+
+def test_all_kinds_of_fields(tmp_path: Path) -> None:
+    path = tmp_path / "kinds.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    values: dict[str, tuple[str, object]] = {
+        "a": ("uint8", 200), "b": ("int8", -100), "c": ("uint16", 60000), "d": ("int16", -30000),
+        "e": ("uint32", 4_000_000_000), "f": ("int32", -2_000_000_000), "g": ("float32", 0.5), "h": ("bool", True),
+        "i": ("string", "naïve 🎉"), "j": ("uint64", 2**63), "k": ("int64", -(2**62)), "l": ("float64", 0.1),
+        "m": ("array", [1, 2, 3]), "n": ("array", ["x", ""]), "o": ("array", [True, False]),
+        "p": ("array", [1.5] * 65), "q": ("array", ["ü"] * 65),
+    }  # fmt: skip
+    for name, (kind, value) in values.items():
+        getattr(writer, f"add_{kind}")(name, value)
+    writer.add_tensor("x", np.zeros((2, 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    fields = gguf_file.read(path).fields
+    assert {name: fields[name] for name in values} == {
+        name: len(value) if isinstance(value, list) and len(value) > 64 else value
+        for name, (_, value) in values.items()
+    }
+
+
+def test_a_flag_is_changed_in_place(whole: Path) -> None:
+    before = whole.read_bytes()
+    gguf_file.set_flag(whole, "tokenizer.ggml.add_bos_token", True)
+    assert gguf_file.read(whole).fields["tokenizer.ggml.add_bos_token"] is True
+    assert sum(one != other for one, other in zip(before, whole.read_bytes(), strict=True)) == 1
+    for name in ("tokenizer.ggml.add_eos_token", "llama.block_count"):
+        gguf_file.set_flag(whole, name, False)
+    gguf_file.set_flag(whole, "tokenizer.ggml.add_bos_token", False)
+    assert whole.read_bytes() == before

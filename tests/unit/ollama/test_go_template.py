@@ -1,0 +1,97 @@
+"""A Modelfile's TEMPLATE is rendered as Go's own text/template renders it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.go_templates import job
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from kolotune.foundation.errors import ArtifactError, TemplateError
+from kolotune.ollama.go_template import render
+from kolotune.ollama.template import NotDerivable, battery, derive
+
+Go = Callable[[list[dict[str, Any]]], list[list[str]]]
+CHATS = battery(system=True)
+# As people write them by hand, and Ollama's own library has them.
+BY_HAND = [
+    """{{- range .Messages }}<|{{ .Role }}|>
+{{ .Content }}<|end|>
+{{ end }}<|assistant|>
+""",
+    """{{ if .System }}<s>{{ .System }}</s>{{ end }}
+{{- range $i, $_ := .Messages }}
+{{- $last := eq (len (slice $.Messages $i)) 1 -}}
+{{- if eq .Role "user" }}U: {{ .Content }}
+{{ else if eq .Role "assistant" }}A: {{ .Content }}{{ if not $last }}</s>{{ end }}
+{{ else if eq .Role "system" "tool" }}S{{ else }}?{{ end }}
+{{- if and (ne .Role "assistant") $last }}A: {{ end }}
+{{- end }}""",
+    "{{ $n := 0 }}{{ range .Messages }}{{ $n = len .Content }}{{ $n }}, {{ end }}{{ $n }} {{ `raw \\n {{ x }}` }}",
+    "{{ range $i, $m := .Messages }}{{ if or (gt $i 1) (lt $i 1) }}{{ $i }}{{ with_ }}{{ end }}{{ end }}".replace(
+        "{{ with_ }}", '{{ "\\u00e9\\x41\\"}}" }}'
+    ),
+    "{{/* no */}}a  {{- /* no */ -}}  b{{ range .Messages }}{{ else }}none{{ end }}{{ (index .Messages 0).Content }}",
+    "{{ range .Messages }}{{ if true }}{{ print .Role 1 }}{{ end }}{{ $.System }}{{ end }}",
+]
+
+
+def derived(templates: Path) -> list[str]:
+    found = []
+    for path in sorted(templates.glob("*.jinja")):
+        source = path.read_text(encoding="utf-8")
+
+        def write(messages: list[dict[str, Any]], opened: bool, source: str = source) -> str:
+            try:
+                texts, _ = render_jinja_template(
+                    [messages], chat_template=source, add_generation_prompt=opened, bos_token="<s>", eos_token="</s>"
+                )
+            except Exception as error:  # whatever a template raises
+                raise TemplateError(str(error)) from None
+            return str(texts[0])
+
+        turns = derive(write, "<s>")
+        if not isinstance(turns, NotDerivable):
+            found += [turns.go_template(include_bos=True), turns.go_template(include_bos=False)]
+    return found
+
+
+def test_as_go_does(go: Go, templates_folder: Path) -> None:
+    templates = list(dict.fromkeys([*BY_HAND, *derived(templates_folder)]))
+    assert len(templates) > 30
+    for template, texts in zip(templates, go([job(each, CHATS) for each in templates]), strict=True):
+        for chat, text in zip(CHATS, texts, strict=True):
+            assert render(template, chat) == text, template
+
+
+def test_the_system_of_the_modelfile_is_for_conversations_without() -> None:
+    template = "{{ .System }}|{{ range .Messages }}{{ .Role }} {{ end }}"
+    assert render(template, [{"role": "user", "content": "a"}], "S") == "S|system user "
+    own = [{"role": "system", "content": "own"}, {"role": "user", "content": "a"}]
+    assert render(template, own, "S") == "own|system user "
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ .Prompt }}",
+        "{{ range .Messages }}",
+        "{{ range .Messages }}{{ end }}{{ end }}",
+        "{{ range .Messages }}{{ else if true }}{{ end }}",
+        "{{ if .Messages }}{{ else }}{{ else }}{{ end }}",
+        "{{ .Messages",
+        '{{ template "x" .Messages }}',
+        "{{ json .Messages }}",
+        "{{ range $m := .Messages }}{{ $x }}{{ end }}",
+        "{{ .Messages | len }}",
+        "{{ range .Messages }}{{ .Role.Name }}{{ end }}",
+        "{{ index .Messages 99 }}",
+        "{{ range .System }}{{ end }}{{ .Messages }}",
+    ],
+)
+def test_more_of_the_language_is_refused(template: str) -> None:
+    with pytest.raises(ArtifactError, match="TEMPLATE"):
+        render(template, [{"role": "user", "content": "a"}])

@@ -1,0 +1,215 @@
+"""Lean runs: the same models, and nothing beside what was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import config_of, partials, states
+
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.files import hash_file
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.gguf import conversion_plan, convert, quantize
+from kolotune.gguf.conversion_plan import Verdict
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import records
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import Context
+from kolotune.run_folder.retention import Kept, kept
+from kolotune.serving.terminal_chat import open_chat
+from kolotune.stages.merge import merge_adapter
+
+
+@pytest.fixture(scope="module")
+def lean_run(finished: Config, tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Config:
+    """The finished run's adapter, made lean; read its folder only."""
+    folder = tmp_path_factory.mktemp("lean") / "run"
+    shutil.copytree(finished.output_dir, folder)
+    config = dataclasses.replace(finished, output_dir=folder, lean=True)
+    pipeline.run(config, reporter)
+    return config
+
+
+@pytest.fixture
+def lean_copy(lean_run: Config, tmp_path: Path) -> Config:
+    shutil.copytree(lean_run.output_dir, tmp_path / "run")
+    return dataclasses.replace(lean_run, output_dir=tmp_path / "run")
+
+
+def models_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix == ".gguf" or path.name.startswith(("merged", "Mod"))}
+
+
+LEAN = {"MergedQ4_K_M.gguf", "ModelfileQ4_K_M"}
+
+
+def test_what_is_kept() -> None:
+    def of(**values: Any) -> Kept:
+        return kept(configs.resolve((values, "test", Path.cwd())))
+
+    assert of() == Kept(True, True, ("Q4_K_M",))
+    assert of(quantization="none") == Kept(True, True, ())
+    assert of(lean=True, quantization="Q8_0,Q4_K_M") == Kept(False, False, ("Q8_0", "Q4_K_M"))
+    assert of(lean=True, quantization="none") == Kept(False, True, ())
+
+
+def test_a_run_that_becomes_lean_keeps_what_was_asked_for(lean_run: Config, finished: Config) -> None:
+    run, whole = RunFolder(lean_run.output_dir), RunFolder(finished.output_dir)
+    assert models_in(run.root) == LEAN and partials(run) == []
+    assert states(run) == dict.fromkeys(("prepare", "train", "quantize", "modelfile"), "done")
+    assert not run.record("merge").exists() and not run.record("convert").exists()
+    assert hash_file(run.quantized("Q4_K_M")) == hash_file(whole.quantized("Q4_K_M"))
+    made, adapter = records.read(run, "quantize"), records.read(run, "train")
+    assert made is not None and set(made.inputs) == {"the adapter", "the base model", "the tokenizer"}
+    assert made.facts["unquantized"]["sha256"] == hash_file(whole.gguf)
+    assert made.facts["unquantized"]["streamed"] is True and made.facts["unquantized"]["adapted"] > 0
+    assert adapter == records.read(whole, "train"), "it was not trained again"
+
+
+def test_a_rerun_does_nothing(lean_copy: Config, capsys: Any, reporter: PlainReporter) -> None:
+    pipeline.run(lean_copy, reporter)
+    printed = capsys.readouterr().out
+    assert printed.count("done before, nothing it depends on has changed") == 4 and "..." not in printed
+
+
+def test_another_quantization_neither_trains_nor_leaves_anything(
+    lean_copy: Config, capsys: Any, monkeypatch: Any, reporter: PlainReporter
+) -> None:
+    seen: list[list[str]] = []
+    real = quantize.quantize_file
+
+    def watched(source: Path, *more: Any) -> None:
+        seen.append(sorted(path.name for path in lean_copy.output_dir.glob("*.gguf")))
+        assert not RunFolder(lean_copy.output_dir).merged_model.exists()
+        real(source, *more)
+
+    monkeypatch.setattr(quantize, "quantize_file", watched)
+    run = pipeline.run(dataclasses.replace(lean_copy, quantization=("Q8_0", "Q4_K_M")), reporter)
+    assert seen == [["Merged.gguf", "MergedQ4_K_M.gguf"]], "only what was missing was made"
+    assert models_in(run.root) == LEAN | {"MergedQ8_0.gguf", "ModelfileQ8_0"}
+    printed = capsys.readouterr().out
+    assert "... train" not in printed and "... prepare" not in printed
+    assert set(states(run).values()) == {"done"}
+
+
+def test_without_quantization_the_same_gguf_as_by_way_of_a_folder(
+    lean_copy: Config, finished: Config, reporter: PlainReporter
+) -> None:
+    run = pipeline.run(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
+    assert hash_file(run.gguf) == hash_file(RunFolder(finished.output_dir).gguf)
+    assert not run.merged_model.exists() and run.modelfile().exists()
+    assert list(states(run)) == ["prepare", "train", "convert", "quantize", "modelfile"]
+    assert set(states(run).values()) == {"done"}
+
+
+def test_no_longer_lean(lean_copy: Config, finished: Config, reporter: PlainReporter) -> None:
+    run = pipeline.run(dataclasses.replace(lean_copy, lean=False), reporter)
+    whole = RunFolder(finished.output_dir)
+    assert hash_file(run.gguf) == hash_file(whole.gguf) and run.merged_model.is_dir()
+    assert models_in(run.root) == models_in(whole.root) and states(run) == states(whole)
+    made = records.read(run, "quantize")
+    assert made is not None and set(made.inputs) == {"the unquantized GGUF"} and "unquantized" not in made.facts
+
+
+def test_what_the_converter_has_to_do_needs_a_folder_for_a_while(
+    lean_copy: Config, finished: Config, monkeypatch: Any, capsys: Any, reporter: PlainReporter
+) -> None:
+    monkeypatch.setattr(conversion_plan, "draw", lambda *_: Verdict(reason="a reason"))
+    run = pipeline.run(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
+    assert hash_file(run.gguf) == hash_file(RunFolder(finished.output_dir).gguf)
+    assert "a merged folder is needed for a while: a reason" in capsys.readouterr().out
+    assert partials(run) == [] and not run.merged_model.exists()
+
+
+def test_an_adapter_made_elsewhere(finished: Config, tmp_path: Path, kolotune: Any, reporter: PlainReporter) -> None:
+    shutil.copytree(finished.output_dir / "adapter", tmp_path / "adapter")
+    arguments = ["export", tmp_path / "adapter", "--base", finished.base_model, "--quantization", "Q8_0"]
+    for name, more in (("whole", []), ("lean", ["--lean"])):
+        code, printed = kolotune(*arguments, "--output-dir", tmp_path / name, *more)
+        assert code == 0, printed
+    whole, lean = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "lean")
+    assert models_in(lean.root) == {"MergedQ8_0.gguf", "ModelfileQ8_0"}
+    assert hash_file(lean.quantized("Q8_0")) == hash_file(whole.quantized("Q8_0"))
+    assert lean.modelfile("Q8_0").read_text() == whole.modelfile("Q8_0").read_text()
+    assert set(states(lean).values()) == {"done"}
+    pieces = open_chat(lean, reporter).ask("Hi", temperature=0.0, max_tokens=3, seed=0)
+    assert isinstance("".join(pieces), str)
+    with pytest.raises(ArtifactError, match=r"Merged\.gguf.*MergedQ8_0\.gguf"):
+        open_chat(lean, reporter, quantization="none")
+
+
+def test_the_verbs_say_what_a_lean_run_does_not_have(lean_copy: Config, kolotune: Any) -> None:
+    code, printed = kolotune("merge", lean_copy.output_dir)
+    assert code != 0 and "a lean run" in printed and "--no-lean" in printed
+    code, printed = kolotune("merge", lean_copy.output_dir, "--no-lean")
+    assert code == 0 and (lean_copy.output_dir / "merged_model").is_dir()
+    code, printed = kolotune("quantize", lean_copy.output_dir, "--lean", "--quantization", "Q8_0")
+    assert code == 0, printed
+    assert not (lean_copy.output_dir / "merged_model").exists()
+    assert (lean_copy.output_dir / "MergedQ8_0.gguf").is_file()
+    assert not (lean_copy.output_dir / "Merged.gguf").exists()
+
+
+def test_a_kill_loses_nothing(lean_copy: Config, reporter: PlainReporter) -> None:
+    run = RunFolder(lean_copy.output_dir)
+    argv = [sys.executable, "-m", "kolotune", "quantize", str(run.root), "--quantization", "Q8_0,Q6_K,Q4_K_M"]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not run.gguf.exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert run.gguf.exists() and states(run)["quantize"] == "interrupted"
+    assert states(run)["train"] == "done"
+    wanted = config_of(run, quantization="Q8_0,Q6_K,Q4_K_M")
+    pipeline.run(wanted, reporter)
+    assert models_in(run.root) == LEAN | {
+        "MergedQ8_0.gguf", "ModelfileQ8_0", "MergedQ6_K.gguf", "ModelfileQ6_K"
+    }  # fmt: skip
+    assert partials(run) == [] and set(states(run).values()) == {"done"}
+
+
+def test_the_outline_that_the_preflight_draws_is_the_one_that_is_wanted(
+    finished: Config, tmp_path: Path, reporter: PlainReporter
+) -> None:
+    """Before anything is prepared, from the prepared tokenizer, and of the merged folder: one and the same."""
+    base, done = Path(finished.base_model), RunFolder(finished.output_dir)
+    config = dataclasses.replace(finished, output_dir=tmp_path)
+    early, kind = convert.expected(Context(dataclasses.replace(config, lean=True), RunFolder(tmp_path), base))
+    later, _ = convert.expected(Context(finished, done, base))
+    assert kind == "f16" and early.digest() == later.digest() == conversion_plan.shape_of(done.merged_model).digest()
+
+
+def test_weights_that_f16_can_not_hold(
+    finished: Config, tiny_base: Path, tmp_path: Path, capsys: Any, reporter: PlainReporter
+) -> None:
+    """Found while the GGUF is written in f16, which then begins again in f32: as by way of a folder."""
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = tmp_path / "base", finished.output_dir / "adapter"
+    shutil.copytree(tiny_base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "merged").mkdir()
+    said: dict[str, Any] = {"tokenizer": base, "dtype": "f16", "reporter": reporter}
+    merge_adapter(adapter, base, tmp_path / "merged", **said)
+    whole = convert.convert_folder(tmp_path / "merged", tmp_path / "whole.gguf", tmp_path / "log", reporter)
+    capsys.readouterr()
+    lean = convert.convert_adapter(
+        adapter, base, name="merged", target=tmp_path / "lean.gguf", log=tmp_path / "log", **said
+    )
+    assert hash_file(tmp_path / "lean.gguf") == hash_file(tmp_path / "whole.gguf")
+    assert lean["stored_wider"] == ["model.layers.1.mlp.up_proj.weight"]
+    assert lean["type"] == whole["type"] == "f32" and lean["streamed"] and whole["streamed"]
+    assert "stay wider" in capsys.readouterr().out

@@ -1,0 +1,216 @@
+"""`verify`: every byte that is another is found and named; and `rebuild` gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import config_of
+
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ConfigError, DataError, KolotuneError, ModelError, ModelNotFoundError
+from kolotune.foundation.files import Hasher, files_of
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline import run as pipeline
+from kolotune.run_folder import manifest
+from kolotune.run_folder.layout import RunFolder
+from kolotune.runs import rebuild
+from kolotune.runs.verify import verify
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Changes one bit; size and time of change stay."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.fixture
+def rewritten(run_copy: RunFolder, reporter: PlainReporter) -> RunFolder:
+    """The copied run with a manifest of its own paths."""
+    pipeline.run(config_of(run_copy), reporter)
+    assert verify(run_copy).differences == []
+    return run_copy
+
+
+def test_a_finished_run_is_what_its_manifest_says(finished: Config, kolotune: Callable[..., tuple[int, str]]) -> None:
+    findings = verify(RunFolder(finished.output_dir))
+    assert findings.differences == [] and findings.absent == []
+    assert findings.files > 12 and findings.bytes > 10_000_000
+    code, output = kolotune("verify", finished.output_dir)
+    assert code == 0 and f"{findings.files} files" in output
+
+
+def test_one_bit_in_any_file_is_found(rewritten: RunFolder) -> None:
+    found = manifest.read(rewritten.manifest)
+    names = [
+        f"{artifact}/{part}" if part else artifact
+        for artifact, each in found.artifacts.items()
+        for part in each["files"]
+    ]
+    assert len(names) > 12
+    for name in [*names, "metrics.jsonl"]:
+        path = rewritten.root / name
+        if path.stat().st_size == 0:  # nothing is held out
+            continue
+        for at in (0, path.stat().st_size // 2, -1):
+            flip(path, at)
+            differences = verify(rewritten).differences
+            assert len(differences) == 1 and differences[0].startswith(f"{name} has other bytes"), (name, differences)
+            flip(path, at)
+    assert verify(rewritten).differences == []
+
+
+def test_what_is_missing_or_too_much(rewritten: RunFolder, kolotune: Callable[..., tuple[int, str]]) -> None:
+    rewritten.quantized("Q4_K_M").unlink()
+    (rewritten.adapter / "adapter_config.json").unlink()
+    (rewritten.merged_model / "extra.bin").write_bytes(b"x")
+    with rewritten.gguf.open("ab") as file:
+        file.write(b"\0")
+    code, output = kolotune("verify", rewritten.root)
+    assert code == 26
+    for said in (
+        "MergedQ4_K_M.gguf is missing",
+        "adapter/adapter_config.json is missing",
+        "merged_model/extra.bin was not made by the run",
+        "Merged.gguf has ",
+        "4 differences from its manifest",
+    ):
+        assert said in output, output
+
+
+def damaged_record(run: RunFolder, stage: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads(run.record(stage).read_text())
+    change(record)
+    del record["sha256"]  # of the record as it was: what is said of the rest is what is tested
+    run.record(stage).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        ("train", lambda record: record["facts"].update(final_loss=0.1), "train.json: its facts"),
+        ("train", lambda record: record["options"].update(seed=7), "train.json: its options"),
+        ("merge", lambda record: record["inputs"].update({"the adapter": "0" * 64}), "merge.json: its inputs"),
+        ("prepare", lambda record: record["versions"].update(jinja2="0"), "prepare.json: its versions"),
+        ("convert", lambda record: record["outputs"]["Merged.gguf"].update(sha256="0"), "Merged.gguf is not what"),
+        ("quantize", lambda record: record["outputs"].clear(), "MergedQ4_K_M.gguf is not what"),
+        ("modelfile", lambda record: record.pop("outputs"), "modelfile.json is missing or can't be read"),
+    ],
+)
+def test_records_are_held_against_it(
+    stage: str, change: Callable[[dict[str, Any]], Any], said: str, run_copy: RunFolder
+) -> None:
+    damaged_record(run_copy, stage, change)
+    assert any(said in each for each in verify(run_copy).differences)
+
+
+def test_config_data_base_and_chain(
+    rewritten: RunFolder, tmp_path: Path, tiny_base: Path, reporter: PlainReporter
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    pipeline.run(config_of(rewritten, base_model=str(tmp_path / "base")), reporter)
+    assert verify(rewritten).differences == []
+    text = rewritten.config.read_text()
+    rewritten.config.write_text(text.replace("lora_rank: 2", "lora_rank: 3"))
+    assert [each for each in verify(rewritten).differences if "lora_rank is 3, not 2" in each]
+    rewritten.config.write_text(text)
+    flip(tmp_path / "chats.jsonl")
+    flip(tmp_path / "base" / "model.safetensors")
+    found = verify(rewritten).differences
+    assert len(found) == 2 and "the data" in found[0] and "the base model" in found[1]
+    (tmp_path / "chats.jsonl").unlink()
+    shutil.rmtree(tmp_path / "base")
+    findings = verify(rewritten)
+    assert findings.differences == [] and len(findings.absent) == 2
+    values = json.loads(rewritten.manifest.read_text())
+    values["stages"]["merge"]["inputs"]["the adapter"] = "0" * 64
+    rewritten.manifest.write_text(json.dumps(values))
+    found = verify(rewritten).differences
+    assert "merge was made of another adapter than the manifest has" in found
+
+
+def test_rebuild_gives_the_same_bytes_and_says_so(
+    rewritten: RunFolder, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
+) -> None:
+    before = {name: each["sha256"] for name, each in manifest.read(rewritten.manifest).artifacts.items()}
+    code, output = kolotune("rebuild", rewritten.manifest, "--output-dir", tmp_path / "again")
+    assert code == 0 and "all 7 results have the same hashes" in output, output
+    again = RunFolder(tmp_path / "again")
+    hasher = Hasher()
+    assert {name: hasher.of(again.root / name) for name in before} == before
+    assert files_of(again.adapter)[1].read_bytes() == files_of(rewritten.adapter)[1].read_bytes()
+    code, output = kolotune("rebuild", rewritten.manifest, "--output-dir", tmp_path / "again")
+    assert code == ConfigError.exit_code and "is not empty" in output
+
+
+def test_rebuild_says_what_differs(
+    rewritten: RunFolder, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
+) -> None:
+    """As if it had been made with another seed and another torch: what follows from that is another, and named."""
+    values = json.loads(rewritten.manifest.read_text())
+    values["config"]["seed"] = 7
+    values["versions"]["torch"] = "1.0"
+    values["machine"]["processor"] = "an abacus"
+    file = tmp_path / "elsewhere" / "manifest.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(values))
+    shutil.copyfile(tmp_path / "chats.jsonl", file.parent / "chats.jsonl")
+    (tmp_path / "chats.jsonl").unlink()  # it is found beside the manifest
+    code, output = kolotune("rebuild", file, "--output-dir", tmp_path / "again")
+    assert code == 26
+    for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf"):
+        assert f"{name} is another" in output
+    assert ".kolotune/prepared is another" not in output and "Modelfile is another" not in output
+    assert "an abacus" in output and "1.0" in output and "4 of 7 results differ" in output
+
+
+def refused(file: Path, folder: Path, reporter: PlainReporter) -> KolotuneError:
+    with pytest.raises(KolotuneError) as caught:
+        rebuild.rebuild(file, folder, reporter)
+    assert not folder.exists()
+    return caught.value
+
+
+def test_rebuild_is_refused_without_the_same_data_and_base(
+    rewritten: RunFolder, tmp_path: Path, tiny_base: Path, other_weights: Path, reporter: PlainReporter
+) -> None:
+    again = tmp_path / "again"
+    values = json.loads(rewritten.manifest.read_text())
+    flip(tmp_path / "chats.jsonl")
+    error = refused(rewritten.manifest, again, reporter)
+    assert isinstance(error, DataError) and "is not the file that was used" in error.cause
+    (tmp_path / "chats.jsonl").unlink()
+    error = refused(rewritten.manifest, again, reporter)
+    assert isinstance(error, DataError) and "is not here" in error.cause
+    shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copyfile(other_weights, tmp_path / "base" / "model.safetensors")
+    values["base"]["name"] = values["config"]["base_model"] = str(tmp_path / "base")
+    rewritten.manifest.write_text(json.dumps(values))
+    error = refused(rewritten.manifest, again, reporter)
+    assert isinstance(error, ModelError) and "is not the base model that was used" in error.cause
+    shutil.rmtree(tmp_path / "base")
+    assert isinstance(refused(rewritten.manifest, again, reporter), ModelNotFoundError)
+
+
+@pytest.mark.slow
+def test_the_sample_run_again_in_fp32(
+    tmp_path: Path, sample_chats: Path, reporter: PlainReporter, one_thread: None
+) -> None:
+    """The sample of the README, twice, on the CPU in fp32: the same hashes."""
+    file = sample_chats.parent / "kolotune.yaml"
+    more = {"dtype": "fp32", "output_dir": tmp_path / "run"}
+    config = configs.resolve((configs.load_file(file), str(file), file.parent), (more, "test", tmp_path))
+    run = pipeline.run(config, reporter)
+    assert verify(run).differences == []
+    rebuilt = rebuild.rebuild(run.manifest, tmp_path / "again", reporter)
+    assert rebuilt.different == [] and len(rebuilt.same) == 8 and rebuilt.circumstances == []
+    assert Hasher().of(rebuilt.folder.quantized("Q4_K_M")) == Hasher().of(run.quantized("Q4_K_M"))

@@ -1,0 +1,168 @@
+"""Adapters in PEFT's format: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kolotune.foundation.errors import ArtifactError, ModelError
+from kolotune.weights import adapter as adapters
+
+NAME = "base_model.model.model.layers.0.q_proj"
+GOOD = {f"{NAME}.lora_A.weight": torch.randn(2, 6), f"{NAME}.lora_B.weight": torch.randn(5, 2)}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": "owner/name"}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def make(tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
+        chosen = {name: value for name, value in {**CONFIG, **config}.items() if value != "-"}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(chosen), encoding="utf-8")
+        save_file(GOOD if tensors is None else tensors, tmp_path / "adapter_model.safetensors")
+        return tmp_path
+
+    return make
+
+
+def test_what_is_read(write: Callable[..., Path]) -> None:
+    folder = write()
+    assert adapters.is_adapter(folder) and not adapters.is_adapter(folder.parent)
+    adapter = adapters.read(folder)
+    assert adapter.base_name == "owner/name"
+    assert list(adapter.deltas) == ["model.layers.0.q_proj.weight"] and not adapter.replaced
+    wanted = 3.0 * GOOD[f"{NAME}.lora_B.weight"] @ GOOD[f"{NAME}.lora_A.weight"]
+    delta = adapter.deltas["model.layers.0.q_proj.weight"]
+    assert delta.shape == (5, 6)
+    for rows in (slice(0, 5), slice(1, 4), slice(4, 5)):
+        torch.testing.assert_close(torch.from_numpy(delta.rows(rows)), wanted[rows])
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 3.0),
+        ({"use_rslora": True}, 6 / 2**0.5),
+        ({"alpha_pattern": {"q_proj": 8}}, 4.0),
+        ({"alpha_pattern": {"0.q_proj": 8}}, 4.0),
+        ({"alpha_pattern": {"proj": 8}}, 3.0),
+        ({"alpha_pattern": {r".*\.[01]\.q_proj": 8}}, 4.0),
+        ({"alpha_pattern": {"k_proj": 8}}, 3.0),
+        ({"rank_pattern": {"q_proj": 2}, "r": 64}, 3.0),
+        ({"lora_alpha": 0.5}, 0.25),
+        ({"lora_alpha": "-"}, 1.0),
+    ],
+)
+def test_scale(write: Callable[..., Path], config: dict[str, Any], scale: float) -> None:
+    (delta,) = adapters.read(write(**config)).deltas.values()
+    assert delta.scale == pytest.approx(scale)
+
+
+def test_a_rank_that_is_not_the_config_s(write: Callable[..., Path]) -> None:
+    with pytest.raises(ArtifactError, match="its rank is 2, the config says 4"):
+        adapters.read(write(r=4))
+
+
+@pytest.mark.parametrize("missing", list(GOOD))
+def test_one_half(write: Callable[..., Path], missing: str) -> None:
+    with pytest.raises(ArtifactError, match=r"layers\.0\.q_proj has one half"):
+        adapters.read(write({name: each for name, each in GOOD.items() if name != missing}))
+
+
+def test_halves_of_different_rank(write: Callable[..., Path]) -> None:
+    with pytest.raises(ArtifactError, match="ranks"):
+        adapters.read(write({**GOOD, f"{NAME}.lora_B.weight": torch.randn(5, 3)}))
+
+
+def test_empty(write: Callable[..., Path]) -> None:
+    with pytest.raises(ArtifactError, match="empty"):
+        adapters.read(write({}))
+
+
+@pytest.mark.parametrize("leaf", ["lora_magnitude_vector", "lora_embedding_C", "hada_w1_a", "oft_r"])
+def test_other_kinds_of_tensors(write: Callable[..., Path], leaf: str) -> None:
+    with pytest.raises(ModelError, match=leaf):
+        adapters.read(write({**GOOD, f"{NAME}.{leaf}": torch.ones(5)}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"use_dora": True}, {"peft_type": "LOHA"}, {"peft_type": "-"}, {"alora_invocation_tokens": [1]},
+     {"use_bdlora": {"x": 1}}],
+)  # fmt: skip
+def test_other_kinds_of_adapters(write: Callable[..., Path], config: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        adapters.read(write(**config))
+
+
+@pytest.mark.parametrize("rank", [0, -1, None, "x"])
+def test_a_rank_that_is_none(write: Callable[..., Path], rank: Any) -> None:
+    with pytest.raises(ArtifactError, match="rank"):
+        adapters.read(write(r=rank))
+
+
+@pytest.mark.parametrize("number", ["x", 10**400, -(10**400), float("nan"), float("inf")])
+@pytest.mark.parametrize("option", ["lora_alpha", "alpha_pattern", "rank_pattern"])
+def test_a_number_that_no_float_holds(write: Callable[..., Path], option: str, number: Any) -> None:
+    with pytest.raises(ArtifactError, match=option):
+        adapters.read(write(**{option: number if option == "lora_alpha" else {"q_proj": number}}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
+def test_a_damaged_config(write: Callable[..., Path], text: str) -> None:
+    folder = write()
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises((ArtifactError, ModelError), match=r"adapter_config\.json"):
+        adapters.read(folder)
+
+
+def test_damaged_weights(write: Callable[..., Path]) -> None:
+    folder = write()
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ArtifactError, match="damaged"):
+        adapters.read(folder)
+
+
+def test_pickled_weights_are_never_loaded(write: Callable[..., Path]) -> None:
+    folder = write()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        adapters.read(folder)
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (folder / "exploded",))
+
+    torch.save(Bomb(), folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        adapters.read(folder)
+    assert not (folder / "exploded").exists()
+
+
+def test_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds no adapter"):
+        adapters.read(tmp_path)
+
+
+def test_names_that_peft_writes(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    """Every tensor of a PEFT adapter is taken for what it is."""
+    import peft
+
+    config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], r=3)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    model.save_pretrained(tmp_path)
+    adapter = adapters.read(tmp_path)
+    assert set(adapter.deltas) == {
+        "model.embed_tokens.weight",
+        *(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)),
+    }
+    assert "lm_head.weight" in adapter.replaced
+    assert set(adapter.replaced) <= {"lm_head.weight", "model.embed_tokens.weight"}
+    count = len(load_file(tmp_path / "adapter_model.safetensors"))
+    assert count == 2 * len(adapter.deltas) + len(adapter.replaced)

@@ -1,0 +1,47 @@
+"""fp32 to f16 as numpy does it, only sooner."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from kolotune.weights import float16
+
+
+@pytest.fixture(autouse=True)
+def anew() -> Any:
+    float16._of_ggml.cache_clear()
+    yield
+    float16._of_ggml.cache_clear()
+
+
+def test_llama_cpp_s_own_function_is_found() -> None:
+    assert float16._of_ggml() is not None
+
+
+@given(arrays.arrays(np.uint32, st.integers(0, 300)))
+def test_any_bits_become_what_numpy_makes_of_them(bits: Any) -> None:
+    values = bits.view(np.float32)
+    values = values[~np.isnan(values)]
+    with np.errstate(all="ignore"):
+        wanted = values.astype(np.float16)
+    assert np.array_equal(float16.from_f32(values).view(np.uint16), wanted.view(np.uint16))
+
+
+def test_parts_of_a_matrix_keep_their_shape() -> None:
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    for part in (values, values[:, 1:4], values.T, values[:0]):
+        assert np.array_equal(float16.from_f32(part), part.astype(np.float16))
+        assert float16.from_f32(part).flags["C_CONTIGUOUS"]
+
+
+def test_without_llama_cpp_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert float16._of_ggml() is None
+    assert float16.from_f32(np.float32([1.5, 1e-7])).tolist() == np.float16([1.5, 1e-7]).tolist()
