@@ -7,12 +7,12 @@ from pathlib import Path
 
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.tokenizer import writes_bos
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError
 from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.ollama import go_template
 from kolotune.ollama.modelfile import Modelfile, parse
 
-from . import tasks
 from .chats import misplaced
 from .figures import compared, keep, load, prompts_equal
 from .tasks import Figures, GgufAnswer, GgufTask, Prompt, Reference
@@ -20,8 +20,8 @@ from .tasks import Figures, GgufAnswer, GgufTask, Prompt, Reference
 
 def measure(file: Path) -> None:
     """Carries out the `GgufTask` in a file. What is wrong with the GGUF or Modelfile stands in the answer."""
-    asked = tasks.read(GgufTask, file)
-    reference = tasks.read(Reference, Path(asked.reference))
+    asked = typed_storage.read(GgufTask, file)
+    reference = typed_storage.read(Reference, Path(asked.reference))
     rows: list[list[int]] = [each.ids for each in reference.chats]
     rows += [each.ids for each in reference.prompts] + [each.ids for each in reference.answers]
     longest = max(map(len, rows))
@@ -34,7 +34,7 @@ def measure(file: Path) -> None:
         if asked.modelfile:
             answer = _served(model, asked, reference, answer)
         model.close()
-    tasks.write(Path(asked.answer_file), answer)
+    typed_storage.write(Path(asked.answer_file), answer)
 
 
 def _own(model: ExactGguf, asked: GgufTask, reference: Reference) -> Figures:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kolotune.engines.job import emit
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, SpaceError
+from kolotune.runners.child_process import emit
 
-from . import tasks
 from .chats import Chosen, Trained, choose, misplaced, pieces
 from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
 from .reference_model import model_in
@@ -26,7 +26,7 @@ def measure(file: Path) -> None:
         KolotuneError: base, adapter, tokenizer or prepared chats can't be used. What is wrong with the merged model
             stands in its figures.
     """
-    asked = tasks.read(ModelsTask, file)
+    asked = typed_storage.read(ModelsTask, file)
     scratch = Path(asked.scratch)
     trained = Trained.load(Path(asked.tokenizer))
     chosen = choose(asked, trained)
@@ -72,7 +72,7 @@ def measure(file: Path) -> None:
         emit("doing", text="the merged model")
         merged = _merged(Path(asked.merged), reference, tuned, scratch)
         reference = dataclasses.replace(reference, merged=merged)
-    tasks.write(scratch / REFERENCE, reference)
+    typed_storage.write(scratch / REFERENCE, reference)
 
 
 def _to_answer(asked: ModelsTask, trained: Trained, chosen: Chosen) -> tuple[list[Prompt], list[str | None]]:

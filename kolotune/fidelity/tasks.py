@@ -7,33 +7,9 @@ It leaves a `Reference`, which every `GgufTask` is given. Log-probabilities are 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
-from kolotune.foundation.files import write_json
-
-T = TypeVar("T")
-
-
-def write(path: Path, value: Any) -> None:
-    """Writes one of this module's dataclasses."""
-    write_json(path, dataclasses.asdict(value))
-
-
-def read(kind: type[T], path: Path) -> T:
-    """Reads what `write` wrote, lists of dataclasses included."""
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    nested: dict[str, Any] = {"chats": Asked, "prompts": Prompt, "probes": Prompt, "answers": Greedy}
-    for name, each in nested.items():
-        if name in loaded:
-            loaded[name] = [each(**one) for one in loaded[name]]
-    if isinstance(loaded.get("merged"), dict):
-        loaded["merged"] = Figures(**loaded["merged"])
-    if isinstance(loaded.get("figures"), dict):
-        loaded["figures"] = Figures(**loaded["figures"])
-    return kind(**loaded)
+from kolotune.foundation.typed_storage import JsonObject
 
 
 @dataclass(frozen=True)
@@ -93,8 +69,8 @@ class Prompt:
         plain: Ollama's TEMPLATE has a place for all of it.
     """
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
+    messages: list[JsonObject]
+    tools: list[JsonObject]
     text: str
     ids: list[int]
     plain: bool
@@ -104,7 +80,7 @@ class Prompt:
 class Greedy:
     """One greedy answer and whether it ended by itself; `expected` is what the chat has there, if it is one."""
 
-    messages: list[dict[str, Any]]
+    messages: list[JsonObject]
     ids: list[int]
     base: str | None
     tuned: str | None

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from kolotune import llamacpp
-from kolotune.engines.job import event_of
 from kolotune.fidelity import figures, judge, tasks
 from kolotune.fidelity.judge import F16, MERGED, Evidence, Made
 from kolotune.fidelity.result import Comparison
-from kolotune.foundation import errors
+from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, as_record
-from kolotune.foundation.errors import ArtifactError, FidelityError, KolotuneError
+from kolotune.foundation.errors import ArtifactError, FidelityError
 from kolotune.foundation.files import remove, size_of, write_json
 from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import convert, quantize
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context
-from kolotune.runners import local
+from kolotune.runners import child_process, local
 
 NAME = "compare"
 DOING = "comparing what was made with what was trained"
@@ -223,9 +223,9 @@ def _reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Ref
         longest_answer=_LONGEST_ANSWER,
         scratch=str(scratch),
     )
-    tasks.write(scratch / "models.json", asked)
+    typed_storage.write(scratch / "models.json", asked)
     _in_a_process(run, "models", scratch / "models.json", reporter)
-    return tasks.read(tasks.Reference, scratch / figures.REFERENCE)
+    return typed_storage.read(tasks.Reference, scratch / figures.REFERENCE)
 
 
 def _measure_gguf(
@@ -241,13 +241,13 @@ def _measure_gguf(
         longest_answer=_LONGEST_ANSWER,
         answer_file=str(scratch / f"{name}.answer.json"),
     )
-    tasks.write(scratch / f"{name}.json", asked)
+    typed_storage.write(scratch / f"{name}.json", asked)
     try:
         _in_a_process(context.run, "gguf", scratch / f"{name}.json", None)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
         return tasks.GgufAnswer(tasks.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
-    return tasks.read(tasks.GgufAnswer, Path(asked.answer_file))
+    return typed_storage.read(tasks.GgufAnswer, Path(asked.answer_file))
 
 
 class _ProcessDied(ArtifactError):
@@ -255,25 +255,22 @@ class _ProcessDied(ArtifactError):
 
 
 def _in_a_process(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) -> None:
-    """Measures in a process of its own; raises its errors in its words."""
-    raised: list[KolotuneError] = []
+    """Measure in a child process; raise its errors."""
 
-    def on_line(line: str) -> bool:
-        event = event_of(line)
-        if event is None:
-            return False
-        if event["event"] == "doing" and reporter is not None:
-            reporter.doing(f"comparing {event['text']}")
-        elif event["event"] == "error":
-            kind_of = getattr(errors, str(event["kind"]), ArtifactError)
-            raised.append(kind_of(str(event["cause"]), str(event["hint"])))
-        return True
+    def on_event(name: str, fields: JsonObject) -> None:
+        if name == "doing" and reporter is not None:
+            reporter.doing(f"comparing {fields['text']}")
 
     log = run.log(NAME)
-    argv = local.python("kolotune.fidelity", kind, str(file))
-    code = local.run(argv, log=log, env={"TOKENIZERS_PARALLELISM": "false"}, on_line=on_line, ends_with_us=True)
-    if raised:
-        raise raised[0]
+    code = child_process.run(
+        "kolotune.fidelity",
+        kind,
+        str(file),
+        log=log,
+        otherwise=ArtifactError,
+        on_event=on_event,
+        env={"TOKENIZERS_PARALLELISM": "false"},
+    )
     if code != 0:
         raise _ProcessDied(f"measuring ended with code {code}: {local.last_lines(log)}", f"The log is {log}.")
 
