@@ -131,7 +131,7 @@ def recommended(tried: Sequence[Measured], base_loss: float, tuned_loss: float) 
     return best.name, f"the smallest whose loss ({best.loss:.4f}) is near that of the tuned model ({tuned_loss:.4f})"
 
 
-def _last_of_user(messages: Sequence[Mapping[str, str]]) -> str:
+def _last_of_user(messages: Sequence[Mapping[str, object]]) -> str:
     return next((str(each["content"]) for each in reversed(messages) if each["role"] == "user"), "")
 
 

@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from .files import write_text
 
@@ -84,7 +84,7 @@ def convert(kind: type[T], value: object) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_python(value)
+        return cast(T, _adapter(kind).validate_python(value))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -143,7 +143,7 @@ def _text_of(path: Path) -> str:
 
 
 @functools.cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

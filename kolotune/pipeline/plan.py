@@ -60,7 +60,7 @@ class Plan:
     converts: bool | None = None
     problems: list[KolotuneError] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
-    network: Traffic | None = None
+    traffic: Traffic | None = None
 
 
 def make(config: Config, reporter: Reporter, *, measure: bool, link: float | None = None) -> Plan:

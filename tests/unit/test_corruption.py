@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from unit.test_records import FakeStage
+from unit.run_folder.test_records import FakeStage
 
 from kolotune.engines.native import checkpoints
 from kolotune.engines.native.checkpoints import State
