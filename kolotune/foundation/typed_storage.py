@@ -84,7 +84,7 @@ def convert(kind: type[T], value: object) -> T:
     from pydantic import ValidationError
 
     try:
-        return cast(T, _adapter(kind).validate_python(value))
+        return cast(T, _adapter(kind).validate_python(value))  # type: ignore[arg-type]  # classes are hashable
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
