@@ -11,7 +11,7 @@ def main() -> int:
     from kolotune.runners import watchdog
 
     watchdog.end_with_parent()
-    watchdog.say_process()
+    watchdog.report_process()
     return run_command_line(sys.argv[1:])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from kolotune.foundation.errors import AccessError, ConfigError, ModelError, ModelNotFoundError, OfflineError
 from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import Reporter
-from kolotune.foundation.secrets import Secret
+from kolotune.foundation.secrets import HUB_TOKEN, Secret
 from kolotune.weights.tensors import weight_files
 
 from . import hub_client, packaged_model
@@ -224,7 +224,7 @@ def _explaining(name: str, fetch: Callable[[], Path]) -> Path:
             f"Ask for access on the model's page, then give the account's token (HF_TOKEN or --hf-token FILE).",  # noqa: F541
         ) from None
     except errors.RepositoryNotFoundError as error:
-        if getattr(error.response, "status_code", 404) == 401 and not os.environ.get("HF_TOKEN"):
+        if getattr(error.response, "status_code", 404) == 401 and not os.environ.get(HUB_TOKEN):
             raise AccessError(f"{name}: the hub wants a login (401), or there is no such model") from None
         raise ModelNotFoundError(
             f"{name}: the hub has no such model, or this account may not see it", "Check the spelling, or log in."

@@ -137,7 +137,7 @@ def shell(name: Name = names.DEFAULT_NAME) -> int:
     if program is None:
         raise ConfigError("shell: Docker's program `docker` is not here", "Install it; the other verbs don't need it.")
     tty = ["--tty"] if sys.stdin.isatty() else []  # commands may come through a pipe
-    return local.interactive([program, "exec", "--interactive", *tty, found.id, "/bin/bash"])
+    return local.run_interactive([program, "exec", "--interactive", *tty, found.id, "/bin/bash"])
 
 
 def _checked(name: str) -> str:

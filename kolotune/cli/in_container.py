@@ -15,7 +15,7 @@ from typing import Any
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, DataError
-from kolotune.foundation.secrets import Secret
+from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES, Secret
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners.container import names
 from kolotune.runners.container.paths import Paths
@@ -203,7 +203,7 @@ class _Call:
         from kolotune.base_models.catalog import read_token
 
         source = self.config.hf_token if self.config else None
-        known = [Secret(os.environ.get(name, "")) for name in names.SECRET_VARIABLES]
+        known = [Secret(os.environ.get(name, "")) for name in HUB_TOKEN_VARIABLES]
         return read_token(source) or next(filter(None, known), Secret())
 
     def _run(self) -> Path | None:

@@ -14,6 +14,7 @@ import typer
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.foundation.errors import DataError, KolotuneError
 from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.secrets import HUB_TOKEN
 from kolotune.run_folder.layout import RunFolder
 
 from . import hints
@@ -132,7 +133,7 @@ def doctor(
         _torchtune(),
         _default_model(),
         _device(),
-        ("hub token", "ok" if os.environ.get("HF_TOKEN") else "none", "needed for gated models only (HF_TOKEN)"),
+        ("hub token", "ok" if os.environ.get(HUB_TOKEN) else "none", "needed for gated models only (HF_TOKEN)"),
         _ollama(),
         ("disk", "ok", f"{size_in_words(shutil.disk_usage(Path.cwd()).free)} free here"),
     ]

@@ -52,7 +52,7 @@ def _write_report(folder: RunFolder, say: Reporter) -> None:
     from kolotune.runners import local
 
     log = folder.log("report")
-    code = local.run(local.python("kolotune.report", str(folder.root)), log=log, ends_with_us=True)
+    code = local.run(local.python("kolotune.report", str(folder.root)), log=log, ends_with_parent=True)
     if code == 0:
         say.success(f"report: {folder.report.name}")
     else:

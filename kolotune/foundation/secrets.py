@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import NoReturn
 
 STARS = "********"
+HUB_TOKEN = "HF_TOKEN"
+"""The environment variable that gives a process the hub's token."""
+HUB_TOKEN_VARIABLES = (HUB_TOKEN, "HUGGING_FACE_HUB_TOKEN")
+"""All environment variables in which the hub's client looks for its token."""
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
+
+
+def is_secret_variable(name: str) -> bool:
+    """Whether the name of an environment variable says that nobody else should see its value."""
+    return _SECRET_NAME.search(name) is not None
 
 
 class Secret:

@@ -176,7 +176,7 @@ def draw(shape: Shape, kind: str, toolchain: Toolchain, log: Path) -> Verdict:
         drawn = folder.with_name(f"{folder.name}.outline")
         drawn.mkdir()
         argv = local.python("kolotune.gguf.conversion_tracing", str(toolchain.root), str(folder), kind, str(drawn))
-        code = local.run(argv, log=log, env=OFFLINE, ends_with_us=True)
+        code = local.run(argv, log=log, env=OFFLINE, ends_with_parent=True)
         if code != 0:
             return Verdict(reason=local.last_lines(log), code=code)
         flush(drawn)

@@ -44,7 +44,7 @@ def make_matrix(source: Path, prepared: Path, target: Path, log: Path, reporter:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
         argv = local.python("kolotune.gguf.importance_matrix", str(source), str(tokens), str(partial))
-        if local.run(argv, log=log, ends_with_us=True) != 0 or not partial.is_file():
+        if local.run(argv, log=log, ends_with_parent=True) != 0 or not partial.is_file():
             raise ArtifactError(f"the importance matrix failed: {local.last_lines(log)}", f"The log is {log}.")
         hash_and_flush(partial)
 
@@ -130,7 +130,7 @@ def quantize_file(
             )
         else:
             argv = local.python("kolotune.gguf.quantizer", *files, name, *given)
-            code = local.run(argv, log=log, ends_with_us=True)
+            code = local.run(argv, log=log, ends_with_parent=True)
         if code != 0 or not partial.is_file():
             raise ToolchainError(f"quantizing to {name} failed: {local.last_lines(log)}", f"The log is {log}.")
         summary = header.read(partial)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from kolotune.foundation import errors
 from kolotune.foundation.errors import ConfigError, LaunchError, RunFolderError
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.secrets import HUB_TOKEN
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
 from kolotune.runners.container import names
@@ -242,7 +243,7 @@ class Kubernetes:
         ]
         if self.token_secret:
             name, _, key = self.token_secret.partition("/")
-            env.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": name, "key": key}}})
+            env.append({"name": HUB_TOKEN, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}})
         argv = self._place("").module(MODULE, "run", *node.arguments("$(KOLOTUNE_MACHINE)"))
         return {
             "name": "run",
@@ -323,7 +324,7 @@ class Kubernetes:
         try:
             return b"".join(execute(self._argv(*arguments), typed, what))
         except local.ProgramError as error:
-            raise LaunchError(f"kubectl {arguments[0]}: {last_line(error.said)}") from None
+            raise LaunchError(f"kubectl {arguments[0]}: {last_line(error.stderr)}") from None
         except OSError:
             raise LaunchError(
                 "kubernetes: there is no kubectl on this machine", "Install it, and let it reach the cluster."
@@ -387,7 +388,7 @@ class Kubernetes:
         """Tells a pod's log as it comes, without the bytes that were heard before; returns how many there are."""
         count = 0
         with contextlib.suppress(local.ProgramError):  # the connection broke, or the log is not there yet: once more
-            for piece in local.through(self._argv("logs", "--follow", "--container=run", f"pod/{pod}")):
+            for piece in local.stream(self._argv("logs", "--follow", "--container=run", f"pod/{pod}")):
                 new = piece[max(0, heard - count) :]
                 count += len(piece)
                 if new:

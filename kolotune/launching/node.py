@@ -28,9 +28,9 @@ from types import FrameType
 from kolotune.foundation.errors import Interrupted, KolotuneError, LaunchError, RunFolderError
 from kolotune.foundation.files import write_json
 from kolotune.foundation.reporter import JsonReporter
+from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
-from kolotune.runners.container.names import SECRET_VARIABLES
 from kolotune.version import VERSION
 
 from .output import ENDED
@@ -112,13 +112,13 @@ def carry_out(node: Node, number: int) -> int:
 
 def _run(argv: list[str], folder: RunFolder) -> int:
     # The verbs read the hub's token where this process was given one.
-    env = {name: os.environ[name] for name in SECRET_VARIABLES if name in os.environ}
+    env = {name: os.environ[name] for name in HUB_TOKEN_VARIABLES if name in os.environ}
 
     def on_line(line: str) -> bool:
         _say(line)
         return False  # it goes to the log in the run folder, too
 
-    code = local.run(argv, log=folder.log("launched"), env=env, on_line=on_line, ends_with_us=True)
+    code = local.run(argv, log=folder.log("launched"), env=env, on_line=on_line, ends_with_parent=True)
     if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked to stop before it could know how
         return Interrupted.exit_code
     return code if code >= 0 else 128 - code  # as shells tell a signal
@@ -216,7 +216,7 @@ def _start(node: Node, number: int, folder: Path) -> int:
         )
     state.forget()
     argv = [node.python, "-P", "-m", MODULE, "run", f"--state={folder}", *node.arguments(number)]
-    local.detached(argv, state.log)
+    local.start_detached(argv, state.log)
     deadline = time.monotonic() + _START_SECONDS
     while state.process() is None:
         if time.monotonic() > deadline:

@@ -41,7 +41,7 @@ class Execute(Protocol):
 def really(argv: Sequence[str], typed: Iterable[bytes] = (), what: str = "") -> Iterator[bytes]:
     """The `Execute` that does it."""
     del what
-    return local.through(argv, typed)
+    return local.stream(argv, typed)
 
 
 @dataclasses.dataclass(frozen=True)

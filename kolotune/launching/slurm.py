@@ -24,6 +24,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, Interrupted, LaunchError, ToolchainError
 from kolotune.foundation.files import write_text
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.secrets import is_secret_variable
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
 from kolotune.runners.container.paths import Paths
@@ -38,8 +39,6 @@ _CONFIG = "kolotune.yaml"
 _FIRST_PORT, _PORTS = 20000, 10000
 _LOOK_SECONDS = 2.0
 _PIECE_BYTES = 1 << 20
-# Variables whose names say that nobody else should have their values.
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
 _GONE_FROM_QUEUE = 2  # looks without an answer, before a job counts as over
 
 
@@ -163,7 +162,7 @@ class Slurm:
                 os.kill(int(launched.job), signal.SIGTERM)
             return
         try:
-            list(local.through(["scancel", launched.job]))
+            list(local.stream(["scancel", launched.job]))
         except (local.ProgramError, OSError) as error:
             raise LaunchError(f"slurm: job {launched.job} was not stopped: {last_line(str(error))}") from None
 
@@ -235,7 +234,7 @@ class Slurm:
             return "running" if _is_alive(int(launched.job)) else ""
         argv = ["squeue", "--noheader", f"--jobs={launched.job}", "--format=%T %r"]
         try:
-            state, _, why = b"".join(local.through(argv)).decode("utf-8", "replace").strip().partition(" ")
+            state, _, why = b"".join(local.stream(argv)).decode("utf-8", "replace").strip().partition(" ")
         except (local.ProgramError, OSError):  # also: squeue forgets a job some minutes after its end
             return ""
         if state.startswith(("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")):
@@ -278,7 +277,7 @@ def _python() -> str:
 @contextlib.contextmanager
 def _without_secrets(*, keep: bool) -> Iterator[None]:
     """Takes secrets out of the environment, which sbatch hands to the job and keeps, for the time of the block."""
-    held = {} if keep else {name: value for name, value in os.environ.items() if _SECRET.search(name)}
+    held = {} if keep else {name: value for name, value in os.environ.items() if is_secret_variable(name)}
     for name in held:
         del os.environ[name]
     try:

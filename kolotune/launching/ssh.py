@@ -230,7 +230,7 @@ class _Watch(threading.Thread):
         begin, tries = 0, 0
         while tries < _TRIES:
             try:
-                for piece in local.through(self._ssh.watching(self._launched, self._number, begin)):
+                for piece in local.stream(self._ssh.watching(self._launched, self._number, begin)):
                     begin, tries = begin + len(piece), 0
                     self._listener.feed(piece)
                 return

@@ -66,7 +66,7 @@ def measure_steps(context: Context) -> Measured:
 
     log = context.run.log("plan")
     argv = local.python("kolotune.engines.native.calibration", str(context.run.job))
-    code = local.run(argv, log=log, env=ENVIRONMENT, on_line=listen, ends_with_us=True)
+    code = local.run(argv, log=log, env=ENVIRONMENT, on_line=listen, ends_with_parent=True)
     if found.get("event") == "error":
         raised: type[KolotuneError] = getattr(errors, str(found["kind"]), TrainingError)
         raise raised(str(found["cause"]), str(found["hint"]))

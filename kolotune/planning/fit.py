@@ -185,7 +185,7 @@ def _quantized(drawn: conversion_plan.Outline, wanted: Collection[str], kept_in:
             file = Path(folder, "hollow.gguf")
             conversion_plan.hollow(drawn, file)
             argv = local.python("kolotune.gguf.quantized_sizes", str(file), *missing)
-            local.run(argv, log=log, on_line=_listening(lines), ends_with_us=True)
+            local.run(argv, log=log, on_line=_listening(lines), ends_with_parent=True)
         told = [line for line in lines if sizes_in([line])]
         write_text(kept_in, "".join(f"{line}\n" for line in told))
     found = sizes_in(lines)

@@ -107,7 +107,7 @@ def run(
             on_event(name, fields)
         return True
 
-    code = local.run(local.python(module, *arguments), log=log, env=env, on_line=on_line, ends_with_us=True)
+    code = local.run(local.python(module, *arguments), log=log, env=env, on_line=on_line, ends_with_parent=True)
     if reported:
         raise reported[0]
     return code

@@ -1,9 +1,9 @@
-"""What a stranger's program may take of this machine: a model's chat template is a program that came from somewhere.
+"""Limits of time and memory for programs that strangers wrote: a model's chat template is such a program.
 
-Such a program runs in a process that can be lost (`confine`), and each call of it within `within`. Processor time is
-watched by the system's own timers. The first raises where Python comes to see it; the second ends the process, as it
-must where one step of Python's (a power, say) would take for hours. Memory is a limit on the address space, which
-Linux enforces; macOS and Windows don't, and there the time is what ends a program that takes too much of it.
+Such a program runs in a process that may be lost (`confine`), and each call of it through `call`. The system's own
+timers watch processor time. The first timer raises an exception where Python gets to see it; the second one ends the
+process, because a single step of Python (a power, say) may take hours. Memory is limited by the size of the address
+space, which Linux enforces. macOS and Windows don't: there the time limit stops a program that takes too much.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 SECONDS = 4.0
 """Processor time of one call."""
 BYTES = 768 << 20
 """Memory that one call may take beyond what the process has."""
-_GRACE_SECONDS = 1.0  # from the limit that raises to the one that ends the process
+_GRACE_SECONDS = 1.0  # between the timer that raises and the one that ends the process
 _SIZES = Path("/proc/self/statm")
 
-TOO_LONG = f"it takes more than {SECONDS:.0f} s of processor time"
-TOO_MUCH = f"it takes more than {BYTES >> 20} MB of memory"
+TIME_EXCEEDED = f"it takes more than {SECONDS:.0f} s of processor time"
+MEMORY_EXCEEDED = f"it takes more than {BYTES >> 20} MB of memory"
 
 Result = TypeVar("Result")
 
 _confined = False
-_base = 0  # the process's address space when it was looked at last
+_base_bytes = 0  # the process's address space when it was measured last
 
 
-class Overrun(BaseException):
-    """A call took too much. No `Exception`: the program that is stopped must not be able to catch it."""
+class LimitExceeded(BaseException):
+    """A call took too much. Not an `Exception`: the program that is stopped must not be able to catch it."""
 
 
 def confine() -> None:
-    """Makes this process one in which strangers' programs may run. Call it in the main thread."""
+    """Prepare this process for running strangers' programs. Call it in the main thread."""
     global _confined
     _confined = True
     if hasattr(signal, "setitimer"):
@@ -43,47 +43,47 @@ def confine() -> None:
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 
-def confined() -> bool:
-    """Whether `confine` was called here."""
+def is_confined() -> bool:
+    """Whether `confine` was called in this process."""
     return _confined
 
 
-def within(work: Callable[[], Result]) -> Result:
-    """The result of `work`, which may take `SECONDS` and `BYTES`; in a process that is confined.
+def call(work: Callable[[], Result]) -> Result:
+    """Return the result of `work`, which may take `SECONDS` and `BYTES`; only in a confined process.
 
     Raises:
-        Overrun: it took more. A second later the process is ended: see `verdict`.
+        LimitExceeded: it took more. One second later the process is ended: see `exceeded_by`.
     """
     assert _confined
     try:
-        return _watched(work)
+        return _limited(work)
     except MemoryError:
-        # Other work may have made the process larger since it was looked at: once more, with all that is promised.
+        # Other work may have made the process larger since it was measured: try once more with the full allowance.
         if not _measure():
-            raise Overrun(TOO_MUCH) from None
+            raise LimitExceeded(MEMORY_EXCEEDED) from None
     try:
-        return _watched(work)
+        return _limited(work)
     except MemoryError:
-        raise Overrun(TOO_MUCH) from None
+        raise LimitExceeded(MEMORY_EXCEEDED) from None
 
 
-def verdict(exit_code: int | None) -> str:
-    """What a confined process was ended for, by its exit code; "" when no limit ended it."""
-    return TOO_LONG if hasattr(signal, "SIGVTALRM") and exit_code == -signal.SIGVTALRM else ""
+def exceeded_by(exit_code: int | None) -> str:
+    """Describe the limit that ended a confined process, from its exit code; "" when no limit did."""
+    return TIME_EXCEEDED if hasattr(signal, "SIGVTALRM") and exit_code == -signal.SIGVTALRM else ""
 
 
-def _watched(work: Callable[[], Result]) -> Result:
-    _arm(SECONDS)
-    _allow(BYTES)
+def _limited(work: Callable[[], Result]) -> Result:
+    _set_timers(SECONDS)
+    _limit_memory(BYTES)
     try:
         return work()
     finally:
-        _arm(0)
-        _allow(0)
+        _set_timers(0)
+        _limit_memory(0)
 
 
-def _arm(seconds: float) -> None:
-    """Starts the timers, or stops them with 0; the first one goes off again and again."""
+def _set_timers(seconds: float) -> None:
+    """Start the timers, or stop them with 0; the first one repeats."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds, _GRACE_SECONDS if seconds else 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds + _GRACE_SECONDS if seconds else 0)
@@ -96,27 +96,27 @@ def _arm(seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _allow(more: int) -> None:
-    """Limits the address space to what there was and `more`; 0 takes the limit away."""
-    if not (_base or _measure()):
+def _limit_memory(more: int) -> None:
+    """Limit the address space to its size plus `more` bytes; 0 removes the limit."""
+    if not (_base_bytes or _measure()):
         return
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    wanted = _base + more if more else hard
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    soft = _base_bytes + more if more else hard
+    resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def _measure() -> bool:
-    """Looks how large the process is; False where that is not to be seen, or not more than before."""
-    global _base
+    """Measure the process; False where that is not possible, or it has not grown."""
+    global _base_bytes
     try:
         size = int(_SIZES.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return False
-    grown, _base = size > _base, max(size, _base)
-    return grown
+    has_grown, _base_bytes = size > _base_bytes, max(size, _base_bytes)
+    return has_grown
 
 
-def _raise(*_: Any) -> NoReturn:
-    raise Overrun(TOO_LONG)
+def _raise(*_: object) -> NoReturn:
+    raise LimitExceeded(TIME_EXCEEDED)

@@ -1,4 +1,4 @@
-"""Starts processes on this machine. The only place in kolotune that does."""
+"""Processes on this machine. No other module of kolotune starts one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import explained
+from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
 
 from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0
 _FULL_BYTES = 1 << 20
-_PIECE_BYTES = 1 << 16
-_SAID_BYTES = 4000
-# Values of these are secrets or would leak into what a child writes.
-_KEPT_FROM_CHILDREN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_CHUNK_BYTES = 1 << 16
+_ERROR_BYTES = 4000
 
 
 def run(
@@ -34,26 +32,25 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], bool] | None = None,
-    ends_with_us: bool = False,
+    ends_with_parent: bool = False,
 ) -> int:
-    """Runs a program to its end; its output goes to `log`.
+    """Run a program until it ends; append its output to a log.
 
     Args:
         argv: the program and its arguments, never a shell string.
-        log: file that the output is appended to.
-        env: variables set for it in addition to this process's own, less the hub's tokens.
-        cwd: folder it is started in.
-        on_line: sees every line of output first; a line for which it returns True stays out of the log.
-        ends_with_us: for programs of our own that call `watchdog.end_with_parent`: they end when we are killed.
+        log: the file that gets standard output and standard error.
+        env: variables to add to this process's own. The hub's tokens are not inherited.
+        cwd: the working directory.
+        on_line: called with each line of output first; a line for which it returns True is not logged.
+        ends_with_parent: the program calls `watchdog.end_with_parent`, and stops when this process is killed.
 
     Returns:
-        The exit code; negative when a signal ended it.
+        The exit code; negative when a signal ended the program.
 
     Raises:
         SpaceError, ArtifactError: the log can't be written, or the program failed on a full disk.
         OSError: the program can't be started.
     """
-    inherited = _inherited()
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("a", encoding="utf-8")
@@ -62,10 +59,10 @@ def run(
     with output:
         child = subprocess.Popen(
             list(argv),
-            stdin=subprocess.PIPE if ends_with_us else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if ends_with_parent else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**inherited, "PYTHONUNBUFFERED": "1", WATCH_STDIN: str(int(ends_with_us)), **(env or {})},
+            env={**_inherited(), "PYTHONUNBUFFERED": "1", WATCH_STDIN: str(int(ends_with_parent)), **(env or {})},
             cwd=cwd,
             text=True,
             encoding="utf-8",
@@ -79,95 +76,94 @@ def run(
                     output.flush()
             code = child.wait()
         finally:
-            _end(child)
+            _stop(child)
             if child.stdin is not None:
                 child.stdin.close()
     if code != 0 and shutil.disk_usage(log.parent).free < _FULL_BYTES:
-        # Programs say it in many words, llama.cpp's quantizer as "iostream error".
+        # Each program words this differently; llama.cpp's quantizer says "iostream error".
         raise SpaceError(f"{log.parent}: the disk is full")
     return code
 
 
 def _inherited() -> dict[str, str]:
-    """This process's variables, less the hub's tokens; another thread may take some away meanwhile."""
-    found = {name: os.environ.get(name) for name in list(os.environ) if name not in _KEPT_FROM_CHILDREN}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return this process's variables without the hub's tokens. Another thread may remove some meanwhile."""
+    values = {name: os.environ.get(name) for name in list(os.environ) if name not in HUB_TOKEN_VARIABLES}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class ProgramError(Exception):
-    """A program ended with another code than 0.
+    """A program ended with an exit code other than 0.
 
-    Args:
+    Attributes:
         code: the exit code.
-        said: the end of its standard error.
+        stderr: the end of its standard error.
     """
 
-    def __init__(self, code: int, said: str) -> None:
-        super().__init__(said)
-        self.code, self.said = code, said
+    def __init__(self, code: int, stderr: str) -> None:
+        super().__init__(stderr)
+        self.code, self.stderr = code, stderr
 
 
-def through(argv: Sequence[str], typed: Iterable[bytes] = ()) -> Iterator[bytes]:
-    """What a program writes to its standard output, as it comes, while `typed` goes into its standard input.
+def stream(argv: Sequence[str], stdin: Iterable[bytes] = ()) -> Iterator[bytes]:
+    """Run a program and yield its standard output as it arrives, while `stdin` is written to its standard input.
 
     Args:
         argv: the program and its arguments, never a shell string. It does not get the hub's tokens.
-        typed: read in a thread; what is raised there is raised here.
+        stdin: consumed in a thread; an exception that it raises is raised here.
 
     Raises:
-        ProgramError: it ended with another code than 0.
+        ProgramError: the program ended with an exit code other than 0.
         OSError: it can't be started.
     """
-    inherited = _inherited()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=inherited, bufsize=0
+            list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_inherited(), bufsize=0
         )
-        failed: list[BaseException] = []
-        feeder = threading.Thread(target=_feed, args=(child, typed, failed), daemon=True)
+        failures: list[BaseException] = []
+        feeder = threading.Thread(target=_feed, args=(child, stdin, failures), daemon=True)
         feeder.start()
         try:
             assert child.stdout is not None
-            while piece := child.stdout.read(_PIECE_BYTES):
-                yield piece
+            while chunk := child.stdout.read(_CHUNK_BYTES):
+                yield chunk
             code = child.wait()
         finally:
-            _end(child)
+            _stop(child)
             feeder.join(_PATIENCE_SECONDS)
             child.stdout.close()  # type: ignore[union-attr]
-        if failed:
-            raise failed[0]
+        if failures:
+            raise failures[0]
         if code != 0:
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - _SAID_BYTES))
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - _ERROR_BYTES))
             raise ProgramError(code, errors.read().decode("utf-8", "replace"))
 
 
-def _feed(child: subprocess.Popen[bytes], typed: Iterable[bytes], failed: list[BaseException]) -> None:
-    """Writes `typed` into a child; notes what goes wrong with it. A child that reads no more is no failure of ours."""
+def _feed(child: subprocess.Popen[bytes], stdin: Iterable[bytes], failures: list[BaseException]) -> None:
+    """Write `stdin` to a child and collect what goes wrong. It is no failure that the child stops reading."""
     assert child.stdin is not None
     try:
-        for piece in typed:
-            view = memoryview(piece)
+        for chunk in stdin:
+            view = memoryview(chunk)
             while view:
                 view = view[child.stdin.write(view) :]
     except BrokenPipeError:
         pass
     except BaseException as error:
-        failed.append(error)
+        failures.append(error)
     finally:
         with contextlib.suppress(OSError):
             child.stdin.close()
 
 
-def detached(argv: Sequence[str], log: Path) -> int:
-    """Starts a program that goes on when this process, its terminal or its connection ends.
+def start_detached(argv: Sequence[str], log: Path) -> int:
+    """Start a program that survives the end of this process, its terminal and its connection.
 
     Args:
         argv: the program and its arguments, never a shell string.
-        log: file that its output is appended to.
+        log: the file that its output is appended to.
 
     Returns:
-        Its process number.
+        Its process id.
 
     Raises:
         OSError: it can't be started, or the log can't be written.
@@ -181,12 +177,11 @@ def detached(argv: Sequence[str], log: Path) -> int:
 
 @contextlib.contextmanager
 def piped(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A program that is spoken to through its standard input and output, for the time of the block.
+    """Run a program with pipes for its standard input and output while the block runs.
 
-    When the block ends its input is closed, which it should take as its end; after an error it is stopped.
+    At the end of the block its input is closed, and the program should end; after an error it is stopped.
     """
-    inherited = _inherited()
-    child = subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**inherited, **env})
+    child = subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**_inherited(), **env})
     try:
         yield child
         assert child.stdin is not None
@@ -194,26 +189,26 @@ def piped(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Po
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(_PATIENCE_SECONDS)
     finally:
-        _end(child)
+        _stop(child)
         for pipe in (child.stdin, child.stdout):
             with contextlib.suppress(OSError):
                 assert pipe is not None
                 pipe.close()
 
 
-def interactive(argv: Sequence[str]) -> int:
-    """Hands the terminal to a program until it ends; returns its exit code."""
+def run_interactive(argv: Sequence[str]) -> int:
+    """Run a program in the user's terminal; return its exit code."""
     return subprocess.run(list(argv), check=False).returncode
 
 
-def _end(child: subprocess.Popen[Any]) -> None:
-    """Stops a child that still runs: politely, then by force."""
+def _stop(child: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """Stop a child that still runs: with SIGTERM first, then with SIGKILL."""
     if child.poll() is None:
         with contextlib.suppress(OSError):
             child.send_signal(signal.SIGTERM)
         try:
             child.wait(_PATIENCE_SECONDS)
-        except BaseException as error:  # it takes too long, or the user asked a second time
+        except BaseException as error:  # it takes too long, or the user pressed Ctrl-C a second time
             child.kill()
             child.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
@@ -221,12 +216,12 @@ def _end(child: subprocess.Popen[Any]) -> None:
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The argv that runs a module of this environment, isolated from the folder it is started in."""
+    """Return the argv that runs a module with this interpreter, without the working directory in its path."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def last_lines(log: Path, count: int = 1) -> str:
-    """The last lines of a log that are not empty, for an error message; "" when there are none."""
+    """Return the last lines of a log that are not empty, for an error message; "" when there are none."""
     with contextlib.suppress(OSError):
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         return " | ".join([line for line in lines if line][-count:])

@@ -1,4 +1,4 @@
-"""Whether a process was killed because memory ran out, or by someone else."""
+"""Why a training process was killed: because memory ran out, or by somebody."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from kolotune.foundation.errors import TrainingError
 _KILLED = (-9, 137)
 
 
-def shortage(code: int, kills_before: int | None) -> str:
-    """How memory ran out, if that is why a training process ended; "" if it was not killed.
+def out_of_memory_reason(code: int, kills_before: int | None) -> str:
+    """Describe how memory ran out, if that is why a training process ended; return "" if it was not killed.
 
     Args:
-        code: that it ended with.
-        kills_before: what `hardware.kills_for_memory` said when it was started.
+        code: the exit code of the process.
+        kills_before: `hardware.kills_for_memory` at its start.
 
     Raises:
-        TrainingError: it was killed, and memory did not run out.
+        TrainingError: the process was killed, but not for lack of memory.
     """
     if code not in _KILLED:
         return ""
@@ -26,6 +26,6 @@ def shortage(code: int, kills_before: int | None) -> str:
     if kills == kills_before:
         raise TrainingError(
             "the training process was killed (SIGKILL), and not by the kernel for lack of memory",
-            "Go on with --use-checkpoint. If a guard of memory did it (earlyoom, a cluster's), halve --batch-size too.",
+            "Resume with --use-checkpoint. If a memory guard did it (earlyoom, a cluster's), halve --batch-size too.",
         )
     return "the kernel killed the training process because memory ran out"

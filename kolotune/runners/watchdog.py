@@ -1,4 +1,4 @@
-"""Ends this process when the one that started it is gone, however that one ended."""
+"""Stop this process when its parent is gone, whatever ended the parent."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ import threading
 import time
 
 WATCH_STDIN = "KOLOTUNE_WATCH_STDIN"
-"""Set to 1 for a process whose standard input is a pipe that stays open as long as its parent lives."""
+"""Variable that is 1 for a process whose standard input is a pipe that stays open as long as its parent lives."""
 
-SAY_PROCESS = "KOLOTUNE_SAY_PROCESS"
-"""Set to 1 for a process that tells its number in its first line of output, to be signalled by it."""
+REPORT_PROCESS = "KOLOTUNE_SAY_PROCESS"
+"""Variable that is 1 for a process that reports its id in its first line of output, so that it can be signalled."""
 
 _STDIN = 0
 _PATIENCE_SECONDS = 20.0
 
 
 def end_with_parent() -> bool:
-    """Watches standard input from a thread, if the parent asks for it; at its end, stops this process.
+    """Watch standard input in a thread, if the parent asks for it, and stop this process when it closes.
 
-    Returns whether it does: children that get the same standard input may be asked to watch it too.
+    A killed parent can't notify its children, but the system closes its pipes. Unlike process ids and death signals,
+    this works on every system and through a container engine. The process gets SIGTERM, so that it can stop its own
+    children, and exits without further ado after 20 seconds.
 
-    A killed parent can tell nobody, but the system closes its pipes: that works on every system and through a
-    container's engine, where process numbers and death signals don't. The process is asked to stop (SIGTERM), so
-    that it can end its own children, and is ended for good when it takes longer than 20 seconds.
+    Returns:
+        Whether standard input is watched; children that inherit it may be asked to watch it too.
     """
-    asked = os.environ.pop(WATCH_STDIN, "") == "1"
-    if asked:
-        threading.Thread(target=_wait_for_the_end, name="end-with-parent", daemon=True).start()
-    return asked
+    is_watched = os.environ.pop(WATCH_STDIN, "") == "1"
+    if is_watched:
+        threading.Thread(target=_stop_at_end_of_input, name="end-with-parent", daemon=True).start()
+    return is_watched
 
 
-def say_process() -> None:
-    """Tells this process's number as a line of JSON, if the one that started it asks for it."""
-    if os.environ.pop(SAY_PROCESS, "") == "1":
+def report_process() -> None:
+    """Print this process's id as a line of JSON, if the parent asks for it."""
+    if os.environ.pop(REPORT_PROCESS, "") == "1":
         print(json.dumps({"event": "process", "number": os.getpid()}), flush=True)
 
 
-def _wait_for_the_end() -> None:
-    # Not through sys.stdin: its lock, held by a thread that waits, would abort the interpreter at its end.
+def _stop_at_end_of_input() -> None:
+    # Not sys.stdin: a waiting thread would hold its lock, and the interpreter would abort when it exits.
     while os.read(_STDIN, 65536):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,11 @@
-"""Work shared out to processes of this machine: pure work, whose results come back in the order of the tasks.
+"""A pool of worker processes for pure work, with results in the order of the tasks.
 
-A worker is this module, started by `local`. It gets what it is to do, then one task after another, pickled, on its
-standard input, and answers on its standard output. The input's end is its end: a parent that was killed leaves none.
+A worker is this module, started by `local`. It reads the function and then one task after another, pickled, from its
+standard input, and answers on its standard output. It exits at the end of its input, so a killed parent leaves none.
+
+`concurrent.futures.ProcessPoolExecutor` does not do this. Its workers survive a killed parent, because they hold both
+ends of their queue. A broken pool does not tell which exit code a worker had, which is how `limits` reports a chat
+template that ran too long. And before Python 3.14, `map` consumes all tasks at once.
 """
 
 from __future__ import annotations
@@ -18,75 +22,74 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from kolotune.foundation.errors import KolotuneError, TemplateError
 from kolotune.foundation.files import results
 
 from . import limits, local
 
-_MOST = 4  # each takes some 80 MB
-_AHEAD = 2  # tasks that wait for each worker
+_MAX_WORKERS = 4  # each takes some 80 MB
+_LOOK_AHEAD = 2  # tasks that wait for each worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def available() -> int:
-    """How many workers this machine has room for."""
+    """Return how many workers this machine can run at the same time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST)
+    return min(cores, _MAX_WORKERS)
 
 
 class Pool:
-    """Processes that do work for this one; made by `pool`."""
+    """Worker processes; made by `pool`."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._workers = workers
 
-    def in_order(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Does each task in one of the processes; here when there are fewer than 2.
+    def map(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Do each task in one of the workers, or in this process when there are fewer than 2.
 
         Args:
-            work: what is done with a task; it, the tasks and the results must be picklable, and come from modules that
-                a new process can import.
-            tasks: taken as they are needed, a few ahead.
+            work: the function to call with each task. It, the tasks and the results must be picklable, and come from
+                modules that a new process can import.
+            tasks: consumed as needed, a few ahead.
 
         Yields:
             The results, in the order of the tasks.
 
         Raises:
-            KolotuneError: a worker came to an end of its own.
+            KolotuneError: a worker died.
             Exception: whatever `work` raised.
         """
         if not self._workers:
             yield from map(work, tasks)
             return
-        free: SimpleQueue[_Worker] = SimpleQueue()
+        idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             worker.work = work
-            free.put(worker)
+            idle.put(worker)
 
         def do(task: Task) -> Result:
-            worker = free.get()
+            worker = idle.get()
             try:
-                result: Result = worker.do(task)
+                return cast(Result, worker.do(task))
             finally:
-                free.put(worker)
-            return result
+                idle.put(worker)
 
         count = len(self._workers)
         with ThreadPoolExecutor(count) as threads:  # they only wait for the processes
-            yield from results(threads, (partial(do, task) for task in tasks), count * _AHEAD)
+            yield from results(threads, (partial(do, task) for task in tasks), count * _LOOK_AHEAD)
 
 
 @contextmanager
 def pool(count: int, *modules: str) -> Iterator[Pool]:
-    """`count` processes for the time of the block; with fewer than 2, the work is done here.
+    """Run `count` workers while the block runs; with fewer than 2, this process does the work.
 
     Args:
-        count: how many.
-        modules: what they load at once, while this process gets the work ready.
+        count: the number of processes.
+        modules: what they import at once, while this process prepares the tasks.
     """
     with ExitStack() as stack:
         yield Pool([stack.enter_context(_started(modules)) for _ in range(count if count > 1 else 0)])
@@ -97,38 +100,38 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         self._process = process
         self._in, self._out = process.stdin, process.stdout
-        self.work: Any = None  # what it is to do, until it knows
+        self.work: object = None  # the function, until it has been sent
 
-    def do(self, task: Any) -> Any:
+    def do(self, task: object) -> object:
         try:
             if self.work is not None:
                 self._send(self.work)
                 self.work = None
             self._send(task)
-            good, result = pickle.load(self._out)
+            is_done, result = pickle.load(self._out)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            if reason := limits.verdict(self._process.wait()):
+            if reason := limits.exceeded_by(self._process.wait()):
                 raise TemplateError(f"the chat template can't be used: {reason} for one chat") from None
             raise KolotuneError("a worker process ended before its work was done", "Is there memory left?") from error
-        if not good:
+        if not is_done:
             raise result
         return result
 
-    def _send(self, what: Any) -> None:
-        pickle.dump(what, self._in, pickle.HIGHEST_PROTOCOL)
+    def _send(self, value: object) -> None:
+        pickle.dump(value, self._in, pickle.HIGHEST_PROTOCOL)
         self._in.flush()
 
 
 @contextmanager
 def _started(modules: Sequence[str]) -> Iterator[_Worker]:
-    # One thread of the tokenizers' own in each: there is a process for each core.
+    # The tokenizers library gets one thread in each: there is one process per core.
     with local.piped(local.python(__name__, *modules), {"TOKENIZERS_PARALLELISM": "false"}) as process:
         yield _Worker(process)
 
 
 def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    limits.confine()  # what it is to do may include a chat template
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    limits.confine()  # the work may include a chat template
     tasks, answers = sys.stdin.buffer, _own_output()
     for name in sys.argv[1:]:
         importlib.import_module(name)
@@ -144,8 +147,9 @@ def _main() -> None:
             task = pickle.load(tasks)
         except EOFError:
             return
+        answer: tuple[bool, object]
         try:
-            answer: Any = (True, work(task))
+            answer = (True, work(task))
         except Exception as error:
             answer = (False, error)
         try:
@@ -156,7 +160,7 @@ def _main() -> None:
 
 
 def _own_output() -> BinaryIO:
-    """Standard output for the answers alone: what anything prints goes to standard error."""
+    """Return standard output for the answers alone; whatever else is printed goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return answers

@@ -168,14 +168,14 @@ def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events
         )
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
         try:
-            code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_us=True)
+            code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_parent=True)
         except _MemoryRanOut:
             return events, "memory ran out"
     if events.error is not None:
         raise events.error
     if events.out_of_memory:
         return events, "memory ran out"
-    if shortage := memory_kills.shortage(code, kills_before):
+    if shortage := memory_kills.out_of_memory_reason(code, kills_before):
         return events, shortage
     if code != 0:
         raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")

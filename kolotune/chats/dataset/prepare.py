@@ -149,7 +149,7 @@ def prepare_chats(
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
             work = Work(Encoder(prepared.template, tokenizer), config.max_seq_length)
             gathered = _Gathered(prepared, paths, spool)
-            for outcome in pool.in_order(work, gathered.chunks(config, compared)):
+            for outcome in pool.map(work, gathered.chunks(config, compared)):
                 gathered.add(outcome)
         gathered.finish()
         _settle(gathered, config, folder)

@@ -78,8 +78,8 @@ def around(jinja: str, roles: list[str], options: dict[str, Any]) -> Around | No
 
 def _limited(work: Callable[[], Result], fault: str) -> Result:
     try:
-        return limits.within(work)
-    except limits.Overrun as error:
+        return limits.call(work)
+    except limits.LimitExceeded as error:
         raise TemplateError(f"the chat template can't be used: {error}") from None
     except Exception as error:  # it is a stranger's program: whatever it raises is its own failure
         raise TemplateError(f"the chat template {fault}: {_words(error)}") from None

@@ -58,7 +58,7 @@ def around(jinja: str, roles: list[str], options: dict[str, Any]) -> Around | No
 
 
 def _call(name: str, jinja: str, *arguments: Any) -> Any:
-    if limits.confined():
+    if limits.is_confined():
         from . import jinja as here
 
         return getattr(here, name)(jinja, *arguments)
@@ -88,7 +88,7 @@ class _Child:
         except (EOFError, OSError, ValueError) as error:
             if isinstance(error, ValueError):  # it says what no child of ours would
                 process.kill()
-            reason = limits.verdict(process.wait()) or "it ended the process that it was run in"
+            reason = limits.exceeded_by(process.wait()) or "it ended the process that it was run in"
             self.end()
             raise TemplateError(f"the chat template can't be used: {reason}") from None
         except BaseException:  # stopped in the middle: what comes next would be the answer to this

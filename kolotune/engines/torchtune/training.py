@@ -164,11 +164,11 @@ def _run_recipe(job: TrainJob, task: dict[str, Any], place: Environment, answers
         env=env,
         cwd=folder,
         on_line=answers,
-        ends_with_us=True,
+        ends_with_parent=True,
     )
     if answers.error is not None:
         raise answers.error
-    if shortage := memory_kills.shortage(code, kills_before):
+    if shortage := memory_kills.out_of_memory_reason(code, kills_before):
         raise MemoryError(shortage)
     if code != 0:
         said = answers.lost or local.last_lines(_log(job))

@@ -25,6 +25,7 @@ _FETCHING = (
     "foundation/__init__.py",
     "foundation/errors.py",
     "foundation/files.py",
+    "foundation/secrets.py",
     "runners/__init__.py",
     "runners/local.py",
     "runners/watchdog.py",

@@ -18,6 +18,7 @@ from kolotune.foundation.errors import (
     KolotuneError,
 )
 from kolotune.foundation.reporter import Progress, Reporter
+from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
 from kolotune.version import VERSION
 
 from . import context, names
@@ -206,7 +207,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
         name, equals, value = each.partition("=")
         if not equals or not name:
             raise ConfigError(f"env: {name!r} is not of the form NAME=VALUE")
-        if name in names.SECRET_VARIABLES:
+        if name in HUB_TOKEN_VARIABLES:
             raise ConfigError(
                 f"env: {name} would be readable in the container's description",
                 "Leave it in this machine's environment, or use --hf-token FILE: each verb takes it along.",

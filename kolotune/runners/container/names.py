@@ -24,8 +24,6 @@ USER = 1000
 """Number of the image's user and group; what is sent in belongs to it."""
 PYTHON = "/opt/kolotune/venv/bin/python"
 
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-
 _LONGEST_NAME = 40
 
 

@@ -118,7 +118,7 @@ class Process:
         self._watched = typed is None
         variables = {**(env or {}), **({WATCH_STDIN: "1"} if self._watched else {})}
         self.number = 0
-        """The process's number inside, when it has told it (`watchdog.SAY_PROCESS`)."""
+        """The process's number inside, when it has told it (`watchdog.REPORT_PROCESS`)."""
         with docker.working(found, doing, f"start a process in {found.name}"):
             created = docker.api.exec_create(
                 found.id, list(argv), stdin=True, environment=variables, workdir=names.HOME

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import remove, replacing
 from kolotune.foundation.reporter import Replay, Reporter, clean, event_of
-from kolotune.foundation.secrets import Secret
+from kolotune.foundation.secrets import HUB_TOKEN, Secret
 from kolotune.run_folder.layout import RunFolder
 
-from ..watchdog import SAY_PROCESS
+from ..watchdog import REPORT_PROCESS
 from . import names
 from .paths import Paths, deep
 from .process import Process
@@ -60,9 +60,9 @@ def carry_out(
         ContainerPausedError: it was paused, and still is.
         KolotuneError: the verb went well, and bringing its results out did not.
     """
-    env = {SAY_PROCESS: "1"}
+    env = {REPORT_PROCESS: "1"}
     if order.token:
-        env["HF_TOKEN"] = order.token.reveal()
+        env[HUB_TOKEN] = order.token.reveal()
     argv = [*_KOLOTUNE, *order.argv]
     typed = sys.stdin.buffer if order.typed else None
     process = Process(volume.docker, volume.found, argv, env=env, typed=typed, doing=order.argv[0], reporter=reporter)

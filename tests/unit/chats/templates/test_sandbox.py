@@ -171,8 +171,8 @@ def test_workers_keep_the_same_limits() -> None:
 
     wanted = ["loops", "a long word", "much text"]
     with workers.pool(2) as pool:
-        found = list(pool.in_order(_rendered, [each for name in wanted for each in tasks(name)]))
+        found = list(pool.map(_rendered, [each for name in wanted for each in tasks(name)]))
     assert found[::3] == found[2::3] == ["a", "a", "a"]
     assert all(BOMBS[name][1] in cause for name, cause in zip(wanted, found[1::3], strict=True))
     with pytest.raises(TemplateError, match=TIME), workers.pool(2) as pool:
-        list(pool.in_order(_rendered_deaf, tasks("loops")))
+        list(pool.map(_rendered_deaf, tasks("loops")))
