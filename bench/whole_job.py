@@ -29,7 +29,7 @@ from kolotune.llamacpp import toolchain
 from kolotune.run_folder.layout import RunFolder
 
 sys.path.append(str(ROOT / "tests"))
-from support.judge import held_out_loss
+from support.reference_training import held_out_loss
 
 PYTHON = Path(sys.executable)
 

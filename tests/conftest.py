@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.control_groups import memory_group  # noqa: F401 - a fixture
 from support.docker_engine import container, docker_engine, image, small_base  # noqa: F401 - fixtures
+from support.fake_ollama import any_ollama, fake_ollama  # noqa: F401 - fixtures
 from support.go_templates import go  # noqa: F401 - a fixture
 from support.mounts import mount  # noqa: F401 - a fixture
-from support.ollama_server import any_ollama, fake_ollama  # noqa: F401 - fixtures
-from support.training import VOCABULARY, TrainingRoom, random_chats, write_tokens
+from support.training import VOCABULARY, TrainingFolder, random_chats, write_tokens
 
 from kolotune import llamacpp
 from kolotune.foundation.reporter import PlainReporter
@@ -137,17 +137,17 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def training_room(tmp_path: Path, tiny_model: Callable[..., Any], one_thread: None) -> Callable[..., TrainingRoom]:
-    """Makes a `TrainingRoom`: ``training_room(kind, chats=10, held_out=3, **config)``."""
+def training_room(tmp_path: Path, tiny_model: Callable[..., Any], one_thread: None) -> Callable[..., TrainingFolder]:
+    """Makes a `TrainingFolder`: ``training_room(kind, chats=10, held_out=3, **config)``."""
 
-    def make(kind: str = "llama", *, chats: Any = 10, held_out: Any = 0, **config: Any) -> TrainingRoom:
+    def make(kind: str = "llama", *, chats: Any = 10, held_out: Any = 0, **config: Any) -> TrainingFolder:
         tiny_model(kind, tmp_path / "base", **config)
         train = random_chats(chats, 1) if isinstance(chats, int) else chats
         write_tokens(tmp_path / "data" / "train.safetensors", train)
         if held_out:
             kept = random_chats(held_out, 2) if isinstance(held_out, int) else held_out
             write_tokens(tmp_path / "data" / "held_out.safetensors", kept)
-        return TrainingRoom(tmp_path)
+        return TrainingFolder(tmp_path)
 
     return make
 

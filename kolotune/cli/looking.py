@@ -199,10 +199,10 @@ def _torchtune() -> tuple[str, str, str]:
 
 
 def _ollama() -> tuple[str, str, str]:
-    from kolotune.ollama.server import Server
+    from kolotune.ollama.client import OllamaClient
 
     try:
-        server = Server(patience=_OLLAMA_SECONDS)
+        server = OllamaClient(patience=_OLLAMA_SECONDS)
         return "ollama", "ok", f"{server.version()} at {server.url}"
     except KolotuneError as error:
         return "ollama", "none", f"{error.cause}. {error.hint}"

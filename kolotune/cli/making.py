@@ -15,7 +15,7 @@ from kolotune.run_folder.retention import left_out
 from kolotune.weights import adapter as adapters
 
 from . import hints
-from .comparison import showing
+from .comparison_table import showing
 from .options import ConfigFile, Data, Json, config_of, given, reporter, show, with_options
 from .proving import reporting
 

@@ -15,7 +15,7 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 from . import hints, launch
-from .comparison import showing
+from .comparison_table import showing
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
 from .placement import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_given
 from .proving import reporting

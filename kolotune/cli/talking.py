@@ -111,7 +111,7 @@ def serve(
 ) -> int:
     """Serves the result to programs that speak OpenAI's API, as it would be in Ollama."""
     from kolotune.serving.app import serve as serve_model
-    from kolotune.serving.model import ServedModel
+    from kolotune.serving.served_model import ServedModel
 
     serve_model(ServedModel(RunFolder(run.absolute()), quantization), host, port, reporter(json))
     return 0
@@ -125,9 +125,9 @@ def _in_ollama(
     max_tokens: int | None,
     seed: int | None,
 ) -> Callable[[str], Iterator[str]]:
-    from kolotune.ollama.install import OllamaTalk, installed_name
+    from kolotune.ollama.install import OllamaChat, installed_name
 
     if name is None:  # `chat --ollama NAME`: what stands first is no run folder then
         name = installed_name(RunFolder(run.absolute())) if run.is_dir() or run == DEFAULT_OUTPUT_DIR else str(run)
-    talk = OllamaTalk(name, system)
+    talk = OllamaChat(name, system)
     return partial(talk.ask, temperature=temperature, max_tokens=max_tokens, seed=seed)

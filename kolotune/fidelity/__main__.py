@@ -22,13 +22,13 @@ def _measure(kind: str, file: Path) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if kind == "models":
-        from . import models
+        from . import measure_models
 
-        models.measure(file)
+        measure_models.measure(file)
     else:
-        from . import gguf_reader
+        from . import measure_gguf
 
-        gguf_reader.measure(file)
+        measure_gguf.measure(file)
 
 
 if __name__ == "__main__":

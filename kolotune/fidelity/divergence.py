@@ -13,7 +13,7 @@ _ROWS = 64  # that are worked on at once: the files may be larger than memory
 
 @dataclass(frozen=True)
 class Divergence:
-    """See `result.Checked` for the names."""
+    """See `comparison.StageCheck` for the names."""
 
     top1_agreement: float
     kl_mean: float

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kolotune.foundation.errors import KolotuneError
 
 from . import divergence
-from .tasks import Asked, Figures, Prompt, Reference
+from .tasks import ComparedChat, Figures, Prompt, Reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REFERENCE, TUNED, MERGED, GGUF = "reference.json", "tuned.npy", "merged.npy", "gguf.npy"
 
 
-def keep(path: Path, chats: Sequence[Asked], rows: Iterable[np.ndarray]) -> np.ndarray:
+def keep(path: Path, chats: Sequence[ComparedChat], rows: Iterable[np.ndarray]) -> np.ndarray:
     """Writes the rows of all chats, fp32 ``[positions, words]``, one chat at a time; they are mapped, not loaded."""
     import numpy as np
 
@@ -41,7 +41,7 @@ def load(path: Path) -> np.ndarray:
     return loaded
 
 
-def split(rows: np.ndarray, chats: Sequence[Asked]) -> Iterator[tuple[np.ndarray, Asked]]:
+def split(rows: np.ndarray, chats: Sequence[ComparedChat]) -> Iterator[tuple[np.ndarray, ComparedChat]]:
     """The rows of each chat."""
     at = 0
     for chat in chats:
@@ -49,7 +49,7 @@ def split(rows: np.ndarray, chats: Sequence[Asked]) -> Iterator[tuple[np.ndarray
         at += len(chat.positions)
 
 
-def loss_of(rows: np.ndarray, chat: Asked) -> float:
+def loss_of(rows: np.ndarray, chat: ComparedChat) -> float:
     """The summed loss of a chat's labelled tokens."""
     import numpy as np
 

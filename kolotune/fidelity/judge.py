@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .result import Answer, Checked, Comparison, Count, Failure, Measured
-from .tasks import Figures, GgufAnswer, Reference
+from .comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
+from .tasks import Figures, GgufMeasurement, Reference
 
 ADAPTER, MERGED, F16 = "adapter on base", "merged", "f16 GGUF"
 _MERGED_KL = {"f16": 1e-4, "fp32": 1e-4, "bf16": 1e-2}
@@ -30,7 +30,7 @@ _LOSS_LOST, _LOSS_UNSEEN = 0.05, 0.01
 
 
 @dataclass(frozen=True)
-class Made:
+class MeasuredFile:
     """One thing that was measured: what it is called and where it is."""
 
     name: str
@@ -56,15 +56,15 @@ class Evidence:
     """
 
     reference: Reference
-    merged: Made | None
-    ggufs: Sequence[tuple[Made, str, GgufAnswer]]
+    merged: MeasuredFile | None
+    ggufs: Sequence[tuple[MeasuredFile, str, GgufMeasurement]]
     merge_dtype: str
     load_in_4bit: bool
-    adapter: Made
+    adapter: MeasuredFile
     recorded: tuple[float, float] | None
     not_kept: tuple[str, ...]
     untied: bool = False
-    tried: Sequence[tuple[Made, GgufAnswer]] = ()
+    tried: Sequence[tuple[MeasuredFile, GgufMeasurement]] = ()
     weighted: frozenset[str] = frozenset()
 
 
@@ -96,7 +96,8 @@ def verdict(evidence: Evidence) -> Comparison:
         recorded_tuned_loss=recorded[1],
         checked=checked,
         answers=tuple(
-            Answer(_last_of_user(each.messages), each.base, each.tuned, each.expected) for each in reference.answers
+            ComparedAnswer(_last_of_user(each.messages), each.base, each.tuned, each.expected)
+            for each in reference.answers
         ),
         not_kept=evidence.not_kept,
         notes=tuple(dict.fromkeys(notes)),
@@ -107,7 +108,7 @@ def verdict(evidence: Evidence) -> Comparison:
     )
 
 
-def _tried(evidence: Evidence) -> Iterator[Measured]:
+def _tried(evidence: Evidence) -> Iterator[QuantizationFigures]:
     """The quantizations that could be measured whole."""
     own = [(made, answer, True) for made, _, answer in evidence.ggufs if made.name != F16]
     for made, answer, kept in [*own, *((made, answer, False) for made, answer in evidence.tried)]:
@@ -115,10 +116,10 @@ def _tried(evidence: Evidence) -> Iterator[Measured]:
         if made.size is None or seen.wrong or seen.loss is None or seen.kl_mean is None or seen.top1_agreement is None:
             continue
         weighted = made.name in evidence.weighted
-        yield Measured(made.name, made.size, seen.loss, seen.kl_mean, seen.top1_agreement, weighted, kept)
+        yield QuantizationFigures(made.name, made.size, seen.loss, seen.kl_mean, seen.top1_agreement, weighted, kept)
 
 
-def recommended(tried: Sequence[Measured], base_loss: float, tuned_loss: float) -> tuple[str, str]:
+def recommended(tried: Sequence[QuantizationFigures], base_loss: float, tuned_loss: float) -> tuple[str, str]:
     """The quantization with the best loss for its size, and why; "" twice where there are not two to choose from."""
     if len(tried) < 2:
         return "", ""
@@ -135,12 +136,12 @@ def _last_of_user(messages: Sequence[Mapping[str, object]]) -> str:
     return next((str(each["content"]) for each in reversed(messages) if each["role"] == "user"), "")
 
 
-def _checked(evidence: Evidence) -> Iterator[Checked]:
+def _checked(evidence: Evidence) -> Iterator[StageCheck]:
     """In the order of the road; what is served comes last, for the Modelfile is written last."""
     reference = evidence.reference
     equal = Count(reference.prepared_equal, reference.prepared_chats)
-    yield Checked("prepared chats", "prepare", prompt_ids_equal=equal, failed=tuple(reference.wrong_prepared))
-    yield Checked(
+    yield StageCheck("prepared chats", "prepare", prompt_ids_equal=equal, failed=tuple(reference.wrong_prepared))
+    yield StageCheck(
         ADAPTER,
         "train",
         evidence.adapter.file,
@@ -183,8 +184,8 @@ def _bounds(name: str, reference: Reference) -> dict[str, float]:
 
 
 def _judged(
-    evidence: Evidence, made: Made, stage: str, against: str, seen: Figures, bounds: Mapping[str, float]
-) -> Checked:
+    evidence: Evidence, made: MeasuredFile, stage: str, against: str, seen: Figures, bounds: Mapping[str, float]
+) -> StageCheck:
     failed = list(seen.wrong)
     for name, bound in bounds.items():
         value = getattr(seen, name)
@@ -193,7 +194,7 @@ def _judged(
     stops = Count(seen.stops, len(evidence.reference.stops) if seen.loss is not None else 0)
     if bounds and stops.of - stops.good > max(1.0, _STOPS_MISSED * stops.of):
         failed.append(f"only {stops.good} of {stops.of} answers end where they should")
-    return Checked(
+    return StageCheck(
         made.name, stage, made.file, made.size, against, Count(seen.prompts_equal, seen.prompts), seen.top1_agreement,
         seen.kl_mean, seen.kl_p99, seen.loss, stops, bounds, tuple(failed),
     )  # fmt: skip
@@ -202,14 +203,14 @@ def _judged(
 _WORDS = {"kl_mean": "mean KL", "loss": "loss"}
 
 
-def _served(made: Made, modelfile: str, answer: GgufAnswer) -> Checked:
+def _served(made: MeasuredFile, modelfile: str, answer: GgufMeasurement) -> StageCheck:
     failed = list(answer.wrong_served)
     ended = Count(answer.served_ended, answer.served_answers)
     if ended.of > 1 and not ended.good:
         failed.append(f"none of {ended.of} answers ends by itself, and all do with the adapter on its base")
     name = f"served {'f16' if made.name == F16 else made.name}"
     equal = Count(answer.served_equal, answer.served_prompts)
-    return Checked(name, "modelfile", modelfile, prompt_ids_equal=equal, stops=ended, failed=tuple(failed))
+    return StageCheck(name, "modelfile", modelfile, prompt_ids_equal=equal, stops=ended, failed=tuple(failed))
 
 
 # ---------------------------------------------------------------- training
@@ -244,14 +245,14 @@ def _allowed(evidence: Evidence, losses: Sequence[float], recorded: float) -> fl
 # ---------------------------------------------------------------- causes
 
 
-def _first_failure(checked: Sequence[Checked], evidence: Evidence) -> Failure | None:
+def _first_failure(checked: Sequence[StageCheck], evidence: Evidence) -> Failure | None:
     failed = next((each for each in checked if each.failed), None)
     if failed is None:
         return None
     return Failure(failed.stage, f"{failed.name}: {failed.failed[0]}", _cause(failed, evidence))
 
 
-def _cause(failed: Checked, evidence: Evidence) -> str:
+def _cause(failed: StageCheck, evidence: Evidence) -> str:
     """The likely cause, from what kind of thing is wrong."""
     words = " ".join(failed.failed)
     if failed.stage == "prepare":
@@ -270,7 +271,7 @@ def _cause(failed: Checked, evidence: Evidence) -> str:
     return _cause_in_weights(failed, evidence)
 
 
-def _cause_of_served(failed: Checked) -> str:
+def _cause_of_served(failed: StageCheck) -> str:
     words = " ".join(failed.failed)
     if "no stop" in words:
         return "a PARAMETER stop is missing in the Modelfile, so that answers run on"
@@ -283,7 +284,7 @@ def _cause_of_served(failed: Checked) -> str:
     return "the Modelfile was changed by hand"
 
 
-def _cause_in_weights(failed: Checked, evidence: Evidence) -> str:
+def _cause_in_weights(failed: StageCheck, evidence: Evidence) -> str:
     if failed.stage == "quantize":
         return "a tensor of the file is damaged, or the quantization is too coarse for this model (Q8_0 keeps more)"
     if failed.stage == "convert":

@@ -18,7 +18,7 @@ from kolotune.foundation.reporter import size_in_words
 from kolotune.weights import adapter as adapters
 from kolotune.weights.tensors import MappedTensors, TensorFiles, weight_files
 
-from .tasks import Asked
+from .tasks import ComparedChat
 
 _BYTES = 4
 _GROUP_TOKENS = 4096
@@ -69,7 +69,7 @@ class _Model:
             weight.add_(torch.from_numpy(delta.rows(slice(None))))
 
 
-class Whole(_Model):
+class WholeModel(_Model):
     """A model that is in memory as a whole.
 
     Args:
@@ -107,7 +107,7 @@ class Whole(_Model):
             self._put(adapter, name, parameters[name], key)
 
     @torch.no_grad()
-    def log_probabilities(self, chats: Sequence[Asked]) -> Iterator[np.ndarray]:
+    def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[np.ndarray]:
         """For each chat, what is likely after each of its positions, fp32 ``[positions, words]``."""
         for chat in chats:
             positions = torch.tensor(chat.positions)
@@ -133,7 +133,7 @@ class Whole(_Model):
         return [_until(end, row[size:].tolist()) for row in made]
 
 
-class Layered(_Model):
+class LayeredModel(_Model):
     """A model of which one decoder layer at a time is in memory, beside embedding and head.
 
     Args:
@@ -172,15 +172,15 @@ class Layered(_Model):
         self._paths = paths
 
     def add(self, folder: Path) -> None:
-        """Puts an adapter onto the weights whenever they are read; see `Whole.add`."""
+        """Puts an adapter onto the weights whenever they are read; see `WholeModel.add`."""
         self._adapter = adapters.read(folder)
         names = {name: None for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for key in {**self._adapter.replaced, **self._adapter.deltas}:
             _known(key, names)
 
     @torch.no_grad()
-    def log_probabilities(self, chats: Sequence[Asked]) -> Iterator[np.ndarray]:
-        """See `Whole.log_probabilities`; each layer is read once for every few thousand tokens."""
+    def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[np.ndarray]:
+        """See `WholeModel.log_probabilities`; each layer is read once for every few thousand tokens."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
         self._load_what_stays()
@@ -244,16 +244,16 @@ class Layered(_Model):
             self._set(self._head, self._weight(self._head, self._stored(self._words) if tied else None))
 
 
-def model_in(folder: Path) -> Whole | Layered:
+def model_in(folder: Path) -> WholeModel | LayeredModel:
     """The model in a folder, whole where it fits into the free memory, else layer by layer.
 
     Raises:
         ArtifactError, SpaceError: see there.
     """
-    return Whole(folder) if fits(folder) else Layered(folder)
+    return WholeModel(folder) if fits(folder) else LayeredModel(folder)
 
 
-def _groups(chats: Sequence[Asked]) -> Iterator[list[int]]:
+def _groups(chats: Sequence[ComparedChat]) -> Iterator[list[int]]:
     """Chats of about the same length, as many as make a few thousand tokens together with their padding."""
     group: list[int] = []
     for each in sorted(range(len(chats)), key=lambda number: len(chats[number].ids)):

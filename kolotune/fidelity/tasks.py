@@ -45,7 +45,7 @@ class ModelsTask:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparedChat:
     """One compared chat.
 
     Attributes:
@@ -77,7 +77,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Greedy:
+class GreedyAnswer:
     """One greedy answer and whether it ended by itself; `expected` is what the chat has there, if it is one."""
 
     messages: list[JsonObject]
@@ -124,10 +124,10 @@ class Reference:
         notes: what was left out, a sentence each.
     """
 
-    chats: list[Asked]
+    chats: list[ComparedChat]
     prompts: list[Prompt]
     probes: list[Prompt]
-    answers: list[Greedy]
+    answers: list[GreedyAnswer]
     chat_losses: list[list[float]]
     labels: list[int]
     stops: list[list[int]]
@@ -168,7 +168,7 @@ class GgufTask:
 
 
 @dataclass(frozen=True)
-class GgufAnswer:
+class GgufMeasurement:
     """What came of a `GgufTask`.
 
     Attributes:

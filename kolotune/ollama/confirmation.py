@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .client import as_options
 from .modelfile import Description
-from .server import as_options
 
 _FROM = re.compile(r"^FROM .*sha256[-:]([0-9a-f]{64})\W*$", re.MULTILINE)
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from kolotune.foundation.errors import ArtifactError
 
-from .turns import merge
+from .turn_format import merge
 
 _ACTION = re.compile(
     r"\{\{(?P<left>-(?=\s))?(?P<code>(?:\"(?:[^\"\\\n]|\\.)*\"|`[^`]*`|[^\"`])*?)(?P<right>(?<=\s)-)?\}\}"
@@ -56,7 +56,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], system: str | N
         _refuse("it does not loop over .Messages")
     data = {"System": systems, "Messages": turns, "Response": "", **_NO_THINKING}
     out: list[str] = []
-    scope = _Scope(data, {"$": data})
+    scope = _TemplateScope(data, {"$": data})
     _write(_parsed(template), scope, out)
     return "".join(out)
 
@@ -66,29 +66,29 @@ def _refuse(reason: str) -> NoReturn:
 
 
 @dataclass
-class _Node:
+class _TemplateNode:
     """Text, an action, or a block: its head's words, what it holds, and what stands behind its else."""
 
     kind: str
     text: str = ""
     words: list[tuple[str, str]] = field(default_factory=list)
-    body: list[_Node] = field(default_factory=list)
-    otherwise: list[_Node] = field(default_factory=list)
+    body: list[_TemplateNode] = field(default_factory=list)
+    otherwise: list[_TemplateNode] = field(default_factory=list)
 
 
 @dataclass
-class _Scope:
+class _TemplateScope:
     """The dot, and the variables that can be seen: those of the blocks around come first."""
 
     dot: Any
     variables: dict[str, Any]
-    outer: _Scope | None = None
+    outer: _TemplateScope | None = None
 
-    def inside(self, dot: Any) -> _Scope:
-        return _Scope(dot, {}, self)
+    def inside(self, dot: Any) -> _TemplateScope:
+        return _TemplateScope(dot, {}, self)
 
-    def home(self, name: str) -> _Scope:
-        scope: _Scope | None = self
+    def home(self, name: str) -> _TemplateScope:
+        scope: _TemplateScope | None = self
         while scope is not None:
             if name in scope.variables:
                 return scope
@@ -99,34 +99,34 @@ class _Scope:
 # ---------------------------------------------------------------- reading
 
 
-def _parsed(template: str) -> list[_Node]:
+def _parsed(template: str) -> list[_TemplateNode]:
     """The template as a tree."""
-    root = _Node("root")
-    open_blocks: list[tuple[_Node, list[_Node]]] = [(root, root.body)]
+    root = _TemplateNode("root")
+    open_blocks: list[tuple[_TemplateNode, list[_TemplateNode]]] = [(root, root.body)]
     at, trim = 0, False
     for found in _ACTION.finditer(template):
         text = template[at : found.start()]
         if "{{" in text:
             _refuse("an action is not closed")
         text = text.lstrip(" \t\r\n") if trim else text
-        open_blocks[-1][1].append(_Node("text", text.rstrip(" \t\r\n") if found["left"] else text))
+        open_blocks[-1][1].append(_TemplateNode("text", text.rstrip(" \t\r\n") if found["left"] else text))
         _take(found["code"].strip(), open_blocks)
         at, trim = found.end(), bool(found["right"])
     rest = template[at:]
     if "{{" in rest or len(open_blocks) > 1:
         _refuse("an action or a block is not closed")
-    root.body.append(_Node("text", rest.lstrip(" \t\r\n") if trim else rest))
+    root.body.append(_TemplateNode("text", rest.lstrip(" \t\r\n") if trim else rest))
     return root.body
 
 
-def _take(code: str, open_blocks: list[tuple[_Node, list[_Node]]]) -> None:
+def _take(code: str, open_blocks: list[tuple[_TemplateNode, list[_TemplateNode]]]) -> None:
     """Puts one action into the tree."""
     if code.startswith("/*") and code.endswith("*/"):
         return
     head, _, rest = code.partition(" ")
     block, place = open_blocks[-1]
     if head in ("if", "range"):
-        node = _Node(head, words=_words(rest))
+        node = _TemplateNode(head, words=_words(rest))
         place.append(node)
         open_blocks.append((node, node.body))
     elif code == "end":
@@ -143,13 +143,13 @@ def _take(code: str, open_blocks: list[tuple[_Node, list[_Node]]]) -> None:
             word, _, condition = rest.strip().partition(" ")
             if word != "if" or block.kind != "if":
                 _refuse(f"else {word} is not known")
-            node = _Node("if", "chained", _words(condition))
+            node = _TemplateNode("if", "chained", _words(condition))
             block.otherwise.append(node)
             open_blocks.append((node, node.body))
     elif head in _KEYWORDS:
         _refuse(f"{head} is not known")
     else:
-        place.append(_Node("action", words=_words(code)))
+        place.append(_TemplateNode("action", words=_words(code)))
 
 
 def _words(code: str) -> list[tuple[str, str]]:
@@ -179,7 +179,7 @@ def _words(code: str) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- writing
 
 
-def _write(nodes: Sequence[_Node], scope: _Scope, out: list[str]) -> None:
+def _write(nodes: Sequence[_TemplateNode], scope: _TemplateScope, out: list[str]) -> None:
     for node in nodes:
         if node.kind == "text":
             out.append(node.text)
@@ -193,7 +193,7 @@ def _write(nodes: Sequence[_Node], scope: _Scope, out: list[str]) -> None:
             _loop(node, scope, out)
 
 
-def _assigned(words: list[tuple[str, str]], scope: _Scope) -> bool:
+def _assigned(words: list[tuple[str, str]], scope: _TemplateScope) -> bool:
     """Carries out ``$x := …`` and ``$x = …``; False when it is neither."""
     if len(words) < 3 or words[0][0] != "variable" or words[1] not in (("mark", ":="), ("mark", "=")):
         return False
@@ -202,7 +202,7 @@ def _assigned(words: list[tuple[str, str]], scope: _Scope) -> bool:
     return True
 
 
-def _loop(node: _Node, scope: _Scope, out: list[str]) -> None:
+def _loop(node: _TemplateNode, scope: _TemplateScope, out: list[str]) -> None:
     names: list[str] = []
     words = node.words
     if ("mark", ":=") in words:
@@ -221,7 +221,7 @@ def _loop(node: _Node, scope: _Scope, out: list[str]) -> None:
         _write(node.body, inner, out)
 
 
-def _value(words: list[tuple[str, str]], scope: _Scope) -> Any:
+def _value(words: list[tuple[str, str]], scope: _TemplateScope) -> Any:
     """The value of a pipeline of one command."""
     value, rest = _command(words, scope)
     if rest:
@@ -229,7 +229,7 @@ def _value(words: list[tuple[str, str]], scope: _Scope) -> Any:
     return value
 
 
-def _command(words: list[tuple[str, str]], scope: _Scope) -> tuple[Any, list[tuple[str, str]]]:
+def _command(words: list[tuple[str, str]], scope: _TemplateScope) -> tuple[Any, list[tuple[str, str]]]:
     if not words:
         _refuse("an empty action")
     kind, text = words[0]
@@ -247,7 +247,7 @@ def _command(words: list[tuple[str, str]], scope: _Scope) -> tuple[Any, list[tup
         _refuse(f"{text} can't be called like that ({error})")
 
 
-def _operand(words: list[tuple[str, str]], scope: _Scope) -> tuple[Any, list[tuple[str, str]]]:
+def _operand(words: list[tuple[str, str]], scope: _TemplateScope) -> tuple[Any, list[tuple[str, str]]]:
     (kind, text), rest = words[0], words[1:]
     value: Any
     if kind == "text":

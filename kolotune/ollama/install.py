@@ -14,10 +14,10 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import Result, open_result
 
 from . import parameters as known
+from .client import OllamaClient, release
 from .confirmation import differences
+from .model_name import check_name
 from .modelfile import Description, describe
-from .names import checked_name
-from .server import Server, release
 
 _OLDEST = (0, 5, 5)  # its create takes files by digest and texts as JSON
 _READS_JINJA = (0, 30, 0)  # before, a model without TEMPLATE gets no template at all unless Ollama knows it
@@ -33,7 +33,7 @@ def install(
     system: str | None = None,
     parameters: Sequence[str] = (),
     force: bool = False,
-    server: Server | None = None,
+    server: OllamaClient | None = None,
 ) -> None:
     """Puts a GGUF of a run into Ollama, with what its Modelfile says, and asks whether that has arrived.
 
@@ -52,10 +52,10 @@ def install(
         RunFolderError, ArtifactError: there is no such result.
         OllamaDownError, OllamaError: there is no server, or it fails, or shows something else than was sent.
     """
-    checked_name(name)
+    check_name(name)
     result = open_result(run, quantization)
     wanted = _changed(described(result), system, parameters)
-    server = server or Server()
+    server = server or OllamaClient()
     _look_at_version(server, wanted, reporter)
     shown = server.show(name)
     if shown is not None and not force:
@@ -79,15 +79,15 @@ def install(
     _finish(run, result, name, server, reporter, f"{name} is in Ollama ({result.gguf.name})")
 
 
-def uninstall(name: str, reporter: Reporter, server: Server | None = None) -> None:
+def uninstall(name: str, reporter: Reporter, server: OllamaClient | None = None) -> None:
     """Takes a model out of Ollama.
 
     Raises:
         ConfigError: the name can't be one, or there is no such model.
         OllamaDownError, OllamaError: there is no server, or it fails.
     """
-    checked_name(name)
-    server = server or Server()
+    check_name(name)
+    server = server or OllamaClient()
     if not server.delete(name):
         raise ConfigError(f"there is no model {name} in Ollama", "`ollama list` shows what is there.")
     reporter.success(f"{name} is no longer in Ollama")
@@ -108,7 +108,7 @@ def installed_name(run: RunFolder) -> str:
         ) from None
 
 
-class OllamaTalk:
+class OllamaChat:
     """A conversation with a model in Ollama.
 
     Args:
@@ -117,8 +117,8 @@ class OllamaTalk:
         server: None: the one that OLLAMA_HOST names.
     """
 
-    def __init__(self, name: str, system: str | None = None, server: Server | None = None) -> None:
-        self._name, self._server = checked_name(name), server or Server()
+    def __init__(self, name: str, system: str | None = None, server: OllamaClient | None = None) -> None:
+        self._name, self._server = check_name(name), server or OllamaClient()
         self._messages = [{"role": "system", "content": system}] if system is not None else []
 
     def ask(
@@ -167,7 +167,7 @@ def _changed(found: Description, system: str | None, parameters: Sequence[str]) 
     return replace(found, system=found.system if system is None else system or None, parameters=(*kept, *own))
 
 
-def _look_at_version(server: Server, wanted: Description, reporter: Reporter) -> None:
+def _look_at_version(server: OllamaClient, wanted: Description, reporter: Reporter) -> None:
     version = server.version()
     numbers = release(version)
     if not numbers:
@@ -190,7 +190,7 @@ def _look_at_version(server: Server, wanted: Description, reporter: Reporter) ->
         )
 
 
-def _send(result: Result, server: Server, reporter: Reporter) -> None:
+def _send(result: Result, server: OllamaClient, reporter: Reporter) -> None:
     if server.has_blob(result.sha256):
         reporter.note(f"Ollama has {result.gguf.name} already")
         return
@@ -200,7 +200,7 @@ def _send(result: Result, server: Server, reporter: Reporter) -> None:
         server.send_blob(result.gguf, result.sha256, lambda sent: progress.update(sent, size))
 
 
-def _finish(run: RunFolder, result: Result, name: str, server: Server, reporter: Reporter, text: str) -> None:
+def _finish(run: RunFolder, result: Result, name: str, server: OllamaClient, reporter: Reporter, text: str) -> None:
     write_json(run.installed, {"name": name, "quantization": result.quantization})
     digest = server.digest(name)
     reporter.success(text)

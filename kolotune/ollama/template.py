@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from kolotune.foundation.errors import TemplateError
 
-from .turns import Affix, TurnFormat, merge
+from .turn_format import Affix, TurnFormat, merge
 
 __all__ = ["Affix", "NotDerivable", "RenderFn", "TurnFormat", "battery", "derive", "merge", "stop_strings"]
 

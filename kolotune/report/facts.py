@@ -12,7 +12,7 @@ from typing import Any
 
 from kolotune.base_models import catalog
 from kolotune.chats.dataset.prepare import HELD_OUT_TOKENS, TRAIN
-from kolotune.fidelity.result import Comparison
+from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ArtifactError
 from kolotune.run_folder import manifest as manifests

@@ -102,7 +102,7 @@ class RunFolder:
 
     @property
     def comparison(self) -> Path:
-        """What `compare` found; see `fidelity.result`."""
+        """What `compare` found; see `fidelity.comparison`."""
         return self.state / "comparison.json"
 
     @property

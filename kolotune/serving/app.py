@@ -14,8 +14,8 @@ from kolotune.foundation.addresses import is_loopback
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import Reporter
 
-from .model import ServedModel
-from .requests import BadRequest, ChatRequest, Shapes, error_of, read, usage_of
+from .requests import BadRequest, ChatRequest, CompletionBodies, error_of, read, usage_of
+from .served_model import ServedModel
 
 _GRACE_SECONDS = 1
 
@@ -122,7 +122,7 @@ class _Pages:
             prompt = await run_in_threadpool(self._model.prompt, wanted)
         except BadRequest as error:
             return _json(error_of(str(error), code=error.code), 400)
-        shapes = Shapes(f"chatcmpl-{uuid.uuid4().hex}", self._model.name)
+        shapes = CompletionBodies(f"chatcmpl-{uuid.uuid4().hex}", self._model.name)
         if wanted.stream:
             return _streaming(self._stream(wanted, prompt, shapes))
         return await self._whole(request, wanted, prompt, shapes)
@@ -133,7 +133,7 @@ class _Pages:
             return _json(error_of("this server answers to localhost only"), 403)
         return None
 
-    async def _whole(self, request: Any, wanted: ChatRequest, prompt: list[int], shapes: Shapes) -> Any:
+    async def _whole(self, request: Any, wanted: ChatRequest, prompt: list[int], shapes: CompletionBodies) -> Any:
         from starlette.concurrency import iterate_in_threadpool
 
         pieces = []
@@ -145,7 +145,7 @@ class _Pages:
                     break
         return _json(shapes.whole("".join(pieces), answer.reason, usage_of(len(prompt), answer.tokens)))
 
-    async def _stream(self, wanted: ChatRequest, prompt: list[int], shapes: Shapes) -> AsyncIterator[str]:
+    async def _stream(self, wanted: ChatRequest, prompt: list[int], shapes: CompletionBodies) -> AsyncIterator[str]:
         from starlette.concurrency import iterate_in_threadpool
 
         async with self._lock:

@@ -22,7 +22,7 @@ class BadRequest(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """A part of a text."""
 
     type: Literal["text"]
@@ -30,11 +30,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Message:
+class RequestMessage:
     """One turn; `developer` is the newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[TextPart]
 
     def plain(self) -> dict[str, str]:
         """The turn as chat templates take it."""
@@ -53,7 +53,7 @@ class StreamOptions:
 class ChatRequest:
     """A request for a chat completion; None: the Modelfile's value, or ours."""
 
-    messages: Annotated[list[Message], MinLen(1)]
+    messages: Annotated[list[RequestMessage], MinLen(1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Ge(0)] | None = None
@@ -103,7 +103,7 @@ def read(body: bytes) -> ChatRequest:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class CompletionBodies:
     """Makes the answers to one request."""
 
     identity: str

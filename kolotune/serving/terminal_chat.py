@@ -22,7 +22,7 @@ from kolotune.stages import modelfile
 from kolotune.weights.adapter import is_adapter
 
 
-class Talk:
+class TerminalChat:
     """A conversation: it remembers what was said and renders it with the trained template.
 
     Args:
@@ -64,7 +64,7 @@ def open_chat(
     quantization: str | None = None,
     base: bool = False,
     system: str | None = None,
-) -> Talk:
+) -> TerminalChat:
     """A talk with the GGUF of a run.
 
     Args:
@@ -84,7 +84,9 @@ def open_chat(
     if written is None:
         raise ArtifactError(f"{run.root}: has no Modelfiles yet", "Run `kolotune run` first.")
     stops = tuple(written.facts["stops"])
-    return Talk(GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system)
+    return TerminalChat(
+        GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system
+    )
 
 
 def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:

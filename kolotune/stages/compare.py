@@ -10,8 +10,8 @@ from typing import Any
 
 from kolotune import llamacpp
 from kolotune.fidelity import figures, judge, tasks
-from kolotune.fidelity.judge import F16, MERGED, Evidence, Made
-from kolotune.fidelity.result import Comparison
+from kolotune.fidelity.comparison import Comparison
+from kolotune.fidelity.judge import F16, MERGED, Evidence, MeasuredFile
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, FidelityError
@@ -132,7 +132,7 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
     not_kept = []
     merged = None
     if run.merged_model.is_dir():
-        merged = Made(MERGED, run.relative(run.merged_model), size_of(run.merged_model))
+        merged = MeasuredFile(MERGED, run.relative(run.merged_model), size_of(run.merged_model))
     else:
         not_kept.append(MERGED)
     reference = _reference(context, scratch, reporter)
@@ -151,7 +151,7 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
             before = after
         else:
             remove(after)
-        made = Made(name, run.relative(gguf), gguf.stat().st_size)
+        made = MeasuredFile(name, run.relative(gguf), gguf.stat().st_size)
         measured.append((made, run.relative(modelfile), answer))
     return Evidence(
         reference=reference,
@@ -159,7 +159,7 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
         ggufs=measured,
         merge_dtype=config.merge_dtype,
         load_in_4bit=config.load_in_4bit,
-        adapter=Made(judge.ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
+        adapter=MeasuredFile(judge.ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
         recorded=_recorded(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
         untied=merged is not None and _tied(context.base) and not _tied(run.merged_model),
@@ -172,7 +172,7 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
 
 def _tried(
     context: Context, scratch: Path, before: Path, reporter: Reporter
-) -> Iterator[tuple[Made, tasks.GgufAnswer]]:
+) -> Iterator[tuple[MeasuredFile, tasks.GgufMeasurement]]:
     """Makes each quantization that is only tried, measures and removes it: one at a time is on the disk."""
     run, names = context.run, _to_try(context.config)
     if not names:
@@ -190,7 +190,7 @@ def _tried(
         quantize.quantize_file(source, target, name, log, reporter, matrix if name in weighted else None)
         after = scratch / f"{name}.npy"
         answer = _measure_gguf(context, scratch, name, target, None, before, after)
-        yield Made(name, "", target.stat().st_size), answer
+        yield MeasuredFile(name, "", target.stat().st_size), answer
         remove(target)
         remove(after)
 
@@ -230,7 +230,7 @@ def _reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Ref
 
 def _measure_gguf(
     context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path | None, before: Path, after: Path
-) -> tasks.GgufAnswer:
+) -> tasks.GgufMeasurement:
     asked = tasks.GgufTask(
         gguf=str(gguf),
         modelfile=str(modelfile or ""),
@@ -246,8 +246,8 @@ def _measure_gguf(
         _in_a_process(context.run, "gguf", scratch / f"{name}.json", None)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
-        return tasks.GgufAnswer(tasks.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
-    return typed_storage.read(tasks.GgufAnswer, Path(asked.answer_file))
+        return tasks.GgufMeasurement(tasks.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
+    return typed_storage.read(tasks.GgufMeasurement, Path(asked.answer_file))
 
 
 class _ProcessDied(ArtifactError):

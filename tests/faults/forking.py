@@ -27,7 +27,7 @@ from kolotune.foundation import files
 
 _LOADED = (
     "kolotune.cli", "kolotune.pipeline.run", "kolotune.engines.native.training", "kolotune.engines.native.model",
-    "kolotune.engines.native.llama", "kolotune.fidelity.models", "kolotune.fidelity.gguf_reader",
+    "kolotune.engines.native.llama", "kolotune.fidelity.measure_models", "kolotune.fidelity.measure_gguf",
     "kolotune.report.page", "kolotune.gguf.quantizer", "kolotune.gguf.inference", "kolotune.gguf.conversion_plan",
     "kolotune.gguf.convert", "kolotune.chats.dataset.prepare", "kolotune.ollama.template",
     "kolotune.fidelity.reference_model", "llama_cpp", "gguf", "pydantic", "transformers",

@@ -12,7 +12,7 @@ from kolotune.chats.reading.files import read_chats
 from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.gguf import header
-from kolotune.ollama import modelfile, names
+from kolotune.ollama import model_name, modelfile
 from kolotune.weights import adapter, tensors
 
 Target = Callable[[bytes], None]
@@ -112,7 +112,7 @@ def _written(data: bytes) -> None:
 def _names(data: bytes) -> None:
     text = data.decode("utf-8", errors="surrogateescape")
     assert not catalog.is_hub_id(text) or ".." not in text
-    names.checked_name(text)
+    model_name.check_name(text)
     assert text.isascii() and text.isprintable()
 
 

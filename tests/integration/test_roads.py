@@ -17,7 +17,7 @@ import numpy as np
 import ollama
 import pytest
 from safetensors.numpy import load_file
-from support.ollama_server import OllamaServer
+from support.fake_ollama import FakeOllama
 from support.runs import ROAD
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
@@ -30,13 +30,13 @@ from kolotune.gguf.convert import convert_folder
 from kolotune.gguf.inference import GgufModel
 from kolotune.gguf.quantize import quantize_file
 from kolotune.llamacpp.evaluation import ExactGguf
+from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install
 from kolotune.ollama.modelfile import parse
-from kolotune.ollama.server import Server
 from kolotune.pipeline import run as pipeline
 from kolotune.run_folder.layout import RunFolder
-from kolotune.serving.model import ServedModel
 from kolotune.serving.requests import read
+from kolotune.serving.served_model import ServedModel
 
 TINY = ("llama3_road", "torchtune_road", "qwen_road")
 EVERY = (*TINY, "smollm2_road")
@@ -183,9 +183,9 @@ def test_llama_cpp_reads_the_prompt_as_it_was_trained(road: Any, name: str) -> N
 
 
 @on(*EVERY)
-def test_what_is_served_reads_the_prompt_as_it_was_trained(road: Any, name: str, fake_ollama: OllamaServer) -> None:
+def test_what_is_served_reads_the_prompt_as_it_was_trained(road: Any, name: str, fake_ollama: FakeOllama) -> None:
     """Token by token from `serve`; as many in Ollama, where Go renders and the GGUF decides about the BOS."""
-    served, there = ServedModel(road.run, None), Server(fake_ollama.host)
+    served, there = ServedModel(road.run, None), OllamaClient(fake_ollama.host)
     install(road.run, "m", road.said, parameters=["num_predict=1", "temperature=0"], server=there)
     client = ollama.Client(fake_ollama.host, trust_env=False)
     for messages, ids, start in chats_with_prompts(road.run):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.training import TrainingRoom, random_chats, write_tokens
+from support.training import TrainingFolder, random_chats, write_tokens
 
 from kolotune.engines import estimates
 from kolotune.engines.estimates import Adapter, Row
@@ -59,7 +59,7 @@ def of_plan(job: TrainJob) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_each_process_holds_little_more_than_half_of_a_1b(llama3_1b_base: Path, tmp_path: Path) -> None:
     write_tokens(tmp_path / "data" / "train.safetensors", random_chats(8, 1, 40, 60))
-    room = TrainingRoom(tmp_path)
+    room = TrainingFolder(tmp_path)
     options = {
         "base_model": str(llama3_1b_base), "dtype": "bf16", "epochs": 1, "batch_size": 2, "gradient_accumulation": 2,
     }  # fmt: skip

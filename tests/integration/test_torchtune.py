@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from support.hosts import two_hosts, why_not
-from support.judge import held_out_loss
+from support.reference_training import held_out_loss
 from support.runs import ROAD
 
 from kolotune.engines.torchtune import training

@@ -46,7 +46,7 @@ def random_chats(count: int, seed: int, shortest: int = 5, longest: int = 20) ->
 
 
 @dataclass(frozen=True)
-class TrainingRoom:
+class TrainingFolder:
     """A folder with a base model and data, and the jobs that train there."""
 
     root: Path

@@ -18,7 +18,7 @@ from kolotune.base_models import catalog
 from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import JsonReporter, PlainReporter, RichReporter, print_pieces
-from kolotune.ollama import modelfile, names
+from kolotune.ollama import model_name, modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
 from kolotune.runners.container import names as places
@@ -134,7 +134,7 @@ def test_in_a_modelfile() -> None:
 def test_as_a_name_in_ollama() -> None:
     for text in TEXTS:
         try:
-            names.checked_name(text)
+            model_name.check_name(text)
         except KolotuneError:
             continue
         assert re.fullmatch(r"[A-Za-z0-9_./:-]+", text) and ".." not in text.split("/") and text[0] not in "-./"

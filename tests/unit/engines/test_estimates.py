@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import TrainingRoom, random_chats
+from support.training import TrainingFolder, random_chats
 
 from kolotune.engines import estimates
 from kolotune.engines.estimates import Adapter, Row, Written, checkpoints_written, peak_of
@@ -19,7 +19,7 @@ from kolotune.engines.native.model import PlainModel
 from kolotune.engines.native.training import Trainer, train
 from kolotune.foundation.files import size_of
 
-Room = Callable[..., TrainingRoom]
+Room = Callable[..., TrainingFolder]
 
 
 def test_a_shape_is_read_without_its_weights(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

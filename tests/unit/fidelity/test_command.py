@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.fidelity.result import Comparison
+from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.files import Hasher, size_of

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from support import faults
 
-from kolotune.fidelity import gguf_reader, models
-from kolotune.fidelity.result import Comparison
+from kolotune.fidelity import measure_gguf, measure_models
+from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import FidelityError, KolotuneError
 from kolotune.foundation.files import Hasher
@@ -34,7 +34,7 @@ from kolotune.stages import compare
 def measured_here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
         del run, reporter
-        (models if kind == "models" else gguf_reader).measure(file)
+        (measure_models if kind == "models" else measure_gguf).measure(file)
 
     monkeypatch.setattr(compare, "_in_a_process", measure)
 

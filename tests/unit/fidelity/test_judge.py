@@ -8,12 +8,13 @@ import math
 
 import pytest
 
-from kolotune.fidelity.judge import ADAPTER, Evidence, Made, recommended, verdict
-from kolotune.fidelity.result import Comparison, Measured
-from kolotune.fidelity.tasks import Asked, Figures, GgufAnswer, Reference
+from kolotune.fidelity.comparison import Comparison, QuantizationFigures
+from kolotune.fidelity.judge import ADAPTER, Evidence, MeasuredFile, recommended, verdict
+from kolotune.fidelity.tasks import ComparedChat, Figures, GgufMeasurement, Reference
 
 Q3, Q4, Q8 = (
-    Measured(name, size, loss, 0.1, 0.9) for name, size, loss in (("Q3", 3, 2.5), ("Q4", 4, 2.04), ("Q8", 8, 2.0))
+    QuantizationFigures(name, size, loss, 0.1, 0.9)
+    for name, size, loss in (("Q3", 3, 2.5), ("Q4", 4, 2.04), ("Q8", 8, 2.0))
 )
 
 
@@ -28,14 +29,14 @@ Q3, Q4, Q8 = (
         ((), 3.0, "", ""),
     ],
 )
-def test_loss_against_size(tried: tuple[Measured, ...], base: float, name: str, why: str) -> None:
+def test_loss_against_size(tried: tuple[QuantizationFigures, ...], base: float, name: str, why: str) -> None:
     found, because = recommended(tried, base, 2.0)
     assert found == name and why in because
 
 
 def evidence(losses: list[list[float]], recorded: tuple[float, float], whole: bool, four_bit: bool = False) -> Evidence:
     reference = Reference(
-        chats=[Asked([1, 2], [0], [0])] * len(losses),
+        chats=[ComparedChat([1, 2], [0], [0])] * len(losses),
         prompts=[],
         probes=[],
         answers=[],
@@ -54,7 +55,7 @@ def evidence(losses: list[list[float]], recorded: tuple[float, float], whole: bo
         merged=None,
         notes=[],
     )
-    made = Made(ADAPTER, "adapter", 1)
+    made = MeasuredFile(ADAPTER, "adapter", 1)
     return Evidence(reference, None, [], "f16", four_bit, made, recorded, ("merged", "f16 GGUF"))
 
 
@@ -85,12 +86,12 @@ def test_losses_against_what_training_measured(
 def test_what_is_only_tried_is_weighed_and_is_no_gate() -> None:
     own = evidence([[20.0, 10.0]] * 3, (2.0, 1.0), whole=True)
 
-    def answer(loss: float, *wrong: str) -> GgufAnswer:
-        return GgufAnswer(Figures(loss, 0.9, 0.01, 0.02, wrong=list(wrong)))
+    def answer(loss: float, *wrong: str) -> GgufMeasurement:
+        return GgufMeasurement(Figures(loss, 0.9, 0.01, 0.02, wrong=list(wrong)))
 
-    q8, q5 = (Made(name, "", size) for name, size in (("Q8_0", 8), ("Q5_K_M", 5)))
-    kept = (Made("Q6_K", "MergedQ6_K.gguf", 6), "", answer(1.0))
-    tried = ((q8, answer(1.0)), (q5, answer(1.02)), (Made("IQ1_S", "", 1), answer(9.0, "words", "more")))
+    q8, q5 = (MeasuredFile(name, "", size) for name, size in (("Q8_0", 8), ("Q5_K_M", 5)))
+    kept = (MeasuredFile("Q6_K", "MergedQ6_K.gguf", 6), "", answer(1.0))
+    tried = ((q8, answer(1.0)), (q5, answer(1.02)), (MeasuredFile("IQ1_S", "", 1), answer(9.0, "words", "more")))
     found = verdict(dataclasses.replace(own, ggufs=[kept], tried=tried, weighted=frozenset({"Q5_K_M"})))
     assert [(each.name, each.kept, each.importance_matrix) for each in found.quantizations] == [
         ("Q5_K_M", False, True), ("Q6_K", True, False), ("Q8_0", False, False),

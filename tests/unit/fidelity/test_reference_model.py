@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from kolotune.fidelity import reference_model
-from kolotune.fidelity.tasks import Asked
+from kolotune.fidelity.tasks import ComparedChat
 from kolotune.foundation.errors import SpaceError
 
-CHATS = [Asked([5, 9, 2, 7, 40], [1, 3], []), Asked(list(range(3, 30)), [20, 25], []), Asked([1, 2], [0], [])]
+CHATS = [
+    ComparedChat([5, 9, 2, 7, 40], [1, 3], []),
+    ComparedChat(list(range(3, 30)), [20, 25], []),
+    ComparedChat([1, 2], [0], []),
+]
 
 
 def with_adapter(model: Any, folder: Path, targets: list[str]) -> Any:
@@ -48,7 +52,7 @@ def test_layer_by_layer_as_peft(
     import torch
 
     tuned = with_adapter(tiny_model(kind, tmp_path / "base", **more), tmp_path / "adapter", targets)
-    for way in (reference_model.Whole, reference_model.Layered):
+    for way in (reference_model.WholeModel, reference_model.LayeredModel):
         model: Any = way(tmp_path / "base")
         before = list(model.log_probabilities(CHATS))
         model.add(tmp_path / "adapter")
@@ -66,10 +70,10 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(
     import psutil
 
     tiny_model("llama", tmp_path / "base")
-    assert isinstance(reference_model.model_in(tmp_path / "base"), reference_model.Whole)
+    assert isinstance(reference_model.model_in(tmp_path / "base"), reference_model.WholeModel)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": 1000}))
     model = reference_model.model_in(tmp_path / "base")
-    assert isinstance(model, reference_model.Layered) and model.answers([[1]], 2, 3) == [None]
+    assert isinstance(model, reference_model.LayeredModel) and model.answers([[1]], 2, 3) == [None]
 
 
 def test_what_can_be_read_neither_way_is_refused(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -79,4 +83,4 @@ def test_what_can_be_read_neither_way_is_refused(tiny_model: Callable[..., Any],
     file = tmp_path / "base" / "model.safetensors"
     save_file({f"other.{name}": each for name, each in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(SpaceError, match="layer by layer"):
-        reference_model.Layered(tmp_path / "base")
+        reference_model.LayeredModel(tmp_path / "base")

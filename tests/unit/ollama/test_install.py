@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ollama_server import OllamaServer, only_real
+from support.fake_ollama import FakeOllama, only_real
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, OllamaError, RunFolderError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.ollama.install import OllamaTalk, install, installed_name, uninstall
-from kolotune.ollama.server import Server
+from kolotune.ollama.client import OllamaClient
+from kolotune.ollama.install import OllamaChat, install, installed_name, uninstall
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.terminal_chat import open_chat
 
@@ -31,7 +31,7 @@ REAL = bool(os.environ.get("OLLAMA_HOST"))
 def name(any_ollama: str) -> Iterator[str]:
     chosen = f"kolotune-test-{os.urandom(4).hex()}"
     yield chosen
-    Server(any_ollama).delete(chosen)
+    OllamaClient(any_ollama).delete(chosen)
 
 
 def text_of(talk: Any, question: str, **more: Any) -> str:
@@ -48,8 +48,8 @@ def test_the_model_in_ollama_is_the_model_of_the_run(
 ) -> None:
     import ollama
 
-    install(run_copy, name, reporter, parameters=PLAIN, server=Server(any_ollama))
-    talk, here = OllamaTalk(name, server=Server(any_ollama)), open_chat(run_copy, reporter)
+    install(run_copy, name, reporter, parameters=PLAIN, server=OllamaClient(any_ollama))
+    talk, here = OllamaChat(name, server=OllamaClient(any_ollama)), open_chat(run_copy, reporter)
     for question in QUESTIONS:  # the second one with the first in its history
         answer = text_of(talk, question)
         assert len(set(answer)) > 10
@@ -64,7 +64,7 @@ def test_the_model_in_ollama_is_the_model_of_the_run(
 def test_again_sends_nothing_and_another_is_not_replaced(
     any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = Server(any_ollama)
+    server = OllamaClient(any_ollama)
     install(run_copy, name, reporter, server=server)
     first = server.digest(name)
     assert first and first[:12] in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_again_sends_nothing_and_another_is_not_replaced(
 def test_what_the_user_edited_counts(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
     edit(run_copy, 'SYSTEM """You are\n"terse"."""\nPARAMETER stop "xyz"\nPARAMETER num_ctx 512\n')
     edit(run_copy, "LICENSE mine\nMESSAGE user Hello: you\nMESSAGE assistant Hi.\n")
-    server = Server(any_ollama)
+    server = OllamaClient(any_ollama)
     install(run_copy, name, reporter, server=server)
     shown = server.show(name)
     assert shown is not None
@@ -96,7 +96,7 @@ def test_what_the_user_edited_counts(any_ollama: str, name: str, run_copy: RunFo
 
 def test_what_no_modelfile_can_carry(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
     hard = 'x"""\nADAPTER /etc/shadow\u200d\x1b\u00a0end\n'
-    server = Server(any_ollama)
+    server = OllamaClient(any_ollama)
     wanted = ("stop=a\u200db", "temperature=0.25")
     install(run_copy, name, reporter, system=hard, parameters=wanted, server=server)
     shown = server.show(name)
@@ -107,14 +107,14 @@ def test_what_no_modelfile_can_carry(any_ollama: str, name: str, run_copy: RunFo
 
 
 def test_out_again(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
-    server = Server(any_ollama)
+    server = OllamaClient(any_ollama)
     install(run_copy, name, reporter, server=server)
     uninstall(name, reporter, server)
     assert server.show(name) is None
     with pytest.raises(ConfigError, match="no model"):
         uninstall(name, reporter, server)
     with pytest.raises(OllamaError, match="not found"):
-        text_of(OllamaTalk(name, server=server), "Hello?")
+        text_of(OllamaChat(name, server=server), "Hello?")
 
 
 @only_real
@@ -126,7 +126,7 @@ def test_a_template_that_ollama_chooses(
 
     lines = run_copy.modelfile("Q4_K_M").read_text(encoding="utf-8").split("\n")
     run_copy.modelfile("Q4_K_M").write_text("\n".join([lines[0], *(x for x in lines if x.startswith("PARAMETER"))]))
-    install(run_copy, name, reporter, server=Server(any_ollama))
+    install(run_copy, name, reporter, server=OllamaClient(any_ollama))
     turns = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hello?"}]
     there = ollama.Client(any_ollama).chat(name, turns, options={"num_predict": 1})
     here = open_chat(run_copy, reporter)
@@ -153,9 +153,9 @@ def test_a_template_that_ollama_chooses(
     ],
 )
 def test_faults(
-    fault: str, said: str, fake_ollama: OllamaServer, finished: Config, reporter: PlainReporter, tmp_path: Path
+    fault: str, said: str, fake_ollama: FakeOllama, finished: Config, reporter: PlainReporter, tmp_path: Path
 ) -> None:
-    run, server = RunFolder(finished.output_dir), Server(fake_ollama.host, patience=2)
+    run, server = RunFolder(finished.output_dir), OllamaClient(fake_ollama.host, patience=2)
     fake_ollama.fault = fault
     with pytest.raises(OllamaError) as error:
         install(run, "m", reporter, server=server, force=True)
@@ -166,8 +166,8 @@ def test_faults(
     run.installed.unlink()
 
 
-def test_what_is_sent_once(fake_ollama: OllamaServer, run_copy: RunFolder, reporter: PlainReporter) -> None:
-    server = Server(fake_ollama.host)
+def test_what_is_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
+    server = OllamaClient(fake_ollama.host)
     install(run_copy, "one", reporter, server=server)
     install(run_copy, "two", reporter, server=server)
     assert fake_ollama.counted("POST", "/api/blobs/") == 1 and fake_ollama.counted("HEAD", "/api/blobs/") == 2
@@ -176,9 +176,9 @@ def test_what_is_sent_once(fake_ollama: OllamaServer, run_copy: RunFolder, repor
 
 
 def test_what_is_refused_before_anything_is_sent(
-    fake_ollama: OllamaServer, run_copy: RunFolder, reporter: PlainReporter, tmp_path: Path
+    fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter, tmp_path: Path
 ) -> None:
-    server = Server(fake_ollama.host)
+    server = OllamaClient(fake_ollama.host)
     with pytest.raises(ConfigError, match="can't be the name"):
         install(run_copy, "../up", reporter, server=server)
     with pytest.raises(ConfigError, match="can't be the name"):
@@ -216,21 +216,21 @@ def test_versions(
     version: str,
     said: str,
     left_out: str,
-    fake_ollama: OllamaServer,
+    fake_ollama: FakeOllama,
     run_copy: RunFolder,
     reporter: PlainReporter,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake_ollama.version = version
-    install(run_copy, "m", reporter, server=Server(fake_ollama.host))
+    install(run_copy, "m", reporter, server=OllamaClient(fake_ollama.host))
     output = capsys.readouterr().out
     assert said in output and left_out not in output
 
 
-def test_too_old(fake_ollama: OllamaServer, run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_too_old(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
     fake_ollama.version = "0.5.4"
     with pytest.raises(OllamaError, match=r"needs 0\.5\.5"):
-        install(run_copy, "m", reporter, server=Server(fake_ollama.host))
+        install(run_copy, "m", reporter, server=OllamaClient(fake_ollama.host))
     assert [path for _, path, _ in fake_ollama.asked] == ["/api/version"]
 
 
@@ -238,14 +238,14 @@ def test_too_old(fake_ollama: OllamaServer, run_copy: RunFolder, reporter: Plain
 def test_no_template(
     version: str,
     rambles: bool,
-    fake_ollama: OllamaServer,
+    fake_ollama: FakeOllama,
     run_copy: RunFolder,
     reporter: PlainReporter,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake_ollama.version = version
     run_copy.modelfile("Q4_K_M").write_text("FROM ./MergedQ4_K_M.gguf\nPARAMETER stop x\n")
-    install(run_copy, "m", reporter, server=Server(fake_ollama.host))
+    install(run_copy, "m", reporter, server=OllamaClient(fake_ollama.host))
     assert ("may ramble" in capsys.readouterr().out) == rambles
 
 
@@ -253,11 +253,11 @@ def test_no_template(
     ("fault", "said"), [("error in chat", "the model fell over"), ("chat breaks off", "broke off")]
 )
 def test_a_talk_that_breaks_off(
-    fault: str, said: str, fake_ollama: OllamaServer, run_copy: RunFolder, reporter: PlainReporter
+    fault: str, said: str, fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
-    server = Server(fake_ollama.host)
+    server = OllamaClient(fake_ollama.host)
     install(run_copy, "m", reporter, server=server)
-    talk = OllamaTalk("m", server=server)
+    talk = OllamaChat("m", server=server)
     fake_ollama.fault = fault
     with pytest.raises(OllamaError, match=said):
         text_of(talk, "Hello?")
@@ -267,12 +267,12 @@ def test_a_talk_that_breaks_off(
 
 
 def test_the_system_prompt_is_the_models_own(
-    fake_ollama: OllamaServer, run_copy: RunFolder, reporter: PlainReporter
+    fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
-    server = Server(fake_ollama.host)
+    server = OllamaClient(fake_ollama.host)
     install(run_copy, "m", reporter, system="Be terse.", server=server)
-    text_of(OllamaTalk("m", server=server), "Hello?")
-    text_of(OllamaTalk("m", "Be loud.", server=server), "Hello?")
+    text_of(OllamaChat("m", server=server), "Hello?")
+    text_of(OllamaChat("m", "Be loud.", server=server), "Hello?")
     begin = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
     assert fake_ollama.prompts == [begin.format("Be terse."), begin.format("Be loud.")]
 
@@ -281,7 +281,7 @@ def test_the_system_prompt_is_the_models_own(
 
 
 def test_from_the_command_line(
-    fake_ollama: OllamaServer,
+    fake_ollama: FakeOllama,
     run_copy: RunFolder,
     kolotune: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ollama_server import OllamaServer
+from support.fake_ollama import FakeOllama
 from support.ollama_texts import go_json, go_value, lines_of
 
 
 @pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[OllamaServer]:
-    server = OllamaServer(tmp_path / "ollama")
+def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
+    server = FakeOllama(tmp_path / "ollama")
     yield server
     server.close()
 
 
-def asked(server: OllamaServer, method: str, path: str, body: Any = None) -> tuple[int, str, bytes]:
+def asked(server: FakeOllama, method: str, path: str, body: Any = None) -> tuple[int, str, bytes]:
     connection = http.client.HTTPConnection(server.host, timeout=10)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     connection.request(method, path, data)
@@ -41,7 +41,7 @@ def test_texts_of_the_documentation() -> None:
     assert [go_value(each) for each in (0.7, 40, True, 'a"\n', 1e-05)] == ["0.7", "40", "true", '"a\\"\\n"', "1e-05"]
 
 
-def test_statuses_of_the_documentation(ollama: OllamaServer) -> None:
+def test_statuses_of_the_documentation(ollama: FakeOllama) -> None:
     assert asked(ollama, "GET", "/api/version") == (200, "application/json; charset=utf-8", b'{"version":"0.33.0"}')
     assert asked(ollama, "GET", "/api/tags")[2] == b'{"models":[]}'
     data = b"GGUF and more"
@@ -62,7 +62,7 @@ def test_statuses_of_the_documentation(ollama: OllamaServer) -> None:
     assert asked(ollama, "POST", "/api/create", b"")[0] == 400
 
 
-def test_a_stream_of_statuses(ollama: OllamaServer, finished_gguf: tuple[Path, str]) -> None:
+def test_a_stream_of_statuses(ollama: FakeOllama, finished_gguf: tuple[Path, str]) -> None:
     path, sha256 = finished_gguf
     assert asked(ollama, "POST", f"/api/blobs/sha256:{sha256}", path.read_bytes())[0] == 201
     request = {"model": "m", "files": {path.name: f"sha256:{sha256}"}, "system": "Be terse."}

@@ -17,7 +17,7 @@ from kolotune.foundation.errors import TemplateError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.ollama.modelfile import Modelfile, parse, render
 from kolotune.ollama.template import NotDerivable, RenderFn, TurnFormat, battery, derive, merge, stop_strings
-from kolotune.ollama.turns import Affix, go_text
+from kolotune.ollama.turn_format import Affix, go_text
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

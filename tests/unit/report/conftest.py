@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer
-from kolotune.fidelity.result import Answer, Checked, Comparison, Count, Failure, Measured
+from kolotune.fidelity.comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
 from kolotune.run_folder.layout import RunFolder
 
 HOSTILE = (
@@ -21,15 +21,18 @@ HOSTILE = (
 def comparison(text: str) -> Comparison:
     """A comparison that has everything, and `text` wherever there is a text."""
     checked = (
-        Checked("adapter on base", "train", "adapter", 100, "", Count(9, 9), None, None, None, 2.1, Count(9, 9)),
-        Checked("merged", "merge", text, 200, text, Count(9, 9), 1.0, 8e-7, 6e-6, 2.1, Count(9, 9), {"kl_mean": 1e-4}),
-        Checked(text, "quantize", "q", 50, "merged", Count(8, 9), 0.5, 1.5, 9.0, 4.0, Count(0, 9), {}, (text, text)),
-        Checked("served", "modelfile"),
+        StageCheck("adapter on base", "train", "adapter", 100, "", Count(9, 9), None, None, None, 2.1, Count(9, 9)),
+        StageCheck(
+            "merged", "merge", text, 200, text, Count(9, 9), 1.0, 8e-7, 6e-6, 2.1, Count(9, 9), {"kl_mean": 1e-4}
+        ),
+        StageCheck(text, "quantize", "q", 50, "merged", Count(8, 9), 0.5, 1.5, 9.0, 4.0, Count(0, 9), {}, (text, text)),
+        StageCheck("served", "modelfile"),
     )
     return Comparison(
         chats=9, positions=312, held_out=True, base_loss=3.5, tuned_loss=2.1, recorded_base_loss=None,
-        recorded_tuned_loss=None, checked=checked, answers=(Answer(text, text, text, text), Answer("plain", None, "")),
-        not_kept=(text,), notes=(text,), quantizations=(Measured("Q8_0", 80, 2.1, 0.001, 0.99, True),),
+        recorded_tuned_loss=None, checked=checked,
+        answers=(ComparedAnswer(text, text, text, text), ComparedAnswer("plain", None, "")), not_kept=(text,),
+        notes=(text,), quantizations=(QuantizationFigures("Q8_0", 80, 2.1, 0.001, 0.99, True),),
         recommended="Q8_0", recommended_because=text, failure=Failure("quantize", text, text),
     )  # fmt: skip
 

@@ -23,9 +23,9 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.app import application, serve
-from kolotune.serving.model import ServedModel
 from kolotune.serving.requests import read
-from kolotune.serving.terminal_chat import Talk, open_chat
+from kolotune.serving.served_model import ServedModel
+from kolotune.serving.terminal_chat import TerminalChat, open_chat
 
 QUESTION = [{"role": "user", "content": 'What is "2" plus 1? 🙂'}]
 TAKEN: dict[str, Any] = {"temperature": 1.5, "seed": 7, "max_tokens": 24}
@@ -61,7 +61,7 @@ def model(finished: Config) -> ServedModel:
 
 
 @pytest.fixture(scope="module")
-def talk(finished: Config) -> Talk:
+def talk(finished: Config) -> TerminalChat:
     return open_chat(RunFolder(finished.output_dir), PlainReporter())
 
 
@@ -103,7 +103,7 @@ def test_the_answers_are_those_of_chat(
     assert [each.id for each in client.models.list()] == ["run"] and client.models.retrieve("any").id == "run"
 
 
-def test_the_prompt_is_the_trained_one(model: ServedModel, talk: Talk, finished: Config) -> None:
+def test_the_prompt_is_the_trained_one(model: ServedModel, talk: TerminalChat, finished: Config) -> None:
     """Token by token as transformers encodes what the trained template writes: no BOS more, none less."""
     import transformers
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import TrainingRoom
+from support.training import TrainingFolder
 
 from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.model import PlainModel
@@ -17,7 +17,7 @@ from kolotune.foundation import hardware
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activations_are_computed_again_where_they_would_fill_the_memory(
-    training_room: Callable[..., TrainingRoom], dropout: float, monkeypatch: pytest.MonkeyPatch
+    training_room: Callable[..., TrainingFolder], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = training_room("llama", chats=4).job(lora_dropout=dropout)
     tokens = Tokens.load(Path(job.data) / "train.safetensors")

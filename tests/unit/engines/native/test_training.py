@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.judge import plain_loop
+from support.reference_training import plain_loop
 
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import checkpoints, training

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import TrainingRoom
+from support.training import TrainingFolder
 
 from kolotune.engines.torchtune import checkpoints
 from kolotune.engines.torchtune.inside.kolotune_recipe import checkpoint as recipe
@@ -21,7 +21,7 @@ FILES = ("adapter_model.safetensors", "state.safetensors", "checkpoint.txt")
 
 @pytest.fixture
 def job(tmp_path: Path) -> Any:
-    return TrainingRoom(tmp_path).job(epochs=20, resume=True)
+    return TrainingFolder(tmp_path).job(epochs=20, resume=True)
 
 
 def write(job: Any, epoch: int, **identity: Any) -> Path:

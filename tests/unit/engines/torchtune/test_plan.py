@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.training import TrainingRoom
+from support.training import TrainingFolder
 
 from kolotune.engines.torchtune import plan
 from kolotune.engines.torchtune.architecture import CONFIGS, Llama
@@ -82,7 +82,7 @@ def test_the_defaults_are_accepted(shape: Llama) -> None:
 
 
 def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
-    job = TrainingRoom(tmp_path).job(
+    job = TrainingFolder(tmp_path).job(
         epochs=5, learning_rate=3e-4, weight_decay=0.02, batch_size=6, gradient_accumulation=7, max_grad_norm=0.5,
         seed=11, lora_rank=12, lora_alpha=13.5, lora_dropout=0.14, dtype="bf16",
     )  # fmt: skip
@@ -102,11 +102,11 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
 
 
 def test_no_clipping_is_said_as_torchtune_says_it(tmp_path: Path) -> None:
-    assert plan.config_of(TrainingRoom(tmp_path).job(max_grad_norm=0.0), TINY, 0)["clip_grad_norm"] is None
+    assert plan.config_of(TrainingFolder(tmp_path).job(max_grad_norm=0.0), TINY, 0)["clip_grad_norm"] is None
 
 
 def test_where_torchtune_has_a_config_its_model_stands(tmp_path: Path) -> None:
-    job = TrainingRoom(tmp_path).job(target_modules=["q_proj", "o_proj"])
+    job = TrainingFolder(tmp_path).job(target_modules=["q_proj", "o_proj"])
     for shape in (ONE_B, THREE_B, EIGHT_B):
         model = plan.config_of(job, shape, 0)["model"]
         assert model["lora_attn_modules"] == ["q_proj", "output_proj"]
@@ -117,6 +117,6 @@ def test_where_torchtune_has_a_config_its_model_stands(tmp_path: Path) -> None:
 def test_no_text_of_the_users_is_in_the_config(tmp_path: Path) -> None:
     planted = "${oc.env:PATH}"
     names = ("base_model", "base_name", "base_sha256", "data", "data_sha256", "adapter", "checkpoints", "metrics")
-    job = TrainingRoom(tmp_path).job(**{name: f"/{planted}/{name}" for name in names})
+    job = TrainingFolder(tmp_path).job(**{name: f"/{planted}/{name}" for name in names})
     for shape in (TINY, UNTIED, ONE_B):
         assert "${" not in json.dumps(plan.config_of(job, shape, 0))

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.judge import held_out_loss, plain_loop
+from support.reference_training import held_out_loss, plain_loop
 from support.training import random_chats
 
 from kolotune.engines.job import TrainJob

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kolotune.foundation.errors import ConfigError
-from kolotune.ollama.names import checked_name
+from kolotune.ollama.model_name import check_name
 
 LONG = "a" * 80
 
@@ -27,7 +27,7 @@ LONG = "a" * 80
     ],
 )
 def test_good(name: str) -> None:
-    assert checked_name(name) == name
+    assert check_name(name) == name
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_good(name: str) -> None:
 )
 def test_bad(name: str) -> None:
     with pytest.raises(ConfigError) as error:
-        checked_name(name)
+        check_name(name)
     assert "model[:tag]" in error.value.hint
 
 
 @pytest.mark.parametrize("name", ["model:cloud", "me/model:7b-Cloud", "model:LOCAL"])
 def test_tags_that_mean_a_place(name: str) -> None:
     with pytest.raises(ConfigError, match="the place where a model runs"):
-        checked_name(name)
-    assert checked_name(name.partition(":")[0] + ":cloudy")
+        check_name(name)
+    assert check_name(name.partition(":")[0] + ":cloudy")

@@ -67,7 +67,7 @@ class Refused(Exception):
 
 
 @dataclass
-class OllamaServer:
+class FakeOllama:
     """One server on a free port of this machine, with its models below a folder.
 
     Attributes:
@@ -300,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
     """HTTP/1.1 as Go's server speaks it: streams in chunks, everything else with its length."""
 
     protocol_version = "HTTP/1.1"
-    server_of: OllamaServer
+    server_of: FakeOllama
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Says nothing: the requests are noted in `asked`."""
@@ -327,7 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
-    def _route(self, owner: OllamaServer) -> None:
+    def _route(self, owner: FakeOllama) -> None:
         if self.path.startswith("/api/blobs/"):
             self._blob(owner, self.path.removeprefix("/api/blobs/"))
             return
@@ -359,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404, b"404 page not found", "text/plain")
 
-    def _blob(self, owner: OllamaServer, digest: str) -> None:
+    def _blob(self, owner: FakeOllama, digest: str) -> None:
         path = owner.blob(digest)
         if self.command == "HEAD":
             owner.asked.append(("HEAD", self.path, 0))
@@ -449,9 +449,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def fake_ollama(tmp_path: Path, go: Renderer) -> Iterator[OllamaServer]:
+def fake_ollama(tmp_path: Path, go: Renderer) -> Iterator[FakeOllama]:
     """A server of this module, faults and all."""
-    server = OllamaServer(tmp_path / "ollama", go)
+    server = FakeOllama(tmp_path / "ollama", go)
     yield server
     server.close()
 

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.ollama_server import OllamaServer
+from support.fake_ollama import FakeOllama
 
 from kolotune.foundation.errors import OllamaDownError, OllamaError
+from kolotune.ollama.client import OllamaClient, as_options, release
 from kolotune.ollama.confirmation import differences
 from kolotune.ollama.modelfile import Description, describe
-from kolotune.ollama.server import Server, as_options, release
 
 
 @pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[OllamaServer]:
-    server = OllamaServer(tmp_path / "ollama")
+def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
+    server = FakeOllama(tmp_path / "ollama")
     yield server
     server.close()
 
@@ -35,48 +35,48 @@ def free_port() -> int:
     "spelling",
     ["127.0.0.1:{port}", "http://127.0.0.1:{port}", "http://localhost:{port}/", ":{port}", "0.0.0.0:{port}"],
 )
-def test_addresses(spelling: str, ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses(spelling: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", spelling.format(port=ollama.host.partition(":")[2]))
-    server = Server()
+    server = OllamaClient()
     assert server.version() == "0.33.0"
     assert server.url.startswith("http://") and "0.0.0.0" not in server.url
 
 
 def test_without_a_word_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OLLAMA_HOST", raising=False)
-    assert Server().url == "http://127.0.0.1:11434"
-    assert Server("https://example.com/ollama").url == "https://example.com/ollama"
+    assert OllamaClient().url == "http://127.0.0.1:11434"
+    assert OllamaClient("https://example.com/ollama").url == "https://example.com/ollama"
 
 
 @pytest.mark.parametrize("spelling", ["127.0.0.1:port", "http://[::1", "127.0.0.1:99999"])
 def test_what_is_no_address(spelling: str) -> None:
     with pytest.raises(OllamaError) as error:
-        Server(spelling).version()
+        OllamaClient(spelling).version()
     assert "OLLAMA_HOST" in error.value.hint
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-def test_a_proxy_does_not_come_between(variable: str, ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_does_not_come_between(variable: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
-    assert Server(ollama.host).version() == "0.33.0"
+    assert OllamaClient(ollama.host).version() == "0.33.0"
     with pytest.raises(OllamaError):  # the variable does what it says, where another machine is meant
-        Server("http://192.0.2.1:11434", patience=5).version()
+        OllamaClient("http://192.0.2.1:11434", patience=5).version()
 
 
 def test_nobody_there() -> None:
     with pytest.raises(OllamaDownError) as error:
-        Server(f"127.0.0.1:{free_port()}").version()
+        OllamaClient(f"127.0.0.1:{free_port()}").version()
     assert error.value.exit_code == 25 and "ollama serve" in error.value.hint and "OLLAMA_HOST" in error.value.hint
     with pytest.raises(OllamaDownError):
-        list(Server(f"127.0.0.1:{free_port()}").chat("m", [{"role": "user", "content": "a"}], {}))
+        list(OllamaClient(f"127.0.0.1:{free_port()}").chat("m", [{"role": "user", "content": "a"}], {}))
 
 
 @pytest.mark.parametrize("fault", ["silent", "no JSON"])
-def test_something_else_listens(fault: str, ollama: OllamaServer) -> None:
+def test_something_else_listens(fault: str, ollama: FakeOllama) -> None:
     ollama.fault = fault
-    server = Server(ollama.host, patience=0.5)
+    server = OllamaClient(ollama.host, patience=0.5)
     with pytest.raises(OllamaError) as error:
         server.version()
     assert not isinstance(error.value, OllamaDownError) and server.url in error.value.cause
@@ -86,12 +86,12 @@ def test_something_else_listens(fault: str, ollama: OllamaServer) -> None:
         list(server.create("m", Description("./x"), {"x": "0" * 64}))
 
 
-def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: OllamaServer) -> None:
+def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: FakeOllama) -> None:
     path, size = tmp_path / "large.gguf", 64 << 20
     with path.open("wb") as file:
         file.truncate(size)
     sha256 = hashlib.sha256(bytes(size)).hexdigest()
-    server, told = Server(ollama.host), []
+    server, told = OllamaClient(ollama.host), []
     assert not server.has_blob(sha256)
     tracemalloc.start()
     server.send_blob(path, sha256, told.append)
@@ -107,12 +107,12 @@ def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: OllamaServer) -
     ("fault", "said"),
     [("down in blob", "connection"), ("damage in blob", "digest mismatch"), ("full disk", "")],
 )
-def test_a_blob_that_does_not_arrive(fault: str, said: str, tmp_path: Path, ollama: OllamaServer) -> None:
+def test_a_blob_that_does_not_arrive(fault: str, said: str, tmp_path: Path, ollama: FakeOllama) -> None:
     path = tmp_path / "some.gguf"
     path.write_bytes(os.urandom(4 << 20))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     ollama.fault = fault
-    server = Server(ollama.host)
+    server = OllamaClient(ollama.host)
     with pytest.raises(OllamaError) as error:
         server.send_blob(path, sha256, lambda sent: None)
     assert said in error.value.cause and "some.gguf" in error.value.cause
@@ -122,13 +122,13 @@ def test_a_blob_that_does_not_arrive(fault: str, said: str, tmp_path: Path, olla
     assert server.has_blob(sha256)
 
 
-def test_a_hash_that_is_none(ollama: OllamaServer) -> None:
+def test_a_hash_that_is_none(ollama: FakeOllama) -> None:
     with pytest.raises(OllamaError):
-        Server(ollama.host).has_blob("no hash")
+        OllamaClient(ollama.host).has_blob("no hash")
 
 
-def test_nothing_of_that_name(ollama: OllamaServer) -> None:
-    server = Server(ollama.host)
+def test_nothing_of_that_name(ollama: FakeOllama) -> None:
+    server = OllamaClient(ollama.host)
     assert server.show("nothing") is None and server.digest("nothing") == "" and not server.delete("nothing")
     with pytest.raises(OllamaError) as error:
         list(server.chat("nothing", [{"role": "user", "content": "a"}], {}))
@@ -164,9 +164,9 @@ SENT = Description(
 )
 
 
-def test_what_was_sent_is_what_is_shown(ollama: OllamaServer, finished_gguf: tuple[Path, str]) -> None:
+def test_what_was_sent_is_what_is_shown(ollama: FakeOllama, finished_gguf: tuple[Path, str]) -> None:
     path, sha256 = finished_gguf
-    server = Server(ollama.host)
+    server = OllamaClient(ollama.host)
     server.send_blob(path, sha256, lambda sent: None)
     statuses = list(server.create("m", SENT, {path.name: sha256}))
     assert statuses[0] == "parsing GGUF" and statuses[-1] == "writing manifest"

@@ -13,10 +13,10 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, SpaceError
 from kolotune.runners.child_process import emit
 
-from .chats import Chosen, Trained, choose, misplaced, pieces
 from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
 from .reference_model import model_in
-from .tasks import Asked, Figures, Greedy, ModelsTask, Prompt, Reference
+from .selection import Selection, TrainedFormat, choose, misplaced, pieces
+from .tasks import ComparedChat, Figures, GreedyAnswer, ModelsTask, Prompt, Reference
 
 
 def measure(file: Path) -> None:
@@ -28,7 +28,7 @@ def measure(file: Path) -> None:
     """
     asked = typed_storage.read(ModelsTask, file)
     scratch = Path(asked.scratch)
-    trained = Trained.load(Path(asked.tokenizer))
+    trained = TrainedFormat.load(Path(asked.tokenizer))
     chosen = choose(asked, trained)
     end = trained.tokenizer.convert_tokens_to_ids(trained.end)
     prompts, expected = _to_answer(asked, trained, chosen)
@@ -75,7 +75,7 @@ def measure(file: Path) -> None:
     typed_storage.write(scratch / REFERENCE, reference)
 
 
-def _to_answer(asked: ModelsTask, trained: Trained, chosen: Chosen) -> tuple[list[Prompt], list[str | None]]:
+def _to_answer(asked: ModelsTask, trained: TrainedFormat, chosen: Selection) -> tuple[list[Prompt], list[str | None]]:
     """The prompts that are answered, and what the chats have there: the user's own, or the first of the chats."""
     if asked.own_prompts:
         system = [{"role": "system", "content": asked.system}] if asked.system else []
@@ -89,7 +89,7 @@ def _first(prompt: Prompt) -> bool:
     return all(each["role"] != "assistant" for each in prompt.messages)
 
 
-def _stops(tuned: np.ndarray, chats: Sequence[Asked], end: int) -> list[list[int]]:
+def _stops(tuned: np.ndarray, chats: Sequence[ComparedChat], end: int) -> list[list[int]]:
     """Where the tuned model finds the end token likeliest, of the places where it has to come."""
     return [
         [number, place]
@@ -100,14 +100,14 @@ def _stops(tuned: np.ndarray, chats: Sequence[Asked], end: int) -> list[list[int
 
 
 def _greedy(
-    trained: Trained, prompt: Prompt, expected: str | None, base: list[int] | None, tuned: list[int] | None
-) -> Greedy:
+    trained: TrainedFormat, prompt: Prompt, expected: str | None, base: list[int] | None, tuned: list[int] | None
+) -> GreedyAnswer:
     end = trained.tokenizer.convert_tokens_to_ids(trained.end)
     ended = tuned is not None and tuned[-1:] == [end]
-    return Greedy(prompt.messages, prompt.ids, _said(trained, base), _said(trained, tuned), ended, expected)
+    return GreedyAnswer(prompt.messages, prompt.ids, _said(trained, base), _said(trained, tuned), ended, expected)
 
 
-def _said(trained: Trained, ids: list[int] | None) -> str | None:
+def _said(trained: TrainedFormat, ids: list[int] | None) -> str | None:
     if ids is None:
         return None
     return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -118,7 +118,7 @@ def _merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path
     wrong: list[str] = []
     equal = 0
     try:
-        own = Trained.load(folder)
+        own = TrainedFormat.load(folder)
         equal, found = prompts_equal(
             reference.prompts, lambda prompt: own.prompt(prompt.messages, prompt.tools or None).ids
         )

@@ -10,8 +10,8 @@ from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.foundation.config import DEFAULT_TEMPERATURE
 from kolotune.foundation.errors import TemplateError
 from kolotune.gguf.inference import Answer, GgufModel, Sampling
+from kolotune.ollama.client import as_options
 from kolotune.ollama.install import described
-from kolotune.ollama.server import as_options
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import open_result
 from kolotune.stages import modelfile

@@ -17,13 +17,13 @@ from kolotune.engines.native.batches import IGNORED, Tokens
 from kolotune.foundation.errors import ArtifactError, KolotuneError
 from kolotune.ollama.template import NotDerivable, TurnFormat, derive
 
-from .tasks import Asked, ModelsTask, Prompt
+from .tasks import ComparedChat, ModelsTask, Prompt
 
 _SEARCHED = 4  # times as many training chats are read as are compared: some of them are held out or left out
 
 
 @dataclass
-class Trained:
+class TrainedFormat:
     """The tokenizer and template that were trained with."""
 
     tokenizer: Any
@@ -33,7 +33,7 @@ class Trained:
     turns: TurnFormat | None
 
     @classmethod
-    def load(cls, folder: Path) -> Trained:
+    def load(cls, folder: Path) -> TrainedFormat:
         """From a folder.
 
         Raises:
@@ -69,10 +69,10 @@ class Trained:
 
 
 @dataclass
-class Chosen:
+class Selection:
     """The compared chats; see `task.Reference` for the names."""
 
-    chats: list[Asked] = field(default_factory=list)
+    chats: list[ComparedChat] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
@@ -84,14 +84,14 @@ class Chosen:
     whole: bool = False
 
 
-def choose(task: ModelsTask, trained: Trained) -> Chosen:
+def choose(task: ModelsTask, trained: TrainedFormat) -> Selection:
     """The first chats that keep to the limits, at least one, with what can be said of how they were prepared.
 
     Raises:
         TrainingError, ArtifactError: the prepared chats can't be read, or there are none.
     """
     tokens = Tokens.load(Path(task.tokens))
-    found = Chosen()
+    found = Selection()
     end = trained.tokenizer.convert_tokens_to_ids(trained.end)
     total = 0
     for index in range(min(len(tokens), task.most_chats)):
@@ -112,7 +112,7 @@ def choose(task: ModelsTask, trained: Trained) -> Chosen:
     return found
 
 
-def _probes(task: ModelsTask, trained: Trained, found: Chosen) -> list[Prompt]:
+def _probes(task: ModelsTask, trained: TrainedFormat, found: Selection) -> list[Prompt]:
     """A prompt with a system turn, which what is served must not lose; none where the template has no place for it."""
     if trained.turns is None or trained.turns.refuses_system or not found.prompts:
         return []
@@ -124,13 +124,13 @@ def _probes(task: ModelsTask, trained: Trained, found: Chosen) -> list[Prompt]:
         return []
 
 
-def _asked(ids: list[int], labelled: list[bool], end: int) -> Asked:
+def _asked(ids: list[int], labelled: list[bool], end: int) -> ComparedChat:
     positions = [at - 1 for at in range(1, len(ids)) if labelled[at]]
     last = [number for number, at in enumerate(positions) if at + 2 >= len(ids) or not labelled[at + 2]]
-    return Asked(ids, positions, [number for number in last if ids[positions[number] + 1] == end])
+    return ComparedChat(ids, positions, [number for number in last if ids[positions[number] + 1] == end])
 
 
-def _with_texts(task: ModelsTask, trained: Trained, found: Chosen) -> None:
+def _with_texts(task: ModelsTask, trained: TrainedFormat, found: Selection) -> None:
     """Encodes the chats again, and renders the prompts in them."""
     saved = Path(task.chats_file) if task.chats_file else None
     texts: Sequence[Chat | None] = read_chats([saved]).chats if saved else _training_chats(task, trained, found)
@@ -167,7 +167,7 @@ def _with_texts(task: ModelsTask, trained: Trained, found: Chosen) -> None:
         )
 
 
-def _add_prompts(chat: Chat, asked: Asked, trained: Trained, found: Chosen) -> None:
+def _add_prompts(chat: Chat, asked: ComparedChat, trained: TrainedFormat, found: Selection) -> None:
     """The prompt before each answer; the first must be what stands before the first label."""
     messages = chat.message_dicts()
     for at, message in enumerate(messages):
@@ -182,12 +182,12 @@ def _add_prompts(chat: Chat, asked: Asked, trained: Trained, found: Chosen) -> N
         found.expected.append(message["content"])
 
 
-def _same(asked: Asked, encoded: EncodedChat) -> bool:
+def _same(asked: ComparedChat, encoded: EncodedChat) -> bool:
     wanted = [at - 1 for at in range(1, len(encoded.ids)) if encoded.labelled[at]]
     return encoded.ids == asked.ids and wanted == asked.positions
 
 
-def _training_chats(task: ModelsTask, trained: Trained, found: Chosen) -> Sequence[Chat | None]:
+def _training_chats(task: ModelsTask, trained: TrainedFormat, found: Selection) -> Sequence[Chat | None]:
     """The texts of the first training chats, found among those of the user's files by their tokens."""
     wanted = {tuple(each.ids): number for number, each in enumerate(found.chats)}
     texts: list[Chat | None] = [None] * len(found.chats)

@@ -31,7 +31,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Checked:
+class StageCheck:
     """One thing on the road from the adapter to the answer, held against the one before it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ComparedAnswer:
     """One prompt, and what base and tuned model answer greedily; None where a model could not be asked.
 
     Attributes:
@@ -86,13 +86,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Measured:
+class QuantizationFigures:
     """A quantization, measured on the run's own chats.
 
     Attributes:
         name: as "Q4_K_M".
         size_bytes: of the GGUF.
-        loss, kl_mean, top1_agreement: as in `Checked`.
+        loss, kl_mean, top1_agreement: as in `StageCheck`.
         importance_matrix: whether it was made with one.
         kept: whether the run has it; otherwise it was made to be measured, and removed.
     """
@@ -149,11 +149,11 @@ class Comparison:
     tuned_loss: float | None
     recorded_base_loss: float | None
     recorded_tuned_loss: float | None
-    checked: tuple[Checked, ...]
-    answers: tuple[Answer, ...] = ()
+    checked: tuple[StageCheck, ...]
+    answers: tuple[ComparedAnswer, ...] = ()
     not_kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    quantizations: tuple[Measured, ...] = ()
+    quantizations: tuple[QuantizationFigures, ...] = ()
     recommended: str = ""
     recommended_because: str = ""
     failure: Failure | None = None
@@ -164,7 +164,7 @@ class Comparison:
         return self.failure is None
 
     def as_json(self) -> dict[str, Any]:
-        """The comparison as plain values; each `Checked` also says whether it ``passed``."""
+        """The comparison as plain values; each `StageCheck` also says whether it ``passed``."""
         found = dataclasses.asdict(self)
         for plain, each in zip(found["checked"], self.checked, strict=True):
             plain["passed"] = each.passed
@@ -180,8 +180,8 @@ class Comparison:
         """
         given = {name: each for name, each in value.items() if name != "passed"}
         given["checked"] = tuple(_checked(each) for each in given["checked"])
-        given["answers"] = tuple(Answer(**each) for each in given["answers"])
-        given["quantizations"] = tuple(Measured(**each) for each in given["quantizations"])
+        given["answers"] = tuple(ComparedAnswer(**each) for each in given["answers"])
+        given["quantizations"] = tuple(QuantizationFigures(**each) for each in given["quantizations"])
         given["failure"] = None if given["failure"] is None else Failure(**given["failure"])
         for name in ("not_kept", "notes"):
             given[name] = tuple(given[name])
@@ -203,9 +203,9 @@ class Comparison:
         return found
 
 
-def _checked(value: Mapping[str, Any]) -> Checked:
+def _checked(value: Mapping[str, Any]) -> StageCheck:
     given = {name: each for name, each in value.items() if name != "passed"}
     for name in ("prompt_ids_equal", "stops"):
         given[name] = Count(**given[name])
     given["failed"] = tuple(given["failed"])
-    return Checked(**given)
+    return StageCheck(**given)

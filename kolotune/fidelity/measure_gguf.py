@@ -13,9 +13,9 @@ from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.ollama import go_template
 from kolotune.ollama.modelfile import Modelfile, parse
 
-from .chats import misplaced
 from .figures import compared, keep, load, prompts_equal
-from .tasks import Figures, GgufAnswer, GgufTask, Prompt, Reference
+from .selection import misplaced
+from .tasks import Figures, GgufMeasurement, GgufTask, Prompt, Reference
 
 
 def measure(file: Path) -> None:
@@ -28,9 +28,9 @@ def measure(file: Path) -> None:
     try:
         model = ExactGguf(Path(asked.gguf), longest + asked.longest_answer + 1)
     except KolotuneError as error:
-        answer = GgufAnswer(Figures(prompts=len(reference.prompts), wrong=[error.cause]))
+        answer = GgufMeasurement(Figures(prompts=len(reference.prompts), wrong=[error.cause]))
     else:
-        answer = GgufAnswer(_own(model, asked, reference))
+        answer = GgufMeasurement(_own(model, asked, reference))
         if asked.modelfile:
             answer = _served(model, asked, reference, answer)
         model.close()
@@ -73,7 +73,7 @@ class _Template:
         return self._model.tokens(text.removeprefix(self._strip))
 
 
-def _served(model: ExactGguf, asked: GgufTask, reference: Reference, answer: GgufAnswer) -> GgufAnswer:
+def _served(model: ExactGguf, asked: GgufTask, reference: Reference, answer: GgufMeasurement) -> GgufMeasurement:
     """What Ollama makes of the Modelfile as it stands there: the prompts' tokens, and where answers stop."""
     path = Path(asked.modelfile)
     try:

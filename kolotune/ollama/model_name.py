@@ -18,7 +18,7 @@ _RULE = (
 )
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """`name`, if Ollama takes it for the name of a model.
 
     Raises:

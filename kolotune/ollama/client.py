@@ -22,7 +22,7 @@ _CHUNK = 1 << 20
 _GONE = 404
 
 
-class Server:
+class OllamaClient:
     """One server.
 
     Args:

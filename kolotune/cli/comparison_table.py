@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kolotune.fidelity.result import Checked, Comparison, Measured
+from kolotune.fidelity.comparison import Comparison, QuantizationFigures, StageCheck
 from kolotune.foundation.errors import FidelityError
 from kolotune.foundation.reporter import Reporter, size_in_words
 from kolotune.run_folder.layout import RunFolder
@@ -49,7 +49,7 @@ def show(found: Comparison, say: Reporter) -> None:
         say.table("Answers, always the likeliest token", ("prompt", "base", "tuned"), rows)
 
 
-def _row(each: Checked) -> tuple[str, ...]:
+def _row(each: StageCheck) -> tuple[str, ...]:
     return (
         each.name,
         "-" if each.size_bytes is None else size_in_words(each.size_bytes),
@@ -63,7 +63,7 @@ def _row(each: Checked) -> tuple[str, ...]:
     )
 
 
-def _quantized(each: Measured) -> tuple[str, ...]:
+def _quantized(each: QuantizationFigures) -> tuple[str, ...]:
     weighted = "yes" if each.importance_matrix else "no"
     figures = (f"{each.loss:.4f}", f"{each.kl_mean:.1e}", f"{each.top1_agreement:.1%}")
     return each.name, size_in_words(each.size_bytes), *figures, weighted, "yes" if each.kept else "no"

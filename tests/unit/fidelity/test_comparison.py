@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.fidelity.result import Answer, Checked, Comparison, Count, Failure, Measured
+from kolotune.fidelity.comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.files import write_json
 
@@ -19,15 +19,15 @@ WHOLE = Comparison(
     recorded_base_loss=None,
     recorded_tuned_loss=2.13,
     checked=(
-        Checked(
+        StageCheck(
             "merged", "merge", "merged_model", 12, "adapter on base", Count(3, 3), 1.0, 1e-7, 2e-6, 2.1, Count(2, 2)
         ),
-        Checked("served f16", "modelfile", "Modelfile", bounds={"kl_mean": 0.1}, failed=("one", "two")),
+        StageCheck("served f16", "modelfile", "Modelfile", bounds={"kl_mean": 0.1}, failed=("one", "two")),
     ),
-    answers=(Answer("Hi", None, "Hello", "Hello."),),
+    answers=(ComparedAnswer("Hi", None, "Hello", "Hello."),),
     not_kept=("f16 GGUF",),
     notes=("a note",),
-    quantizations=(Measured("Q4_K_M", 100, 2.2, 0.01, 0.97, True),),
+    quantizations=(QuantizationFigures("Q4_K_M", 100, 2.2, 0.01, 0.97, True),),
     recommended="Q4_K_M",
     recommended_because="it is small",
     failure=Failure("modelfile", "what", "why"),
