@@ -179,7 +179,7 @@ def _add_prompts(chat: Chat, asked: ComparedChat, trained: TrainedFormat, found:
         if is_first and prompt.ids != asked.ids[:first]:
             found.wrong.append("a prompt gets other tokens than those that stand before the trained answer")
         found.prompts.append(prompt)
-        found.expected.append(message["content"])
+        found.expected.append(chat.messages[at].content)
 
 
 def _same(asked: ComparedChat, encoded: EncodedChat) -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 
 from kolotune.foundation.errors import DataError, TemplateError
 
-from .. import Chat
+from ..chat import Chat
 from ..reading.faults import Problem
 from ..reading.files import read_chat
 from ..reading.json_files import Row, Unparsed
 from ..tokens.encoder import EncodedChat, Encoder
-from .holdout import content_hash, is_held_out
+from .holdout import is_held_out
 from .near_duplicates import Look
 
 _RECORDS = 512
@@ -129,7 +129,7 @@ class Work:
                 compared += number < chunk.compared
             else:
                 out.problems += chat
-        digests = [content_hash(chat) for chat in chats]
+        digests = [chat.content_hash() for chat in chats]
         if digests:
             lowest = min(range(len(digests)), key=digests.__getitem__)
             out.lowest = digests[lowest], lowest

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from json.encoder import encode_basestring
 from typing import TYPE_CHECKING
-
-from .. import Chat
 
 if TYPE_CHECKING:
     import numpy as np
 
 # From so many chats on, at least one is held out.
 _ENOUGH_TO_HOLD_OUT = 20
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
-
-
-def content_hash(chat: Chat) -> bytes:
-    """SHA-256 of messages and tools; where the chat was read from plays no part."""
-    # As JSON with sorted keys writes it; put together here for what most messages are.
-    messages = [
-        f'{{"content": {encode_basestring(message.content)}, "role": {encode_basestring(message.role)}}}'
-        if message.is_plain
-        else _CANONICAL.encode(message.as_dict())
-        for message in chat.messages
-    ]
-    content = f"[[{', '.join(messages)}], {_CANONICAL.encode(list(chat.tools)) if chat.tools else '[]'}]"
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
 
 def is_held_out(digest: bytes, share: float) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from .. import Chat
+from ..chat import Chat
 from ..reading.faults import printable
 
 if TYPE_CHECKING:

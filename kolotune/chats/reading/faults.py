@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import Message
+from ..chat import Message
 
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a record; well under what Python's json can recurse into."""

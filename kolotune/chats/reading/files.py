@@ -12,8 +12,7 @@ from pathlib import Path
 
 from kolotune.foundation.errors import DataError
 
-from .. import Chat
-from ..dataset.holdout import content_hash
+from ..chat import Chat
 from .faults import Fault, Problem, printable
 from .json_files import Row, Unparsed, is_array, read_json, read_jsonl
 from .records import Reading, read_record
@@ -90,7 +89,7 @@ def read_chats(paths: Sequence[Path]) -> ReadResult:
                 shape, chat = read_chat(path, record)
                 counts[shape] += bool(shape)
                 if isinstance(chat, Chat):
-                    if (digest := content_hash(chat)) not in seen:
+                    if (digest := chat.content_hash()) not in seen:
                         seen.add(digest)
                         chats.append(chat)
                 else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import ROLES, Message
+from ..chat import ROLES, Message
 from .faults import Fault, RecordError, printable, quoted
 from .strict_json import parse_text
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import Message
+from ..chat import Message
 from .faults import Fault, RecordError, order_faults, quoted
 from .messages import json_or_value, kind_of, plain_turns, read_tools, read_turns
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from kolotune.foundation.errors import TemplateError
 
-from .. import Chat
+from ..chat import Chat
 from .rendering import Rendering, Skeleton, Span, check_shown
 from .template import ChatTemplate
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kolotune.foundation.errors import TemplateError
 
-from .. import Chat, Message
+from ..chat import Chat, Message, called_function
 from .template import ChatTemplate, Slot
 
 Span = tuple[int, int]
@@ -135,7 +135,7 @@ class Rendering:
         tools = copy.deepcopy(self.tools)
         names = [f"{self.mark}{number}{self.mark}" for number in range(len(tools))]
         for tool, name in zip(tools, names, strict=True):
-            tool.get("function", tool)["name"] = name
+            called_function(tool)["name"] = name
         text = self.template.render(self.messages, tools)
         return all(name in text for name in names)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kolotune.foundation.errors import TemplateError
 
-from .. import Chat, Message
+from ..chat import Chat, Message
 from .loss_mask import Located, locate, pattern_of
 from .rendering import Span
 from .template import ChatTemplate

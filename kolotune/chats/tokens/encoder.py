@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kolotune.foundation.errors import DataError, TemplateError
 
-from .. import Chat
+from ..chat import Chat
 from ..templates.loss_mask import Located, locate, pattern_of
 from ..templates.rendering import Span
 from ..templates.signatures import Forms, Placed

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.dataset.holdout import content_hash, is_held_out, settled
+from kolotune.chats.dataset.holdout import is_held_out, settled
 
 
 def chats(count: int) -> list[Chat]:
@@ -20,7 +20,7 @@ def chats(count: int) -> list[Chat]:
 
 
 def split(some: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
-    hashes = [content_hash(each) for each in some]
+    hashes = [each.content_hash() for each in some]
     held_out = np.array([is_held_out(each, share) for each in hashes])
     held_out = settled(held_out, min(range(len(some)), key=hashes.__getitem__), share)
     parts = [[each for each, out in zip(some, held_out, strict=True) if out == wanted] for wanted in (False, True)]
@@ -31,19 +31,19 @@ def test_a_share_is_held_out_and_nothing_is_lost() -> None:
     train, held_out = split(chats(2000), 0.05)
     assert len(train) + len(held_out) == 2000
     assert 60 < len(held_out) < 140
-    assert not set(map(content_hash, train)) & set(map(content_hash, held_out))
+    assert not set(map(Chat.content_hash, train)) & set(map(Chat.content_hash, held_out))
 
 
 def test_adding_chats_moves_no_other() -> None:
     _, before = split(chats(500), 0.05)
     _, after = split(chats(1000), 0.05)
-    assert set(map(content_hash, before)) <= set(map(content_hash, after))
+    assert set(map(Chat.content_hash, before)) <= set(map(Chat.content_hash, after))
 
 
 def test_order_of_the_files_plays_no_part() -> None:
     _, forward = split(chats(300), 0.1)
     _, backward = split(chats(300)[::-1], 0.1)
-    assert set(map(content_hash, forward)) == set(map(content_hash, backward))
+    assert set(map(Chat.content_hash, forward)) == set(map(Chat.content_hash, backward))
 
 
 def test_twenty_chats_give_at_least_one_and_fewer_may_give_none() -> None:
@@ -61,8 +61,8 @@ def test_no_share_and_no_room() -> None:
 def test_where_a_chat_was_read_plays_no_part() -> None:
     one = Chat((Message("user", "a"), Message("assistant", "b")), Path("x"), 1)
     other = Chat((Message("user", "a"), Message("assistant", "b")), Path("y"), 9)
-    assert content_hash(one) == content_hash(other)
-    assert content_hash(one) != content_hash(Chat((Message("user", "a"), Message("assistant", "b", reasoning="c"))))
+    assert one.content_hash() == other.content_hash()
+    assert one.content_hash() != Chat((Message("user", "a"), Message("assistant", "b", reasoning="c"))).content_hash()
 
 
 def test_a_hash_is_that_of_the_chat_as_json_with_sorted_keys() -> None:
@@ -74,4 +74,4 @@ def test_a_hash_is_that_of_the_chat_as_json_with_sorted_keys() -> None:
     )  # fmt: skip
     for each in (Chat(turns[:2]), Chat(turns), Chat(turns, tools=({"z": 1, "name": "f"},))):
         text = json.dumps([each.message_dicts(), list(each.tools)], sort_keys=True, ensure_ascii=False)
-        assert content_hash(each) == hashlib.sha256(text.encode()).digest()
+        assert each.content_hash() == hashlib.sha256(text.encode()).digest()

@@ -19,7 +19,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from kolotune.base_models import packaged_model
-from kolotune.chats.dataset.holdout import content_hash
 from kolotune.chats.dataset.prepare import (
     HELD_OUT_CHATS,
     HELD_OUT_TOKENS,
@@ -175,7 +174,7 @@ def test_the_tokens_are_those_of_each_chat_encoded_alone(base: Path, tmp_path: P
     for each in read_chats([data]).chats:
         alone = encoder.encode(each)
         labelled = [token for token, on in zip(alone.ids, alone.labelled, strict=True) if on]
-        expected.setdefault(content_hash(each), (alone.ids, labelled))
+        expected.setdefault(each.content_hash(), (alone.ids, labelled))
     assert encoded(tmp_path / "prepared" / TRAIN) == list(expected.values())
 
 

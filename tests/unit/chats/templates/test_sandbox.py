@@ -18,7 +18,7 @@ SHORT, LONG = "Hi", "Hi " * 1000
 # The child of this module's tests has the real one's limits, but for the time: nobody waits for all of these.
 CHILD = (
     "from kolotune.runners import limits; limits.SECONDS = 0.3; limits._GRACE_SECONDS = 0.2;"
-    "from kolotune.chats import renderer; renderer._main()"
+    "from kolotune.chats.templates import sandbox; sandbox._main()"
 )
 TIME, MEMORY = "s of processor time", f"{limits.BYTES >> 20} MB of memory"
 ROOM = "writes very much more than it is given"
@@ -131,7 +131,7 @@ def test_the_child_can_open_nothing_and_start_nothing() -> None:
     import subprocess
 
     tries = (
-        "from kolotune.chats import renderer\nimport os\nrenderer._give_up_files()\n"
+        "from kolotune.chats.templates import sandbox\nimport os\nsandbox._give_up_files()\n"
         "for do in (lambda: open('/etc/passwd'), lambda: open('made', 'w'), lambda: os.pipe()):\n"
         "    try: do()\n    except OSError as error: print(error.errno)\n"
     )
