@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from kolotune.foundation.errors import AccessError, ConfigError, ModelError, Mod
 from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import HUB_TOKEN, Secret
+from kolotune.weights.model_config import read_model_config
 from kolotune.weights.tensors import weight_files
 
 from . import hub_client, packaged_model
@@ -244,18 +244,10 @@ def checked_folder(folder: Path) -> Path:
     Raises:
         ModelError: something is missing or damaged, or the weights are pickled or quantized.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelError(
-            f"{folder}: is no model folder (there is no config.json)", "Give a folder in the hub's format."
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{config_file}: can't be read: {error}", "Download the model again.") from None
-    if not isinstance(config, dict) or not config.get("architectures"):
-        raise ModelError(f"{config_file}: names no architecture", "Give a folder in the hub's format.")
-    if config.get("quantization_config"):
+    config = read_model_config(folder)
+    if not config.architectures:
+        raise ModelError(f"{config.path}: names no architecture", "Give a folder in the Hugging Face format.")
+    if config.is_quantized:
         raise ModelError(
             f"{folder}: its weights are quantized already",
             "Tune the unquantized model; --load-in-4bit quantizes it for training.",

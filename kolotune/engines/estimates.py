@@ -5,12 +5,11 @@ Bytes throughout. What no formula gives is a constant that says how it was measu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from kolotune.weights.model_config import read_model_config
 from kolotune.weights.tensors import Entry, header_of, weight_files
 
 WIDTHS = {"fp32": 4, "bf16": 2, "f16": 2}
@@ -92,8 +91,7 @@ def read_shape(folder: Path) -> ModelShape:
     Raises:
         ModelError: there are no whole safetensors files.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {**config, **(config["text_config"] if isinstance(config.get("text_config"), dict) else {})}
+    config = read_model_config(folder)
     entries = []
     for path in weight_files(folder):
         header, _ = header_of(path)
@@ -104,17 +102,15 @@ def read_shape(folder: Path) -> ModelShape:
         if len(each.shape) == 2 and each.name.endswith(".weight") and any(part.isdecimal() for part in _parts(each))
     ]
     in_layers.sort(key=lambda each: next(int(part) for part in each.name.split(".") if part.isdecimal()))
-    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    queries = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     return ModelShape(
         entries=tuple(entries),
         linears=tuple(in_layers),
-        layers=int(config.get("num_hidden_layers") or config.get("n_layer") or 1),
-        width=width,
-        queries=queries,
-        keys=int(config.get("num_key_value_heads") or queries),
-        head=int(config.get("head_dim") or width // queries),
-        vocabulary=int(config.get("vocab_size") or 0),
+        layers=config.layers,
+        width=config.hidden_size,
+        queries=config.attention_heads,
+        keys=config.key_value_heads,
+        head=config.head_size,
+        vocabulary=config.vocabulary_size,
         tied=not any(each.name.endswith("lm_head.weight") for each in entries),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kolotune.base_models import catalog, hub_client
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import (
     AccessError,
     ConfigError,
@@ -97,7 +98,7 @@ def _files(manifest: Manifest, folder: RunFolder, names: list[str]) -> dict[str,
 
 def _adapter_config(path: Path, manifest: Manifest) -> bytes:
     """The adapter's config with the base's name on the hub, where others find it, and no path of this machine."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = typed_storage.read_object(path)
     config["base_model_name_or_path"] = catalog.hub_id(manifest.base["name"])
     return (json.dumps(config, indent=2) + "\n").encode()
 

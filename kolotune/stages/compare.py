@@ -14,7 +14,7 @@ from kolotune.fidelity.comparison import Comparison
 from kolotune.fidelity.judge import F16, MERGED, Evidence, MeasuredFile
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, as_record
-from kolotune.foundation.errors import ArtifactError, FidelityError
+from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
 from kolotune.foundation.files import remove, size_of, write_json
 from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
@@ -23,6 +23,7 @@ from kolotune.gguf import convert, quantize
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context
 from kolotune.runners import child_process, local
+from kolotune.weights.model_config import read_model_config
 
 NAME = "compare"
 DOING = "comparing what was made with what was trained"
@@ -197,10 +198,9 @@ def _tried(
 
 def _tied(model: Path) -> bool:
     try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_model_config(model).ties_embeddings
+    except ModelError:
         return False
-    return isinstance(config, dict) and bool(config.get("tie_word_embeddings"))
 
 
 def _reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Reference:

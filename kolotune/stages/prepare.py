@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.records import Context
+from kolotune.weights.model_config import read_model_config
 
 if TYPE_CHECKING:
     from kolotune.chats.dataset.prepare import Places, Prepared
@@ -61,8 +61,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
     del reporter
     if not context.config.train_data:
         raise ConfigError("no training data was given", "Name a file: kolotune run chats.jsonl")
-    limit = json.loads((context.base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    if isinstance(limit, int) and context.config.max_seq_length > limit:
+    limit = read_model_config(context.base).max_positions
+    if limit is not None and context.config.max_seq_length > limit:
         raise ConfigError(
             f"max-seq-length {context.config.max_seq_length}: the base model reads at most {limit} tokens",
             f"Give --max-seq-length {limit} or less.",

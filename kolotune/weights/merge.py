@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.errors import ArtifactError
@@ -16,6 +16,7 @@ from kolotune.foundation.files import in_order
 from kolotune.foundation.reporter import Reporter
 
 from . import adapter as adapters
+from .model_config import read_model_config
 from .tensors import FLOATS, Entry, MappedTensors, as_f32, from_f32, row_blocks, weight_files
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _STORED_AS = {"f16": "F16", "bf16": "BF16", "fp32": "F32"}
+_DTYPE_KEYS = ("torch_dtype", "dtype")
 _LARGEST_F16 = 65504.0
 
 
@@ -54,7 +56,7 @@ class MergedModel:
         adapter = nothing if adapter_folder is None else adapters.read(adapter_folder)
         self._base = MappedTensors(weight_files(base))
         self._dtype = dtype
-        self._config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        self._config = read_model_config(base)
         names = self._base.entries
         self._deltas = {_base_name(name, names): self._oriented(each, name) for name, each in adapter.deltas.items()}
         self._replaced = {_base_name(name, names): each for name, each in adapter.replaced.items()}
@@ -80,7 +82,7 @@ class MergedModel:
 
     def _oriented(self, delta: adapters.Delta, name: str) -> adapters.Delta:
         """GPT-2 keeps all but its head as [in, out]; the adapter's config says so of its last module alone."""
-        if self._config.get("model_type") != "gpt2" or name.endswith((".wte.weight", ".wpe.weight")):
+        if self._config.model_type != "gpt2" or name.endswith((".wte.weight", ".wpe.weight")):
             return delta
         return replace(delta, transposed=_CONV1D.search(name) is not None)
 
@@ -107,15 +109,15 @@ class MergedModel:
 
         Gemma overflows in f16 arithmetic, though its weights fit: it asks for bfloat16.
         """
-        config = json.loads(json.dumps(self._config))
-        gemma = str(config.get("model_type", "")).startswith("gemma")
+        config = dict(self._config.values)
+        gemma = self._config.model_type.startswith("gemma")
         arithmetic = {"f16": "bfloat16" if gemma else "float16", "bf16": "bfloat16", "fp32": "float32"}[self._dtype]
-        for key in ("torch_dtype", "dtype"):
+        for key in _DTYPE_KEYS:
             if key in config or key == "dtype":
                 config[key] = arithmetic
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"].pop("torch_dtype", None)
-            config["text_config"].pop("dtype", None)
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config["text_config"] = {key: value for key, value in text.items() if key not in _DTYPE_KEYS}
         if self._untied:
             config["tie_word_embeddings"] = False
         return json.dumps(config, indent=2) + "\n"

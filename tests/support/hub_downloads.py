@@ -1,4 +1,4 @@
-"""Base models asked for at a hub of this machine, each time by a process of its own."""
+"""Resolve base models against a hub on this machine, each time in a separate process."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 _ASK = """
 import json, sys, time
-from kolotune import models
-from kolotune.errors import KolotuneError
-from kolotune.reporter import JsonReporter
+from kolotune.base_models import catalog
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.reporter import JsonReporter
 for name in sys.argv[2:]:
     clock = time.monotonic()
     try:
-        told = {"folder": str(models.resolve(name, sys.argv[1] or None, JsonReporter()))}
+        answer = {"folder": str(catalog.resolve(name, sys.argv[1] or None, JsonReporter()))}
     except KolotuneError as error:
-        told = {"kind": type(error).__name__, "code": error.exit_code, "cause": error.cause, "hint": error.hint}
-    told["is_there"] = models.locate(name) is not None
-    print("answer", json.dumps({**told, "name": name, "seconds": time.monotonic() - clock}))
+        answer = {"kind": type(error).__name__, "code": error.exit_code, "cause": error.cause, "hint": error.hint}
+    answer["is_there"] = catalog.locate(name) is not None
+    print("answer", json.dumps({**answer, "name": name, "seconds": time.monotonic() - clock}))
 """
 
 
 def start(endpoint: str, cache: Path, *names: str, token_file: str = "", **env: str) -> subprocess.Popen[str]:
-    """Starts a process that asks for the models `names`, one after the other."""
+    """Start a process that resolves the models `names`, one after the other."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     more = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     argv = [sys.executable, "-c", _ASK, token_file, *names]
@@ -36,7 +36,7 @@ def start(endpoint: str, cache: Path, *names: str, token_file: str = "", **env: 
 
 
 def answers(child: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
-    """What `models.resolve` said to each name, to a process that `start` gave; and everything that was printed."""
+    """Wait for a process that `start` returned; return its answer for each name, and everything it printed."""
     output, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     found = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("answer ")]
@@ -44,5 +44,5 @@ def answers(child: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 
 
 def ask(endpoint: str, cache: Path, *names: str, token_file: str = "", **env: str) -> tuple[dict[str, Any], str]:
-    """`start` and `answers`."""
+    """Call `start`, then `answers`."""
     return answers(start(endpoint, cache, *names, token_file=token_file, **env))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from kolotune.weights.model_config import read_model_config
 
 # What a config may hold without changing what is computed; a key that stands nowhere here is one we don't know.
 _KNOWN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -17,34 +17,19 @@ def why_not(folder: Path, longest: int) -> str:
         folder: of the model.
         longest: tokens of the longest chat.
     """
-    config = config_of(folder)
-    kind = config.get("model_type")
+    config = read_model_config(folder)
+    values, kind, rotary = config.values, config.model_type, config.rotary.kind
     if kind not in _KNOWN_TYPES:
         return f"its architecture is {kind}"
-    if config.get("hidden_act", "silu") != "silu":
-        return f"its activation is {config['hidden_act']}"
-    if rotary_of(config).get("rope_type", "default") not in ("default", "llama3", "linear"):
-        return f"its rotary embedding is {rotary_of(config)['rope_type']}"
-    if config.get("partial_rotary_factor", 1.0) != 1.0 or config.get("pretraining_tp", 1) != 1:
+    if values.get("hidden_act", "silu") != "silu":
+        return f"its activation is {values['hidden_act']}"
+    if rotary not in ("default", "llama3", "linear"):
+        return f"its rotary embedding is {rotary}"
+    if values.get("partial_rotary_factor", 1.0) != 1.0 or values.get("pretraining_tp", 1) != 1:
         return "it turns a part of each head only"
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    if any(layer != "full_attention" for layer in config.layer_types):
         return "some of its layers see a window only"
-    window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window", kind == "mistral") and window < longest:
+    window = config.integer("sliding_window")
+    if window is not None and values.get("use_sliding_window", kind == "mistral") and window < longest:
         return f"its layers see a window of {window} tokens"
     return ""
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """The model's config.json."""
-    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def rotary_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's settings; older configs keep them in two places, and call the type by another name."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if "rope_type" not in found and "type" in found:
-        found["rope_type"] = found["type"]
-    return found

@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from kolotune.weights.model_config import ModelConfig, RotaryEmbedding, read_model_config
 from kolotune.weights.tensors import TensorFiles, weight_files
 
 from . import lora
 from .attention import Heads
 from .decoder import Decoder, Layer
-from .families import config_of, rotary_of
 from .fused import FusedLinear
 from .lora import LoraPair
 from .operations import Norm, Operations
@@ -26,20 +25,19 @@ _GATE_UP, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
 _LINEAR = (*_QKV, *_OUT, *_GATE_UP, *_DOWN)
 
 
-def frequencies(config: dict[str, Any], width: int) -> Tensor:
+def frequencies(rotary: RotaryEmbedding, width: int) -> Tensor:
     """Angles per position, fp32 ``[width / 2]``.
 
     Sources: Su et al., "RoFormer", 2021; for "llama3" the scaling that Llama 3.1 was released with: long waves are
     stretched by `factor`, short ones kept, and those between are blended.
     """
-    rotary = rotary_of(config)
-    plain: Tensor = 1.0 / rotary["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
-    if rotary.get("rope_type") == "linear":
-        return plain / float(rotary["factor"])
-    if rotary.get("rope_type") != "llama3":
+    plain: Tensor = 1.0 / rotary.theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+    if rotary.kind == "linear":
+        return plain / rotary.number("factor")
+    if rotary.kind != "llama3":
         return plain
-    factor, low, high = (float(rotary[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = rotary["original_max_position_embeddings"] * plain / (2 * math.pi)
+    factor, low, high = (rotary.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = rotary.number("original_max_position_embeddings") * plain / (2 * math.pi)
     blend: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * plain / factor + blend * plain
 
@@ -66,18 +64,18 @@ def load(
         ConfigError: a target is no linear layer.
         ArtifactError: a weight is missing or damaged.
     """
-    config = config_of(folder)
+    config = read_model_config(folder)
     chosen = lora.targeted({name.rpartition(".")[2] for name in _LINEAR}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
 
-    parts = _Parts(TensorFiles(weight_files(folder)), dtype, operations, float(config.get("rms_norm_eps", 1e-6)), pair)
-    layers = [parts.layer(f"model.layers.{index}") for index in range(int(config["num_hidden_layers"]))]
+    parts = _Parts(TensorFiles(weight_files(folder)), dtype, operations, config.number("rms_norm_eps", 1e-6), pair)
+    layers = [parts.layer(f"model.layers.{index}") for index in range(config.required_integer("num_hidden_layers"))]
     embedding = parts.read("model.embed_tokens.weight")
     head = parts.read("lm_head.weight") if "lm_head.weight" in parts.files else embedding
     product, heads = operations.product(head, head.shape[1]), _heads(config)
-    turns = frequencies(config, heads.width)
+    turns = frequencies(config.rotary, heads.width)
     decoder = Decoder(heads, layers, embedding, product, parts.norm("model.norm"), turns, operations)
     return decoder, parts.adapters
 
@@ -123,7 +121,5 @@ class _Parts:
         )
 
 
-def _heads(config: dict[str, Any]) -> Heads:
-    queries = int(config["num_attention_heads"])
-    width = config.get("head_dim") or int(config["hidden_size"]) // queries
-    return Heads(queries, int(config.get("num_key_value_heads") or queries), int(width))
+def _heads(config: ModelConfig) -> Heads:
+    return Heads(config.attention_heads, config.key_value_heads, config.head_size)

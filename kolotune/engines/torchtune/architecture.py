@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kolotune.base_models.catalog import KNOWN
 from kolotune.foundation.errors import ModelError
+from kolotune.weights.model_config import ModelConfig, RotaryEmbedding, read_model_config
 
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-_NO_SCALING = ("default", None)
 
 
 @dataclass(frozen=True)
@@ -61,53 +59,51 @@ def read(folder: Path) -> Llama:
     Raises:
         ModelError: it is none that torchtune's Llama builders can represent.
     """
+    config = read_model_config(folder)
+    if config.architectures != ("LlamaForCausalLM",):
+        raise _unknown(folder, f"it is a {', '.join(config.architectures) or 'model of an unnamed architecture'}")
+    for name, fixed in _FIXED.items():
+        if config.values.get(name, fixed) != fixed:
+            raise _unknown(folder, f"it has {name} {config.values[name]!r}, and torchtune's Llamas have {fixed!r}")
+    scale = _rope_scale(folder, config.rotary)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: can't be read: {error}", "Download the model again.") from None
-    architectures = config.get("architectures") or ["model of an unnamed architecture"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise _unknown(folder, f"it is a {', '.join(map(str, architectures))}")
-    for name, wanted in _FIXED.items():
-        if config.get(name, wanted) != wanted:
-            raise _unknown(folder, f"it has {name} {config[name]!r}, and torchtune's Llamas have {wanted!r}")
-    try:
-        heads = int(config["num_attention_heads"])
-        base, scale = _rope(folder, config)
-        shape = Llama(
-            vocab_size=int(config["vocab_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            embed_dim=int(config["hidden_size"]),
-            intermediate_dim=int(config["intermediate_size"]),
-            max_seq_len=int(config["max_position_embeddings"]),
-            norm_eps=float(config["rms_norm_eps"]),
-            rope_base=base,
-            rope_scale=scale,
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unknown(folder, f"a number is missing or wrong in its config.json ({error})") from None
-    if shape.embed_dim % heads or (config.get("head_dim") or shape.head_dim) != shape.head_dim:
-        raise _unknown(folder, f"its heads have {config.get('head_dim')} columns, not hidden size / heads")
-    if heads % shape.num_kv_heads:
-        raise _unknown(folder, f"{heads} heads can't share {shape.num_kv_heads} keys and values")
+        shape = _shape(config, scale)
+    except ModelError as error:
+        raise _unknown(folder, f"a number is missing or wrong in its config.json ({error.cause})") from None
+    if shape.embed_dim % shape.num_heads or config.head_size != shape.head_dim:
+        raise _unknown(folder, f"its heads have {config.head_size} columns, not hidden size / heads")
+    if shape.num_heads % shape.num_kv_heads:
+        raise _unknown(folder, f"{shape.num_heads} heads can't share {shape.num_kv_heads} keys and values")
     return shape
 
 
-def _rope(folder: Path, config: dict[str, Any]) -> tuple[float, float]:
-    """Base and scale of the rotary embedding, in transformers' old or new spelling."""
-    given = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
-    kind = given.get("rope_type", given.get("type"))
-    if kind in _NO_SCALING:
-        return float(given["rope_theta"]), 1.0
-    if kind != "llama3":
-        raise _unknown(folder, f"its rotary embedding is scaled by {kind!r}, and torchtune knows Llama 3's way only")
-    for name, wanted in _LLAMA3_SCALING.items():
-        if given.get(name) != wanted:
-            raise _unknown(folder, f"its rotary embedding has {name} {given.get(name)}, torchtune's has {wanted}")
-    return float(given["rope_theta"]), float(given["factor"])
+def _shape(config: ModelConfig, rope_scale: float) -> Llama:
+    return Llama(
+        vocab_size=config.required_integer("vocab_size"),
+        num_layers=config.required_integer("num_hidden_layers"),
+        num_heads=config.required_integer("num_attention_heads"),
+        num_kv_heads=config.key_value_heads,
+        embed_dim=config.required_integer("hidden_size"),
+        intermediate_dim=config.required_integer("intermediate_size"),
+        max_seq_len=config.required_integer("max_position_embeddings"),
+        norm_eps=config.number("rms_norm_eps"),
+        rope_base=config.rotary.theta,
+        rope_scale=rope_scale,
+        tied=config.ties_embeddings,
+    )
+
+
+def _rope_scale(folder: Path, rotary: RotaryEmbedding) -> float:
+    """Factor by which the rotary embedding is scaled."""
+    if rotary.kind == "default":
+        return 1.0
+    if rotary.kind != "llama3":
+        raise _unknown(folder, f"its rotary embedding is scaled by {rotary.kind!r}, and torchtune knows Llama 3's only")
+    for name, fixed in _LLAMA3_SCALING.items():
+        value = rotary.values.get(name)
+        if value != fixed:
+            raise _unknown(folder, f"its rotary embedding has {name} {value}, torchtune's has {fixed}")
+    return rotary.number("factor")
 
 
 def _unknown(folder: Path, reason: str) -> ModelError:

@@ -323,7 +323,7 @@ def _index(folder: Path, weight_map: Any) -> None:
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config is no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "no architecture"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
     "config is latin-1": (lambda folder: (folder / "config.json").write_bytes(b'{"\xe9": 1}'), "can't be read"),
     "config is deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "config.json"),
     "no architecture": (lambda folder: _json(folder, architectures=[]), "no architecture"),

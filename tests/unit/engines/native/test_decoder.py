@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,8 @@ from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
 from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
 from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.weights.model_config import ModelConfig, read_model_config
 
 Room = Callable[..., Any]
 LLAMA3 = {
@@ -238,10 +239,14 @@ def test_a_window_wider_than_the_chats_is_none(training_room: Room) -> None:
 @pytest.mark.parametrize("rotary", [LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": 1e6}])
 def test_frequencies_are_those_of_transformers(rotary: Any, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, rope_parameters=rotary)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    torch.testing.assert_close(llama.frequencies(config, 16), model.model.rotary_emb.inv_freq)
-    older = {"rope_theta": rotary["rope_theta"], "rope_scaling": {**rotary, "type": rotary["rope_type"]}}
-    torch.testing.assert_close(llama.frequencies(older, 16), model.model.rotary_emb.inv_freq)
+    config = read_model_config(tmp_path)
+    torch.testing.assert_close(llama.frequencies(config.rotary, 16), model.model.rotary_emb.inv_freq)
+    settings: JsonObject = {
+        "rope_theta": rotary["rope_theta"],
+        "rope_scaling": {**rotary, "type": rotary["rope_type"]},
+    }
+    older = ModelConfig(config.path, settings)
+    torch.testing.assert_close(llama.frequencies(older.rotary, 16), model.model.rotary_emb.inv_freq)
 
 
 def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> None:
