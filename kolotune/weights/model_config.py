@@ -183,7 +183,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     path = folder / FILE
     try:
         return ModelConfig(path, typed_storage.read_object(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{folder}: not a model folder (no {FILE})", "Give a folder in the Hugging Face format."
         ) from None
