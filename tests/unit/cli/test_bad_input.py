@@ -131,7 +131,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "nothing fits": (["{good}", "--base-model", "{base}", "--max-seq-length", "8"], 3, "1 are too long"),
     "unknown model": (["{good}", "--base-model", "gpt-5"], 5, "base model 'gpt-5': there is no such folder"),
     "missing folder": (["{good}", "--base-model", "./none"], 5, "there is no such folder"),
-    "a file as model": (["{good}", "--base-model", "{good}"], 4, "is no model folder"),
+    "a file as model": (["{good}", "--base-model", "{good}"], 4, "not a model folder"),
 }
 
 
