@@ -379,7 +379,7 @@ def test_a_good_folder_and_its_shards_are_taken(folder: Path) -> None:
 
 
 def test_a_file_is_no_model(folder: Path) -> None:
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match="not a model folder"):
         catalog.resolve(str(folder / "config.json"), None, PlainReporter())
     assert catalog.locate(str(folder / "config.json")) is None
 
