@@ -20,9 +20,9 @@ from measuring import Result, Table, median, options, versions
 from operations import Needed, Probe, Shape, chats_of, needed, square_rate
 from training_speed import prepared_job
 
-from kolotune.engines.native.batches import steps_of
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.native.training import Trainer
+from kolotune.engines.prepared_tokens import epoch_steps
 
 _WANTED = 75
 
@@ -43,7 +43,7 @@ def main() -> int:
         trainer = Trainer(job)
         tokens, size = trainer.tokens, job.batch_size
         shape = Shape.read(Path(job.base_model), job.lora_rank, material.TARGETS)
-        steps = list(steps_of(len(tokens), 0, job.seed, size))[: arguments.steps]
+        steps = list(epoch_steps(len(tokens), 0, job.seed, size))[: arguments.steps]
         trainer.step(steps[0], job.learning_rate)  # warms up
         counts = [needed(shape, chats_of(tokens, step)) for step in steps]
         rows = int(median(each.rows for each in counts))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolotune.engines.native.batches import Tokens
+from kolotune.engines.prepared_tokens import PreparedTokens
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Needed:
         return self.weights + self.head + self.adapters + self.attention
 
 
-def chats_of(tokens: Tokens, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+def chats_of(tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
     """Of these chats, ids and whether each is labelled."""
     return [(ids.tolist(), (labels >= 0).tolist()) for ids, labels in map(tokens.chat, indices)]
 

@@ -25,9 +25,9 @@ from measuring import KOLOTUNE, Result, Table, measure, median, options, version
 from operations import Shape, chats_of, needed
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native.batches import Tokens, steps_of
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.native.kernels import build
+from kolotune.engines.prepared_tokens import PreparedTokens, epoch_steps
 from kolotune.foundation import config as configs
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context
@@ -76,12 +76,12 @@ def engine_speed(module: str, job: TrainJob, folder: Path) -> float:
 
 def speed_of(metrics: Path, job: TrainJob, skipped: int = 1) -> float:
     """Tokens a second of all steps in a file of metrics but the first ones."""
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
-    epochs = (steps_of(len(tokens), epoch, job.seed, job.batch_size) for epoch in range(job.epochs))
+    epochs = (epoch_steps(len(tokens), epoch, job.seed, job.batch_size) for epoch in range(job.epochs))
     steps = [indices for epoch in epochs for indices in epoch][: len(speeds)]
-    real = [sum(tokens.length_of(index) for index in step) for step in steps]
+    real = [sum(tokens.chat_length(index) for index in step) for step in steps]
     pairs = list(zip(real, speeds, strict=True))[skipped:]
     return sum(count for count, _ in pairs) / sum(count / speed for count, speed in pairs)
 
@@ -155,11 +155,11 @@ def main() -> int:
 
 def _limit(job: TrainJob) -> str:
     """What keeps anyone from being faster: operations that the exact result needs, for each real token."""
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     shape = Shape.read(Path(job.base_model), job.lora_rank, material.TARGETS)
-    steps = list(steps_of(len(tokens), 0, job.seed, job.batch_size))
+    steps = list(epoch_steps(len(tokens), 0, job.seed, job.batch_size))
     counts = [needed(shape, chats_of(tokens, step)) for step in steps]
-    real = sum(tokens.length_of(index) for step in steps for index in step)
+    real = sum(tokens.chat_length(index) for step in steps for index in step)
     each = sum(count.all - count.spared for count in counts) / real
     return (
         f"In batches of {job.batch_size} the exact result of these chats needs {each / 1e6:.0f} million operations a "

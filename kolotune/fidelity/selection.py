@@ -13,7 +13,7 @@ from kolotune.chats.templates.loss_mask import end_token
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.encoder import EncodedChat, Encoder
 from kolotune.chats.tokens.tokenizer import chat_template, load_tokenizer, special_tokens, template_text
-from kolotune.engines.native.batches import IGNORED, Tokens
+from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
 from kolotune.foundation.errors import ArtifactError, KolotuneError
 from kolotune.ollama.template import NotDerivable, TurnFormat, derive
 
@@ -90,7 +90,7 @@ def choose(task: ModelsTask, trained: TrainedFormat) -> Selection:
     Raises:
         TrainingError, ArtifactError: the prepared chats can't be read, or there are none.
     """
-    tokens = Tokens.load(Path(task.tokens))
+    tokens = PreparedTokens.load(Path(task.tokens))
     found = Selection()
     end = trained.tokenizer.convert_tokens_to_ids(trained.end)
     total = 0

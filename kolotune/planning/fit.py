@@ -19,6 +19,7 @@ from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.engines import estimates
 from kolotune.engines.estimates import Adapter, Memory, ModelShape, Row, Written
 from kolotune.engines.native import families
+from kolotune.engines.training_length import TrainingLength, automatic_batch_size
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError, SpaceError
@@ -108,23 +109,21 @@ class Needs:
 
 def work_of(prepared: Path, config: Config) -> Work:
     """Counts what a prepared folder gives to do."""
-    from kolotune.engines.native import schedule
-    from kolotune.engines.native.batches import Tokens, steps_in_epoch
+    from kolotune.engines.prepared_tokens import PreparedTokens
 
-    tokens = Tokens.load(prepared / "train.safetensors")
+    tokens = PreparedTokens.load(prepared / "train.safetensors")
     held_out = prepared / "held_out.safetensors"
-    batch = config.batch_size or train.batch_size_of(prepared / "train.safetensors")
-    in_epoch = steps_in_epoch(len(tokens), batch, config.gradient_accumulation)
-    steps = in_epoch * config.epochs
+    batch = config.batch_size or automatic_batch_size(prepared / "train.safetensors")
+    length = TrainingLength.of(len(tokens), batch, config.gradient_accumulation, config.epochs, config.warmup_steps)
     return Work(
         chats=len(tokens),
         tokens=len(tokens.ids),
         labelled=int(tokens.labelled.sum()),
-        held_out_tokens=len(Tokens.load(held_out).ids) if held_out.is_file() else 0,
+        held_out_tokens=len(PreparedTokens.load(held_out).ids) if held_out.is_file() else 0,
         batch_size=batch,
-        steps_in_epoch=in_epoch,
-        steps=steps,
-        warmup=schedule.warmup(steps, config.warmup_steps),
+        steps_in_epoch=length.steps_in_epoch,
+        steps=length.steps,
+        warmup=length.warmup_steps,
         largest=_largest_row(tokens, config, batch),
     )
 
@@ -132,13 +131,13 @@ def work_of(prepared: Path, config: Config) -> Work:
 def _largest_row(tokens: Any, config: Config, batch: int) -> Row:
     """The row that keeps most for the way back, of those of the first steps and of the longest chat."""
     from kolotune.engines.native import packing
-    from kolotune.engines.native.batches import longest_first, steps_of
     from kolotune.engines.native.kernels import build
+    from kolotune.engines.prepared_tokens import epoch_steps, longest_first
 
     compiled = config.compile != "off" and not build.why_not()
 
     def rows() -> Iterator[Row]:
-        steps = steps_of(len(tokens), 0, config.seed, batch * config.gradient_accumulation)
+        steps = epoch_steps(len(tokens), 0, config.seed, batch * config.gradient_accumulation)
         looked_at = [step for _, step in zip(range(_LOOKED_AT), steps, strict=False)]
         for step in [*looked_at, longest_first(tokens)[:1]]:
             for group in packing.grouped(tokens, step):

@@ -14,6 +14,7 @@ from kolotune.engines import estimates
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.torchtune import architecture, environment, plan
+from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import errors, hardware
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
@@ -32,8 +33,6 @@ _OPTIONS = (
 )  # fmt: skip
 _FIRST = ("first_held_out_loss",)  # facts that a training which goes on does not tell anew
 _MOST_FOR_THE_BASE = 0.6  # the rest is for adapters, activations and the optimizer
-# Matrix products of fewer rows use less of a processor; of fewer steps than these an adapter learns less.
-_BUSY_TOKENS, _SMALLEST_BATCH, _STEPS_WANTED = 1000, 4, 100
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def make_job(context: Context) -> TrainJob:
     chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
     chosen["compile"] = config.engine == "native" and config.compile == "on"
     if config.batch_size is None:
-        chosen["batch_size"] = batch_size_of(run.prepared / "train.safetensors")
+        chosen["batch_size"] = automatic_batch_size(run.prepared / "train.safetensors")
     return TrainJob(
         base_model=str(context.base),
         base_name=canonical(config.base_model),
@@ -118,19 +117,6 @@ def is_sharded(config: Config, base: Path) -> bool:
         return config.sharding == "on"
     size = estimates.read_shape(base).weights * estimates.WIDTHS[config.dtype]
     return size * config.nproc > hardware.memory_for_processes(config.nproc) * _MOST_FOR_THE_BASE
-
-
-def batch_size_of(tokens: Path) -> int:
-    """The batch for these chats: 4, or as many as keep the processor busy while an epoch keeps a hundred steps.
-
-    It depends on the prepared chats alone, so that a resumed or repeated run has the same.
-    """
-    from safetensors import safe_open
-
-    with safe_open(tokens, framework="numpy") as file:
-        chats = file.get_slice("offsets").get_shape()[0] - 1
-        busy = _BUSY_TOKENS * chats // max(1, file.get_slice("ids").get_shape()[0])
-    return int(max(_SMALLEST_BATCH, min(busy, chats // _STEPS_WANTED)))
 
 
 def run(context: Context, reporter: Reporter) -> dict[str, Any]:

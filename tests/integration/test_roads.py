@@ -21,7 +21,7 @@ from support.fake_ollama import FakeOllama
 from support.runs import ROAD
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
-from kolotune.engines.native.batches import Tokens
+from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.fidelity.divergence import between
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.quantization_types import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
@@ -374,7 +374,7 @@ def test_every_quantization_does_what_the_table_says(
 def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_road: Any, tmp_path: Path) -> None:
     run, said, log = smollm2_road.run, smollm2_road.said, tmp_path / "log"
     quantize.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, said)
-    held_out = Tokens.load(run.prepared / "held_out.safetensors")
+    held_out = PreparedTokens.load(run.prepared / "held_out.safetensors")
     chats = [held_out.chat(each)[0].tolist() for each in range(min(len(held_out), 8))]
 
     def likely(gguf: Path) -> np.ndarray:

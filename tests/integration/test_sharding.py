@@ -17,7 +17,7 @@ from support.training import TrainingFolder, random_chats, write_tokens
 from kolotune.engines import estimates
 from kolotune.engines.estimates import Adapter, Row
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native.batches import Tokens
+from kolotune.engines.prepared_tokens import PreparedTokens
 
 EMBEDDING = 128256 * 2048 * 2
 
@@ -46,8 +46,8 @@ def engine(job: TrainJob) -> list[int]:
 
 def of_plan(job: TrainJob) -> int:
     """Bytes that each process would hold, as `kolotune plan` has it."""
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
-    longest = max(tokens.length_of(index) for index in range(len(tokens)))
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
+    longest = max(tokens.chat_length(index) for index in range(len(tokens)))
     shape = estimates.read_shape(Path(job.base_model))
     row = Row(longest * job.batch_size, job.batch_size, longest, 0, longest * job.batch_size, padded=False)
     adapter = Adapter.of(shape, job.lora_rank, job.target_modules)

@@ -9,14 +9,14 @@ import torch
 import transformers
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native.batches import Tokens, order_of
+from kolotune.engines.prepared_tokens import PreparedTokens, epoch_order
 
 
 def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The judge: PEFT's layers, transformers' schedule, a padded batch with an attention mask, all logits."""
     base = transformers.AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True).train()
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     size = job.batch_size * job.gradient_accumulation
     steps = -(-len(tokens) // size) * job.epochs
     parameters = [each for each in model.parameters() if each.requires_grad]
@@ -24,7 +24,7 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(steps // 10, 100), steps)
     curve = []
     for epoch in range(job.epochs):
-        order = order_of(epoch, len(tokens), job.seed)
+        order = epoch_order(epoch, len(tokens), job.seed)
         for start in range(0, len(order), size):
             step = [tokens.chat(index) for index in order[start : start + size]]
             labelled = sum(int((labels[1:] != -100).sum()) for _, labels in step)
@@ -53,7 +53,7 @@ def held_out_loss(base: Path, adapter: Path, prepared: Path) -> float:
     """The mean loss of the held-out chats' labelled tokens, in fp32, one chat at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    tokens = Tokens.load(prepared / "held_out.safetensors")
+    tokens = PreparedTokens.load(prepared / "held_out.safetensors")
     total, labelled = 0.0, 0
     for index in range(len(tokens)):
         ids, labels = tokens.chat(index)

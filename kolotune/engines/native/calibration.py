@@ -38,17 +38,17 @@ def measured(job: TrainJob) -> dict[str, Any]:
     """
     import psutil
 
-    from .batches import longest_first, steps_of
+    from ..prepared_tokens import epoch_steps, longest_first
     from .training import Trainer
 
     trainer = Trainer(job)
     tokens, held_out = trainer.tokens, trainer.held_out
     start = time.time() - psutil.Process().create_time()
     size = job.batch_size * job.gradient_accumulation
-    steps = [step for _, step in zip(range(_LOOKED_AT), steps_of(len(tokens), 0, job.seed, size), strict=False)]
+    steps = [step for _, step in zip(range(_LOOKED_AT), epoch_steps(len(tokens), 0, job.seed, size), strict=False)]
 
     def weight(step: Sequence[int]) -> int:
-        return sum(tokens.length_of(index) for index in step)
+        return sum(tokens.chat_length(index) for index in step)
 
     mean = sum(map(weight, steps)) / len(steps)
     first = _seconds(partial(trainer.step, max(steps, key=weight), job.learning_rate))
@@ -65,7 +65,7 @@ def measured(job: TrainJob) -> dict[str, Any]:
         groups = trainer.model.groups(held_out, longest_first(held_out))
         group = groups[len(groups) // 2]
         took_it = _seconds(partial(trainer.model.loss, held_out, group))
-        found["per_held_out_token"] = took_it / sum(held_out.length_of(index) for index in group)
+        found["per_held_out_token"] = took_it / sum(held_out.chat_length(index) for index in group)
     found["checkpoint"] = _seconds(partial(_checkpoint, job, trainer))
     found["memory"], found["mapped"] = peak_memory()
     return found

@@ -16,12 +16,13 @@ from kolotune.foundation.errors import TrainingError
 from .. import estimates
 from ..estimates import Adapter, Row
 from ..job import TrainJob
+from ..prepared_tokens import IGNORED, PreparedTokens
 from . import families, llama, lora, sharded
-from .batches import IGNORED, Tokens, make_batch
 from .kernels import build
 from .kernels.operations import CompiledOperations
 from .operations import Operations, PlainOperations
 from .packing import TOKEN_BUDGET, costs, grouped, pack
+from .padded_batch import pad_batch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What a layer keeps of a token for the way back, in rows of the model's width (measured on SmolLM2).
@@ -46,16 +47,16 @@ class TrainingModel(Protocol):
     def kernels(self) -> str:
         """Names the compiled parts and all that their machine code depends on; "" where there are none."""
 
-    def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
+    def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
         """The chats `indices` in groups that are computed at once."""
 
-    def costs(self, tokens: Tokens, indices: Sequence[int]) -> dict[int, float]:
+    def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
         """What each of the chats `indices` takes to compute, in tokens, so that processes get equal parts."""
 
-    def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
+    def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
         """Adds ``factor`` times the gradient of the chats' summed loss to the adapters'; returns that sum."""
 
-    def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:
+    def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
         """The summed cross-entropy of the chats' labelled tokens, without dropout."""
 
     def updated(self) -> None:
@@ -107,11 +108,11 @@ class PackedModel:
         self._label = shape.vocabulary * shape.width / max(1, shape.in_layers)
         self.updated()
 
-    def costs(self, tokens: Tokens, indices: Sequence[int]) -> dict[int, float]:
+    def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
         """See `TrainingModel`; a logit costs the head's part of what a token costs in the layers."""
         return costs(tokens, indices, self._shares, self._label)
 
-    def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
+    def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; by length, within a budget of tokens."""
         if not self.halvings:
             return grouped(tokens, indices)
@@ -119,12 +120,12 @@ class PackedModel:
         groups = grouped(tokens, indices, TOKEN_BUDGET >> self.halvings)
         return [group[at : at + most] for group in groups for at in range(0, len(group), most)]
 
-    def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
+    def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
         """See `TrainingModel`."""
         packed = pack(tokens, indices, self._shares)
         return self.decoder.backward(packed, factor, self._recomputes(len(packed.ids)))
 
-    def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:
+    def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
         """See `TrainingModel`."""
         return self.decoder.loss(pack(tokens, indices, True))
 
@@ -167,17 +168,17 @@ class PlainModel:
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
-    def costs(self, tokens: Tokens, indices: Sequence[int]) -> dict[int, float]:
+    def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
         """See `TrainingModel`; logits and padding are left out."""
-        return {index: tokens.length_of(index) for index in indices}
+        return {index: tokens.chat_length(index) for index in indices}
 
-    def groups(self, tokens: Tokens, indices: Sequence[int]) -> list[list[int]]:
+    def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
         """See `TrainingModel`; of as many chats as the batch size says."""
         del tokens
         size = max(1, self._size >> self.halvings)
         return [list(indices[at : at + size]) for at in range(0, len(indices), size)]
 
-    def backward(self, tokens: Tokens, indices: Sequence[int], factor: float) -> float:
+    def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
         """See `TrainingModel`."""
         self.model.train()
         self._keep_or_recompute(tokens, indices)
@@ -185,7 +186,7 @@ class PlainModel:
         (loss * factor).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _keep_or_recompute(self, tokens: Tokens, indices: Sequence[int]) -> None:
+    def _keep_or_recompute(self, tokens: PreparedTokens, indices: Sequence[int]) -> None:
         """Has activations computed again on the way back where keeping them would take more than half of what is free.
 
         So it is, too, where memory is known to be short. Neither changes a result.
@@ -193,7 +194,7 @@ class PlainModel:
         model: Any = self.model
         if not getattr(model, "supports_gradient_checkpointing", False):
             return
-        longest = max(tokens.length_of(index) for index in indices)
+        longest = max(tokens.chat_length(index) for index in indices)
         row = Row(len(indices) * longest, len(indices), longest, 0, 0, padded=False)
         kept = estimates.kept_by_transformers(self._shape, self._adapter, row, self._width)
         if self._parted or self.halvings or kept > hardware.free_on(self._device) // 2:
@@ -202,7 +203,7 @@ class PlainModel:
             model.gradient_checkpointing_disable()
 
     @torch.no_grad()
-    def loss(self, tokens: Tokens, indices: Sequence[int]) -> float:
+    def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
         """See `TrainingModel`."""
         self.model.eval()
         return float(self._loss(tokens, indices))
@@ -210,9 +211,9 @@ class PlainModel:
     def updated(self) -> None:
         """See `TrainingModel`; the layers read their adapters themselves."""
 
-    def _loss(self, tokens: Tokens, indices: Sequence[int]) -> Tensor:
+    def _loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> Tensor:
         """The summed cross-entropy, fp32 ``[]``; logits only at positions where a chat has a label next."""
-        batch = make_batch(tokens, list(indices)).to(self._device)
+        batch = pad_batch(tokens, list(indices)).to(self._device)
         kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
         logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
         if not self._keeps_logits:

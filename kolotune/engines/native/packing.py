@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batches import IGNORED, Tokens
+from ..prepared_tokens import IGNORED, PreparedTokens
 
 TOKEN_BUDGET = 1024
 """Tokens computed at once. More make no product faster on a CPU, and each costs memory until its backward pass."""
@@ -46,7 +46,7 @@ class Packed:
         return len(self.targets)
 
 
-def pack(tokens: Tokens, indices: Sequence[int], share: bool) -> Packed:
+def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> Packed:
     """The chats `indices` as one row.
 
     Args:
@@ -106,17 +106,17 @@ def _shared_beginning(chats: Sequence[tuple[Tensor, Tensor]]) -> int:
     return limit if limit >= _WORTH_SHARING else 0
 
 
-def costs(tokens: Tokens, indices: Sequence[int], share: bool, label: float) -> dict[int, float]:
+def costs(tokens: PreparedTokens, indices: Sequence[int], share: bool, label: float) -> dict[int, float]:
     """What each of the chats `indices` takes to compute, in tokens: its own ones, and `label` for each logit."""
     chats = {index: _before_last_label(tokens.chat(index)) for index in indices}
     full = [chat for chat in chats.values() if len(chat[0])]
     prefix = _shared_beginning(full) if share and len(full) > 1 else 0
-    return {index: max(0, len(ids) - prefix) + label * tokens.labels_of(index) for index, (ids, _) in chats.items()}
+    return {index: max(0, len(ids) - prefix) + label * tokens.label_count(index) for index, (ids, _) in chats.items()}
 
 
-def grouped(tokens: Tokens, indices: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
+def grouped(tokens: PreparedTokens, indices: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
     """The chats of one step in groups of at most `budget` tokens and near-equal length; a longer chat is alone."""
-    lengths = {index: tokens.length_of(index) for index in indices}
+    lengths = {index: tokens.chat_length(index) for index in indices}
     groups: list[list[int]] = []
     room = 0
     for index in sorted(indices, key=lambda each: (-lengths[each], each)):

@@ -17,9 +17,11 @@ from kolotune.foundation.hardware import best_device
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit
 from ..metrics import Metrics
-from . import checkpoints, lora, schedule
-from .batches import Tokens, longest_first, steps_in_epoch, steps_of
+from ..prepared_tokens import PreparedTokens, epoch_steps, longest_first
+from ..training_length import TrainingLength
+from . import checkpoints, lora
 from .checkpoints import State
+from .learning_rate import learning_rate_factor
 from .model import open_model
 from .world import World
 
@@ -36,9 +38,9 @@ class Trainer:
         self.job = job
         self.device = best_device()
         self.world = world or World(self.device)
-        self.tokens = Tokens.load(Path(job.data) / "train.safetensors")
+        self.tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
         held_out = Path(job.data) / "held_out.safetensors"
-        self.held_out = Tokens.load(held_out) if held_out.is_file() else None
+        self.held_out = PreparedTokens.load(held_out) if held_out.is_file() else None
         longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
         self.model = open_model(job, self.device, longest)
         self.adapters = self.model.adapters
@@ -47,9 +49,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device == "cpu"
         )
-        self.steps_in_epoch = steps_in_epoch(len(self.tokens), job.batch_size, job.gradient_accumulation)
-        self.steps = self.steps_in_epoch * job.epochs
-        self.warmup_steps = schedule.warmup(self.steps, job.warmup_steps)
+        self.length = TrainingLength.of(
+            len(self.tokens), job.batch_size, job.gradient_accumulation, job.epochs, job.warmup_steps
+        )
         self.state = State()
 
     def step(self, indices: Sequence[int], rate: float) -> float:
@@ -61,7 +63,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.world.draw_for(self.job.seed, self.state.step)
         self._split()
-        labels = max(1, sum(self.tokens.labels_of(index) for index in indices))
+        labels = max(1, sum(self.tokens.label_count(index) for index in indices))
         total = 0.0
         for group, counts in self._groups(self.tokens, indices):
             total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
@@ -80,7 +82,7 @@ class Trainer:
         self.model.updated()
         return total
 
-    def _groups(self, tokens: Tokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
+    def _groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
         """This process's part of the chats `indices`, in groups that are computed at once, and how much each counts."""
         own = self.world.share(indices, self.model.costs(tokens, indices) if self.world.size > 1 else {})
         groups = self.model.groups(tokens, own)
@@ -108,7 +110,7 @@ class Trainer:
         self._split()
         groups = self._groups(held_out, longest_first(held_out))
         total = self.world.total(sum(self.model.loss(held_out, group) * counts for group, counts in groups))
-        return total / max(1, sum(held_out.labels_of(index) for index in range(len(held_out))))
+        return total / max(1, sum(held_out.label_count(index) for index in range(len(held_out))))
 
     def snapshot(self) -> State:
         """The whole state, as it goes into a checkpoint."""
@@ -173,10 +175,10 @@ def train(job: TrainJob) -> None:
     state = _newest(job, world)
     trainer = Trainer(job, world)
     if state is not None:
-        if state.step > trainer.steps:
+        if state.step > trainer.length.steps:
             raise TrainingError(
-                f"the checkpoint is at step {state.step}, and --epochs {job.epochs} ends at step {trainer.steps}",
-                "Give more epochs, or leave --use-checkpoint out to train anew.",
+                f"the checkpoint is at step {state.step}, but --epochs {job.epochs} ends at {trainer.length.steps}",
+                "Give more --epochs, or train from scratch without --use-checkpoint.",
             )
         trainer.restore(state)
     elif world.writes:
@@ -218,7 +220,7 @@ def _run(trainer: Trainer, journal: _Journal) -> bool:
     stopped = _has_stopped(trainer)  # before the process that wrote the checkpoint could finish
     if trainer.state.step == 0:
         _evaluate(trainer, journal)
-    first_epoch, first_step = divmod(trainer.state.step, max(1, trainer.steps_in_epoch))
+    first_epoch, first_step = divmod(trainer.state.step, max(1, trainer.length.steps_in_epoch))
     for epoch in range(first_epoch, 0 if stopped else job.epochs):
         _train_epoch(trainer, journal, epoch, first_step if epoch == first_epoch else 0)
         _evaluate(trainer, journal)
@@ -253,10 +255,10 @@ def _has_stopped(trainer: Trainer) -> bool:
 def _train_epoch(trainer: Trainer, journal: _Journal, epoch: int, first: int) -> None:
     job = trainer.job
     size = job.batch_size * job.gradient_accumulation
-    for indices in steps_of(len(trainer.tokens), epoch, job.seed, size, first):
+    for indices in epoch_steps(len(trainer.tokens), epoch, job.seed, size, first):
         started = time.perf_counter()
-        rate = job.learning_rate * schedule.factor(
-            job.scheduler_type, trainer.state.step, trainer.steps, trainer.warmup_steps
+        rate = job.learning_rate * learning_rate_factor(
+            job.scheduler_type, trainer.state.step, trainer.length.steps, trainer.length.warmup_steps
         )
         random_state = checkpoints.random_state()
         try:
@@ -267,18 +269,18 @@ def _train_epoch(trainer: Trainer, journal: _Journal, epoch: int, first: int) ->
             journal.checkpoint(job, before)
             raise
         trainer.state.step += 1
-        speed = sum(trainer.tokens.length_of(index) for index in indices) / (time.perf_counter() - started)
+        speed = sum(trainer.tokens.chat_length(index) for index in indices) / (time.perf_counter() - started)
         journal.metrics(
             step=trainer.state.step,
-            epoch=round(trainer.state.step / trainer.steps_in_epoch, 4),
+            epoch=round(trainer.state.step / trainer.length.steps_in_epoch, 4),
             loss=loss,
             learning_rate=rate,
             tokens_per_second=round(speed, 1),
             memory_mb=_memory_mb(trainer.device),
             time=round(time.time(), 3),
         )
-        journal.tell("step", step=trainer.state.step, steps=trainer.steps, loss=loss, tokens_per_second=speed)
-        in_epoch = trainer.state.step % trainer.steps_in_epoch
+        journal.tell("step", step=trainer.state.step, steps=trainer.length.steps, loss=loss, tokens_per_second=speed)
+        in_epoch = trainer.state.step % trainer.length.steps_in_epoch
         if job.checkpoint_steps and trainer.state.step % job.checkpoint_steps == 0 and in_epoch:
             journal.checkpoint(job, trainer.snapshot())
 

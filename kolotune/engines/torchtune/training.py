@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .. import torchrun
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit, event_of
 from ..metrics import begin
+from ..training_length import TrainingLength, count_chats
 from . import architecture, checkpoints, environment, plan
 from .architecture import Llama
 from .environment import Environment
@@ -24,33 +24,14 @@ _INSIDE = Path(__file__).with_name("inside")
 _RECIPE = "kolotune_recipe"
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long a training is: steps of an epoch, of all, and of the warmup."""
-
-    steps_in_epoch: int
-    steps: int
-    warmup: int
-
-
-def length_of(job: TrainJob) -> Length:
-    """The length of the training that `job` describes.
+def length_of(job: TrainJob) -> TrainingLength:
+    """Compute the length of the training that `job` describes.
 
     Raises:
         TrainingError: the prepared tokens are damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(job.data) / "train.safetensors"
-    try:
-        with safe_open(path, framework="numpy") as file:
-            chats = file.get_slice("offsets").get_shape()[0] - 1
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
-    in_epoch = -(-chats // (job.batch_size * job.gradient_accumulation))
-    steps = in_epoch * job.epochs
-    warmup = min(steps // 10, 100) if job.warmup_steps is None else job.warmup_steps
-    return Length(in_epoch, steps, warmup)
+    chats, _ = count_chats(Path(job.data) / "train.safetensors")
+    return TrainingLength.of(chats, job.batch_size, job.gradient_accumulation, job.epochs, job.warmup_steps)
 
 
 def train(job: TrainJob) -> None:
@@ -95,7 +76,7 @@ def train(job: TrainJob) -> None:
     emit("result", steps=found.step, stopped_early=False, **answers.facts)
 
 
-def _say_what_differs(job: TrainJob, shape: Llama, length: Length) -> None:
+def _say_what_differs(job: TrainJob, shape: Llama, length: TrainingLength) -> None:
     """What torchtune does otherwise than one might expect."""
     name = plan.config_name(shape)
     if name is not None:
@@ -104,11 +85,11 @@ def _say_what_differs(job: TrainJob, shape: Llama, length: Length) -> None:
         emit("note", text="torchtune has no config for this model: one was made from its config.json")
     if job.checkpoint_steps and length.steps_in_epoch > job.checkpoint_steps:
         emit("note", text="torchtune writes a checkpoint after each epoch only; checkpoint-steps does not count")
-    if job.learning_rate and 0 < length.steps <= length.warmup:
-        reached = job.learning_rate * (length.steps - 1) / length.warmup
+    if job.learning_rate and 0 < length.steps <= length.warmup_steps:
+        reached = job.learning_rate * (length.steps - 1) / length.warmup_steps
         emit(
             "note",
-            text=f"the warmup of {length.warmup} steps is longer than the training ({length.steps} steps): "
+            text=f"the warmup of {length.warmup_steps} steps is longer than the training ({length.steps} steps): "
             f"the learning rate only reaches {reached:.2g} of {job.learning_rate:.2g}; see --warmup-steps",
         )
 
@@ -119,11 +100,11 @@ def halvings_of(job: TrainJob, found: checkpoints.Checkpoint | None) -> list[int
     return [*known, *(max(each, step) for each in job.halvings[len(known) :])]
 
 
-def task_of(job: TrainJob, shape: Llama, length: Length, halvings: list[int]) -> dict[str, Any]:
+def task_of(job: TrainJob, shape: Llama, length: TrainingLength, halvings: list[int]) -> dict[str, Any]:
     """What the recipe is told. Paths stand beside torchtune's config, never in it."""
     return {
         "config_name": plan.config_name(shape),
-        "config": plan.config_of(job, shape, length.warmup),
+        "config": plan.config_of(job, shape, length.warmup_steps),
         "halvings": halvings,
         "base_model": job.base_model,
         "weight_files": [path.name for path in weight_files(Path(job.base_model))],

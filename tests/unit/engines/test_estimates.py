@@ -13,10 +13,10 @@ from support.training import TrainingFolder, random_chats
 from kolotune.engines import estimates
 from kolotune.engines.estimates import Adapter, Row, Written, checkpoints_written, peak_of
 from kolotune.engines.native import packing
-from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PlainModel
 from kolotune.engines.native.training import Trainer, train
+from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.files import size_of
 
 Room = Callable[..., TrainingFolder]
@@ -70,7 +70,7 @@ def test_what_a_layer_keeps_is_what_the_formula_says(training_room: Room, dtype:
         chats=random_chats(4, 1, *lengths), max_position_embeddings=1024, hidden_size=128, intermediate_size=384
     )
     trainer = Trainer(room.job(dtype=dtype, compile=compiled))
-    tokens = Tokens.load(room.root / "data" / "train.safetensors")
+    tokens = PreparedTokens.load(room.root / "data" / "train.safetensors")
     packed = packing.pack(tokens, range(len(tokens)), True)
     lengths_of = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
     row = Row(len(packed.ids), len(lengths_of), max(lengths_of), packed.prefix, packed.labels, attention == "padded")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.training import write_tokens
 
 from kolotune.engines.torchtune import environment
 from kolotune.foundation import config as configs
@@ -69,16 +68,5 @@ def test_the_native_engine_asks_nothing_of_torchtune(tmp_path: Path, reporter: A
     train.preflight(context_of(tmp_path, {**LLAMA, "attention_bias": True}, **options), reporter)
 
 
-@pytest.mark.parametrize(
-    ("chats", "length", "wanted"),
-    [(10, 20, 4), (400, 20, 4), (1000, 20, 10), (9000, 20, 50), (9000, 2000, 4), (9000, 100, 10)],
-)
-def test_the_batch_follows_from_the_chats(chats: int, length: int, wanted: int, tmp_path: Path) -> None:
-    write_tokens(
-        tmp_path / "run" / ".kolotune" / "prepared" / "train.safetensors", [([1] * length, [1] * length)] * chats
-    )
-    assert train.make_job(context_of(tmp_path, LLAMA)).batch_size == wanted
-
-
-def test_a_batch_that_is_given_is_taken(tmp_path: Path) -> None:
+def test_an_explicit_batch_size_is_kept(tmp_path: Path) -> None:
     assert train.make_job(context_of(tmp_path, LLAMA, batch_size=7)).batch_size == 7

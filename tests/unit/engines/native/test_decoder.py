@@ -13,10 +13,10 @@ import torch
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import attention, families, llama, packing
-from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
 from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
+from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_config import ModelConfig, read_model_config
@@ -77,7 +77,9 @@ def pair_of(job: TrainJob) -> tuple[PackedModel, PlainModel]:
     return packed, plain
 
 
-def gradients(model: TrainingModel, tokens: Tokens, indices: range, factor: float) -> tuple[float, dict[str, Any]]:
+def gradients(
+    model: TrainingModel, tokens: PreparedTokens, indices: range, factor: float
+) -> tuple[float, dict[str, Any]]:
     loss = sum(model.backward(tokens, group, factor) for group in model.groups(tokens, indices))
     found = {}
     for name, pair in model.adapters.items():
@@ -86,9 +88,9 @@ def gradients(model: TrainingModel, tokens: Tokens, indices: range, factor: floa
 
 
 def compare(job: TrainJob, packed: PackedModel, plain: PlainModel, share: bool = True) -> None:
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     everything = range(len(tokens))
-    labels = max(1, sum(tokens.labels_of(index) for index in everything))
+    labels = max(1, sum(tokens.label_count(index) for index in everything))
     loss, wanted = gradients(plain, tokens, everything, 1 / labels)
     packed._shares = share
     found_loss, found = gradients(packed, tokens, everything, 1 / labels)
@@ -137,7 +139,7 @@ def test_long_chats_take_the_other_attention(
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_computing_again_changes_no_bit(dropout: float, training_room: Room, compiled: bool) -> None:
     job = training_room(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     results = []
     for recompute in (False, True):
         model, _ = pair_of(job)
@@ -152,7 +154,7 @@ def test_computing_again_changes_no_bit(dropout: float, training_room: Room, com
 def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room) -> None:
     """Averaged over many draws the loss comes near that without dropout; a single draw does not."""
     job = training_room(chats=chats_of(5, 4, 0, 20)).job(lora_dropout=0.3)
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
     exact = model.loss(tokens, range(4))
     assert model.loss(tokens, range(4)) == exact
@@ -165,7 +167,7 @@ def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room
 def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room, compiled: bool) -> None:
     """A finite difference along a random direction, with the draws held fast."""
     job = training_room(chats=chats_of(5, 3, 0, 20)).job(compile=compiled, lora_dropout=0.3)
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
 
     def loss() -> float:
@@ -197,7 +199,7 @@ def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room, comp
 
 def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
     room = training_room(chats=chats_of(6, 6, 12, 40))
-    tokens = Tokens.load(Path(room.job(compile=compiled).data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(room.job(compile=compiled).data) / "train.safetensors")
     exact, _ = pair_of(room.job(compile=compiled))
     rough, plain = pair_of(room.job(dtype="bf16", compile=compiled))
     loss = exact.loss(tokens, range(6))
@@ -220,7 +222,7 @@ def test_other_models_go_through_transformers(kind: str, more: Any, reason: str,
     assert reason in families.why_not(room.root / "base", 100)
     model = open_model(room.job(), "cpu", 100)
     assert isinstance(model, PlainModel)
-    tokens = Tokens.load(Path(room.job().data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(room.job().data) / "train.safetensors")
     assert model.loss(tokens, [0]) > 0
 
 
@@ -251,10 +253,10 @@ def test_frequencies_are_those_of_transformers(rotary: Any, tiny_model: Callable
 
 def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> None:
     job = training_room(chats=chats_of(7, 60, 5, 200)).job()
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     groups = grouped(tokens, range(60))
     assert sorted(index for group in groups for index in group) == list(range(60))
-    sums = [sum(tokens.length_of(index) for index in group) for group in groups]
+    sums = [sum(tokens.chat_length(index) for index in group) for group in groups]
     assert max(sums) <= TOKEN_BUDGET and min(sums[:-1]) > TOKEN_BUDGET // 2
     assert [len(group) for group in grouped(tokens, range(4), budget=10)] == [1, 1, 1, 1]
 
@@ -262,7 +264,7 @@ def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> No
 def test_what_is_shared_is_computed_once(training_room: Room) -> None:
     chats = chats_of(8, 5, 20, 10)
     job = training_room(chats=chats).job()
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     packed = pack(tokens, range(5), share=True)
     assert packed.prefix >= 20 and len(packed.ids) == packed.prefix + sum(packed.lengths)
     last_labels = [max(place for place, labelled in enumerate(labels) if labelled) for _, labels in chats]
@@ -279,6 +281,6 @@ def test_what_is_shared_is_computed_once(training_room: Room) -> None:
 def test_chats_without_labels_add_nothing(training_room: Room, compiled: bool) -> None:
     chats = [(ids, [0] * len(ids)) for ids, _ in chats_of(9, 3, 0, 10)]
     job = training_room(chats=chats).job(compile=compiled)
-    tokens, model = Tokens.load(Path(job.data) / "train.safetensors"), PackedModel(job)
+    tokens, model = PreparedTokens.load(Path(job.data) / "train.safetensors"), PackedModel(job)
     assert model.loss(tokens, range(3)) == 0.0 and model.backward(tokens, range(3), 1.0) == 0.0
     assert model.flat.parameter.grad is not None and not model.flat.parameter.grad.any()

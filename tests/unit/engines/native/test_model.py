@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.training import TrainingFolder
 
-from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.model import PlainModel
+from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation import hardware
 
 
@@ -20,7 +20,7 @@ def test_activations_are_computed_again_where_they_would_fill_the_memory(
     training_room: Callable[..., TrainingFolder], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = training_room("llama", chats=4).job(lora_dropout=dropout)
-    tokens = Tokens.load(Path(job.data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model: Any = PlainModel(job, "cpu")
 
     def step(free: int, halvings: int = 0) -> tuple[float, torch.Tensor, bool]:

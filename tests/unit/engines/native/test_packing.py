@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.training import write_tokens
 
-from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.packing import costs
+from kolotune.engines.prepared_tokens import PreparedTokens
 
 BEGINNING = list(range(10))
 CHATS = [
@@ -26,4 +26,4 @@ def test_a_shared_beginning_and_what_stands_behind_the_last_label_cost_nothing(
     write_tokens(file, CHATS)
     # Of each what stands before its last label, and a logit for each label; the third has none.
     expected = {0: 12 - prefix + 2 * 0.5, 1: 13 - prefix + 2 * 0.5, 2: 0}
-    assert costs(Tokens.load(file), range(3), share, 0.5) == expected
+    assert costs(PreparedTokens.load(file), range(3), share, 0.5) == expected

@@ -18,9 +18,9 @@ from support.reference_training import plain_loop
 
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import checkpoints, training
-from kolotune.engines.native.batches import Tokens
 from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.engines.native.model import PackedModel
+from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError, TrainingError
 
 Room = Callable[..., Any]
@@ -247,7 +247,7 @@ def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeyp
     original = PackedModel.backward
     steps = []
 
-    def backward(model: PackedModel, tokens: Tokens, indices: Any, factor: float) -> float:
+    def backward(model: PackedModel, tokens: PreparedTokens, indices: Any, factor: float) -> float:
         steps.append(1)
         return original(model, tokens, indices, factor) * (float("nan") if len(steps) == 4 else 1)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.training import random_chats, write_tokens
 
-from kolotune.engines.native import batches
+from kolotune.engines import prepared_tokens
 from kolotune.engines.torchtune.inside.kolotune_recipe.chats import IGNORED, Chats, Loader, in_order, share
 
 CHATS = 11
@@ -20,7 +20,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "train.safetensors"
 
 
-def agrees(batch: dict[str, torch.Tensor], theirs: batches.Tokens, indices: list[int]) -> None:
+def agrees(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedTokens, indices: list[int]) -> None:
     """The batch holds just these chats, with just these labels."""
     assert len(batch["tokens"]) == len(indices)
     for ids, labels, index in zip(batch["tokens"], batch["labels"], indices, strict=True):
@@ -33,12 +33,12 @@ def agrees(batch: dict[str, torch.Tensor], theirs: batches.Tokens, indices: list
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (3, 2), (4, 5), (20, 1)])
 def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, accumulation: int) -> None:
     ours = Loader(Chats.load(file), batch_size, accumulation, seed=7)
-    theirs = batches.Tokens.load(file)
+    theirs = prepared_tokens.PreparedTokens.load(file)
     for epoch in (0, 1):
         ours.set_epoch(epoch)
         found = list(ours)
         assert len(found) == len(ours) and len(found) % accumulation == 0, "torchtune drops what makes no whole step"
-        steps = list(batches.steps_of(CHATS, epoch, 7, batch_size * accumulation))
+        steps = list(prepared_tokens.epoch_steps(CHATS, epoch, 7, batch_size * accumulation))
         assert len(steps) == len(found) // accumulation
         for number, step in enumerate(steps):
             mine = found[number * accumulation : (number + 1) * accumulation]
@@ -52,7 +52,7 @@ def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, a
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (3, 2), (5, 1)])
 def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
-    halvings, theirs = [1, 4], batches.Tokens.load(file)
+    halvings, theirs = [1, 4], prepared_tokens.PreparedTokens.load(file)
     parts = -(-batch_size // (batch_size >> 2 or 1))
     loader = Loader(Chats.load(file), batch_size, accumulation, 7, halvings)
     step = 0
@@ -61,7 +61,7 @@ def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumul
         found = list(loader)
         of_a_step = accumulation * parts
         assert len(found) == len(loader) and len(found) % of_a_step == 0
-        for indices in batches.steps_of(CHATS, epoch, 7, batch_size * accumulation):
+        for indices in prepared_tokens.epoch_steps(CHATS, epoch, 7, batch_size * accumulation):
             mine, found = found[:of_a_step], found[of_a_step:]
             at_once = max(1, batch_size >> (step >= 1) + (step >= 4))
             rows = [
@@ -127,12 +127,12 @@ def test_evaluation_is_parted_too(file: Path, size: int) -> None:
 def test_tokens_are_counted_without_padding(file: Path) -> None:
     loader = Loader(Chats.load(file), 4, 2, seed=7)
     list(loader)
-    assert loader.tokens_read == len(batches.Tokens.load(file).ids)
+    assert loader.tokens_read == len(prepared_tokens.PreparedTokens.load(file).ids)
 
 
 def test_evaluation_reads_every_chat_once(file: Path) -> None:
-    theirs = batches.Tokens.load(file)
-    order = batches.longest_first(theirs)
+    theirs = prepared_tokens.PreparedTokens.load(file)
+    order = prepared_tokens.longest_first(theirs)
     assert sorted(order) == list(range(CHATS))
     for number, batch in enumerate(in_order(Chats.load(file), 4)):
         agrees(batch, theirs, order[number * 4 : (number + 1) * 4])

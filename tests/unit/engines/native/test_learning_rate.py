@@ -1,4 +1,4 @@
-"""The schedules, held against those of transformers."""
+"""The learning rate, compared with the schedules of transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from kolotune.engines.native import schedule
+from kolotune.engines.native.learning_rate import learning_rate_factor
 
 JUDGES = {
     "cosine": transformers.get_cosine_schedule_with_warmup,
@@ -22,13 +22,6 @@ def test_equal_to_transformers(kind: str, steps: int, warmup: int) -> None:
     judge = JUDGES[kind](optimizer, warmup, steps)
     for step in range(steps):
         wanted = optimizer.param_groups[0]["lr"]
-        assert schedule.factor(kind, step, steps, warmup) == pytest.approx(wanted, abs=1e-12), step
+        assert learning_rate_factor(kind, step, steps, warmup) == pytest.approx(wanted, abs=1e-12), step
         optimizer.step()
         judge.step()
-
-
-@pytest.mark.parametrize(
-    ("steps", "wanted", "warmup"), [(0, None, 0), (9, None, 0), (50, None, 5), (5000, None, 100), (50, 0, 0), (5, 8, 8)]
-)
-def test_warmup_is_a_tenth_unless_it_is_said(steps: int, wanted: int | None, warmup: int) -> None:
-    assert schedule.warmup(steps, wanted) == warmup

@@ -1,23 +1,18 @@
-"""How the learning rate goes up and down; the formulas are those of transformers' schedules."""
+"""The learning rate over the steps of a training; the formulas are those of transformers' schedules."""
 
 from __future__ import annotations
 
 import math
 
 
-def warmup(steps: int, wanted: int | None) -> int:
-    """Steps of warmup: what is wanted, or a tenth of all, at most 100."""
-    return min(steps // 10, 100) if wanted is None else wanted
-
-
-def factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied by.
+def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
+    """Return what the peak learning rate is multiplied by.
 
     Args:
         kind: "cosine", "linear" or "constant".
         step: number of the step, from 0.
         steps: number of all steps.
-        warmup_steps: the rate rises from 0 in so many steps.
+        warmup_steps: steps in which the rate rises from 0.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)

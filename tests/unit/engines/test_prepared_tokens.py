@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from kolotune.engines.native.batches import (
-    IGNORED,
-    Tokens,
-    longest_first,
-    make_batch,
-    order_of,
-    steps_in_epoch,
-    steps_of,
-)
 from kolotune.engines.native.model import PlainModel
+from kolotune.engines.native.padded_batch import pad_batch
+from kolotune.engines.prepared_tokens import (
+    IGNORED,
+    PreparedTokens,
+    epoch_order,
+    epoch_steps,
+    longest_first,
+)
+from kolotune.engines.training_length import TrainingLength
 from kolotune.foundation.errors import TrainingError
 
 CHATS = [
@@ -33,7 +33,7 @@ CHATS = [
 
 
 @pytest.fixture
-def tokens(tmp_path: Path) -> Tokens:
+def tokens(tmp_path: Path) -> PreparedTokens:
     path = tmp_path / "tokens.safetensors"
     save_file(
         {
@@ -43,10 +43,10 @@ def tokens(tmp_path: Path) -> Tokens:
         },
         path,
     )
-    return Tokens.load(path)
+    return PreparedTokens.load(path)
 
 
-def test_a_chat_is_what_was_written(tokens: Tokens) -> None:
+def test_a_chat_is_what_was_written(tokens: PreparedTokens) -> None:
     assert len(tokens) == len(CHATS)
     for index, (ids, flags) in enumerate(CHATS):
         found, labels = tokens.chat(index)
@@ -54,8 +54,8 @@ def test_a_chat_is_what_was_written(tokens: Tokens) -> None:
         assert labels.tolist() == [each if flag else IGNORED for each, flag in zip(ids, flags, strict=True)]
 
 
-def test_each_position_predicts_the_token_behind_it(tokens: Tokens) -> None:
-    batch = make_batch(tokens, [0, 2, 3])
+def test_each_position_predicts_the_token_behind_it(tokens: PreparedTokens) -> None:
+    batch = pad_batch(tokens, [0, 2, 3])
     assert batch.tokens == 4 + 6 + 3
     predicted = {
         (row, int(position)): int(target)
@@ -71,42 +71,42 @@ def test_each_position_predicts_the_token_behind_it(tokens: Tokens) -> None:
         assert batch.ids[row, : len(ids)].tolist() == ids
 
 
-def test_a_label_on_the_first_token_alone_counts_nothing(tokens: Tokens) -> None:
-    batch = make_batch(Tokens(tokens.ids[:3], torch.tensor([True, False, False]), torch.tensor([0, 3])), [0])
+def test_a_label_on_the_first_token_alone_counts_nothing(tokens: PreparedTokens) -> None:
+    batch = pad_batch(PreparedTokens(tokens.ids[:3], torch.tensor([True, False, False]), torch.tensor([0, 3])), [0])
     assert batch.labels == 0 and batch.positions.numel() == 0
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 3), (4, 2), (12, 1)])
 def test_an_epoch_holds_each_chat_once(size: int, count: int) -> None:
-    steps = list(steps_of(len(CHATS), 3, 42, size))
-    assert len(steps) == count == steps_in_epoch(len(CHATS), size, 1)
+    steps = list(epoch_steps(len(CHATS), 3, 42, size))
+    assert len(steps) == count == TrainingLength.of(len(CHATS), size, 1, 1, None).steps
     assert all(len(step) <= size for step in steps)
-    assert [index for step in steps for index in step] == order_of(3, len(CHATS), 42)
+    assert [index for step in steps for index in step] == epoch_order(3, len(CHATS), 42)
 
 
 @pytest.mark.parametrize("first", range(4))
 def test_an_epoch_can_be_entered_at_any_step(first: int) -> None:
-    assert list(steps_of(len(CHATS), 1, 5, 2, first)) == list(steps_of(len(CHATS), 1, 5, 2))[first:]
+    assert list(epoch_steps(len(CHATS), 1, 5, 2, first)) == list(epoch_steps(len(CHATS), 1, 5, 2))[first:]
 
 
-def test_a_chat_is_counted_in_tokens_and_labels(tokens: Tokens) -> None:
-    assert [tokens.length_of(index) for index in range(5)] == [4, 2, 6, 3, 3] and tokens.longest == 6
-    assert [tokens.labels_of(index) for index in range(5)] == [2, 1, 3, 1, 1]
+def test_a_chat_is_counted_in_tokens_and_labels(tokens: PreparedTokens) -> None:
+    assert [tokens.chat_length(index) for index in range(5)] == [4, 2, 6, 3, 3] and tokens.longest == 6
+    assert [tokens.label_count(index) for index in range(5)] == [2, 1, 3, 1, 1]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    orders = {(seed, epoch): tuple(order_of(epoch, 30, seed)) for seed in (0, 1, 2**32 - 1) for epoch in range(3)}
+    orders = {(seed, epoch): tuple(epoch_order(epoch, 30, seed)) for seed in (0, 1, 2**32 - 1) for epoch in range(3)}
     assert len(set(orders.values())) == len(orders)
     torch.manual_seed(99)
-    assert orders == {key: tuple(order_of(key[1], 30, key[0])) for key in orders}
+    assert orders == {key: tuple(epoch_order(key[1], 30, key[0])) for key in orders}
 
 
-def test_evaluation_sees_every_chat_longest_first(tokens: Tokens) -> None:
+def test_evaluation_sees_every_chat_longest_first(tokens: PreparedTokens) -> None:
     assert longest_first(tokens) == [2, 0, 3, 4, 1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "another"])
-def test_a_damaged_file_is_said(tmp_path: Path, tokens: Tokens, damage: str) -> None:
+def test_a_damaged_file_is_said(tmp_path: Path, tokens: PreparedTokens, damage: str) -> None:
     path = tmp_path / "tokens.safetensors"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-3])
@@ -115,15 +115,15 @@ def test_a_damaged_file_is_said(tmp_path: Path, tokens: Tokens, damage: str) -> 
     else:
         save_file({"ids": np.zeros(3, np.int32)}, path)
     with pytest.raises(TrainingError, match=r"tokens\.safetensors") as caught:
-        Tokens.load(path)
+        PreparedTokens.load(path)
     assert "prepare" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
 def test_padding_never_changes_the_loss(kind: str, training_room: Callable[..., Any]) -> None:
     job = training_room(kind).job()
-    model, tokens = PlainModel(job, "cpu"), Tokens.load(Path(job.data) / "train.safetensors")
-    lengths = [tokens.length_of(index) for index in range(8)]
+    model, tokens = PlainModel(job, "cpu"), PreparedTokens.load(Path(job.data) / "train.safetensors")
+    lengths = [tokens.chat_length(index) for index in range(8)]
     assert min(lengths) < max(lengths)
     whole = model.loss(tokens, range(8))
     assert whole == pytest.approx(sum(model.loss(tokens, [index]) for index in range(8)), rel=1e-5)
