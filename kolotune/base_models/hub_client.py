@@ -12,7 +12,7 @@ from typing import Any
 
 from kolotune.foundation.errors import KolotuneError, OfflineError
 from kolotune.foundation.files import explained
-from kolotune.foundation.reporter import duration_in_words
+from kolotune.foundation.formatting import format_duration
 
 _PATIENCE_SECONDS = 60  # for what the hub asks to wait before it is asked again
 _SLOWEST = 1024  # bytes a second; fewer count as silence
@@ -100,7 +100,7 @@ def _refuse_long_waits(name: str, response: Any) -> None:
     asked += re.findall(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", response.headers.get("ratelimit", ""))
     seconds = max((int(each) for each in asked if each.isdecimal()), default=0)
     if response.status_code in (429, 500, 502, 503, 504) and seconds > _PATIENCE_SECONDS:
-        hint = f"Try again in {duration_in_words(seconds)}; finished files are kept."
+        hint = f"Try again in {format_duration(seconds)}; finished files are kept."
         raise OfflineError(f"{name}: the hub answered {response.status_code} and asks to wait", hint)
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from kolotune.fidelity.comparison import Comparison, QuantizationFigures, StageCheck
 from kolotune.foundation.errors import FidelityError
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 _COLUMNS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
@@ -52,7 +53,7 @@ def show(found: Comparison, say: Reporter) -> None:
 def _row(each: StageCheck) -> tuple[str, ...]:
     return (
         each.name,
-        "-" if each.size_bytes is None else size_in_words(each.size_bytes),
+        "-" if each.size_bytes is None else format_size(each.size_bytes),
         str(each.prompt_ids_equal),
         _shown(each.top1_agreement, ".1%"),
         _shown(each.kl_mean, ".1e"),
@@ -66,7 +67,7 @@ def _row(each: StageCheck) -> tuple[str, ...]:
 def _quantized(each: QuantizationFigures) -> tuple[str, ...]:
     weighted = "yes" if each.importance_matrix else "no"
     figures = (f"{each.loss:.4f}", f"{each.kl_mean:.1e}", f"{each.top1_agreement:.1%}")
-    return each.name, size_in_words(each.size_bytes), *figures, weighted, "yes" if each.kept else "no"
+    return each.name, format_size(each.size_bytes), *figures, weighted, "yes" if each.kept else "no"
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -13,7 +13,8 @@ import typer
 
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.foundation.errors import DataError, KolotuneError
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import HUB_TOKEN
 from kolotune.run_folder.layout import RunFolder
 
@@ -135,7 +136,7 @@ def doctor(
         _device(),
         ("hub token", "ok" if os.environ.get(HUB_TOKEN) else "none", "needed for gated models only (HF_TOKEN)"),
         _ollama(),
-        ("disk", "ok", f"{size_in_words(shutil.disk_usage(Path.cwd()).free)} free here"),
+        ("disk", "ok", f"{format_size(shutil.disk_usage(Path.cwd()).free)} free here"),
     ]
     say.table("Doctor", ("part", "state", "what"), rows)
     missing = [name for name, state, _ in rows if state == "missing"]

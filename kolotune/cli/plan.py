@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from kolotune.foundation.errors import ConfigError
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.planning.network import MOST_SHARE, Traffic
 
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
@@ -70,9 +71,9 @@ def _tell(made: Plan, say: Reporter) -> None:
     needs, most = made.needs, made.needs.most
     took = f", {time_in_words(sum(made.seconds.values()))}" if made.seconds else ""
     say.result(
-        f"in all: {size_in_words(most.resident)} of memory ({size_in_words(needs.free_memory)} free), "
-        f"{size_in_words(needs.peak)} of disk at the peak and {size_in_words(needs.end)} in the end "
-        f"({size_in_words(needs.free_disk)} free){took}",
+        f"in all: {format_size(most.resident)} of memory ({format_size(needs.free_memory)} free), "
+        f"{format_size(needs.peak)} of disk at the peak and {format_size(needs.end)} in the end "
+        f"({format_size(needs.free_disk)} free){took}",
         plan=as_event(made),
     )
 
@@ -106,7 +107,7 @@ def _work_rows(made: Plan) -> list[tuple[str, str, str]]:
     if made.needs.recomputes:
         rows.append(("activations", "computed twice", "they would take more than half of the free memory"))
     if made.traffic is not None:
-        rows.append(("traffic", f"{size_in_words(made.traffic.step)} a step", _traffic(made.traffic)))
+        rows.append(("traffic", f"{format_size(made.traffic.step)} a step", _traffic(made.traffic)))
     return rows
 
 
@@ -128,10 +129,10 @@ def _stage_row(made: Plan, name: str) -> tuple[str, ...]:
     seconds = made.seconds.get(name)
     return (
         name,
-        size_in_words(memory.resident) if memory else "-",
-        size_in_words(memory.mapped) if memory else "-",
-        size_in_words(disk.stays) if disk else "-",
-        size_in_words(disk.passes) if disk and disk.passes else "-",
+        format_size(memory.resident) if memory else "-",
+        format_size(memory.mapped) if memory else "-",
+        format_size(disk.stays) if disk else "-",
+        format_size(disk.passes) if disk and disk.passes else "-",
         time_in_words(seconds) if seconds is not None else "-",
     )
 

@@ -13,7 +13,8 @@ import typer
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.foundation.errors import FidelityError, ManifestError
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 from .options import Json, config_of, reporter
@@ -32,7 +33,7 @@ def report(
     from kolotune.report import page
 
     written = page.write(RunFolder(run.absolute()))
-    reporter(json).success(f"{written} ({size_in_words(written.stat().st_size)}): open it in a browser")
+    reporter(json).success(f"{written} ({format_size(written.stat().st_size)}): open it in a browser")
     return 0
 
 
@@ -75,7 +76,7 @@ def verify(
     if findings.differences:
         count = len(findings.differences)
         raise ManifestError(f"{run}: {count} difference{'s' if count > 1 else ''} from its manifest")
-    say.success(f"{run}: {findings.files} files, {size_in_words(findings.bytes)}, are what the manifest says")
+    say.success(f"{run}: {findings.files} files, {format_size(findings.bytes)}, are what the manifest says")
     return 0
 
 
@@ -128,7 +129,7 @@ def push(
     parcel = hub.packed(RunFolder(run.absolute()), repository, what)
     if dry_run:
         say.result(parcel.card)
-        say.note(f"{len(parcel.files)} files, {size_in_words(parcel.size)}; nothing was sent")
+        say.note(f"{len(parcel.files)} files, {format_size(parcel.size)}; nothing was sent")
         return 0
     address = hub.push(parcel, repository, what, catalog.read_token(source), public, say)
     say.success(f"{'public' if public else 'private'}: {address}")

@@ -11,7 +11,8 @@ import typer
 
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.foundation.errors import ConfigError
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 from .options import Json, reporter
@@ -40,7 +41,7 @@ def runs(
             str(each.folder.root),
             each.base or "-",
             each.state,
-            size_in_words(each.size),
+            format_size(each.size),
             _age_in_words(each.age),
             "-" if each.held_out_loss is None else f"{each.held_out_loss:.4f}",
         )
@@ -51,7 +52,7 @@ def runs(
     else:
         say.note(f"there are no runs in {folder.absolute()} or a few levels below it")
     if cache:
-        caches = [(each.path.name, size_in_words(each.size), each.again) for each in listing.caches()]
+        caches = [(each.path.name, format_size(each.size), each.again) for each in listing.caches()]
         say.table("Cache, freed with: kolotune clean --cache KIND", ("kind", "size", "what"), caches)
     return 0
 
@@ -90,14 +91,14 @@ def clean(
         if _is_wanted(items, say, dry_run, yes):
             for each in items:
                 remove(each.path)
-            say.success(f"freed {size_in_words(sum(each.size for each in items))}")
+            say.success(f"freed {format_size(sum(each.size for each in items))}")
         return 0
     folder = RunFolder(run.absolute()).require()
     with pipeline.locked(folder):  # also while it asks: what is shown is what goes
         items = listing.freeable(folder, all_but_adapter)
         if _is_wanted(items, say, dry_run, yes):
             listing.free(folder, items)
-            say.success(f"freed {size_in_words(sum(each.size for each in items))}")
+            say.success(f"freed {format_size(sum(each.size for each in items))}")
     return 0
 
 
@@ -106,8 +107,8 @@ def _is_wanted(items: Sequence[Item], say: Reporter, dry_run: bool, yes: bool) -
     if not items:
         say.success("there is nothing to free")
         return False
-    total = size_in_words(sum(each.size for each in items))
-    rows = [(each.path.name, size_in_words(each.size), each.again) for each in items]
+    total = format_size(sum(each.size for each in items))
+    rows = [(each.path.name, format_size(each.size), each.again) for each in items]
     say.table(f"Can be freed: {total}", ("what", "size", "later"), rows)
     if dry_run or yes:
         return not dry_run

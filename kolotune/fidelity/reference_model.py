@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from kolotune.foundation.errors import ArtifactError, SpaceError
-from kolotune.foundation.reporter import size_in_words
+from kolotune.foundation.formatting import format_size
 from kolotune.weights import adapter as adapters
 from kolotune.weights.tensors import MappedTensors, TensorFiles, weight_files
 
@@ -161,7 +161,7 @@ class LayeredModel(_Model):
         names = [name for name, _ in self.model.named_parameters() if name != self._head]
         if layers is None or any(self._stored(name) is None for name in names):
             raise SpaceError(
-                f"{folder.name}: comparing computes in fp32, which takes {size_in_words(needed(folder) * _SPARE)}; "
+                f"{folder.name}: comparing computes in fp32, which takes {format_size(needed(folder) * _SPARE)}; "
                 "less memory is free, and this model can't be read layer by layer",
                 "Free some memory, or leave the comparison out with --no-compare.",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from kolotune.foundation.reporter import Replay, Reporter, event_of
+from kolotune.foundation.reporter import Replay, Reporter, parse_event
 from kolotune.runners.container.paths import Paths, deep
 
 ENDED = "ended"
@@ -50,7 +50,7 @@ class Listener:
             self._replay.close()
 
     def _line(self, line: str) -> None:
-        event = event_of(line)
+        event = parse_event(line)
         if event is None:
             if line.strip():
                 self._others.append(self._paths.host(line.strip()))

@@ -17,7 +17,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError, LaunchError
 from kolotune.foundation.files import Hasher
-from kolotune.foundation.reporter import Reporter, event_of
+from kolotune.foundation.reporter import Reporter, parse_event
 from kolotune.runners import local
 from kolotune.runners.container import archive
 from kolotune.runners.container.archive import Item
@@ -118,7 +118,7 @@ class Place:
     def _explained(self, error: local.ProgramError | OSError, said: bytes = b"") -> LaunchError:
         """A failure there in the words that were said there, by kolotune if it spoke."""
         for line in said.decode("utf-8", "replace").splitlines():
-            event = event_of(line)
+            event = parse_event(line)
             if event is not None and event.get("event") == "failure":
                 return LaunchError(f"{self.name}: {event.get('cause', '')}", str(event.get("hint", "")))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

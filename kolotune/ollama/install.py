@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kolotune.foundation.errors import ArtifactError, ConfigError, OllamaError
 from kolotune.foundation.files import write_json
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import Result, open_result
 
@@ -195,7 +196,7 @@ def _send(result: Result, server: OllamaClient, reporter: Reporter) -> None:
         reporter.note(f"Ollama has {result.gguf.name} already")
         return
     size = result.gguf.stat().st_size
-    reporter.doing(f"sending {result.gguf.name} ({size_in_words(size)}) to {server.url}")
+    reporter.doing(f"sending {result.gguf.name} ({format_size(size)}) to {server.url}")
     with reporter.progress("sending") as progress:
         server.send_blob(result.gguf, result.sha256, lambda sent: progress.update(sent, size))
 

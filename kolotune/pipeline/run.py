@@ -19,7 +19,8 @@ from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import FidelityError, Interrupted, KolotuneError, RunFolderError
 from kolotune.foundation.files import Hasher, explained, remove, size_of, write_json, write_text
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.planning import fit
 from kolotune.run_folder import manifest, records
 from kolotune.run_folder.layout import RunFolder
@@ -186,7 +187,7 @@ def _run_or_skip(stage: Stage, context: Context, reporter: Reporter, hasher: Has
         _mark_failed(context, stage, told)
         raise told from error
     records.unmark(context.run, stage.NAME)
-    made = ", ".join(f"{path.name} ({size_in_words(size_of(path))})" for path in stage.outputs(context))
+    made = ", ".join(f"{path.name} ({format_size(size_of(path))})" for path in stage.outputs(context))
     reporter.success(f"{stage.NAME}: {made or 'nothing to make'} in {time.monotonic() - clock:.1f} s")
 
 

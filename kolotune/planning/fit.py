@@ -24,7 +24,7 @@ from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError, SpaceError
 from kolotune.foundation.files import size_of, write_text
-from kolotune.foundation.reporter import size_in_words
+from kolotune.foundation.formatting import format_size
 from kolotune.gguf import conversion_plan, convert
 from kolotune.gguf.quantize import with_matrix
 from kolotune.gguf.quantized_sizes import Sizes, sizes_in
@@ -360,10 +360,10 @@ def problems(found: Needs, context: Context, work: Work | None, names: Collectio
     """Why the run can't fit, each with what to change."""
     told = []
     if found.peak > found.free_disk:
-        root, free = context.config.output_dir, size_in_words(found.free_disk)
+        root, free = context.config.output_dir, format_size(found.free_disk)
         told.append(
             SpaceError(
-                f"{root}: the run makes about {size_in_words(found.peak)}, but only {free} are free",
+                f"{root}: the run makes about {format_size(found.peak)}, but only {free} are free",
                 _disk_advice(found, context, work, names, log),
             )
         )
@@ -371,8 +371,8 @@ def problems(found: Needs, context: Context, work: Work | None, names: Collectio
         if each is not None and each.own > found.free_memory:
             told.append(
                 SpaceError(
-                    f"{name} takes about {size_in_words(each.own)} of memory, but only "
-                    f"{size_in_words(found.free_memory)} are free",
+                    f"{name} takes about {format_size(each.own)} of memory, but only "
+                    f"{format_size(found.free_memory)} are free",
                     _memory_advice(found, context, work) if name == "train" else "Free some memory.",
                 )
             )
@@ -410,8 +410,8 @@ def _disk_advice(found: Needs, context: Context, work: Work | None, names: Colle
         except KolotuneError:
             continue
         if other.config != config and peak <= found.free_disk:
-            return f"Give {advice}: then it makes {size_in_words(peak)}."
-    missing = size_in_words(found.peak - found.free_disk)
+            return f"Give {advice}: then it makes {format_size(peak)}."
+    missing = format_size(found.peak - found.free_disk)
     return f"Free {missing}, or choose another disk with --output-dir."
 
 
@@ -424,7 +424,7 @@ def _memory_advice(found: Needs, context: Context, work: Work | None) -> str:
         other = dataclasses.replace(context, config=config)
         training, _ = training_memory(other, shape, smaller, found.free_memory, [])
         if training is not None and main + training.own <= found.free_memory:
-            return f"Give {words}: then it takes {size_in_words(main + training.own)}."
+            return f"Give {words}: then it takes {format_size(main + training.own)}."
     width = 2 if hardware.best_dtype() == "bf16" else 4
     room = found.free_memory - main - estimates.ENGINE.own
     fitting = [each.name for each in catalog.KNOWN if each.parameters * width * 1.3 < room]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from kolotune.base_models import catalog
-from kolotune.foundation.reporter import size_in_words
+from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.manifest import Manifest
 
 What = Literal["adapter", "merged", "gguf"]
@@ -125,6 +125,6 @@ def _use(repository: str, what: What, base: str | None, files: dict[str, dict[st
 
 def _files(files: dict[str, dict[str, Any]]) -> str:
     rows = "\n".join(
-        f"| `{name}` | {size_in_words(each['size'])} | `{each['sha256']}` |" for name, each in sorted(files.items())
+        f"| `{name}` | {format_size(each['size'])} | `{each['sha256']}` |" for name, each in sorted(files.items())
     )
     return f"## Files\n\n| file | size | sha256 |\n|---|---|---|\n{rows}\n"

@@ -22,7 +22,8 @@ from kolotune.foundation.errors import (
     OfflineError,
 )
 from kolotune.foundation.files import Hasher
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import Secret
 from kolotune.run_folder import manifest as manifests
 from kolotune.run_folder.layout import RunFolder
@@ -131,7 +132,7 @@ def push(parcel: Parcel, repository: str, what: What, token: Secret | None, publ
         api.create_repo(repository, private=not public, exist_ok=True)
         if not public and not api.model_info(repository).private:
             raise HubError(f"{repository}: is public", "Give --public to push to it, or make it private on the hub.")
-        reporter.doing(f"sending {len(parcel.files)} files, {size_in_words(parcel.size)}")
+        reporter.doing(f"sending {len(parcel.files)} files, {format_size(parcel.size)}")
         operations = [CommitOperationAdd(name, file) for name, file in parcel.files.items()]
         info = api.create_commit(repository, operations, commit_message=f"{what}, by kolotune")
     return str(info.commit_url)

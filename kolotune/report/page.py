@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kolotune.foundation.files import write_text
-from kolotune.foundation.reporter import size_in_words
+from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.layout import RunFolder
 
 from . import figures
@@ -85,7 +85,7 @@ def document(template: str, sheet: Sheet, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
-    environment.filters |= {"size": size_in_words, "number": _number, "duration": _duration, "short": _short}
+    environment.filters |= {"size": format_size, "number": _number, "duration": _duration, "short": _short}
     style = f"\n{_resource(_STYLE)}\n{sheet.css}\n"
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"

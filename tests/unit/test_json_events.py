@@ -111,7 +111,7 @@ def test_a_replay_gives_the_fields_on_without_the_time(capsys: pytest.CaptureFix
     before = capsys.readouterr().out
     replay = reporter.Replay(JsonReporter())
     for line in before.splitlines():
-        replay.tell(json.loads(line))
+        replay.show(json.loads(line))
     first, second = (
         [{**checked(line), "time": ""} for line in text.splitlines()] for text in (before, capsys.readouterr().out)
     )

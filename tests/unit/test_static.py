@@ -148,7 +148,9 @@ def test_strangers_templates_run_in_one_place() -> None:
 
 # Beside the reporter: lines of JSON between our own processes, and what a container's terminal shows, cleaned.
 PRINTING = (
-    "kolotune/foundation/reporter.py",
+    "kolotune/foundation/reporter/clean_text.py",
+    "kolotune/foundation/reporter/json_lines.py",
+    "kolotune/foundation/reporter/plain.py",
     "kolotune/engines/job.py",
     "kolotune/engines/native/elastic.py",
     "kolotune/engines/torchtune/environment.py",
@@ -160,6 +162,7 @@ PRINTING = (
     "kolotune/gguf/conversion_tracing.py",
     "kolotune/runners/container/inside.py",
     "kolotune/runners/container/verb.py",
+    "kolotune/runners/child_process.py",
     "kolotune/runners/watchdog.py",
 )
 

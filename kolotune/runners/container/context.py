@@ -32,7 +32,14 @@ _FETCHING = (
     "version.py",
 )
 _STEPS = {
-    "toolchain": (*_FETCHING, "foundation/reporter.py", "llamacpp/__init__.py", "llamacpp/toolchain.py"),
+    "toolchain": (
+        *_FETCHING,
+        "foundation/formatting.py",
+        "foundation/reporter",
+        "foundation/typed_storage.py",
+        "llamacpp/__init__.py",
+        "llamacpp/toolchain.py",
+    ),
     "torchtune": (
         *_FETCHING,
         "engines/__init__.py",
@@ -69,8 +76,8 @@ def write(
         for wheel in _wheels(wheels):
             _add(tar, f"build/wheels/{wheel.name}", wheel)
         for step, names in _STEPS.items():
-            for name in names:
-                _add(tar, f"{step}/kolotune/{name}", _PACKAGE / name)
+            for path in (file for name in names for file in _package_files(_PACKAGE / name)):
+                _add(tar, f"{step}/kolotune/{path.relative_to(_PACKAGE).as_posix()}", path)
         for path in _package_files():
             _add(tar, f"kolotune/{path.relative_to(_PACKAGE).as_posix()}", path)
 
@@ -84,8 +91,8 @@ def _wheels(folder: Path | None) -> list[Path]:
     return found
 
 
-def _package_files() -> Iterator[Path]:
-    for path in sorted(_PACKAGE.rglob("*")):
+def _package_files(root: Path = _PACKAGE) -> Iterator[Path]:
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         if path.is_file() and "__pycache__" not in path.parts:
             yield path
 

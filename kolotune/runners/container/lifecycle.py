@@ -262,11 +262,11 @@ def described(docker: Docker, name: str) -> list[tuple[str, str, str]]:
     rows.append(("kolotune inside", "ok" if found.version == VERSION else "other", found.version or "none"))
     rows.append(("volume", "ok", names.volume_of(name)))
     if found.state == "running" and found.version == VERSION:
-        from kolotune.foundation.reporter import size_in_words
+        from kolotune.foundation.formatting import format_size
 
         with contextlib.suppress(OSError):
             sizes = Volume(docker, found).ask("sizes", names.VOLUME)
             for folder, size in sizes.items():
                 label = {".inputs": "files sent in", ".cache": "models and toolchain"}.get(folder, folder)
-                rows.append(("on the volume", size_in_words(size), label))
+                rows.append(("on the volume", format_size(size), label))
     return rows

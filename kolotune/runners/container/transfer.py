@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from kolotune.foundation.errors import KolotuneError, SpaceError
 from kolotune.foundation.files import Hasher, files_of, remove, replacing, size_of, write_json
-from kolotune.foundation.reporter import Reporter, size_in_words
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 from . import archive, names
@@ -75,10 +76,10 @@ class Volume:
         partial = f".{uuid.uuid4().hex}.partial"
         inside = [Item(f"{partial}/{item.name}", item.content, item.sha256) for item in items]
         needed, free = _on_disk(inside), int(self.ask("free", names.VOLUME))
-        size = size_in_words(needed)
+        size = format_size(needed)
         if needed > free:
             raise SpaceError(
-                f"container {name}: {size} are to be sent there, but only {size_in_words(free)} are free on its volume",
+                f"container {name}: {size} are to be sent there, but only {format_size(free)} are free on its volume",
                 SPACE_HINT,
             )
         try:
@@ -131,7 +132,7 @@ class Sender:
         inside = folder / _name(host)
         if self._volume.ask("have", inside) != [True]:
             if (size := size_of(host)) >= _LARGE_BYTES:
-                self._reporter.doing(f"sending {host} ({size_in_words(size)})")
+                self._reporter.doing(f"sending {host} ({format_size(size)})")
             if host.is_dir():
                 items = [
                     Item(f"{_name(host)}/{path.relative_to(host).as_posix()}", path, self._hasher.of(path))

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import remove, replacing
-from kolotune.foundation.reporter import Replay, Reporter, clean, event_of
+from kolotune.foundation.reporter import Replay, Reporter, clean, parse_event
 from kolotune.foundation.secrets import HUB_TOKEN, Secret
 from kolotune.run_folder.layout import RunFolder
 
@@ -126,7 +126,7 @@ class _Listener:
         self._replay.close()
 
     def _line(self, line: str, is_stderr: bool) -> None:
-        event = event_of(line) if not is_stderr else None
+        event = parse_event(line) if not is_stderr else None
         if event is not None and event.get("event") == "process" and not self._process.number:
             self._process.number = int(event["number"])
         elif event is None or not self._order.as_events:

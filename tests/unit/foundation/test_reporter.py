@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kolotune.foundation import reporter
-from kolotune.foundation.reporter import JsonReporter, PlainReporter, RichReporter, clean, make_reporter, size_in_words
+from kolotune.foundation.reporter import JsonReporter, PlainReporter, RichReporter, clean, make_reporter
 
 HOSTILE = [
     "\x1b[2J\x1b[H",
@@ -95,6 +96,17 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == "error: x\n       x\n"
 
 
+def test_a_plain_table_wraps_long_texts_and_keeps_paths_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"/runs/{'x' * 150}"
+    PlainReporter().table("Settings", ("option", "value"), [("system", "word " * 60), ("output-dir", path), ("a", "")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Settings", "  option      value"] and lines[-1] == "  a"
+    assert f"  output-dir  {path}" in lines
+    assert " ".join(lines).count("word") == 60 and len(lines) > 5
+    PlainReporter().table("Empty", ("a", "b"), [])
+    assert capsys.readouterr().out.splitlines() == ["Empty", "  a  b"]
+
+
 def test_plain_progress_is_not_a_flood_but_tells_the_first_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     with PlainReporter().progress("count") as progress:
         for done in range(1, 101):
@@ -157,26 +169,15 @@ def test_json_is_chosen_by_its_flag_and_plain_without_a_terminal() -> None:
 
 
 def test_rich_is_chosen_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporter.sys, "stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.setattr(sys, "stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     assert isinstance(make_reporter(), RichReporter)
-
-
-def test_sizes_as_people_read_them() -> None:
-    assert [size_in_words(each) for each in (0, 999, 1000, 1.5e6, 2.34e9, 5e12)] == [
-        "0 B",
-        "999 B",
-        "1 KB",
-        "1.5 MB",
-        "2.3 GB",
-        "5.0 TB",
-    ]
 
 
 def test_a_log_file_gets_a_line_for_every_tenth_and_when_it_is_silent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(reporter.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def lines(seconds_each: float, total: int) -> list[str]:
         with PlainReporter().progress("training") as progress:

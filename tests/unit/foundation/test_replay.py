@@ -1,4 +1,4 @@
-"""What a reporter elsewhere said, told again here."""
+"""Events of a reporter in another process, repeated here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.foundation.reporter import JsonReporter, PlainReporter, Replay, Reporter, event_of
+from kolotune.foundation.reporter import JsonReporter, PlainReporter, Replay, Reporter, parse_event
 
 
 def speak(say: Reporter) -> None:
@@ -25,16 +25,16 @@ def speak(say: Reporter) -> None:
     say.failure("it broke", "mend it")
 
 
-def test_it_is_what_would_have_been_said_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_prints_what_the_reporter_would(capsys: pytest.CaptureFixture[str]) -> None:
     speak(JsonReporter())
     lines = capsys.readouterr().out.splitlines()
     speak(PlainReporter())
     expected = capsys.readouterr()
     replay = Replay(PlainReporter())
     for line in lines:
-        event = event_of(line)
+        event = parse_event(line)
         assert event is not None
-        replay.tell(event)
+        replay.show(event)
     said = capsys.readouterr()
     assert said.err == expected.err
     # A table without rows has lost the names of its columns on the way.
@@ -65,13 +65,13 @@ def count(title: str, done: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "ending", [lambda replay: replay.close(), lambda replay: replay.tell({"event": "failure", "cause": "", "hint": ""})]
+    "ending", [lambda replay: replay.close(), lambda replay: replay.show({"event": "failure", "cause": "", "hint": ""})]
 )
 def test_a_bar_is_open_from_the_first_count_to_the_last(ending: Callable[[Replay], None]) -> None:
     bars = Bars()
     replay = Replay(bars)
     for event in (count("a", 1), {"event": "note", "text": "between"}, count("a", 9), count("b", 1), count("c", 2)):
-        replay.tell(event)
+        replay.show(event)
     ending(replay)
     marks = [each for each in bars.seen if each.startswith(("open", "close", "between"))]
     assert marks == ["open a", "between", "close a", "open b", "close b", "open c", "close c"]
@@ -79,11 +79,11 @@ def test_a_bar_is_open_from_the_first_count_to_the_last(ending: Callable[[Replay
 
 def test_control_characters_and_unknown_events(capsys: pytest.CaptureFixture[str]) -> None:
     replay = Replay(PlainReporter())
-    replay.tell({"event": "note", "text": "a\x1b[2Jb"})
-    replay.tell({"event": "later", "what": "é"})
+    replay.show({"event": "note", "text": "a\x1b[2Jb"})
+    replay.show({"event": "later", "what": "é"})
     assert capsys.readouterr().out == '    a[2Jb\n    {"event": "later", "what": "é"}\n'
 
 
 @pytest.mark.parametrize("line", ["", "text", '{"event": "x"', '{"even": 1}', '["event"]', ' {"event": "x"}'])
-def test_what_is_no_event(line: str) -> None:
-    assert event_of(line) is None
+def test_other_lines_are_not_events(line: str) -> None:
+    assert parse_event(line) is None
