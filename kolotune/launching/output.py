@@ -55,10 +55,10 @@ class Listener:
             if line.strip():
                 self._others.append(self._paths.host(line.strip()))
         elif event.get("event") == ENDED:
-            self.code = int(event.get("code", 1))
+            self.code = int(str(event.get("code", 1)))
         else:
             told = deep(event, self._paths.host)
             if told.get("event") == "failure":
                 self.cause = str(told.get("cause", ""))
             if self._replay is not None:
-                self._replay.tell(told)
+                self._replay.show(told)

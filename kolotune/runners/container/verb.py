@@ -128,7 +128,7 @@ class _Listener:
     def _line(self, line: str, is_stderr: bool) -> None:
         event = parse_event(line) if not is_stderr else None
         if event is not None and event.get("event") == "process" and not self._process.number:
-            self._process.number = int(event["number"])
+            self._process.number = int(str(event["number"]))
         elif event is None or not self._order.as_events:
             self._text(line, is_stderr)
         elif self._order.raw:
@@ -136,7 +136,7 @@ class _Listener:
 
             print(json.dumps(deep(event, self._order.paths.host)), flush=True)
         else:
-            self._replay.tell(deep(event, self._order.paths.host))
+            self._replay.show(deep(event, self._order.paths.host))
 
     def _text(self, text: str, is_stderr: bool) -> None:
         stream = sys.stderr if is_stderr else sys.stdout
