@@ -1,9 +1,9 @@
-"""What models of 1B to 70B take on 1 to 64 GPUs: the tables of docs/scaling.md, from the formulas that `plan` uses.
+"""Memory and traffic of 1B to 70B models on 1 to 64 GPUs: the tables of docs/scaling.md, from the formulas of `plan`.
 
     python bench/scaling_model.py [--write]
 
-Nothing is measured here: these are shapes that are published, put into `estimates` and `traffic`. What of the formulas
-was held against small real trainings stands in docs/scaling.md.
+Nothing is measured here: published shapes are put into the formulas of `engines.native.memory` and `planning.network`.
+docs/scaling.md says which of the formulas were compared with small real trainings.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.engines import estimates
-from kolotune.engines.estimates import Adapter, Linear, ModelShape, Row
+from kolotune.engines.memory import BatchShape
+from kolotune.engines.native.memory import SHARDED_PROCESS, transformers_training
 from kolotune.planning import network
+from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, Linear, ModelShape
 from kolotune.weights.tensors import Entry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
@@ -22,20 +23,20 @@ BEGIN, END = "<!-- made by bench/scaling_model.py -->\n", "<!-- end -->\n"
 GPUS = (1, 8, 64)
 RANK = 16
 TOKENS = 8_192
-"""Of each GPU's batch: eight chats of 1,024 tokens, a third of them labels."""
-_ROW = Row(tokens=TOKENS, chats=8, longest=1024, prefix=0, labels=TOKENS // 3, padded=False)
-_BF16 = estimates.WIDTHS["bf16"]
+"""Tokens of each GPU's batch: eight chats of 1,024 tokens, of which a third are labels."""
+_BATCH = BatchShape(tokens=TOKENS, chats=8, longest=1024, prefix=0, labels=TOKENS // 3, padded=False)
+_BF16 = DTYPE_BYTES["bf16"]
 MACHINE = 8
-"""GPUs of a machine."""
+"""GPUs per machine."""
 LINK_GBIT = 100
 RATE = 200e12
-"""Operations a second of a GPU in bf16 products: an assumption."""
+"""Operations per second of a GPU in bf16 matrix products: an assumption."""
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Llama:
-    """A published shape of the Llama family."""
+    """A published model shape of the Llama family."""
 
     name: str
     layers: int
@@ -48,7 +49,7 @@ class Llama:
     vocabulary: int = 128_256
 
     def shape(self) -> ModelShape:
-        """As `estimates.read_shape` would read it from the model's files."""
+        """Return the shape that `read_shape` would read from the model's files."""
         rows = {"q_proj": self.queries * self.head, "k_proj": self.keys * self.head, "v_proj": self.keys * self.head}
         sizes = {name: (count, self.width) for name, count in rows.items()}
         sizes |= {"o_proj": (self.width, self.queries * self.head), "down_proj": (self.width, self.middle)}
@@ -58,7 +59,7 @@ class Llama:
             for layer in range(self.layers)
             for name, size in sizes.items()
         )
-        norms = [f"model.layers.{layer}.norm{place}" for layer in range(self.layers) for place in (1, 2)]
+        norms = [f"model.layers.{layer}.norm{number}" for layer in range(self.layers) for number in (1, 2)]
         outside = ["model.embed_tokens"] if self.tied else ["model.embed_tokens", "lm_head"]
         entries = (
             *(Entry(f"{each.name}.weight", "BF16", (each.outputs, each.inputs)) for each in linears),
@@ -78,42 +79,42 @@ MODELS = (
 )
 
 
-def held(shape: ModelShape, adapter: Adapter, parts: int) -> float:
-    """GB on each GPU: the whole base, or the layers parted over several, with activations computed again."""
-    layer = sum(each.outputs * each.inputs for each in shape.of_layer())
-    found = estimates.of_plain_training(
-        shape, adapter, _ROW, _BF16, recompute=parts > 1, parts=parts, at_once=layer if parts > 1 else 0
+def held(shape: ModelShape, adapter: AdapterShape, shards: int) -> float:
+    """Return GB per GPU: with the whole base on one, or with sharded layers and recomputed activations."""
+    layer = sum(linear.weight_count for linear in shape.first_layer)
+    memory = transformers_training(
+        shape, adapter, _BATCH, _BF16, recompute=shards > 1, shards=shards, gathered=layer if shards > 1 else 0
     )
-    return (found.own - estimates.PARTED.own) / _GB
+    return (memory.own - SHARDED_PROCESS.own) / _GB
 
 
 def memory_table() -> str:
-    """GB on each GPU, by model and number of GPUs."""
-    ways = ["whole", *(f"parted over {count}" for count in GPUS[1:])]
-    lines = [f"| GB on each GPU | weights | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}"]
+    """Return the table of GB per GPU, by model and number of GPUs."""
+    layouts = ["whole", *(f"sharded over {count}" for count in GPUS[1:])]
+    lines = [f"| GB on each GPU | weights | {' | '.join(layouts)} |", f"|---|---|{'---|' * len(layouts)}"]
     for model in MODELS:
         shape = model.shape()
-        adapter = Adapter.of(shape, RANK, ["all-linear"])
-        cells = [f"{held(shape, adapter, parts):.1f}" for parts in GPUS]
-        lines.append(f"| {model.name} | {_BF16 * shape.weights / _GB:.1f} | {' | '.join(cells)} |")
+        adapter = AdapterShape.of(shape, RANK, ["all-linear"])
+        cells = [f"{held(shape, adapter, shards):.1f}" for shards in GPUS]
+        lines.append(f"| {model.name} | {_BF16 * shape.weight_count / _GB:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def traffic_table() -> str:
-    """What leaves each machine in a step of one batch on each GPU, and the share of a step that the network takes."""
-    columns = ["a step", "computing", "whole: sent", "network", "parted: sent", "network"]
+    """Return the table of what each machine sends in a step of one batch per GPU, and the network's share of a step."""
+    columns = ["a step", "computing", "whole: sent", "network", "sharded: sent", "network"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for model in MODELS:
         shape = model.shape()
-        adapter = Adapter.of(shape, RANK, ["all-linear"])
-        # Forwards and backwards to the inputs, and once more forwards where the base is parted.
-        computing = [count * shape.weights * TOKENS / RATE for count in (4, 6)]
+        adapter = AdapterShape.of(shape, RANK, ["all-linear"])
+        # A forward pass and a backward pass to the inputs; with a sharded base one more forward pass.
+        computing = [count * shape.weight_count * TOKENS / RATE for count in (4, 6)]
         processes = max(GPUS)
-        gradients = network.of_step(adapter.weights, processes)
-        base = network.of_parted_base(_BF16 * shape.in_layers, processes, 1)
+        gradients = network.gradient_bytes(adapter.weight_count, processes)
+        base = network.sharded_base_bytes(_BF16 * shape.layer_weight_count, processes, 1)
         cells = [f"{computing[0]:.2f} s, {computing[1]:.2f} s"]
         for sent, computed in zip((gradients, gradients + base), computing, strict=True):
-            seconds = network.seconds(sent, 1000 * LINK_GBIT)
+            seconds = network.transfer_seconds(sent, 1000 * LINK_GBIT)
             cells += [_bytes(sent), f"{seconds:.2f} s, {100 * seconds / (seconds + computed):.0f}%"]
         lines.append(f"| {model.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -124,14 +125,14 @@ def _bytes(count: int) -> str:
 
 
 def tables() -> str:
-    """Both, as they stand in the page."""
+    """Return both tables as the page contains them."""
     return f"{BEGIN}\n{memory_table()}\n\n{traffic_table()}\n\n{END}"
 
 
 def main() -> int:
-    """Prints the tables, or puts them into the page."""
+    """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/scaling.md")
     if parser.parse_args().write:
         text = PAGE.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)

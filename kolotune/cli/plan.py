@@ -1,27 +1,28 @@
-"""The verb that tells what a run would take: plan."""
+"""`kolotune plan`: show what a run would do and need."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
-from kolotune.planning.network import MOST_SHARE, Traffic
+from kolotune.planning.gaps import describe_gap
+from kolotune.planning.network import LARGEST_SHARE, Traffic
 
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
 
 if TYPE_CHECKING:
-    from kolotune.pipeline.plan import Plan
+    from kolotune.pipeline.plan import RunPlan
 
 _DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds the verbs of this module."""
+    """Add the verb to the app."""
     app.command()(plan)
 
 
@@ -30,16 +31,16 @@ def plan(
     data: Data = None,
     config: ConfigFile = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Do some steps of the training, to know the time.")
+        bool, typer.Option("--measure/--no-measure", help="Try some training steps, to estimate the time.")
     ] = True,
     link_mbit: Annotated[
-        Optional[float], typer.Option(min=0.001, help="Megabits a second of the network between machines.")  # noqa: UP045
+        float | None, typer.Option(min=0.001, help="Megabits per second of the network between machines.")
     ] = None,
     json: Json = False,
     **flags: Any,
 ) -> int:
-    """What a run would take: steps, memory, disk, time; and what to change where it can't fit. Makes nothing."""
-    from kolotune.pipeline import plan as plans
+    """Show the steps, memory, disk space and time of a run, and what to change if it does not fit. Makes nothing."""
+    from kolotune.pipeline.plan import plan_run
 
     say = reporter(json)
     resolved = config_of(flags, data, config)
@@ -47,129 +48,125 @@ def plan(
         raise ConfigError("no training data was given", "Name a file: kolotune plan chats.jsonl")
     if not json:
         show(resolved, say)
-    made = plans.make(resolved, say, measure=measure, link=link_mbit)
-    _tell(made, say)
-    if made.problems:
-        first = made.problems[0]
-        causes = "\n".join(each.cause for each in made.problems)
-        raise type(first)(causes, " ".join(dict.fromkeys(each.hint for each in made.problems)))
+    planned = plan_run(resolved, say, measure=measure, link=link_mbit)
+    _show_plan(planned, say)
+    if planned.problems:
+        first = planned.problems[0]
+        causes = "\n".join(problem.cause for problem in planned.problems)
+        raise type(first)(causes, " ".join(dict.fromkeys(problem.hint for problem in planned.problems)))
     return 0
 
 
-def _tell(made: Plan, say: Reporter) -> None:
-    say.table("What is done", ("what", "how much", "why"), _work_rows(made))
-    if not made.stages:
+def _show_plan(planned: RunPlan, say: Reporter) -> None:
+    say.table("What the run does", ("what", "how much", "why"), _workload_rows(planned))
+    if not planned.stages:
         say.success("everything is done: nothing it depends on has changed")
         return
     say.table(
-        "What it takes",
-        ("stage", "memory at its peak", "of that, files", "new on the disk", "for a while", "time"),
-        [_stage_row(made, name) for name in [*(["start"] if made.seconds else []), *made.stages]],
+        "What the run needs",
+        ("stage", "peak memory", "of that, files", "on disk", "temporary", "time"),
+        [_stage_row(planned, name) for name in [*(["start"] if planned.seconds else []), *planned.stages]],
     )
-    for each in made.unknown:
-        say.note(f"not known: {each}")
-    needs, most = made.needs, made.needs.most
-    took = f", {time_in_words(sum(made.seconds.values()))}" if made.seconds else ""
+    for gap in planned.gaps:
+        say.note(f"not known: {describe_gap(gap)}")
+    needs, memory = planned.needs, planned.needs.largest_memory
+    time = f", {format_duration(sum(planned.seconds.values()))}" if planned.seconds else ""
     say.result(
-        f"in all: {format_size(most.resident)} of memory ({format_size(needs.free_memory)} free), "
-        f"{format_size(needs.peak)} of disk at the peak and {format_size(needs.end)} in the end "
-        f"({format_size(needs.free_disk)} free){took}",
-        plan=as_event(made),
+        f"in total: {format_size(memory.resident)} of memory ({format_size(needs.free_memory)} free), "
+        f"{format_size(needs.peak)} of disk at the peak and {format_size(needs.end)} at the end "
+        f"({format_size(needs.free_disk)} free){time}",
+        plan=as_event(planned),
     )
 
 
-def _work_rows(made: Plan) -> list[tuple[str, str, str]]:
-    work, facts, config = made.work, made.facts, made.config
+def _workload_rows(planned: RunPlan) -> list[tuple[str, str, str]]:
+    workload, facts, config = planned.workload, planned.facts, planned.config
     left_out = [
-        f"{facts[name]} {words}"
-        for name, words in (
-            ("duplicates", "copies"), ("too_long", "too long"), ("in_both_parts", "in both parts"),
-        )
+        f"{facts[name]} {label}"
+        for name, label in (("duplicates", "copies"), ("too_long", "too long"), ("in_both_parts", "in both parts"))
         if facts.get(name)
-    ] + ([f"{len(facts['bad'])} bad"] if facts.get("bad") else [])  # fmt: skip
-    automatic = "follows from the chats' lengths and number" if config.batch_size is None else "as given"
-    converted = {True: "yes", False: "no", None: "not asked"}[made.converts]
-    rows = [
-        ("chats", f"{work.chats}", f"{facts.get('held_out_chats', 0)} more are held out"),
-        (
-            "left out",
-            ", ".join(left_out) or "none",
-            f"{facts['shortened']} shortened" if facts.get("shortened") else "",
-        ),
-        ("tokens", f"{work.tokens}", f"lengths {facts['shortest']} to {facts['longest']}, median {facts['median']}"),
-        ("trained share", f"{100 * work.labelled / max(1, work.tokens):.0f}%", "of the tokens carry loss: the answers"),
-        ("batch size", f"{work.batch_size}", automatic),
-        ("steps", f"{work.steps}", f"{work.steps_in_epoch} in each of {config.epochs} epochs"),
-        ("warmup", f"{work.warmup}", "steps in which the learning rate rises"),
-        ("arithmetic", config.dtype, "of the frozen weights; the adapter is fp32"),
-        ("conversion", converted, "llama.cpp was asked with this model's shapes" if made.converts is not None else ""),
     ]
-    if made.needs.recomputes:
-        rows.append(("activations", "computed twice", "they would take more than half of the free memory"))
-    if made.traffic is not None:
-        rows.append(("traffic", f"{format_size(made.traffic.step)} a step", _traffic(made.traffic)))
+    if isinstance(bad := facts.get("bad"), list) and bad:
+        left_out.append(f"{len(bad)} bad")
+    batch_origin = "chosen from the lengths and number of the chats" if config.batch_size is None else "as given"
+    shortened = f"{facts['shortened']} shortened" if facts.get("shortened") else ""
+    conversion = {True: "yes", False: "no", None: "not asked"}[planned.converts]
+    lengths = f"lengths {facts['shortest']} to {facts['longest']}, median {facts['median']}"
+    answers = f"{100 * workload.labelled / max(1, workload.tokens):.0f}%"
+    asked = "llama.cpp was asked with this model's shapes" if planned.converts is not None else ""
+    rows = [
+        ("chats", f"{workload.chats}", f"{facts.get('held_out_chats', 0)} more are held out"),
+        ("left out", ", ".join(left_out) or "none", shortened),
+        ("tokens", f"{workload.tokens}", lengths),
+        ("trained share", answers, "of the tokens carry loss: the answers"),
+        ("batch size", f"{workload.batch_size}", batch_origin),
+        ("steps", f"{workload.steps}", f"{workload.steps_in_epoch} in each of {config.epochs} epochs"),
+        ("warmup", f"{workload.warmup}", "steps in which the learning rate rises"),
+        ("dtype", config.dtype, "of the frozen weights; the adapter is fp32"),
+        ("conversion", conversion, asked),
+    ]
+    if planned.needs.recomputes:
+        rows.append(("activations", "recomputed", "keeping them would take more than half of the free memory"))
+    if planned.traffic is not None:
+        rows.append(("traffic", f"{format_size(planned.traffic.step)} a step", describe_traffic(planned.traffic)))
     return rows
 
 
-def _traffic(found: Traffic) -> str:
-    """What the network between the machines takes, and what would make that little."""
-    each = "from and to each machine"
-    if found.seconds is None:
-        return each
-    if found.share is None or found.enough is None:
-        return f"{each}: {found.seconds:.2g} s"
-    words = f"{each}: {found.seconds:.2g} s, {100 * found.share:.0f}% of a step"
-    if found.enough > found.accumulation:
-        words += f"; --gradient-accumulation {found.enough} keeps it under {100 * MOST_SHARE:.0f}%"
-    return words
+def describe_traffic(traffic: Traffic) -> str:
+    """Return the time on the network, and the accumulation that would keep it short."""
+    sent = "sent and received by each machine"
+    if traffic.seconds is None:
+        return sent
+    if traffic.share is None or traffic.enough is None:
+        return f"{sent}: {traffic.seconds:.2g} s"
+    text = f"{sent}: {traffic.seconds:.2g} s, {100 * traffic.share:.0f}% of a step"
+    if traffic.enough > traffic.accumulation:
+        text += f"; --gradient-accumulation {traffic.enough} keeps it under {100 * LARGEST_SHARE:.0f}%"
+    return text
 
 
-def _stage_row(made: Plan, name: str) -> tuple[str, ...]:
-    memory, disk = made.needs.memory.get(name), made.needs.disk.get(name)
-    seconds = made.seconds.get(name)
+def _stage_row(planned: RunPlan, name: str) -> tuple[str, ...]:
+    memory, disk = planned.needs.memory.get(name), planned.needs.disk.get(name)
+    seconds = planned.seconds.get(name)
     return (
         name,
         format_size(memory.resident) if memory else "-",
         format_size(memory.mapped) if memory else "-",
         format_size(disk.stays) if disk else "-",
         format_size(disk.passes) if disk and disk.passes else "-",
-        time_in_words(seconds) if seconds is not None else "-",
+        format_duration(seconds) if seconds is not None else "-",
     )
 
 
-def as_event(made: Plan) -> dict[str, Any]:
-    """The plan as it stands in an event: bytes and seconds."""
-    needs = made.needs
+def as_event(planned: RunPlan) -> dict[str, object]:
+    """Return the plan as the fields of a JSON event, in bytes and seconds."""
+    needs, traffic = planned.needs, planned.traffic
     return {
-        "stages": made.stages,
-        "facts": made.facts,
-        "work": dataclasses.asdict(made.work),
-        "dtype": made.config.dtype,
-        "conversion": made.converts,
+        "stages": planned.stages,
+        "facts": planned.facts,
+        "work": dataclasses.asdict(planned.workload),
+        "dtype": planned.config.dtype,
+        "conversion": planned.converts,
         "memory": {
-            name: {**dataclasses.asdict(each), "resident": each.resident} if each else None
-            for name, each in needs.memory.items()
+            name: {**dataclasses.asdict(memory), "resident": memory.resident} if memory else None
+            for name, memory in needs.memory.items()
         },
-        "disk": {name: dataclasses.asdict(each) for name, each in needs.disk.items()},
-        "memory_peak": needs.most.resident,
+        "disk": {name: dataclasses.asdict(use) for name, use in needs.disk.items()},
+        "memory_peak": needs.largest_memory.resident,
         "disk_peak": needs.peak,
         "disk_end": needs.end,
         "free_memory": needs.free_memory,
         "free_disk": needs.free_disk,
         "recomputes": needs.recomputes,
-        "seconds": made.seconds,
-        "unknown": made.unknown,
-        "traffic": None if made.traffic is None else _traffic_event(made.traffic),
-        "problems": [{"cause": each.cause, "hint": each.hint} for each in made.problems],
+        "seconds": planned.seconds,
+        "unknown": [describe_gap(gap) for gap in planned.gaps],
+        "traffic": traffic and {**dataclasses.asdict(traffic), "share": traffic.share, "enough": traffic.enough},
+        "problems": [{"cause": problem.cause, "hint": problem.hint} for problem in planned.problems],
     }
 
 
-def _traffic_event(found: Traffic) -> dict[str, Any]:
-    return {**dataclasses.asdict(found), "share": found.share, "enough": found.enough}
-
-
-def time_in_words(seconds: float) -> str:
-    """A duration as people say it."""
+def format_duration(seconds: float) -> str:
+    """Return a duration in the largest unit that keeps it readable."""
     if seconds < 2 * _MINUTE:
         return f"{seconds:.0f} s"
     if seconds < 2 * _HOUR:

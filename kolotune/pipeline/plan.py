@@ -1,4 +1,4 @@
-"""`kolotune plan`: what a run would do and take, found out without leaving anything behind."""
+"""`kolotune plan`: what a run would do and need, found out without leaving anything behind."""
 
 from __future__ import annotations
 
@@ -6,189 +6,202 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kolotune.base_models import catalog
-from kolotune.engines import estimates
-from kolotune.engines.estimates import Adapter, read_shape
 from kolotune.engines.torchtune import architecture
 from kolotune.engines.torchtune import plan as torchtune
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import Reporter
-from kolotune.planning import duration, fit, network
-from kolotune.planning.duration import Measured
-from kolotune.planning.fit import Needs, Work
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.planning import duration, export_sizes, fit, network
+from kolotune.planning.duration import MeasuredSteps
+from kolotune.planning.gaps import Gap, GapKind
+from kolotune.planning.memory import MAIN_PROCESS
+from kolotune.planning.needs import Needs, estimate_needs
 from kolotune.planning.network import Traffic
+from kolotune.planning.workload import Workload, read_workload
 from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context, Stage
 from kolotune.stages import compare, prepare, train
+from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
 from . import run as pipeline
 
 
 @dataclass
-class Plan:
-    """What a run would do and take.
+class RunPlan:
+    """What a run would do and need.
 
     Attributes:
-        config: with what is chosen automatically.
+        config: the options, with those that are chosen automatically.
         stages: names of the stages that have work.
-        facts: of the prepared chats, as in the record of prepare.
-        work: what is trained on.
-        needs: memory and disk.
-        seconds: of each stage; empty when nothing was measured.
-        converts: whether llama.cpp can convert the model; None: it was not asked.
+        facts: about the prepared chats, as in the record of prepare.
+        workload: what is trained on.
+        needs: memory and disk space.
+        seconds: of each stage; empty if nothing was measured.
+        measured: the steps that were tried.
+        converts: whether llama.cpp can convert the model; None if it was not asked.
         problems: why the run would fail.
-        unknown: what is not known, in sentences.
-        traffic: between machines, where several train.
+        gaps: what is not known.
+        traffic: between machines, if several train.
     """
 
     config: Config
     stages: list[str]
-    facts: dict[str, Any]
-    work: Work
+    facts: JsonObject
+    workload: Workload
     needs: Needs
     seconds: dict[str, float] = field(default_factory=dict)
-    measured: Measured | None = None
+    measured: MeasuredSteps | None = None
     converts: bool | None = None
     problems: list[KolotuneError] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     traffic: Traffic | None = None
 
 
-def make(config: Config, reporter: Reporter, *, measure: bool, link: float | None = None) -> Plan:
-    """Plans the run of `config`; the run folder is looked at, and not touched.
+def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float | None = None) -> RunPlan:
+    """Plan the run of `config`. The run folder is read and not changed.
 
     Args:
         config: the resolved options.
-        reporter: told what is being done.
-        measure: do some steps, to know the time.
-        link: megabits a second of the network between machines; None: it is not known.
+        reporter: shows what is being done.
+        measure: whether to train some steps, to know the time.
+        link: megabits per second of the network between machines; None if not known.
 
     Raises:
-        KolotuneError: the chats or the base can't be used at all. What only makes the run fail is in `Plan.problems`.
+        KolotuneError: the chats or the base model can't be used at all. What would only make the run fail is listed in
+            `RunPlan.problems`.
     """
-    started = _age()
+    started = _process_age()
     target = RunFolder(config.output_dir)
     config, _ = pipeline.with_choices(config, target)
     base = catalog.resolve(config.base_model, config.hf_token, reporter)
     hasher = Hasher()
-    there = Context(config, target, base, None, hasher)
+    real = Context(config, target, base, None, hasher)
     stages = [stage for stage in pipeline.STAGES if stage.NAME not in pipeline.not_had(config)]
-    busy = list(pipeline.to_do(stages, there, hasher))
+    busy = list(pipeline.to_do(stages, real, hasher))
     names = [stage.NAME for stage in busy]
-    with _room(there) as room:
-        facts, prepared_in = _prepared(there, room, reporter, prepare in busy)
-        work = fit.work_of(room.run.prepared, config)
-        problems, converts = _asked(busy, room, reporter)
+    with _temporary_run(real) as trial:
+        facts, prepare_seconds = _prepare_chats(real, trial, reporter, prepare in busy)
+        workload = read_workload(trial.run.prepared, config)
+        problems, converts = _run_preflights(busy, trial, reporter)
         if converts is False:
             names = [name for name in names if name in ("prepare", "train", "merge")]
-        log = room.run.log("plan")
-        needs = fit.needs(there, names, log, work)
-        plan = Plan(config, names, facts, work, needs, converts=converts, unknown=list(needs.unknown))
-        plan.problems = [*problems, *fit.problems(needs, there, work, names, log)]
+        log = trial.run.log("plan")
+        needs = estimate_needs(real, names, log, workload)
+        plan = RunPlan(config, names, facts, workload, needs, converts=converts, gaps=list(needs.gaps))
+        shortages = fit.find_shortages(needs, real, workload, names, log)
+        plan.problems = [*problems, *(shortage.as_error() for shortage in shortages)]
         if measure and not plan.problems and train in busy:
-            _measure(plan, room, reporter, {"start": started, "prepare": prepared_in})
+            _measure(plan, trial, reporter, {"start": started, "prepare": prepare_seconds})
         if config.nnodes > 1 and train in busy:
-            plan.traffic = _traffic(plan, room, link)
+            plan.traffic = _estimate_traffic(plan, trial, link)
         if compare.NAME in names:
-            plan.unknown.append("memory and time of the comparison at the end (--no-compare leaves it out)")
+            plan.gaps.append(Gap(GapKind.COMPARISON))
     return plan
 
 
-def _age() -> float:
-    """Seconds since this process began: what starting takes."""
+def _process_age() -> float:
+    """Return the seconds since this process started, which every run spends too."""
     import psutil
 
     return time.time() - float(psutil.Process(os.getpid()).create_time())
 
 
 @contextmanager
-def _room(there: Context) -> Iterator[Context]:
-    """The same run in a folder that is thrown away."""
+def _temporary_run(real: Context) -> Iterator[Context]:
+    """Yield the same run in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="kolotune-plan-") as folder:
         run = RunFolder(Path(folder))
         run.state.mkdir()
-        yield Context(there.config, run, there.base, None, there.hasher)
+        yield Context(real.config, run, real.base, None, real.hasher)
 
 
-def _prepared(there: Context, room: Context, reporter: Reporter, has_work: bool) -> tuple[dict[str, Any], float]:
-    """The facts of the prepared chats, and the seconds it took; what the run folder has is taken from there."""
-    record = None if has_work else records.read(there.run, prepare.NAME)
-    if record is not None and there.run.prepared.is_dir():
-        shutil.copytree(there.run.prepared, room.run.prepared)
+def _prepare_chats(real: Context, trial: Context, reporter: Reporter, has_work: bool) -> tuple[JsonObject, float]:
+    """Put the prepared chats into the trial's folder; return their facts and the seconds that preparing took.
+
+    Chats that the real run folder already has are copied from there.
+    """
+    record = None if has_work else records.read(real.run, prepare.NAME)
+    if record is not None and real.run.prepared.is_dir():
+        shutil.copytree(real.run.prepared, trial.run.prepared)
         return record.facts, 0.0
     reporter.doing(prepare.DOING)
     started = time.perf_counter()
-    prepare.preflight(room, reporter)
-    return prepare.run(room, reporter), time.perf_counter() - started
+    prepare.preflight(trial, reporter)
+    return prepare.run(trial, reporter), time.perf_counter() - started
 
 
-def _asked(busy: list[Stage], room: Context, reporter: Reporter) -> tuple[list[KolotuneError], bool | None]:
-    """What the stages that have work say before they start: why they would fail, and whether conversion works."""
-    found: list[KolotuneError] = []
+def _run_preflights(
+    busy: Sequence[Stage], trial: Context, reporter: Reporter
+) -> tuple[list[KolotuneError], bool | None]:
+    """Return why stages that have work would fail, and whether the model can be converted (None: not asked)."""
+    problems: list[KolotuneError] = []
     converts: bool | None = None
     for stage in busy:
         if stage is prepare:
             continue
+        exports = stage.NAME in ("convert", "quantize")
         try:
-            if stage is train and room.config.engine == "torchtune":
-                torchtune.check(room.config, architecture.read(room.base))  # its environment is not made for a plan
+            if stage is train and trial.config.engine == "torchtune":
+                torchtune.check(trial.config, architecture.read(trial.base))  # a plan does not make its environment
             else:
-                stage.preflight(room, reporter)
-            if stage.NAME in ("convert", "quantize"):
+                stage.preflight(trial, reporter)
+            if exports:
                 converts = converts is not False
         except KolotuneError as error:
-            found.append(error)
-            if stage.NAME in ("convert", "quantize"):
+            problems.append(error)
+            if exports:
                 converts = False
-    return found, converts
+    return problems, converts
 
 
-def _measure(plan: Plan, room: Context, reporter: Reporter, known: dict[str, float]) -> None:
-    """Adds the time, and the memory where no formula gives it."""
+def _measure(plan: RunPlan, trial: Context, reporter: Reporter, known_seconds: dict[str, float]) -> None:
+    """Add the time of each stage, and the training memory if no formula gives it."""
     if plan.config.engine != "native":
-        plan.unknown.append(f"time: {plan.config.engine} is not measured")
+        plan.gaps.append(Gap(GapKind.TIME_OF_ENGINE, plan.config.engine))
         return
-    if train.is_sharded(plan.config, room.base):
-        plan.unknown.append("time: one process alone can't try a base that is parted over several (--sharding)")
+    if train.is_sharded(plan.config, trial.base):
+        plan.gaps.append(Gap(GapKind.TIME_WHEN_SHARDED))
         return
-    reporter.doing("some steps of the training, to know how long it takes (--no-measure leaves them out)")
-    steps = duration.measure_steps(room)
-    rates = duration.measure_rates(room)
-    sizes = fit.exported(room, room.run.log("plan"))
+    reporter.doing("trying some training steps, to estimate the time (--no-measure skips this)")
+    steps = duration.measure_steps(trial)
+    rates = duration.measure_rates(trial)
+    sizes = export_sizes.measure_exports(trial, trial.run.log("plan"))
     plan.measured = steps
-    plan.seconds = {**known, **duration.seconds(room, plan.work, sizes, plan.needs.disk, steps, rates)}
-    if steps.device == "cpu" and plan.needs.memory.get("train") is None:  # no formula: as it was
-        plan.needs.memory["train"] = fit.with_main(steps.memory)
-        plan.unknown = [each for each in plan.unknown if not each.startswith("memory at train")]
+    stages = duration.stage_seconds(trial, plan.workload, sizes, plan.needs.disk, steps, rates)
+    plan.seconds = {**known_seconds, **stages}
+    if steps.calibration.device == "cpu" and plan.needs.memory.get("train") is None:
+        plan.needs.memory["train"] = MAIN_PROCESS + steps.calibration.process_memory
+        plan.gaps = [gap for gap in plan.gaps if not gap.is_training_memory]
 
 
-def _traffic(plan: Plan, room: Context, link: float | None) -> Traffic:
-    """What the machines send each other, and how long that takes where the network's speed is known."""
-    config, work = plan.config, plan.work
-    shape, processes = read_shape(room.base), config.nproc * config.nnodes
-    weights = Adapter.of(shape, config.lora_rank, config.target_modules).weights
-    sent, base = network.of_step(weights, processes), 0
+def _estimate_traffic(plan: RunPlan, trial: Context, link: float | None) -> Traffic:
+    """Return what the machines send each other, and for how long; the training's time grows by that."""
+    config, workload = plan.config, plan.workload
+    shape, processes = read_shape(trial.base), config.nproc * config.nnodes
+    weights = AdapterShape.of(shape, config.lora_rank, config.target_modules).weight_count
+    gradients, base = network.gradient_bytes(weights, processes), 0
     if config.engine == "torchtune":
-        plan.unknown.append("what the base that torchtune parts over the machines sends in a step")
-    elif train.is_sharded(config, room.base):
+        plan.gaps.append(Gap(GapKind.TRAFFIC_WHEN_SHARDED))
+    elif train.is_sharded(config, trial.base):
         batches = -(-config.gradient_accumulation // processes)
-        layers = shape.in_layers * estimates.WIDTHS[config.dtype]
-        base = network.of_parted_base(layers, processes, batches)
+        layers = shape.layer_weight_count * DTYPE_BYTES[config.dtype]
+        base = network.sharded_base_bytes(layers, processes, batches)
     if link is None:
-        plan.unknown.append("time of the network between the machines: --link-mbit says how fast it is")
-        return Traffic(sent + base, base=base)
-    taken, computing = network.seconds(sent + base, link), None
+        plan.gaps.append(Gap(GapKind.NETWORK_TIME))
+        return Traffic(gradients + base, base=base)
+    seconds, computing = network.transfer_seconds(gradients + base, link), None
     if plan.measured is not None:
-        tokens = work.tokens / max(1, work.steps_in_epoch)
-        computing = tokens * plan.measured.per_token / config.nnodes
-        plan.seconds["train"] += work.steps * (taken + computing - tokens * plan.measured.per_token)
-    return Traffic(sent + base, taken, computing, config.gradient_accumulation, base)
+        tokens = workload.tokens / max(1, workload.steps_in_epoch)
+        per_token = plan.measured.calibration.per_token
+        computing = tokens * per_token / config.nnodes
+        plan.seconds["train"] += workload.steps * (seconds + computing - tokens * per_token)
+    return Traffic(gradients + base, seconds, computing, config.gradient_accumulation, base)

@@ -22,6 +22,7 @@ from kolotune.foundation.files import Hasher, explained, remove, size_of, write_
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.planning import fit
+from kolotune.planning.workload import Workload, describe_workload, read_workload
 from kolotune.run_folder import manifest, records
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context, Stage
@@ -223,22 +224,22 @@ def to_do(stages: Sequence[Stage], context: Context, hasher: Hasher, wanted: Seq
     return stages[first:]
 
 
-def _check_space(stages: Sequence[Stage], context: Context, work: fit.Work | None = None) -> None:
+def _check_space(stages: Sequence[Stage], context: Context, workload: Workload | None = None) -> None:
     """Refuses to start when disk or memory can't hold what the stages make. Before the chats are read the least counts.
 
     Raises:
         SpaceError: it says what to change.
     """
-    fit.require_room(context, {stage.NAME for stage in stages}, context.run.log("plan"), work)
+    fit.require_fit(context, {stage.NAME for stage in stages}, context.run.log("plan"), workload)
 
 
 def _look_at_the_work(context: Context, reporter: Reporter, hasher: Hasher) -> None:
     """Once the chats are prepared it is known what training them takes: it is told, and checked again."""
     if not context.run.prepared.is_dir() or not records.reasons(train, context, hasher):
         return
-    work = fit.work_of(context.run.prepared, context.config)
-    reporter.note(fit.in_words(work, context.config))
-    _check_space([train], context, work)
+    workload = read_workload(context.run.prepared, context.config)
+    reporter.note(describe_workload(workload, context.config))
+    _check_space([train], context, workload)
 
 
 def _with_choices(config: Config, folder: RunFolder, names: Sequence[str]) -> Config:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from kolotune.base_models.catalog import canonical
-from kolotune.engines import estimates
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.torchtune import architecture, environment, plan
@@ -23,6 +22,7 @@ from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context
 from kolotune.runners import local, memory_kills
+from kolotune.weights.model_shape import DTYPE_BYTES, read_shape
 
 NAME = "train"
 DOING = "training the adapter"
@@ -115,7 +115,7 @@ def is_sharded(config: Config, base: Path) -> bool:
         return several
     if config.sharding != "auto" or config.load_in_4bit or not several:
         return config.sharding == "on"
-    size = estimates.read_shape(base).weights * estimates.WIDTHS[config.dtype]
+    size = read_shape(base).weight_count * DTYPE_BYTES[config.dtype]
     return size * config.nproc > hardware.memory_for_processes(config.nproc) * _MOST_FOR_THE_BASE
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from support.hosts import Host, two_hosts, why_not
 from support.training import random_chats
 
-from kolotune.engines.estimates import Adapter, read_shape
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import training
 from kolotune.planning import network
+from kolotune.weights.model_shape import AdapterShape, read_shape
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -97,8 +97,8 @@ def test_a_parted_base_sends_what_the_formula_says(hosts: tuple[Host, Host], tra
     finish(*children, jobs=jobs)
     shape = read_shape(room.root / "base")
     steps = len(losses(jobs[0]))
-    base = network.of_parted_base(4 * shape.in_layers, 4, 1)
-    gradients = network.of_step(Adapter.of(shape, jobs[0].lora_rank, ["all-linear"]).weights, 4)
+    base = network.sharded_base_bytes(4 * shape.layer_weight_count, 4, 1)
+    gradients = network.gradient_bytes(AdapterShape.of(shape, jobs[0].lora_rank, ["all-linear"]).weight_count, 4)
     foretold = steps * (base + gradients)
     print(f"{steps} steps: foretold {foretold / 1e6:.1f} MB, sent {[round(host.sent() / 1e6, 1) for host in hosts]} MB")
     for host in hosts:
@@ -151,9 +151,9 @@ def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], train
         times = _times(jobs[0])[1:]  # the first step compiles and connects
         return statistics.median(after - before for before, after in itertools.pairwise(times))
 
-    weights = Adapter.of(read_shape(room.root / "base"), 128, ["all-linear"]).weights
-    sent = network.of_step(weights, 4)
-    taken = network.seconds(sent, MEGABITS)
+    weights = AdapterShape.of(read_shape(room.root / "base"), 128, ["all-linear"]).weight_count
+    sent = network.gradient_bytes(weights, 4)
+    taken = network.transfer_seconds(sent, MEGABITS)
     fast = seconds_of_a_step("fast")
     for host in hosts:
         host.slow_down(f"{MEGABITS}mbit")
@@ -172,7 +172,7 @@ def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], train
     accumulated = seconds_of_a_step("accumulated", gradient_accumulation=enough)
     share = taken / accumulated
     print(f"with an accumulation of {enough}: {accumulated:.3f} s, {100 * share:.1f}% of it on the link")
-    assert share < network.MOST_SHARE
+    assert share < network.LARGEST_SHARE
 
 
 def _times(job: TrainJob) -> list[float]:

@@ -14,10 +14,11 @@ import psutil
 import pytest
 from support.training import TrainingFolder, random_chats, write_tokens
 
-from kolotune.engines import estimates
-from kolotune.engines.estimates import Adapter, Row
 from kolotune.engines.job import TrainJob
+from kolotune.engines.memory import BatchShape
+from kolotune.engines.native.memory import transformers_training
 from kolotune.engines.prepared_tokens import PreparedTokens
+from kolotune.weights.model_shape import AdapterShape, read_shape
 
 EMBEDDING = 128256 * 2048 * 2
 
@@ -48,11 +49,11 @@ def of_plan(job: TrainJob) -> int:
     """Bytes that each process would hold, as `kolotune plan` has it."""
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     longest = max(tokens.chat_length(index) for index in range(len(tokens)))
-    shape = estimates.read_shape(Path(job.base_model))
-    row = Row(longest * job.batch_size, job.batch_size, longest, 0, longest * job.batch_size, padded=False)
-    adapter = Adapter.of(shape, job.lora_rank, job.target_modules)
-    at_once = max(each.outputs * each.inputs for each in shape.linears)
-    return estimates.of_plain_training(shape, adapter, row, 2, recompute=True, parts=job.nproc, at_once=at_once).own
+    shape = read_shape(Path(job.base_model))
+    batch = BatchShape(longest * job.batch_size, job.batch_size, longest, 0, longest * job.batch_size, padded=False)
+    adapter = AdapterShape.of(shape, job.lora_rank, job.target_modules)
+    gathered = max(linear.weight_count for linear in shape.linears)
+    return transformers_training(shape, adapter, batch, 2, recompute=True, shards=job.nproc, gathered=gathered).own
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def test_too_little_space_is_said_before_any_work(
     run_copy: RunFolder, mount: Callable[..., Path], reporter: PlainReporter
 ) -> None:
     small = tmpfs(mount, "4m")
-    with pytest.raises(SpaceError, match=r"makes about .* MB, but only .* are free") as error:
+    with pytest.raises(SpaceError, match=r"needs about .* MB of disk space, but only .* are free") as error:
         run.run(config_of(run_copy, output_dir=small / "run"), reporter)
     assert error.value.exit_code == 13
     assert not (small / "run" / ".kolotune" / "prepared").exists()

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..estimates import LOGITS_AT_ONCE
 from .attention import Heads
 from .fused import FusedLinear
 from .lora import FlatAdapters
+from .memory import LOGITS_AT_ONCE
 from .operations import Norm, Operations
 from .packing import Packed
 from .products import InputGradient, Product

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from kolotune.foundation import hardware
 from kolotune.foundation.errors import TrainingError
+from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
-from .. import estimates
-from ..estimates import Adapter, Row
 from ..job import TrainJob
+from ..memory import BatchShape
 from ..prepared_tokens import IGNORED, PreparedTokens
 from . import families, llama, lora, sharded
 from .kernels import build
 from .kernels.operations import CompiledOperations
+from .memory import transformers_activation_bytes
 from .operations import Operations, PlainOperations
 from .packing import TOKEN_BUDGET, costs, grouped, pack
 from .padded_batch import pad_batch
@@ -104,8 +105,8 @@ class PackedModel:
         self.flat = lora.FlatAdapters(self.adapters, order)
         self.decoder.join(self.flat)
         self._shares = not job.lora_dropout
-        shape = estimates.read_shape(Path(job.base_model))
-        self._label = shape.vocabulary * shape.width / max(1, shape.in_layers)
+        shape = read_shape(Path(job.base_model))
+        self._label = shape.vocabulary_size * shape.hidden_size / max(1, shape.layer_weight_count)
         self.updated()
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
@@ -163,8 +164,8 @@ class PlainModel:
         if parted:
             trained = [part for each in self.adapters.values() for part in (each.lora_A, each.lora_B)]
             sharded.part(self.model, folder, trained, device)
-        self._shape, self._width, self._parted = estimates.read_shape(folder), estimates.WIDTHS[job.dtype], parted
-        self._adapter = Adapter.of(self._shape, job.lora_rank, job.target_modules)
+        self._shape, self._width, self._parted = read_shape(folder), DTYPE_BYTES[job.dtype], parted
+        self._adapter = AdapterShape.of(self._shape, job.lora_rank, job.target_modules)
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
@@ -195,8 +196,8 @@ class PlainModel:
         if not getattr(model, "supports_gradient_checkpointing", False):
             return
         longest = max(tokens.chat_length(index) for index in indices)
-        row = Row(len(indices) * longest, len(indices), longest, 0, 0, padded=False)
-        kept = estimates.kept_by_transformers(self._shape, self._adapter, row, self._width)
+        row = BatchShape(len(indices) * longest, len(indices), longest, 0, 0, padded=False)
+        kept = transformers_activation_bytes(self._shape, self._adapter, row, self._width)
         if self._parted or self.halvings or kept > hardware.free_on(self._device) // 2:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import scaling_model
 
 from kolotune.base_models.catalog import KNOWN
-from kolotune.engines import estimates
+from kolotune.weights.model_shape import AdapterShape
 
 
 def test_the_page_has_the_tables_that_the_formulas_make() -> None:
@@ -16,11 +16,11 @@ def test_the_page_has_the_tables_that_the_formulas_make() -> None:
 def test_the_shapes_have_as_many_weights_as_the_models() -> None:
     known = {each.name.rpartition("/")[2].removesuffix("-Instruct"): each.parameters for each in KNOWN}
     for model in scaling_model.MODELS[:3]:
-        assert model.shape().weights == known[model.name.replace(" ", "-")]
-    assert abs(scaling_model.MODELS[3].shape().weights / 70.55e9 - 1) < 0.001
+        assert model.shape().weight_count == known[model.name.replace(" ", "-")]
+    assert abs(scaling_model.MODELS[3].shape().weight_count / 70.55e9 - 1) < 0.001
 
 
 def test_a_parted_base_takes_less_the_more_share_it() -> None:
     for model in scaling_model.MODELS:
-        adapter = estimates.Adapter.of(model.shape(), scaling_model.RANK, ["all-linear"])
+        adapter = AdapterShape.of(model.shape(), scaling_model.RANK, ["all-linear"])
         assert scaling_model.held(model.shape(), adapter, 8) > scaling_model.held(model.shape(), adapter, 64)

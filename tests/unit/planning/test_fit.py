@@ -1,10 +1,11 @@
-"""What a run would take, against what it made; and runs that can't fit are refused with advice that helps."""
+"""A plan, compared with the run that follows; runs that do not fit are refused with advice that helps."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 from support.runs import config_of
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
-from kolotune.engines.estimates import Adapter, read_shape
 from kolotune.foundation import config as configs
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
@@ -21,53 +21,59 @@ from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import size_of
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline import run as pipeline
-from kolotune.planning import fit, network
+from kolotune.planning import fit, needs, network
+from kolotune.planning.advice import AdviceKind
+from kolotune.planning.export_sizes import measure_exports
+from kolotune.planning.gaps import GapKind
+from kolotune.planning.needs import Needs, estimate_needs
+from kolotune.planning.workload import read_workload
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import Context
+from kolotune.weights.model_shape import AdapterShape, read_shape
 
 
-def test_the_sizes_of_exports_are_those_that_were_made(finished: Config, tiny_base: Path, tmp_path: Path) -> None:
+def test_export_sizes_match_the_files(finished: Config, tiny_base: Path, tmp_path: Path) -> None:
     run = RunFolder(finished.output_dir)
-    sizes = fit.exported(Context(finished, run, tiny_base), tmp_path / "log")
-    assert sizes.told
+    sizes = measure_exports(Context(finished, run, tiny_base), tmp_path / "log")
+    assert sizes.is_exact
     assert sizes.gguf == size_of(run.gguf)
     assert sizes.merged == pytest.approx(size_of(run.merged_model), rel=0.001)
     assert sizes.quantized["Q4_K_M"].size == pytest.approx(size_of(run.quantized("Q4_K_M")), abs=256)
 
 
-def test_a_folder_that_is_there_does_not_need_its_room_again(finished: Config, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_second_run_reuses_the_disk_space_of_the_first(finished: Config, tiny_base: Path, tmp_path: Path) -> None:
     context = Context(finished, RunFolder(finished.output_dir), tiny_base)
     names = {"merge", "convert", "quantize"}
-    work = fit.work_of(context.run.prepared, finished)
-    found = fit.needs(context, names, tmp_path / "log", work)
-    largest = max(each.stays for each in found.disk.values())
-    assert found.end == pytest.approx(0, abs=5_000)
-    assert found.peak == pytest.approx(largest, rel=0.01)
+    workload = read_workload(context.run.prepared, finished)
+    needed = estimate_needs(context, names, tmp_path / "log", workload)
+    largest = max(use.stays for use in needed.disk.values())
+    assert needed.end == pytest.approx(0, abs=5_000)
+    assert needed.peak == pytest.approx(largest, rel=0.01)
 
 
-def test_an_importance_matrix_and_what_is_only_tried_are_counted(
+def test_importance_matrices_and_trial_quantizations_are_counted(
     finished: Config, tiny_base: Path, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
-    work = fit.work_of(RunFolder(finished.output_dir).prepared, finished)
+    workload = read_workload(RunFolder(finished.output_dir).prepared, finished)
 
-    def needs(**changes: Any) -> fit.Needs:
-        config = dataclasses.replace(finished, **changes)
-        return fit.needs(Context(config, run, tiny_base), {"train", "quantize", "compare"}, tmp_path / "log", work)
+    def estimate(**changes: Any) -> Needs:
+        context = Context(dataclasses.replace(finished, **changes), run, tiny_base)
+        return estimate_needs(context, {"train", "quantize", "compare"}, tmp_path / "log", workload)
 
-    weighted, plain = needs(quantization=("Q2_K",)), needs(quantization=("Q2_K",), importance_matrix="never")
-    read, quantized = weighted.memory["quantize"], plain.memory["quantize"]
-    assert read is not None and quantized is not None and read.resident > quantized.resident
-    assert 0 < weighted.disk["quantize"].stays - plain.disk["quantize"].stays < 20_000
-    assert not any("sizes of quantizations" in each for each in needs(quantization=("IQ2_XS",)).unknown)
-    assert "compare" not in plain.disk and plain.disk.keys() == needs(compare_quantization=("Q4_K_M",)).disk.keys()
-    sizes = fit.exported(Context(finished, run, tiny_base), tmp_path / "log")
-    assert needs(quantization=("IQ2_XS",)).disk["quantize"].stays < sizes.gguf
-    assert needs(compare_quantization=("Q8_0",)).disk["compare"].passes == sizes.gguf
-    assert needs(compare_quantization=("Q8_0",), lean=True).disk["compare"].passes == 2 * sizes.gguf
+    with_matrix, plain = estimate(quantization=("Q2_K",)), estimate(quantization=("Q2_K",), importance_matrix="never")
+    reading, quantizing = with_matrix.memory["quantize"], plain.memory["quantize"]
+    assert reading is not None and quantizing is not None and reading.resident > quantizing.resident
+    assert 0 < with_matrix.disk["quantize"].stays - plain.disk["quantize"].stays < 20_000
+    assert GapKind.QUANTIZED_SIZES not in {gap.kind for gap in estimate(quantization=("IQ2_XS",)).gaps}
+    assert "compare" not in plain.disk and plain.disk.keys() == estimate(compare_quantization=("Q4_K_M",)).disk.keys()
+    sizes = measure_exports(Context(finished, run, tiny_base), tmp_path / "log")
+    assert estimate(quantization=("IQ2_XS",)).disk["quantize"].stays < sizes.gguf
+    assert estimate(compare_quantization=("Q8_0",)).disk["compare"].passes == sizes.gguf
+    assert estimate(compare_quantization=("Q8_0",), lean=True).disk["compare"].passes == 2 * sizes.gguf
 
 
-def test_a_plan_foretells_a_run_and_leaves_nothing(
+def test_a_plan_predicts_the_run_and_leaves_no_files(
     kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     chats = write_chats(12)
@@ -96,7 +102,7 @@ def test_a_plan_foretells_a_run_and_leaves_nothing(
     assert "everything is done" in output
 
 
-def test_a_plan_for_several_machines_tells_what_they_send(
+def test_a_plan_for_several_machines_estimates_their_traffic(
     kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     arguments = [
@@ -105,16 +111,16 @@ def test_a_plan_for_several_machines_tells_what_they_send(
     ]  # fmt: skip
     code, output = kolotune(*arguments, "--link-mbit", "1", "--json")
     assert code == 0, output
-    found = next(event["plan"] for event in map(json.loads, output.splitlines()) if "plan" in event)["traffic"]
-    adapter = Adapter.of(read_shape(tiny_base), 2, ["all-linear"])
-    assert found["step"] == network.of_step(adapter.weights, 4)
-    assert found["seconds"] == network.seconds(found["step"], 1)
-    assert found["computing"] > 0 and 0 < found["share"] < 1 and found["enough"] >= 1
+    traffic = next(event["plan"] for event in map(json.loads, output.splitlines()) if "plan" in event)["traffic"]
+    adapter = AdapterShape.of(read_shape(tiny_base), 2, ["all-linear"])
+    assert traffic["step"] == network.gradient_bytes(adapter.weight_count, 4)
+    assert traffic["seconds"] == network.transfer_seconds(traffic["step"], 1)
+    assert traffic["computing"] > 0 and 0 < traffic["share"] < 1 and traffic["enough"] >= 1
     code, output = kolotune(*arguments, "--no-measure")
-    assert code == 0 and "from and to each machine" in output and "--link-mbit says how fast it is" in output
+    assert code == 0 and "a step" in output and "--link-mbit" in output
 
 
-def test_a_plan_for_a_parted_base_counts_what_it_holds_and_sends(
+def test_a_plan_counts_memory_and_traffic_of_a_sharded_base(
     kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     arguments = [
@@ -126,18 +132,18 @@ def test_a_plan_for_a_parted_base_counts_what_it_holds_and_sends(
     assert code == 0, output
     plan = next(event["plan"] for event in map(json.loads, output.splitlines()) if "plan" in event)
     shape = read_shape(tiny_base)
-    layers = sum(each.outputs * each.inputs for each in shape.linears)
-    # Two batches in each of the four processes; every batch needs the layers twice, and passes on 3/4 of them.
+    layers = sum(linear.weight_count for linear in shape.linears)
+    # Two batches in each of the four processes; every batch gathers the layers twice and passes on 3/4 of them.
     assert plan["traffic"]["base"] == 2 * 2 * layers * 4 * 3 // 4
-    gradients = network.of_step(Adapter.of(shape, 2, ["all-linear"]).weights, 4)
+    gradients = network.gradient_bytes(AdapterShape.of(shape, 2, ["all-linear"]).weight_count, 4)
     assert plan["traffic"]["step"] == gradients + plan["traffic"]["base"]
-    assert plan["traffic"]["enough"] is None, "more batches would bring the base more often"
+    assert plan["traffic"]["enough"] is None, "more batches would send the base more often"
     assert plan["memory"]["train"]["own"] > 0
     assert any(each.startswith("time: ") for each in plan["unknown"])
 
 
 def _huge_base(folder: Path, tiny: Path, layers: int) -> Path:
-    """A model folder with the headers of a huge model, whose weights are a hole in the disk."""
+    """Make a model folder with the headers of a huge model, whose weights are a hole in the disk."""
     folder.mkdir()
     for name in TOKENIZER_FILES:
         if (tiny / name).is_file():
@@ -171,21 +177,20 @@ def _huge_base(folder: Path, tiny: Path, layers: int) -> Path:
 
 
 def _layers_for(weights_in_memory: float) -> int:
-    """Layers of such a model, of which that many times the free memory are weights in bf16."""
+    """Return the layers of such a model whose weights in bf16 take that many times the free memory."""
     a_layer = 2 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 32768)
     return max(2, int(weights_in_memory * hardware.free_memory() / a_layer))
 
 
-def test_a_run_that_does_not_fit_the_memory_is_refused_before_it_begins(
+def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_starts(
     kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     base = _huge_base(tmp_path / "huge", tiny_base, _layers_for(1.5))
     out = tmp_path / "run"
     code, output = kolotune("run", write_chats(3), "--base-model", base, "--output-dir", out, "--dtype", "bf16")
     assert code == SpaceError.exit_code
-    assert "train takes about" in output
     assert "of memory" in output
-    assert "--base-model smollm2-135m" in output or "Give --base-model" in output
+    assert "--base-model" in output
     assert not RunFolder(out).prepared.exists()
     assert not (out / "config.yaml").exists()
 
@@ -198,17 +203,19 @@ def test_memory_advice_names_the_option_that_makes_it_fit(
     config = configs.resolve((values, "test", tmp_path))
     context = Context(config, RunFolder(tmp_path / "run"), base)
     names = {"train"}
-    needed = fit.needs(context, names, tmp_path / "log").memory["train"]
+    needed = estimate_needs(context, names, tmp_path / "log").memory["train"]
     assert needed is not None
     monkeypatch.setattr(hardware, "free_memory", lambda: needed.own - 500_000_000)
-    with pytest.raises(SpaceError, match="train takes about") as error:
-        fit.require_room(context, names, tmp_path / "log")
-    advice = error.value.hint
-    assert advice.startswith("Give --")
-    option, value = advice.removeprefix("Give ").partition(":")[0].split()
+    with pytest.raises(SpaceError, match=r"train .* of memory"):
+        fit.require_fit(context, names, tmp_path / "log")
+    needs_now = estimate_needs(context, names, tmp_path / "log")
+    (shortage,) = fit.find_shortages(needs_now, context, None, names, tmp_path / "log")
+    assert (shortage.resource, shortage.where) == (fit.Resource.MEMORY, "train")
+    assert shortage.advice.kind is AdviceKind.GIVE_OPTIONS
+    option, value = shortage.advice.options.split()
     changed = {**values, option[2:].replace("-", "_"): value}
     other = Context(configs.resolve((changed, "test", tmp_path)), context.run, base)
-    fit.require_room(other, names, tmp_path / "log")
+    fit.require_fit(other, names, tmp_path / "log")
 
 
 @pytest.mark.parametrize(
@@ -222,24 +229,23 @@ def test_memory_advice_names_the_option_that_makes_it_fit(
 def test_disk_advice_names_the_option_that_makes_it_fit(
     finished: Config, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, advice: str
 ) -> None:
-    import dataclasses
-    import shutil
-
     config = dataclasses.replace(finished, output_dir=tmp_path / "run", **options)
     context = Context(config, RunFolder(tmp_path / "run"), tiny_base)
     names = {stage.NAME for stage in pipeline.STAGES if stage.NAME not in pipeline.left_out(config)}
-    needed = fit.needs(context, names, tmp_path / "log").peak
+    needed = estimate_needs(context, names, tmp_path / "log").peak
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(fit.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
-    with pytest.raises(SpaceError, match=r"makes about .* but only .* are free") as error:
-        fit.require_room(context, names, tmp_path / "log")
-    assert f"Give {advice}:" in error.value.hint
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
+    with pytest.raises(SpaceError, match=r"needs about .* but only .* are free"):
+        fit.require_fit(context, names, tmp_path / "log")
+    needs_now = estimate_needs(context, names, tmp_path / "log")
+    (shortage,) = fit.find_shortages(needs_now, context, None, names, tmp_path / "log")
+    assert (shortage.resource, shortage.advice.options) == (fit.Resource.DISK, advice)
 
 
-def test_what_can_not_be_known_is_said(
+def test_unknown_training_memory_is_reported_as_a_gap(
     finished: Config, run_copy: RunFolder, tiny_base: Path, tmp_path: Path, reporter: PlainReporter
 ) -> None:
     config = config_of(run_copy, load_in_4bit=True)
-    found = fit.needs(Context(config, run_copy, tiny_base), {"train"}, tmp_path / "log")
-    assert found.memory["train"] is None
-    assert any("bitsandbytes" in each for each in found.unknown)
+    needed = estimate_needs(Context(config, run_copy, tiny_base), {"train"}, tmp_path / "log")
+    assert needed.memory["train"] is None
+    assert [gap.kind for gap in needed.gaps] == [GapKind.MEMORY_IN_4BIT]

@@ -1,0 +1,47 @@
+"""The memory of a process, and the batch that decides how much a training step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a stage, summed over its processes.
+
+    Attributes:
+        own: bytes that are freed only when the process ends.
+        mapped: bytes of mapped files (weights, libraries), which the system can drop when memory is short.
+    """
+
+    own: int
+    mapped: int
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.own + other.own, self.mapped + other.mapped)
+
+    @property
+    def resident(self) -> int:
+        """Bytes that a system monitor shows as long as memory is not short."""
+        return self.own + self.mapped
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sizes of chats that are computed together, as a packed sequence or a padded batch.
+
+    Attributes:
+        tokens: tokens of the batch.
+        chats: number of chats; a shared prefix counts as one more.
+        longest: tokens of the longest chat.
+        prefix: tokens of the shared prefix.
+        labels: tokens that have a label.
+        padded: whether attention computes them as a padded batch, which keeps its scores.
+    """
+
+    tokens: int
+    chats: int
+    longest: int
+    prefix: int
+    labels: int
+    padded: bool

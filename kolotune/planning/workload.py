@@ -1,0 +1,97 @@
+"""What a training works through: chats, tokens, steps, and the batch that needs most memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kolotune.engines.memory import BatchShape
+from kolotune.engines.training_length import TrainingLength, automatic_batch_size
+from kolotune.foundation.config import Config
+
+if TYPE_CHECKING:
+    from kolotune.engines.prepared_tokens import PreparedTokens
+
+_SEARCHED_STEPS = 300  # of the first epoch, for the largest batch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on.
+
+    Attributes:
+        chats, tokens: of the training part.
+        labelled: tokens of the training part that carry loss.
+        held_out_tokens: tokens of the held-out part.
+        batch_size: chats per batch.
+        steps_in_epoch, steps: optimizer steps.
+        warmup: steps in which the learning rate rises.
+        largest: the batch that needs most memory.
+    """
+
+    chats: int
+    tokens: int
+    labelled: int
+    held_out_tokens: int
+    batch_size: int
+    steps_in_epoch: int
+    steps: int
+    warmup: int
+    largest: BatchShape
+
+
+def read_workload(prepared: Path, config: Config) -> Workload:
+    """Return what training on a prepared folder takes."""
+    from kolotune.engines.prepared_tokens import PreparedTokens
+
+    tokens = PreparedTokens.load(prepared / "train.safetensors")
+    held_out = prepared / "held_out.safetensors"
+    batch_size = config.batch_size or automatic_batch_size(prepared / "train.safetensors")
+    length = TrainingLength.of(
+        len(tokens), batch_size, config.gradient_accumulation, config.epochs, config.warmup_steps
+    )
+    return Workload(
+        chats=len(tokens),
+        tokens=len(tokens.ids),
+        labelled=int(tokens.labelled.sum()),
+        held_out_tokens=len(PreparedTokens.load(held_out).ids) if held_out.is_file() else 0,
+        batch_size=batch_size,
+        steps_in_epoch=length.steps_in_epoch,
+        steps=length.steps,
+        warmup=length.warmup_steps,
+        largest=_largest_batch(tokens, config, batch_size),
+    )
+
+
+def _largest_batch(tokens: PreparedTokens, config: Config, batch_size: int) -> BatchShape:
+    """Return the batch that keeps most for the backward pass, among those of the first steps and the longest chat."""
+    from kolotune.engines.native import packing
+    from kolotune.engines.native.kernels import build
+    from kolotune.engines.prepared_tokens import epoch_steps, longest_first
+
+    compiled = config.compile != "off" and not build.why_not()
+
+    def batches() -> Iterator[BatchShape]:
+        steps = epoch_steps(len(tokens), 0, config.seed, batch_size * config.gradient_accumulation)
+        for step in [*islice(steps, _SEARCHED_STEPS), longest_first(tokens)[:1]]:
+            for group in packing.grouped(tokens, step):
+                packed = packing.pack(tokens, group, not config.lora_dropout)
+                lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
+                padded = not compiled and max(lengths) <= packing.LONG
+                yield BatchShape(len(packed.ids), len(lengths), max(lengths), packed.prefix, packed.labels, padded)
+
+    return max(batches(), key=lambda batch: (batch.tokens, batch.chats * batch.longest**2 * batch.padded))
+
+
+def describe_workload(workload: Workload, config: Config) -> str:
+    """Return the workload as a sentence."""
+    share = 100 * workload.labelled / max(1, workload.tokens)
+    accumulation = f" of {config.gradient_accumulation} batches" if config.gradient_accumulation > 1 else ""
+    return (
+        f"{workload.steps} steps{accumulation} in {config.epochs} epochs: {workload.chats} chats, "
+        f"{workload.tokens} tokens, {share:.0f}% of them answers, in batches of {workload.batch_size}; "
+        f"warmup: {workload.warmup} steps"
+    )
