@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -19,42 +19,35 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")  # Docker's own rule
 
 Name = Annotated[str, typer.Argument(help="The container's name.")]
 Certificates = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads annotations at run time
+    Path | None,
     typer.Option("--ca-bundle", help="Certificates (PEM) to trust, on machines behind a proxy.", show_default=False),
 ]
 
 app = typer.Typer(
-    help="The container that `--container` sends verbs into.", no_args_is_help=True, rich_markup_mode=None
+    help="Manage the container that --container sends verbs into.", no_args_is_help=True, rich_markup_mode=None
 )
-
-
-def add_to(parent: typer.Typer) -> None:
-    """Adds the verb of this module, with its own verbs."""
-    for verb in (build, start, stop, status, shell):
-        app.command()(verb)
-    parent.add_typer(app, name="container")
 
 
 def build(
     base: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Base image, best pinned as name@sha256:…; default: a slim Python.", show_default=False),
     ] = None,
     extra_index: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="One more package index for pip, as PyTorch's for the CPU or ROCm.", show_default=False),
     ] = None,
     wheels: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of wheels that pip takes first.", show_default=False),
     ] = None,
     pip_config: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="pip's settings during the build; they are not in the image.", show_default=False),
     ] = None,
     ca_bundle: Certificates = None,
     network: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Network of the build's steps, as host.", show_default=False),
     ] = None,
     json: Json = False,
@@ -76,19 +69,19 @@ def start(
     name: Name = names.DEFAULT_NAME,
     anew: Annotated[bool, typer.Option("--anew", help="Make the container anew; its volume stays.")] = False,
     image: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Its image; default: the one that `build` made.", show_default=False),
     ] = None,
     gpus: Annotated[str, typer.Option(metavar="auto|none|nvidia|amd", help="Which GPUs are passed through.")] = "auto",
     env: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="NAME=VALUE inside, as HSA_OVERRIDE_GFX_VERSION=10.3.0.", show_default=False),
     ] = None,
     port: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        list[int] | None,
         typer.Option(help="Port to publish, on this machine's loopback only.", show_default=False, min=1, max=65535),
     ] = None,
-    network: Annotated[Optional[str], typer.Option(help="Docker's network, as host.", show_default=False)] = None,  # noqa: UP045
+    network: Annotated[str | None, typer.Option(help="Docker's network, as host.", show_default=False)] = None,
     ca_bundle: Certificates = None,
     json: Json = False,
 ) -> int:
@@ -146,3 +139,7 @@ def _checked(name: str) -> str:
             f"container {name!r}: is no name that Docker takes", "Letters, digits, and _ . - behind them."
         )
     return name
+
+
+for _verb in (build, start, stop, status, shell):
+    app.command()(_verb)

@@ -1,4 +1,4 @@
-"""The verb that begins: init."""
+"""The verb `init`: starter chats and a commented config."""
 
 from __future__ import annotations
 
@@ -15,13 +15,8 @@ from .hints import CHATS_NAME, CONFIG_NAME
 from .options import reporter
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the verbs of this module."""
-    app.command()(init)
-
-
-def init(folder: Annotated[Path, typer.Argument(help="Folder to make or to fill.")] = Path(".")) -> int:
-    """Writes a few starter chats and a commented config into a folder."""
+def init(folder: Annotated[Path, typer.Argument(help="The folder to create or fill.")] = Path(".")) -> int:
+    """Write starter chats and a commented config into a folder."""
     import importlib.resources
 
     from kolotune.foundation.files import write_text
@@ -30,23 +25,23 @@ def init(folder: Annotated[Path, typer.Argument(help="Folder to make or to fill.
     files = {folder / CHATS_NAME: chats, folder / CONFIG_NAME: commented_config()}
     for path in files:
         if path.exists():
-            raise ConfigError(f"{path}: is there already", "Name another folder; nothing is overwritten.")
+            raise ConfigError(f"{path}: already exists", "Name another folder; nothing is overwritten.")
     for path, text in files.items():
         write_text(path.absolute(), text)
     say = reporter()
     say.success(f"wrote {' and '.join(str(path) for path in files)}")
-    say.note(f"put your own chats into {folder / CHATS_NAME}, then:")
+    say.note(f"Put your own chats into {folder / CHATS_NAME}, then:")
     say.note(f"  kolotune check {folder / CHATS_NAME}")
     say.note(f"  kolotune run --config {folder / CONFIG_NAME}")
     return 0
 
 
 def commented_config() -> str:
-    """A config file that names every option with its default, commented out, but for the training data."""
+    """Return a config file that names every option with its default; all but the training data is commented out."""
     defaults = dump(Config())
     values = {line.split(":")[0]: line for line in defaults.splitlines() if not line.startswith((" ", "-"))}
     lines = [
-        "# Options of a kolotune run; `kolotune run --help` shows them too.",
+        "# Options of a kolotune run, with their defaults; `kolotune run --help` lists them too.",
         "# Uncomment what you want to change.",
         "",
     ]
@@ -68,7 +63,7 @@ def commented_config() -> str:
 
 
 def _plain(default: object) -> str:
-    """A default as it stands in YAML."""
+    """Return a default as YAML writes it."""
     return f"[{', '.join(str(each) for each in default)}]" if isinstance(default, tuple) else str(default)
 
 

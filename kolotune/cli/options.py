@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -15,11 +15,14 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.reporter import Reporter, make_reporter
 from kolotune.foundation.secrets import STARS
 
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file with options; flags win over it.")]  # noqa: UP045
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with options; flags win over it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print every message as a line of JSON.")]
 Data = Annotated[
-    Optional[list[Path]],  # noqa: UP045 - typer reads annotations at run time
+    list[Path] | None,
     typer.Argument(help="Files of chats: JSONL, JSON, CSV or Parquet.", show_default=False),
+]
+Quantization = Annotated[
+    str | None, typer.Option(help="Which GGUF: a quantization of the run, or none; default: the run's first.")
 ]
 _HINTS = get_type_hints(Config, include_extras=True)
 _chosen_reporter: dict[bool, Reporter] = {}
@@ -65,11 +68,11 @@ def _flag(field: dataclasses.Field[Any]) -> inspect.Parameter:
     hint = _HINTS[field.name]
     name = "--" + field.name.replace("_", "-")
     if hint is bool:
-        kind: Any = Optional[bool]  # noqa: UP045
+        kind: Any = bool | None
         names = [f"{name}/--no-{name[2:]}"]
         metavar = None
     else:
-        kind = Optional[list[str]] if _is_list(field.name) else Optional[str]  # noqa: UP045
+        kind = list[str] | None if _is_list(field.name) else str | None
         names, metavar = [name], _metavar(hint)
     shown = typer.Option(*names, help=_help(field), metavar=metavar, show_default=False)
     return inspect.Parameter(

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -42,30 +42,30 @@ def _flags(
     on: Annotated[str, typer.Option(metavar="|".join(ON), help="Where; local: here, in the background.")] = "",
     submit: Annotated[bool, typer.Option("--submit", help="Do it; without, it is only shown.")] = False,
     hours: Annotated[float, typer.Option(help="A job is stopped after so many hours.")] = _DAY_HOURS,
-    gpus: Annotated[Optional[int], _option("GPUs of each machine.", metavar="N")] = None,  # noqa: UP045
-    cpus: Annotated[Optional[int], _option("Processor cores of each machine.", metavar="N")] = None,  # noqa: UP045
-    memory_gb: Annotated[Optional[float], _option("Memory of each machine.", metavar="GB")] = None,  # noqa: UP045
-    token_file: Annotated[Optional[str], _option("File with the hub's token, as the job sees it.")] = None,  # noqa: UP045
-    partition: Annotated[Optional[str], _option("slurm: as sbatch has it.")] = None,  # noqa: UP045
-    account: Annotated[Optional[str], _option("slurm: as sbatch has it.")] = None,  # noqa: UP045
-    qos: Annotated[Optional[str], _option("slurm: as sbatch has it.")] = None,  # noqa: UP045
-    sbatch: Annotated[Optional[list[str]], _option("slurm: one more option, as constraint=a100.")] = None,  # noqa: UP045
+    gpus: Annotated[int | None, _option("GPUs of each machine.", metavar="N")] = None,
+    cpus: Annotated[int | None, _option("Processor cores of each machine.", metavar="N")] = None,
+    memory_gb: Annotated[float | None, _option("Memory of each machine.", metavar="GB")] = None,
+    token_file: Annotated[str | None, _option("File with the hub's token, as the job sees it.")] = None,
+    partition: Annotated[str | None, _option("slurm: as sbatch has it.")] = None,
+    account: Annotated[str | None, _option("slurm: as sbatch has it.")] = None,
+    qos: Annotated[str | None, _option("slurm: as sbatch has it.")] = None,
+    sbatch: Annotated[list[str] | None, _option("slurm: one more option, as constraint=a100.")] = None,
     keep_secrets: Annotated[
         bool, typer.Option("--keep-secrets", help="slurm: the job's environment has HF_TOKEN and the like, too.")
     ] = False,
-    image: Annotated[Optional[str], _option("kubernetes: the container's image, in a registry.")] = None,  # noqa: UP045
-    claim: Annotated[Optional[str], _option("kubernetes: a volume claim, for files there and back.")] = None,  # noqa: UP045
-    namespace: Annotated[Optional[str], _option("kubernetes: as kubectl has it.")] = None,  # noqa: UP045
-    context: Annotated[Optional[str], _option("kubernetes: as kubectl has it.")] = None,  # noqa: UP045
+    image: Annotated[str | None, _option("kubernetes: the container's image, in a registry.")] = None,
+    claim: Annotated[str | None, _option("kubernetes: a volume claim, for files there and back.")] = None,
+    namespace: Annotated[str | None, _option("kubernetes: as kubectl has it.")] = None,
+    context: Annotated[str | None, _option("kubernetes: as kubectl has it.")] = None,
     token_secret: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         _option("kubernetes: secret in the cluster with the hub's token.", metavar="NAME/KEY"),
     ] = None,
-    gpu_kind: Annotated[Optional[str], _option("kubernetes: default nvidia.", metavar="nvidia|amd")] = None,  # noqa: UP045
-    host: Annotated[Optional[list[str]], _option("ssh: a machine, once for each; they meet at the first.")] = None,  # noqa: UP045
-    remote_folder: Annotated[Optional[str], _option("ssh: folder there; default kolotune-runs.")] = None,  # noqa: UP045
-    python: Annotated[Optional[str], _option("ssh: Python there that has kolotune; default python3.")] = None,  # noqa: UP045
-    ssh_config: Annotated[Optional[Path], _option("ssh: settings in place of your own.")] = None,  # noqa: UP045
+    gpu_kind: Annotated[str | None, _option("kubernetes: default nvidia.", metavar="nvidia|amd")] = None,
+    host: Annotated[list[str] | None, _option("ssh: a machine, once for each; they meet at the first.")] = None,
+    remote_folder: Annotated[str | None, _option("ssh: folder there; default kolotune-runs.")] = None,
+    python: Annotated[str | None, _option("ssh: Python there that has kolotune; default python3.")] = None,
+    ssh_config: Annotated[Path | None, _option("ssh: settings in place of your own.")] = None,
 ) -> None:
     """Never called: its parameters are the flags."""
 

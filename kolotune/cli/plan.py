@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 _DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the verb to the app."""
-    app.command()(plan)
-
-
 @with_options("data", "model", "training", "machines", "export")
 def plan(
     data: Data = None,
@@ -39,7 +34,7 @@ def plan(
     json: Json = False,
     **flags: Any,
 ) -> int:
-    """Show the steps, memory, disk space and time of a run, and what to change if it does not fit. Makes nothing."""
+    """Estimate the steps, memory, disk space and time of a run."""
     from kolotune.pipeline.plan import plan_run
 
     say = reporter(json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +14,12 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
-from . import hints, launch
+from . import hints
 from .comparison_table import showing
+from .launch import submit
 from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
 from .placement import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_given
-from .proving import reporting
+from .report import reporting
 
 if TYPE_CHECKING:
     from kolotune.sweeping.record import Record
@@ -28,12 +29,12 @@ _TRIALS = 10
 _DIGITS = 4
 _NONE = "-"
 Vary = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
+    list[str] | None,
     typer.Option(metavar="NAME=A,B|LOW..HIGH", help="An option and its values, or their range; several times."),
 ]
 Trials = Annotated[int, typer.Option(min=1, help="Settings that are tried, at most; few combinations are all tried.")]
 AtOnce = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(
         min=1,
         metavar="K",
@@ -42,11 +43,6 @@ AtOnce = Annotated[
     ),
 ]
 Finish = Annotated[bool, typer.Option("--finish/--no-finish", help="Bring the best one to its end, as `run` does.")]
-
-
-def add_to(app: typer.Typer) -> None:
-    """Adds the verbs of this module."""
-    app.command()(sweep)
 
 
 @with_options("data", "model", "training", "machines", "export", "comparison", more=FLAGS)
@@ -60,7 +56,7 @@ def sweep(
     json: Json = False,
     **flags: Any,
 ) -> int:
-    """Trains with several settings over the same chats; the best by held-out loss becomes the model.
+    """Try several settings; the best by held-out loss becomes the model.
 
     One after the other on this machine, or with --on as jobs side by side.
     """
@@ -116,7 +112,7 @@ def _side_by_side(
         folder = RunFolder(chosen.output_dir)
         launcher = again(folder)[0] if folder.launched.is_file() else launchers[0]
         chosen = dataclasses.replace(chosen, template_date=shared_elsewhere(wanted).template_date)
-        return launch.submit(launcher, placing.order(chosen), say)
+        return submit(launcher, placing.order(chosen), say)
 
     return _end(wanted, record, say, finished_there if finish else None)
 

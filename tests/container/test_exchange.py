@@ -122,7 +122,7 @@ def test_an_adapter_and_a_merge_elsewhere(made: Path, container: Client, small_b
     catalog.checked_folder(tmp_path / "merged")
     assert container.inside("ls", str(names.OUTSIDE)) == ""
     code, output = container(*command, cwd=tmp_path)
-    assert code == 2 and "is there already" in output
+    assert code == 2 and "already" in output
     command = ["export", "adapter", "--base", small_base, "--output-dir", "exported", "--quantization", "none"]
     code, output = container(*command, "--container", cwd=tmp_path)
     assert code == 0, output
@@ -139,7 +139,7 @@ def test_names_that_are_hard_to_carry(container: Client, small_base: Path, tmp_p
     os.rename(room / "chats.jsonl", room / "-; rm -rf ~ 日本.jsonl")
     command = ["check", "--base-model", small_base, "--container", "--", "-; rm -rf ~ 日本.jsonl"]
     code, output = container(*command, cwd=room)
-    assert code == 0 and "the chats are good" in output, output
+    assert code == 0 and "No problems found" in output, output
     code, output = container(*command, "none.jsonl", cwd=room)
     assert code == 3 and "none.jsonl" in output and "Traceback" not in output
 

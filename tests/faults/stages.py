@@ -108,7 +108,8 @@ def _wait_to_be_traced(reports: bool) -> None:
 
 def _without_report(reports: bool) -> None:
     """Drawing takes longer than any stage, and is a target of its own."""
-    from kolotune.cli import making
+
+    from kolotune.cli import run as verb
 
     if not reports:
-        making.reporting = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, attr-defined]
+        verb.reporting = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, attr-defined]

@@ -155,12 +155,11 @@ def test_init_then_check(kolotune: Call, tmp_path: Path, monkeypatch: Any) -> No
     for arguments in (["chats.jsonl"], ["--config", "kolotune.yaml"]):
         code, output = kolotune("check", *arguments)
         assert code == 0, output
-        assert "the chats are good" in output
+        assert "No problems found in" in output
         assert "chats to train on" in output
     before = (tmp_path / "chats.jsonl").read_bytes()
     code, output = kolotune("init")
-    assert code == 2
-    assert "is there already" in output
+    assert code == 2 and "chats.jsonl: already exists" in output
     assert (tmp_path / "chats.jsonl").read_bytes() == before
 
 
@@ -251,7 +250,7 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
 
 def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -> None:
     """Not there yet is nothing missing; a variable that names nothing is."""
-    from kolotune.cli.looking import _torchtune
+    from kolotune.cli.doctor import _torchtune
 
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
     name, state, what = _torchtune()
@@ -299,11 +298,11 @@ def test_merge_elsewhere_gives_the_runs_own_merged_model(kolotune: Call, finishe
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == ours
     code, output = kolotune("merge", *flags, "--out", tmp_path / "merged")
     assert code == 2
-    assert "is there already" in output
+    assert "merged: already exists" in output
     for wrong in (["--adapter", run.adapter], ["--out", tmp_path / "x"], ["--base", "b"]):
         code, output = kolotune("merge", *wrong)
         assert code == 2
-        assert "--adapter and --out go together" in output
+        assert "--adapter and --out need each other" in output
     code, output = kolotune("merge", "--adapter", tmp_path, "--base", finished.base_model, "--out", tmp_path / "x")
     assert code == 4
     assert "holds no adapter" in output

@@ -9,7 +9,8 @@ import pytest
 import typer
 import yaml
 
-from kolotune.cli import app, in_container
+from kolotune.cli import in_container
+from kolotune.cli.app import app
 from kolotune.cli.in_container import Wish, _Call, wish_of
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, DataError

@@ -1,0 +1,103 @@
+"""The verb `chat`: talk to a result in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation.config import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_OUTPUT_DIR,
+    DEFAULT_SEED,
+    DEFAULT_TEMPERATURE,
+)
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.reporter import print_pieces
+from kolotune.run_folder.layout import RunFolder
+
+from .one_stage import Run
+from .options import Quantization, reporter
+
+
+def chat(
+    run: Run = DEFAULT_OUTPUT_DIR,
+    name: Annotated[str | None, typer.Argument(help="With --ollama: the model's name there.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and exit.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Chat with the base model instead of the tuned one.")] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Chat with it in Ollama, under the name it was installed with.")
+    ] = False,
+    quantization: Quantization = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; default: the run's.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help=f"0: always the most likely token. [default: {DEFAULT_TEMPERATURE}; in Ollama the model's]"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Longest answer, in tokens. [default: {DEFAULT_MAX_TOKENS}; in Ollama the model's]"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help=f"Sampling seed. [default: {DEFAULT_SEED}; in Ollama the model's]"),
+    ] = None,
+) -> int:
+    """Chat with the result, through llama.cpp or in Ollama."""
+    say = reporter()
+    if ollama:
+        if base or quantization:
+            raise ConfigError("chat: --ollama cannot be combined with --base or --quantization")
+        ask = _in_ollama(run, name, system, temperature, max_tokens, seed)
+    elif name is not None:
+        raise ConfigError(f"chat: {name!r} can only be a name in Ollama", "Add --ollama.")
+    else:
+        from kolotune.serving.terminal_chat import open_chat
+
+        talk = open_chat(RunFolder(run.absolute()), say, quantization=quantization, base=base, system=system)
+        ask = partial(
+            talk.ask,
+            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+            max_tokens=max_tokens or DEFAULT_MAX_TOKENS,
+            seed=DEFAULT_SEED if seed is None else seed,
+        )
+
+    if prompt is not None:
+        print_pieces(ask(prompt))
+    else:
+        say.note("Type a message; an empty line or Ctrl-D ends the chat.")
+        _converse(ask)
+    return 0
+
+
+def _converse(ask: Callable[[str], Iterable[str]]) -> None:
+    """Answer each line, until an empty one or the end of the input."""
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        print_pieces(ask(text))
+
+
+def _in_ollama(
+    run: Path,
+    name: str | None,
+    system: str | None,
+    temperature: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+) -> Callable[[str], Iterator[str]]:
+    from kolotune.ollama.install import OllamaChat, installed_name
+
+    if name is None:  # `chat --ollama NAME`: the first argument is the name
+        name = installed_name(RunFolder(run.absolute())) if run.is_dir() or run == DEFAULT_OUTPUT_DIR else str(run)
+    talk = OllamaChat(name, system)
+    return partial(talk.ask, temperature=temperature, max_tokens=max_tokens, seed=seed)

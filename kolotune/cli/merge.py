@@ -1,0 +1,58 @@
+"""The verb `merge`: a stage of a run folder, or an adapter made elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation.config import DEFAULT_OUTPUT_DIR, Config
+from kolotune.foundation.errors import ConfigError
+
+from .export import base_named_by
+from .one_stage import Lean, Run, run_one_stage
+from .options import Json, config_of, reporter, with_options
+
+
+@with_options()
+def merge(
+    run: Run = DEFAULT_OUTPUT_DIR,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter in PEFT's format, made elsewhere.")] = None,
+    base: Annotated[str | None, typer.Option(help="Its base model; default: the one that it names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to create.")] = None,
+    merge_dtype: Annotated[str | None, typer.Option(metavar="f16|bf16|fp32", help="How weights are stored.")] = None,
+    lean: Lean = None,
+    json: Json = False,
+) -> int:
+    """Merge the adapter into its base model."""
+    flags = {"merge_dtype": merge_dtype, "lean": lean}
+    if adapter is None and out is None and base is None:
+        return run_one_stage("merge", run, json, flags)
+    if adapter is None or out is None:
+        raise ConfigError("merge: --adapter and --out need each other", "kolotune merge --adapter A --out M")
+    return _merge_elsewhere(adapter, base, out, config_of(flags), json)
+
+
+def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config, json: bool) -> int:
+    from kolotune.base_models import catalog
+    from kolotune.foundation.files import replacing
+    from kolotune.stages.merge import merge_adapter
+    from kolotune.weights.merge import tokenizer_of
+
+    say = reporter(json)
+    if out.exists():
+        raise ConfigError(f"{out}: already exists", "Name a new folder; nothing is overwritten.")
+    base_folder = catalog.resolve(base or base_named_by(adapter), None, say)
+    with replacing(out.absolute()) as partial:
+        partial.mkdir()
+        merge_adapter(
+            adapter,
+            base_folder,
+            partial,
+            tokenizer=tokenizer_of(adapter, base_folder),
+            dtype=config.merge_dtype,
+            reporter=say,
+        )
+    say.success(f"merged: {out}")
+    return 0

@@ -1,0 +1,16 @@
+"""The verb `modelfile`: one stage of a run folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
+
+from .one_stage import Run, run_one_stage
+from .options import Json, with_options
+
+
+@with_options("export", leave_out=("output_dir", "merge_dtype", "compare"))
+def modelfile(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
+    """Write a Modelfile for each GGUF."""
+    return run_one_stage("modelfile", run, json, flags)

@@ -1,0 +1,50 @@
+"""Run one stage of a run folder: what the verbs that are named as stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation.config import FIELDS
+from kolotune.foundation.errors import ConfigError, RunFolderError
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.retention import left_out
+
+from . import hints
+from .options import config_of, reporter
+
+Run = Annotated[Path, typer.Argument(help="The run folder.")]
+Lean = Annotated[bool | None, typer.Option("--lean/--no-lean", help=FIELDS["lean"].metadata["help"])]
+
+
+def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]) -> int:
+    """Run the stage `name`, whether or not anything changed; return the exit code.
+
+    Raises:
+        ConfigError: a lean run does not keep what the stage makes.
+        RunFolderError: `root` is no run folder, or an earlier stage is not done.
+    """
+    from kolotune.pipeline import run as pipeline
+
+    folder = RunFolder(root.absolute()).require()
+    resolved = config_of(flags, saved=folder.config)
+    if name in left_out(resolved):
+        raise ConfigError(
+            f"{name}: this run is lean and does not keep the output of {name}",
+            f"To make it anyway: kolotune {name} {hints.as_typed(folder.root)} --no-lean",
+        )
+    for stage in pipeline.status(folder, resolved):
+        if stage.name == name:
+            break
+        if stage.has_work:
+            raise RunFolderError(
+                f"{folder.root}: {name} needs {stage.name}, which is not done ({'; '.join(stage.why)})",
+                f"Run `kolotune {stage.name} {hints.as_typed(folder.root)}` first, or `kolotune run` for all stages.",
+            )
+    resolved = dataclasses.replace(resolved, output_dir=folder.root)
+    pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder), again=[name])
+    return 0

@@ -1,0 +1,42 @@
+"""The verb `push`: upload a result to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kolotune.foundation import config as configs
+from kolotune.foundation.formatting import format_size
+from kolotune.run_folder.layout import RunFolder
+
+from .options import Json, config_of, reporter
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    repository: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
+    what: Annotated[Literal["adapter", "merged", "gguf"], typer.Option(help="What to upload.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the model card and the files; upload nothing.")
+    ] = False,
+    hf_token: Annotated[str | None, typer.Option(help=str(configs.FIELDS["hf_token"].metadata["help"]))] = None,
+    json: Json = False,
+) -> int:
+    """Upload a result to the hub; private unless --public."""
+    from kolotune.base_models import catalog
+    from kolotune.publish import push as hub
+
+    say = reporter(json)
+    source = config_of({"hf_token": hf_token}).hf_token
+    say.doing("reading the files")
+    parcel = hub.packed(RunFolder(run.absolute()), repository, what)
+    if dry_run:
+        say.result(parcel.card)
+        say.note(f"{len(parcel.files)} files, {format_size(parcel.size)}; nothing was uploaded")
+        return 0
+    address = hub.push(parcel, repository, what, catalog.read_token(source), public, say)
+    say.success(f"{'public' if public else 'private'}: {address}")
+    return 0

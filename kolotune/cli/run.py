@@ -1,0 +1,33 @@
+"""The verb `run`: all stages, from chats to a model for Ollama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kolotune.run_folder.layout import RunFolder
+
+from . import hints
+from .comparison_table import showing
+from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
+from .report import reporting
+
+
+@with_options("data", "model", "training", "machines", "export", "comparison")
+def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
+    """Run all stages that have work, from chats to a model."""
+    from kolotune.pipeline import run as pipeline
+
+    say = reporter(json)
+    resolved = config_of(flags, data, config)
+    if not resolved.train_data:
+        raise hints.no_chats("run")
+    hints.require_files((*resolved.train_data, *resolved.eval_data))
+    show(resolved, say)
+    folder = RunFolder(resolved.output_dir)
+    with showing(folder, say, wanted=resolved.compare), reporting(folder, say):
+        pipeline.run(resolved, say)
+    say.success(f"Done: {folder.root}")
+    shown = hints.as_typed(folder.root)
+    say.note(f"Chat with it:        kolotune chat {shown}")
+    say.note(f"Put it into Ollama:  kolotune install {shown} my-model")
+    return 0

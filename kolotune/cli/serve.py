@@ -1,0 +1,34 @@
+"""The verb `serve`: a result behind OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation.config import (
+    DEFAULT_HOST,
+    DEFAULT_OUTPUT_DIR,
+    DEFAULT_PORT,
+)
+from kolotune.run_folder.layout import RunFolder
+
+from .one_stage import Run
+from .options import Json, Quantization, reporter
+
+
+def serve(
+    run: Run = DEFAULT_OUTPUT_DIR,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anything but this machine's own is reachable by others.")
+    ] = DEFAULT_HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = DEFAULT_PORT,
+    quantization: Quantization = None,
+    json: Json = False,
+) -> int:
+    """Serve the result through OpenAI's API, as Ollama would."""
+    from kolotune.serving.app import serve as serve_model
+    from kolotune.serving.served_model import ServedModel
+
+    serve_model(ServedModel(RunFolder(run.absolute()), quantization), host, port, reporter(json))
+    return 0

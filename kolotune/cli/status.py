@@ -1,0 +1,29 @@
+"""The verb `status`: which stages are done, and why the others will run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
+from kolotune.run_folder.layout import RunFolder
+
+from .one_stage import Run
+from .options import Json, reporter
+
+
+def status(
+    run: Run = DEFAULT_OUTPUT_DIR,
+    why: Annotated[bool, typer.Option("--why", help="Show every reason, not only the first.")] = False,
+    json: Json = False,
+) -> int:
+    """Show the stages of a run: done, or why they will run."""
+    from kolotune.pipeline import run as pipeline
+
+    rows = [
+        (stage.name, stage.state, "; ".join(stage.why if why else stage.why[:1]))
+        for stage in pipeline.status(RunFolder(run.absolute()))
+    ]
+    reporter(json).table(str(run), ("stage", "state", "why"), rows)
+    return 0

@@ -1,0 +1,37 @@
+"""What is installed: the client alone, or all of kolotune; and how to install the rest.
+
+The client (no PyTorch) starts jobs on other machines and speaks to Docker and Ollama. Everything that reads chats,
+weights or GGUFs needs the packages of the extra ``local``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from .errors import ToolchainError
+
+# This changes on the day that kolotune is on a package index; README.md says the same.
+INSTALL_LOCAL = "pip install '.[local]' in a clone of kolotune, or pip install 'kolotune[local] @ FILE.whl'"
+LOCAL_PACKAGES = (
+    "gguf", "jinja2", "llama_cpp", "matplotlib", "numpy", "psutil", "pyarrow", "safetensors", "starlette", "tokenizers",
+    "torch", "transformers", "uvicorn",
+)  # fmt: skip
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of the extra ``local`` that are not installed; none is imported to find out."""
+    return [name for name in LOCAL_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def require_local(verb: str) -> None:
+    """Check that everything is installed that `verb` may need, before it does anything.
+
+    Raises:
+        ToolchainError: this is the client alone.
+    """
+    missing = missing_packages()
+    if missing:
+        raise ToolchainError(
+            f"{verb} needs the full installation; missing here: {', '.join(missing)}",
+            f"Install it: {INSTALL_LOCAL}. Or run it elsewhere: --container, or `kolotune launch`.",
+        )
