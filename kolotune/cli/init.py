@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kolotune.foundation.config import Config, dump
+from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
 
 from .hints import CHATS_NAME, CONFIG_NAME
@@ -53,8 +54,9 @@ def commented_config() -> str:
             kind = field.metadata["kind"]
             lines += [f"# --- {kind}", ""]
         lines.append(f"# {field.metadata['help']}")
-        if field.metadata["torchtune"] is not None:
-            lines.append(f"# With engine: torchtune the default is {_plain(field.metadata['torchtune'])}.")
+        for name, entry in ENGINES.items():
+            if field.name in entry.defaults:
+                lines.append(f"# With engine: {name} the default is {_plain(entry.defaults[field.name])}.")
         if field.name == "train_data":
             lines += [f"train_data: [{CHATS_NAME}]", ""]
             continue

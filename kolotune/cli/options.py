@@ -12,6 +12,7 @@ import typer
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
+from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.reporter import Reporter, make_reporter
 from kolotune.foundation.secrets import STARS
 
@@ -101,12 +102,13 @@ def _help(field: dataclasses.Field[Any]) -> str:
     parts = [str(field.metadata["help"])]
     if field.default is not None and field.default is not False and field.default != ():
         parts.append(f"[default: {_in_words(field.default)}]")
-    if field.metadata["torchtune"] is not None:
-        parts.append(f"[with torchtune: {_in_words(field.metadata['torchtune'])}]")
+    for name, entry in ENGINES.items():
+        if field.name in entry.defaults:
+            parts.append(f"[with {name}: {_in_words(entry.defaults[field.name])}]")
     return " ".join(parts)
 
 
-def _in_words(default: Any) -> str:
+def _in_words(default: object) -> str:
     return ",".join(str(each) for each in default) if isinstance(default, tuple) else str(default)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from . import quantization_types
+from .engine_registry import ENGINES, EngineName
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,16 +30,15 @@ DEFAULT_TEMPERATURE, DEFAULT_MAX_TOKENS, DEFAULT_SEED = 0.7, 512, 0
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 
 
-def option(default: Any, text: str, *, kind: str = "training", torchtune: Any = None) -> Any:
+def option(default: Any, text: str, *, kind: str = "training") -> Any:
     """A field of `Config`: its default, the sentence that `--help` shows, and the group it is shown in.
 
     Args:
         default: the value when nobody gives one.
         text: one sentence for `--help`.
         kind: the group in `--help` and in the printed config.
-        torchtune: the default under ``engine: torchtune``, where it is another one; None: the same.
     """
-    return field(default=default, metadata={"help": text, "kind": kind, "torchtune": torchtune})
+    return field(default=default, metadata={"help": text, "kind": kind})
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ class Config:
     hf_token: str | None = option(
         None, "Where the hub token is read: a file, or - for standard input. Never the token itself.", kind="model"
     )
-    engine: Literal["native", "torchtune"] = option(
-        "native", "What trains; torchtune gets an environment of its own, on first use.", kind="model"
+    engine: EngineName = option(
+        "native",
+        f"Training engine: {'; '.join(f'{name}, {entry.summary}' for name, entry in ENGINES.items())}.",
+        kind="model",
     )
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
@@ -80,33 +82,29 @@ class Config:
     load_in_4bit: bool = option(False, "Keep the base in 4 bits while training (bitsandbytes).", kind="model")
 
     epochs: Annotated[int, Ge(0)] = option(3, "Times that every chat is trained on.")
-    learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.", torchtune=1e-4)
+    learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.")
     scheduler_type: Literal["cosine", "linear", "constant"] = option("cosine", "How the learning rate goes down.")
     warmup_steps: Annotated[int, Ge(0)] | None = option(
-        None, "Steps in which the learning rate rises; default: a tenth of all, at most 100.", torchtune=100
+        None, "Steps in which the learning rate rises; default: a tenth of all, at most 100."
     )
     weight_decay: Annotated[float, Ge(0), Le(1)] = option(0.01, "AdamW's weight decay.")
     batch_size: Annotated[int, Ge(1)] | None = option(
-        None, "Chats of a batch; default: 4, and of many short ones as many as make 1,000 tokens.", torchtune=1
+        None, "Chats of a batch; default: 4, and of many short ones as many as make 1,000 tokens."
     )
     gradient_accumulation: Annotated[int, Ge(1)] = option(1, "Batches that make one step.")
-    max_grad_norm: Annotated[float, Ge(0)] = option(1.0, "Gradients are clipped to this norm; 0: never.", torchtune=0.0)
+    max_grad_norm: Annotated[float, Ge(0)] = option(1.0, "Gradients are clipped to this norm; 0: never.")
     seed: Annotated[int, Ge(0), Lt(2**32)] = option(42, "Seed of initial weights, order and dropout.")
     lora_rank: Annotated[int, Ge(1), Le(4096)] = option(16, "Rank of the adapter.")
-    lora_alpha: Annotated[float, Gt(0)] = option(
-        32.0, "Scale of the adapter; it is multiplied by alpha / rank.", torchtune=16.0
-    )
+    lora_alpha: Annotated[float, Gt(0)] = option(32.0, "Scale of the adapter; it is multiplied by alpha / rank.")
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(0.0, "Dropout before the adapter.")
     target_modules: tuple[str, ...] = option(
-        ("all-linear",),
-        "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head.",
-        torchtune=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ("all-linear",), "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head."
     )
     early_stopping: Annotated[int, Ge(0)] = option(
         0, "Stop when the held-out loss has not improved in so many epochs, and keep the best; 0: never."
     )
     checkpoint_steps: Annotated[int, Ge(0)] = option(
-        100, "A checkpoint is written every so many steps and after each epoch; 0: after each epoch only.", torchtune=0
+        100, "A checkpoint is written every so many steps and after each epoch; 0: after each epoch only."
     )
     use_checkpoint: bool = option(False, "Go on from the newest whole checkpoint, or start when there is none.")
 
@@ -168,10 +166,6 @@ class Config:
 
 
 FIELDS = {each.name: each for each in dataclasses.fields(Config)}
-UNDER_TORCHTUNE: dict[str, Any] = {
-    name: each.metadata["torchtune"] for name, each in FIELDS.items() if each.metadata["torchtune"] is not None
-}
-"""The defaults that are others under ``engine: torchtune``: those of the scripts that kolotune replaces."""
 
 
 def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
@@ -182,7 +176,7 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
             a later layer wins. A value of None says nothing, an explicit 0, empty string or False counts.
 
     What no layer gives gets the default of the engine. A run's saved config gives every option that has a value:
-    another engine for such a run changes the engine alone, and what was automatic (warmup, batch) to torchtune's.
+    a different engine for such a run changes the engine alone, and automatic values (warmup, batch) to that engine's.
 
     Raises:
         ConfigError: unknown keys and impossible values, all of them in one message.
@@ -199,8 +193,8 @@ def resolve(*layers: tuple[Mapping[str, Any], str, Path]) -> Config:
             elif value is not None:
                 values[key] = normalized(key, value, folder)
                 origins[key] = origin
-    if values.get("engine") == "torchtune":
-        values = {**UNDER_TORCHTUNE, **values}
+    if isinstance(name := values.get("engine"), str) and name in ENGINES:
+        values = {**ENGINES[name].defaults, **values}
     config = None
     try:
         config = TypeAdapter(Config).validate_python(values)
@@ -283,8 +277,8 @@ def _cross_checks(config: Config | None, values: Mapping[str, Any]) -> list[str]
         problems.append("nnodes: several machines need rdzv, the address of one of them as HOST:PORT")
     if config.sharding == "on" and (config.nnodes * config.nproc == 1 or config.load_in_4bit):
         problems.append("sharding: needs several processes (nproc, nnodes), and does not go with load-in-4bit")
-    if config.sharding == "off" and config.engine == "torchtune" and config.nnodes * config.nproc > 1:
-        problems.append("sharding: several processes of torchtune always part the base; leave sharding out")
+    if config.sharding == "off" and ENGINES[config.engine].always_shards and config.nnodes * config.nproc > 1:
+        problems.append(f"sharding: several processes of {config.engine} always shard the base; leave sharding out")
     return problems
 
 

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _IMAGE = Path(__file__).with_name("image")
 _LOCK = "requirements.lock"
-# What makes llama.cpp's converter and torchtune's environment: steps of their own, which other changes must not repeat.
+# Modules that fetch llama.cpp's converter or make an engine's environment: separate build steps, which Docker does not
+# repeat when other files change.
 _FETCHING = (
     "__init__.py",
     "base_models/__init__.py",
@@ -40,13 +42,7 @@ _STEPS = {
         "llamacpp/__init__.py",
         "llamacpp/toolchain.py",
     ),
-    "torchtune": (
-        *_FETCHING,
-        "engines/__init__.py",
-        "engines/torchtune/__init__.py",
-        "engines/torchtune/environment.py",
-        "engines/torchtune/requirements.txt",
-    ),
+    **{name: (*_FETCHING, *entry.image_files) for name, entry in ENGINES.items() if entry.image_files},
 }
 
 

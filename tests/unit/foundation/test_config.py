@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from kolotune.cli.init import commented_config
 from kolotune.foundation import quantization_types
-from kolotune.foundation.config import FIELDS, UNDER_TORCHTUNE, Config, as_record, dump, load_file, resolve
+from kolotune.foundation.config import FIELDS, Config, as_record, dump, load_file, resolve
+from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
 
 HERE = Path("/here")
@@ -408,7 +409,7 @@ def test_under_torchtune_the_originals_defaults_hold() -> None:
     assert {name: getattr(found, name) for name in rest} == {name: getattr(resolve(), name) for name in rest}
 
 
-@pytest.mark.parametrize("name", sorted(UNDER_TORCHTUNE))
+@pytest.mark.parametrize("name", sorted(ENGINES["torchtune"].defaults))
 def test_what_is_given_holds_under_torchtune_too(name: str) -> None:
     native = getattr(Config(), name)
     if native is not None:  # the native default, said aloud
