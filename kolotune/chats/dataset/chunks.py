@@ -14,9 +14,9 @@ from typing import Any
 from kolotune.foundation.errors import DataError, TemplateError
 
 from ..chat import Chat
-from ..reading.faults import Problem
+from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.files import read_chat
-from ..reading.json_files import Row, Unparsed
+from ..reading.records import AnyRecord, RawRecord
 from ..tokens.encoder import EncodedChat, Encoder
 from .holdout import is_held_out
 from .near_duplicates import Look
@@ -48,7 +48,7 @@ class Chunk:
     source: int
     path: Path
     share: float
-    records: list[Row | Unparsed]
+    records: list[AnyRecord]
     compared: int
 
 
@@ -79,13 +79,13 @@ class Outcome:
     lowest: tuple[bytes, int] | None = None
 
 
-def chunks(source: int, path: Path, share: float, records: Iterable[Row | Unparsed], compared: int) -> Iterator[Chunk]:
+def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], compared: int) -> Iterator[Chunk]:
     """The records of a file in parts of bounded size; the first `compared` of them are compared."""
-    part: list[Row | Unparsed] = []
+    part: list[AnyRecord] = []
     size = 0
     for record in records:
         part.append(record)
-        size += len(record.data) if isinstance(record, Unparsed) else 0
+        size += len(record.data) if isinstance(record, RawRecord) else 0
         if len(part) >= _RECORDS or size >= _BYTES:
             yield Chunk(source, path, share, part, compared)
             compared = max(0, compared - len(part))
@@ -147,13 +147,13 @@ class Work:
         try:
             fitting, found = self._fit(chat, encoded)
         except (TemplateError, DataError) as error:
-            out.refused[kept.number] = Problem(chat.source, chat.line, "template", error.cause)
+            out.refused[kept.number] = Problem(chat.source, chat.line, Fault(FaultKind.TEMPLATE, error.cause))
         else:
             if found is None:
                 state = TOO_LONG
             elif 1 not in found.packed_labels:
                 cause = "no token of it would be trained on"
-                out.refused[kept.number] = Problem(chat.source, chat.line, "no-label", cause)
+                out.refused[kept.number] = Problem(chat.source, chat.line, Fault(FaultKind.NO_LABEL, cause))
             else:
                 state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(found)
                 flags |= found.special_in_content * SPECIAL | found.boundary_merge * MERGED

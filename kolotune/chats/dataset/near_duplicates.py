@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..chat import Chat
-from ..reading.faults import printable
+from ..reading.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np

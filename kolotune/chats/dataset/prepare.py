@@ -20,7 +20,7 @@ from kolotune.foundation.errors import DataError
 from kolotune.runners import workers
 
 from ..reading.faults import Problem
-from ..reading.files import no_chats, opened, require_file, shape_names
+from ..reading.files import describe_shapes, no_chats, opened, require_file
 from ..templates.template import ChatTemplate, freeze_date
 from ..tokens.encoder import Encoder
 from ..tokens.tokenizer import chat_template, load_tokenizer, template_text
@@ -200,7 +200,7 @@ class _Gathered:
         for path, container, shapes, problems in zip(
             self.paths, self._containers, self._shapes, self._problems, strict=True
         ):
-            self.prepared.shapes[str(path)] = f"{container}, {shape_names(shapes)}"
+            self.prepared.shapes[str(path)] = f"{container}, {describe_shapes(shapes)}"
             self.prepared.problems += sorted(problems, key=lambda problem: problem.line)
 
 

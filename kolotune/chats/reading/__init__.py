@@ -1,1 +1,1 @@
-"""Read chat files: containers, record shapes, messages, and faults with file and line."""
+"""Read chat files: file formats, shapes of records, messages, and faults with file and line."""

@@ -1,38 +1,42 @@
-"""Reading files of chats: which container, which shape, what is wrong."""
+"""Open chat files of any format, read their chats, and report what is wrong with them."""
 
 from __future__ import annotations
 
 import errno
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from kolotune.foundation.errors import DataError
 
 from ..chat import Chat
-from .faults import Fault, Problem, printable
-from .json_files import Row, Unparsed, is_array, read_json, read_jsonl
-from .records import Reading, read_record
-from .tables import read_csv, read_parquet
+from .csv_files import read_csv
+from .faults import Problem
+from .json_files import read_json
+from .jsonl_files import is_array, read_jsonl
+from .parquet_files import read_parquet
+from .printable import printable
+from .records import AnyRecord, RawRecord
+from .shapes import ShapedRecord, read_record
 
 MAX_PROBLEMS_PER_RECORD = 3
 _KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
 
-
-Records = Iterator[Row | Unparsed]
+Records: TypeAlias = Iterator[AnyRecord]
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[str, Records]]:
-    """A file of chats: the name of its container, and its records, each to be read by `read_chat`.
+    """Open a file of chats as the name of its format and its records, each to be read by `read_chat`.
 
     Raises:
-        DataError: the file can't be read at all: it is missing, a folder, empty, or of an unknown kind; also in the
-            block, when reading fails later.
-        ToolchainError: a Parquet file is given and pyarrow is not installed.
+        DataError: The file is missing, a folder, empty, or of an unknown format; also inside the block, when reading
+            fails later.
+        ToolchainError: It is a Parquet file, and pyarrow is not installed.
     """
     try:
         require_file(path)
@@ -41,28 +45,33 @@ def opened(path: Path) -> Iterator[tuple[str, Records]]:
         raise _unreadable(path, error) from error
 
 
-def read_chat(path: Path, record: Row | Unparsed) -> tuple[str, Chat | list[Problem]]:
-    """The shape of a record ("" when none is recognised), and its chat or what is wrong with it."""
-    row = record.row() if isinstance(record, Unparsed) else record
-    reading = Reading("", faults=(row.fault,)) if row.fault else read_record(row.value)
-    if reading.faults:
-        return reading.shape, _problems(path, row.line, reading.faults)
-    return reading.shape, Chat(reading.messages, path, row.line, reading.tools)
+def read_chat(path: Path, record: AnyRecord) -> tuple[str, Chat | list[Problem]]:
+    """Read a record.
+
+    Returns:
+        The name of its shape ("" if none fits), and its chat or what is wrong with it.
+    """
+    parsed = record.parse() if isinstance(record, RawRecord) else record
+    shaped = ShapedRecord("", faults=(parsed.fault,)) if parsed.fault else read_record(parsed.value)
+    if shaped.faults:
+        faults = shaped.faults[:MAX_PROBLEMS_PER_RECORD]
+        return shaped.shape, [Problem(path, parsed.line + fault.line_offset, fault) for fault in faults]
+    return shaped.shape, Chat(shaped.messages, path, parsed.line, shaped.tools)
 
 
 def no_chats(path: Path) -> DataError:
-    """The error of a file in which not even a bad record stands."""
+    """Return the error of a file without a single record."""
     return DataError(f"{_shown(path)}: has no chats", "Give a file with at least one chat.")
 
 
 @dataclass
 class ReadResult:
-    """All that files of chats hold.
+    """Everything in a list of chat files.
 
     Attributes:
-        chats: every good chat, in order; exact copies of an earlier one are not among them.
-        problems: every bad place, in order of file and line. A bad chat is never in `chats`.
-        shapes: for each file, by its path as given, the container and shape that were recognised.
+        chats: Every good chat in order, without exact copies.
+        problems: Every problem, in order of file and line. A bad chat is never in `chats`.
+        shapes: For each file, by its path as given, its format and the shapes of its records.
     """
 
     chats: tuple[Chat, ...] = ()
@@ -71,10 +80,10 @@ class ReadResult:
 
 
 def read_chats(paths: Sequence[Path]) -> ReadResult:
-    """Reads few chats at once; `preparing` reads many, chunk by chunk.
+    """Read a few chats into memory; `dataset.prepare` reads many, chunk by chunk.
 
     Raises:
-        DataError, ToolchainError: see `opened`.
+        DataError, ToolchainError: As in `opened`.
     """
     result = ReadResult()
     seen: set[bytes] = set()
@@ -83,7 +92,7 @@ def read_chats(paths: Sequence[Path]) -> ReadResult:
         counts: Counter[str] = Counter()
         problems: list[Problem] = []
         empty = True
-        with opened(path) as (container, records):
+        with opened(path) as (file_format, records):
             for record in records:
                 empty = False
                 shape, chat = read_chat(path, record)
@@ -97,13 +106,13 @@ def read_chats(paths: Sequence[Path]) -> ReadResult:
         if empty:
             raise no_chats(path)
         result.problems += tuple(sorted(problems, key=lambda problem: problem.line))
-        result.shapes[str(path)] = f"{container}, {shape_names(+counts)}"
+        result.shapes[str(path)] = f"{file_format}, {describe_shapes(+counts)}"
     result.chats = tuple(chats)
     return result
 
 
 def require_file(path: Path) -> int:
-    """The size of a file that could hold chats; see `opened` for the errors."""
+    """Return the size of a file that could contain chats; see `opened` for the errors."""
     try:
         status = path.stat()
     except OSError as error:
@@ -115,7 +124,7 @@ def require_file(path: Path) -> int:
         raise DataError(f"{_shown(path)}: is a folder", "Give the file of chats inside it.")
     if not stat.S_ISREG(mode):
         # A pipe can't be read twice, and a device may never end.
-        raise DataError(f"{_shown(path)}: is no regular file", "Save the chats into a file first.")
+        raise DataError(f"{_shown(path)}: is not a regular file", "Save the chats into a file first.")
     if status.st_size == 0:
         raise DataError(f"{_shown(path)}: is empty", "Give a file with at least one chat.")
     return status.st_size
@@ -145,17 +154,12 @@ def _open(path: Path) -> tuple[str, Records]:
         return suffix[1:].upper(), read_csv(path)
     if suffix == ".parquet":
         return "Parquet", read_parquet(path)
-    kind = f"unknown kind of file {printable(suffix, 20)}" if suffix else "a file without an ending in its name"
+    kind = f"unknown file format {printable(suffix, 20)}" if suffix else "the file name has no extension"
     raise DataError(f"{_shown(path)}: {kind}", f"Known are {_KNOWN}; unpack archives, and rename or convert others.")
 
 
-def _problems(path: Path, line: int, faults: Iterable[Fault]) -> list[Problem]:
-    told = list(faults)[:MAX_PROBLEMS_PER_RECORD]
-    return [Problem(path, line + fault.down, fault.kind, fault.message) for fault in told]
-
-
-def shape_names(counts: Counter[str]) -> str:
-    """The shapes of a file's records, in the user's words."""
+def describe_shapes(counts: Counter[str]) -> str:
+    """Return the names of the shapes in a file, with counts if there are several."""
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{shape} ({count})" for shape, count in counts.most_common()) or "no shape recognised"

@@ -1,4 +1,4 @@
-"""Damaged files and bad chats: each is told with its line and kind, and nothing else is lost."""
+"""Damaged files and bad chats: each is reported with its line and kind, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 
 from kolotune.chats.reading.files import ReadResult, read_chats
-from kolotune.chats.reading.json_files import MAX_LINE_BYTES
+from kolotune.chats.reading.lines import MAX_LINE_BYTES
 
 GOOD = '{"messages": [{"role": "user", "content": "q%d"}, {"role": "assistant", "content": "a%d"}]}'
 
 
 def good(number: int) -> bytes:
-    """A good record, different for each number."""
+    """Return a good record, different for every number."""
     return (GOOD % (number, number)).encode()
 
 
 def read(folder: Path, name: str, data: bytes) -> ReadResult:
     (folder / name).write_bytes(data)
     return read_chats([folder / name])
+
+
+def faults(result: ReadResult) -> list[tuple[int, str]]:
+    """Return line and kind of every problem."""
+    return [(problem.line, problem.kind) for problem in result.problems]
 
 
 def turn(role: Any, content: Any, **more: Any) -> dict[str, Any]:
@@ -142,7 +147,7 @@ BAD_LINES: list[tuple[bytes, str]] = [
 @pytest.mark.parametrize(("bad", "kind"), BAD_LINES)
 def test_bad_lines(tmp_path: Path, bad: bytes, kind: str) -> None:
     result = read(tmp_path, "chats.jsonl", good(1) + b"\n\n" + bad + b"\n" + good(2) + b"\n")
-    assert [(problem.line, problem.kind) for problem in result.problems] == [(3, kind)]
+    assert faults(result) == [(3, kind)]
     assert [chat.line for chat in result.chats] == [1, 4]
     assert len(str(result.problems[0])) < len(str(tmp_path)) + 300
     assert str(result.problems[0]).isprintable()
@@ -150,9 +155,9 @@ def test_bad_lines(tmp_path: Path, bad: bytes, kind: str) -> None:
 
 @pytest.mark.parametrize(("bad", "kind"), [case for case in BAD_LINES if case[0] != UNCLOSED])
 def test_bad_array_elements(tmp_path: Path, bad: bytes, kind: str) -> None:
-    """The same in a JSON array: brackets that don't match must not take the next record along."""
+    """In a JSON array, brackets that don't match must not swallow the next record."""
     result = read(tmp_path, "chats.json", b"[" + good(1) + b",\n\n" + bad + b",\n" + good(2) + b"]")
-    assert [(problem.line, problem.kind) for problem in result.problems] == [(3, kind)]
+    assert faults(result) == [(3, kind)]
     assert [chat.line for chat in result.chats] == [1, 4]
 
 
@@ -162,7 +167,7 @@ LAST = b'{"messages": [{"role": "user", "content": "q\xc3\xa9"}]}'
 @pytest.mark.parametrize("cut", [*range(1, len(LAST) - 1)])
 def test_a_cut_last_line(tmp_path: Path, cut: int) -> None:
     result = read(tmp_path, "chats.jsonl", good(1) + b"\n" + LAST[:cut])
-    assert [(problem.line, problem.kind) for problem in result.problems] == [(2, "cut")]
+    assert faults(result) == [(2, "cut")]
     assert len(result.chats) == 1
 
 
@@ -221,7 +226,7 @@ FILES: list[tuple[str, bytes, list[tuple[int, str]], list[int]]] = [
 @pytest.mark.parametrize(("name", "data", "problems", "lines"), FILES)
 def test_bad_files(tmp_path: Path, name: str, data: bytes, problems: list[tuple[int, str]], lines: list[int]) -> None:
     result = read(tmp_path, name, data)
-    assert [(problem.line, problem.kind) for problem in result.problems] == problems
+    assert faults(result) == problems
     assert [chat.line for chat in result.chats] == lines
 
 
@@ -238,10 +243,10 @@ def test_bad_files(tmp_path: Path, name: str, data: bytes, problems: list[tuple[
         (messages(turn("user", [{"type": "image"}])), 'type "image"'),
     ],
 )
-def test_messages_tell_the_place(tmp_path: Path, bad: bytes, words: str) -> None:
+def test_messages_name_the_location(tmp_path: Path, bad: bytes, words: str) -> None:
     result = read(tmp_path, "chats.jsonl", bad + b"\n")
-    assert words in result.problems[0].message
-    assert str(result.problems[0]) == f"{tmp_path / 'chats.jsonl'}:1: {result.problems[0].message}"
+    assert words in result.problems[0].fault.message
+    assert str(result.problems[0]) == f"{tmp_path / 'chats.jsonl'}:1: {result.problems[0].fault.message}"
 
 
 def test_columns_in_an_array_are_those_of_the_file(tmp_path: Path) -> None:
@@ -249,7 +254,7 @@ def test_columns_in_an_array_are_those_of_the_file(tmp_path: Path) -> None:
         problem = read(tmp_path, "chats.json", data).problems[-1]
         line = data.split(b"\n")[problem.line - 1]
         column = max(line.find(b"tru"), line.find(b"x")) + 1
-        assert f"column {column}:" in problem.message
+        assert f"column {column}:" in problem.fault.message
 
 
 def test_at_most_three_problems_per_record(tmp_path: Path) -> None:
@@ -270,7 +275,7 @@ def test_a_long_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [(problem.line, problem.kind) for problem in result.problems] == [(2, "too-long")]
+    assert faults(result) == [(2, "too-long")]
     assert [chat.line for chat in result.chats] == [1, 3]
     assert peak < 2.5 * MAX_LINE_BYTES
 
@@ -279,17 +284,17 @@ def test_the_longest_line_is_read(tmp_path: Path) -> None:
     longest = good(1) + b" " * (MAX_LINE_BYTES - len(good(1)))
     result = read(tmp_path, "chats.jsonl", longest + b"\r\n" + longest + b" \n" + good(2))
     assert [chat.line for chat in result.chats] == [1, 3]
-    assert [(problem.line, problem.kind) for problem in result.problems] == [(2, "too-long")]
+    assert faults(result) == [(2, "too-long")]
 
 
 @pytest.mark.parametrize("quote", [b"", b'"'])
 def test_a_long_line_in_a_table_and_in_an_array(tmp_path: Path, quote: bytes) -> None:
     long = b"x" * (MAX_LINE_BYTES + 1)
     table = read(tmp_path, "chats.csv", b"prompt,completion\n" + quote + long + quote + b",a\np,a\n")
-    assert [(problem.line, problem.kind) for problem in table.problems] == [(2, "too-long")]
+    assert faults(table) == [(2, "too-long")]
     assert [chat.line for chat in table.chats] == [3]
     array = read(tmp_path, "chats.json", b"[" + good(1) + b',\n{"a": "' + long + b'"},\n' + good(2) + b"]")
-    assert [(problem.line, problem.kind) for problem in array.problems] == [(2, "too-long")]
+    assert faults(array) == [(2, "too-long")]
     assert [chat.line for chat in array.chats] == [1, 3]
 
 

@@ -1,4 +1,4 @@
-"""Reading files of chats: every container and shape, arbitrary bytes; damage: test_damage.py."""
+"""Chat files of every format and shape, and arbitrary bytes. Damaged files are in test_damage.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOOD = '{"messages": [{"role": "user", "content": "q%d"}, {"role": "assistant", 
 
 
 def good(number: int) -> bytes:
-    """A good record, different for each number."""
+    """Return a good record, different for every number."""
     return (GOOD % (number, number)).encode()
 
 
@@ -129,10 +129,10 @@ def test_tools_calls_and_reasoning(tmp_path: Path) -> None:
     )
 
 
-def test_arguments_as_text_and_older_calls_become_one_form(tmp_path: Path) -> None:
+def test_arguments_as_text_and_legacy_calls_are_read_alike(tmp_path: Path) -> None:
     as_text = {"id": "1", "function": {"name": "add", "arguments": '{"x": 1}'}}
-    older = {"name": "add", "arguments": '{"x": 1}'}
-    for answer in (turn("assistant", "", tool_calls=[as_text]), turn("assistant", None, function_call=older)):
+    legacy = {"name": "add", "arguments": '{"x": 1}'}
+    for answer in (turn("assistant", "", tool_calls=[as_text]), turn("assistant", None, function_call=legacy)):
         result = read(tmp_path, "chats.jsonl", json.dumps({"messages": [QA[0], answer]}))
         assert result.problems == ()
         assert result.chats[0].messages[1].tool_calls[0]["function"] == CALL["function"]
@@ -160,13 +160,13 @@ def test_sharegpt_calls(tmp_path: Path) -> None:
     assert result.chats[0].tools == ({"name": "add"},)
 
 
-def test_mixed_shapes_are_said(tmp_path: Path) -> None:
+def test_mixed_shapes_are_reported(tmp_path: Path) -> None:
     lines = [good(1), good(2), b'{"instruction": "q", "output": "a"}']
     result = read(tmp_path, "chats.jsonl", b"\n".join(lines))
     assert list(result.shapes.values()) == ["JSONL, messages (2), alpaca (1)"]
 
 
-# Containers
+# File formats
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.ndjson", "chats.JSONL", "chats.json"])
@@ -308,8 +308,8 @@ def test_parquet_faults(tmp_path: Path) -> None:
         ("chats.json", b"[ ]", "has no chats"),
         ("chats.json", b'{"data": []}', "has no chats"),
         ("chats.csv", b"prompt,completion\n", "has no chats"),
-        ("chats.jsonl.gz", b"x", "unknown kind of file .gz"),
-        ("chats", b"x", "without an ending"),
+        ("chats.jsonl.gz", b"x", "unknown file format .gz"),
+        ("chats", b"x", "no extension"),
         ("chats.parquet", b"PAR1 no PAR1", "can't be read as Parquet"),
     ],
 )
@@ -332,9 +332,9 @@ def test_missing_folder_and_forbidden(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         read_chats([tmp_path / "pipe.jsonl"])
 
 
@@ -349,10 +349,10 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_chats([path])
 
 
-def test_problems_stand_in_order_of_file_and_line(tmp_path: Path) -> None:
+def test_problems_are_in_order_of_file_and_line(tmp_path: Path) -> None:
     second, first = put(tmp_path, "b.jsonl", b"x\nx\n"), put(tmp_path, "a.jsonl", b"{}\nx\n")
-    found = [(problem.source, problem.line) for problem in read_chats([second, first]).problems]
-    assert found == [(second, 1), (second, 2), (first, 1), (first, 2)]
+    locations = [(problem.source, problem.line) for problem in read_chats([second, first]).problems]
+    assert locations == [(second, 1), (second, 2), (first, 1), (first, 2)]
 
 
 # Arbitrary bytes
@@ -369,7 +369,7 @@ NOISE = st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=25).map(b""
 @given(data=NOISE)
 @example(data=b"")
 @example(data=b'{"":0}\r0')
-def test_arbitrary_bytes_raise_nothing_else(suffix: str, data: bytes) -> None:
+def test_arbitrary_bytes_raise_no_other_error(suffix: str, data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = put(Path(folder), "noise" + suffix, data)
         try:
@@ -383,19 +383,19 @@ def test_arbitrary_bytes_raise_nothing_else(suffix: str, data: bytes) -> None:
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
-SAID = TEXT.filter(str.strip)
+SPOKEN_TEXT = TEXT.filter(str.strip)
 ARGUMENTS = st.dictionaries(TEXT, st.one_of(TEXT, st.integers(-(10**20), 10**20), st.booleans()), max_size=2)
 CALLS = st.builds(
     lambda name, arguments: ({"type": "function", "function": {"name": name, "arguments": arguments}},),
-    SAID,
+    SPOKEN_TEXT,
     ARGUMENTS,
 )
-ANSWER = st.builds(Message, st.just("assistant"), SAID, st.none() | TEXT.filter(bool))
+ANSWER = st.builds(Message, st.just("assistant"), SPOKEN_TEXT, st.none() | TEXT.filter(bool))
 CALLING = st.builds(Message, st.just("assistant"), TEXT, st.none(), CALLS)
 RESULT = st.builds(Message, st.just("tool"), TEXT, st.none(), st.just(()), st.none() | TEXT, st.none() | TEXT)
 EXCHANGE = st.builds(
     lambda asked, called, answer: [Message("user", asked), *called, answer],
-    SAID,
+    SPOKEN_TEXT,
     st.just(()) | st.tuples(CALLING, RESULT),
     ANSWER,
 )

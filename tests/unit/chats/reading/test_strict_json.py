@@ -1,4 +1,4 @@
-"""The quick way of reading JSON must find what the strict one finds, or leave it to it."""
+"""The fast JSON decoder returns what the strict one returns, or nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kolotune.chats.reading.faults import RecordError
-from kolotune.chats.reading.strict_json import _DECODER, _quickly, parse
+from kolotune.chats.reading.strict_json import STRICT, parse, parse_fast
 
 _KEY = st.sampled_from(['"a"', '"b"', '"\\u0061"', '":"', '"\\":"', '" "', '""'])
 _COLON = st.sampled_from([":", ": ", " :", "\t:", "\n: "])
@@ -18,32 +18,32 @@ _SCALAR = st.sampled_from(
 
 def _object(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     members = st.tuples(_KEY, _COLON, values).map("".join)
-    return st.lists(members, max_size=3).map(lambda found: "{" + ", ".join(found) + "}")
+    return st.lists(members, max_size=3).map(lambda parts: "{" + ", ".join(parts) + "}")
 
 
 _VALUE = st.recursive(
-    _SCALAR, lambda inner: _object(inner) | st.lists(inner, max_size=3).map(lambda found: f"[{','.join(found)}]")
+    _SCALAR, lambda inner: _object(inner) | st.lists(inner, max_size=3).map(lambda parts: f"[{','.join(parts)}]")
 )
 
 
 @given(text=_object(_VALUE))
-def test_the_quick_way_finds_the_same_or_nothing(text: str) -> None:
-    found = _quickly(text)
+def test_the_fast_decoder_returns_the_same_or_nothing(text: str) -> None:
+    fast = parse_fast(text)
     try:
-        strict = _DECODER.decode(text)
+        strict = STRICT.decode(text)
     except RecordError:
-        assert found is None
+        assert fast is None
     else:
-        assert found in (None, strict)
+        assert fast in (None, strict)
 
 
-def test_the_quick_way_is_taken() -> None:
-    assert _quickly('{"messages": [{"role": "user", "content": "a: \\"b\\" {c}"}]}') is not None
+def test_the_fast_decoder_reads_ordinary_records() -> None:
+    assert parse_fast('{"messages": [{"role": "user", "content": "a: \\"b\\" {c}"}]}') is not None
 
 
 @pytest.mark.parametrize(
     "text", ['{"a":1,"a":2}', '{"a" :1,"a" :":x"}', '{"x":{"a":1,"\\u0061":2}}', '{"a":1,"b":NaN}']
 )
-def test_what_is_wrong_is_told(text: str) -> None:
+def test_faults_are_reported(text: str) -> None:
     with pytest.raises(RecordError):
         parse(text.encode())
