@@ -8,12 +8,19 @@ DEMO := demo
 
 setup: $(VENV)/.ready
 
-# llama.cpp is built here from its source archive (3 to 5 minutes); pip keeps the wheel for the next time.
+# llama.cpp is compiled from its source archive; pip keeps the wheel for the next time. Without AMX: the header of GCC
+# before 12.4 says that loading a tile configuration reads 8 of its 64 bytes, so the compiler drops the rest, and
+# llama.cpp's AMX code ends in an illegal instruction. Compilers without these flags build no AMX code either.
+NO_AMX := $(shell $(or $(CC),cc) -mno-amx-tile -mno-amx-int8 -x c -E /dev/null >/dev/null 2>&1 && \
+  echo -mno-amx-tile -mno-amx-int8)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
+
 $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable . \
-	  --config-settings editable_mode=compat
+	@echo "Installing the pinned packages into $(VENV)/. llama.cpp is compiled on the way: 3 to 5 minutes, once."
+	CFLAGS="$(CFLAGS) $(NO_AMX)" CXXFLAGS="$(CXXFLAGS) $(NO_AMX)" CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
+	  $(PIP) install --progress-bar off -r requirements.lock
+	$(PIP) install --quiet --no-deps --editable .
 	touch $@
 
 demo: setup
