@@ -30,7 +30,7 @@ from kolotune.engines.native.kernels import build
 from kolotune.engines.prepared_tokens import PreparedTokens, epoch_steps
 from kolotune.foundation import config as configs
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 from kolotune.runners import local
 from kolotune.stages import train
 

@@ -26,9 +26,9 @@ _HOMES = {"Config": "foundation.config", "resolve": "foundation.config", "RunFol
 
 
 def run(config: Config, reporter: Reporter | None = None) -> RunFolder:
-    """Runs all stages that have work; see `pipeline.run`."""
+    """Runs all stages that have work; see `pipeline.run.run_pipeline`."""
     from .foundation.reporter import make_reporter
-    from .pipeline.run import run as run_pipeline
+    from .pipeline.run import run_pipeline
 
     return run_pipeline(config, reporter or make_reporter())
 

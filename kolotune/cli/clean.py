@@ -18,7 +18,7 @@ from kolotune.run_folder.layout import RunFolder
 from .options import Json, reporter
 
 if TYPE_CHECKING:
-    from kolotune.runs.listing import Item
+    from kolotune.runs.clean import FreeableFile
 
 
 def clean(
@@ -37,35 +37,35 @@ def clean(
 ) -> int:
     """Free space that a run can fill again; asks first."""
     from kolotune.foundation.files import remove
-    from kolotune.pipeline import run as pipeline
-    from kolotune.runs import listing
+    from kolotune.pipeline.lock import locked
+    from kolotune.runs.clean import CACHES, find_caches, find_freeable, free
 
     say = reporter(json)
     if cache is not None:
-        items = [item for item in listing.caches() if cache in ("all", item.path.name)]
-        if not items and cache not in ("all", *listing.CACHES):
-            raise ConfigError(f"--cache: unknown kind {cache!r}", f"Use one of {', '.join(listing.CACHES)}, all.")
+        items = [item for item in find_caches() if cache in ("all", item.path.name)]
+        if not items and cache not in ("all", *CACHES):
+            raise ConfigError(f"--cache: unknown kind {cache!r}", f"Use one of {', '.join(CACHES)}, all.")
         if _is_wanted(items, say, dry_run, yes):
             for item in items:
                 remove(item.path)
             say.success(f"freed {format_size(sum(item.size for item in items))}")
         return 0
     folder = RunFolder(run.absolute()).require()
-    with pipeline.locked(folder):  # while asking, too: what is shown is what is removed
-        items = listing.freeable(folder, all_but_adapter)
+    with locked(folder):  # while asking, too: what is shown is what is removed
+        items = find_freeable(folder, all_but_adapter)
         if _is_wanted(items, say, dry_run, yes):
-            listing.free(folder, items)
+            free(folder, items)
             say.success(f"freed {format_size(sum(item.size for item in items))}")
     return 0
 
 
-def _is_wanted(items: Sequence[Item], say: Reporter, dry_run: bool, yes: bool) -> bool:
+def _is_wanted(items: Sequence[FreeableFile], say: Reporter, dry_run: bool, yes: bool) -> bool:
     """Show what would be freed; return whether the user agrees."""
     if not items:
         say.success("Nothing to free")
         return False
     total = format_size(sum(item.size for item in items))
-    rows = [(item.path.name, format_size(item.size), item.again) for item in items]
+    rows = [(item.path.name, format_size(item.size), item.remake) for item in items]
     say.table(f"Can be freed: {total}", ("what", "size", "later"), rows)
     if dry_run or yes:
         return not dry_run

@@ -21,7 +21,7 @@ def export(
     **flags: Any,
 ) -> int:
     """Turn an adapter or model made elsewhere into GGUF and Modelfile."""
-    from kolotune.pipeline import run as pipeline
+    from kolotune.pipeline.run import run_pipeline
 
     say = reporter(json)
     source = folder.absolute()
@@ -34,7 +34,7 @@ def export(
         names = ["convert", "quantize", "modelfile"]
     resolved = config_of(values)
     show(resolved, say)
-    run_folder = pipeline.run(resolved, say, names, source)
+    run_folder = run_pipeline(resolved, say, names, source)
     say.success(f"Done: {run_folder.root}")
     return 0
 

@@ -12,7 +12,7 @@ import typer
 from kolotune.foundation.config import FIELDS
 from kolotune.foundation.errors import ConfigError, RunFolderError
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.retention import left_out
+from kolotune.run_folder.retention import stages_skipped_by_lean
 
 from . import hints
 from .options import config_of, reporter
@@ -28,23 +28,25 @@ def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]
         ConfigError: a lean run does not keep what the stage makes.
         RunFolderError: `root` is no run folder, or an earlier stage is not done.
     """
-    from kolotune.pipeline import run as pipeline
+    from kolotune.pipeline.run import run_pipeline
+    from kolotune.pipeline.status import read_status
+    from kolotune.run_folder.source import read_source
 
     folder = RunFolder(root.absolute()).require()
     resolved = config_of(flags, saved=folder.config)
-    if name in left_out(resolved):
+    if name in stages_skipped_by_lean(resolved):
         raise ConfigError(
             f"{name}: this run is lean and does not keep the output of {name}",
             f"To make it anyway: kolotune {name} {hints.as_typed(folder.root)} --no-lean",
         )
-    for stage in pipeline.status(folder, resolved):
+    for stage in read_status(folder, resolved):
         if stage.name == name:
             break
         if stage.has_work:
             raise RunFolderError(
-                f"{folder.root}: {name} needs {stage.name}, which is not done ({'; '.join(stage.why)})",
+                f"{folder.root}: {name} needs {stage.name}, which is not done ({'; '.join(stage.explanations())})",
                 f"Run `kolotune {stage.name} {hints.as_typed(folder.root)}` first, or `kolotune run` for all stages.",
             )
     resolved = dataclasses.replace(resolved, output_dir=folder.root)
-    pipeline.run(resolved, reporter(json), [name], pipeline.recorded_source(folder), again=[name])
+    run_pipeline(resolved, reporter(json), [name], read_source(folder), restore=[name])
     return 0

@@ -15,7 +15,7 @@ from .options import ConfigFile, Data, Json, config_of, given, reporter, with_op
 @with_options("data", "model", "export", leave_out=("quantization", "system", "parameter", "merge_dtype", "lean"))
 def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Turn chats into tokens with a loss mask."""
-    from kolotune.pipeline import run as pipeline
+    from kolotune.pipeline.run import run_pipeline
 
     folder = Path(given(flags).get("output_dir", DEFAULT_OUTPUT_DIR))
     saved = RunFolder(folder).config
@@ -23,5 +23,5 @@ def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **
     if not resolved.train_data:
         raise hints.no_chats("prepare")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
-    pipeline.run(resolved, reporter(json), ["prepare"])
+    run_pipeline(resolved, reporter(json), ["prepare"])
     return 0

@@ -26,8 +26,8 @@ def rebuild(
     file = Path(os.path.abspath(manifest / RunFolder(manifest).manifest.name if manifest.is_dir() else manifest))
     folder = output_dir or file.parent.with_name(f"{file.parent.name}-rebuilt")
     rebuilt = rebuilding.rebuild(file, Path(os.path.abspath(folder)), say)
-    if rebuilt.circumstances:
-        say.table("What differs from the original run", ("what", "then", "now"), rebuilt.circumstances)
+    if rebuilt.changes:
+        say.table("What differs from the original run", ("what", "then", "now"), rebuilt.changes)
     if rebuilt.different:
         for name in rebuilt.different:
             say.warning(f"{name} differs")
@@ -35,7 +35,7 @@ def rebuild(
             f"{rebuilt.folder.root}: {len(rebuilt.different)} of {len(rebuilt.same) + len(rebuilt.different)} results "
             "differ from the manifest",
             "The same versions, processor and threads give the same bytes; the table shows which of them differ."
-            if rebuilt.circumstances
+            if rebuilt.changes
             else "Versions and machine are the same. On a GPU, and with torchtune, results vary from run to run.",
         )
     say.success(f"{rebuilt.folder.root}: all {len(rebuilt.same)} results have the same hash")

@@ -15,7 +15,7 @@ from .report import reporting
 @with_options("data", "model", "training", "machines", "export", "comparison")
 def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Run all stages that have work, from chats to a model."""
-    from kolotune.pipeline import run as pipeline
+    from kolotune.pipeline.run import run_pipeline
 
     say = reporter(json)
     resolved = config_of(flags, data, config)
@@ -25,7 +25,7 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     show(resolved, say)
     folder = RunFolder(resolved.output_dir)
     with showing(folder, say, wanted=resolved.compare), reporting(folder, say):
-        pipeline.run(resolved, say)
+        run_pipeline(resolved, say)
     say.success(f"Done: {folder.root}")
     shown = hints.as_typed(folder.root)
     say.note(f"Chat with it:        kolotune chat {shown}")

@@ -18,26 +18,27 @@ def runs(
     json: Json = False,
 ) -> int:
     """List the runs below a folder."""
-    from kolotune.runs import listing
+    from kolotune.runs.clean import find_caches
+    from kolotune.runs.list import runs_below
 
     say = reporter(json)
     rows = [
         (
             str(run.folder.root),
             run.base or "-",
-            run.state,
+            run.state_text,
             format_size(run.size),
             _format_age(run.age),
             "-" if run.held_out_loss is None else f"{run.held_out_loss:.4f}",
         )
-        for run in listing.runs_below(folder)
+        for run in runs_below(folder)
     ]
     if rows:
         say.table(f"Runs in {folder}", ("run", "base", "state", "size", "last change", "held-out loss"), rows)
     else:
         say.note(f"No runs in {folder.absolute()} or a few levels below it.")
     if cache:
-        caches = [(item.path.name, format_size(item.size), item.again) for item in listing.caches()]
+        caches = [(item.path.name, format_size(item.size), item.remake) for item in find_caches()]
         say.table("Cache, freed with: kolotune clean --cache KIND", ("kind", "size", "what"), caches)
     return 0
 

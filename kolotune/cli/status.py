@@ -19,11 +19,11 @@ def status(
     json: Json = False,
 ) -> int:
     """Show the stages of a run: done, or why they will run."""
-    from kolotune.pipeline import run as pipeline
+    from kolotune.pipeline.status import read_status
 
     rows = [
-        (stage.name, stage.state, "; ".join(stage.why if why else stage.why[:1]))
-        for stage in pipeline.status(RunFolder(run.absolute()))
+        (stage.name, stage.state, "; ".join(stage.explanations()[: None if why else 1]))
+        for stage in read_status(RunFolder(run.absolute()))
     ]
     reporter(json).table(str(run), ("stage", "state", "why"), rows)
     return 0

@@ -118,11 +118,11 @@ def _side_by_side(
 
 
 def _finished_here(chosen: Config, say: Reporter) -> int:
-    from kolotune.pipeline import run
+    from kolotune.pipeline.run import run_pipeline
 
     folder = RunFolder(chosen.output_dir)
     with showing(folder, say, wanted=chosen.compare), reporting(folder, say):
-        run.run(chosen, say)
+        run_pipeline(chosen, say)
     return 0
 
 

@@ -18,10 +18,10 @@ def verify(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:
     say = reporter(json)
     say.doing(f"reading {run}")
     findings = verifying.verify(RunFolder(run.absolute()))
-    for name in findings.absent:
+    for name in findings.unchecked:
         say.note(f"not checked, because it is not here: {name}")
     for difference in findings.differences:
-        say.warning(difference)
+        say.warning(str(difference))
     if findings.differences:
         count = len(findings.differences)
         raise ManifestError(f"{run}: {count} difference{'s' if count > 1 else ''} from its manifest")

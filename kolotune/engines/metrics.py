@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kolotune.foundation.files import replacing
+from kolotune.run_folder.metrics import parse_line
 
 
 class Metrics:
@@ -27,10 +28,8 @@ def begin(path: Path, steps_done: int) -> None:
     kept: list[str] = []
     if steps_done and path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= steps_done:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a crash cut off
+            found = parse_line(line)  # None: a crash cut the line off
+            if found is not None and found.step <= steps_done:
+                kept.append(line + "\n")
     with replacing(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 from kolotune.version import VERSION
 
@@ -36,7 +37,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def best_dtype() -> str:
+def best_dtype() -> Literal["bf16", "fp32"]:
     """ "bf16" where products of bf16 matrices are fast, else "fp32".
 
     Without bf16 instructions a processor computes bf16 by way of fp32, slower than fp32 itself.

@@ -17,9 +17,9 @@ from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE, template_of, template
 from kolotune.foundation.errors import ArtifactError, KolotuneError, ToolchainError
 from kolotune.foundation.files import remove, replacing
 from kolotune.foundation.reporter import Reporter
-from kolotune.run_folder import records
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import kept
+from kolotune.run_folder.records import now
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.stage import Context
 from kolotune.runners import local
 from kolotune.weights.adapter import is_adapter
 from kolotune.weights.merge import MergedModel, small_files, tokenizer_of
@@ -108,7 +108,7 @@ def source_folder(context: Context) -> Path | None:
     """The folder that is converted: the run's merged model, or one made elsewhere; None: base and adapter are."""
     if context.source is not None and not is_adapter(context.source):
         return context.source
-    return context.run.merged_model if kept(context.config).merged else None
+    return context.run.merged_model if kept_models(context.config).merged else None
 
 
 def inputs_of(context: Context) -> dict[str, Path]:
@@ -191,7 +191,7 @@ def expected(context: Context) -> tuple[Shape, str]:
 
 def _tokenizer_to_be(context: Context) -> dict[str, Path | str]:
     """What prepare will write, if it can; if it can't, it says so itself."""
-    day = date.fromisoformat(context.config.template_date or records.now()[:10])
+    day = date.fromisoformat(context.config.template_date or now()[:10])
     try:
         jinja = freeze_date(template_text(context.base), day)
         return trained_tokenizer(context.base, jinja, adds_bos=writes_bos(template_of(context.base), jinja))

@@ -10,8 +10,8 @@ from kolotune.foundation.errors import ArtifactError, ConfigError, ToolchainErro
 from kolotune.foundation.files import hash_and_flush, replacing
 from kolotune.foundation.quantization_types import FILE_TYPES, WHOLE_BLOCKS_ONLY, made_with_matrix
 from kolotune.foundation.reporter import Reporter
-from kolotune.run_folder import records
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.records import read_record
+from kolotune.run_folder.stage import Context
 from kolotune.runners import local
 from kolotune.weights.tensors import weight_files
 
@@ -62,7 +62,7 @@ def matrix_for(
     """
     if not names:
         return None
-    record = records.read(context.run, QUANTIZE)
+    record = read_record(context.run, QUANTIZE)
     kept, hasher = context.run.importance_matrix, context.hasher
     if kept.is_file() and record and record.facts.get("importance_matrix") == made_of(context, source, hasher.of(kept)):
         return kept

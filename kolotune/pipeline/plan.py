@@ -16,7 +16,6 @@ from kolotune.engines.torchtune import architecture
 from kolotune.engines.torchtune import plan as torchtune
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
-from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.planning import duration, export_sizes, fit, network
@@ -26,13 +25,15 @@ from kolotune.planning.memory import MAIN_PROCESS
 from kolotune.planning.needs import Needs, estimate_needs
 from kolotune.planning.network import Traffic
 from kolotune.planning.workload import Workload, read_workload
-from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context, Stage
+from kolotune.run_folder.records import read_record
+from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import compare, prepare, train
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
-from . import run as pipeline
+from .choices import choose
+from .selection import select_stages
+from .stages import STAGE_NAMES
 
 
 @dataclass
@@ -81,12 +82,10 @@ def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float |
     """
     started = _process_age()
     target = RunFolder(config.output_dir)
-    config, _ = pipeline.with_choices(config, target)
+    config, _ = choose(config, target)
     base = catalog.resolve(config.base_model, config.hf_token, reporter)
-    hasher = Hasher()
-    real = Context(config, target, base, None, hasher)
-    stages = [stage for stage in pipeline.STAGES if stage.NAME not in pipeline.not_had(config)]
-    busy = list(pipeline.to_do(stages, real, hasher))
+    real = Context(config, target, base)
+    busy = select_stages(STAGE_NAMES, real).pending
     names = [stage.NAME for stage in busy]
     with _temporary_run(real) as trial:
         facts, prepare_seconds = _prepare_chats(real, trial, reporter, prepare in busy)
@@ -129,7 +128,7 @@ def _prepare_chats(real: Context, trial: Context, reporter: Reporter, has_work: 
 
     Chats that the real run folder already has are copied from there.
     """
-    record = None if has_work else records.read(real.run, prepare.NAME)
+    record = None if has_work else read_record(real.run, prepare.NAME)
     if record is not None and real.run.prepared.is_dir():
         shutil.copytree(real.run.prepared, trial.run.prepared)
         return record.facts, 0.0

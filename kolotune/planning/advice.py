@@ -15,8 +15,8 @@ from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.formatting import format_size
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import kept
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import read_shape
 
 from .memory import MAIN_PROCESS, SMALLEST_BATCH, training_memory
@@ -70,7 +70,7 @@ def advise_disk(
 ) -> Advice:
     """Return the first change with which the run fits the disk."""
     config = context.config
-    quantized = kept(config).quantized
+    quantized = kept_models(config).quantized
     changes: list[tuple[str, Mapping[str, object]]] = []
     if config.merge_dtype == "fp32":
         changes.append(("--merge-dtype f16", {"merge_dtype": "f16"}))

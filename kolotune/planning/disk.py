@@ -9,8 +9,8 @@ from pathlib import Path
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.files import size_of
 from kolotune.gguf.quantize import with_matrix
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import kept
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import DTYPE_BYTES, FP32_BYTES, HEADER_ENTRY_BYTES, AdapterShape, ModelShape
 
 from .export_sizes import ExportSizes
@@ -41,7 +41,7 @@ def stage_disk_use(
     config, run = context.config, context.run
     quantized = sum(each.size for each in sizes.quantized.values())
     replaced = sum(_existing_bytes(run.quantized(name)) for name in sizes.quantized)
-    keeps_unquantized = kept(config).unquantized
+    keeps_unquantized = kept_models(config).unquantized
     if with_matrix(context, sizes.quantized):
         quantized += importance_matrix_bytes(shape)
         replaced += _existing_bytes(run.importance_matrix)

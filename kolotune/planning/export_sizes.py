@@ -11,8 +11,8 @@ from kolotune import llamacpp
 from kolotune.foundation.files import write_text
 from kolotune.gguf import conversion_plan, convert
 from kolotune.gguf.quantized_sizes import Sizes, sizes_in
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import kept
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.stage import Context
 from kolotune.runners import local
 
 _CACHE_FILE = "quantized.jsonl"
@@ -45,7 +45,7 @@ def measure_exports(context: Context, log: Path) -> ExportSizes:
     merged = sum(shard.size for shard in shape.shards) + sum(_text_bytes(text) for text in shape.files.values())
     toolchain = llamacpp.toolchain.find()
     verdict = conversion_plan.draw(shape, kind, toolchain, log) if toolchain is not None else conversion_plan.Verdict()
-    names = kept(context.config).quantized
+    names = kept_models(context.config).quantized
     if verdict.outline is None:
         weights = sum(entry.size for shard in shape.shards for entry in shard.entries)
         bound = int(weights * 8.5 / (32 if kind == "f32" else 16))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.formatting import format_size
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 
 from .advice import Advice, AdviceKind, advise_disk, advise_memory
 from .needs import Needs, estimate_needs

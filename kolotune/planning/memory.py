@@ -11,8 +11,8 @@ from kolotune.engines.native import memory as native
 from kolotune.foundation import hardware
 from kolotune.gguf.quantize import with_matrix
 from kolotune.llamacpp.evaluation import BATCH
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import kept
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.stage import Context
 from kolotune.stages import train
 from kolotune.weights.model_shape import DTYPE_BYTES, FP32_BYTES, AdapterShape, ModelShape
 
@@ -56,7 +56,7 @@ def stage_memory(
     training = training_memory(context, shape, workload.largest if workload else SMALLEST_BATCH, free)
     merging = Memory(MAIN_PROCESS.own, MAIN_PROCESS.mapped + shape.stored_bytes)
     quantizing = quantizer_memory(shape)
-    if with_matrix(context, kept(context.config).quantized):
+    if with_matrix(context, kept_models(context.config).quantized):
         longest = workload.largest.longest if workload else context.config.max_seq_length
         matrix = importance_matrix_memory(shape, longest, BATCH)
         quantizing = max(quantizing, matrix, key=lambda memory: memory.resident)

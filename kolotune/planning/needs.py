@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kolotune.engines.memory import Memory
 from kolotune.foundation import hardware
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import read_shape
 
 from .disk import DiskUse, peak_and_end, stage_disk_use

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from kolotune.base_models import catalog
 from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.manifest import Manifest
+from kolotune.run_folder.records import FileHash
 
 What = Literal["adapter", "merged", "gguf"]
 # For each kind of result: the library that loads it, how it relates to the base, and what it is in words.
@@ -17,7 +18,7 @@ _KINDS: dict[What, tuple[str, str, str]] = {
 }
 
 
-def model_card(manifest: Manifest, repository: str, what: What, files: dict[str, dict[str, Any]]) -> str:
+def model_card(manifest: Manifest, repository: str, what: What, files: dict[str, FileHash]) -> str:
     """The README.md of a repository.
 
     Args:
@@ -31,7 +32,7 @@ def model_card(manifest: Manifest, repository: str, what: What, files: dict[str,
     from huggingface_hub import ModelCardData
 
     library, relation, _ = _KINDS[what]
-    name = manifest.base["name"]
+    name = manifest.base.name
     known = catalog.known(name)
     base = catalog.hub_id(name) or None
     data = ModelCardData(
@@ -47,7 +48,7 @@ def model_card(manifest: Manifest, repository: str, what: What, files: dict[str,
 
 
 def _what_it_is(manifest: Manifest, repository: str, what: What) -> str:
-    base = catalog.hub_id(manifest.base["name"])
+    base = catalog.hub_id(manifest.base.name)
     named = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
     version = manifest.versions.get("kolotune", "")
     return (
@@ -58,8 +59,8 @@ def _what_it_is(manifest: Manifest, repository: str, what: What) -> str:
 
 
 def _training(manifest: Manifest) -> str:
-    counts, config = manifest.data["counts"], manifest.config
-    facts = manifest.stages.get("train", {}).get("facts", {})
+    counts, config = manifest.data.counts, manifest.config
+    facts = manifest.facts_of("train")
     if not facts:
         return "## Training\n\nThe adapter was trained elsewhere.\n"
     rows = [
@@ -73,7 +74,7 @@ def _training(manifest: Manifest) -> str:
             "LoRA",
             f"rank {config.get('lora_rank')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}",
         ),
-        ("layers", ", ".join(config.get("target_modules", []))),
+        ("layers", ", ".join(modules) if isinstance(modules := config.get("target_modules"), list) else ""),
         ("learning rate", f"{config.get('learning_rate')}, {config.get('scheduler_type')}"),
         ("longest chat", f"{config.get('max_seq_length')} tokens"),
         ("arithmetic", f"{config.get('dtype')} base, {facts.get('device')}"),
@@ -89,7 +90,7 @@ def _training(manifest: Manifest) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _use(repository: str, what: What, base: str | None, files: dict[str, dict[str, Any]]) -> str:
+def _use(repository: str, what: What, base: str | None, files: dict[str, FileHash]) -> str:
     if what == "gguf":
         modelfile = next((each for each in sorted(files, reverse=True) if each.startswith("Modelfile")), "Modelfile")
         return (
@@ -123,8 +124,8 @@ def _use(repository: str, what: What, base: str | None, files: dict[str, dict[st
     )
 
 
-def _files(files: dict[str, dict[str, Any]]) -> str:
+def _files(files: dict[str, FileHash]) -> str:
     rows = "\n".join(
-        f"| `{name}` | {format_size(each['size'])} | `{each['sha256']}` |" for name, each in sorted(files.items())
+        f"| `{name}` | {format_size(each.size)} | `{each.sha256}` |" for name, each in sorted(files.items())
     )
     return f"## Files\n\n| file | size | sha256 |\n|---|---|---|\n{rows}\n"

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kolotune.base_models import catalog, hub_client
 from kolotune.foundation import typed_storage
@@ -25,10 +24,10 @@ from kolotune.foundation.files import Hasher
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import Secret
-from kolotune.run_folder import manifest as manifests
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.manifest import Manifest
-from kolotune.runs import verify
+from kolotune.run_folder.manifest import Manifest, read_manifest
+from kolotune.run_folder.records import FileHash
+from kolotune.runs.verify import compare_artifacts
 from kolotune.weights.adapter import CONFIG
 
 from .model_card import What, model_card
@@ -69,14 +68,14 @@ def packed(folder: RunFolder, repository: str, what: What) -> Parcel:
     """
     if not catalog.is_hub_id(repository):
         raise ConfigError(f"{repository}: is no name of a repository", "Give it as owner/name.")
-    manifest = manifests.read(folder.require().manifest)
-    names = [name for name, each in manifest.artifacts.items() if each["stage"] in _STAGES[what]]
+    manifest = read_manifest(folder.require().manifest)
+    names = [name for name, each in manifest.artifacts.items() if each.stage in _STAGES[what]]
     if not names:
         raise ManifestError(f"{folder.root}: this run has no {what}", "Push another --what.")
     hasher = Hasher()
     if what == "adapter":
         names.append(folder.relative(folder.prepared))  # its tokenizer has the template that was trained with
-    if found := verify.differences_of(manifest, folder, names, hasher):
+    if found := compare_artifacts(manifest, folder, names, hasher):
         raise ManifestError(f"{folder.root}: {found[0]}")
     files = _files(manifest, folder, names)
     listed = {name: _listed(each, hasher) for name, each in files.items()}
@@ -86,7 +85,7 @@ def packed(folder: RunFolder, repository: str, what: What) -> Parcel:
 def _files(manifest: Manifest, folder: RunFolder, names: list[str]) -> dict[str, Path | bytes]:
     found: dict[str, Path | bytes] = {}
     for name in names:
-        for part in manifest.artifacts[name]["files"]:
+        for part in manifest.artifacts[name].files:
             path = folder.root / name / part if part else folder.root / name
             if folder.prepared in path.parents and folder.tokenizer not in path.parents:
                 continue  # the prepared chats stay here
@@ -100,14 +99,14 @@ def _files(manifest: Manifest, folder: RunFolder, names: list[str]) -> dict[str,
 def _adapter_config(path: Path, manifest: Manifest) -> bytes:
     """The adapter's config with the base's name on the hub, where others find it, and no path of this machine."""
     config = typed_storage.read_object(path)
-    config["base_model_name_or_path"] = catalog.hub_id(manifest.base["name"])
+    config["base_model_name_or_path"] = catalog.hub_id(manifest.base.name)
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _listed(file: Path | bytes, hasher: Hasher) -> dict[str, Any]:
+def _listed(file: Path | bytes, hasher: Hasher) -> FileHash:
     if isinstance(file, bytes):
-        return {"size": len(file), "sha256": hashlib.sha256(file).hexdigest()}
-    return {"size": file.stat().st_size, "sha256": hasher.of(file)}
+        return FileHash(len(file), hashlib.sha256(file).hexdigest())
+    return FileHash(file.stat().st_size, hasher.of(file))
 
 
 def push(parcel: Parcel, repository: str, what: What, token: Secret | None, public: bool, reporter: Reporter) -> str:

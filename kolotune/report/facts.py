@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from kolotune.base_models import catalog
 from kolotune.chats.dataset.prepare import HELD_OUT_TOKENS, TRAIN
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
-from kolotune.foundation.errors import ArtifactError
-from kolotune.run_folder import manifest as manifests
-from kolotune.run_folder import records
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.manifest import Manifest
+from kolotune.run_folder.manifest import PATH_OPTIONS, Manifest, read_manifest
+from kolotune.run_folder.marks import MarkState, read_mark
+from kolotune.run_folder.metrics import held_out_losses, read_metrics
+from kolotune.run_folder.records import read_record
 from kolotune.stages import compare
 from kolotune.stages.prepare import SAID
 
@@ -26,7 +26,7 @@ _SMOOTHED = 25  # a moving mean over at most a so many'th part of the steps
 _POINTS = 3000  # more steps than that are thinned out for the pictures
 _SHOWN_CHAT = 600  # tokens
 NOTHING = "\N{EN DASH}"
-_NOT_CHOICES = frozenset({*manifests.PLACES, "compare"})
+_NOT_CHOICES = frozenset({*PATH_OPTIONS, "compare"})
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,15 @@ class Facts:
     finished: str
 
     @property
-    def train(self) -> dict[str, Any]:
+    def train(self) -> JsonObject:
         """What the training said of itself."""
-        found: dict[str, Any] = self.manifest.stages.get("train", {}).get("facts", {})
-        return found
+        return self.manifest.facts_of("train")
 
     @property
     def total_seconds(self) -> float:
         """How long the stages took together."""
         times = [
-            (datetime.datetime.fromisoformat(each["started"]), datetime.datetime.fromisoformat(each["finished"]))
+            (datetime.datetime.fromisoformat(each.started), datetime.datetime.fromisoformat(each.finished))
             for each in self.manifest.stages.values()
         ]
         return sum((end - start).total_seconds() for start, end in times)
@@ -120,12 +119,14 @@ def gather(folder: RunFolder) -> Facts:
     Raises:
         RunFolderError: it is no run folder.
         ManifestError: it has no manifest: its stages are not done, or no longer belong together.
-        ArtifactError: its comparison can't be read.
+        ArtifactError: its metrics or its comparison can't be read.
     """
-    manifest = manifests.read(folder.require().manifest)
-    name = manifest.base["name"]
-    prepared = records.read(folder, "prepare")
+    manifest = read_manifest(folder.require().manifest)
+    name = manifest.base.name
+    prepared = read_record(folder, "prepare")
     facts = prepared.facts if prepared else {}
+    found = facts.get("findings")
+    found = found if isinstance(found, dict) else {}
     return Facts(
         title=folder.root.name,
         manifest=manifest,
@@ -133,20 +134,20 @@ def gather(folder: RunFolder) -> Facts:
         curve=_curve(folder.metrics) if "train" in manifest.stages else None,
         lengths=_lengths(folder) if prepared else [],
         left_out=_left_out(facts),
-        bad=[str(each) for each in facts.get("bad", [])],
-        findings=[(int(count), str(kind)) for kind, count in facts.get("findings", {}).items() if count],
+        bad=[str(each) for each in bad] if isinstance(bad := facts.get("bad"), list) else [],
+        findings=[(int(count), str(kind)) for kind, count in found.items() if count],
         chat=_chat(folder) if prepared else [],
         options=_options(manifest),
         comparison=_comparison(folder, manifest),
-        finished=max(each["finished"] for each in manifest.stages.values()),
+        finished=max(each.finished for each in manifest.stages.values()),
     )
 
 
 def _comparison(folder: RunFolder, manifest: Manifest) -> Comparison | None:
     """What was compared, when it was these results: a part of the manifest, or a failure that came after all of it."""
-    mark = records.marked(folder, compare.NAME)
-    made = max(each["finished"] for each in manifest.stages.values())
-    failed = mark.get("state") == "failed" and mark.get("time", "") >= made
+    mark = read_mark(folder, compare.NAME)
+    made = max(each.finished for each in manifest.stages.values())
+    failed = mark is not None and mark.state is MarkState.FAILED and mark.time >= made
     if folder.relative(folder.comparison) in manifest.artifacts or (failed and folder.comparison.is_file()):
         return Comparison.read(folder.comparison)
     return None
@@ -161,25 +162,21 @@ def _left_out(facts: dict[str, Any]) -> list[tuple[int, str]]:
 
 def _curve(metrics: Path) -> Curve | None:
     """The curve in the metrics; None when there is none: no step was made."""
-    try:
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{metrics}: can't be read: {error}") from None
-    steps = [line for line in lines if "loss" in line]
+    lines = read_metrics(metrics)
+    steps = [line for line in lines if line.loss is not None]
     if not steps:
         return None
-    held_out = [(int(line["step"]), float(line["held_out_loss"])) for line in lines if "held_out_loss" in line]
     thin = steps[:: max(1, len(steps) // _POINTS)]
     shown = thin if thin[-1] is steps[-1] else [*thin, steps[-1]]
-    times = [float(line["time"]) for line in lines if "time" in line]
+    times = [line.time for line in lines if line.time is not None]
     return Curve(
-        steps=[int(line["step"]) for line in shown],
-        losses=[float(line["loss"]) for line in shown],
-        rates=[float(line.get("learning_rate", 0)) for line in shown],
-        speeds=[float(line.get("tokens_per_second", 0)) for line in shown],
-        held_out=held_out,
+        steps=[line.step for line in shown],
+        losses=[line.loss for line in shown if line.loss is not None],
+        rates=[line.learning_rate for line in shown],
+        speeds=[line.tokens_per_second for line in shown],
+        held_out=held_out_losses(lines),
         seconds=max(times) - min(times) if times else 0.0,
-        memory_mb=max(int(line.get("memory_mb", 0)) for line in steps),
+        memory_mb=int(max(line.memory_mb for line in steps)),
     )
 
 

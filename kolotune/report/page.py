@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import importlib.resources
 import json
@@ -110,13 +111,13 @@ def _pictures(facts: Facts, sheet: Sheet) -> dict[str, list[str]]:
 def _results(facts: Facts) -> list[dict[str, Any]]:
     """The run's results with their share of the largest, in percent; what is only a step on the road is left out."""
     shown = {name: each for name, each in facts.manifest.artifacts.items() if not name.startswith(".")}
-    largest = max((each["size"] for each in shown.values()), default=1)
-    return [{"name": name, "share": 100 * each["size"] / largest, **each} for name, each in shown.items()]
+    largest = max((each.size for each in shown.values()), default=1)
+    return [
+        {"name": name, "share": 100 * each.size / largest, **dataclasses.asdict(each)} for name, each in shown.items()
+    ]
 
 
 def _plain(facts: Facts) -> dict[str, Any]:
-    import dataclasses
-
     return dataclasses.asdict(facts.manifest)
 
 

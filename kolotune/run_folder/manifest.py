@@ -1,233 +1,258 @@
 """The manifest of a run: data, base, config, versions, machine, and the size and hash of every file that was made.
 
-It is made from the stages' records when all of them belong together, and says nothing that they don't say, but for
-the hashes of single files. `verifying` holds a run folder against it, `rebuilding` repeats a run from it.
+It is written from the records of the stages when all of them belong together, and adds nothing to them but the hashes
+of single files. `runs.verify` compares a run folder with it, `runs.rebuild` repeats a run from it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from kolotune.foundation import config as configs
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ManifestError
-from kolotune.foundation.files import Hasher, files_of, remove, size_of, write_json
+from kolotune.foundation.files import Hasher, files_of, remove, size_of
+from kolotune.foundation.typed_storage import JsonObject
 
-from . import records
-from .records import Context, Record, Stage
+from .records import FileHash, Record, read_record
+from .stage import Context, Stage
 
 FORMAT = 1
-TRAINING, HELD_OUT = "training", "held-out"
-# They name places, which may be others on another machine; what is there is held against hashes.
-_OF_THE_MACHINE = ("kolotune", "python")  # versions that a record keeps with the machine
-PLACES = ("train_data", "eval_data", "base_model", "output_dir")
+DataPart = Literal["training", "held-out"]
+# Paths, which may differ on another machine; the content behind them is compared by hashes.
+PATH_OPTIONS = ("train_data", "eval_data", "base_model", "output_dir")
+_VERSIONS_OF_MACHINE = ("kolotune", "python")  # which a record keeps with the machine
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A result: the stage that made it, size and SHA-256, and those of every file in it ("" names the file itself)."""
+
+    stage: str
+    size: int
+    sha256: str
+    files: dict[str, FileHash]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of chats, and which part of the data it is."""
+
+    part: DataPart
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """The files of chats, and the facts of `prepare` that count chats and tokens."""
+
+    files: list[DataFile]
+    counts: JsonObject
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model, as the user named it."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """The adapter or merged model that was exported in place of an adapter of the run's own."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """What the manifest repeats of a stage's record; of the facts those that are single values."""
+
+    options: JsonObject
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    machine: dict[str, str]
+    facts: JsonObject
+    started: str
+    finished: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is made of.
+    """What a run consists of.
 
     Attributes:
         format: of this file.
-        data: `files`, each with part, path and sha256, and the `counts` of the chats and tokens.
-        base: name and sha256 of the base model.
-        source: path and sha256 of what was exported in place of an adapter of the run's own; None: it trained one.
-        config: the resolved options, as in the run folder's config file. No secret is among them.
+        data, base, source: what the run was made from.
+        config: the resolved options, as in the run folder's config file. It holds no secret.
         versions: of kolotune, Python, llama.cpp and the packages that the results depend on.
-        machine: where it was trained, or where its first stage ran: see `hardware.machine`.
-        stages: for each stage its options, inputs, versions, machine and facts that are single values.
-        artifacts: for each result its stage, size and sha256, and the same of every file in it.
-        notes: size and sha256 of files that are worth keeping and are another each time.
+        machine: where the model was trained, or where the first stage ran: see `hardware.machine`.
+        stages: by name.
+        artifacts: the results, by their names in the run folder.
+        notes: files that are worth keeping and differ each time.
     """
 
     format: int
-    data: dict[str, Any]
-    base: dict[str, str]
-    source: dict[str, str] | None
-    config: dict[str, Any]
+    data: Data
+    base: BaseModel
+    source: ExportedModel | None
+    config: JsonObject
     versions: dict[str, str]
     machine: dict[str, str]
-    stages: dict[str, dict[str, Any]]
-    artifacts: dict[str, dict[str, Any]]
-    notes: dict[str, dict[str, Any]]
+    stages: dict[str, StageEntry]
+    artifacts: dict[str, Artifact]
+    notes: dict[str, FileHash]
+
+    def facts_of(self, stage: str) -> JsonObject:
+        """Return the facts of a stage; none for a stage that the run does not have."""
+        return self.stages[stage].facts if stage in self.stages else {}
 
 
-def write(stages: Sequence[Stage], context: Context, hasher: Hasher) -> Manifest | None:
-    """Writes the run's manifest, when its stages are done and belong together; removes an old one when they don't.
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        ManifestError: there is none, or the file is no manifest of this format.
+    """
+    try:
+        fields = typed_storage.read_object(path)
+        if fields.get("format") != FORMAT:
+            raise ManifestError(f"{path}: not a manifest of format {FORMAT}", "Use the kolotune that wrote it.")
+        return typed_storage.convert(Manifest, fields)
+    except OSError:
+        raise ManifestError(
+            f"{path}: there is no manifest", "`kolotune run` writes one when every stage of the run is done."
+        ) from None
+    except typed_storage.StorageError as error:
+        raise ManifestError(f"{path}: not a manifest: {error}") from None
+
+
+def write_manifest(stages: Sequence[Stage], context: Context) -> Manifest | None:
+    """Write the run's manifest when its stages are done and belong together; otherwise remove an old one.
 
     Args:
         stages: all stages that the run has.
-        context: of the run.
-        hasher: knows the hashes of what has just been made.
+        context: of the run; its hasher knows the files that were just made.
 
     Returns:
         The manifest; None when there is none.
     """
     target = context.run.manifest
-    done = _belonging_together(stages, context)
+    done = _matching_records(stages, context)
     if done is None:
         remove(target)
         return None
-    made = _made(done, stages, context, hasher)
-    if made != _before(target):
-        write_json(target, dataclasses.asdict(made))
-    return made
-
-
-def read(path: Path) -> Manifest:
-    """The manifest in a file.
-
-    Raises:
-        ManifestError: there is none, or it is no manifest of this format.
-    """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ManifestError(
-            f"{path}: there is no manifest", "`kolotune run` writes one when every stage of the run is done."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: is no manifest: {error}") from None
-    if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
-        raise ManifestError(f"{path}: is no manifest of format {FORMAT}", "Use the kolotune that wrote it.")
-    try:
-        manifest = Manifest(**loaded)
-        _check_shape(manifest)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ManifestError(f"{path}: is no whole manifest: {error}") from None
+    previous = _previous(target)
+    manifest = _manifest_of(done, stages, context, previous)
+    if manifest != previous:
+        typed_storage.write(target, manifest)
     return manifest
 
 
-def _check_shape(manifest: Manifest) -> None:
-    """Raises what a reader would stumble over."""
-    for each in (manifest.config, manifest.versions, manifest.machine, manifest.notes):
-        each.items()
-    for file in manifest.data["files"]:
-        _ = file["part"] + file["path"] + file["sha256"]
-    _ = manifest.data["counts"].items(), manifest.base["name"] + manifest.base["sha256"]
-    if manifest.source is not None:
-        _ = manifest.source["path"] + manifest.source["sha256"]
-    for stage in manifest.stages.values():
-        _ = [stage[name].items() for name in ("options", "inputs", "versions", "machine", "facts")]
-    for artifact in manifest.artifacts.values():
-        _ = artifact["stage"] + artifact["sha256"], artifact["size"] + 0
-        _ = [each["sha256"] + "" for each in artifact["files"].values()]
+def entry_of(record: Record) -> StageEntry:
+    """Return what a manifest repeats of a record."""
+    return StageEntry(
+        options=record.options,
+        inputs=record.inputs,
+        versions=record.versions,
+        machine=record.machine,
+        facts={name: value for name, value in record.facts.items() if not isinstance(value, (dict, list))},
+        started=record.started,
+        finished=record.finished,
+    )
 
 
-def entry(record: Record) -> dict[str, Any]:
-    """What a manifest repeats of a stage's record."""
-    facts = {name: value for name, value in record.facts.items() if not isinstance(value, (dict, list))}
+def hash_files(path: Path, hasher: Hasher) -> dict[str, FileHash]:
+    """Return size and hash of a file, named "", or of every file of a folder by its name in it."""
     return {
-        "options": record.options,
-        "inputs": record.inputs,
-        "versions": record.versions,
-        "machine": record.machine,
-        "facts": facts,
-        "started": record.started,
-        "finished": record.finished,
-    }
-
-
-def files_in(path: Path, hasher: Hasher) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of a file ("" is its name), or of every file of a folder by its name in it."""
-    return {
-        each.relative_to(path).as_posix() if path.is_dir() else "": {"size": size_of(each), "sha256": hasher.of(each)}
+        each.relative_to(path).as_posix() if path.is_dir() else "": FileHash(size_of(each), hasher.of(each))
         for each in files_of(path)
     }
 
 
-def _before(target: Path) -> Manifest | None:
+def _previous(target: Path) -> Manifest | None:
     try:
-        return read(target)
+        return read_manifest(target)
     except ManifestError:
         return None
 
 
-def _belonging_together(stages: Sequence[Stage], context: Context) -> dict[str, Record] | None:
-    """The stages' records, when each was made with these options and of what the others made; else None."""
-    found = {stage.NAME: records.read(context.run, stage.NAME) for stage in stages}
-    made = {name: each["sha256"] for record in found.values() if record for name, each in record.outputs.items()}
-    places = {context.run.root / name: digest for name, digest in made.items()}
+def _matching_records(stages: Sequence[Stage], context: Context) -> dict[str, Record] | None:
+    """Return the stages' records when each was made with these options from what the stages before it made."""
     done: dict[str, Record] = {}
     for stage in stages:
-        record = found[stage.NAME]
-        if record is None or record.options != _through_json(stage.options(context.config)):
-            return None
-        if any(
-            record.inputs.get(label) != places[path] for label, path in stage.inputs(context).items() if path in places
-        ):
+        record = read_record(context.run, stage.NAME)
+        if record is None or record.options != typed_storage.through_json(stage.options(context.config)):
             return None
         done[stage.NAME] = record
+    made = {context.run.root / name: each.sha256 for record in done.values() for name, each in record.outputs.items()}
+    for stage in stages:
+        inputs = done[stage.NAME].inputs
+        if any(inputs.get(label) != made[path] for label, path in stage.inputs(context).items() if path in made):
+            return None
     return done
 
 
-def _made(done: dict[str, Record], stages: Sequence[Stage], context: Context, hasher: Hasher) -> Manifest:
+def _manifest_of(
+    done: dict[str, Record], stages: Sequence[Stage], context: Context, previous: Manifest | None
+) -> Manifest:
     import yaml
 
+    config, run, source = context.config, context.run, context.source
     inputs = {
         path: done[stage.NAME].inputs.get(label, "")
         for stage in stages
         for label, path in stage.inputs(context).items()
     }
-    parts = ((TRAINING, context.config.train_data), (HELD_OUT, context.config.eval_data))
-    source = context.source
+    parts: list[tuple[DataPart, Path]] = [("training", path) for path in config.train_data]
+    parts += [("held-out", path) for path in config.eval_data]
+    entries = {name: entry_of(record) for name, record in done.items()}
     trained = done.get("train") or next(iter(done.values()))
     return Manifest(
         format=FORMAT,
-        data={
-            "files": [
-                {"part": part, "path": str(path), "sha256": inputs[path]}
-                for part, paths in parts
-                for path in paths
-                if path in inputs
-            ],
-            "counts": entry(done["prepare"])["facts"] if "prepare" in done else {},
-        },
-        base={"name": context.config.base_model, "sha256": inputs.get(context.base, "")},
-        source=None if source is None else {"path": str(source), "sha256": inputs.get(source, "")},
-        config=_through_json(yaml.safe_load(configs.dump(context.config))),
+        data=Data(
+            files=[DataFile(part, str(path), inputs[path]) for part, path in parts if path in inputs],
+            counts=entries["prepare"].facts if "prepare" in entries else {},
+        ),
+        base=BaseModel(config.base_model, inputs.get(context.base, "")),
+        source=None if source is None else ExportedModel(str(source), inputs.get(source, "")),
+        config=typed_storage.through_json(yaml.safe_load(configs.dump(config))),
         versions=_versions(done.values()),
-        machine={name: value for name, value in trained.machine.items() if name not in _OF_THE_MACHINE},
-        stages={name: _through_json(entry(record)) for name, record in done.items()},
-        artifacts=_artifacts(done, context, hasher),
-        notes={
-            context.run.relative(path): files_in(path, hasher)[""] for path in (context.run.metrics,) if path.is_file()
-        },
+        machine={name: value for name, value in trained.machine.items() if name not in _VERSIONS_OF_MACHINE},
+        stages=entries,
+        artifacts=_artifacts(done, context, previous),
+        notes={run.relative(run.metrics): hash_files(run.metrics, context.hasher)[""]} if run.metrics.is_file() else {},
     )
 
 
 def _versions(done: Iterable[Record]) -> dict[str, str]:
-    """Every version; where stages ran with several ones, all of them."""
-    found: dict[str, dict[str, None]] = {}
+    """Return every version; where stages ran with several ones, all of them."""
+    versions: dict[str, dict[str, None]] = {}
     for record in done:
-        all_of_it = {
-            **{name: record.machine[name] for name in _OF_THE_MACHINE if name in record.machine},
-            **({"llama.cpp": str(record.facts["toolchain"])} if "toolchain" in record.facts else {}),
-            **record.versions,
-        }
-        for name, version in all_of_it.items():
-            found.setdefault(name, {})[version] = None
-    return {name: ", ".join(versions) for name, versions in found.items()}
+        of_stage = {name: record.machine[name] for name in _VERSIONS_OF_MACHINE if name in record.machine}
+        if "toolchain" in record.facts:
+            of_stage["llama.cpp"] = str(record.facts["toolchain"])
+        for name, version in {**of_stage, **record.versions}.items():
+            versions.setdefault(name, {})[version] = None
+    return {name: ", ".join(several) for name, several in versions.items()}
 
 
-def _artifacts(done: dict[str, Record], context: Context, hasher: Hasher) -> dict[str, dict[str, Any]]:
-    """The results, file by file. What the old manifest lists for the same hash is not read again."""
-    before = _before(context.run.manifest)
-    known = before.artifacts if before else {}
-    found = {}
+def _artifacts(done: dict[str, Record], context: Context, previous: Manifest | None) -> dict[str, Artifact]:
+    """Return the results, file by file. Files that the old manifest lists for the same hash are not read again."""
+    known = previous.artifacts if previous else {}
+    artifacts = {}
     for stage, record in done.items():
         for name, output in record.outputs.items():
-            same = name in known and known[name]["sha256"] == output["sha256"]
             path = context.run.root / name
-            files = known[name]["files"] if same else files_in(path, hasher) if path.exists() else {}  # it was cleaned
-            found[name] = {"stage": stage, "size": output["size"], "sha256": output["sha256"], "files": files}
-    return found
-
-
-def _through_json(value: Any) -> Any:
-    """The value as it comes back from the file, so that tuples and lists compare equal."""
-    return json.loads(json.dumps(value))
+            if name in known and known[name].sha256 == output.sha256:
+                files = known[name].files
+            else:
+                files = hash_files(path, context.hasher) if path.exists() else {}  # it was cleaned
+            artifacts[name] = Artifact(stage, output.size, output.sha256, files)
+    return artifacts

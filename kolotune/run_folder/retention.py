@@ -1,4 +1,4 @@
-"""What a run keeps: everything that it makes, or with `lean` only what was asked for."""
+"""Which models a run keeps: all that it makes, or with `lean` only those that were asked for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from kolotune.foundation.quantization_types import NONE
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptModels:
     """The models that a finished run has in its folder, beside the adapter.
 
     Attributes:
-        merged: the merged folder.
-        unquantized: the unquantized GGUF.
-        quantized: the quantizations that there is a GGUF of.
+        merged: whether the merged model is kept.
+        unquantized: whether the unquantized GGUF is kept.
+        quantized: the quantizations with a GGUF each.
     """
 
     merged: bool
@@ -23,13 +23,13 @@ class Kept:
     quantized: tuple[str, ...]
 
 
-def kept(config: Config) -> Kept:
-    """The models that a run with these options keeps."""
+def kept_models(config: Config) -> KeptModels:
+    """Return the models that a run with these options keeps."""
     quantized = tuple(name for name in config.quantization if name != NONE)
-    return Kept(merged=not config.lean, unquantized=not (config.lean and quantized), quantized=quantized)
+    return KeptModels(merged=not config.lean, unquantized=not (config.lean and quantized), quantized=quantized)
 
 
-def left_out(config: Config) -> frozenset[str]:
-    """The stages that such a run does not have: what only they make is not kept."""
-    found = kept(config)
-    return frozenset(name for name, there in (("merge", found.merged), ("convert", found.unquantized)) if not there)
+def stages_skipped_by_lean(config: Config) -> frozenset[str]:
+    """Return the stages that a run with these options skips, because it does not keep their outputs."""
+    kept = kept_models(config)
+    return frozenset(stage for stage, is_kept in (("merge", kept.merged), ("convert", kept.unquantized)) if not is_kept)

@@ -1,152 +1,218 @@
-"""Is a run folder what its manifest says? Every byte is read; each difference gets one sentence."""
+"""`kolotune verify`: compare a run folder with its manifest, byte by byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.files import Hasher
-from kolotune.pipeline import run
-from kolotune.run_folder import manifest as manifests
-from kolotune.run_folder import records
+from kolotune.pipeline.context import open_context
+from kolotune.pipeline.stages import stages_of
+from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.manifest import PLACES, Manifest
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.manifest import (
+    PATH_OPTIONS,
+    Artifact,
+    Manifest,
+    StageEntry,
+    entry_of,
+    hash_files,
+    read_manifest,
+)
+from kolotune.run_folder.records import FileHash, read_record
+from kolotune.run_folder.stage import Context
+
+
+class DifferenceKind(Enum):
+    """How something differs from the manifest."""
+
+    MISSING = auto()
+    UNEXPECTED_FILE = auto()
+    SIZE = auto()
+    CONTENT = auto()
+    MANIFEST_HASHES = auto()
+    OPTION = auto()
+    RECORD_MISSING = auto()
+    RECORD = auto()
+    STAGE_INPUT = auto()
+    SOURCE = auto()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference between a run folder and its manifest.
+
+    Attributes:
+        kind: how they differ.
+        name: the file in the run folder, the option, the stage or the source that differs.
+        expected, actual: what the manifest says, and what was found; "" where only the name matters.
+    """
+
+    kind: DifferenceKind
+    name: str
+    expected: str = ""
+    actual: str = ""
+
+    def __str__(self) -> str:
+        name, expected, actual = self.name, self.expected, self.actual
+        match self.kind:
+            case DifferenceKind.MISSING:
+                return f"{name} is missing"
+            case DifferenceKind.UNEXPECTED_FILE:
+                return f"{name} was not made by the run"
+            case DifferenceKind.SIZE:
+                return f"{name} has {actual} bytes, not {expected}"
+            case DifferenceKind.CONTENT:
+                return f"{name} was changed since it was made (sha256 {actual[:12]}…, not {expected[:12]}…)"
+            case DifferenceKind.MANIFEST_HASHES:
+                return f"{name}: the manifest's hash of the whole does not match its hashes of the files"
+            case DifferenceKind.OPTION:
+                return f"config.yaml: {name} is {actual}, not {expected}"
+            case DifferenceKind.RECORD_MISSING:
+                return f"{name} is missing or can't be read"
+            case DifferenceKind.RECORD:
+                return f"{name}: {expected} differs from the manifest"
+            case DifferenceKind.STAGE_INPUT:
+                return f"{name} read a different {expected.removeprefix('the ')} than the manifest has"
+            case DifferenceKind.SOURCE:
+                return f"{name} is not the one that the run was made from"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What came of a check.
+    """The result of a check.
 
     Attributes:
-        differences: one sentence each; empty when all is as it was made.
-        absent: what could not be read: of what the run was made from what is not on this machine, and what was cleaned.
-        files, bytes: that were read of the run's results.
+        differences: empty when everything is as it was made.
+        unchecked: what could not be read: sources that are not on this machine, and outputs that were cleaned.
+        files, bytes: number and size of the files of the run that were read.
     """
 
-    differences: list[str]
-    absent: list[str]
+    differences: list[Difference]
+    unchecked: list[str]
     files: int
     bytes: int
 
 
 def verify(folder: RunFolder) -> Findings:
-    """Holds a run folder against its manifest.
+    """Compare a run folder with its manifest.
 
     Checked are the results (names, sizes and hashes of all files), the records, the saved config, that every stage
-    was made of what the one before it made, and the data and the base model where they are on this machine.
+    read what the one before it made, and the data and the base model where they are on this machine.
 
     Raises:
-        RunFolderError: it is no run folder.
+        RunFolderError: it is not a run folder.
         ManifestError: it has no manifest that can be read.
     """
     folder.require()
-    manifest = manifests.read(folder.manifest)
-    context = run.context_of(folder)
-    hasher = Hasher()  # without a cache: what is on the disk now
-    gone = records.cleaned(folder)
-    there = {name: each for name, each in manifest.artifacts.items() if gone.get(name) != each["sha256"]}
+    manifest = read_manifest(folder.manifest)
+    context = open_context(folder)  # its hasher trusts no earlier process: what is on the disk now
+    cleaned = read_cleaned(folder)
+    existing = {name: each for name, each in manifest.artifacts.items() if cleaned.get(name) != each.sha256}
     differences = [
-        *_of_files(manifest, there, folder, hasher),
-        *_of_config(manifest, folder),
-        *_of_records(manifest, context),
-        *_of_chain(manifest, context),
+        *compare_artifacts(manifest, folder, existing, context.hasher),
+        *_compare_notes(manifest, context),
+        *_compare_config(manifest, folder),
+        *_compare_records(manifest, context),
+        *_compare_inputs(manifest, context),
     ]
-    more, absent = _of_sources(manifest, context, hasher)
-    absent += [f"{name}, which was cleaned" for name in manifest.artifacts if name not in there]
-    sizes = [file["size"] for artifact in there.values() for file in artifact["files"].values()]
-    sizes += [note["size"] for note in manifest.notes.values()]
-    return Findings(differences + more, absent, len(sizes), sum(sizes))
+    of_sources, unchecked = _compare_sources(manifest, context)
+    unchecked += [f"{name}, which was cleaned" for name in manifest.artifacts if name not in existing]
+    sizes = [file.size for artifact in existing.values() for file in artifact.files.values()]
+    sizes += [note.size for note in manifest.notes.values()]
+    return Findings(differences + of_sources, unchecked, len(sizes), sum(sizes))
 
 
-def differences_of(manifest: Manifest, folder: RunFolder, names: Iterable[str], hasher: Hasher) -> list[str]:
-    """What is otherwise than the manifest says about the results `names`, whose bytes are read."""
-    return [each for name in names for each in _of_artifact(name, manifest.artifacts[name], folder.root / name, hasher)]
+def compare_artifacts(manifest: Manifest, folder: RunFolder, names: Iterable[str], hasher: Hasher) -> list[Difference]:
+    """Compare the results `names` with the manifest; every byte of them is read."""
+    differences: list[Difference] = []
+    for name in names:
+        artifact, path = manifest.artifacts[name], folder.root / name
+        of_files = list(_compare_files(name, artifact.files, path, hasher))
+        differences += of_files
+        if not of_files and hasher.of(path) != artifact.sha256:
+            differences.append(Difference(DifferenceKind.MANIFEST_HASHES, name))
+    return differences
 
 
-def _of_files(
-    manifest: Manifest, there: Mapping[str, Mapping[str, Any]], folder: RunFolder, hasher: Hasher
-) -> Iterator[str]:
-    yield from differences_of(manifest, folder, there, hasher)
+def _compare_notes(manifest: Manifest, context: Context) -> Iterator[Difference]:
     for name, note in manifest.notes.items():
-        yield from _of_artifact(name, {**note, "files": {"": note}}, folder.root / name, hasher)
+        yield from _compare_files(name, {"": note}, context.run.root / name, context.hasher)
 
 
-def _of_artifact(name: str, wanted: Mapping[str, Any], path: Path, hasher: Hasher) -> Iterator[str]:
+def _compare_files(name: str, expected: dict[str, FileHash], path: Path, hasher: Hasher) -> Iterator[Difference]:
     if not path.exists():
-        yield f"{name} is missing"
+        yield Difference(DifferenceKind.MISSING, name)
         return
-    found = manifests.files_in(path, hasher)
-    same = True
-    for part in sorted({*found, *wanted["files"]}):
+    actual = hash_files(path, hasher)
+    for part in sorted({*actual, *expected}):
         shown = f"{name}/{part}" if part else name
-        was, now = wanted["files"].get(part), found.get(part)
-        same = same and was == now
+        was, now = expected.get(part), actual.get(part)
         if was is None:
-            yield f"{shown} was not made by the run"
+            yield Difference(DifferenceKind.UNEXPECTED_FILE, shown)
         elif now is None:
-            yield f"{shown} is missing"
-        elif was["size"] != now["size"]:
-            yield f"{shown} has {now['size']} bytes, not {was['size']}"
-        elif was["sha256"] != now["sha256"]:
-            yield f"{shown} has other bytes than those that were made (sha256 {_short(now)}, not {_short(was)})"
-    if same and hasher.of(path) != wanted["sha256"]:
-        yield f"{name}: the manifest's hash of the whole does not belong to those of its files"
+            yield Difference(DifferenceKind.MISSING, shown)
+        elif was.size != now.size:
+            yield Difference(DifferenceKind.SIZE, shown, str(was.size), str(now.size))
+        elif was.sha256 != now.sha256:
+            yield Difference(DifferenceKind.CONTENT, shown, was.sha256, now.sha256)
 
 
-def _short(file: Mapping[str, Any]) -> str:
-    return f"{file['sha256'][:12]}…"
-
-
-def _of_config(manifest: Manifest, folder: RunFolder) -> Iterator[str]:
-    """The saved config, but for what names places: those are held against hashes."""
+def _compare_config(manifest: Manifest, folder: RunFolder) -> Iterator[Difference]:
+    """Compare the saved config, except for paths: what they name is compared by hashes."""
     saved = configs.load_file(folder.config)
-    for name in sorted({*saved, *manifest.config} - {*PLACES}):
+    for name in sorted({*saved, *manifest.config} - {*PATH_OPTIONS}):
         if saved.get(name) != manifest.config.get(name):
-            yield f"{folder.config.name}: {name} is {saved.get(name)!r}, not {manifest.config.get(name)!r}"
+            yield Difference(DifferenceKind.OPTION, name, repr(manifest.config.get(name)), repr(saved.get(name)))
 
 
-def _of_records(manifest: Manifest, context: Context) -> Iterator[str]:
-    for name, wanted in manifest.stages.items():
-        record = records.read(context.run, name)
-        file = context.run.relative(context.run.record(name))
+def _compare_records(manifest: Manifest, context: Context) -> Iterator[Difference]:
+    for stage, expected in manifest.stages.items():
+        record = read_record(context.run, stage)
+        file = context.run.relative(context.run.record(stage))
         if record is None:
-            yield f"{file} is missing or can't be read"
+            yield Difference(DifferenceKind.RECORD_MISSING, file)
             continue
-        found = manifests.entry(record)
-        for part in sorted({*found, *wanted}):
-            if found.get(part) != wanted.get(part):
-                yield f"{file}: its {part} are not those of the manifest"
-        made = {each: artifact for each, artifact in manifest.artifacts.items() if artifact["stage"] == name}
-        for each in sorted({*made, *record.outputs}):
-            was, now = made.get(each, {}), record.outputs.get(each, {})
-            if (was.get("sha256"), was.get("size")) != (now.get("sha256"), now.get("size")):
-                yield f"{file}: {each} is not what the manifest says"
+        actual = entry_of(record)
+        for field in fields(StageEntry):
+            if getattr(actual, field.name) != getattr(expected, field.name):
+                yield Difference(DifferenceKind.RECORD, file, field.name)
+        artifacts = {name: artifact for name, artifact in manifest.artifacts.items() if artifact.stage == stage}
+        for name in sorted({*artifacts, *record.outputs}):
+            if not _is_same(artifacts.get(name), record.outputs.get(name)):
+                yield Difference(DifferenceKind.RECORD, file, name)
 
 
-def _of_chain(manifest: Manifest, context: Context) -> Iterator[str]:
-    """Every stage read what the manifest says that another one made."""
-    made = {context.run.root / name: artifact["sha256"] for name, artifact in manifest.artifacts.items()}
-    for stage in run.stages_of(context):
-        inputs = manifest.stages.get(stage.NAME, {}).get("inputs", {})
-        for label, path in stage.inputs(context).items():
-            if path in made and label in inputs and inputs[label] != made[path]:
-                yield f"{stage.NAME} was made of another {label.removeprefix('the ')} than the manifest has"
+def _is_same(artifact: Artifact | None, output: FileHash | None) -> bool:
+    if artifact is None or output is None:
+        return False
+    return (artifact.size, artifact.sha256) == (output.size, output.sha256)
 
 
-def _of_sources(manifest: Manifest, context: Context, hasher: Hasher) -> tuple[list[str], list[str]]:
-    """Differences of data, base and what was exported; and which of them are not here."""
-    differences, absent = [], []
-    named = [(Path(each["path"]), f"the data {each['path']}", each["sha256"]) for each in manifest.data["files"]]
-    named.append((context.base, f"the base model {manifest.base['name']}", manifest.base["sha256"]))
+def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[Difference]:
+    """Check that every stage read what the manifest says that another one made."""
+    made = {context.run.root / name: artifact.sha256 for name, artifact in manifest.artifacts.items()}
+    for stage in stages_of(context):
+        if stage.NAME in manifest.stages:
+            recorded = manifest.stages[stage.NAME].inputs
+            for label, path in stage.inputs(context).items():
+                if path in made and label in recorded and recorded[label] != made[path]:
+                    yield Difference(DifferenceKind.STAGE_INPUT, stage.NAME, label)
+
+
+def _compare_sources(manifest: Manifest, context: Context) -> tuple[list[Difference], list[str]]:
+    """Compare data, base and exported model; also return which of them are not on this machine."""
+    differences, missing = [], []
+    sources = [(Path(file.path), f"the data {file.path}", file.sha256) for file in manifest.data.files]
+    sources.append((context.base, f"the base model {manifest.base.name}", manifest.base.sha256))
     if manifest.source is not None:
-        named.append((Path(manifest.source["path"]), manifest.source["path"], manifest.source["sha256"]))
-    for path, shown, digest in named:
+        sources.append((Path(manifest.source.path), manifest.source.path, manifest.source.sha256))
+    for path, shown, digest in sources:
         if not path.exists():
-            absent.append(shown)
-        elif digest and hasher.of(path) != digest:
-            differences.append(f"{shown} is not the one that the run was made from")
-    return differences, absent
+            missing.append(shown)
+        elif digest and context.hasher.of(path) != digest:
+            differences.append(Difference(DifferenceKind.SOURCE, shown))
+    return differences, missing

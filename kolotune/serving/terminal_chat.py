@@ -15,9 +15,8 @@ from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import convert, quantize
 from kolotune.gguf.inference import GgufModel
-from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.results import chosen_quantization, own_gguf, saved_config
+from kolotune.run_folder.results import choose_quantization, saved_config, verified_gguf
 from kolotune.stages import modelfile
 from kolotune.weights.adapter import is_adapter
 
@@ -78,12 +77,9 @@ def open_chat(
         RunFolderError, ArtifactError, ConfigError: there is no such run or no such GGUF, or it isn't what was made.
     """
     config = saved_config(run)
-    name = chosen_quantization(config, quantization)
-    path = _base_gguf(run, config, name, reporter) if base else own_gguf(run, name)[0]
-    written = records.read(run, modelfile.NAME)
-    if written is None:
-        raise ArtifactError(f"{run.root}: has no Modelfiles yet", "Run `kolotune run` first.")
-    stops = tuple(written.facts["stops"])
+    name = choose_quantization(config, quantization)
+    path = _base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
+    stops = modelfile.recorded_stops(run)
     return TerminalChat(
         GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,8 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import convert, quantize
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.metrics import held_out_losses, kept_held_out_loss, read_metrics
+from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
 from kolotune.weights.model_config import read_model_config
 
@@ -33,7 +33,7 @@ _OPTIONS = (
 _LONGEST_ANSWER = 96
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> JsonObject:
     """See `records.Stage`; what is tried is there when anything is."""
     tried = as_record(config, ("compare_quantization", "importance_matrix")) if _to_try(config) else {}
     return as_record(config, _OPTIONS) | tried
@@ -80,7 +80,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
         quantize.check_blocks(context.base, _to_try(context.config))
 
 
-def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+def run(context: Context, reporter: Reporter) -> JsonObject:
     """Measures and judges; writes the comparison in any case.
 
     Raises:
@@ -277,19 +277,9 @@ def _in_a_process(run: RunFolder, kind: str, file: Path, reporter: Reporter | No
 
 def _recorded(run: RunFolder, config: Config) -> tuple[float, float] | None:
     """The held-out losses of the base and of what was kept, as training measured them; None when it did not."""
-    losses = []
-    try:
-        lines = run.metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    if not run.metrics.is_file():
         return None
-    for line in lines:
-        try:
-            told = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(told, dict) and "held_out_loss" in told:
-            losses.append((int(told["step"]), float(told["held_out_loss"])))
+    losses = held_out_losses(read_metrics(run.metrics, skip_damaged=True))
     if not losses or losses[0][0] != 0:
         return None
-    kept = min(loss for _, loss in losses) if config.early_stopping else losses[-1][1]
-    return losses[0][1], kept
+    return losses[0][1], kept_held_out_loss(losses, early_stopping=bool(config.early_stopping))

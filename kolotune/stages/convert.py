@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import convert
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 
 NAME = "convert"
 DOING = "converting to GGUF"
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> JsonObject:
     """See `records.Stage`."""
     return as_record(config, ("lean", "merge_dtype")) if config.lean else {}
 
@@ -45,7 +45,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     convert.prove_expected(context, reporter)
 
 
-def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+def run(context: Context, reporter: Reporter) -> JsonObject:
     """Converts; see `exporting`."""
     folder = convert.source_folder(context)
     if folder is not None and not folder.is_dir():

@@ -10,7 +10,8 @@ from typing import Any
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
-from kolotune.run_folder.records import Context
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.run_folder.stage import Context
 from kolotune.weights import adapter
 from kolotune.weights.merge import MergedModel, small_files, tokenizer_of
 from kolotune.weights.tensors import shards_of, weight_files, write_shards
@@ -19,7 +20,7 @@ NAME = "merge"
 DOING = "merging the adapter into the base model"
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> JsonObject:
     """See `records.Stage`."""
     return as_record(config, ("merge_dtype",))
 
@@ -51,7 +52,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
         adapter.read(context.source)
 
 
-def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+def run(context: Context, reporter: Reporter) -> JsonObject:
     """Writes the merged model; see `merge_adapter`."""
     with replacing(context.run.merged_model) as partial:
         partial.mkdir()

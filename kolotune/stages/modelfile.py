@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from kolotune.chats.templates.loss_mask import end_token
 from kolotune.chats.templates.template import freeze_date
@@ -22,13 +21,16 @@ from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import write_text
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.ollama import parameters
 from kolotune.ollama.modelfile import Modelfile, render
 from kolotune.ollama.template import NotDerivable, TurnFormat, derive, stop_strings
-from kolotune.run_folder import records
+from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import kept
+from kolotune.run_folder.records import now, read_record
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.source import read_source
+from kolotune.run_folder.stage import Context
 from kolotune.weights.adapter import is_adapter
 
 NAME = "modelfile"
@@ -38,7 +40,7 @@ DOING = "writing the Modelfiles"
 _UNPUNISHED = ("repeat_penalty", "1")
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> JsonObject:
     """See `records.Stage`."""
     return as_record(config, ("system", "parameter", "quantization", *(("lean",) if config.lean else ())))
 
@@ -62,7 +64,7 @@ def packages() -> Sequence[str]:
 def _files(context: Context) -> list[tuple[Path, Path]]:
     """Each Modelfile and the GGUF that it names."""
     run = context.run
-    there = kept(context.config)
+    there = kept_models(context.config)
     unquantized = [(run.modelfile(), run.gguf)] if there.unquantized else []
     return [*unquantized, *((run.modelfile(name), run.quantized(name)) for name in there.quantized)]
 
@@ -72,23 +74,34 @@ def _trained_tokenizer(context: Context) -> Path:
         return context.run.tokenizer
     if not is_adapter(context.source):
         return context.source
-    return context.run.merged_model if kept(context.config).merged else context.run.exported_tokenizer
+    return context.run.merged_model if kept_models(context.config).merged else context.run.exported_tokenizer
 
 
 def tokenizer_folder(run: RunFolder) -> Path:
-    """The folder of a finished run that holds the trained tokenizer and template.
+    """Return the folder of a finished run that contains the trained tokenizer and template.
 
     Raises:
         ArtifactError: there is none.
     """
-    source = run.source
-    folders = [run.tokenizer, run.merged_model, run.exported_tokenizer]
-    if source.is_file():
-        folders.append(Path(json.loads(source.read_text(encoding="utf-8"))["source"]))
+    source = read_source(run)
+    folders = [run.tokenizer, run.merged_model, run.exported_tokenizer, *([source] if source else [])]
     for folder in folders:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
     raise ArtifactError(f"{run.root}: its tokenizer is missing")
+
+
+def recorded_stops(run: RunFolder) -> tuple[str, ...]:
+    """Return the stop strings that a finished run's Modelfiles contain.
+
+    Raises:
+        ArtifactError: there are no Modelfiles yet.
+    """
+    record = read_record(run, NAME)
+    stops = record.facts.get("stops") if record else None
+    if not isinstance(stops, list):
+        raise ArtifactError(f"{run.root}: has no Modelfiles yet", "Run `kolotune run` first.")
+    return tuple(map(str, stops))
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     """
     del reporter
     folder = context.source if context.source is not None and not is_adapter(context.source) else context.base
-    day = date.fromisoformat(context.config.template_date or records.now()[:10])
+    day = date.fromisoformat(context.config.template_date or now()[:10])
     serving = serving_of(folder, freeze_date(template_text(folder), day))
     if context.config.system and not serving.takes_system:
         raise ConfigError(
@@ -156,7 +169,7 @@ def _parameters(config: Config) -> parameters.Parameters:
     return parameters.validate(pairs if any(name == _UNPUNISHED[0] for name, _ in pairs) else [*pairs, _UNPUNISHED])
 
 
-def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+def run(context: Context, reporter: Reporter) -> JsonObject:
     """Writes the Modelfiles; each has been parsed back and is equal."""
     folder = _trained_tokenizer(context)
     serving = serving_of(folder, template_text(folder))
@@ -166,7 +179,7 @@ def run(context: Context, reporter: Reporter) -> dict[str, Any]:
         reporter.note(f"in Ollama: {caveat}")
     chosen = _parameters(context.config)
     stops = tuple(("stop", stop) for stop in serving.stops if ("stop", stop) not in chosen)
-    gone = records.cleaned(context.run)
+    gone = read_cleaned(context.run)
     for file, gguf in _files(context):
         if not gguf.is_file() and context.run.relative(gguf) not in gone:
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
-from kolotune.run_folder.records import Context
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.run_folder.stage import Context
 from kolotune.weights.model_config import read_model_config
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ SAID = {
 }
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> JsonObject:
     """See `records.Stage`."""
     return as_record(config, ("eval_split", "skip_bad", "max_seq_length", "template_date"))
 
@@ -69,7 +70,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
         )
 
 
-def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+def run(context: Context, reporter: Reporter) -> JsonObject:
     """Writes the run folder's prepared part; see `Prepared.summary` for the facts."""
     from kolotune.chats.dataset.prepare import prepare_chats, require_good
 

@@ -19,8 +19,9 @@ from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
 from kolotune.foundation.files import Hasher, write_json
 from kolotune.foundation.reporter import Progress, Reporter
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 from kolotune.runners import local, memory_kills
 from kolotune.weights.model_shape import DTYPE_BYTES, read_shape
 
@@ -35,7 +36,7 @@ _FIRST = ("first_held_out_loss",)  # facts that a training which goes on does no
 _MOST_FOR_THE_BASE = 0.6  # the rest is for adapters, activations and the optimizer
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> JsonObject:
     """See `records.Stage`; of torchtune's environment what it is made from, which is known before it is made."""
     chosen = as_record(config, _OPTIONS)
     if config.engine == "torchtune":
@@ -119,7 +120,7 @@ def is_sharded(config: Config, base: Path) -> bool:
     return size * config.nproc > hardware.memory_for_processes(config.nproc) * _MOST_FOR_THE_BASE
 
 
-def run(context: Context, reporter: Reporter) -> dict[str, Any]:
+def run(context: Context, reporter: Reporter) -> JsonObject:
     """Starts the engine and shows its progress; raises its errors in its words."""
     if not context.run.prepared.is_dir():
         raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")

@@ -26,8 +26,8 @@ from kolotune.foundation.files import write_json
 from kolotune.foundation.reporter import Reporter
 from kolotune.launching.launcher import Launched, Launcher, Order
 from kolotune.launching.registry import again
-from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import read_record
 from kolotune.stages import prepare
 
 from .attribution import OneOfSeveral
@@ -197,7 +197,7 @@ class _SideBySide:
     def _unusable(self, trial: Trial) -> str:
         """Why what a trained trial has brought can't be held against the others; "" where it can."""
         folder = folder_of(trial, self._sweep.shared)
-        found, wanted = (records.read(each, prepare.NAME) for each in (folder, self._sweep.chats))
+        found, wanted = (read_record(each, prepare.NAME) for each in (folder, self._sweep.chats))
         if found is None or wanted is None or found.outputs != wanted.outputs:
             return "its chats were prepared otherwise than here (is kolotune with its packages the same there?)"
         return "" if held_out_losses(folder) else f"its results did not come: there is no {folder.metrics.name}"

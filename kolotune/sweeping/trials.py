@@ -13,9 +13,13 @@ from typing import Any
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import DataError, TrainingError
 from kolotune.foundation.reporter import Reporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.choices import choose
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.stages import STAGE_NAMES
+from kolotune.run_folder import metrics
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.metrics import kept_held_out_loss, read_metrics
+from kolotune.run_folder.records import read_record
 from kolotune.stages import prepare, train
 
 from .record import Record, Trial, read
@@ -105,18 +109,18 @@ def begin(
         for value in each.choices:
             with_values(config, {each.name: value})  # an impossible one is told now
     chats = RunFolder(config.output_dir / _CHATS)
-    shared = shared_elsewhere(config) if elsewhere else pipeline.with_choices(config, chats)[0]
+    shared = shared_elsewhere(config) if elsewhere else choose(config, chats)[0]
     shared = dataclasses.replace(shared, compare=False)
     # Whether the training fits is asked where it is done.
     ahead = _road_after(train.NAME if elsewhere else prepare.NAME)
-    pipeline.run(dataclasses.replace(shared, output_dir=chats.root), reporter, [prepare.NAME], ahead=ahead)
+    run_pipeline(dataclasses.replace(shared, output_dir=chats.root), reporter, [prepare.NAME], check_also=ahead)
     record = read(config.output_dir, varied, _made_of(chats, shared, varied))
     return Sweep(record, shared, chats, trials)
 
 
 def shared_elsewhere(config: Config) -> Config:
     """The options of trials on other machines: with the date of the chats that are prepared here, or will be."""
-    chosen, _ = pipeline.with_choices(config, RunFolder(config.output_dir / _CHATS), [prepare.NAME])
+    chosen, _ = choose(config, RunFolder(config.output_dir / _CHATS), [prepare.NAME])
     return dataclasses.replace(config, template_date=chosen.template_date)
 
 
@@ -131,7 +135,7 @@ def config_of(trial: Trial, config: Config) -> Config:
 
 
 def _road_after(name: str) -> tuple[str, ...]:
-    return pipeline.NAMES[pipeline.NAMES.index(name) + 1 :]
+    return STAGE_NAMES[STAGE_NAMES.index(name) + 1 :]
 
 
 def _made_of(chats: RunFolder, shared: Config, varied: Sequence[Varied]) -> str:
@@ -140,7 +144,7 @@ def _made_of(chats: RunFolder, shared: Config, varied: Sequence[Varied]) -> str:
     Raises:
         DataError: no chats are held out.
     """
-    record = records.read(chats, prepare.NAME)
+    record = read_record(chats, prepare.NAME)
     if record is None or not record.facts["held_out_chats"]:
         raise _nothing_held_out()
     names = {each.name for each in varied}
@@ -166,7 +170,7 @@ def _train(trial: Trial, sweep: Sweep, reporter: Reporter) -> None:
     folder = RunFolder(config.output_dir)
     share(sweep.chats, folder)
     try:
-        pipeline.run(config, reporter, [prepare.NAME, train.NAME])
+        run_pipeline(config, reporter, [prepare.NAME, train.NAME])
         trial.loss = loss_of(folder, config)
         reporter.success(f"trial {trial.number}: held-out loss {trial.loss:.4f} ({in_words(trial)})")
     except TrainingError as error:
@@ -193,16 +197,12 @@ def _link(source: str, target: str) -> None:
 
 def loss_of(folder: RunFolder, config: Config) -> float:
     """The held-out loss of the adapter that was kept: the last one, or the best where training stops early."""
-    losses = [loss for _, loss in held_out_losses(folder)]
-    return min(losses) if config.early_stopping else losses[-1]
+    return kept_held_out_loss(held_out_losses(folder), early_stopping=bool(config.early_stopping))
 
 
 def held_out_losses(folder: RunFolder) -> list[tuple[int, float]]:
     """(step, held-out loss) of each evaluation of a training; none where there is no metrics file."""
-    if not folder.metrics.is_file():
-        return []
-    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    return [(int(line["step"]), float(line["held_out_loss"])) for line in lines if "held_out_loss" in line]
+    return metrics.held_out_losses(read_metrics(folder.metrics)) if folder.metrics.is_file() else []
 
 
 def rows(record: Record) -> list[dict[str, Any]]:

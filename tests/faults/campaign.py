@@ -16,9 +16,9 @@ from support.runs import ROAD
 
 from faults import forking
 from faults.room import INTERVAL, STEPS, Broken, Room, said
-from kolotune.pipeline import run
-from kolotune.run_folder import records
+from kolotune.pipeline.stages import STAGE_NAMES
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.marks import read_mark
 
 _MOST_KILLS, _MOST_AT_LAST = 14, 2
 """Of one folder, and of one in which the last stage is all that is left: then it may finish."""
@@ -82,7 +82,7 @@ def campaign(room: Room, tally: Tally, kills: int, keep: Callable[[Tally], None]
             old.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            stages = run.NAMES if tally.runs % _COMPARES == 0 else ROAD
+            stages = STAGE_NAMES if tally.runs % _COMPARES == 0 else ROAD
             _one_folder(room, folder, tally, dice, min(_MOST_KILLS, kills - tally.kills), stages)
         except Broken as error:
             tally.broken.append(f"{folder.name}: {error}")
@@ -139,7 +139,7 @@ def _dies(kind: str, after: float) -> Callable[[], None]:
 
 def _at_work(folder: Path) -> str:
     """The stage that was not brought to its end, or what stands between them."""
-    marked = [name for name in run.NAMES if records.marked(RunFolder(folder), name)]
+    marked = [name for name in STAGE_NAMES if read_mark(RunFolder(folder), name)]
     return marked[-1] if marked else "between stages"
 
 

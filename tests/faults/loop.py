@@ -178,12 +178,12 @@ class _Attempts:
 
     def _require_once(self, events: Sequence[dict[str, Any]]) -> tuple[list[str], set[str]]:
         """The stages that began now, and those done so far."""
-        from kolotune.pipeline import run as pipeline
+        from kolotune.pipeline.stages import STAGE_NAMES
 
         def stages(kind: str) -> list[str]:
             texts = [event["text"] for event in events if event["event"] == kind]
             found = [match.group(1) for text in texts if (match := re.match(r"(\w+): ", text))]
-            return [name for name in found if name in pipeline.NAMES]
+            return [name for name in found if name in STAGE_NAMES]
 
         began = stages("doing")
         if again := self._done & set(began):

@@ -15,7 +15,8 @@ from support.tiny import chat_line, tiny_model
 
 from faults import forking
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run
+from kolotune.pipeline.stages import STAGE_NAMES
+from kolotune.pipeline.status import read_status
 from kolotune.run_folder.layout import RunFolder
 
 CHATS, EPOCHS, INTERVAL = 12, 3, 4
@@ -119,7 +120,7 @@ class Room:
         if not (folder / "config.yaml").is_file():
             claimed: set[str] = set()
         else:
-            claimed = {each.name for each in run.status(RunFolder(folder)) if not each.has_work}
+            claimed = {each.name for each in read_status(RunFolder(folder)) if not each.has_work}
         for stage in claimed:
             missing = {name for name in self.expected if name.startswith(_MADE_BY[stage])} - found.keys()
             if _MADE_BY[stage] and missing:
@@ -131,7 +132,7 @@ class Room:
             raise Broken(f"the loss at steps {', '.join(map(str, wrong))} is another")
         return claimed
 
-    def require_finished(self, folder: Path, stages: Sequence[str] = run.NAMES) -> None:
+    def require_finished(self, folder: Path, stages: Sequence[str] = STAGE_NAMES) -> None:
         """Checks that all is there and is what an undisturbed run makes, the loss curve included."""
         self.require_good(folder, set(stages))
         if results(folder) != self.expected or losses(folder / "metrics.jsonl") != self.curve:
@@ -141,4 +142,4 @@ class Room:
 def said(output: str) -> tuple[set[str], set[str]]:
     """The stages that a run said it began, and those that it said were done."""
     began = set(re.findall(r"^\.\.\. (\w+): ", output, re.MULTILINE))
-    return began, set(re.findall(r"^ok  (\w+): ", output, re.MULTILINE)) & set(run.NAMES)
+    return began, set(re.findall(r"^ok  (\w+): ", output, re.MULTILINE)) & set(STAGE_NAMES)

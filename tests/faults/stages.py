@@ -14,11 +14,11 @@ from support.runs import ROAD
 from faults import calls, forking
 from faults.calls import Point
 from faults.room import Broken, Room
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.stages import STAGE_NAMES
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import read_record
 
-NAMES = [*pipeline.NAMES, "the run's end"]
+NAMES = [*STAGE_NAMES, "the run's end"]
 """The stages, and what comes behind them: manifest and report."""
 
 
@@ -40,7 +40,7 @@ def at_every_call(room: Room, name: str, every: int = 1) -> tuple[int, int]:
     done = set(NAMES[: NAMES.index(name)])  # those behind it wait for it
     running: list[forking.Fork] = []
     compares = name in NAMES[-2:]  # what training measured is new each time, and comparing takes longer than the rest
-    stages = pipeline.NAMES if compares else ROAD
+    stages = STAGE_NAMES if compares else ROAD
 
     def start() -> int:
         waits = partial(_wait_to_be_traced, reports=name == NAMES[-1])
@@ -85,7 +85,7 @@ def _undo(run: RunFolder, name: str) -> None:
         run.manifest.unlink()
         run.report.unlink()
         return
-    record = records.read(run, name)
+    record = read_record(run, name)
     assert record is not None
     for each in record.outputs:
         path = run.root / each

@@ -20,12 +20,13 @@ pytestmark = pytest.mark.skipif(bool(calls.why_not()), reason=calls.why_not() or
 _WRITER = """
 import hashlib, os, sys, time
 from pathlib import Path
-from kolotune import files, layout, records
+from kolotune.foundation import files
+from kolotune.run_folder import layout, marks
 folder, text = Path(sys.argv[1]), sys.argv[2]
 while sys.argv[3:] and "TracerPid:\\t0\\n" in Path("/proc/self/status").read_text():
     time.sleep(0.002)
 run = layout.RunFolder(folder)
-records.mark(run, "train", "running")
+marks.write_mark(run, "train", marks.MarkState.RUNNING)
 with files.replacing(run.gguf) as partial, files.Stream(partial) as stream:
     for _ in range(3):
         stream.write(text.encode())
@@ -35,7 +36,7 @@ with files.replacing(run.adapter) as partial:
 hasher = files.Hasher()
 outputs = {each.name: {"sha256": hasher.of(each)} for each in (run.gguf, run.adapter)}
 files.write_json(run.record("train"), {"outputs": outputs, "text": text})
-records.unmark(run, "train")
+marks.remove_mark(run, "train")
 """
 
 

@@ -24,10 +24,10 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.records import read_record
+from kolotune.run_folder.stage import Context
 from kolotune.runners import local
 from kolotune.runs.rebuild import rebuild
 from kolotune.stages import train
@@ -70,7 +70,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 def of_training(config: Config) -> tuple[dict[int, float], dict[str, Any]]:
     """The loss curve and what the record says."""
     run = RunFolder(config.output_dir)
-    record = records.read(run, "train")
+    record = read_record(run, "train")
     assert record is not None
     return losses(run.metrics), record.facts
 
@@ -82,9 +82,9 @@ def test_a_training_that_is_killed_goes_on_with_half_the_batch(
 ) -> None:  # fmt: skip
     # At a small rate, or AdamW makes more of the last bits at every step.
     whole, broken = (config_in(name, epochs=8, learning_rate=1e-4) for name in ("whole", "broken"))
-    pipeline.run(whole, reporter, ["prepare", "train"])
+    run_pipeline(whole, reporter, ["prepare", "train"])
     killed = killed_at(5)
-    pipeline.run(broken, reporter)
+    run_pipeline(broken, reporter)
     assert killed == [5]
     printed = capsys.readouterr().out
     assert "the batch is halved from 4 to 2 and the accumulation doubled" in printed
@@ -109,10 +109,10 @@ def test_a_kill_by_someone_else_is_told_and_halves_nothing(
     config = config_in("run", epochs=4)
     killed = killed_at(5)
     with pytest.raises(TrainingError, match=r"was killed \(SIGKILL\), and not by the kernel") as raised:
-        pipeline.run(config, reporter, ["prepare", "train"])
+        run_pipeline(config, reporter, ["prepare", "train"])
     assert killed == [5] and "--use-checkpoint" in raised.value.hint
     assert not RunFolder(config.output_dir).halvings.exists()
-    pipeline.run(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
+    run_pipeline(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
     assert "going on from step" in capsys.readouterr().out
     assert "halved_from" not in of_training(config)[1]
 
@@ -125,14 +125,14 @@ def test_at_a_batch_of_one_it_is_told_what_to_change(
     config = config_in("run", epochs=5, batch_size=2)
     killed = killed_at(1, 5)
     with pytest.raises(TrainingError, match="was killed, most likely because memory ran out") as raised:
-        pipeline.run(config, reporter, ["prepare", "train"])
+        run_pipeline(config, reporter, ["prepare", "train"])
     assert len(killed) == 2
     for word in ("--use-checkpoint", "--max-seq-length", "--lora-rank", "--load-in-4bit", "--base-model"):
         assert word in raised.value.hint
     assert "--batch-size" not in raised.value.hint
     assert states(RunFolder(config.output_dir))["train"] == "failed"
     # What was found out is kept: the same again does not begin with more at once.
-    pipeline.run(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
+    run_pipeline(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
     assert "going on from step" in capsys.readouterr().out
     assert len(of_training(config)[1]["halved_from"].split(",")) == 1
     assert list(of_training(config)[0]) == list(range(1, 31))

@@ -18,8 +18,11 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
+from kolotune.pipeline.context import open_context
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.status import StageState, read_status
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.reasons import ReasonKind
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def made(room: Any, tmp_path_factory: pytest.TempPathFactory, reporter: PlainRep
         "dtype": "fp32", "compile": "off", "epochs": 1, "lora_rank": 2, "checkpoint_steps": 0, "eval_split": 0,
         "template_date": "2026-01-02", "compare": False,
     }  # fmt: skip
-    pipeline.run(configs.resolve((options, "test", folder)), reporter)
+    run_pipeline(configs.resolve((options, "test", folder)), reporter)
     return folder / "run"
 
 
@@ -43,12 +46,12 @@ def test_no_inodes_are_left(
     small = tmpfs(mount, "200m", "nr_inodes=14")
     config = config_in("unused", output_dir=small / "run")
     with pytest.raises(SpaceError, match="holds as many files as it can") as raised:
-        pipeline.run(config, reporter)
+        run_pipeline(config, reporter)
     assert "Remove some files" in raised.value.hint
     run = RunFolder(small / "run")
     assert partials(run) == []
     subprocess.run(["mount", "-o", "remount,nr_inodes=4096", str(small)], check=True)
-    pipeline.run(config, reporter, ["prepare"])
+    run_pipeline(config, reporter, ["prepare"])
     assert states(run)["prepare"] == "done"
 
 
@@ -77,7 +80,7 @@ def test_the_temporary_folder_is_on_another_file_system(
         run.record(stage).unlink()
     shutil.rmtree(run.merged_model)
     run.gguf.unlink()
-    pipeline.run(pipeline.context_of(run).config, reporter)
+    run_pipeline(open_context(run).config, reporter)
     assert results(run.root) == expected
     assert list(elsewhere.iterdir()) == []
 
@@ -110,11 +113,12 @@ def test_a_lost_tail_is_seen_and_names_its_stage(
 ) -> None:
     run = RunFolder(Path(shutil.copytree(made, tmp_path / "run")))
     damage(run.root / name)
-    found = {each.name: each for each in pipeline.status(run)}
+    found = {each.name: each for each in read_status(run)}
     stage = found[_OUTPUTS[name]]
-    assert stage.state == "will run" and "is not the file that was made" in " ".join(stage.why)
+    assert stage.state is StageState.WILL_RUN
+    assert ReasonKind.OUTPUT_ALTERED in {reason.kind for reason in stage.reasons}
     before = list(found)[: list(found).index(_OUTPUTS[name])]
-    assert all(found[each].state == "done" for each in before)
+    assert all(found[each].state is StageState.DONE for each in before)
 
 
 def test_a_lost_tail_is_mended_by_that_stage_alone(
@@ -125,7 +129,7 @@ def test_a_lost_tail_is_mended_by_that_stage_alone(
     for name in ("MergedQ4_K_M.gguf", "Merged.gguf", "merged_model/model.safetensors"):
         _zero(run.root / name)
         capsys.readouterr()
-        pipeline.run(pipeline.context_of(run).config, reporter)
+        run_pipeline(open_context(run).config, reporter)
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("... ")]
         assert [line.split(":")[0] for line in said if "(" in line] == [f"... {_OUTPUTS[name]}"], said
         assert results(run.root) == expected

@@ -17,9 +17,9 @@ from kolotune import llamacpp
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import read_record
 
 TEXT = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
@@ -54,7 +54,7 @@ class Road:
     def again(self, **changes: Any) -> Recorder:
         """Runs it again with `changes`; returns what was said."""
         said = Recorder()
-        pipeline.run(dataclasses.replace(self.config, **changes), said)
+        run_pipeline(dataclasses.replace(self.config, **changes), said)
         return said
 
     def copied(self, folder: Path) -> Road:
@@ -66,7 +66,7 @@ class Road:
 
     def finished(self) -> dict[str, str | None]:
         """When each stage last finished, and of which outputs."""
-        found = {name: records.read(self.run, name) for name in ROAD}
+        found = {name: read_record(self.run, name) for name in ROAD}
         return {
             name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in found.items()
         }
@@ -80,7 +80,7 @@ def drive() -> Callable[..., Road]:
         values = {"base_model": str(base), "output_dir": folder, "dtype": "fp32", "compare": False, **options}
         config = configs.resolve((values, "test", folder.parent))
         said = Recorder()
-        return Road(config, pipeline.run(config, said), base, said)
+        return Road(config, run_pipeline(config, said), base, said)
 
     return make
 

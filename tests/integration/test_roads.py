@@ -33,7 +33,8 @@ from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install
 from kolotune.ollama.modelfile import parse
-from kolotune.pipeline import run as pipeline
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.status import StageState, StageStatus, read_status
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.requests import read
 from kolotune.serving.served_model import ServedModel
@@ -128,9 +129,7 @@ def test_everything_is_there(road: Any, name: str) -> None:
 
 @on(*EVERY)
 def test_everything_is_done(road: Any, name: str) -> None:
-    assert [(each.name, each.state, each.why) for each in pipeline.status(road.run)] == [
-        (stage, "done", []) for stage in ROAD
-    ]
+    assert read_status(road.run) == [StageStatus(stage, StageState.DONE) for stage in ROAD]
 
 
 @on(*EVERY)
@@ -429,7 +428,7 @@ def test_the_manner_of_the_sample(
         "output_dir": tmp_path / "run",
     }
     config = configs.resolve((options, "sample", sample))
-    run = pipeline.run(config, smollm2_road.said)
+    run = run_pipeline(config, smollm2_road.said)
     judge = _judge(sample)
     text = (sample / "questions.jsonl").read_text(encoding="utf-8")
     counts = {}

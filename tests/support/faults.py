@@ -10,12 +10,13 @@ from typing import Any
 
 from kolotune.base_models import catalog
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run
-from kolotune.run_folder import records
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.stages import STAGES
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.records import read_record, write_record
+from kolotune.run_folder.results import quantize_facts
+from kolotune.run_folder.stage import Context
 
 
 def context_of(config: Config) -> Context:
@@ -26,17 +27,17 @@ def context_of(config: Config) -> Context:
 def seal(config: Config) -> None:
     """Writes all records anew, so that every hash in them is that of the files as they now are."""
     context = context_of(config)
-    hasher = Hasher()
-    for stage in run.STAGES:
-        record = records.read(context.run, stage.NAME)
+    hasher = context.hasher
+    for stage in STAGES:
+        record = read_record(context.run, stage.NAME)
         if record is None:
             continue
-        facts = dict(record.facts)
-        for name in facts.get("made", {}):
-            facts["made"][name] = {
+        made: dict[str, dict[str, str]] = {}
+        for name in quantize_facts(record).made if stage.NAME == "quantize" else ():
+            made[name] = {
                 "source": hasher.of(context.run.gguf), "sha256": hasher.of(context.run.quantized(name))
             }  # fmt: skip
-        records.write(stage, context, hasher, facts, record.started)
+        write_record(stage, context, {**record.facts, **({"made": made} if made else {})}, record.started)
 
 
 def make_again(config: Config, *names: str) -> None:
@@ -44,7 +45,7 @@ def make_again(config: Config, *names: str) -> None:
     seal(config)
     for name in names:
         RunFolder(config.output_dir).record(name).unlink()
-    run.run(config, PlainReporter(), list(names))
+    run_pipeline(config, PlainReporter(), list(names))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.files import hash_file
-from kolotune.pipeline import run as pipeline
+from kolotune.pipeline.stages import STAGE_NAMES
+from kolotune.pipeline.status import read_status
 from kolotune.run_folder.layout import RunFolder
 
 # The stages of a run with --no-compare, as most runs of tests are, to save their time.
-ROAD = tuple(name for name in pipeline.NAMES if name != "compare")
+ROAD = tuple(name for name in STAGE_NAMES if name != "compare")
 
 
 def config_of(run: RunFolder, **changes: Any) -> Config:
@@ -24,7 +25,7 @@ def config_of(run: RunFolder, **changes: Any) -> Config:
 
 
 def states(run: RunFolder) -> dict[str, str]:
-    return {each.name: each.state for each in pipeline.status(run)}
+    return {each.name: each.state for each in read_status(run)}
 
 
 def partials(run: RunFolder) -> list[Path]:

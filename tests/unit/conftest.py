@@ -16,7 +16,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 
 
@@ -66,7 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter
         "compare": False,
     }
     config = configs.resolve((options, "test", room))
-    run.run(config, reporter)
+    run_pipeline(config, reporter)
     return config
 
 

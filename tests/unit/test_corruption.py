@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from unit.run_folder.test_records import FakeStage
+from support.fake_stage import FakeStage
 
 from kolotune.engines.native import checkpoints
 from kolotune.engines.native.checkpoints import State
@@ -23,9 +23,10 @@ from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import Hasher
 from kolotune.gguf import header
 from kolotune.ollama import modelfile
-from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.reasons import Reason, ReasonKind, find_reasons
+from kolotune.run_folder.records import now, read_record, write_record
+from kolotune.run_folder.stage import Context
 from kolotune.weights import adapter
 from kolotune.weights import tensors as weights
 
@@ -111,24 +112,25 @@ def test_a_damaged_artifact_makes_its_stage_run_again(name: str, context: Contex
     whole = path.read_bytes()
     made, used = FakeStage(made=[path]), FakeStage(NAME="next", files={"what was made": path})
     for stage in (made, used):
-        records.write(stage, context, Hasher(), {}, records.now())
-        assert records.reasons(stage, context, Hasher()) == []
+        write_record(stage, context, {}, now())
+        assert find_reasons(stage, context) == []
     for _, data in zip(range(COUNT), damaged(whole, 5), strict=False):
         path.write_bytes(data)
-        assert records.reasons(made, context, Hasher()) == [f"{name} is not the file that was made"]
-        assert records.reasons(used, context, Hasher()) == ["what was made changed"]
+        fresh = dataclasses.replace(context, hasher=Hasher())
+        assert find_reasons(made, fresh) == [Reason(ReasonKind.OUTPUT_ALTERED, name)]
+        assert find_reasons(used, fresh) == [Reason(ReasonKind.INPUT_CHANGED, "what was made")]
 
 
 def test_a_damaged_record_is_none_or_says_the_same(context: Context) -> None:
     stage = FakeStage()
     facts = {"final_loss": 2.25, "chats": 12, "adds_bos": False, "name": "é"}
-    written = records.write(stage, context, Hasher(), facts, records.now())
+    written = write_record(stage, context, facts, now())
     path = context.run.record("fake")
     whole = path.read_bytes()
     same = 0
     for _, data in zip(range(COUNT), damaged(whole, 6), strict=False):
         path.write_bytes(data)
-        found = records.read(context.run, "fake")
+        found = read_record(context.run, "fake")
         assert found is None or dataclasses.asdict(found) == json.loads(json.dumps(dataclasses.asdict(written)))
         same += found is not None
     assert same < COUNT / 10  # a blank more or less

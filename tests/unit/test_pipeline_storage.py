@@ -14,7 +14,8 @@ from support.runs import config_of, partials, states
 
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run
+from kolotune.pipeline import preflight
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 
 
@@ -23,7 +24,7 @@ def test_too_little_space_is_said_before_any_work(
 ) -> None:
     small = tmpfs(mount, "4m")
     with pytest.raises(SpaceError, match=r"needs about .* MB of disk space, but only .* are free") as error:
-        run.run(config_of(run_copy, output_dir=small / "run"), reporter)
+        run_pipeline(config_of(run_copy, output_dir=small / "run"), reporter)
     assert error.value.exit_code == 13
     assert not (small / "run" / ".kolotune" / "prepared").exists()
 
@@ -59,9 +60,9 @@ def test_a_disk_that_fills_up_is_a_space_error_and_leaves_nothing_half_made(
         small.record(stage).unlink()
     ballast = small.root.parent / "ballast"
     ballast.write_bytes(b"x" * (shutil.disk_usage(small.root.parent).free - free))
-    monkeypatch.setattr(run, "_check_space", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_capacity", lambda *_: None)
     with pytest.raises(SpaceError, match="disk is full") as error:
-        run.run(config_of(run_copy, output_dir=small.root), reporter, [stage])
+        run_pipeline(config_of(run_copy, output_dir=small.root), reporter, [stage])
     assert error.value.exit_code == 13
     assert partials(small) == []
     ballast.unlink()

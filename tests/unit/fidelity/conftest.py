@@ -17,7 +17,7 @@ from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, chat_template, load
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run
+from kolotune.pipeline.run import run_pipeline
 
 _COLOURS = ("red", "blue", "green", "black", "white", "brown")
 _THINGS = ("boat", "house", "lamp", "door", "hat", "cup", "coat", "road")
@@ -104,5 +104,5 @@ def learnt(
         "compare_answers": 2,
     }
     config = configs.resolve((options, "test", room))
-    run.run(config, reporter)
+    run_pipeline(config, reporter)
     return config

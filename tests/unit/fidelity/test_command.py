@@ -16,7 +16,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.files import Hasher, size_of
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 
 
@@ -54,7 +54,7 @@ def test_other_quantizations_are_tried_and_leave_nothing(
 ) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(learnt.output_dir, run.root)
-    pipeline.run(dataclasses.replace(learnt, output_dir=run.root, lean=lean), reporter)
+    run_pipeline(dataclasses.replace(learnt, output_dir=run.root, lean=lean), reporter)
     before = {path for path in run.root.rglob("*") if path.suffix == ".gguf"}
     code, output = kolotune("compare", run.root, "--compare-quantization", "q8_0,IQ2_S,Q4_K_M")
     assert code == 0, output

@@ -20,13 +20,12 @@ from kolotune.fidelity import measure_gguf, measure_models
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import FidelityError, KolotuneError
-from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.gguf import header
 from kolotune.gguf.convert import convert_folder
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.stages import STAGES
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.reasons import find_reasons
 from kolotune.stages import compare
 
 
@@ -49,10 +48,10 @@ def harmed(learnt: Config, tmp_path: Path) -> Config:
 def compared(config: Config, reporter: PlainReporter) -> Comparison:
     """What a comparison of that run finds; before it, every stage looks done."""
     faults.seal(config)
-    context, hasher = faults.context_of(config), Hasher()
-    for stage in pipeline.STAGES:
+    context = faults.context_of(config)
+    for stage in STAGES:
         if stage is not compare:
-            assert records.reasons(stage, context, hasher) == []
+            assert find_reasons(stage, context) == []
     try:
         compare.run(context, reporter)
     except FidelityError as error:

@@ -22,15 +22,35 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError, RunFolderError
 from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline import choices
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.status import StageState, read_status
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.marks import MarkState, write_mark
+from kolotune.run_folder.reasons import Reason, ReasonKind
+from kolotune.run_folder.records import read_record
 
 
-def to_run(run: RunFolder, **changes: Any) -> dict[str, list[str]]:
-    """Each stage that has work of its own, with its reasons; stages that wait for another one are left out."""
-    found = pipeline.status(run, config_of(run, **changes) if changes else None)
-    return {each.name: each.why for each in found if each.state != "done" and "runs before it" not in each.why[0]}
+def to_run(run: RunFolder, **changes: Any) -> dict[str, list[Reason]]:
+    """Return the stages that have reasons to run; without those that only wait for a stage before them."""
+    found = read_status(run, config_of(run, **changes) if changes else None)
+    return {each.name: list(each.reasons) for each in found if each.reasons}
+
+
+def option(name: str, before: object, after: object) -> Reason:
+    return Reason(ReasonKind.OPTION_CHANGED, name, before, after)
+
+
+def changed(label: str) -> Reason:
+    return Reason(ReasonKind.INPUT_CHANGED, label)
+
+
+def altered(name: str) -> Reason:
+    return Reason(ReasonKind.OUTPUT_ALTERED, name)
+
+
+def missing(name: str) -> Reason:
+    return Reason(ReasonKind.OUTPUT_MISSING, name)
 
 
 def hashes(run: RunFolder) -> dict[str, str]:
@@ -49,12 +69,12 @@ def test_a_finished_run_has_everything_and_says_so(finished: Config) -> None:
     assert [each["step"] for each in lines if "loss" in each] == [1]
     assert partials(run) == []
     for stage in set(ROAD):
-        assert records.read(run, stage) is not None
+        assert read_record(run, stage) is not None
 
 
 def test_run_again_does_nothing(run_copy: RunFolder, capsys: Any, reporter: PlainReporter) -> None:
     before = hashes(run_copy)
-    pipeline.run(config_of(run_copy), reporter)
+    run_pipeline(config_of(run_copy), reporter)
     printed = capsys.readouterr().out
     assert printed.count("done before, nothing it depends on has changed") == 6
     assert "..." not in printed
@@ -75,23 +95,23 @@ def test_times_and_the_clock_play_no_part(run_copy: RunFolder, monkeypatch: Any)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"max_seq_length": 99}, {"prepare": ["max-seq-length changed from 2048 to 99"]}),
-        ({"eval_split": 0.5}, {"prepare": ["eval-split changed from 0.05 to 0.5"]}),
-        ({"skip_bad": True}, {"prepare": ["skip-bad changed from False to True"]}),
-        ({"epochs": 2}, {"train": ["epochs changed from 1 to 2"]}),
-        ({"learning_rate": 0}, {"train": ["learning-rate changed from 0.0002 to 0.0"]}),
-        ({"target_modules": "q_proj"}, {"train": ["target-modules changed from all-linear to q_proj"]}),
-        ({"merge_dtype": "bf16"}, {"merge": ["merge-dtype changed from f16 to bf16"]}),
+        ({"max_seq_length": 99}, {"prepare": [option("max_seq_length", 2048, 99)]}),
+        ({"eval_split": 0.5}, {"prepare": [option("eval_split", 0.05, 0.5)]}),
+        ({"skip_bad": True}, {"prepare": [option("skip_bad", False, True)]}),
+        ({"epochs": 2}, {"train": [option("epochs", 1, 2)]}),
+        ({"learning_rate": 0}, {"train": [option("learning_rate", 0.0002, 0.0)]}),
+        ({"target_modules": "q_proj"}, {"train": [option("target_modules", "all-linear", "q_proj")]}),
+        ({"merge_dtype": "bf16"}, {"merge": [option("merge_dtype", "f16", "bf16")]}),
         (
             {"system": "Be kind."},
-            {"modelfile": ["system changed from nothing to Be kind."]},
+            {"modelfile": [option("system", None, "Be kind.")]},
         ),
-        ({"parameter": ["temperature=0.1"]}, {"modelfile": ["parameter changed from nothing to temperature=0.1"]}),
+        ({"parameter": ["temperature=0.1"]}, {"modelfile": [option("parameter", None, "temperature=0.1")]}),
         ({"checkpoint_steps": 7, "use_checkpoint": True, "compare": False}, {}),
     ],
 )
 def test_an_option_redoes_exactly_the_stages_that_use_it(
-    run_copy: RunFolder, changes: dict[str, Any], expected: dict[str, list[str]]
+    run_copy: RunFolder, changes: dict[str, Any], expected: dict[str, list[Reason]]
 ) -> None:
     assert to_run(run_copy, **changes) == expected
 
@@ -110,10 +130,10 @@ def test_data_decides_by_content_by_number_and_by_order(
     assert to_run(run_copy, train_data=[same]) == {}
     with chats.open("a") as file:
         file.write(" \n")
-    assert to_run(run_copy) == {"prepare": ["training data 1 (chats.jsonl) changed"]}
+    assert to_run(run_copy) == {"prepare": [changed("training data 1 (chats.jsonl)")]}
     shutil.copyfile(same, chats)
     more = write_chats(2, "more.jsonl", first=50)
-    assert to_run(run_copy, train_data=[chats, more]) == {"prepare": ["training data 2 (more.jsonl) changed"]}
+    assert to_run(run_copy, train_data=[chats, more]) == {"prepare": [changed("training data 2 (more.jsonl)")]}
     assert list(to_run(run_copy, eval_data=[more], eval_split=0)) == ["prepare"]
     assert list(to_run(run_copy, train_data=[more, chats])) == ["prepare"]
     chats.unlink()
@@ -126,7 +146,7 @@ def test_a_data_file_that_is_taken_away_or_has_a_namesake_counts(
     (tmp_path / "two").mkdir()
     namesake = shutil.copyfile(write_chats(2, "more.jsonl", first=50), tmp_path / "two" / "chats.jsonl")
     both = [tmp_path / "chats.jsonl", namesake]
-    pipeline.run(config_of(run_copy, train_data=both), reporter, ["prepare"])
+    run_pipeline(config_of(run_copy, train_data=both), reporter, ["prepare"])
     assert set(to_run(run_copy)) == {"train"}
     assert set(to_run(run_copy, train_data=both[:1])) == {"prepare", "train"}
     assert set(to_run(run_copy, train_data=both[::-1])) == {"prepare", "train"}
@@ -142,7 +162,10 @@ def test_a_base_model_of_the_same_shape_counts(
     shutil.copytree(tiny_base, other)
     assert to_run(run_copy, base_model=str(other)) == {}
     shutil.copyfile(other_weights, other / "model.safetensors")
-    expected = {"train": ["the base model changed"], "merge": ["the base model changed"]}
+    expected = {
+        "train": [changed("the base model")],
+        "merge": [changed("the base model")],
+    }
     assert to_run(run_copy, base_model=str(other)) == expected
     weights = bytearray((tiny_base / "model.safetensors").read_bytes())
     weights[-1000] ^= 1  # one bit: no library notices it
@@ -161,33 +184,40 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "stage", "reason"),
     [
-        (lambda run: _flip(run.gguf), "convert", "Merged.gguf is not the file that was made"),
-        (lambda run: run.gguf.unlink(), "convert", "Merged.gguf is missing"),
-        (lambda run: os.truncate(run.gguf, 5000), "convert", "Merged.gguf is not the file that was made"),
-        (lambda run: _flip(run.quantized("Q4_K_M")), "quantize", "MergedQ4_K_M.gguf is not the file that was made"),
+        (lambda run: _flip(run.gguf), "convert", altered("Merged.gguf")),
+        (lambda run: run.gguf.unlink(), "convert", missing("Merged.gguf")),
+        (lambda run: os.truncate(run.gguf, 5000), "convert", altered("Merged.gguf")),
+        (
+            lambda run: _flip(run.quantized("Q4_K_M")),
+            "quantize",
+            altered("MergedQ4_K_M.gguf"),
+        ),
         (
             lambda run: _flip(run.adapter / "adapter_model.safetensors"),
             "train",
-            "adapter is not the file that was made",
+            altered("adapter"),
         ),
-        (lambda run: (run.adapter / "adapter_config.json").unlink(), "train", "adapter is not the file that was made"),
-        (lambda run: shutil.rmtree(run.merged_model), "merge", "merged_model is missing"),
-        (lambda run: run.modelfile().write_text("FROM x"), "modelfile", "Modelfile is not the file that was made"),
-        (lambda run: shutil.rmtree(run.prepared), "prepare", ".kolotune/prepared is missing"),
-        (lambda run: run.record("convert").unlink(), "convert", "it has not run yet"),
-        (lambda run: os.truncate(run.record("train"), 100), "train", "it has not run yet"),
-        (lambda run: run.record("merge").write_bytes(b"\0" * 700), "merge", "it has not run yet"),
+        (
+            lambda run: (run.adapter / "adapter_config.json").unlink(),
+            "train",
+            altered("adapter"),
+        ),
+        (lambda run: shutil.rmtree(run.merged_model), "merge", missing("merged_model")),
+        (lambda run: run.modelfile().write_text("FROM x"), "modelfile", altered("Modelfile")),
+        (lambda run: shutil.rmtree(run.prepared), "prepare", missing(".kolotune/prepared")),
+        (lambda run: run.record("convert").unlink(), "convert", Reason(ReasonKind.NEVER_RAN)),
+        (lambda run: os.truncate(run.record("train"), 100), "train", Reason(ReasonKind.NEVER_RAN)),
+        (lambda run: run.record("merge").write_bytes(b"\0" * 700), "merge", Reason(ReasonKind.NEVER_RAN)),
     ],
 )
-def test_damage_is_seen_and_named(run_copy: RunFolder, spoil: Any, stage: str, reason: str) -> None:
+def test_damage_is_seen_and_named(run_copy: RunFolder, spoil: Any, stage: str, reason: Reason) -> None:
     assert to_run(run_copy) == {}
     spoil(run_copy)
     found = to_run(run_copy)
     assert reason in found[stage]
     # A stage that reads what was damaged says so too; nothing else has work.
-    assert all(
-        any(word in why[0] for word in ("changed", "not the file")) for name, why in found.items() if name != stage
-    )
+    kinds = (ReasonKind.INPUT_CHANGED, ReasonKind.OUTPUT_ALTERED)
+    assert all(why[0].kind in kinds for name, why in found.items() if name != stage)
 
 
 def test_damage_in_the_middle_is_mended_by_that_stage_alone(
@@ -196,9 +226,9 @@ def test_damage_in_the_middle_is_mended_by_that_stage_alone(
     before = hashes(run_copy)
     run_copy.quantized("Q4_K_M").write_bytes(run_copy.quantized("Q4_K_M").read_bytes()[:4_000_000])
     run_copy.modelfile().unlink()
-    pipeline.run(config_of(run_copy), reporter)
+    run_pipeline(config_of(run_copy), reporter)
     printed = capsys.readouterr().out
-    assert "... quantize: quantizing (MergedQ4_K_M.gguf is not the file that was made)" in printed
+    assert "... quantize: quantizing (MergedQ4_K_M.gguf " in printed
     assert "... modelfile: writing the Modelfiles (Modelfile is missing" in printed
     assert printed.count("done before") == 4
     assert hashes(run_copy) == before
@@ -207,7 +237,7 @@ def test_damage_in_the_middle_is_mended_by_that_stage_alone(
 def test_a_damaged_saved_config_is_a_config_error_with_its_line(run_copy: RunFolder) -> None:
     run_copy.config.write_text("epochs: 1\nlora_rank: [\n")
     with pytest.raises(KolotuneError, match=r"config.yaml:3: no valid YAML"):
-        pipeline.status(run_copy)
+        read_status(run_copy)
 
 
 def test_a_run_folder_may_be_moved(run_copy: RunFolder, tmp_path: Path) -> None:
@@ -239,8 +269,8 @@ def test_automatic_choices_are_made_once(run_copy: RunFolder, monkeypatch: Any, 
     loaded = configs.load_file(run_copy.config)
     asked = {**loaded, "dtype": "auto", "template_date": None}
     config = configs.resolve((asked, "test", run_copy.root))
-    monkeypatch.setattr(pipeline.hardware, "best_dtype", lambda: pytest.fail("chosen a second time"))
-    pipeline.run(config, reporter, [])
+    monkeypatch.setattr(choices.hardware, "best_dtype", lambda: pytest.fail("chosen a second time"))
+    run_pipeline(config, reporter, [])
     saved = configs.load_file(run_copy.config)
     assert (saved["dtype"], saved["template_date"]) == ("bf16", "2020-02-02")
 
@@ -250,9 +280,9 @@ def test_automatic_choices_are_made_once(run_copy: RunFolder, monkeypatch: Any, 
 HOLD = """
 import sys, time
 from pathlib import Path
-from kolotune import pipeline
-from kolotune.layout import RunFolder
-with pipeline.locked(RunFolder(Path(sys.argv[1]))):
+from kolotune.pipeline.lock import locked
+from kolotune.run_folder.layout import RunFolder
+with locked(RunFolder(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -273,16 +303,16 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
 ) -> None:
     before = hashes(run_copy)
     with pytest.raises(RunFolderError, match=rf"is in use by process {holder.pid}$") as error:
-        pipeline.run(config_of(run_copy, system="x"), reporter)
+        run_pipeline(config_of(run_copy, system="x"), reporter)
     assert error.value.exit_code == 12
     assert "Wait" in error.value.hint
-    records.mark(run_copy, "modelfile", "running")
+    write_mark(run_copy, "modelfile", MarkState.RUNNING)
     run_copy.modelfile().unlink()
     assert states(run_copy)["modelfile"] == "running"
     holder.kill()  # it can't take its name away
     holder.wait()
     assert states(run_copy)["modelfile"] == "interrupted"
-    pipeline.run(config_of(run_copy), reporter, ["modelfile"])
+    run_pipeline(config_of(run_copy), reporter, ["modelfile"])
     assert states(run_copy)["modelfile"] == "done"
     assert hashes(run_copy) == before
     assert not run_copy.lock_holder.exists()
@@ -294,14 +324,14 @@ def test_looking_at_a_held_folder_is_allowed_and_does_not_free_it(
     for _ in range(3):
         assert set(states(run_copy).values()) == {"done"}
     with pytest.raises(RunFolderError):
-        pipeline.run(config_of(run_copy), reporter)
+        run_pipeline(config_of(run_copy), reporter)
 
 
 def test_a_refused_run_leaves_the_folder_as_it_was(run_copy: RunFolder, reporter: PlainReporter) -> None:
     before, saved = hashes(run_copy), run_copy.config.read_bytes()
     for changes in ({"base_model": "/no/such"}, {"max_seq_length": 99999}, {"parameter": ["nonsense=1"]}):
         with pytest.raises(KolotuneError):
-            pipeline.run(config_of(run_copy, **changes), reporter)
+            run_pipeline(config_of(run_copy, **changes), reporter)
         assert run_copy.config.read_bytes() == saved
         assert hashes(run_copy) == before
     assert to_run(run_copy) == {}
@@ -312,10 +342,10 @@ def test_a_failed_stage_is_shown_with_its_cause_and_its_traceback_is_kept(
 ) -> None:
     (tmp_path / "chats.jsonl").write_text("{\n")
     with pytest.raises(KolotuneError, match=r"chats.jsonl:1: "):
-        pipeline.run(config_of(run_copy), reporter)
-    found = {each.name: each for each in pipeline.status(run_copy)}["prepare"]
-    assert found.state == "failed"
-    assert "chats.jsonl:1" in found.why[0]
+        run_pipeline(config_of(run_copy), reporter)
+    found = {each.name: each for each in read_status(run_copy)}["prepare"]
+    assert found.state is StageState.FAILED
+    assert "chats.jsonl:1" in found.failure and found.failure == found.explanations()[0]
     assert "Traceback" in run_copy.log("error").read_text()
     assert (run_copy.prepared / "train.safetensors").is_file()  # the good one
 

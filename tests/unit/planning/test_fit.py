@@ -20,7 +20,7 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import size_of
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
+from kolotune.pipeline.stages import STAGES
 from kolotune.planning import fit, needs, network
 from kolotune.planning.advice import AdviceKind
 from kolotune.planning.export_sizes import measure_exports
@@ -28,7 +28,8 @@ from kolotune.planning.gaps import GapKind
 from kolotune.planning.needs import Needs, estimate_needs
 from kolotune.planning.workload import read_workload
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.retention import stages_skipped_by_lean
+from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import AdapterShape, read_shape
 
 
@@ -231,7 +232,7 @@ def test_disk_advice_names_the_option_that_makes_it_fit(
 ) -> None:
     config = dataclasses.replace(finished, output_dir=tmp_path / "run", **options)
     context = Context(config, RunFolder(tmp_path / "run"), tiny_base)
-    names = {stage.NAME for stage in pipeline.STAGES if stage.NAME not in pipeline.left_out(config)}
+    names = {stage.NAME for stage in STAGES if stage.NAME not in stages_skipped_by_lean(config)}
     needed = estimate_needs(context, names, tmp_path / "log").peak
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))

@@ -25,8 +25,8 @@ from kolotune.foundation.errors import (
     OfflineError,
 )
 from kolotune.publish import model_card
-from kolotune.run_folder import manifest
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.manifest import read_manifest
 
 REPOSITORY = "someone/my-model"
 
@@ -108,7 +108,7 @@ def test_the_card(push: Callable[..., tuple[int, str]], hub: Hub, finished: Conf
     assert {"kolotune", "lora", "gguf", "ollama"} <= set(front["tags"])  # type: ignore[call-overload]
     assert not {"base_model", "license", "datasets"} & set(front)  # a folder of this machine
     text = card.decode()
-    facts = manifest.read(RunFolder(finished.output_dir).manifest).stages["train"]["facts"]
+    facts = read_manifest(RunFolder(finished.output_dir).manifest).stages["train"]["facts"]
     for said in (
         "ollama create my-model -f ModelfileQ4_K_M",
         f"hf download {REPOSITORY} --local-dir model",
@@ -136,7 +136,7 @@ def test_base_and_license_of_the_card(
 ) -> None:
     import dataclasses
 
-    found = manifest.read(RunFolder(finished.output_dir).manifest)
+    found = read_manifest(RunFolder(finished.output_dir).manifest)
     card = model_card.model_card(dataclasses.replace(found, base={"name": name, "sha256": ""}), "a/b", what, {})
     front = front_of(card.encode())
     assert (front["base_model"], front["base_model_relation"], front["library_name"]) == (base, relation, library)

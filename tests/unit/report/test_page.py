@@ -16,8 +16,8 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, FidelityError, ManifestError, RunFolderError
 from kolotune.foundation.files import hash_file
 from kolotune.report import facts, page
-from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.marks import MarkState, write_mark
 
 from .conftest import HOSTILE, comparison, with_options
 
@@ -155,7 +155,7 @@ def test_a_comparison_is_shown_when_it_is_of_these_results(hostile_run: RunFolde
     del values["artifacts"][hostile_run.relative(hostile_run.comparison)]
     hostile_run.manifest.write_text(json.dumps(values))
     assert facts.gather(hostile_run).comparison is None  # it may be of another training
-    records.mark(hostile_run, "compare", "failed", "words")
+    write_mark(hostile_run, "compare", MarkState.FAILED, "words")
     found = facts.gather(hostile_run).comparison
     assert found is not None and found.failure is not None
     values["stages"]["train"]["finished"] = "2999-01-01T00:00:00+00:00"  # trained again since

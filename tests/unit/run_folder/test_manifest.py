@@ -17,56 +17,56 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ManifestError
 from kolotune.foundation.files import Hasher, hash_file, size_of
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import manifest, records
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.status import read_status
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.manifest import BaseModel, Data, DataFile, ExportedModel, Manifest, read_manifest
+from kolotune.run_folder.records import read_record
 from kolotune.version import VERSION
 
 
 def test_it_ties_everything_together(finished: Config) -> None:
     run = RunFolder(finished.output_dir)
-    found = manifest.read(run.manifest)
-    assert found.data["files"] == [
-        {"part": "training", "path": str(finished.train_data[0]), "sha256": hash_file(finished.train_data[0])}
-    ]
-    assert found.data["counts"]["chats"] == 3
+    found = read_manifest(run.manifest)
+    assert found.data.files == [DataFile("training", str(finished.train_data[0]), hash_file(finished.train_data[0]))]
+    assert found.data.counts["chats"] == 3
     base = catalog.locate(finished.base_model)
-    assert base is not None and found.base == {"name": finished.base_model, "sha256": Hasher().of(base)}
+    assert base is not None and found.base == BaseModel(finished.base_model, Hasher().of(base))
     assert found.source is None
     assert found.config["lora_rank"] == 2 and found.config["dtype"] == "fp32"
     assert found.versions["kolotune"] == VERSION and {"python", "torch", "llama.cpp"} <= set(found.versions)
     assert {"system", "processor", "instructions", "cores"} <= set(found.machine)
-    assert found.stages["train"]["facts"]["threads"] >= 1
+    assert found.facts_of("train")["threads"] >= 1
     assert set(found.stages) == set(ROAD)
     for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf", "Modelfile", ".kolotune/prepared"):
         artifact = found.artifacts[name]
-        assert artifact["sha256"] == Hasher().of(run.root / name)
-        assert artifact["size"] == size_of(run.root / name) == sum(each["size"] for each in artifact["files"].values())
-    weights = found.artifacts["adapter"]["files"]["adapter_model.safetensors"]
-    assert weights["sha256"] == hash_file(run.adapter / "adapter_model.safetensors")
-    assert found.notes["metrics.jsonl"]["sha256"] == hash_file(run.metrics)
+        assert artifact.sha256 == Hasher().of(run.root / name)
+        assert artifact.size == size_of(run.root / name) == sum(each.size for each in artifact.files.values())
+    weights = found.artifacts["adapter"].files["adapter_model.safetensors"]
+    assert weights.sha256 == hash_file(run.adapter / "adapter_model.safetensors")
+    assert found.notes["metrics.jsonl"].sha256 == hash_file(run.metrics)
 
 
 def test_a_run_that_does_nothing_leaves_it_untouched(run_copy: RunFolder, reporter: PlainReporter) -> None:
-    pipeline.run(config_of(run_copy), reporter)  # the copy's paths are others
+    run_pipeline(config_of(run_copy), reporter)  # the copy's paths are others
     before = run_copy.manifest.stat()
-    pipeline.run(config_of(run_copy), reporter)
+    run_pipeline(config_of(run_copy), reporter)
     assert run_copy.manifest.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_it_goes_when_stages_no_longer_belong_together(run_copy: RunFolder, reporter: PlainReporter) -> None:
-    pipeline.run(config_of(run_copy, lora_alpha=7), reporter, ["train"])
+    run_pipeline(config_of(run_copy, lora_alpha=7), reporter, ["train"])
     assert not run_copy.manifest.exists()  # the merged model is that of the adapter before
-    pipeline.run(config_of(run_copy, lora_alpha=7), reporter)
-    found = manifest.read(run_copy.manifest)
+    run_pipeline(config_of(run_copy, lora_alpha=7), reporter)
+    found = read_manifest(run_copy.manifest)
     assert found.config["lora_alpha"] == 7
-    assert found.stages["merge"]["inputs"]["the adapter"] == found.artifacts["adapter"]["sha256"]
+    assert found.stages["merge"].inputs["the adapter"] == found.artifacts["adapter"].sha256
 
 
 def test_one_stage_again_changes_its_part_only(run_copy: RunFolder, reporter: PlainReporter) -> None:
-    before = manifest.read(run_copy.manifest)
-    pipeline.run(config_of(run_copy, system="Be brief."), reporter, ["modelfile"])
-    after = manifest.read(run_copy.manifest)
+    before = read_manifest(run_copy.manifest)
+    run_pipeline(config_of(run_copy, system="Be brief."), reporter, ["modelfile"])
+    after = read_manifest(run_copy.manifest)
     changed = {name for name in after.artifacts if after.artifacts[name] != before.artifacts.get(name)}
     assert changed == {"Modelfile", "ModelfileQ4_K_M"}
     assert after.config["system"] == "Be brief."
@@ -78,19 +78,19 @@ def test_the_hub_token_is_nowhere_in_it(
     secret = "hf_" + "sEcReT" * 5
     (tmp_path / "token").write_text(secret)
     monkeypatch.setenv("HF_TOKEN", secret)
-    pipeline.run(config_of(run_copy, hf_token=str(tmp_path / "token"), system="Hi"), reporter, ["modelfile"])
+    run_pipeline(config_of(run_copy, hf_token=str(tmp_path / "token"), system="Hi"), reporter, ["modelfile"])
     text = run_copy.manifest.read_text()
     assert secret not in text and "hf_token" not in text and str(tmp_path / "token") not in text
-    for stage in manifest.read(run_copy.manifest).stages:
+    for stage in read_manifest(run_copy.manifest).stages:
         assert secret not in run_copy.record(stage).read_text()
 
 
 def test_where_a_stage_ran_is_no_reason_to_run_it_again(run_copy: RunFolder) -> None:
-    record = records.read(run_copy, "train")
+    record = read_record(run_copy, "train")
     assert record is not None and record.machine["cores"]
     moved = dataclasses.replace(record, machine={"processor": "another"})
     run_copy.record("train").write_text(json.dumps(dataclasses.asdict(moved)))
-    assert {each.state for each in pipeline.status(run_copy)} == {"done"}
+    assert {each.state for each in read_status(run_copy)} == {"done"}
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", "{", '{"format": 99}', "[" * 100_000])
@@ -98,12 +98,12 @@ def test_what_is_no_manifest(damage: str, tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text(damage)
     with pytest.raises(ManifestError):
-        manifest.read(file)
+        read_manifest(file)
     with pytest.raises(ManifestError, match="there is no manifest"):
-        manifest.read(tmp_path / "none.json")
+        read_manifest(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("part", [each.name for each in dataclasses.fields(manifest.Manifest) if each.name != "source"])
+@pytest.mark.parametrize("part", [each.name for each in dataclasses.fields(Manifest) if each.name != "source"])
 def test_a_manifest_that_lacks_a_part_is_refused(part: str, finished: Config, tmp_path: Path) -> None:
     values: dict[str, Any] = json.loads(RunFolder(finished.output_dir).manifest.read_text())
     file = tmp_path / "manifest.json"
@@ -111,11 +111,11 @@ def test_a_manifest_that_lacks_a_part_is_refused(part: str, finished: Config, tm
         file.write_text(json.dumps({**values, part: wrong}))
         if not (wrong == {part: 3} and part in ("config", "versions", "machine", "notes")):
             with pytest.raises(ManifestError):
-                manifest.read(file)
+                read_manifest(file)
     del values[part]
     file.write_text(json.dumps(values))
     with pytest.raises(ManifestError):
-        manifest.read(file)
+        read_manifest(file)
 
 
 def test_an_export_of_an_adapter_made_elsewhere(
@@ -126,10 +126,10 @@ def test_an_export_of_an_adapter_made_elsewhere(
         "export", tmp_path / "elsewhere", "--base", finished.base_model, "--output-dir", tmp_path / "out"
     )
     assert code == 0, output
-    found = manifest.read(tmp_path / "out" / "manifest.json")
+    found = read_manifest(tmp_path / "out" / "manifest.json")
     assert set(found.stages) == {"merge", "convert", "quantize", "modelfile"}
-    assert found.source == {"path": str(tmp_path / "elsewhere"), "sha256": Hasher().of(tmp_path / "elsewhere")}
-    assert found.data == {"files": [], "counts": {}} and found.notes == {}
+    assert found.source == ExportedModel(str(tmp_path / "elsewhere"), Hasher().of(tmp_path / "elsewhere"))
+    assert found.data == Data([], {}) and found.notes == {}
     code, output = kolotune("verify", tmp_path / "out")
     assert code == 0, output
     (tmp_path / "elsewhere" / "adapter_config.json").write_text("{}")

@@ -22,11 +22,11 @@ from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.gguf import conversion_plan, convert, quantize
 from kolotune.gguf.conversion_plan import Verdict
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
-from kolotune.run_folder.retention import Kept, kept
+from kolotune.run_folder.records import read_record
+from kolotune.run_folder.retention import KeptModels, kept_models
+from kolotune.run_folder.stage import Context
 from kolotune.serving.terminal_chat import open_chat
 from kolotune.stages.merge import merge_adapter
 
@@ -37,7 +37,7 @@ def lean_run(finished: Config, tmp_path_factory: pytest.TempPathFactory, reporte
     folder = tmp_path_factory.mktemp("lean") / "run"
     shutil.copytree(finished.output_dir, folder)
     config = dataclasses.replace(finished, output_dir=folder, lean=True)
-    pipeline.run(config, reporter)
+    run_pipeline(config, reporter)
     return config
 
 
@@ -55,13 +55,13 @@ LEAN = {"MergedQ4_K_M.gguf", "ModelfileQ4_K_M"}
 
 
 def test_what_is_kept() -> None:
-    def of(**values: Any) -> Kept:
-        return kept(configs.resolve((values, "test", Path.cwd())))
+    def of(**values: Any) -> KeptModels:
+        return kept_models(configs.resolve((values, "test", Path.cwd())))
 
-    assert of() == Kept(True, True, ("Q4_K_M",))
-    assert of(quantization="none") == Kept(True, True, ())
-    assert of(lean=True, quantization="Q8_0,Q4_K_M") == Kept(False, False, ("Q8_0", "Q4_K_M"))
-    assert of(lean=True, quantization="none") == Kept(False, True, ())
+    assert of() == KeptModels(True, True, ("Q4_K_M",))
+    assert of(quantization="none") == KeptModels(True, True, ())
+    assert of(lean=True, quantization="Q8_0,Q4_K_M") == KeptModels(False, False, ("Q8_0", "Q4_K_M"))
+    assert of(lean=True, quantization="none") == KeptModels(False, True, ())
 
 
 def test_a_run_that_becomes_lean_keeps_what_was_asked_for(lean_run: Config, finished: Config) -> None:
@@ -70,15 +70,15 @@ def test_a_run_that_becomes_lean_keeps_what_was_asked_for(lean_run: Config, fini
     assert states(run) == dict.fromkeys(("prepare", "train", "quantize", "modelfile"), "done")
     assert not run.record("merge").exists() and not run.record("convert").exists()
     assert hash_file(run.quantized("Q4_K_M")) == hash_file(whole.quantized("Q4_K_M"))
-    made, adapter = records.read(run, "quantize"), records.read(run, "train")
+    made, adapter = read_record(run, "quantize"), read_record(run, "train")
     assert made is not None and set(made.inputs) == {"the adapter", "the base model", "the tokenizer"}
     assert made.facts["unquantized"]["sha256"] == hash_file(whole.gguf)
     assert made.facts["unquantized"]["streamed"] is True and made.facts["unquantized"]["adapted"] > 0
-    assert adapter == records.read(whole, "train"), "it was not trained again"
+    assert adapter == read_record(whole, "train"), "it was not trained again"
 
 
 def test_a_rerun_does_nothing(lean_copy: Config, capsys: Any, reporter: PlainReporter) -> None:
-    pipeline.run(lean_copy, reporter)
+    run_pipeline(lean_copy, reporter)
     printed = capsys.readouterr().out
     assert printed.count("done before, nothing it depends on has changed") == 4 and "..." not in printed
 
@@ -95,7 +95,7 @@ def test_another_quantization_neither_trains_nor_leaves_anything(
         real(source, *more)
 
     monkeypatch.setattr(quantize, "quantize_file", watched)
-    run = pipeline.run(dataclasses.replace(lean_copy, quantization=("Q8_0", "Q4_K_M")), reporter)
+    run = run_pipeline(dataclasses.replace(lean_copy, quantization=("Q8_0", "Q4_K_M")), reporter)
     assert seen == [["Merged.gguf", "MergedQ4_K_M.gguf"]], "only what was missing was made"
     assert models_in(run.root) == LEAN | {"MergedQ8_0.gguf", "ModelfileQ8_0"}
     printed = capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_another_quantization_neither_trains_nor_leaves_anything(
 def test_without_quantization_the_same_gguf_as_by_way_of_a_folder(
     lean_copy: Config, finished: Config, reporter: PlainReporter
 ) -> None:
-    run = pipeline.run(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
+    run = run_pipeline(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
     assert hash_file(run.gguf) == hash_file(RunFolder(finished.output_dir).gguf)
     assert not run.merged_model.exists() and run.modelfile().exists()
     assert list(states(run)) == ["prepare", "train", "convert", "quantize", "modelfile"]
@@ -114,11 +114,11 @@ def test_without_quantization_the_same_gguf_as_by_way_of_a_folder(
 
 
 def test_no_longer_lean(lean_copy: Config, finished: Config, reporter: PlainReporter) -> None:
-    run = pipeline.run(dataclasses.replace(lean_copy, lean=False), reporter)
+    run = run_pipeline(dataclasses.replace(lean_copy, lean=False), reporter)
     whole = RunFolder(finished.output_dir)
     assert hash_file(run.gguf) == hash_file(whole.gguf) and run.merged_model.is_dir()
     assert models_in(run.root) == models_in(whole.root) and states(run) == states(whole)
-    made = records.read(run, "quantize")
+    made = read_record(run, "quantize")
     assert made is not None and set(made.inputs) == {"the unquantized GGUF"} and "unquantized" not in made.facts
 
 
@@ -126,7 +126,7 @@ def test_what_the_converter_has_to_do_needs_a_folder_for_a_while(
     lean_copy: Config, finished: Config, monkeypatch: Any, capsys: Any, reporter: PlainReporter
 ) -> None:
     monkeypatch.setattr(conversion_plan, "draw", lambda *_: Verdict(reason="a reason"))
-    run = pipeline.run(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
+    run = run_pipeline(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
     assert hash_file(run.gguf) == hash_file(RunFolder(finished.output_dir).gguf)
     assert "a merged folder is needed for a while: a reason" in capsys.readouterr().out
     assert partials(run) == [] and not run.merged_model.exists()
@@ -172,7 +172,7 @@ def test_a_kill_loses_nothing(lean_copy: Config, reporter: PlainReporter) -> Non
     assert run.gguf.exists() and states(run)["quantize"] == "interrupted"
     assert states(run)["train"] == "done"
     wanted = config_of(run, quantization="Q8_0,Q6_K,Q4_K_M")
-    pipeline.run(wanted, reporter)
+    run_pipeline(wanted, reporter)
     assert models_in(run.root) == LEAN | {
         "MergedQ8_0.gguf", "ModelfileQ8_0", "MergedQ6_K.gguf", "ModelfileQ6_K"
     }  # fmt: skip

@@ -17,11 +17,11 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, DataError, KolotuneError, ModelError, ModelNotFoundError
 from kolotune.foundation.files import Hasher, files_of
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import manifest
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.manifest import read_manifest
 from kolotune.runs import rebuild
-from kolotune.runs.verify import verify
+from kolotune.runs.verify import Difference, DifferenceKind, verify
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -36,25 +36,23 @@ def flip(path: Path, at: int = -1) -> None:
 @pytest.fixture
 def rewritten(run_copy: RunFolder, reporter: PlainReporter) -> RunFolder:
     """The copied run with a manifest of its own paths."""
-    pipeline.run(config_of(run_copy), reporter)
+    run_pipeline(config_of(run_copy), reporter)
     assert verify(run_copy).differences == []
     return run_copy
 
 
 def test_a_finished_run_is_what_its_manifest_says(finished: Config, kolotune: Callable[..., tuple[int, str]]) -> None:
     findings = verify(RunFolder(finished.output_dir))
-    assert findings.differences == [] and findings.absent == []
+    assert findings.differences == [] and findings.unchecked == []
     assert findings.files > 12 and findings.bytes > 10_000_000
     code, output = kolotune("verify", finished.output_dir)
     assert code == 0 and f"{findings.files} files" in output
 
 
 def test_one_bit_in_any_file_is_found(rewritten: RunFolder) -> None:
-    found = manifest.read(rewritten.manifest)
+    found = read_manifest(rewritten.manifest)
     names = [
-        f"{artifact}/{part}" if part else artifact
-        for artifact, each in found.artifacts.items()
-        for part in each["files"]
+        f"{artifact}/{part}" if part else artifact for artifact, each in found.artifacts.items() for part in each.files
     ]
     assert len(names) > 12
     for name in [*names, "metrics.jsonl"]:
@@ -64,7 +62,7 @@ def test_one_bit_in_any_file_is_found(rewritten: RunFolder) -> None:
         for at in (0, path.stat().st_size // 2, -1):
             flip(path, at)
             differences = verify(rewritten).differences
-            assert len(differences) == 1 and differences[0].startswith(f"{name} has other bytes"), (name, differences)
+            assert [(each.kind, each.name) for each in differences] == [(DifferenceKind.CONTENT, name)]
             flip(path, at)
     assert verify(rewritten).differences == []
 
@@ -95,53 +93,55 @@ def damaged_record(run: RunFolder, stage: str, change: Callable[[dict[str, Any]]
 
 
 @pytest.mark.parametrize(
-    ("stage", "change", "said"),
+    ("stage", "change", "part"),
     [
-        ("train", lambda record: record["facts"].update(final_loss=0.1), "train.json: its facts"),
-        ("train", lambda record: record["options"].update(seed=7), "train.json: its options"),
-        ("merge", lambda record: record["inputs"].update({"the adapter": "0" * 64}), "merge.json: its inputs"),
-        ("prepare", lambda record: record["versions"].update(jinja2="0"), "prepare.json: its versions"),
-        ("convert", lambda record: record["outputs"]["Merged.gguf"].update(sha256="0"), "Merged.gguf is not what"),
-        ("quantize", lambda record: record["outputs"].clear(), "MergedQ4_K_M.gguf is not what"),
-        ("modelfile", lambda record: record.pop("outputs"), "modelfile.json is missing or can't be read"),
+        ("train", lambda record: record["facts"].update(final_loss=0.1), "facts"),
+        ("train", lambda record: record["options"].update(seed=7), "options"),
+        ("merge", lambda record: record["inputs"].update({"the adapter": "0" * 64}), "inputs"),
+        ("prepare", lambda record: record["versions"].update(jinja2="0"), "versions"),
+        ("convert", lambda record: record["outputs"]["Merged.gguf"].update(sha256="0"), "Merged.gguf"),
+        ("quantize", lambda record: record["outputs"].clear(), "MergedQ4_K_M.gguf"),
+        ("modelfile", lambda record: record.pop("outputs"), ""),
     ],
 )
-def test_records_are_held_against_it(
-    stage: str, change: Callable[[dict[str, Any]], Any], said: str, run_copy: RunFolder
+def test_records_are_compared_with_it(
+    stage: str, change: Callable[[dict[str, Any]], Any], part: str, run_copy: RunFolder
 ) -> None:
     damaged_record(run_copy, stage, change)
-    assert any(said in each for each in verify(run_copy).differences)
+    kind = DifferenceKind.RECORD if part else DifferenceKind.RECORD_MISSING
+    assert Difference(kind, f".kolotune/{stage}.json", part) in verify(run_copy).differences
 
 
 def test_config_data_base_and_chain(
     rewritten: RunFolder, tmp_path: Path, tiny_base: Path, reporter: PlainReporter
 ) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
-    pipeline.run(config_of(rewritten, base_model=str(tmp_path / "base")), reporter)
+    run_pipeline(config_of(rewritten, base_model=str(tmp_path / "base")), reporter)
     assert verify(rewritten).differences == []
     text = rewritten.config.read_text()
     rewritten.config.write_text(text.replace("lora_rank: 2", "lora_rank: 3"))
-    assert [each for each in verify(rewritten).differences if "lora_rank is 3, not 2" in each]
+    assert Difference(DifferenceKind.OPTION, "lora_rank", "2", "3") in verify(rewritten).differences
     rewritten.config.write_text(text)
     flip(tmp_path / "chats.jsonl")
     flip(tmp_path / "base" / "model.safetensors")
     found = verify(rewritten).differences
-    assert len(found) == 2 and "the data" in found[0] and "the base model" in found[1]
+    assert [each.kind for each in found] == [DifferenceKind.SOURCE] * 2
+    assert "the data" in found[0].name and "the base model" in found[1].name
     (tmp_path / "chats.jsonl").unlink()
     shutil.rmtree(tmp_path / "base")
     findings = verify(rewritten)
-    assert findings.differences == [] and len(findings.absent) == 2
+    assert findings.differences == [] and len(findings.unchecked) == 2
     values = json.loads(rewritten.manifest.read_text())
     values["stages"]["merge"]["inputs"]["the adapter"] = "0" * 64
     rewritten.manifest.write_text(json.dumps(values))
     found = verify(rewritten).differences
-    assert "merge was made of another adapter than the manifest has" in found
+    assert Difference(DifferenceKind.STAGE_INPUT, "merge", "the adapter") in found
 
 
 def test_rebuild_gives_the_same_bytes_and_says_so(
     rewritten: RunFolder, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
 ) -> None:
-    before = {name: each["sha256"] for name, each in manifest.read(rewritten.manifest).artifacts.items()}
+    before = {name: each.sha256 for name, each in read_manifest(rewritten.manifest).artifacts.items()}
     code, output = kolotune("rebuild", rewritten.manifest, "--output-dir", tmp_path / "again")
     assert code == 0 and "all 7 results have the same hash" in output, output
     again = RunFolder(tmp_path / "again")
@@ -168,8 +168,8 @@ def test_rebuild_says_what_differs(
     code, output = kolotune("rebuild", file, "--output-dir", tmp_path / "again")
     assert code == 26
     for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf"):
-        assert f"{name} is another" in output
-    assert ".kolotune/prepared is another" not in output and "Modelfile is another" not in output
+        assert f"{name} differs" in output
+    assert ".kolotune/prepared differs" not in output and "Modelfile differs" not in output
     assert "an abacus" in output and "1.0" in output and "4 of 7 results differ" in output
 
 
@@ -190,7 +190,7 @@ def test_rebuild_is_refused_without_the_same_data_and_base(
     assert isinstance(error, DataError) and "is not the file that was used" in error.cause
     (tmp_path / "chats.jsonl").unlink()
     error = refused(rewritten.manifest, again, reporter)
-    assert isinstance(error, DataError) and "is not here" in error.cause
+    assert isinstance(error, DataError) and "is missing" in error.cause
     shutil.copytree(tiny_base, tmp_path / "base")
     shutil.copyfile(other_weights, tmp_path / "base" / "model.safetensors")
     values["base"]["name"] = values["config"]["base_model"] = str(tmp_path / "base")
@@ -209,8 +209,8 @@ def test_the_sample_run_again_in_fp32(
     file = sample_chats.parent / "kolotune.yaml"
     more = {"dtype": "fp32", "output_dir": tmp_path / "run"}
     config = configs.resolve((configs.load_file(file), str(file), file.parent), (more, "test", tmp_path))
-    run = pipeline.run(config, reporter)
+    run = run_pipeline(config, reporter)
     assert verify(run).differences == []
     rebuilt = rebuild.rebuild(run.manifest, tmp_path / "again", reporter)
-    assert rebuilt.different == [] and len(rebuilt.same) == 8 and rebuilt.circumstances == []
+    assert rebuilt.different == [] and len(rebuilt.same) == 8 and rebuilt.changes == []
     assert Hasher().of(rebuilt.folder.quantized("Q4_K_M")) == Hasher().of(run.quantized("Q4_K_M"))

@@ -14,7 +14,7 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.ollama.modelfile import parse
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 from kolotune.stages import modelfile
 
 

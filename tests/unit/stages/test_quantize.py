@@ -14,10 +14,10 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run
-from kolotune.run_folder import records
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.records import read_record
+from kolotune.run_folder.stage import Context
 from kolotune.stages import quantize
 
 
@@ -61,8 +61,8 @@ def test_a_matrix_is_made_once_and_known_by_what_it_is_made_of(
 ) -> None:
     saved = configs.resolve((configs.load_file(run_copy.config), "test", run_copy.root))
     config = dataclasses.replace(saved, quantization=("Q4_K_M", "IQ2_XS", "Q3_K_M"))
-    run.run(config, reporter)
-    record = records.read(run_copy, "quantize")
+    run_pipeline(config, reporter)
+    record = read_record(run_copy, "quantize")
     assert record is not None and run_copy.relative(run_copy.importance_matrix) in record.outputs
     made = record.facts["made"]
     digest = record.facts["importance_matrix"]["sha256"]
@@ -72,12 +72,12 @@ def test_a_matrix_is_made_once_and_known_by_what_it_is_made_of(
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert printed.count("the model reads training chats") == 1 and "quantizing to Q4_K_M" not in printed
-    run.run(config, reporter)
+    run_pipeline(config, reporter)
     assert "quantize: done before" in capsys.readouterr().out
-    run.run(dataclasses.replace(config, quantization=("IQ2_XS",)), reporter)
+    run_pipeline(dataclasses.replace(config, quantization=("IQ2_XS",)), reporter)
     printed = capsys.readouterr().out
     assert "quantizing to" not in printed and "reads training chats" not in printed
-    run.run(dataclasses.replace(config, quantization=("Q3_K_M",), importance_matrix="never"), reporter)
+    run_pipeline(dataclasses.replace(config, quantization=("Q3_K_M",), importance_matrix="never"), reporter)
     assert "quantizing to Q3_K_M" in capsys.readouterr().out and not run_copy.importance_matrix.exists()
-    record = records.read(run_copy, "quantize")
+    record = read_record(run_copy, "quantize")
     assert record is not None and record.facts["made"]["Q3_K_M"]["sha256"] != made["Q3_K_M"]["sha256"]

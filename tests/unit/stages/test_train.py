@@ -12,7 +12,7 @@ from kolotune.engines.torchtune import environment
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, ModelError
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import Context
+from kolotune.run_folder.stage import Context
 from kolotune.stages import train
 
 LLAMA = {

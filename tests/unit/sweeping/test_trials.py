@@ -12,7 +12,7 @@ from support.runs import states
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, DataError, TrainingError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.sweeping import record, trials
 from kolotune.sweeping.space import parse
@@ -38,7 +38,7 @@ def test_the_best_one_becomes_the_model(config: Config, capsys: pytest.CaptureFi
     again = trials.run(config, varied, 10, PlainReporter())
     assert again == found and "trial 1" not in capsys.readouterr().out
     chosen = dataclasses.replace(trials.config_of(found.best, config), compare=False)
-    pipeline.run(chosen, PlainReporter())
+    run_pipeline(chosen, PlainReporter())
     assert "train: done before" in capsys.readouterr().out
     assert states(folders[1])["modelfile"] == "done"
 
@@ -50,14 +50,14 @@ def test_the_best_one_becomes_the_model(config: Config, capsys: pytest.CaptureFi
 
 
 def test_one_that_was_stopped_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    varied, run = parse(["seed=1,2,3"]), pipeline.run
+    varied, run = parse(["seed=1,2,3"]), run_pipeline
 
     def stopped(config: Config, *more: Any, **others: Any) -> RunFolder:
         if config.output_dir.name == "trial-002":
             raise KeyboardInterrupt
         return run(config, *more, **others)
 
-    monkeypatch.setattr(pipeline, "run", stopped)
+    monkeypatch.setattr(trials, "run_pipeline", stopped)
     with pytest.raises(KeyboardInterrupt):
         trials.run(config, varied, 3, PlainReporter())
     kept = json.loads((config.output_dir / record.NAME).read_text())

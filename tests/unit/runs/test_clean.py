@@ -13,21 +13,24 @@ from support.runs import config_of, states
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.pipeline import run as pipeline
-from kolotune.run_folder import records
+from kolotune.pipeline.lock import locked
+from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.status import read_status
+from kolotune.run_folder.cleaned import add_cleaned
 from kolotune.run_folder.layout import RunFolder
-from kolotune.runs import listing
+from kolotune.run_folder.marks import MarkState, write_mark
+from kolotune.runs.clean import FreeableFile, find_freeable, free
 from kolotune.serving.terminal_chat import open_chat
 
 
-def names(items: list[listing.Item]) -> list[str]:
+def names(items: list[FreeableFile]) -> list[str]:
     return [each.path.name for each in items]
 
 
 def clean(run: RunFolder, **more: Any) -> list[str]:
-    with pipeline.locked(run):
-        items = listing.freeable(run, **more)
-        listing.free(run, items)
+    with locked(run):
+        items = find_freeable(run, **more)
+        free(run, items)
     return names(items)
 
 
@@ -54,7 +57,7 @@ def test_a_rerun_makes_nothing_again_and_a_verb_what_it_says(
 ) -> None:
     merged, gguf = Hasher().of(run_copy.merged_model), Hasher().of(run_copy.gguf)
     clean(run_copy)
-    pipeline.run(config_of(run_copy), reporter)
+    run_pipeline(config_of(run_copy), reporter)
     assert not run_copy.gguf.exists() and not run_copy.merged_model.exists()
     code, output = kolotune("verify", run_copy.root)
     assert code == 0 and "Merged.gguf, which was cleaned" in output
@@ -70,10 +73,10 @@ def test_a_rerun_makes_nothing_again_and_a_verb_what_it_says(
 
 def test_what_a_change_needs_is_made_again(run_copy: RunFolder, reporter: PlainReporter) -> None:
     clean(run_copy)
-    pipeline.run(config_of(run_copy, system="Be kind."), reporter)
+    run_pipeline(config_of(run_copy, system="Be kind."), reporter)
     assert "Be kind." in run_copy.modelfile().read_text()
     assert not run_copy.gguf.exists()
-    pipeline.run(config_of(run_copy, quantization="Q8_0"), reporter)
+    run_pipeline(config_of(run_copy, quantization="Q8_0"), reporter)
     assert run_copy.quantized("Q8_0").is_file() and run_copy.gguf.is_file() and run_copy.merged_model.is_dir()
     assert set(states(run_copy).values()) == {"done"}
 
@@ -81,7 +84,7 @@ def test_what_a_change_needs_is_made_again(run_copy: RunFolder, reporter: PlainR
 def test_all_but_the_adapter(run_copy: RunFolder, reporter: PlainReporter) -> None:
     assert "MergedQ4_K_M.gguf" in clean(run_copy, all_but_adapter=True)
     assert run_copy.adapter.is_dir() and not list(run_copy.root.glob("*.gguf"))
-    pipeline.run(config_of(run_copy), reporter)
+    run_pipeline(config_of(run_copy), reporter)
     assert states(run_copy)["quantize"] == "cleaned" and not list(run_copy.root.glob("*.gguf"))
     with pytest.raises(ArtifactError, match="was cleaned") as error:
         open_chat(run_copy, reporter)
@@ -90,15 +93,15 @@ def test_all_but_the_adapter(run_copy: RunFolder, reporter: PlainReporter) -> No
 
 def test_an_unfinished_or_changed_run_keeps_what_it_needs(run_copy: RunFolder) -> None:
     run_copy.record("convert").unlink()
-    assert names(listing.freeable(run_copy)) == ["checkpoints"]
-    records.mark(run_copy, "train", "interrupted")
+    assert names(find_freeable(run_copy)) == ["checkpoints"]
+    write_mark(run_copy, "train", MarkState.INTERRUPTED)
     run_copy.record("train").unlink()
-    assert listing.freeable(run_copy) == []
+    assert find_freeable(run_copy) == []
 
 
 def test_a_file_that_is_not_the_runs_own_stays(run_copy: RunFolder, tmp_path: Path) -> None:
     run_copy.gguf.write_bytes(b"mine")
-    assert names(listing.freeable(run_copy)) == ["checkpoints"]
+    assert names(find_freeable(run_copy)) == ["checkpoints"]
     kept = tmp_path / "elsewhere"
     run_copy.checkpoints.rename(kept)
     run_copy.checkpoints.symlink_to(kept)
@@ -106,7 +109,7 @@ def test_a_file_that_is_not_the_runs_own_stays(run_copy: RunFolder, tmp_path: Pa
 
 
 def test_only_unquantized_means_that_it_is_the_result(run_copy: RunFolder, reporter: PlainReporter) -> None:
-    pipeline.run(config_of(run_copy, quantization="none"), reporter)
+    run_pipeline(config_of(run_copy, quantization="none"), reporter)
     for path in run_copy.root.glob("MergedQ*.gguf"):
         path.unlink()
     assert "Merged.gguf" not in clean(run_copy, all_but_adapter=True)
@@ -114,7 +117,7 @@ def test_only_unquantized_means_that_it_is_the_result(run_copy: RunFolder, repor
 
 def test_a_note_without_the_removal_means_nothing(run_copy: RunFolder) -> None:
     """Killed between the two: what is there counts."""
-    records.note_cleaned(run_copy, {"Merged.gguf": "0" * 64, "merged_model": Hasher().of(run_copy.merged_model)})
+    add_cleaned(run_copy, {"Merged.gguf": "0" * 64, "merged_model": Hasher().of(run_copy.merged_model)})
     assert set(states(run_copy).values()) == {"done"}
     run_copy.gguf.unlink()  # by hand: it is missing, whatever the note says of another file
     assert states(run_copy)["convert"] == "will run"
@@ -125,7 +128,7 @@ def test_an_exported_adapter_is_cleaned_too(run_copy: RunFolder, tmp_path: Path,
     assert kolotune("export", run_copy.adapter, "--output-dir", out, "--quantization", "Q8_0")[0] == 0
     exported = RunFolder(out)
     assert clean(exported) == ["merged_model", "Merged.gguf"]
-    assert [each.state for each in pipeline.status(exported)] == ["cleaned", "cleaned", "done", "done"]
+    assert [each.state for each in read_status(exported)] == ["cleaned", "cleaned", "done", "done"]
     code, _ = kolotune("modelfile", out, "--system", "Be brief.")  # its tokenizer stands in the merged model
     assert code == 0 and exported.merged_model.is_dir() and not exported.gguf.exists()
     assert "Be brief." in exported.modelfile("Q8_0").read_text()
@@ -136,7 +139,7 @@ def test_clean_shows_asks_and_leaves_a_busy_run_alone(run_copy: RunFolder, kolot
     assert code == 0 and "merged again from adapter and base" in output and run_copy.gguf.is_file()
     code, output = kolotune("clean", run_copy.root)
     assert code == 2 and "--yes" in output and run_copy.gguf.is_file()
-    with pipeline.locked(run_copy):
+    with locked(run_copy):
         code, output = kolotune("clean", run_copy.root, "--yes")
     assert code == 12 and "is in use by process" in output and run_copy.gguf.is_file()
     code, output = kolotune("clean", run_copy.root, "--yes", "--json")
@@ -146,33 +149,6 @@ def test_clean_shows_asks_and_leaves_a_busy_run_alone(run_copy: RunFolder, kolot
     code, output = kolotune("status", run_copy.root)
     assert "cleaned" in output and "made again when needed" in output
     assert kolotune("clean", run_copy.root.parent)[0] == 12
-
-
-def test_runs_are_listed_with_their_state(run_copy: RunFolder, tmp_path: Path, kolotune: Any) -> None:
-    begun = tmp_path / "some" / "where" / "begun"
-    (begun / ".kolotune").mkdir(parents=True)
-    records.mark(RunFolder(begun), "train", "failed", "no memory")
-    broken = tmp_path / "broken"
-    (broken / ".kolotune").mkdir(parents=True)
-    (broken / "config.yaml").write_text("a: [")
-    deep = tmp_path / "1/2/3/4/5/6/7/deep/.kolotune"
-    deep.mkdir(parents=True)
-    (tmp_path / "link").symlink_to(begun.parent)
-    found = {each.folder.root.relative_to(tmp_path).as_posix(): each for each in listing.runs_below(tmp_path)}
-    assert {name: each.state for name, each in found.items()} == {
-        "run": "done",
-        "some/where/begun": "failed: train",
-        "broken": "not begun",
-    }
-    own = found["run"]
-    assert own.base == "tiny" and own.size > 1_000_000 and own.age < 3600
-    records.mark(run_copy, "train", "running")
-    assert next(each.state for each in listing.runs_below(run_copy.root)) == "interrupted: train"
-    with pipeline.locked(run_copy):
-        assert next(each.state for each in listing.runs_below(run_copy.root)) == "running: train"
-    code, output = kolotune("runs", tmp_path)
-    assert code == 0 and "failed: train" in output
-    assert kolotune("runs", tmp_path / "link2")[0] == 12
 
 
 def test_the_cache_is_shown_and_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kolotune: Any) -> None:

@@ -1,0 +1,72 @@
+"""Options that are chosen automatically: the first run in a folder chooses, later runs keep its choices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from kolotune.engines.native.kernels import build
+from kolotune.foundation import hardware, typed_storage
+from kolotune.foundation.config import Config
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import now
+from kolotune.stages import train
+
+from .stages import STAGE_NAMES
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen; None where nothing had to be.
+
+    Attributes:
+        template_date: the date that the chat template shows, as YYYY-MM-DD.
+        dtype: in which the model is trained.
+        compile: "on" or "off": whether the training step is compiled.
+    """
+
+    template_date: str | None = None
+    dtype: Literal["bf16", "fp32"] | None = None
+    compile: Literal["on", "off"] | None = None
+
+
+def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAMES) -> tuple[Config, Choices]:
+    """Replace the options that are left to us by choices: those of the folder's first run, or new ones.
+
+    Args:
+        config: the resolved options.
+        folder: the run folder; nothing is written.
+        names: the stages that run. Whether to compile is chosen only for a training: it takes compiling to find out.
+
+    Returns:
+        The options, and all choices of the folder, for `write_choices`.
+    """
+    choices = _read_choices(folder)
+    if choices.template_date is None:
+        choices = dataclasses.replace(choices, template_date=now()[:10])
+    if choices.dtype is None and config.dtype == "auto":
+        choices = dataclasses.replace(choices, dtype=hardware.best_dtype())
+    if choices.compile is None and config.compile == "auto" and train.NAME in names and config.engine == "native":
+        choices = dataclasses.replace(choices, compile="on" if build.usable() else "off")
+    if config.template_date is None:
+        config = dataclasses.replace(config, template_date=choices.template_date)
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=choices.dtype or "auto")
+    if config.compile == "auto":
+        config = dataclasses.replace(config, compile=choices.compile or "auto")
+    return config, choices
+
+
+def write_choices(folder: RunFolder, choices: Choices) -> None:
+    """Keep the choices for later runs in the folder."""
+    made = {name: value for name, value in dataclasses.asdict(choices).items() if value is not None}
+    typed_storage.write(folder.choices, made)
+
+
+def _read_choices(folder: RunFolder) -> Choices:
+    with contextlib.suppress(OSError, typed_storage.StorageError):
+        return typed_storage.read(Choices, folder.choices)
+    return Choices()

@@ -1,0 +1,47 @@
+"""Checks before the first stage runs: what is known to fail later is refused now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kolotune.foundation.reporter import Reporter
+from kolotune.planning import fit
+from kolotune.planning.workload import Workload, describe_workload, read_workload
+from kolotune.run_folder.stage import Context, Stage
+from kolotune.stages import train
+
+
+def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) -> None:
+    """Check that stages can run: each asks what it needs, and disk and memory must hold what they make.
+
+    Raises:
+        KolotuneError: one of them would fail; nothing was changed.
+    """
+    if train in stages:
+        check_capacity([train], context)  # takes no time, so it comes first
+    for stage in stages:
+        stage.preflight(context, reporter)
+    if stages:
+        check_capacity(stages, context)
+
+
+def check_capacity(stages: Sequence[Stage], context: Context, workload: Workload | None = None) -> None:
+    """Check that disk and memory can hold what the stages make.
+
+    Args:
+        stages: those that run.
+        context: of the run.
+        workload: of the training; None while the chats are not prepared: then the smallest possible one counts.
+
+    Raises:
+        SpaceError: they can't; it says what to change.
+    """
+    fit.require_fit(context, {stage.NAME for stage in stages}, context.run.log("plan"), workload)
+
+
+def check_training(context: Context, reporter: Reporter) -> None:
+    """Report how much the prepared chats give to train, and check disk and memory again with that known."""
+    if context.run.prepared.is_dir():
+        workload = read_workload(context.run.prepared, context.config)
+        reporter.note(describe_workload(workload, context.config))
+        check_capacity([train], context, workload)

@@ -1,0 +1,28 @@
+"""Which adapter or merged model a run folder exports in place of an adapter of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kolotune.foundation import typed_storage
+
+from .layout import RunFolder
+
+
+@dataclass(frozen=True)
+class _ExportSource:
+    source: str
+
+
+def read_source(run: RunFolder) -> Path | None:
+    """Return what the run folder exports; None when it trains an adapter of its own."""
+    return Path(typed_storage.read(_ExportSource, run.source).source) if run.source.is_file() else None
+
+
+def write_source(run: RunFolder, source: Path | None) -> None:
+    """Record what the run folder exports; None when it trains an adapter of its own."""
+    if source is None:
+        run.source.unlink(missing_ok=True)
+    else:
+        typed_storage.write(run.source, _ExportSource(str(source)))

@@ -1,0 +1,34 @@
+"""The lines of metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kolotune.foundation.errors import ArtifactError
+from kolotune.run_folder.metrics import MetricsLine, held_out_losses, kept_held_out_loss, read_metrics
+
+
+def test_steps_and_evaluations_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "held_out_loss": 3.5}\n\n{"step": 1, "epoch": 0.5, "loss": 2, "time": 7.5}\n')
+    lines = read_metrics(file)
+    assert lines == [MetricsLine(0, held_out_loss=3.5), MetricsLine(1, loss=2.0, time=7.5)]
+    assert held_out_losses(lines) == [(0, 3.5)]
+
+
+def test_a_damaged_line_is_an_error_with_its_number_or_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl:2: "):
+        read_metrics(file)
+    assert read_metrics(file, skip_damaged=True) == [MetricsLine(1, loss=2.5)]
+    with pytest.raises(ArtifactError):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_the_kept_loss_is_the_last_or_the_best() -> None:
+    losses = [(0, 3.0), (5, 1.0), (10, 2.0)]
+    assert kept_held_out_loss(losses, early_stopping=False) == 2.0
+    assert kept_held_out_loss(losses, early_stopping=True) == 1.0
