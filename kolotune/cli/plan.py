@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kolotune.foundation.errors import ConfigError
-from kolotune.foundation.formatting import format_size
+from kolotune.foundation.formatting import format_duration, format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.planning.gaps import describe_gap
 from kolotune.planning.network import LARGEST_SHARE, Traffic
@@ -17,8 +17,6 @@ from .options import ConfigFile, Data, Json, config_of, reporter, show, with_opt
 
 if TYPE_CHECKING:
     from kolotune.pipeline.plan import RunPlan
-
-_DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
 
 
 @with_options("data", "model", "training", "machines", "export")
@@ -158,14 +156,3 @@ def as_event(planned: RunPlan) -> dict[str, object]:
         "traffic": traffic and {**dataclasses.asdict(traffic), "share": traffic.share, "enough": traffic.enough},
         "problems": [{"cause": problem.cause, "hint": problem.hint} for problem in planned.problems],
     }
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in the largest unit that keeps it readable."""
-    if seconds < 2 * _MINUTE:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * _HOUR:
-        return f"{seconds / _MINUTE:.0f} min"
-    if seconds < 2 * _DAY:
-        return f"{seconds / _HOUR:.1f} h"
-    return f"{seconds / _DAY:.1f} days"

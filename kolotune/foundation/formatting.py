@@ -18,7 +18,9 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / (24 * 3600):.1f} days"
 
 
 def format_fields(fields: Mapping[str, object]) -> list[str]:
