@@ -1,1 +1,1 @@
-"""One page about a run: facts.py gathers, figures.py draws, page.py writes it."""
+"""The report, one HTML page about a run: facts.py gathers, charts.py plots, inline_svg.py embeds, page.py writes."""

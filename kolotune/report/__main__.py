@@ -1,4 +1,4 @@
-"""``python -m kolotune.report RUN``: writes the page in a process of its own, whose memory goes when it is done."""
+"""``python -m kolotune.report RUN``: write the report in a separate process, which frees its memory when it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: one file that needs no network, no script and no other file."""
+"""The report's HTML: one file that needs no network, no script and no other file."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import importlib.resources
 import json
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.files import write_text
-from kolotune.foundation.formatting import format_size
+from kolotune.foundation.formatting import format_duration, format_size
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import RunFolder
 
-from . import figures
-from .drawing import Sheet
-from .facts import NOTHING, Facts, gather
+from . import charts
+from .facts import EN_DASH, ReportFacts, gather_facts
+from .inline_svg import StyleSheet
 
 _TEMPLATE, _STYLE = "page.html.jinja", "style.css"
-# Joiners make one picture of several emoji, or belong to a script; other characters without a look steer text.
-_KEPT = "\n\t\u200c\u200d"
+# Joiners combine several emoji into one, or belong to a script. Other invisible characters can reorder text.
+_HARMLESS = "\n\t\u200c\u200d"
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes the page of a finished run, if it is not there as it would be; returns its path.
+    """Write the report of a finished run and return its path; an up-to-date file is left alone.
 
     Raises:
-        RunFolderError, ManifestError, ArtifactError: the run is not finished, or a part can't be read.
+        RunFolderError, ManifestError, ArtifactError: as from `gather_facts`.
     """
-    text = render(gather(folder))
+    text = render(gather_facts(folder))
     if not folder.report.is_file() or folder.report.read_bytes() != text.encode():
         write_text(folder.report, text)
     return folder.report
 
 
-def visible(text: str) -> str:
-    """`text` with marks in place of characters that have no look of their own: they could steer who reads it."""
-    return "".join(_mark(char) if _is_hidden(char) else char for char in text)
+def show_invisible(text: str) -> str:
+    """Replace invisible characters, which could mislead the reader, with visible marks."""
+    return "".join(_mark(char) if _is_invisible(char) else char for char in text)
 
 
-def _is_hidden(char: str) -> bool:
-    return char not in _KEPT and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+def _is_invisible(char: str) -> bool:
+    return char not in _HARMLESS and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def _mark(char: str) -> str:
@@ -50,31 +50,31 @@ def _mark(char: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
-def render(facts: Facts) -> str:
-    """The page as HTML."""
+def render(facts: ReportFacts) -> str:
+    """Return the report as HTML."""
     from markupsafe import Markup
 
-    sheet = Sheet()
-    # Of our own making: matplotlib's elements with our attributes, and the texts in them escaped by the XML writer.
-    pictures = {name: [Markup(each) for each in drawn] for name, drawn in _pictures(facts, sheet).items()}
-    return document(
+    sheet = StyleSheet()
+    # Safe markup: matplotlib's elements with our attributes, and text that the XML writer escaped.
+    chart_markup = {name: [Markup(svg) for svg in svgs] for name, svgs in _charts(facts, sheet).items()}
+    return render_page(
         _TEMPLATE,
         sheet,
         facts=facts,
         manifest=facts.manifest,
-        pictures=pictures,
+        charts=chart_markup,
         results=_results(facts),
-        whole=json.dumps(_plain(facts), indent=1, ensure_ascii=False),
+        manifest_json=json.dumps(dataclasses.asdict(facts.manifest), indent=1, ensure_ascii=False),
     )
 
 
-def document(template: str, sheet: Sheet, **values: Any) -> str:
-    """A page as HTML. Every text is escaped; nothing in it is believed to be markup but the pictures.
+def render_page(template: str, sheet: StyleSheet, **values: object) -> str:
+    """Return a page as HTML. All text is escaped; only charts are trusted as markup.
 
     Args:
-        template: name of a file in this room.
-        sheet: the rules of the pictures.
-        values: variables of the template; `policy` and `style` are added.
+        template: name of a file in this package.
+        sheet: the style rules of the charts.
+        values: variables of the template, beside `policy` and `style`.
     """
     import jinja2
     from markupsafe import Markup
@@ -84,9 +84,11 @@ def document(template: str, sheet: Sheet, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=lambda value: (
+            show_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
     )
-    environment.filters |= {"size": format_size, "number": _number, "duration": _duration, "short": _short}
+    environment.filters |= {"size": format_size, "number": _number, "duration": format_duration, "short": _short}
     style = f"\n{_resource(_STYLE)}\n{sheet.css}\n"
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -98,46 +100,35 @@ def _resource(name: str) -> str:
     return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _pictures(facts: Facts, sheet: Sheet) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _charts(facts: ReportFacts, sheet: StyleSheet) -> dict[str, list[str]]:
+    svgs: dict[str, list[str]] = {}
     if facts.curve is not None:
-        found["loss"] = figures.loss(facts.curve, sheet)
-        found["training"] = [figures.rate(facts.curve, sheet), figures.speed(facts.curve, sheet)]
+        svgs["loss"] = charts.loss_charts(facts.curve, sheet)
+        svgs["training"] = [charts.learning_rate_chart(facts.curve, sheet), charts.speed_chart(facts.curve, sheet)]
     if facts.lengths:
-        found["lengths"] = [figures.lengths(facts.lengths, which, sheet) for which in ("tokens", "answers")]
-    return found
+        svgs["lengths"] = [charts.length_histogram(facts.lengths, which, sheet) for which in ("tokens", "answers")]
+    return svgs
 
 
-def _results(facts: Facts) -> list[dict[str, Any]]:
-    """The run's results with their share of the largest, in percent; what is only a step on the road is left out."""
-    shown = {name: each for name, each in facts.manifest.artifacts.items() if not name.startswith(".")}
-    largest = max((each.size for each in shown.values()), default=1)
+def _results(facts: ReportFacts) -> list[JsonObject]:
+    """Return the run's results with their size as a percentage of the largest; intermediate files are left out."""
+    shown = {name: artifact for name, artifact in facts.manifest.artifacts.items() if not name.startswith(".")}
+    largest = max((artifact.size for artifact in shown.values()), default=1)
     return [
-        {"name": name, "share": 100 * each.size / largest, **dataclasses.asdict(each)} for name, each in shown.items()
+        {"name": name, "share": 100 * artifact.size / largest, **dataclasses.asdict(artifact)}
+        for name, artifact in shown.items()
     ]
 
 
-def _plain(facts: Facts) -> dict[str, Any]:
-    return dataclasses.asdict(facts.manifest)
-
-
 def _number(value: float | None, digits: int | None = None) -> str:
-    """With thin spaces between thousands, or with so many digits behind the point."""
+    """Format a number with spaces between thousands, or with `digits` decimal places."""
     if value is None:
-        return NOTHING
+        return EN_DASH
     if digits is None:
         return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     if value and abs(value) < 10**-digits:
         return f"{value:.1e}"
     return f"{value:.{digits}f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _short(digest: str) -> str:

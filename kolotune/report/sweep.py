@@ -1,16 +1,15 @@
-"""The page about a sweep: its trials, the best first, and their held-out losses in one picture."""
+"""The HTML page about a sweep: its trials, the best first, and a chart of their held-out losses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.files import write_text
 
-from . import figures
-from .drawing import Sheet
-from .page import document
+from . import charts
+from .inline_svg import StyleSheet
+from .page import render_page
 
 NAME = "sweep.html"
 _TEMPLATE = "sweep.html.jinja"
@@ -18,22 +17,23 @@ Losses = Sequence[tuple[int, float]]
 
 
 def write(
-    folder: Path, title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], curves: Mapping[int, Losses]
+    folder: Path, title: str, names: Sequence[str], rows: Sequence[Mapping[str, object]], curves: Mapping[int, Losses]
 ) -> Path:
-    """Writes the page into the sweep's folder; returns its path.
+    """Write the page into the sweep's folder and return its path.
 
     Args:
-        folder: the sweep's.
+        folder: of the sweep.
         title: what was trained, in a few words.
-        names: of the varied options.
+        names: the varied options.
         rows: the trials, the best first: `trial` (a number), a value for each name, `loss` or None, `failure`.
-        curves: of the trials by their number, (step, held-out loss) of each evaluation.
+        curves: (step, held-out loss) of each evaluation, by the trial's number.
     """
     from markupsafe import Markup
 
-    sheet = Sheet()
-    drawn = [(f"trial {row['trial']}", curves[row["trial"]]) for row in rows if curves.get(row["trial"])]
-    pictures = [Markup(each) for each in figures.several(drawn, sheet)] if drawn else []
-    page = document(_TEMPLATE, sheet, title=title, names=names, rows=rows, pictures=pictures)
+    sheet = StyleSheet()
+    trials = [int(str(row["trial"])) for row in rows]
+    losses = [(f"trial {trial}", curves[trial]) for trial in trials if curves.get(trial)]
+    svgs = [Markup(svg) for svg in charts.trial_charts(losses, sheet)] if losses else []
+    page = render_page(_TEMPLATE, sheet, title=title, names=names, rows=rows, charts=svgs)
     write_text(folder / NAME, page)
     return folder / NAME

@@ -1,4 +1,4 @@
-"""A run whose every text wants to be more than text."""
+"""A run in which every text tries to be markup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOSTILE = (
 
 
 def comparison(text: str) -> Comparison:
-    """A comparison that has everything, and `text` wherever there is a text."""
+    """Return a comparison with every field set, and `text` wherever there is a text."""
     checked = (
         StageCheck("adapter on base", "train", "adapter", 100, "", Count(9, 9), None, None, None, 2.1, Count(9, 9)),
         StageCheck(
@@ -39,7 +39,7 @@ def comparison(text: str) -> Comparison:
 
 @pytest.fixture
 def hostile_run(run_copy: RunFolder, tmp_path: Path) -> RunFolder:
-    """The finished run with `HOSTILE` in every text that the page shows: chats, names, options, findings, answers."""
+    """Return the finished run with `HOSTILE` in every text that the report shows."""
     import numpy as np
     from safetensors.numpy import save_file
 

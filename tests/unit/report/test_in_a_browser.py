@@ -1,4 +1,4 @@
-"""The page in a real browser, offline: nothing is complained of, everything is seen, and it can be read."""
+"""The report in a real browser, offline: no errors, everything visible and readable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kolotune.run_folder.layout import RunFolder
 pytestmark = pytest.mark.skipif(
     not PROGRAM and not os.environ.get("KOLOTUNE_NEEDS_CHROMIUM"), reason="there is no Chromium here"
 )
-# Texts whose contrast with what is behind them is under 4.5 to 1 (WCAG 2, AA), by the styles as they were computed.
+# Texts whose contrast with their background is below 4.5 to 1 (WCAG 2, AA), by their computed styles.
 CONTRAST = """
 const linear = (part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
 const channel = (value) => linear(value / 255);
@@ -43,7 +43,7 @@ while (walker.nextNode()) {
 }
 return [count, found];
 """
-# Elements that reach over the right edge of the window, unless they scroll in a box of their own.
+# Elements that extend past the right edge of the window, unless a parent scrolls.
 OVERFLOW = """
 const width = document.documentElement.clientWidth;
 const reaches = (element) => element.getBoundingClientRect().right > width + 0.5;
@@ -99,8 +99,8 @@ def test_light_and_dark_wide_and_on_a_phone(written: Path, chromium: Page, tmp_p
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "page.pdf").stat().st_size > 40_000
 
 
-def test_the_checks_find_what_they_look_for(written: Path, chromium: Page) -> None:
-    """Too weak a colour, too wide an element, a script: each is told."""
+def test_the_checks_detect_faults(written: Path, chromium: Page) -> None:
+    """Low contrast, an element that is too wide, and a script are all detected."""
     chromium.open(written, width=390)
     chromium.ask("document.documentElement.style.setProperty('--muted', '#b0b7c3')")
     assert len(chromium.ask(CONTRAST)[1]) > 20

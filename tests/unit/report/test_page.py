@@ -1,4 +1,4 @@
-"""The page as a file: whole, escaped, without anything from elsewhere."""
+"""The report as a file: complete, escaped, and loading nothing."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _VOID = {"meta", "br"}
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes, all text, and whether what was opened was closed."""
+    """All elements with their attributes, all text, and the elements that are still open."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         if tag not in _VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -50,34 +50,34 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_what_a_plain_run_says(finished: Config) -> None:
+def test_a_plain_run(finished: Config) -> None:
     run = RunFolder(finished.output_dir)
-    html = page.render(facts.gather(run))
-    found = Elements(html)
-    text = " ".join(found.text.split())
-    for said in (
+    html = page.render(facts.gather_facts(run))
+    parsed = Elements(html)
+    text = " ".join(parsed.text.split())
+    for fact in (
         "tiny, tuned on 3 chats from chats.jsonl",
-        "Loss of the last step",
-        "nothing was held out",
-        "Nothing: every chat was taken as it is.",
+        "Loss at the last step",
+        "no chats were held out",
+        "Every chat was used as it is.",
         f"kolotune compare {run.root.name}",
         "What is 0 plus 1?",
         hash_file(run.gguf)[:12],
     ):
-        assert said in text, said
-    assert "passed" not in text  # nobody has compared
+        assert fact in text, fact
+    assert "passed" not in text  # it was not compared
     marked = re.findall(r"<mark>(.*?)</mark>", html, re.DOTALL)
     assert marked == ["It is 1.&lt;|im_end|&gt;\n"] or marked == ["It is 1.&lt;|im_end|&gt;"]
-    assert [tag for tag, _ in found.found].count("svg") == 6 + len(facts.gather(run).manifest.artifacts) - 1
+    assert [tag for tag, _ in parsed.elements].count("svg") == 6 + len(facts.gather_facts(run).manifest.artifacts) - 1
     assert json.loads(html[html.index("<pre>{") + 5 : html.index("}</pre>") + 1].replace("&#34;", '"'))["format"] == 1
 
 
 def test_the_same_run_gives_the_same_page(finished: Config) -> None:
     run = RunFolder(finished.output_dir)
-    assert page.render(facts.gather(run)) == page.render(facts.gather(run))
+    assert page.render(facts.gather_facts(run)) == page.render(facts.gather_facts(run))
 
 
-def test_a_page_that_is_there_already_is_left_alone(run_copy: RunFolder) -> None:
+def test_an_up_to_date_page_is_left_alone(run_copy: RunFolder) -> None:
     page.write(run_copy)
     written = run_copy.report.stat().st_mtime_ns
     page.write(run_copy)
@@ -89,31 +89,31 @@ def test_a_page_that_is_there_already_is_left_alone(run_copy: RunFolder) -> None
 
 def test_nothing_in_the_run_becomes_markup(hostile_run: RunFolder) -> None:
     html = page.write(hostile_run).read_text(encoding="utf-8")
-    found = Elements(html)
-    assert found.open == []
+    parsed = Elements(html)
+    assert parsed.open == []
     allowed = {
         "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "h1", "h2", "h3", "h4",
         "p", "dl", "dt", "dd", "div", "span", "strong", "mark", "code", "pre", "ul", "li", "table", "thead", "tbody",
         "tr", "th", "td", "br", "figure", "figcaption", "details", "summary",
         "svg", "g", "defs", "path", "use", "text", "clippath", "rect",
     }  # fmt: skip
-    assert {tag for tag, _ in found.found} <= allowed
-    names = {name for _, attributes in found.found for name in attributes}
+    assert {tag for tag, _ in parsed.elements} <= allowed
+    names = {name for _, attributes in parsed.elements for name in attributes}
     assert not {name for name in names if name.startswith("on") or name in ("style", "src")}
-    links = [value for _, attributes in found.found for name, value in attributes.items() if name == "href"]
+    links = [value for _, attributes in parsed.elements for name, value in attributes.items() if name == "href"]
     assert links and all(value and value.startswith("#") for value in links)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
-    assert "␛[31mred␇ ⟨U+202E⟩abc⟨U+2066⟩ 日本 🎉" in found.text
-    # Each of the places says it, as text: chat, answers, failure, findings, bad chats, options, versions and others.
-    assert found.text.count("<script>window.hurt = 1</script>") > 20
-    assert "{{ 7 * 7 }}" in found.text
-    for said in ("2 exact copies of other chats were left out", "4 whole turns at their ends", "3 bad chats"):
-        assert said in " ".join(found.text.split())
+    assert "␛[31mred␇ ⟨U+202E⟩abc⟨U+2066⟩ 日本 🎉" in parsed.text
+    # It is shown as text in each place: chat, answers, failure, findings, bad chats, options, versions and more.
+    assert parsed.text.count("<script>window.hurt = 1</script>") > 20
+    assert "{{ 7 * 7 }}" in parsed.text
+    for sentence in ("2 exact copies of other chats were left out", "4 whole turns at their ends", "3 bad chats"):
+        assert sentence in " ".join(parsed.text.split())
 
 
 def test_the_policy_allows_the_one_style_sheet_and_nothing_else(hostile_run: RunFolder) -> None:
-    html = page.render(facts.gather(hostile_run))
-    policy = next(each["content"] for _, each in Elements(html).found if "http-equiv" in each)
+    html = page.render(facts.gather_facts(hostile_run))
+    policy = next(each["content"] for _, each in Elements(html).elements if "http-equiv" in each)
     style = html[html.index("<style>") + 7 : html.index("</style>")]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -131,20 +131,20 @@ def test_the_comparison(passed: bool, hostile_run: RunFolder) -> None:
     if passed:
         found = with_options(found, failure=None)
     hostile_run.comparison.write_text(json.dumps(found.as_json()))
-    text = " ".join(Elements(page.render(facts.gather(hostile_run))).text.split())
-    assert ("every stage kept its bounds" in text) == passed
+    text = " ".join(Elements(page.render(facts.gather_facts(hostile_run))).text.split())
+    assert ("every stage is within its bounds" in text) == passed
     assert ("The first stage that fails is quantize" in text) == (not passed)
-    for said in (
+    for fact in (
         "8.0e-07",
         "50.0 %",
         "8/9",
         "Q8_0 (with an importance matrix) recommended",
     ):
-        assert said in text, said
+        assert fact in text, fact
     sides = re.findall(
-        r"<h4>(.*?)</h4><div class=\"text\" dir=\"auto\">(.*?)</div>", page.render(facts.gather(hostile_run))
+        r"<h4>(.*?)</h4><div class=\"text\" dir=\"auto\">(.*?)</div>", page.render(facts.gather_facts(hostile_run))
     )
-    assert sides == [("Before", "words"), ("After", "words"), ("In the chats", "words"), ("After", "(nothing)")]
+    assert sides == [("Before", "words"), ("After", "words"), ("In the chats", "words"), ("After", "(empty)")]
     hostile_run.comparison.write_text("{}")
     with pytest.raises(ArtifactError, match="is no comparison"):
         page.write(hostile_run)
@@ -154,13 +154,13 @@ def test_a_comparison_is_shown_when_it_is_of_these_results(hostile_run: RunFolde
     values = json.loads(hostile_run.manifest.read_text())
     del values["artifacts"][hostile_run.relative(hostile_run.comparison)]
     hostile_run.manifest.write_text(json.dumps(values))
-    assert facts.gather(hostile_run).comparison is None  # it may be of another training
+    assert facts.gather_facts(hostile_run).comparison is None  # it may be of another training
     write_mark(hostile_run, "compare", MarkState.FAILED, "words")
-    found = facts.gather(hostile_run).comparison
+    found = facts.gather_facts(hostile_run).comparison
     assert found is not None and found.failure is not None
     values["stages"]["train"]["finished"] = "2999-01-01T00:00:00+00:00"  # trained again since
     hostile_run.manifest.write_text(json.dumps(values))
-    assert facts.gather(hostile_run).comparison is None
+    assert facts.gather_facts(hostile_run).comparison is None
 
 
 def test_a_run_that_is_not_finished(run_copy: RunFolder, kolotune: Callable[..., tuple[int, str]]) -> None:
@@ -177,7 +177,7 @@ def test_a_run_ends_with_its_page(run_copy: RunFolder, kolotune: Callable[..., t
     code, output = kolotune(*call)
     assert code == 0 and "report: report.html" in output, output
     assert run_copy.report.read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert page.render(facts.gather(run_copy)) == run_copy.report.read_text(encoding="utf-8")
+    assert page.render(facts.gather_facts(run_copy)) == run_copy.report.read_text(encoding="utf-8")
     run_copy.report.unlink()
     run_copy.metrics.write_text("{")  # what can't be drawn is no reason for the run to fail
     code, output = kolotune(*call)
@@ -202,11 +202,11 @@ def test_a_comparison_that_fails_is_on_the_page(run_copy: RunFolder, kolotune: C
     assert code == 0, output
 
 
-def test_many_steps_are_thinned_out_and_the_last_one_stays(hostile_run: RunFolder) -> None:
+def test_many_steps_are_thinned_out_but_the_last_one_is_kept(hostile_run: RunFolder) -> None:
     lines: list[dict[str, Any]] = [{"step": step, "loss": 1.0} for step in range(1, 10_001)]
     lines[-1]["loss"] = 0.5
     hostile_run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curve = facts.gather(hostile_run).curve
+    curve = facts.gather_facts(hostile_run).curve
     assert curve is not None and len(curve.steps) < 4000
     assert (curve.steps[-1], curve.losses[-1], curve.held_out) == (10_000, 0.5, [])
     assert len(curve.smooth()) == len(curve.steps)
@@ -223,6 +223,6 @@ def test_many_steps_are_thinned_out_and_the_last_one_stays(hostile_run: RunFolde
         ("\ud800", "⟨U+D800⟩"),
     ],
 )
-def test_characters_without_a_look_get_one(text: str, shown: str) -> None:
-    assert page.visible(text) == shown
-    assert HOSTILE not in page.visible(HOSTILE)
+def test_invisible_characters_are_shown(text: str, shown: str) -> None:
+    assert page.show_invisible(text) == shown
+    assert HOSTILE not in page.show_invisible(HOSTILE)

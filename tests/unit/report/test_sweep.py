@@ -18,10 +18,10 @@ def test_trials_and_their_losses(tmp_path: Path) -> None:
     text = sweep.write(tmp_path, "a model on chats & more", ["scheduler_type"], ROWS, CURVES).read_text()
     assert "a model on chats &amp; more" in text and "trial 2 is the best" in text
     assert "&lt;b&gt;cosine" in text and "the loss is &lt;nan&gt;" in text and "1.2500" in text
-    assert text.count("<svg") == 2, "wide, and for a phone"
+    assert text.count("<svg") == 2, "wide and narrow"
     assert "script" not in text and "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
 
 
-def test_without_any_that_was_trained(tmp_path: Path) -> None:
+def test_no_trial_was_trained(tmp_path: Path) -> None:
     text = sweep.write(tmp_path, "a model", ["scheduler_type"], ROWS[2:], CURVES).read_text()
     assert "<svg" not in text and "is the best" not in text

@@ -1,8 +1,8 @@
-"""Pictures of matplotlib as SVG inside the page, coloured by the page's style sheet.
+"""matplotlib figures as SVG elements of the page, coloured by the page's style sheet.
 
-matplotlib writes fixed colours into style attributes. The page has two colour schemes, and its policy allows no style
-attribute. So a picture is drawn with stand-in colours, and each style attribute becomes a class whose rule names the
-page's custom property in place of the stand-in.
+matplotlib writes fixed colours into style attributes, but the page has two colour schemes and its content security
+policy allows no style attributes. So charts are plotted in placeholder colours, and each style attribute becomes a
+class whose rule uses the page's custom property instead of the placeholder.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Stand-ins: no picture uses these colours otherwise.
-INK, MUTED, GRID, TRAIN, HELD_OUT, PAPER = (f"#01020{at}" for at in range(6))
+# Placeholders that no chart uses for anything else.
+INK, MUTED, GRID, TRAIN, HELD_OUT, PAPER = (f"#01020{index}" for index in range(6))
 _PROPERTIES = {
     INK: "--ink", MUTED: "--muted", GRID: "--line", TRAIN: "--train", HELD_OUT: "--held-out", PAPER: "--card",
 }  # fmt: skip
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-SETTINGS: Any = {
+SETTINGS: Any = {  # matplotlib's type names each setting
     "svg.fonttype": "none",  # text stays text: it can be read aloud, selected, and has the page's font
     "font.size": 12,
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.facecolor": "none", "axes.linewidth": 1,
@@ -33,24 +33,24 @@ SETTINGS: Any = {
 }  # fmt: skip
 
 
-class Sheet:
-    """The rules that pictures need, each once."""
+class StyleSheet:
+    """The style rules that charts need, each once."""
 
     def __init__(self) -> None:
         self._classes: dict[str, str] = {}
 
     @property
     def css(self) -> str:
-        """The rules."""
+        """The rules as CSS."""
         return "\n".join(f".{name} {{ {style} }}" for style, name in self._classes.items())
 
-    def svg(self, figure: Figure, name: str, label: str) -> str:
-        """A picture as an element of the page.
+    def embed(self, figure: Figure, name: str, label: str) -> str:
+        """Return a figure as an SVG element.
 
         Args:
-            figure: drawn under `SETTINGS`.
-            name: unique in the page; part of the names in it.
-            label: what is read aloud in its place.
+            figure: plotted with `SETTINGS`.
+            name: unique on the page; it prefixes the element's ids.
+            label: the text that a screen reader speaks.
         """
         import matplotlib
 
@@ -60,9 +60,10 @@ class Sheet:
             figure.savefig(buffer, format="svg", metadata=nothing)
         root = ET.fromstring(buffer.getvalue())
         for parent in list(root.iter()):
-            for each in [child for child in parent if child.tag in (f"{_SVG}metadata", f"{_SVG}style")]:
-                parent.remove(each)  # matplotlib's own style sheet is that of the page, for all pictures
-        used = _referenced(root)
+            for child in list(parent):
+                if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
+                    parent.remove(child)  # matplotlib's own rules would apply to the whole page
+        used = _referenced_ids(root)
         for element in root.iter():
             self._restyle(element, used, name)
         for size in ("width", "height", "version"):
@@ -87,21 +88,21 @@ class Sheet:
                 element.set(key, value)
 
     def _class_of(self, style: str) -> str:
-        for stand_in, custom in _PROPERTIES.items():
-            style = style.replace(stand_in, f"var({custom})")
-        if "font:" in style:  # the page has its own font, in the size that was drawn
+        for placeholder, custom_property in _PROPERTIES.items():
+            style = style.replace(placeholder, f"var({custom_property})")
+        if "font:" in style:  # use the page's font in the plotted size
             parts = [part.strip() for part in style.split(";") if part.strip()]
             size = next(word for part in parts if part.startswith("font:") for word in part.split() if "px" in word)
             style = "; ".join([f"font-size: {size}", *[part for part in parts if not part.startswith("font:")]])
         return self._classes.setdefault(style, f"f{len(self._classes)}")
 
 
-def _referenced(root: ET.Element) -> set[str]:
-    found = set()
+def _referenced_ids(root: ET.Element) -> set[str]:
+    ids = set()
     for element in root.iter():
         for key, value in element.attrib.items():
             if key == f"{_XLINK}href":
-                found.add(value[1:])
+                ids.add(value[1:])
             elif value.startswith("url(#"):
-                found.add(value[5:-1])
-    return found
+                ids.add(value[5:-1])
+    return ids
