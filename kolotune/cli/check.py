@@ -32,7 +32,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)
         first = first_encoded(Path(folder, TRAIN)) if prepared.train.chats else None
     problems, prepared.problems = prepared.problems, []
-    prepare.tell(prepared, say)
+    prepare.report_prepared(prepared, say)
     if first:
         say.note("The first chat as it is trained on; the loss covers what is between ⟦ and ⟧:")
         say.note(_with_marks(*first, prepared.tokenizer))

@@ -17,7 +17,7 @@ from kolotune.run_folder.manifest import PATH_OPTIONS, Manifest, read_manifest
 from kolotune.run_folder.marks import MarkState, read_mark
 from kolotune.run_folder.records import read_record
 from kolotune.stages import compare
-from kolotune.stages.prepare import SAID
+from kolotune.stages.prepare import CHANGED_CHATS
 
 from .prepared_chats import ChatLengths, read_lengths, read_sample_chat
 from .training_curve import TrainingCurve, read_curve
@@ -119,7 +119,7 @@ def _read_comparison(folder: RunFolder, manifest: Manifest) -> Comparison | None
 def _left_out(facts: JsonObject) -> list[tuple[int, str]]:
     sentences = [
         (count, sentence.format(**facts))
-        for name, sentence in SAID.items()
+        for name, sentence in CHANGED_CHATS.items()
         if isinstance(count := facts.get(name), int) and count
     ]
     if isinstance(bad := facts.get("bad"), list) and bad:

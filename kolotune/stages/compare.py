@@ -1,20 +1,18 @@
-"""compare: is each thing on the road still the model that was trained? Measured, judged, and written down."""
+"""compare: is every result still the model that was trained? Measure, judge, write it down."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kolotune import llamacpp
 from kolotune.fidelity import figures, judge, tasks
-from kolotune.fidelity.comparison import Comparison
 from kolotune.fidelity.judge import F16, MERGED, Evidence, MeasuredFile
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
-from kolotune.foundation.files import remove, size_of, write_json
+from kolotune.foundation.files import remove, size_of
 from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -30,24 +28,17 @@ DOING = "comparing what was made with what was trained"
 _OPTIONS = (
     "compare_chats", "compare_length", "compare_answers", "compare_prompt", "quantization", "system", "merge_dtype",
 )  # fmt: skip
-_LONGEST_ANSWER = 96
+_LONGEST_ANSWER = 96  # tokens
 
 
 def options(config: Config) -> JsonObject:
-    """See `records.Stage`; what is tried is there when anything is."""
-    tried = as_record(config, ("compare_quantization", "importance_matrix")) if _to_try(config) else {}
-    return as_record(config, _OPTIONS) | tried
-
-
-def _to_try(config: Config) -> list[str]:
-    """The quantizations that are measured and that the run does not have."""
-    return [name for name in config.compare_quantization if name not in config.quantization]
+    trials = as_record(config, ("compare_quantization", "importance_matrix")) if _trial_quantizations(config) else {}
+    return as_record(config, _OPTIONS) | trials
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    """See `records.Stage`."""
     run = context.run
-    found = {
+    paths = {
         "the prepared chats": run.prepared,
         "the base model": context.base,
         "the adapter": run.adapter,
@@ -55,33 +46,32 @@ def inputs(context: Context) -> dict[str, Path]:
         "what training measured": run.metrics,
     }
     for name, gguf, modelfile in _ggufs(context):
-        found |= {f"the {name}": gguf, f"the Modelfile of the {name}": modelfile}
-    return found
+        paths |= {f"the {name}": gguf, f"the Modelfile of the {name}": modelfile}
+    return paths
 
 
 def outputs(context: Context) -> list[Path]:
-    """See `records.Stage`."""
     return [context.run.comparison]
 
 
 def packages() -> Sequence[str]:
-    """See `records.Stage`."""
     return ("torch", "transformers", "llama-cpp-python")
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """What is only tried has to be possible too.
+    """Check that quantizations that are made only to be measured are possible.
 
     Raises:
         ConfigError: the model's rows do not fit a quantization.
     """
-    if _to_try(context.config):
+    trials = _trial_quantizations(context.config)
+    if trials:
         llamacpp.ensure(reporter)
-        quantize.check_blocks(context.base, _to_try(context.config))
+        quantize.check_blocks(context.base, trials)
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
-    """Measures and judges; writes the comparison in any case.
+    """Measure and judge; write the comparison whatever the verdict.
 
     Raises:
         FidelityError: a stage fails its bound; the comparison says which.
@@ -92,25 +82,23 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
             f"{context.run.root}: has no chats and adapter of its own to compare with",
             "Only runs that were trained here can be compared.",
         )
-    with _scratch(context.run) as scratch:
-        comparison = judge.verdict(_evidence(context, scratch, reporter))
-    write_json(context.run.comparison, comparison.as_json())
-    if comparison.failure is not None:
-        failure = comparison.failure
-        raise FidelityError(
-            f"{failure.stage}: {failure.what}",
-            f"Likely cause: {failure.likely_cause}.",
-        )
-    return _facts(comparison)
-
-
-def _facts(comparison: Comparison) -> dict[str, Any]:
+    with _scratch_folder(context.run) as scratch:
+        comparison = judge.verdict(_gather_evidence(context, scratch, reporter))
+    typed_storage.write(context.run.comparison, comparison.as_json())
+    failure = comparison.failure
+    if failure is not None:
+        raise FidelityError(f"{failure.stage}: {failure.what}", f"Likely cause: {failure.likely_cause}.")
     return {"chats": comparison.chats, "base_loss": comparison.base_loss, "tuned_loss": comparison.tuned_loss}
 
 
+def _trial_quantizations(config: Config) -> list[str]:
+    """Return the quantizations that are measured and that the run does not keep."""
+    return [name for name in config.compare_quantization if name not in config.quantization]
+
+
 @contextmanager
-def _scratch(run: RunFolder) -> Iterator[Path]:
-    """A folder for log-probabilities; what a killed process left there is removed first."""
+def _scratch_folder(run: RunFolder) -> Iterator[Path]:
+    """Provide a folder for log-probabilities; a killed process may have left files there."""
     remove(run.comparing)
     run.comparing.mkdir(parents=True)
     try:
@@ -120,7 +108,7 @@ def _scratch(run: RunFolder) -> Iterator[Path]:
 
 
 def _ggufs(context: Context) -> Iterator[tuple[str, Path, Path]]:
-    """Name, GGUF and Modelfile, the unquantized one first."""
+    """Yield name, GGUF and Modelfile of the run's models, the unquantized one first."""
     run = context.run
     yield F16, run.gguf, run.modelfile()
     for name in context.config.quantization:
@@ -128,7 +116,7 @@ def _ggufs(context: Context) -> Iterator[tuple[str, Path, Path]]:
             yield name, run.quantized(name), run.modelfile(name)
 
 
-def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
+def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
     run, config = context.run, context.config
     not_kept = []
     merged = None
@@ -136,7 +124,7 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
         merged = MeasuredFile(MERGED, run.relative(run.merged_model), size_of(run.merged_model))
     else:
         not_kept.append(MERGED)
-    reference = _reference(context, scratch, reporter)
+    reference = _measure_reference(context, scratch, reporter)
     before = scratch / (figures.MERGED if (scratch / figures.MERGED).is_file() else figures.TUNED)
     measured = []
     for name, gguf, modelfile in _ggufs(context):
@@ -147,13 +135,13 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
             continue
         reporter.doing(f"comparing the {name}")
         after = scratch / f"{name}.npy"
-        answer = _measure_gguf(context, scratch, name, gguf, modelfile, before, after)
+        measurement = _measure_gguf(context, scratch, name, gguf, modelfile, before, after)
         if name == F16 and after.is_file():
             before = after
         else:
             remove(after)
-        made = MeasuredFile(name, run.relative(gguf), gguf.stat().st_size)
-        measured.append((made, run.relative(modelfile), answer))
+        file = MeasuredFile(name, run.relative(gguf), gguf.stat().st_size)
+        measured.append((file, run.relative(modelfile), measurement))
     return Evidence(
         reference=reference,
         merged=merged,
@@ -161,60 +149,60 @@ def _evidence(context: Context, scratch: Path, reporter: Reporter) -> Evidence:
         merge_dtype=config.merge_dtype,
         load_in_4bit=config.load_in_4bit,
         adapter=MeasuredFile(judge.ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
-        recorded=_recorded(run, config) if reference.held_out else None,
+        recorded=_recorded_losses(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
-        untied=merged is not None and _tied(context.base) and not _tied(run.merged_model),
-        tried=tuple(_tried(context, scratch, before, reporter)),
+        untied=merged is not None and _ties_embeddings(context.base) and not _ties_embeddings(run.merged_model),
+        tried=tuple(_measure_trials(context, scratch, before, reporter)),
         weighted=frozenset(
-            quantize.with_matrix(context, [*config.quantization, *_to_try(config)]),
+            quantize.with_matrix(context, [*config.quantization, *_trial_quantizations(config)]),
         ),
     )
 
 
-def _tried(
+def _measure_trials(
     context: Context, scratch: Path, before: Path, reporter: Reporter
 ) -> Iterator[tuple[MeasuredFile, tasks.GgufMeasurement]]:
-    """Makes each quantization that is only tried, measures and removes it: one at a time is on the disk."""
-    run, names = context.run, _to_try(context.config)
+    """Make, measure and remove each quantization that the run does not keep; one at a time is on the disk."""
+    run, names = context.run, _trial_quantizations(context.config)
     if not names:
         return
     source, log = run.gguf, run.log(NAME)
     if not source.is_file():
-        reporter.doing("converting to GGUF, for as long as quantizations are tried")
+        reporter.doing("converting to GGUF; the file is removed after measuring")
         source = scratch / run.gguf.name
         convert.make_gguf(context, source, log, reporter)
-    weighted = quantize.with_matrix(context, names)
-    matrix = quantize.matrix_for(context, source, scratch / run.importance_matrix.name, log, reporter, weighted)
+    with_matrix = quantize.with_matrix(context, names)
+    matrix = quantize.matrix_for(context, source, scratch / run.importance_matrix.name, log, reporter, with_matrix)
     for name in names:
         reporter.doing(f"trying {name}")
         target = scratch / run.quantized(name).name
-        quantize.quantize_file(source, target, name, log, reporter, matrix if name in weighted else None)
+        quantize.quantize_file(source, target, name, log, reporter, matrix if name in with_matrix else None)
         after = scratch / f"{name}.npy"
-        answer = _measure_gguf(context, scratch, name, target, None, before, after)
-        yield MeasuredFile(name, "", target.stat().st_size), answer
+        measurement = _measure_gguf(context, scratch, name, target, None, before, after)
+        yield MeasuredFile(name, "", target.stat().st_size), measurement
         remove(target)
         remove(after)
 
 
-def _tied(model: Path) -> bool:
+def _ties_embeddings(model: Path) -> bool:
     try:
         return read_model_config(model).ties_embeddings
     except ModelError:
         return False
 
 
-def _reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Reference:
-    """What is computed with transformers."""
+def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Reference:
+    """Measure base, adapter and merged model with transformers; return what the GGUFs are compared with."""
     run, config = context.run, context.config
     held_out = (run.prepared / "held_out.safetensors").is_file()
-    asked = tasks.ModelsTask(
+    task = tasks.ModelsTask(
         base=str(context.base),
         adapter=str(run.adapter),
         merged=str(run.merged_model) if run.merged_model.is_dir() else "",
         tokenizer=str(run.tokenizer),
         tokens=str(run.prepared / ("held_out.safetensors" if held_out else "train.safetensors")),
         chats_file=str(run.prepared / "held_out.jsonl") if held_out else "",
-        train_data=[str(each) for each in config.train_data],
+        train_data=[str(path) for path in config.train_data],
         most_chats=config.compare_chats,
         most_tokens=config.compare_length,
         own_prompts=list(config.compare_prompt),
@@ -223,15 +211,15 @@ def _reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Ref
         longest_answer=_LONGEST_ANSWER,
         scratch=str(scratch),
     )
-    typed_storage.write(scratch / "models.json", asked)
-    _in_a_process(run, "models", scratch / "models.json", reporter)
+    typed_storage.write(scratch / "models.json", task)
+    _run_task(run, "models", scratch / "models.json", reporter)
     return typed_storage.read(tasks.Reference, scratch / figures.REFERENCE)
 
 
 def _measure_gguf(
     context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path | None, before: Path, after: Path
 ) -> tasks.GgufMeasurement:
-    asked = tasks.GgufTask(
+    task = tasks.GgufTask(
         gguf=str(gguf),
         modelfile=str(modelfile or ""),
         reference=str(scratch / figures.REFERENCE),
@@ -241,21 +229,26 @@ def _measure_gguf(
         longest_answer=_LONGEST_ANSWER,
         answer_file=str(scratch / f"{name}.answer.json"),
     )
-    typed_storage.write(scratch / f"{name}.json", asked)
+    typed_storage.write(scratch / f"{name}.json", task)
     try:
-        _in_a_process(context.run, "gguf", scratch / f"{name}.json", None)
+        _run_task(context.run, "gguf", scratch / f"{name}.json", None)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
         return tasks.GgufMeasurement(tasks.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
-    return typed_storage.read(tasks.GgufMeasurement, Path(asked.answer_file))
+    return typed_storage.read(tasks.GgufMeasurement, Path(task.answer_file))
 
 
 class _ProcessDied(ArtifactError):
     """A measuring process ended without an answer."""
 
 
-def _in_a_process(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) -> None:
-    """Measure in a child process; raise its errors."""
+def _run_task(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) -> None:
+    """Carry out a task in a child process.
+
+    Raises:
+        KolotuneError: the error that the process reported.
+        _ProcessDied: it ended without an answer.
+    """
 
     def on_event(name: str, fields: JsonObject) -> None:
         if name == "doing" and reporter is not None:
@@ -275,8 +268,8 @@ def _in_a_process(run: RunFolder, kind: str, file: Path, reporter: Reporter | No
         raise _ProcessDied(f"measuring ended with code {code}: {local.last_lines(log)}", f"The log is {log}.")
 
 
-def _recorded(run: RunFolder, config: Config) -> tuple[float, float] | None:
-    """The held-out losses of the base and of what was kept, as training measured them; None when it did not."""
+def _recorded_losses(run: RunFolder, config: Config) -> tuple[float, float] | None:
+    """Return the held-out losses of the base and of the kept adapter that training measured; None if it did not."""
     if not run.metrics.is_file():
         return None
     losses = held_out_losses(read_metrics(run.metrics, skip_damaged=True))

@@ -17,27 +17,23 @@ DOING = "converting to GGUF"
 
 
 def options(config: Config) -> JsonObject:
-    """See `records.Stage`."""
     return as_record(config, ("lean", "merge_dtype")) if config.lean else {}
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    """See `records.Stage`."""
     return convert.inputs_of(context)
 
 
 def outputs(context: Context) -> list[Path]:
-    """See `records.Stage`."""
     return [context.run.gguf, *convert.small_outputs(context)]
 
 
 def packages() -> Sequence[str]:
-    """See `records.Stage`."""
     return ("llama-cpp-python",)
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """Proves on the base model, before hours of training, that the converter knows its architecture and tokenizer.
+    """Check on the base model, before hours of training, that the converter knows its architecture and tokenizer.
 
     Raises:
         ToolchainError: it does not.
@@ -46,7 +42,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
-    """Converts; see `exporting`."""
+    """Write the GGUF; return what the converter reports about it."""
     folder = convert.source_folder(context)
     if folder is not None and not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no merged model", "Run `kolotune merge` first.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.files import replacing
@@ -21,12 +20,10 @@ DOING = "merging the adapter into the base model"
 
 
 def options(config: Config) -> JsonObject:
-    """See `records.Stage`."""
     return as_record(config, ("merge_dtype",))
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    """See `records.Stage`."""
     return {
         "the adapter": _adapter_folder(context),
         "the base model": context.base,
@@ -35,17 +32,15 @@ def inputs(context: Context) -> dict[str, Path]:
 
 
 def outputs(context: Context) -> list[Path]:
-    """See `records.Stage`."""
     return [context.run.merged_model]
 
 
 def packages() -> Sequence[str]:
-    """See `records.Stage`."""
     return ("numpy", "safetensors")
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """The base's weights must be readable, and an adapter made elsewhere must be one that can be merged."""
+    """Check that the base model's weights can be read, and that an adapter made elsewhere can be merged."""
     del reporter
     weight_files(context.base)
     if context.source is not None:
@@ -53,7 +48,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
-    """Writes the merged model; see `merge_adapter`."""
+    """Write the merged model; see `merge_adapter`."""
     with replacing(context.run.merged_model) as partial:
         partial.mkdir()
         return merge_adapter(
@@ -71,7 +66,7 @@ def _adapter_folder(context: Context) -> Path:
 
 
 def _tokenizer_folder(context: Context) -> Path:
-    """The tokenizer that was trained with: the run's own, the adapter's when it brings one, or the base's."""
+    """Return the trained tokenizer: the run's own, or the one that an adapter made elsewhere brings, or the base's."""
     if context.source is None:
         return context.run.tokenizer
     return tokenizer_of(context.source, context.base)
@@ -79,22 +74,22 @@ def _tokenizer_folder(context: Context) -> Path:
 
 def merge_adapter(
     adapter_folder: Path, base: Path, target: Path, *, tokenizer: Path, dtype: str, reporter: Reporter
-) -> dict[str, Any]:
-    """Merges an adapter into its base.
+) -> JsonObject:
+    """Merge an adapter into its base model.
 
     Args:
         adapter_folder: in PEFT's format.
         base: model folder with safetensors.
         target: an existing empty folder.
-        tokenizer: folder whose tokenizer and template go with the merged model.
+        tokenizer: folder with the tokenizer and template for the merged model.
         dtype: "f16", "bf16" or "fp32".
-        reporter: told about weights that f16 can't hold.
+        reporter: shows a warning about weights that f16 can't represent.
 
     Returns:
-        Facts for the record: tensors, bytes, adapted weights, and weights stored wider than wanted.
+        Facts for the record: number of tensors, bytes, adapted weights, and weights stored in a wider type.
 
     Raises:
-        ArtifactError, ModelError: the adapter does not belong to the base, or a file is damaged.
+        ArtifactError, ModelError: the adapter does not belong to the base model, or a file is damaged.
     """
     model = MergedModel(adapter_folder, base, dtype)
     model.written(lambda: write_shards(target, shards_of(model.entries), model.blocks), reporter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +16,7 @@ from kolotune.chats.tokens.tokenizer import (
     special_tokens,
     template_text,
 )
+from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import write_text
@@ -35,38 +35,33 @@ from kolotune.weights.adapter import is_adapter
 
 NAME = "modelfile"
 DOING = "writing the Modelfiles"
-# Ollama up to the summer of 2026 punishes repetition (by 1.1) wherever a model does not say otherwise: what is served
-# would not be what was trained, and code, lists and names suffer.
-_UNPUNISHED = ("repeat_penalty", "1")
+# Ollama up to the summer of 2026 penalizes repetition (by 1.1) unless a model sets this: what is served would differ
+# from what was trained, and code, lists and names would suffer.
+_NO_REPEAT_PENALTY = ("repeat_penalty", "1")
 
 
 def options(config: Config) -> JsonObject:
-    """See `records.Stage`."""
     return as_record(config, ("system", "parameter", "quantization", *(("lean",) if config.lean else ())))
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    """See `records.Stage`."""
     folder = _trained_tokenizer(context)
     return {f"the trained {name}": folder / name for name in TOKENIZER_FILES}
 
 
 def outputs(context: Context) -> list[Path]:
-    """See `records.Stage`."""
     return [file for file, _ in _files(context)]
 
 
 def packages() -> Sequence[str]:
-    """See `records.Stage`."""
     return ("jinja2", "transformers")
 
 
 def _files(context: Context) -> list[tuple[Path, Path]]:
-    """Each Modelfile and the GGUF that it names."""
-    run = context.run
-    there = kept_models(context.config)
-    unquantized = [(run.modelfile(), run.gguf)] if there.unquantized else []
-    return [*unquantized, *((run.modelfile(name), run.quantized(name)) for name in there.quantized)]
+    """Return each Modelfile and the GGUF that it names."""
+    run, kept = context.run, kept_models(context.config)
+    unquantized = [(run.modelfile(), run.gguf)] if kept.unquantized else []
+    return [*unquantized, *((run.modelfile(name), run.quantized(name)) for name in kept.quantized)]
 
 
 def _trained_tokenizer(context: Context) -> Path:
@@ -105,10 +100,15 @@ def recorded_stops(run: RunFolder) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How a model is served: the Go template (None: Ollama chooses, for `reason`), caveats, and the stops.
+class ServingFormat:
+    """How Ollama writes a model's prompts and finds the end of its answers.
 
-    `takes_system` is False where the trained template refuses system turns.
+    Attributes:
+        template: Ollama's TEMPLATE; None where none can be derived: Ollama then uses the one in the GGUF.
+        reason: why none can be derived.
+        caveats: where Ollama's prompts differ from the trained ones, a sentence each.
+        stops: strings that end an answer.
+        takes_system: whether the trained template accepts system turns.
     """
 
     template: str | None
@@ -118,8 +118,8 @@ class Serving:
     takes_system: bool = True
 
 
-def serving_of(tokenizer: Path, jinja: str) -> Serving:
-    """Derives template and stops from a chat template and the tokenizer in a folder.
+def derive_format(tokenizer: Path, jinja: str) -> ServingFormat:
+    """Derive Ollama's TEMPLATE and the stops from a chat template and the tokenizer in a folder.
 
     Raises:
         ModelError, TemplateError: there is no tokenizer or no usable template.
@@ -127,61 +127,62 @@ def serving_of(tokenizer: Path, jinja: str) -> Serving:
     loaded = load_tokenizer(tokenizer)
     template = chat_template(loaded, jinja)
     named = special_tokens(loaded)
-    special = frozenset(str(each) for each in loaded.added_tokens_decoder.values() if each.special)
+    special = frozenset(str(token) for token in loaded.added_tokens_decoder.values() if token.special)
     end = end_token(template, special)
-    found = derive(lambda messages, opened: template.render(messages, None, opened), named.get("bos_token", ""))
-    if isinstance(found, NotDerivable):
-        stops = tuple(dict.fromkeys(each for each in (end, named.get("eos_token", "")) if each))
-        return Serving(None, found.reason, (), stops)
-    stops = stop_strings(found, named.get("eos_token", ""), end, special)
-    return Serving(_go_template(found, tokenizer), "", found.caveats, stops, not found.refuses_system)
+    turns = derive(lambda messages, opened: template.render(messages, None, opened), named.get("bos_token", ""))
+    if isinstance(turns, NotDerivable):
+        stops = tuple(dict.fromkeys(token for token in (end, named.get("eos_token", "")) if token))
+        return ServingFormat(None, turns.reason, (), stops)
+    stops = stop_strings(turns, named.get("eos_token", ""), end, special)
+    return ServingFormat(_go_template(turns, tokenizer), "", turns.caveats, stops, not turns.refuses_system)
 
 
-def _go_template(found: TurnFormat, tokenizer: Path) -> str:
-    """The template, with a BOS exactly when the GGUF does not make Ollama add one itself."""
+def _go_template(turns: TurnFormat, tokenizer: Path) -> str:
+    """Return the template, with a BOS exactly when the GGUF does not make Ollama add one itself."""
     file = tokenizer / "tokenizer_config.json"
-    adds = json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") if file.is_file() else False
-    return found.go_template(include_bos=bool(found.bos) and adds is not True)
+    adds_bos = typed_storage.read_object(file).get("add_bos_token") if file.is_file() else False
+    return turns.go_template(include_bos=bool(turns.bos) and adds_bos is not True)
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """The template must be one that can be served, and parameters and system prompt of a kind that is carried.
+    """Check that the template can be served, and that a Modelfile can express parameters and system prompt.
 
     Raises:
-        ConfigError: a Modelfile can't carry the user's values, or the template has no place for a system prompt.
+        ConfigError: a Modelfile can't express the user's values, or the template refuses system prompts.
         TemplateError: answers of this template have no end.
     """
     del reporter
     folder = context.source if context.source is not None and not is_adapter(context.source) else context.base
     day = date.fromisoformat(context.config.template_date or now()[:10])
-    serving = serving_of(folder, freeze_date(template_text(folder), day))
+    serving = derive_format(folder, freeze_date(template_text(folder), day))
     if context.config.system and not serving.takes_system:
         raise ConfigError(
             "system: the chat template of this model refuses system prompts",
-            "Put the instruction into the chats' user turns and leave --system out.",
+            "Put the instruction into the user turns of the chats, and omit --system.",
         )
     render(Modelfile("./Merged.gguf", system=context.config.system, parameters=_parameters(context.config)))
 
 
 def _parameters(config: Config) -> parameters.Parameters:
-    """The user's, and no penalty for repetition unless they say so."""
-    pairs = [(name.strip(), value) for name, _, value in (each.partition("=") for each in config.parameter)]
-    return parameters.validate(pairs if any(name == _UNPUNISHED[0] for name, _ in pairs) else [*pairs, _UNPUNISHED])
+    """Return the user's parameters, without a penalty for repetition unless they set one."""
+    pairs = [(name.strip(), value) for name, _, value in (text.partition("=") for text in config.parameter)]
+    sets_penalty = any(name == _NO_REPEAT_PENALTY[0] for name, _ in pairs)
+    return parameters.validate(pairs if sets_penalty else [*pairs, _NO_REPEAT_PENALTY])
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
-    """Writes the Modelfiles; each has been parsed back and is equal."""
+    """Write the Modelfiles; `render` has proved that each is read back unchanged."""
     folder = _trained_tokenizer(context)
-    serving = serving_of(folder, template_text(folder))
+    serving = derive_format(folder, template_text(folder))
     if serving.template is None:
-        reporter.warning(f"no TEMPLATE is written, because {serving.reason}; Ollama then uses the one in the GGUF")
+        reporter.warning(f"no TEMPLATE is written, because {serving.reason}; Ollama uses the one in the GGUF")
     for caveat in serving.caveats:
         reporter.note(f"in Ollama: {caveat}")
     chosen = _parameters(context.config)
     stops = tuple(("stop", stop) for stop in serving.stops if ("stop", stop) not in chosen)
-    gone = read_cleaned(context.run)
+    cleaned = read_cleaned(context.run)
     for file, gguf in _files(context):
-        if not gguf.is_file() and context.run.relative(gguf) not in gone:
+        if not gguf.is_file() and context.run.relative(gguf) not in cleaned:
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")
         text = render(
             Modelfile(

@@ -1,4 +1,4 @@
-"""prepare: chats → token ids with labels, and the tokenizer with its frozen template."""
+"""prepare: chats → token ids with loss mask, and the tokenizer with its frozen template."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
-_SHOWN_PLACES = 20
-# What is said of chats that were not taken as they were, behind their number; by the fact that counts them.
-SAID = {
+_SHOWN_LOCATIONS = 20
+# What happened to chats that are not trained on as they are, as a sentence after their number; by the fact's name.
+CHANGED_CHATS = {
     "duplicates": "exact copies of other chats were left out",
-    "in_both_parts": "held-out chats also stand in the training data; they were taken out of the held-out part",
-    "shortened": "chats were too long: {turns_left_out} whole turns at their ends were left out",
+    "in_both_parts": "held-out chats are also in the training data and were left out of the held-out chats",
+    "shortened": "chats are too long: {turns_left_out} whole turns at their ends were left out",
     "too_long": "chats were left out: not even their first answer fits --max-seq-length",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
     "and can't be served with the same ids",
@@ -35,30 +35,26 @@ SAID = {
 
 
 def options(config: Config) -> JsonObject:
-    """See `records.Stage`."""
     return as_record(config, ("eval_split", "skip_bad", "max_seq_length", "template_date"))
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    """See `records.Stage`."""
     # Numbered: two files may have one name, and their order is the chats' order.
-    files = {f"training data {at} ({path.name})": path for at, path in enumerate(context.config.train_data, 1)}
-    files |= {f"held-out data {at} ({path.name})": path for at, path in enumerate(context.config.eval_data, 1)}
+    files = {f"training data {number} ({path.name})": path for number, path in enumerate(context.config.train_data, 1)}
+    files |= {f"held-out data {number} ({path.name})": path for number, path in enumerate(context.config.eval_data, 1)}
     return files | {f"the base model's {name}": context.base / name for name in TOKENIZER_FILES}
 
 
 def outputs(context: Context) -> list[Path]:
-    """See `records.Stage`."""
     return [context.run.prepared]
 
 
 def packages() -> Sequence[str]:
-    """See `records.Stage`."""
     return ("tokenizers", "transformers", "jinja2")
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """Data is needed, and chats no longer than the model can read."""
+    """Check that data was given, and that the model can read chats of the requested length."""
     del reporter
     if not context.config.train_data:
         raise ConfigError("no training data was given", "Name a file: kolotune run chats.jsonl")
@@ -71,20 +67,20 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
-    """Writes the run folder's prepared part; see `Prepared.summary` for the facts."""
+    """Write the tokens and the tokenizer; return the counts, see `Prepared.summary`."""
     from kolotune.chats.dataset.prepare import prepare_chats, require_good
 
     with replacing(context.run.prepared) as partial:
         partial.mkdir(parents=True)
         prepared = prepare_chats(context.config, context.base, partial)
         require_good(prepared, context.config.skip_bad)
-        tell(prepared, reporter)
-        write_tokenizer(prepared, context.base, partial / "tokenizer")
+        report_prepared(prepared, reporter)
+        _write_tokenizer(prepared, context.base, partial / "tokenizer")
     return prepared.summary()
 
 
-def tell(prepared: Prepared, reporter: Reporter) -> None:
-    """Says what was read, what is trained on, and everything that was left out."""
+def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
+    """Report what was read, what is trained on, and every chat that was changed or left out."""
     from kolotune.chats.dataset.prepare import Places
 
     for name, shape in prepared.shapes.items():
@@ -92,40 +88,41 @@ def tell(prepared: Prepared, reporter: Reporter) -> None:
     facts = prepared.summary()
     reporter.note(
         f"{facts['chats']} chats to train on, {facts['held_out_chats']} held out; {facts['tokens']} tokens, "
-        f"{facts['labelled_tokens']} of them answers; lengths {facts['shortest']} to {facts['longest']}, "
+        f"{facts['labelled_tokens']} of them in answers; chats have {facts['shortest']} to {facts['longest']} tokens, "
         f"median {facts['median']}"
     )
-    places = {
+    locations = {
         "duplicates": prepared.duplicates,
         "in_both_parts": prepared.in_both,
         "shortened": prepared.shortened,
         "too_long": prepared.too_long,
     }
-    for name, sentence in SAID.items():
+    for name, sentence in CHANGED_CHATS.items():
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
-            _tell_places(places.get(name, Places()), reporter)
+            _report_locations(locations.get(name, Places()), reporter)
     for finding in prepared.findings:
         reporter.warning(finding.text)
-        _tell_places(Places(len(finding.places), finding.places[:_SHOWN_PLACES]), reporter)
+        _report_locations(Places(len(finding.places), finding.places[:_SHOWN_LOCATIONS]), reporter)
     if prepared.not_compared:
-        reporter.note(f"{prepared.not_compared} chats were not compared with others; `kolotune check` compares all")
+        reporter.note(
+            f"{prepared.not_compared} chats were not searched for near-duplicates; `kolotune check` searches all"
+        )
     if prepared.problems:
         reporter.warning(f"{len(prepared.problems)} bad chats were left out:")
         for problem in prepared.problems:
             reporter.note(str(problem))
 
 
-def _tell_places(places: Places, reporter: Reporter) -> None:
-    """Where the chats stand that were just counted; of many, the first ones."""
-    for place in places.shown:
-        reporter.note(f"  {place}")
+def _report_locations(places: Places, reporter: Reporter) -> None:
+    for location in places.shown:
+        reporter.note(f"  {location}")
     if places.count > len(places.shown) > 0:
         reporter.note(f"  … and {places.count - len(places.shown)} more")
 
 
-def write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
-    """Writes the tokenizer as it is trained with; see `trained_tokenizer`."""
+def _write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
+    """Write the tokenizer as it is trained with; see `trained_tokenizer`."""
     folder.mkdir()
     adds_bos = writes_bos(prepared.template, prepared.jinja)
     for name, content in trained_tokenizer(base, prepared.jinja, adds_bos=adds_bos).items():

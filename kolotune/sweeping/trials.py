@@ -149,7 +149,8 @@ def _made_of(chats: RunFolder, shared: Config, varied: Sequence[Varied]) -> str:
         raise _nothing_held_out()
     names = {each.name for each in varied}
     options = {name: value for name, value in train.options(shared).items() if name not in names}
-    text = json.dumps([record.outputs, record.inputs, shared.base_model, options], sort_keys=True)
+    outputs = {name: dataclasses.asdict(output) for name, output in record.outputs.items()}
+    text = json.dumps([outputs, record.inputs, shared.base_model, options], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

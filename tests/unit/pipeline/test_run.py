@@ -100,13 +100,13 @@ def test_times_and_the_clock_play_no_part(run_copy: RunFolder, monkeypatch: Any)
         ({"skip_bad": True}, {"prepare": [option("skip_bad", False, True)]}),
         ({"epochs": 2}, {"train": [option("epochs", 1, 2)]}),
         ({"learning_rate": 0}, {"train": [option("learning_rate", 0.0002, 0.0)]}),
-        ({"target_modules": "q_proj"}, {"train": [option("target_modules", "all-linear", "q_proj")]}),
+        ({"target_modules": "q_proj"}, {"train": [option("target_modules", ["all-linear"], ["q_proj"])]}),
         ({"merge_dtype": "bf16"}, {"merge": [option("merge_dtype", "f16", "bf16")]}),
         (
             {"system": "Be kind."},
             {"modelfile": [option("system", None, "Be kind.")]},
         ),
-        ({"parameter": ["temperature=0.1"]}, {"modelfile": [option("parameter", None, "temperature=0.1")]}),
+        ({"parameter": ["temperature=0.1"]}, {"modelfile": [option("parameter", [], ["temperature=0.1"])]}),
         ({"checkpoint_steps": 7, "use_checkpoint": True, "compare": False}, {}),
     ],
 )

@@ -46,7 +46,7 @@ def test_what_is_written_is_what_ollama_reads(context: Context, reporter: PlainR
 
 
 def test_smollm2_has_no_bos_in_its_template(context: Context) -> None:
-    serving = modelfile.serving_of(context.base, template_text(context.base))
+    serving = modelfile.derive_format(context.base, template_text(context.base))
     assert serving.template is not None and serving.reason == ""
     assert serving.template.count("<|im_start|>assistant") == 2
 

@@ -18,7 +18,7 @@ def test_the_places_of_what_was_left_out_are_named(reporter: PlainReporter, caps
     prepared.in_both = Places(1, ("held.jsonl:4",))
     prepared.shortened = Places(1, ("a.jsonl:5: 2 turns",))
     prepared.too_long = Places(25, tuple(f"a.jsonl:{line}" for line in range(100, 120)))
-    prepare.tell(prepared, reporter)
+    prepare.report_prepared(prepared, reporter)
     told = capsys.readouterr().out
     for place in ("a.jsonl:9 is a.jsonl:2 again", "held.jsonl:4", "a.jsonl:5: 2 turns", "a.jsonl:100", "a.jsonl:119"):
         assert place in told

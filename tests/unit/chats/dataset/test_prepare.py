@@ -248,7 +248,7 @@ def test_nothing_left_is_refused(prepare: Preparer) -> None:
 def test_likeness_is_told_with_lines_and_counted(
     prepare: Preparer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kolotune.stages.prepare import tell
+    from kolotune.stages.prepare import report_prepared
 
     story = "Once upon a time a fox met a hen at the river and asked her politely for the way to the mill"
     chats = [[*chat(number, f"Answer number {number} of many")] for number in range(5)]
@@ -256,12 +256,12 @@ def test_likeness_is_told_with_lines_and_counted(
     chats.append([("user", "Tell me a story!"), ("assistant", story + ".")])
     prepared = prepare(chats, held_out=[[("user", "tell me a STORY"), ("assistant", "No.")]], eval_split=0)
     assert prepared.summary()["findings"] == {"leaks": 1, "near_duplicates": 1}
-    tell(prepared, PlainReporter())
+    report_prepared(prepared, PlainReporter())
     output = capsys.readouterr().out
     assert f"{tmp_path / 'chats.jsonl'}:7 is nearly {tmp_path / 'chats.jsonl'}:6 (100%)" in output
     assert f"{tmp_path / 'held_out.jsonl'}:1 asks the same as {tmp_path / 'chats.jsonl'}:6" in output
     config = configs.resolve(({"train_data": [tmp_path / "chats.jsonl"]}, "test", tmp_path))
     few = prepare_chats(config, base, new_folder(tmp_path), compared=3)
     assert few.summary()["not_compared"] == 4
-    tell(few, PlainReporter())
+    report_prepared(few, PlainReporter())
     assert "4 chats were not compared" in capsys.readouterr().out
