@@ -28,15 +28,16 @@ def push(
     """Upload a result to the hub; private unless --public."""
     from kolotune.base_models import catalog
     from kolotune.publish import push as hub
+    from kolotune.publish.upload import collect_upload
 
     say = reporter(json)
     source = config_of({"hf_token": hf_token}).hf_token
     say.doing("reading the files")
-    parcel = hub.packed(RunFolder(run.absolute()), repository, what)
+    upload = collect_upload(RunFolder(run.absolute()), repository, what)
     if dry_run:
-        say.result(parcel.card)
-        say.note(f"{len(parcel.files)} files, {format_size(parcel.size)}; nothing was uploaded")
+        say.result(upload.card)
+        say.note(f"{len(upload.files)} files, {format_size(upload.size)}; nothing was uploaded")
         return 0
-    address = hub.push(parcel, repository, what, catalog.read_token(source), public, say)
+    address = hub.push(upload, repository, what, catalog.read_token(source), public, say)
     say.success(f"{'public' if public else 'private'}: {address}")
     return 0

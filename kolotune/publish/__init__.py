@@ -1,1 +1,1 @@
-"""Push results to the hub, with a model card."""
+"""Upload results to the hub, with a model card."""

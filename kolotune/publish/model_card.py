@@ -1,4 +1,4 @@
-"""The model card of a run, in the hub's format: what it is, how it was trained, how to use it."""
+"""The model card of a result, in the hub's format: what it is, how it was trained, how to use it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.manifest import Manifest
 from kolotune.run_folder.records import FileHash
 
-What = Literal["adapter", "merged", "gguf"]
-# For each kind of result: the library that loads it, how it relates to the base, and what it is in words.
-_KINDS: dict[What, tuple[str, str, str]] = {
-    "adapter": ("peft", "adapter", "a LoRA adapter in PEFT's format"),
-    "merged": ("transformers", "finetune", "base and adapter merged, in transformers' format"),
-    "gguf": ("gguf", "quantized", "base and adapter merged, as GGUF for llama.cpp and Ollama, with Modelfiles"),
+ResultKind = Literal["adapter", "merged", "gguf"]
+# For each kind: the library that loads it, its relation to the base model, and a description.
+_KINDS: dict[ResultKind, tuple[str, str, str]] = {
+    "adapter": ("peft", "adapter", "A LoRA adapter in PEFT format"),
+    "merged": ("transformers", "finetune", "Base model and adapter merged, in transformers format"),
+    "gguf": (
+        "gguf",
+        "quantized",
+        "Base model and adapter merged, as GGUF for llama.cpp and Ollama, with Modelfiles",
+    ),
 }
 
 
-def model_card(manifest: Manifest, repository: str, what: What, files: dict[str, FileHash]) -> str:
-    """The README.md of a repository.
+def make_model_card(manifest: Manifest, repository: str, kind: ResultKind, files: dict[str, FileHash]) -> str:
+    """Return the README.md of a repository; it contains no chats and no path of this machine.
 
     Args:
         manifest: of the run.
         repository: its name on the hub, ``owner/name``.
-        what: which of the results is in it.
-        files: name → size and sha256 of the files that stand beside it.
-
-    Nothing of the chats is in it, and no path of the machine.
+        kind: the result in it.
+        files: size and sha256 of the other files, by name.
     """
     from huggingface_hub import ModelCardData
 
-    library, relation, _ = _KINDS[what]
+    library, relation, _ = _KINDS[kind]
     name = manifest.base.name
     known = catalog.known(name)
     base = catalog.hub_id(name) or None
@@ -41,20 +43,19 @@ def model_card(manifest: Manifest, repository: str, what: What, files: dict[str,
         library_name=library,
         license=known.license if known else None,
         pipeline_tag="text-generation",
-        tags=["kolotune", "lora", "sft", "conversational", *(["gguf", "ollama"] if what == "gguf" else [])],
+        tags=["kolotune", "lora", "sft", "conversational", *(["gguf", "ollama"] if kind == "gguf" else [])],
     )
-    parts = [_what_it_is(manifest, repository, what), _training(manifest), _use(repository, what, base, files)]
-    return "\n".join([f"---\n{data.to_yaml()}\n---\n", *parts, _files(files)])
+    sections = [_title(manifest, repository, kind), _training(manifest), _usage(repository, kind, base, files)]
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n", *sections, _files(files)])
 
 
-def _what_it_is(manifest: Manifest, repository: str, what: What) -> str:
+def _title(manifest: Manifest, repository: str, kind: ResultKind) -> str:
     base = catalog.hub_id(manifest.base.name)
-    named = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
+    base_link = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
     version = manifest.versions.get("kolotune", "")
     return (
         f"# {repository.partition('/')[2]}\n\n"
-        f"{_KINDS[what][2][0].upper()}{_KINDS[what][2][1:]}. The base is {named}; it was tuned on chats with "
-        f"kolotune {version}.\n"
+        f"{_KINDS[kind][2]}. The base model is {base_link}, fine-tuned on chats with kolotune {version}.\n"
     )
 
 
@@ -67,7 +68,7 @@ def _training(manifest: Manifest) -> str:
         ("chats", f"{counts.get('chats')}, and {counts.get('held_out_chats')} held out"),
         (
             "tokens",
-            f"{counts.get('tokens')}, of which {counts.get('labelled_tokens')} are answers (the loss counts these)",
+            f"{counts.get('tokens')}, of which {counts.get('labelled_tokens')} are in answers and count in the loss",
         ),
         ("epochs, steps", f"{config.get('epochs')}, {facts.get('steps')}"),
         (
@@ -77,7 +78,7 @@ def _training(manifest: Manifest) -> str:
         ("layers", ", ".join(modules) if isinstance(modules := config.get("target_modules"), list) else ""),
         ("learning rate", f"{config.get('learning_rate')}, {config.get('scheduler_type')}"),
         ("longest chat", f"{config.get('max_seq_length')} tokens"),
-        ("arithmetic", f"{config.get('dtype')} base, {facts.get('device')}"),
+        ("dtype, device", f"{config.get('dtype')} base model, {facts.get('device')}"),
         ("seed", str(config.get("seed"))),
     ]
     if "held_out_loss" in facts:
@@ -85,22 +86,22 @@ def _training(manifest: Manifest) -> str:
             ("held-out loss", f"{facts.get('first_held_out_loss', 0):.4f} before, {facts['held_out_loss']:.4f} after")
         )
     elif "final_loss" in facts:
-        rows.append(("loss of the last step", f"{facts['final_loss']:.4f}"))
+        rows.append(("loss at the last step", f"{facts['final_loss']:.4f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"## Training\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _use(repository: str, what: What, base: str | None, files: dict[str, FileHash]) -> str:
-    if what == "gguf":
-        modelfile = next((each for each in sorted(files, reverse=True) if each.startswith("Modelfile")), "Modelfile")
+def _usage(repository: str, kind: ResultKind, base: str | None, files: dict[str, FileHash]) -> str:
+    if kind == "gguf":
+        modelfile = next((name for name in sorted(files, reverse=True) if name.startswith("Modelfile")), "Modelfile")
         return (
             "## Use with Ollama\n\n```\n"
             f"hf download {repository} --local-dir model\n"
             f"cd model && ollama create my-model -f {modelfile}\n"
             "ollama run my-model\n```\n\n"
-            "The Modelfile has the chat template that was trained with, and its stops.\n"
+            "The Modelfile contains the chat template that was used in training, and its stop sequences.\n"
         )
-    if what == "merged":
+    if kind == "merged":
         code = (
             "from transformers import pipeline\n\n"
             f'chat = pipeline("text-generation", "{repository}")\n'
@@ -115,7 +116,7 @@ def _use(repository: str, what: What, base: str | None, files: dict[str, FileHas
             f'tokenizer = AutoTokenizer.from_pretrained("{repository}")'
         )
     ollama = f"hf download {repository} --local-dir model && kolotune export model"
-    if what == "adapter" and base:
+    if kind == "adapter" and base:
         ollama += f" --base {base}"
     return (
         f"## Use\n\n```python\n{code}\n```\n\n"
@@ -126,6 +127,6 @@ def _use(repository: str, what: What, base: str | None, files: dict[str, FileHas
 
 def _files(files: dict[str, FileHash]) -> str:
     rows = "\n".join(
-        f"| `{name}` | {format_size(each.size)} | `{each.sha256}` |" for name, each in sorted(files.items())
+        f"| `{name}` | {format_size(file.size)} | `{file.sha256}` |" for name, file in sorted(files.items())
     )
     return f"## Files\n\n| file | size | sha256 |\n|---|---|---|\n{rows}\n"
