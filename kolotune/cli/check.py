@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kolotune.foundation.errors import DataError
+from kolotune.run_folder.layout import TRAIN_TOKENS
 
 from . import hints
 from .options import ConfigFile, Data, Json, config_of, reporter, with_options
@@ -18,7 +19,7 @@ _SHOWN_PROBLEMS = 50
 def check(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Validate chats and show problems with their lines."""
     from kolotune.base_models import catalog
-    from kolotune.chats.dataset.prepare import TRAIN, prepare_chats
+    from kolotune.chats.dataset.prepare import prepare_chats
     from kolotune.chats.dataset.row_store import first_encoded
     from kolotune.stages import prepare
 
@@ -30,7 +31,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     base = catalog.resolve(resolved.base_model, resolved.hf_token, say)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)
-        first = first_encoded(Path(folder, TRAIN)) if prepared.train.chats else None
+        first = first_encoded(Path(folder, TRAIN_TOKENS)) if prepared.train.chats else None
     problems, prepared.problems = prepared.problems, []
     prepare.report_prepared(prepared, say)
     if first:

@@ -10,6 +10,7 @@ from kolotune.foundation.errors import ArtifactError, ConfigError, ToolchainErro
 from kolotune.foundation.files import hash_and_flush, replacing
 from kolotune.foundation.quantization_types import FILE_TYPES, WHOLE_BLOCKS_ONLY, made_with_matrix
 from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runners import local
@@ -34,7 +35,7 @@ def make_matrix(source: Path, prepared: Path, target: Path, log: Path, reporter:
     Raises:
         ArtifactError: the chats are not there, or can't be computed.
     """
-    tokens = prepared / "train.safetensors"
+    tokens = prepared / TRAIN_TOKENS
     if not tokens.is_file():
         raise ArtifactError(
             f"{tokens}: an importance matrix is computed from the training chats, and they are not there",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.training_length import TrainingLength, automatic_batch_size
 from kolotune.foundation.config import Config
+from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
 
 if TYPE_CHECKING:
     from kolotune.engines.prepared_tokens import PreparedTokens
@@ -47,9 +48,9 @@ def read_workload(prepared: Path, config: Config) -> Workload:
     """Return what training on a prepared folder takes."""
     from kolotune.engines.prepared_tokens import PreparedTokens
 
-    tokens = PreparedTokens.load(prepared / "train.safetensors")
-    held_out = prepared / "held_out.safetensors"
-    batch_size = config.batch_size or automatic_batch_size(prepared / "train.safetensors")
+    tokens = PreparedTokens.load(prepared / TRAIN_TOKENS)
+    held_out = prepared / HELD_OUT_TOKENS
+    batch_size = config.batch_size or automatic_batch_size(prepared / TRAIN_TOKENS)
     length = TrainingLength.of(
         len(tokens), batch_size, config.gradient_accumulation, config.epochs, config.warmup_steps
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kolotune.chats.dataset.prepare import HELD_OUT_TOKENS, TRAIN
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +28,7 @@ def read_lengths(folder: RunFolder) -> list[ChatLengths]:
     from safetensors import safe_open
 
     parts = []
-    for name, file in (("training", folder.prepared / TRAIN), ("held out", folder.prepared / HELD_OUT_TOKENS)):
+    for name, file in (("training", folder.prepared / TRAIN_TOKENS), ("held out", folder.prepared / HELD_OUT_TOKENS)):
         if file.is_file():
             with safe_open(file, framework="numpy") as tensors:
                 offsets = tensors.get_tensor("offsets")
@@ -45,7 +44,7 @@ def read_sample_chat(folder: RunFolder) -> list[tuple[str, bool]]:
     from safetensors import safe_open
     from tokenizers import Tokenizer
 
-    file, tokens = folder.tokenizer / "tokenizer.json", folder.prepared / TRAIN
+    file, tokens = folder.tokenizer / "tokenizer.json", folder.prepared / TRAIN_TOKENS
     if not file.is_file() or not tokens.is_file():
         return []
     with safe_open(tokens, framework="numpy") as tensors:

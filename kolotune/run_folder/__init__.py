@@ -1,1 +1,1 @@
-"""A run folder: layout, records, manifest, and what is kept."""
+"""A run folder: its files, the records of its stages, why they run again, its manifest and results."""

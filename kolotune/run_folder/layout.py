@@ -7,16 +7,20 @@ from pathlib import Path
 
 from kolotune.foundation.errors import RunFolderError
 
+# Files in the folder of the prepared chats, which is also a job's data on another machine. `HELD_OUT_TOKENS` is
+# missing when no chats are held out.
+TRAIN_TOKENS, HELD_OUT_TOKENS, HELD_OUT_CHATS = "train.safetensors", "held_out.safetensors", "held_out.jsonl"
+
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder: results at its root under the names users know, the rest below `.kolotune`."""
+    """The folder of one run: results at its root, under names that users know; everything else below `.kolotune`."""
 
     root: Path
 
     @property
     def state(self) -> Path:
-        """Where kolotune keeps what is not a result."""
+        """Everything that is not a result."""
         return self.root / ".kolotune"
 
     @property
@@ -29,7 +33,7 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
-        """Ties data, base, config, versions and the hashes of all that was made."""
+        """Data, base model, config, versions and the hashes of all results; see `manifest`."""
         return self.root / "manifest.json"
 
     @property
@@ -60,12 +64,12 @@ class RunFolder:
 
     @property
     def importance_matrix(self) -> Path:
-        """How much each column of a weight matters, for quantizations of few bits."""
+        """The importance matrix (imatrix), for quantizations of few bits."""
         return self.state / "importance_matrix.gguf"
 
     @property
     def prepared(self) -> Path:
-        """Token ids, labels and the tokenizer with its frozen template."""
+        """Token ids with loss mask, and the tokenizer with its frozen template."""
         return self.state / "prepared"
 
     @property
@@ -74,7 +78,7 @@ class RunFolder:
 
     @property
     def exported_tokenizer(self) -> Path:
-        """The tokenizer of an adapter made elsewhere, when no merged folder has it."""
+        """The tokenizer of an adapter made elsewhere, for runs that keep no merged model."""
         return self.state / "tokenizer"
 
     @property
@@ -83,12 +87,12 @@ class RunFolder:
 
     @property
     def job(self) -> Path:
-        """What the engine is asked to do."""
+        """The job of the training engine; see `engines.job`."""
         return self.state / "train_job.json"
 
     @property
     def halvings(self) -> Path:
-        """Steps from which on fewer chats are computed at once, because memory ran out."""
+        """Steps at which the micro-batch was halved because memory ran out."""
         return self.state / "halvings.json"
 
     @property
@@ -97,22 +101,22 @@ class RunFolder:
 
     @property
     def source(self) -> Path:
-        """Names what is exported in place of an adapter of the run's own."""
+        """The adapter or merged model that is exported in place of an adapter of the run's own; see `source`."""
         return self.state / "source.json"
 
     @property
     def comparison(self) -> Path:
-        """What `compare` found; see `fidelity.comparison`."""
+        """The result of `compare`; see `fidelity.comparison`."""
         return self.state / "comparison.json"
 
     @property
     def comparing(self) -> Path:
-        """What a comparison needs while it lasts."""
+        """Temporary files of a comparison."""
         return self.state / "comparing"
 
     @property
     def choices(self) -> Path:
-        """What was chosen automatically, once."""
+        """Options that were chosen automatically; see `pipeline.choices`."""
         return self.state / "choices.json"
 
     @property
@@ -129,12 +133,12 @@ class RunFolder:
 
     @property
     def cleaned(self) -> Path:
-        """What was removed to free space, and is made again when it is needed."""
+        """Outputs that were removed to free space; see `cleaned`."""
         return self.state / "cleaned.json"
 
     @property
     def brought(self) -> Path:
-        """What was brought out of a container, and in which state it was."""
+        """What was copied out of a container, and its state then."""
         return self.state / "brought.json"
 
     @property
@@ -144,21 +148,21 @@ class RunFolder:
 
     @property
     def launched(self) -> Path:
-        """The job that `launch` has handed to a scheduler or to other machines."""
+        """The job that `launch` submitted to a scheduler or to other machines."""
         return self.state / "launched.json"
 
     @property
     def launching(self) -> Path:
-        """What Slurm needs and writes: the job's script and its logs."""
+        """Files of Slurm: the job's script and its logs."""
         return self.state / "launching"
 
     @property
     def part(self) -> Path:
-        """Of which launched job this folder is a part, so that a machine that comes back knows it."""
+        """Which launched job this folder belongs to, so that a machine that comes back recognizes it."""
         return self.state / "part.json"
 
     def of_machine(self, number: int) -> RunFolder:
-        """The run folder of one of several machines, which may share a disk: the first has this one."""
+        """Return the run folder of machine `number` of several, which may share a disk: the first has this one."""
         return RunFolder(self.machines / str(number)) if number else self
 
     @property
@@ -172,16 +176,16 @@ class RunFolder:
         return self.logs / f"{stage}.log"
 
     def relative(self, path: Path) -> str:
-        """`path` as it is written in records: relative to the root, with forward slashes."""
+        """Return `path` as records name it: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
 
     def require(self) -> RunFolder:
-        """This folder, if it is a run folder.
+        """Return this folder if it is a run folder.
 
         Raises:
-            RunFolderError: it does not exist or holds no saved config.
+            RunFolderError: it does not exist or has no saved config.
         """
         if not self.config.is_file():
-            why = f"there is no {self.config.name} in it" if self.root.is_dir() else "it does not exist"
-            raise RunFolderError(f"{self.root}: is no run folder ({why})")
+            reason = f"it has no {self.config.name}" if self.root.is_dir() else "it does not exist"
+            raise RunFolderError(f"{self.root}: not a run folder ({reason})")
         return self

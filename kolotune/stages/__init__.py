@@ -1,1 +1,1 @@
-"""The steps of the road; reading the file names in the order of `pipeline.STAGES` tells the story."""
+"""The stages of the pipeline, one module each; `pipeline.stages.STAGES` has their order."""

@@ -17,7 +17,7 @@ from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import convert, quantize
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.metrics import held_out_losses, kept_held_out_loss, read_metrics
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
@@ -194,14 +194,14 @@ def _ties_embeddings(model: Path) -> bool:
 def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Reference:
     """Measure base, adapter and merged model with transformers; return what the GGUFs are compared with."""
     run, config = context.run, context.config
-    held_out = (run.prepared / "held_out.safetensors").is_file()
+    held_out = (run.prepared / HELD_OUT_TOKENS).is_file()
     task = tasks.ModelsTask(
         base=str(context.base),
         adapter=str(run.adapter),
         merged=str(run.merged_model) if run.merged_model.is_dir() else "",
         tokenizer=str(run.tokenizer),
-        tokens=str(run.prepared / ("held_out.safetensors" if held_out else "train.safetensors")),
-        chats_file=str(run.prepared / "held_out.jsonl") if held_out else "",
+        tokens=str(run.prepared / (HELD_OUT_TOKENS if held_out else TRAIN_TOKENS)),
+        chats_file=str(run.prepared / HELD_OUT_CHATS) if held_out else "",
         train_data=[str(path) for path in config.train_data],
         most_chats=config.compare_chats,
         most_tokens=config.compare_length,

@@ -20,7 +20,7 @@ from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingErr
 from kolotune.foundation.files import Hasher, write_json
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.runners import local, memory_kills
 from kolotune.weights.model_shape import DTYPE_BYTES, read_shape
@@ -86,7 +86,7 @@ def make_job(context: Context) -> TrainJob:
     chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
     chosen["compile"] = config.engine == "native" and config.compile == "on"
     if config.batch_size is None:
-        chosen["batch_size"] = automatic_batch_size(run.prepared / "train.safetensors")
+        chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS)
     return TrainJob(
         base_model=str(context.base),
         base_name=canonical(config.base_model),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import DataError
+from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS
 from kolotune.runners import workers
 
 from ..reading.faults import Problem
@@ -32,7 +33,6 @@ from .row_store import Spool
 if TYPE_CHECKING:
     import numpy as np
 
-TRAIN, HELD_OUT_TOKENS, HELD_OUT_CHATS = "train.safetensors", "held_out.safetensors", "held_out.jsonl"
 _SHOWN = 20
 _LOADED = (Work.__module__, "numpy", "tokenizers")  # by workers, before they are given work
 _WORTH_WORKERS = 4 << 20
@@ -126,7 +126,7 @@ def prepare_chats(
 ) -> Prepared:
     """Reads, checks, splits and encodes the chats of `config` for the base model in folder `base`.
 
-    Writes to `folder` the tokens of both parts, `TRAIN` and `HELD_OUT_TOKENS` (where there are chats), and
+    Writes to `folder` the tokens of both parts, `TRAIN_TOKENS` and `HELD_OUT_TOKENS` (where there are chats), and
     `HELD_OUT_CHATS`. The first `compared` records of each part are held against each other (see `likeness`); None:
     all. `processes`: of how many the work is done; None: what the machine has, when the data is worth it. Problems
     are collected, not raised: see `require_good`.
@@ -278,13 +278,13 @@ def _write(
 
     likeness = Likeness()
     parts = []
-    for name, chosen in ((TRAIN, used & ~held_out), (HELD_OUT_TOKENS, used & held_out)):
+    for name, chosen in ((TRAIN_TOKENS, used & ~held_out), (HELD_OUT_TOKENS, used & held_out)):
         count, labelled = int(np.count_nonzero(chosen)), 0
         if count:
             labelled = spool.write_tokens(rows, chosen, folder / name)
         parts.append(Part(count, int(rows["tokens"][chosen].sum(dtype=np.int64)), labelled))
         for look in spool.looks(rows, chosen):
-            likeness.add(look, name != TRAIN)
+            likeness.add(look, name != TRAIN_TOKENS)
     prepared.train, prepared.held_out = parts
     spool.write_records(rows, used & held_out, folder / HELD_OUT_CHATS)
     lengths = rows["tokens"][used & ~held_out]

@@ -13,6 +13,7 @@ import torch
 
 from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.hardware import best_device
+from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
 
 from ..adapter_folder import save_adapter
 from ..job import TrainJob, emit
@@ -38,8 +39,8 @@ class Trainer:
         self.job = job
         self.device = best_device()
         self.world = world or World(self.device)
-        self.tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-        held_out = Path(job.data) / "held_out.safetensors"
+        self.tokens = PreparedTokens.load(Path(job.data) / TRAIN_TOKENS)
+        held_out = Path(job.data) / HELD_OUT_TOKENS
         self.held_out = PreparedTokens.load(held_out) if held_out.is_file() else None
         longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
         self.model = open_model(job, self.device, longest)

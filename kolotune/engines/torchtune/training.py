@@ -8,6 +8,7 @@ from typing import Any
 from kolotune.foundation import hardware
 from kolotune.foundation.errors import KolotuneError, TrainingError
 from kolotune.foundation.files import write_json
+from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.runners import local, memory_kills
 from kolotune.weights.tensors import weight_files
 
@@ -30,7 +31,7 @@ def length_of(job: TrainJob) -> TrainingLength:
     Raises:
         TrainingError: the prepared tokens are damaged.
     """
-    chats, _ = count_chats(Path(job.data) / "train.safetensors")
+    chats, _ = count_chats(Path(job.data) / TRAIN_TOKENS)
     return TrainingLength.of(chats, job.batch_size, job.gradient_accumulation, job.epochs, job.warmup_steps)
 
 

@@ -34,7 +34,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("check", 2, "kolotune check chats.jsonl"),
         ("run none.jsonl", 3, "none.jsonl: no such file"),
         ("check none.jsonl --base-model ./none", 3, "none.jsonl: no such file"),
-        ("status", 12, "is no run folder (it does not exist)"),
+        ("status", 12, "not a run folder (it does not exist)"),
         ("chat", 12, "`kolotune runs` lists those that are here"),
         ("runs", 0, "there are no runs in"),
     ],

@@ -20,9 +20,6 @@ from safetensors.numpy import load_file
 
 from kolotune.base_models import packaged_model
 from kolotune.chats.dataset.prepare import (
-    HELD_OUT_CHATS,
-    HELD_OUT_TOKENS,
-    TRAIN,
     Places,
     Prepared,
     prepare_chats,
@@ -33,6 +30,7 @@ from kolotune.chats.tokens.encoder import Encoder
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import DataError
 from kolotune.foundation.reporter import PlainReporter
+from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS
 from kolotune.runners import local
 
 Preparer = Callable[..., Prepared]
@@ -89,7 +87,7 @@ def test_too_long_chats_lose_whole_turns_and_never_half_an_answer(prepare: Prepa
     assert prepared.shortened == Places(1, (f"{tmp_path / 'chats.jsonl'}:1: 4 turns",))
     assert prepared.turns_left_out == 4
     assert prepared.too_long == Places(1, (f"{tmp_path / 'chats.jsonl'}:3",))
-    for ids, labelled in encoded(tmp_path / "prepared" / TRAIN):
+    for ids, labelled in encoded(tmp_path / "prepared" / TRAIN_TOKENS):
         text = prepared.tokenizer.decode(labelled)
         assert text.startswith("Yes.") and text.endswith("<|im_end|>")
         assert len(ids) <= 64
@@ -101,14 +99,14 @@ def test_counts_add_up(prepare: Preparer, tmp_path: Path) -> None:
     assert facts["duplicates"] == 2
     assert facts["chats"] + facts["held_out_chats"] == 40
     assert facts["held_out_chats"] >= 1
-    lengths = [len(ids) for ids, _ in encoded(tmp_path / "prepared" / TRAIN)]
+    lengths = [len(ids) for ids, _ in encoded(tmp_path / "prepared" / TRAIN_TOKENS)]
     assert facts["tokens"] == sum(lengths)
     assert (facts["shortest"], facts["longest"]) == (min(lengths), max(lengths))
     assert 0 < facts["labelled_tokens"] < facts["tokens"]
-    assert facts["labelled_tokens"] == sum(len(each) for _, each in encoded(tmp_path / "prepared" / TRAIN))
+    assert facts["labelled_tokens"] == sum(len(each) for _, each in encoded(tmp_path / "prepared" / TRAIN_TOKENS))
     assert len((tmp_path / "prepared" / HELD_OUT_CHATS).read_text().splitlines()) == facts["held_out_chats"]
     assert sorted(each.name for each in (tmp_path / "prepared").iterdir()) == sorted(
-        (TRAIN, HELD_OUT_TOKENS, HELD_OUT_CHATS)
+        (TRAIN_TOKENS, HELD_OUT_TOKENS, HELD_OUT_CHATS)
     )
 
 
@@ -175,7 +173,7 @@ def test_the_tokens_are_those_of_each_chat_encoded_alone(base: Path, tmp_path: P
         alone = encoder.encode(each)
         labelled = [token for token, on in zip(alone.ids, alone.labelled, strict=True) if on]
         expected.setdefault(each.content_hash(), (alone.ids, labelled))
-    assert encoded(tmp_path / "prepared" / TRAIN) == list(expected.values())
+    assert encoded(tmp_path / "prepared" / TRAIN_TOKENS) == list(expected.values())
 
 
 @pytest.mark.slow
@@ -228,7 +226,7 @@ def test_special_tokens_in_content_are_counted_and_stay_text(prepare: Preparer, 
     assert prepared.summary()["special_tokens_in_content"] == 1
     end = prepared.tokenizer.convert_tokens_to_ids("<|im_end|>")
     system_user_and_answer = 3
-    ((ids, _),) = encoded(tmp_path / "prepared" / TRAIN)
+    ((ids, _),) = encoded(tmp_path / "prepared" / TRAIN_TOKENS)
     assert ids.count(end) == system_user_and_answer
 
 
