@@ -91,8 +91,8 @@ class RunFolder:
         return self.state / "train_job.json"
 
     @property
-    def halvings(self) -> Path:
-        """Steps at which the micro-batch was halved because memory ran out."""
+    def memory_backoff(self) -> Path:
+        """Steps at which the micro-batch was halved because memory ran out; see `memory_backoff`."""
         return self.state / "halvings.json"
 
     @property

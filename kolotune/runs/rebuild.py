@@ -17,6 +17,7 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import DataFile, Manifest, read_manifest
+from kolotune.run_folder.memory_backoff import write_memory_backoff
 from kolotune.stages import compare, train
 from kolotune.weights.adapter import is_adapter
 
@@ -127,7 +128,7 @@ def _restore_batch_sizes(manifest: Manifest, folder: RunFolder) -> None:
     """Halve the micro-batch from the same steps on, so that sums come out with the same last bits."""
     steps = str(manifest.facts_of(train.NAME).get("halved_from", ""))
     if steps:
-        train.remember_halvings(folder, [int(step) for step in steps.split(",")])
+        write_memory_backoff(folder, [int(step) for step in steps.split(",")])
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import errors, hardware
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
-from kolotune.foundation.files import Hasher, write_json
+from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
+from kolotune.run_folder.layout import TRAIN_TOKENS
+from kolotune.run_folder.memory_backoff import read_memory_backoff, write_memory_backoff
 from kolotune.run_folder.stage import Context
 from kolotune.runners import local, memory_kills
 from kolotune.weights.model_shape import DTYPE_BYTES, read_shape
@@ -125,7 +124,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     if not context.run.prepared.is_dir():
         raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")
     job = make_job(context)
-    job = dataclasses.replace(job, halvings=_known_halvings(context.run, job))
+    job = dataclasses.replace(job, halvings=read_memory_backoff(context.run, job.identity()))
     if context.config.batch_size is None:
         reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
     if job.sharded:
@@ -150,7 +149,7 @@ def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events
         events = _Events(
             reporter,
             progress,
-            lambda halvings: remember_halvings(context.run, halvings, job),
+            lambda halvings: write_memory_backoff(context.run, halvings, job.identity()),
             several=job.nproc * job.nnodes > 1,
         )
         argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
@@ -190,20 +189,6 @@ def _with_less_memory(job: TrainJob, events: _Events, shortage: str, config: Con
         "doubled, so that a step stays what it is; going on from the last checkpoint"
     )
     return dataclasses.replace(job, resume=True, halvings=[*events.halvings, 0])
-
-
-def remember_halvings(run: RunFolder, halvings: list[int], job: TrainJob | None = None) -> None:
-    """Keeps for the next training in this folder where memory ran out; `job`: only if it is that job's."""
-    write_json(run.halvings, {"halvings": halvings, "identity": job.identity() if job else None})
-
-
-def _known_halvings(run: RunFolder, job: TrainJob) -> list[int]:
-    """What `remember_halvings` kept for such a job."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(run.halvings.read_text(encoding="utf-8"))
-        if found["identity"] in (None, job.identity()):
-            return [int(each) for each in found["halvings"]]
-    return []
 
 
 class _MemoryRanOut(Exception):

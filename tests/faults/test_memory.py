@@ -26,6 +26,7 @@ from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.memory_backoff import write_memory_backoff
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runners import local
@@ -111,7 +112,7 @@ def test_a_kill_by_someone_else_is_told_and_halves_nothing(
     with pytest.raises(TrainingError, match=r"was killed \(SIGKILL\), and not by the kernel") as raised:
         run_pipeline(config, reporter, ["prepare", "train"])
     assert killed == [5] and "--use-checkpoint" in raised.value.hint
-    assert not RunFolder(config.output_dir).halvings.exists()
+    assert not RunFolder(config.output_dir).memory_backoff.exists()
     run_pipeline(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
     assert "going on from step" in capsys.readouterr().out
     assert "halved_from" not in of_training(config)[1]
@@ -164,7 +165,7 @@ def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypat
         }  # fmt: skip
         context = Context(configs.resolve((chosen, "test", tmp_path)), run, tmp_path / "base")
         if halvings:
-            train.remember_halvings(run, list(halvings))
+            write_memory_backoff(run, halvings)
         with monkeypatch.context() as patch:
             patch.setattr(local, "run", lambda argv, **more: real([*prefix, *argv], **more))
             facts = train.run(context, reporter)
