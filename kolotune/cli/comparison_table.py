@@ -1,4 +1,4 @@
-"""How a comparison is shown."""
+"""Show a comparison."""
 
 from __future__ import annotations
 
@@ -11,64 +11,71 @@ from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
-_COLUMNS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
-_QUANTIZED = ("quantization", "size", "loss", "KL mean", "top-1", "importance matrix", "kept")
+_CHECKS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
+_QUANTIZATIONS = ("quantization", "size", "loss", "KL mean", "top-1", "importance matrix", "kept")
 
 
 @contextmanager
-def showing(run: RunFolder, say: Reporter, wanted: bool = True) -> Iterator[None]:
-    """Shows what was compared when the block is done, or when it ends because the comparison failed."""
+def showing(run: RunFolder, reporter: Reporter, wanted: bool = True) -> Iterator[None]:
+    """Show the comparison when the block ends, also when it ends because the comparison failed."""
     try:
         yield
     except FidelityError:
-        show(Comparison.read(run.comparison), say)
+        show(Comparison.read(run.comparison), reporter)
         raise
     if wanted:
-        show(Comparison.read(run.comparison), say)
+        show(Comparison.read(run.comparison), reporter)
 
 
-def show(found: Comparison, say: Reporter) -> None:
-    """Prints the table, the base's loss, and the answers side by side."""
-    part = "held-out" if found.held_out else "training"
-    title = f"Compared on {found.chats} {part} chats, {found.positions} answer tokens"
-    say.table(title, _COLUMNS, [_row(each) for each in found.checked])
-    if found.base_loss is not None and found.tuned_loss is not None:
-        say.note(f"loss of the base model {found.base_loss:.4f}, tuned {found.tuned_loss:.4f}")
-    if len(found.quantizations) > 1:
-        say.table("Quantizations, the smallest first", _QUANTIZED, [_quantized(each) for each in found.quantizations])
-    if found.recommended:
-        say.note(f"recommended: {found.recommended}, {found.recommended_because}")
-    for name in found.not_kept:
-        say.note(f"not kept, so not compared: {name}")
-    for note in found.notes:
-        say.note(note)
-    for each in found.checked:
-        for sentence in each.failed:
-            say.warning(f"{each.name}: {sentence}")
-    if found.answers:
-        rows = [(each.prompt, each.base or "-", each.tuned or "-") for each in found.answers]
-        say.table("Answers, always the likeliest token", ("prompt", "base", "tuned"), rows)
+def show(comparison: Comparison, reporter: Reporter) -> None:
+    """Show the checks, the losses, the quantizations, what was not compared, and the answers side by side."""
+    part = "held-out" if comparison.held_out else "training"
+    title = f"Compared on {comparison.chats} {part} chats, {comparison.positions} answer tokens"
+    reporter.table(title, _CHECKS, [_check_cells(check) for check in comparison.checked])
+    if comparison.base_loss is not None and comparison.tuned_loss is not None:
+        reporter.note(f"loss of the base model {comparison.base_loss:.4f}, tuned {comparison.tuned_loss:.4f}")
+    if len(comparison.quantizations) > 1:
+        cells = [_quantization_cells(figures) for figures in comparison.quantizations]
+        reporter.table("Quantizations, smallest first", _QUANTIZATIONS, cells)
+    if comparison.recommended:
+        reporter.note(f"recommended: {comparison.recommended}, {comparison.recommended_because}")
+    for name in comparison.not_kept:
+        reporter.note(f"not kept, so not compared: {name}")
+    for note in comparison.notes:
+        reporter.note(note)
+    for check in comparison.checked:
+        for sentence in check.failed:
+            reporter.warning(f"{check.name}: {sentence}")
+    if comparison.answers:
+        answers = [(answer.prompt, answer.base or "-", answer.tuned or "-") for answer in comparison.answers]
+        reporter.table("Answers, always the most likely token", ("prompt", "base", "tuned"), answers)
 
 
-def _row(each: StageCheck) -> tuple[str, ...]:
+def _check_cells(check: StageCheck) -> tuple[str, ...]:
     return (
-        each.name,
-        "-" if each.size_bytes is None else format_size(each.size_bytes),
-        str(each.prompt_ids_equal),
-        _shown(each.top1_agreement, ".1%"),
-        _shown(each.kl_mean, ".1e"),
-        _shown(each.kl_p99, ".1e"),
-        _shown(each.loss, ".4f"),
-        str(each.stops),
-        "ok" if each.passed else "FAILED",
+        check.name,
+        "-" if check.size_bytes is None else format_size(check.size_bytes),
+        str(check.prompt_ids_equal),
+        _format(check.top1_agreement, ".1%"),
+        _format(check.kl_mean, ".1e"),
+        _format(check.kl_p99, ".1e"),
+        _format(check.loss, ".4f"),
+        str(check.stops),
+        "ok" if check.passed else "FAILED",
     )
 
 
-def _quantized(each: QuantizationFigures) -> tuple[str, ...]:
-    weighted = "yes" if each.importance_matrix else "no"
-    figures = (f"{each.loss:.4f}", f"{each.kl_mean:.1e}", f"{each.top1_agreement:.1%}")
-    return each.name, format_size(each.size_bytes), *figures, weighted, "yes" if each.kept else "no"
+def _quantization_cells(figures: QuantizationFigures) -> tuple[str, ...]:
+    return (
+        figures.name,
+        format_size(figures.size_bytes),
+        f"{figures.loss:.4f}",
+        f"{figures.kl_mean:.1e}",
+        f"{figures.top1_agreement:.1%}",
+        "yes" if figures.importance_matrix else "no",
+        "yes" if figures.kept else "no",
+    )
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _format(value: float | None, specification: str) -> str:
+    return "-" if value is None else format(value, specification)

@@ -1,4 +1,4 @@
-"""How far two models' next-token distributions are apart."""
+"""How far the next-token distributions of two models are apart."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-_ROWS = 64  # that are worked on at once: the files may be larger than memory
+_POSITIONS = 64  # computed together: the arrays may be larger than memory
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """See `comparison.StageCheck` for the names."""
+    """Agreement and KL divergence over all positions; see `comparison.StageCheck` for the fields."""
 
     top1_agreement: float
     kl_mean: float
@@ -21,20 +21,20 @@ class Divergence:
 
 
 def between(before: np.ndarray, after: np.ndarray) -> Divergence:
-    """KL(before || after) and agreement, position by position.
+    """Return KL(before || after) and the agreement of the two.
 
     Args:
-        before, after: log-probabilities, fp32 ``[positions, words]``. Where one vocabulary has been padded to a
-            longer one, the words that both have are compared.
+        before, after: log-probabilities, fp32 ``[positions, vocabulary]``. Where one vocabulary is padded to a
+            greater length, the entries that both have are compared.
     """
     import numpy as np
 
     words = min(before.shape[1], after.shape[1])
     divergences, same = [], 0
-    for start in range(0, len(before), _ROWS):
-        p = np.asarray(before[start : start + _ROWS, :words], np.float64)
-        q = np.asarray(after[start : start + _ROWS, :words], np.float64)
+    for start in range(0, len(before), _POSITIONS):
+        p = np.asarray(before[start : start + _POSITIONS, :words], np.float64)
+        q = np.asarray(after[start : start + _POSITIONS, :words], np.float64)
         divergences.append((np.exp(p) * (p - q)).sum(axis=1))
         same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-    found = np.maximum(np.concatenate(divergences), 0.0)  # rounding makes nothing a little less than nothing
-    return Divergence(same / len(before), float(found.mean()), float(np.quantile(found, 0.99)))
+    divergence = np.maximum(np.concatenate(divergences), 0.0)  # rounding can make a zero slightly negative
+    return Divergence(same / len(before), float(divergence.mean()), float(np.quantile(divergence, 0.99)))

@@ -1,4 +1,4 @@
-"""What is measured with llama.cpp: one GGUF, and how Ollama serves it by its Modelfile."""
+"""Measure with llama.cpp: one GGUF, and how Ollama serves it with its Modelfile."""
 
 from __future__ import annotations
 
@@ -13,113 +13,113 @@ from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.ollama import go_template
 from kolotune.ollama.modelfile import Modelfile, parse
 
-from .figures import compared, keep, load, prompts_equal
-from .selection import misplaced
+from . import log_probabilities
+from .defects import Defect, DefectKind, NoteKind, defect, note
+from .figures import compare_prompts, compute_figures
 from .tasks import Figures, GgufMeasurement, GgufTask, Prompt, Reference
+from .vocabulary import moved_entry
 
 
 def measure(file: Path) -> None:
-    """Carries out the `GgufTask` in a file. What is wrong with the GGUF or Modelfile stands in the answer."""
-    asked = typed_storage.read(GgufTask, file)
-    reference = typed_storage.read(Reference, Path(asked.reference))
-    rows: list[list[int]] = [each.ids for each in reference.chats]
-    rows += [each.ids for each in reference.prompts] + [each.ids for each in reference.answers]
-    longest = max(map(len, rows))
+    """Carry out the `GgufTask` in a file. What is wrong with the GGUF or its Modelfile is in the measurement."""
+    task = typed_storage.read(GgufTask, file)
+    reference = typed_storage.read(Reference, Path(task.reference))
+    lengths = [len(chat.ids) for chat in reference.chats]
+    lengths += [len(prompt.ids) for prompt in reference.prompts] + [len(answer.ids) for answer in reference.answers]
     try:
-        model = ExactGguf(Path(asked.gguf), longest + asked.longest_answer + 1)
+        model = ExactGguf(Path(task.gguf), max(lengths) + task.longest_answer + 1)
     except KolotuneError as error:
-        answer = GgufMeasurement(Figures(prompts=len(reference.prompts), wrong=[error.cause]))
+        wrong = defect(DefectKind.NOT_MEASURABLE, reason=error.cause)
+        measurement = GgufMeasurement(Figures(prompts=len(reference.prompts), defects=[wrong]))
     else:
-        answer = GgufMeasurement(_own(model, asked, reference))
-        if asked.modelfile:
-            answer = _served(model, asked, reference, answer)
+        measurement = GgufMeasurement(_measure_file(model, task, reference))
+        if task.modelfile:
+            measurement = _measure_served(model, task, reference, measurement)
         model.close()
-    typed_storage.write(Path(asked.answer_file), answer)
+    typed_storage.write(Path(task.answer_file), measurement)
 
 
-def _own(model: ExactGguf, asked: GgufTask, reference: Reference) -> Figures:
-    """The file's own figures: its vocabulary, its template, its weights."""
-    equal, wrong = prompts_equal(reference.prompts, _Template(model).ids)
-    if moved := misplaced(reference.pieces, [model.piece(each) for each in range(model.words)]):
-        wrong.append(moved)
+def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference) -> Figures:
+    """Measure the GGUF itself: its chat template, its vocabulary, its weights."""
+    equal, defects = compare_prompts(reference.prompts, _GgufTemplate(model).ids)
+    if moved := moved_entry(reference.pieces, [model.piece(index) for index in range(model.words)]):
+        defects.append(moved)
     try:
-        rows = (model.log_probabilities(each.ids, each.positions) for each in reference.chats)
-        after = keep(Path(asked.after), reference.chats, rows)
+        by_chat = (model.log_probabilities(chat.ids, chat.positions) for chat in reference.chats)
+        after = log_probabilities.write(Path(task.after), reference.chats, by_chat)
     except KolotuneError as error:
-        return Figures(prompts_equal=equal, prompts=len(reference.prompts), wrong=[*wrong, error.cause])
-    return compared(reference, load(Path(asked.before)), after, equal, wrong)
+        defects.append(defect(DefectKind.NOT_MEASURABLE, reason=error.cause))
+        return Figures(prompts_equal=equal, prompts=len(reference.prompts), defects=defects)
+    return compute_figures(reference, log_probabilities.load(Path(task.before)), after, equal, defects)
 
 
-class _Template:
+class _GgufTemplate:
     """The Jinja template in a GGUF, and the BOS that its tokenizer adds."""
 
     def __init__(self, model: ExactGguf) -> None:
         self._model = model
         self._problem: KolotuneError | None = None
-        self._strip = ""
+        self._added_bos = ""
         try:
             named = {"bos_token": model.bos, "eos_token": model.eos}
             self._template = ChatTemplate(model.template, {name: text for name, text in named.items() if text})
-            # A server leaves out the BOS that the template writes where the tokenizer adds one.
-            self._strip = model.bos if model.adds_bos and writes_bos(self._template, model.template) else ""
+            # Where the tokenizer adds a BOS, a server leaves out the one that the template writes.
+            self._added_bos = model.bos if model.adds_bos and writes_bos(self._template, model.template) else ""
         except KolotuneError as error:
             self._problem = error
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt as a server makes them that goes by the GGUF alone."""
+        """Return the ids of a prompt, as a server makes them from the GGUF alone."""
         if self._problem is not None:
             raise self._problem
         text = self._template.render(prompt.messages, prompt.tools or None, True)
-        return self._model.tokens(text.removeprefix(self._strip))
+        return self._model.tokens(text.removeprefix(self._added_bos))
 
 
-def _served(model: ExactGguf, asked: GgufTask, reference: Reference, answer: GgufMeasurement) -> GgufMeasurement:
-    """What Ollama makes of the Modelfile as it stands there: the prompts' tokens, and where answers stop."""
-    path = Path(asked.modelfile)
+def _measure_served(
+    model: ExactGguf, task: GgufTask, reference: Reference, measurement: GgufMeasurement
+) -> GgufMeasurement:
+    """Measure what Ollama makes of the Modelfile: the tokens of prompts, and where answers stop."""
+    path = Path(task.modelfile)
     try:
-        told = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        return dataclasses.replace(answer, wrong_served=[f"{path.name}: can't be read: {error}"])
-    except KolotuneError as error:
-        return dataclasses.replace(answer, wrong_served=[error.cause])
-    wrong = _wrong_words(told, asked, reference)
-    stops = tuple(str(value) for name, value in told.parameters if name == "stop")
-    plain = [each for each in reference.prompts if each.plain or told.template is None]
-    probes = [each for each in reference.probes if each.plain and told.template is not None]
-    equal, found = prompts_equal([*plain, *probes], lambda prompt: _ids(model, told, prompt))
-    notes = []
-    if len(plain) < len(reference.prompts):
-        notes.append(
-            f"{len(reference.prompts) - len(plain)} prompts have turns that a TEMPLATE can't write as they were "
-            "trained on (`modelfile` said so); they were not compared as served"
-        )
-    ending = [each for each in reference.answers if each.ended]
-    ended = sum(model.answer(each.ids, stops, asked.longest_answer)[1] for each in ending)
+        modelfile = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, KolotuneError) as error:
+        reason = error.cause if isinstance(error, KolotuneError) else f"{path.name}: can't be read: {error}"
+        wrong = defect(DefectKind.MODELFILE_UNREADABLE, reason=reason)
+        return dataclasses.replace(measurement, served_defects=[wrong])
+    has_template = modelfile.template is not None
+    servable = [prompt for prompt in reference.prompts if prompt.plain or not has_template]
+    probes = [prompt for prompt in reference.probes if prompt.plain and has_template]
+    equal, defects = compare_prompts([*servable, *probes], lambda prompt: _served_ids(model, modelfile, prompt))
+    others = len(reference.prompts) - len(servable)
+    ending = [answer for answer in reference.answers if answer.ended]
+    ended = sum(model.answer(answer.ids, tuple(modelfile.stops), task.longest_answer)[1] for answer in ending)
     return dataclasses.replace(
-        answer,
+        measurement,
         served_equal=equal,
-        served_prompts=len(plain) + len(probes),
+        served_prompts=len(servable) + len(probes),
         served_ended=ended,
         served_answers=len(ending),
-        wrong_served=[*wrong, *found],
-        notes=notes,
+        served_defects=[*_modelfile_defects(modelfile, task, reference), *defects],
+        notes=[note(NoteKind.TURNS_NOT_SERVABLE, count=others)] if others else [],
     )
 
 
-def _wrong_words(told: Modelfile, asked: GgufTask, reference: Reference) -> list[str]:
-    """What a Modelfile says that it should not, or does not say."""
-    wrong = []
-    if told.from_ != f"./{Path(asked.gguf).name}":
-        wrong.append(f"FROM names {told.from_}, not ./{Path(asked.gguf).name}")
-    if reference.end_token not in [value for name, value in told.parameters if name == "stop"]:
-        wrong.append(f"no stop for {reference.end_token!r}, with which answers end in training")
-    if (told.system or "") != asked.system:
-        wrong.append("SYSTEM is not the system prompt that the run was given")
-    return wrong
+def _modelfile_defects(modelfile: Modelfile, task: GgufTask, reference: Reference) -> list[Defect]:
+    """What a Modelfile says wrongly, or does not say."""
+    defects = []
+    expected = f"./{Path(task.gguf).name}"
+    if modelfile.from_ != expected:
+        defects.append(defect(DefectKind.FROM_DIFFERS, path=modelfile.from_, expected=expected))
+    if reference.end_token not in modelfile.stops:
+        defects.append(defect(DefectKind.STOP_MISSING, token=reference.end_token))
+    if (modelfile.system or "") != task.system:
+        defects.append(defect(DefectKind.SYSTEM_DIFFERS))
+    return defects
 
 
-def _ids(model: ExactGguf, told: Modelfile, prompt: Prompt) -> list[int]:
-    """The ids of a prompt as Ollama makes them; without a TEMPLATE it takes the GGUF's own."""
-    if told.template is None:
-        return _Template(model).ids(prompt)
-    return model.tokens(go_template.render(told.template, prompt.messages))
+def _served_ids(model: ExactGguf, modelfile: Modelfile, prompt: Prompt) -> list[int]:
+    """Return the ids of a prompt as Ollama makes them; without a TEMPLATE it takes the GGUF's own."""
+    if modelfile.template is None:
+        return _GgufTemplate(model).ids(prompt)
+    return model.tokens(go_template.render(modelfile.template, prompt.messages))

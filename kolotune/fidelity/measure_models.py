@@ -1,4 +1,4 @@
-"""What is measured with transformers: the base, the adapter on it (the reference), and the merged model."""
+"""Measure with transformers: the base, the adapter on it (the reference), and the merged model."""
 
 from __future__ import annotations
 
@@ -11,126 +11,144 @@ import numpy as np
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, SpaceError
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners.child_process import emit
 
-from .figures import MERGED, REFERENCE, TUNED, compared, keep, loss_of, prompts_equal, split
-from .reference_model import model_in
-from .selection import Selection, TrainedFormat, choose, misplaced, pieces
-from .tasks import ComparedChat, Figures, GreedyAnswer, ModelsTask, Prompt, Reference
+from . import log_probabilities
+from .defects import Defect, DefectKind, NoteKind, defect, note
+from .figures import compare_prompts, compute_figures
+from .log_probabilities import loss_of, split
+from .reference_model import MissingWeightsError, open_model
+from .selection import Selection, select
+from .tasks import (
+    MERGED_FILE,
+    REFERENCE_FILE,
+    TUNED_FILE,
+    ComparedChat,
+    Figures,
+    GreedyAnswer,
+    ModelsTask,
+    Prompt,
+    Reference,
+)
+from .trained_format import TrainedFormat
+from .vocabulary import moved_entry, vocabulary_by_id
 
 
 def measure(file: Path) -> None:
-    """Carries out the `ModelsTask` in a file; leaves the reference and log-probabilities in its scratch folder.
+    """Carry out the `ModelsTask` in a file; leave the reference and log-probabilities in its scratch folder.
 
     Raises:
         KolotuneError: base, adapter, tokenizer or prepared chats can't be used. What is wrong with the merged model
-            stands in its figures.
+            is in its figures.
     """
-    asked = typed_storage.read(ModelsTask, file)
-    scratch = Path(asked.scratch)
-    trained = TrainedFormat.load(Path(asked.tokenizer))
-    chosen = choose(asked, trained)
-    end = trained.tokenizer.convert_tokens_to_ids(trained.end)
-    prompts, expected = _to_answer(asked, trained, chosen)
+    task = typed_storage.read(ModelsTask, file)
+    trained = TrainedFormat.load(Path(task.tokenizer))
+    selection = select(task, trained)
+    reference, tuned = _measure_tuned(task, trained, selection)
+    if task.merged:
+        emit("doing", text="the merged model")
+        merged = _measure_merged(Path(task.merged), reference, tuned, Path(task.scratch))
+        reference = dataclasses.replace(reference, merged=merged)
+    typed_storage.write(Path(task.scratch) / REFERENCE_FILE, reference)
+
+
+def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selection) -> tuple[Reference, np.ndarray]:
+    """Measure the base and the adapter on it; return the reference and the log-probabilities of the tuned model."""
+    chats = selection.chats
+    prompts, expected = _prompts_to_answer(task, trained, selection)
+    prompt_ids = [prompt.ids for prompt in prompts]
     emit("doing", text="the base model, and the adapter on it")
-    model = model_in(Path(asked.base))
-    rows_of_chats = zip(model.log_probabilities(chosen.chats), chosen.chats, strict=True)
-    base_losses = [loss_of(rows, chat) for rows, chat in rows_of_chats]
-    base_answers = model.answers([each.ids for each in prompts], end, asked.longest_answer)
-    model.add(Path(asked.adapter))
-    tuned = keep(scratch / TUNED, chosen.chats, model.log_probabilities(chosen.chats))
-    tuned_answers = model.answers([each.ids for each in prompts], end, asked.longest_answer)
+    model = open_model(Path(task.base))
+    by_chat = zip(model.log_probabilities(chats), chats, strict=True)
+    base_losses = [loss_of(array, chat) for array, chat in by_chat]
+    base_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
+    model.add(Path(task.adapter))
+    tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
+    tuned_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
     del model
     gc.collect()
-    tuned_losses = [loss_of(rows, chat) for rows, chat in split(tuned, chosen.chats)]
+    tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
+    notes = list(selection.notes)
     if prompts and base_answers[0] is None:
-        chosen.notes.append(
-            "the model does not fit into the free memory in fp32: it was read layer by layer, and answers were left out"
-        )
-    labels = [len(chat.positions) for chat in chosen.chats]
+        notes.append(note(NoteKind.READ_BY_LAYER))
+    answers = zip(prompts, expected, base_answers, tuned_answers, strict=True)
+    labels = [len(chat.positions) for chat in chats]
     reference = Reference(
-        chats=chosen.chats,
-        prompts=chosen.prompts,
-        probes=chosen.probes,
-        answers=[_greedy(trained, *each) for each in zip(prompts, expected, base_answers, tuned_answers, strict=True)],
-        chat_losses=[[one, two] for one, two in zip(base_losses, tuned_losses, strict=True)],
+        chats=chats,
+        prompts=selection.prompts,
+        probes=selection.probes,
+        answers=[_greedy_answer(trained, *answer) for answer in answers],
+        chat_losses=[[base, tuned] for base, tuned in zip(base_losses, tuned_losses, strict=True)],
         labels=labels,
-        stops=_stops(tuned, chosen.chats, end),
-        held_out=bool(asked.chats_file),
-        whole=chosen.whole,
-        prepared_equal=chosen.equal,
-        prepared_chats=chosen.held,
-        wrong_prepared=chosen.wrong,
+        stops=_stops(tuned, chats, trained.end_id),
+        held_out=bool(task.chats_file),
+        whole=selection.is_whole,
+        prepared_equal=selection.reproduced,
+        prepared_chats=selection.with_text,
+        prepared_defects=selection.defects,
         end_token=trained.end,
-        pieces=pieces(trained.tokenizer),
+        pieces=vocabulary_by_id(trained.tokenizer),
         base_loss=sum(base_losses) / sum(labels),
         tuned_loss=sum(tuned_losses) / sum(labels),
         merged=None,
-        notes=chosen.notes,
+        notes=notes,
     )
-    if asked.merged:
-        emit("doing", text="the merged model")
-        merged = _merged(Path(asked.merged), reference, tuned, scratch)
-        reference = dataclasses.replace(reference, merged=merged)
-    typed_storage.write(scratch / REFERENCE, reference)
+    return reference, tuned
 
 
-def _to_answer(asked: ModelsTask, trained: TrainedFormat, chosen: Selection) -> tuple[list[Prompt], list[str | None]]:
-    """The prompts that are answered, and what the chats have there: the user's own, or the first of the chats."""
-    if asked.own_prompts:
-        system = [{"role": "system", "content": asked.system}] if asked.system else []
-        own = [trained.prompt([*system, {"role": "user", "content": each}], None) for each in asked.own_prompts]
+def _prompts_to_answer(
+    task: ModelsTask, trained: TrainedFormat, selection: Selection
+) -> tuple[list[Prompt], list[str | None]]:
+    """The prompts to answer and the expected answers: the user's own prompts, else the first of the chats."""
+    if task.own_prompts:
+        system: list[JsonObject] = [{"role": "system", "content": task.system}] if task.system else []
+        own = [trained.prompt([*system, {"role": "user", "content": text}], None) for text in task.own_prompts]
         return own, [None] * len(own)
-    firsts = [(prompt, text) for prompt, text in zip(chosen.prompts, chosen.expected, strict=True) if _first(prompt)]
-    return [prompt for prompt, _ in firsts[: asked.most_answers]], [text for _, text in firsts[: asked.most_answers]]
+    pairs = zip(selection.prompts, selection.expected, strict=True)
+    first = [(prompt, text) for prompt, text in pairs if _is_first(prompt)][: task.most_answers]
+    return [prompt for prompt, _ in first], [text for _, text in first]
 
 
-def _first(prompt: Prompt) -> bool:
-    return all(each["role"] != "assistant" for each in prompt.messages)
+def _is_first(prompt: Prompt) -> bool:
+    return all(turn["role"] != "assistant" for turn in prompt.messages)
 
 
 def _stops(tuned: np.ndarray, chats: Sequence[ComparedChat], end: int) -> list[list[int]]:
-    """Where the tuned model finds the end token likeliest, of the places where it has to come."""
+    """Ends of answers where the tuned model's most likely token is the end token, as (chat, index)."""
     return [
-        [number, place]
-        for number, (rows, chat) in enumerate(split(tuned, chats))
-        for place in chat.ends
-        if int(rows[place].argmax()) == end
+        [number, index]
+        for number, (array, chat) in enumerate(split(tuned, chats))
+        for index in chat.ends
+        if int(array[index].argmax()) == end
     ]
 
 
-def _greedy(
+def _greedy_answer(
     trained: TrainedFormat, prompt: Prompt, expected: str | None, base: list[int] | None, tuned: list[int] | None
 ) -> GreedyAnswer:
-    end = trained.tokenizer.convert_tokens_to_ids(trained.end)
-    ended = tuned is not None and tuned[-1:] == [end]
-    return GreedyAnswer(prompt.messages, prompt.ids, _said(trained, base), _said(trained, tuned), ended, expected)
+    ended = tuned is not None and tuned[-1:] == [trained.end_id]
+    return GreedyAnswer(prompt.messages, prompt.ids, trained.decode(base), trained.decode(tuned), ended, expected)
 
 
-def _said(trained: TrainedFormat, ids: list[int] | None) -> str | None:
-    if ids is None:
-        return None
-    return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def _merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path) -> Figures:
-    """The merged model's figures against the adapter on its base."""
-    wrong: list[str] = []
-    equal = 0
+def _measure_merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path) -> Figures:
+    """Measure the merged model, compared with the adapter on its base."""
+    equal, defects = 0, list[Defect]()
     try:
-        own = TrainedFormat.load(folder)
-        equal, found = prompts_equal(
-            reference.prompts, lambda prompt: own.prompt(prompt.messages, prompt.tools or None).ids
+        merged = TrainedFormat.load(folder)
+        equal, defects = compare_prompts(
+            reference.prompts, lambda prompt: merged.prompt(prompt.messages, prompt.tools or None).ids
         )
-        wrong += found
-        moved = misplaced(reference.pieces, [each or "" for each in pieces(own.tokenizer)])
-        wrong += [moved] if moved else []
-        if own.end != reference.end_token:
-            wrong.append(f"its answers end with {own.end!r}, and with {reference.end_token!r} in training")
-        model = model_in(folder)
-        after = keep(scratch / MERGED, reference.chats, model.log_probabilities(reference.chats))
+        if moved := moved_entry(reference.pieces, [piece or "" for piece in vocabulary_by_id(merged.tokenizer)]):
+            defects.append(moved)
+        if merged.end != reference.end_token:
+            defects.append(defect(DefectKind.END_TOKEN_DIFFERS, token=merged.end, expected=reference.end_token))
+        by_chat = open_model(folder).log_probabilities(reference.chats)
+        after = log_probabilities.write(scratch / MERGED_FILE, reference.chats, by_chat)
     except SpaceError:
         raise
     except KolotuneError as error:
-        return Figures(prompts_equal=equal, prompts=len(reference.prompts), wrong=[*wrong, error.cause])
-    return compared(reference, tuned, after, equal, wrong)
+        kind = DefectKind.WEIGHTS_MISSING if isinstance(error, MissingWeightsError) else DefectKind.NOT_MEASURABLE
+        defects.append(defect(kind, reason=error.cause))
+        return Figures(prompts_equal=equal, prompts=len(reference.prompts), defects=defects)
+    return compute_figures(reference, tuned, after, equal, defects)

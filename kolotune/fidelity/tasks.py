@@ -1,31 +1,36 @@
-"""What the measuring processes are asked, and the files in which they answer.
+"""What the measuring processes are asked, and what they answer.
 
-`ModelsTask` asks for everything that is computed with transformers: the base, the adapter on it, the merged model.
-It leaves a `Reference`, which every `GgufTask` is given. Log-probabilities are kept between them as ``.npy`` files.
+A `ModelsTask` covers everything that transformers computes: the base, the adapter on it, the merged model. It leaves a
+`Reference`, which every `GgufTask` reads, and log-probabilities in ``.npy`` files.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kolotune.foundation.typed_storage import JsonObject
+
+from .defects import Defect, Note
+
+REFERENCE_FILE, TUNED_FILE, MERGED_FILE = "reference.json", "tuned.npy", "merged.npy"
+"""Files that a `ModelsTask` leaves in its scratch folder."""
 
 
 @dataclass(frozen=True)
 class ModelsTask:
-    """Paths as text; "" where there is none.
+    """Measure base, adapter and merged model. Paths are text; "" where there is none.
 
     Attributes:
         base, adapter, merged: folders.
         tokenizer: folder with the trained tokenizer and template.
-        tokens: the prepared tokens of the compared part; chats: the same chats as JSON lines, "" to take them from
-            the training data.
-        train_data: files of chats, for a run that holds nothing out.
+        tokens: file with the prepared tokens of the compared chats.
+        chats_file: the same chats as JSON lines; "" to find their texts in `train_data`.
+        train_data: files of chats, for a run that holds none out.
         most_chats, most_tokens: limits of what is compared.
-        prompts: the user's own, in place of those of the held-out chats.
-        answers, longest_answer: how many prompts are answered, and how long.
-        scratch: folder for what is left behind.
+        own_prompts: the user's prompts, answered in place of those in the chats.
+        system: the system prompt of the run.
+        most_answers, longest_answer: how many prompts are answered, and how long an answer may be, in tokens.
+        scratch: folder for the files that are left.
     """
 
     base: str
@@ -50,8 +55,8 @@ class ComparedChat:
 
     Attributes:
         ids: its tokens, as prepared.
-        positions: the index before each labelled token; what is likely there is measured.
-        ends: indices into `positions` at which the end token has to come.
+        positions: the index before each trained token; the prediction there is measured.
+        ends: indices into `positions` where the end token has to follow.
     """
 
     ids: list[int]
@@ -61,12 +66,12 @@ class ComparedChat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands before an answer.
+    """The text before an answer.
 
     Attributes:
-        messages: the turns before it.
-        text, ids: as the trained template and tokenizer write it.
-        plain: Ollama's TEMPLATE has a place for all of it.
+        messages, tools: the turns and tools before the answer.
+        text, ids: as the trained template and tokenizer write them.
+        plain: Ollama's TEMPLATE can write all of it.
     """
 
     messages: list[JsonObject]
@@ -78,7 +83,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GreedyAnswer:
-    """One greedy answer and whether it ended by itself; `expected` is what the chat has there, if it is one."""
+    """The most likely answers to one prompt.
+
+    Attributes:
+        messages, ids: the prompt.
+        base, tuned: the answers of the two models; None where none was generated.
+        ended: the tuned model ended its answer with the end token.
+        expected: the answer in the chat; None for a prompt of the user's own.
+    """
 
     messages: list[JsonObject]
     ids: list[int]
@@ -93,7 +105,10 @@ class Figures:
     """What was measured of one model; None or 0 where it was not.
 
     Attributes:
-        wrong: what is wrong beyond the figures, a sentence each.
+        loss, top1_agreement, kl_mean, kl_p99: see `comparison.StageCheck`.
+        stops: of the reference's `stops`, those where this model ends too.
+        prompts_equal, prompts: prompts that get the trained tokens, of all.
+        defects: what is wrong besides the figures.
     """
 
     loss: float | None = None
@@ -103,25 +118,28 @@ class Figures:
     stops: int = 0
     prompts_equal: int = 0
     prompts: int = 0
-    wrong: list[str] = dataclasses.field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the tuned model does, and what the GGUFs are held against.
+    """What the tuned model does: every GGUF is compared with it.
 
     Attributes:
-        chats, prompts, answers: see there. probes: more prompts, for what is served.
-        chat_losses: base and tuned, summed over each chat's labels.
-        labels: labelled tokens of each chat.
-        stops: ends at which the reference's likeliest token is the end token, as (chat, index into its positions).
-        held_out: False when training chats were taken; whole: all held-out chats are among the compared ones.
-        prepared_equal, prepared_chats: chats whose tokens and labels come out again as they were prepared.
-        wrong_prepared, wrong_tokens: what is wrong with the prepared part, a sentence each.
-        end_token, pieces: its text; the vocabulary by id, None where there is no plain entry.
-        merged: its figures; None when there is no merged model.
-        base_loss, tuned_loss: means over all labels.
-        notes: what was left out, a sentence each.
+        chats, prompts, answers: what is compared.
+        probes: more prompts, for checking what is served.
+        chat_losses: losses of base and tuned model, summed over the trained tokens of each chat.
+        labels: trained tokens of each chat.
+        stops: ends where the tuned model's most likely token is the end token, as (chat, index into its positions).
+        held_out: False when training chats are compared.
+        whole: all held-out chats are compared.
+        prepared_equal, prepared_chats: chats that get the same tokens and loss mask again, of those with a text.
+        prepared_defects: what is wrong with the prepared chats.
+        end_token: its text.
+        pieces: the vocabulary by token id; None where an entry can't be compared.
+        base_loss, tuned_loss: means over all trained tokens.
+        merged: figures of the merged model; None when there is none.
+        notes: what was not compared.
     """
 
     chats: list[ComparedChat]
@@ -135,26 +153,28 @@ class Reference:
     whole: bool
     prepared_equal: int
     prepared_chats: int
-    wrong_prepared: list[str]
+    prepared_defects: list[Defect]
     end_token: str
     pieces: list[str | None]
     base_loss: float
     tuned_loss: float
     merged: Figures | None
-    notes: list[str]
+    notes: list[Note]
 
 
 @dataclass(frozen=True)
 class GgufTask:
-    """One GGUF and its Modelfile.
+    """Measure one GGUF and, if it has one, its Modelfile.
 
     Attributes:
         gguf: the file.
-        modelfile: "" when it is not asked for.
-        reference: a `Reference`'s file.
-        before: log-probabilities that it is held against; after: where its own are left, "" for nowhere.
-        system: what the Modelfile should have as SYSTEM.
+        modelfile: "" for none.
+        reference: file of the `Reference`.
+        before: file of the log-probabilities to compare with.
+        after: file for the GGUF's own.
+        system: the SYSTEM that the Modelfile should have.
         longest_answer: in tokens.
+        answer_file: file for the `GgufMeasurement`.
     """
 
     gguf: str
@@ -169,14 +189,14 @@ class GgufTask:
 
 @dataclass(frozen=True)
 class GgufMeasurement:
-    """What came of a `GgufTask`.
+    """The result of a `GgufTask`.
 
     Attributes:
-        figures: of the file.
-        served_equal, served_prompts: prompts that are served with the ids that were trained on.
-        served_ended, served_answers: answers that end, of those that end in the reference.
-        wrong_served: a sentence each.
-        notes: what was left out.
+        figures: of the GGUF itself.
+        served_equal, served_prompts: prompts that are served with the trained tokens, of all.
+        served_ended, served_answers: answers that end when served, of those that end in the reference.
+        served_defects: what is wrong with the Modelfile.
+        notes: what was not compared.
     """
 
     figures: Figures
@@ -184,5 +204,5 @@ class GgufMeasurement:
     served_prompts: int = 0
     served_ended: int = 0
     served_answers: int = 0
-    wrong_served: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    served_defects: list[Defect] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)

@@ -57,6 +57,11 @@ class Modelfile:
     license: str | None = None
     comments: tuple[str, ...] = ()
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return tuple(str(value) for name, value in self.parameters if name == "stop")
+
 
 @dataclass(frozen=True)
 class Command:

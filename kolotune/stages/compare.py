@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune import llamacpp
-from kolotune.fidelity import figures, judge, tasks
-from kolotune.fidelity.judge import F16, MERGED, Evidence, MeasuredFile
+from kolotune.fidelity import judge, tasks
+from kolotune.fidelity.defects import DefectKind, defect
+from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
@@ -83,8 +84,8 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
             "Only runs that were trained here can be compared.",
         )
     with _scratch_folder(context.run) as scratch:
-        comparison = judge.verdict(_gather_evidence(context, scratch, reporter))
-    typed_storage.write(context.run.comparison, comparison.as_json())
+        comparison = judge.judge(_gather_evidence(context, scratch, reporter))
+    comparison.write(context.run.comparison)
     failure = comparison.failure
     if failure is not None:
         raise FidelityError(f"{failure.stage}: {failure.what}", f"Likely cause: {failure.likely_cause}.")
@@ -125,7 +126,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
     else:
         not_kept.append(MERGED)
     reference = _measure_reference(context, scratch, reporter)
-    before = scratch / (figures.MERGED if (scratch / figures.MERGED).is_file() else figures.TUNED)
+    before = scratch / (tasks.MERGED_FILE if (scratch / tasks.MERGED_FILE).is_file() else tasks.TUNED_FILE)
     measured = []
     for name, gguf, modelfile in _ggufs(context):
         if not gguf.is_file():
@@ -141,27 +142,25 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         else:
             remove(after)
         file = MeasuredFile(name, run.relative(gguf), gguf.stat().st_size)
-        measured.append((file, run.relative(modelfile), measurement))
+        measured.append(MeasuredGguf(file, run.relative(modelfile), measurement))
     return Evidence(
         reference=reference,
         merged=merged,
         ggufs=measured,
         merge_dtype=config.merge_dtype,
         load_in_4bit=config.load_in_4bit,
-        adapter=MeasuredFile(judge.ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
+        adapter=MeasuredFile(ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
         recorded=_recorded_losses(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
         untied=merged is not None and _ties_embeddings(context.base) and not _ties_embeddings(run.merged_model),
-        tried=tuple(_measure_trials(context, scratch, before, reporter)),
-        weighted=frozenset(
+        trials=tuple(_measure_trials(context, scratch, before, reporter)),
+        with_matrix=frozenset(
             quantize.with_matrix(context, [*config.quantization, *_trial_quantizations(config)]),
         ),
     )
 
 
-def _measure_trials(
-    context: Context, scratch: Path, before: Path, reporter: Reporter
-) -> Iterator[tuple[MeasuredFile, tasks.GgufMeasurement]]:
+def _measure_trials(context: Context, scratch: Path, before: Path, reporter: Reporter) -> Iterator[MeasuredGguf]:
     """Make, measure and remove each quantization that the run does not keep; one at a time is on the disk."""
     run, names = context.run, _trial_quantizations(context.config)
     if not names:
@@ -179,7 +178,7 @@ def _measure_trials(
         quantize.quantize_file(source, target, name, log, reporter, matrix if name in with_matrix else None)
         after = scratch / f"{name}.npy"
         measurement = _measure_gguf(context, scratch, name, target, None, before, after)
-        yield MeasuredFile(name, "", target.stat().st_size), measurement
+        yield MeasuredGguf(MeasuredFile(name, "", target.stat().st_size), "", measurement)
         remove(target)
         remove(after)
 
@@ -213,7 +212,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
     )
     typed_storage.write(scratch / "models.json", task)
     _run_task(run, "models", scratch / "models.json", reporter)
-    return typed_storage.read(tasks.Reference, scratch / figures.REFERENCE)
+    return typed_storage.read(tasks.Reference, scratch / tasks.REFERENCE_FILE)
 
 
 def _measure_gguf(
@@ -222,7 +221,7 @@ def _measure_gguf(
     task = tasks.GgufTask(
         gguf=str(gguf),
         modelfile=str(modelfile or ""),
-        reference=str(scratch / figures.REFERENCE),
+        reference=str(scratch / tasks.REFERENCE_FILE),
         before=str(before),
         after=str(after),
         system=context.config.system or "",
@@ -234,7 +233,8 @@ def _measure_gguf(
         _run_task(context.run, "gguf", scratch / f"{name}.json", None)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
-        return tasks.GgufMeasurement(tasks.Figures(wrong=[f"llama.cpp fails on the file: {died.cause}"]))
+        wrong = defect(DefectKind.NOT_MEASURABLE, reason=f"llama.cpp fails on the file: {died.cause}")
+        return tasks.GgufMeasurement(tasks.Figures(defects=[wrong]))
     return typed_storage.read(tasks.GgufMeasurement, Path(task.answer_file))
 
 

@@ -1,14 +1,15 @@
-"""A comparison goes through its file unchanged."""
+"""A comparison survives its file unchanged."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from kolotune.fidelity.comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import write_json
 
 WHOLE = Comparison(
     chats=2,
@@ -34,22 +35,40 @@ WHOLE = Comparison(
 )
 
 
-def test_a_comparison_is_read_back_as_it_was(tmp_path: Path) -> None:
-    write_json(tmp_path / "c.json", WHOLE.as_json())
+def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
+    WHOLE.write(tmp_path / "c.json")
     read = Comparison.read(tmp_path / "c.json")
     assert read == WHOLE
-    assert [each.passed for each in read.checked] == [True, False] and not read.passed
+    assert [check.passed for check in read.checked] == [True, False] and not read.passed
     assert str(read.checked[0].prompt_ids_equal) == "3/3" and str(read.checked[1].stops) == "-"
 
 
+def test_the_fields_of_the_file(tmp_path: Path) -> None:
+    """The order and names of fields are the schema; `passed` is written, and ignored when read."""
+    WHOLE.write(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert list(content) == [
+        "chats", "positions", "held_out", "base_loss", "tuned_loss", "recorded_base_loss", "recorded_tuned_loss",
+        "checked", "answers", "not_kept", "notes", "quantizations", "recommended", "recommended_because", "failure",
+        "version", "passed",
+    ]  # fmt: skip
+    assert list(content["checked"][0]) == [
+        "name", "stage", "file", "size_bytes", "against", "prompt_ids_equal", "top1_agreement", "kl_mean", "kl_p99",
+        "loss", "stops", "bounds", "failed", "passed",
+    ]  # fmt: skip
+    assert content["passed"] is False and [check["passed"] for check in content["checked"]] == [True, False]
+    (tmp_path / "c.json").write_text(json.dumps({**content, "passed": True}))
+    assert Comparison.read(tmp_path / "c.json") == WHOLE
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checked": []}', "null"])
-def test_what_is_no_comparison_is_refused(tmp_path: Path, text: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(ArtifactError, match="is no comparison"):
+    with pytest.raises(ArtifactError, match="is not a comparison"):
         Comparison.read(tmp_path / "c.json")
 
 
-def test_another_version_is_refused(tmp_path: Path) -> None:
-    write_json(tmp_path / "c.json", {**WHOLE.as_json(), "version": 0})
+def test_other_versions_are_refused(tmp_path: Path) -> None:
+    dataclasses.replace(WHOLE, version=0).write(tmp_path / "c.json")
     with pytest.raises(ArtifactError, match="another version"):
         Comparison.read(tmp_path / "c.json")

@@ -1,6 +1,6 @@
-"""The gate: an unharmed run passes; of each planted fault the stage is named, though all hashes agree.
+"""The gate: an intact run passes, and for each planted fault the right stage fails, although all hashes agree.
 
-The measuring is done in this process, which takes a tenth of the time; `test_command.py` has it in its own.
+Measuring runs in this process, which takes a tenth of the time; `test_command.py` measures in child processes.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ import dataclasses
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import faults
 
-from kolotune.fidelity import measure_gguf, measure_models
+from kolotune.fidelity import judge, measure_gguf, measure_models
 from kolotune.fidelity.comparison import Comparison
+from kolotune.fidelity.defects import DefectKind
+from kolotune.fidelity.evidence import Evidence
+from kolotune.fidelity.judge import FirstFailure, JudgedCheck
+from kolotune.fidelity.likely_cause import Cause
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import FidelityError, KolotuneError
 from kolotune.foundation.reporter import PlainReporter
@@ -35,18 +39,32 @@ def measured_here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
         del run, reporter
         (measure_models if kind == "models" else measure_gguf).measure(file)
 
-    monkeypatch.setattr(compare, "_in_a_process", measure)
+    monkeypatch.setattr(compare, "_run_task", measure)
 
 
 @pytest.fixture
-def harmed(learnt: Config, tmp_path: Path) -> Config:
+def run_config(learnt: Config, tmp_path: Path) -> Config:
     """A copy of the finished run, to plant faults in."""
     shutil.copytree(learnt.output_dir, tmp_path / "run")
     return dataclasses.replace(learnt, output_dir=tmp_path / "run")
 
 
-def compared(config: Config, reporter: PlainReporter) -> Comparison:
-    """What a comparison of that run finds; before it, every stage looks done."""
+@pytest.fixture(autouse=True)
+def failures(monkeypatch: pytest.MonkeyPatch) -> list[FirstFailure | None]:
+    """The failure of each comparison of a test, with the kinds of its defects and its cause."""
+    seen: list[FirstFailure | None] = []
+    original = judge.first_failure
+
+    def spy(checks: Sequence[JudgedCheck], evidence: Evidence) -> FirstFailure | None:
+        seen.append(original(checks, evidence))
+        return seen[-1]
+
+    monkeypatch.setattr(judge, "first_failure", spy)
+    return seen
+
+
+def compare_run(config: Config, reporter: PlainReporter) -> Comparison:
+    """Compare a run; before that, every stage looks done."""
     faults.seal(config)
     context = faults.context_of(config)
     for stage in STAGES:
@@ -55,17 +73,28 @@ def compared(config: Config, reporter: PlainReporter) -> Comparison:
     try:
         compare.run(context, reporter)
     except FidelityError as error:
-        found = Comparison.read(context.run.comparison)
-        assert found.failure is not None and error.cause.startswith(f"{found.failure.stage}: ")
-        assert found.failure.likely_cause in error.hint
-        return found
-    found = Comparison.read(context.run.comparison)
-    assert found.passed and all(each.passed for each in found.checked)
-    return found
+        comparison = Comparison.read(context.run.comparison)
+        assert comparison.failure is not None and error.cause.startswith(f"{comparison.failure.stage}: ")
+        assert comparison.failure.likely_cause in error.hint
+        return comparison
+    comparison = Comparison.read(context.run.comparison)
+    assert comparison.passed and all(check.passed for check in comparison.checked)
+    return comparison
 
 
-def test_an_unharmed_run_passes(harmed: Config, reporter: PlainReporter) -> None:
-    found = compared(harmed, reporter)
+def assert_fails(
+    failures: list[FirstFailure | None], stage: str, kind: DefectKind | None, cause: Cause | None = None
+) -> None:
+    """The last comparison fails first at `stage`, with a defect of that kind and that cause; None: any."""
+    failure = failures[-1]
+    assert failure is not None, "the fault was not noticed"
+    assert failure.judged.check.stage == stage
+    assert kind in (None, failure.judged.defects[0].kind)
+    assert cause in (None, failure.cause)
+
+
+def test_an_intact_run_passes(run_config: Config, reporter: PlainReporter) -> None:
+    found = compare_run(run_config, reporter)
     assert [(each.name, each.stage) for each in found.checked] == [
         ("prepared chats", "prepare"),
         ("adapter on base", "train"),
@@ -97,7 +126,7 @@ def test_an_unharmed_run_passes(harmed: Config, reporter: PlainReporter) -> None
     for answer in found.answers:
         assert answer.expected and answer.expected.startswith("Aye, the boat is")
         assert answer.tuned and answer.tuned.startswith("Aye") and answer.base and not answer.base.startswith("Aye")
-    assert not list((harmed.output_dir / ".kolotune").glob("comparing*"))
+    assert not list((run_config.output_dir / ".kolotune").glob("comparing*"))
 
 
 # ---------------------------------------------------------------- the twelve faults
@@ -221,47 +250,58 @@ def changed_gguf_template(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "stage", "what", "cause"),
+    ("plant", "stage", "kind", "cause"),
     [
-        pytest.param(wrong_template, "merge", "prompts get other tokens", "chat template", marks=pytest.mark.slow),
-        (missing_stop, "modelfile", "no stop for '<|im_end|>'", "PARAMETER stop"),
-        (doubled_bos, "convert", "prompts get other tokens", "BOS"),
-        (dropped_system_prompt, "modelfile", "prompts get other tokens", "system"),
-        (wrong_scaling, "merge", "mean KL", "scale"),
-        (transposed_adapter, "merge", "mean KL", "orientation"),
-        pytest.param(shuffled_vocabulary, "convert", "vocabulary's entry", "order", marks=pytest.mark.slow),
-        pytest.param(untied_embeddings, "merge", "mean KL", "embedding", marks=pytest.mark.slow),
-        (damaged_tensor, "quantize", "", "damaged"),
-        (another_converter, "convert", "mean KL", "another version"),
-        (changed_gguf_template, "convert", "prompts get other tokens", "chat template"),
+        pytest.param(wrong_template, "merge", DefectKind.PROMPTS_DIFFER, Cause.CHAT_TEMPLATE, marks=pytest.mark.slow),
+        (missing_stop, "modelfile", DefectKind.STOP_MISSING, Cause.STOP_MISSING),
+        (doubled_bos, "convert", DefectKind.PROMPTS_DIFFER, Cause.CHAT_TEMPLATE),
+        (dropped_system_prompt, "modelfile", DefectKind.PROMPTS_DIFFER, Cause.TEMPLATE_DIFFERS),
+        (wrong_scaling, "merge", DefectKind.OVER_BOUND, None),
+        (transposed_adapter, "merge", DefectKind.OVER_BOUND, Cause.WRONG_SCALE),
+        pytest.param(
+            shuffled_vocabulary, "convert", DefectKind.VOCABULARY_MOVED, Cause.VOCABULARY_ORDER, marks=pytest.mark.slow
+        ),
+        pytest.param(untied_embeddings, "merge", DefectKind.OVER_BOUND, Cause.HEAD_UNTIED, marks=pytest.mark.slow),
+        (damaged_tensor, "quantize", None, Cause.DAMAGED_OR_TOO_COARSE),
+        (another_converter, "convert", DefectKind.OVER_BOUND, Cause.CONVERTER),
+        (changed_gguf_template, "convert", DefectKind.PROMPTS_DIFFER, Cause.CHAT_TEMPLATE),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_planted_fault_is_named(
-    harmed: Config, reporter: PlainReporter, plant: Callable[[Config], None], stage: str, what: str, cause: str
+def test_a_planted_fault_is_found(
+    run_config: Config,
+    reporter: PlainReporter,
+    failures: list[FirstFailure | None],
+    plant: Callable[[Config], None],
+    stage: str,
+    kind: DefectKind | None,
+    cause: Cause | None,
 ) -> None:
-    plant(harmed)
-    failure = compared(harmed, reporter).failure
-    assert failure is not None, "the fault went through"
-    assert failure.stage == stage and what in failure.what and cause in failure.likely_cause, failure
+    plant(run_config)
+    compare_run(run_config, reporter)
+    assert_fails(failures, stage, kind, cause)
 
 
-def test_another_base_of_the_same_shape_is_named(
-    harmed: Config, learnt_bases: tuple[Path, Path], reporter: PlainReporter
+def test_a_different_base_of_the_same_shape_is_found(
+    run_config: Config,
+    learnt_bases: tuple[Path, Path],
+    reporter: PlainReporter,
+    failures: list[FirstFailure | None],
 ) -> None:
-    other = dataclasses.replace(harmed, base_model=str(learnt_bases[1]))
+    other = dataclasses.replace(run_config, base_model=str(learnt_bases[1]))
     faults.make_again(other, "merge", "convert", "quantize")
-    failure = compared(other, reporter).failure
-    assert failure is not None and failure.stage == "train"
-    assert "base model's loss" in failure.what and "not the base model" in failure.likely_cause
+    compare_run(other, reporter)
+    assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, Cause.OTHER_BASE)
 
 
 # ---------------------------------------------------------------- and more
 
 
 @pytest.mark.slow
-def test_an_adapter_with_swapped_halves_is_named(harmed: Config, reporter: PlainReporter) -> None:
-    """Everything after it was made from it, and agrees with it."""
+def test_an_adapter_with_swapped_matrices_is_found(
+    run_config: Config, reporter: PlainReporter, failures: list[FirstFailure | None]
+) -> None:
+    """All later artifacts were made from it, and agree with it."""
 
     def swap(tensors: dict[str, Any]) -> None:
         for name in [each for each in tensors if "lora_A" in each]:
@@ -270,13 +310,13 @@ def test_an_adapter_with_swapped_halves_is_named(harmed: Config, reporter: Plain
             if a.shape[1] == b.shape[0]:
                 tensors[name], tensors[other] = b.T.contiguous(), a.T.contiguous()
 
-    faults.change_weights(run_of(harmed).adapter, swap)
-    faults.make_again(harmed, "merge", "convert", "quantize")
-    failure = compared(harmed, reporter).failure
-    assert failure is not None and failure.stage == "train" and "not the adapter" in failure.likely_cause
+    faults.change_weights(run_of(run_config).adapter, swap)
+    faults.make_again(run_config, "merge", "convert", "quantize")
+    compare_run(run_config, reporter)
+    assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, Cause.OTHER_ADAPTER)
 
 
-def unlearnt_end(config: Config) -> None:
+def end_not_trained(config: Config) -> None:
     """The labels no longer hold the end token."""
     from safetensors.numpy import load_file, save_file
 
@@ -286,60 +326,67 @@ def unlearnt_end(config: Config) -> None:
     save_file(tokens, file)
 
 
-def system_line_dropped(config: Config) -> None:
+def dropped_system_line(config: Config) -> None:
     file = run_of(config).modelfile("Q4_K_M")
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(each for each in lines if not each.startswith("SYSTEM")), encoding="utf-8")
 
 
-def head_is_not_there(config: Config) -> None:
+def head_missing(config: Config) -> None:
     faults.change_json(
         run_of(config).merged_model / "config.json", lambda value: value.update(tie_word_embeddings=False)
     )
 
 
-def no_gguf_at_all(config: Config) -> None:
+def truncated_gguf(config: Config) -> None:
     run_of(config).quantized("Q4_K_M").write_bytes(run_of(config).quantized("Q4_K_M").read_bytes()[:100_000])
 
 
-def template_in_a_language_unknown(config: Config) -> None:
+def template_with_unknown_action(config: Config) -> None:
     file = run_of(config).modelfile()
     file.write_text(file.read_text(encoding="utf-8").replace("{{- range", '{{- template "x" }}{{ range', 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("plant", "stage", "what"),
+    ("plant", "stage", "kind", "fact"),
     [
-        (unlearnt_end, "prepare", "not trained to end with '<|im_end|>'"),
-        (system_line_dropped, "modelfile", "SYSTEM"),
-        (head_is_not_there, "merge", "lack lm_head.weight"),
-        (no_gguf_at_all, "quantize", "can't load it"),
-        (template_in_a_language_unknown, "modelfile", "template is not known"),
+        (end_not_trained, "prepare", DefectKind.END_NOT_TRAINED, "<|im_end|>"),
+        (dropped_system_line, "modelfile", DefectKind.SYSTEM_DIFFERS, ""),
+        (head_missing, "merge", DefectKind.WEIGHTS_MISSING, "lm_head.weight"),
+        (truncated_gguf, "quantize", DefectKind.NOT_MEASURABLE, "MergedQ4_K_M.gguf"),
+        (template_with_unknown_action, "modelfile", DefectKind.PROMPTS_DIFFER, "TEMPLATE"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_other_faults_are_named(
-    harmed: Config, reporter: PlainReporter, plant: Callable[[Config], None], stage: str, what: str
+def test_other_faults_are_found(
+    run_config: Config,
+    reporter: PlainReporter,
+    failures: list[FirstFailure | None],
+    plant: Callable[[Config], None],
+    stage: str,
+    kind: DefectKind,
+    fact: str,
 ) -> None:
-    plant(harmed)
-    failure = compared(harmed, reporter).failure
-    assert failure is not None and failure.stage == stage and what in failure.what, failure
+    plant(run_config)
+    failure = compare_run(run_config, reporter).failure
+    assert_fails(failures, stage, kind)
+    assert failure is not None and fact in failure.what
 
 
-def test_what_a_lean_run_does_not_keep_is_said(harmed: Config, reporter: PlainReporter) -> None:
-    run = run_of(harmed)
+def test_what_a_lean_run_does_not_keep_is_listed(run_config: Config, reporter: PlainReporter) -> None:
+    run = run_of(run_config)
     shutil.rmtree(run.merged_model)
     for path in (run.gguf, run.modelfile(), run.record("merge"), run.record("convert")):
         path.unlink()
-    compare.run(faults.context_of(harmed), reporter)
+    compare.run(faults.context_of(run_config), reporter)
     found = Comparison.read(run.comparison)
     assert found.not_kept == ("merged", "f16 GGUF")
     assert [each.name for each in found.checked] == ["prepared chats", "adapter on base", "Q4_K_M", "served Q4_K_M"]
     assert found.checked[2].against == "adapter on base" and found.passed
 
 
-def test_a_run_without_chats_of_its_own_is_refused(harmed: Config, reporter: PlainReporter) -> None:
-    shutil.rmtree(run_of(harmed).prepared)
-    with pytest.raises(KolotuneError, match="no chats and adapter of its own"):
-        compare.run(faults.context_of(harmed), reporter)
+def test_a_run_without_chats_of_its_own_is_refused(run_config: Config, reporter: PlainReporter) -> None:
+    shutil.rmtree(run_of(run_config).prepared)
+    with pytest.raises(KolotuneError, match="has no chats and adapter of its own"):
+        compare.run(faults.context_of(run_config), reporter)

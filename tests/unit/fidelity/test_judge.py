@@ -1,15 +1,19 @@
-"""Which quantization is recommended, and how far a loss may be from what training measured."""
+"""The judge: recommended quantizations, and losses compared with those that training measured."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from pathlib import Path
 
 import pytest
 
 from kolotune.fidelity.comparison import Comparison, QuantizationFigures
-from kolotune.fidelity.judge import ADAPTER, Evidence, MeasuredFile, recommended, verdict
+from kolotune.fidelity.defects import DefectKind, defect
+from kolotune.fidelity.evidence import ADAPTER, Evidence, MeasuredFile, MeasuredGguf
+from kolotune.fidelity.judge import judge
+from kolotune.fidelity.likely_cause import Cause, describe_cause
+from kolotune.fidelity.recommendation import Reason, recommend
 from kolotune.fidelity.tasks import ComparedChat, Figures, GgufMeasurement, Reference
 
 Q3, Q4, Q8 = (
@@ -19,19 +23,24 @@ Q3, Q4, Q8 = (
 
 
 @pytest.mark.parametrize(
-    ("tried", "base", "name", "why"),
+    ("quantizations", "base", "name", "reason"),
     [
-        ((Q3, Q4, Q8), 3.0, "Q4", "smallest"),
-        ((Q3, Q4, Q8), 2.1, "Q8", "smallest"),
-        ((Q3, Q8), 20.0, "Q3", "smallest"),
-        ((Q3, dataclasses.replace(Q4, loss=2.4)), 2.2, "Q4", "the least"),
-        ((Q4,), 3.0, "", ""),
-        ((), 3.0, "", ""),
+        ((Q3, Q4, Q8), 3.0, "Q4", Reason.SMALLEST_GOOD),
+        ((Q3, Q4, Q8), 2.1, "Q8", Reason.SMALLEST_GOOD),
+        ((Q3, Q8), 20.0, "Q3", Reason.SMALLEST_GOOD),
+        ((Q3, dataclasses.replace(Q4, loss=2.4)), 2.2, "Q4", Reason.SMALLEST_LOSS),
+        ((Q4,), 3.0, "", None),
+        ((), 3.0, "", None),
     ],
 )
-def test_loss_against_size(tried: tuple[QuantizationFigures, ...], base: float, name: str, why: str) -> None:
-    found, because = recommended(tried, base, 2.0)
-    assert found == name and why in because
+def test_loss_against_size(
+    quantizations: tuple[QuantizationFigures, ...], base: float, name: str, reason: Reason | None
+) -> None:
+    recommendation = recommend(quantizations, base, 2.0)
+    if recommendation is None:
+        assert reason is None
+    else:
+        assert (recommendation.quantization.name, recommendation.reason) == (name, reason)
 
 
 def evidence(losses: list[list[float]], recorded: tuple[float, float], whole: bool, four_bit: bool = False) -> Evidence:
@@ -47,56 +56,67 @@ def evidence(losses: list[list[float]], recorded: tuple[float, float], whole: bo
         whole=whole,
         prepared_equal=len(losses),
         prepared_chats=len(losses),
-        wrong_prepared=[],
+        prepared_defects=[],
         end_token="</s>",
         pieces=[],
-        base_loss=sum(each[0] for each in losses) / (10 * len(losses)),
-        tuned_loss=sum(each[1] for each in losses) / (10 * len(losses)),
+        base_loss=sum(base for base, _ in losses) / (10 * len(losses)),
+        tuned_loss=sum(tuned for _, tuned in losses) / (10 * len(losses)),
         merged=None,
         notes=[],
     )
-    made = MeasuredFile(ADAPTER, "adapter", 1)
-    return Evidence(reference, None, [], "f16", four_bit, made, recorded, ("merged", "f16 GGUF"))
+    adapter = MeasuredFile(ADAPTER, "adapter", 1)
+    return Evidence(reference, None, [], "f16", four_bit, adapter, recorded, ("merged", "f16 GGUF"))
 
 
 @pytest.mark.parametrize(
-    ("recorded", "whole", "four_bit", "fails"),
+    ("recorded", "whole", "four_bit", "cause"),
     [
-        ((3.0, 2.0), True, False, ""),
-        ((3.02, 2.02), True, False, ""),
-        ((3.1, 2.0), True, False, "base"),
-        ((3.0, 2.1), True, False, "tuned"),
-        ((3.1, 2.1), True, True, ""),
-        ((3.1, 2.1), False, False, ""),
-        ((9.0, 2.0), False, False, "base"),
-        ((math.nan, 2.0), True, False, "base"),
+        ((3.0, 2.0), True, False, None),
+        ((3.02, 2.02), True, False, None),
+        ((3.1, 2.0), True, False, Cause.OTHER_BASE),
+        ((3.0, 2.1), True, False, Cause.OTHER_ADAPTER),
+        ((3.1, 2.1), True, True, None),
+        ((3.1, 2.1), False, False, None),
+        ((9.0, 2.0), False, False, Cause.OTHER_BASE),
+        ((math.nan, 2.0), True, False, Cause.OTHER_BASE),
     ],
 )
-def test_losses_against_what_training_measured(
-    recorded: tuple[float, float], whole: bool, four_bit: bool, fails: str
+def test_losses_are_compared_with_those_of_training(
+    recorded: tuple[float, float], whole: bool, four_bit: bool, cause: Cause | None
 ) -> None:
     losses = [[29.0, 19.0], [31.0, 21.0], [30.0, 20.0], [30.5, 20.5], [29.5, 19.5]]
-    failure = verdict(evidence(losses, recorded, whole, four_bit)).failure
-    if not fails:
+    failure = judge(evidence(losses, recorded, whole, four_bit)).failure
+    if cause is None:
         assert failure is None
     else:
-        assert failure is not None and failure.stage == "train" and f"the {fails} model's loss" in failure.what
+        assert failure is not None and failure.stage == "train"
+        assert failure.likely_cause == describe_cause(cause, "train")
 
 
-def test_what_is_only_tried_is_weighed_and_is_no_gate() -> None:
-    own = evidence([[20.0, 10.0]] * 3, (2.0, 1.0), whole=True)
+def test_trials_are_recommended_but_never_fail_a_run(tmp_path: Path) -> None:
+    def measured(name: str, size: int, file: str, loss: float, *wrong: str) -> MeasuredGguf:
+        defects = [defect(DefectKind.NOT_MEASURABLE, reason=reason) for reason in wrong]
+        figures = Figures(loss, 0.9, 0.01, 0.02, defects=defects)
+        return MeasuredGguf(MeasuredFile(name, file, size), "", GgufMeasurement(figures))
 
-    def answer(loss: float, *wrong: str) -> GgufMeasurement:
-        return GgufMeasurement(Figures(loss, 0.9, 0.01, 0.02, wrong=list(wrong)))
-
-    q8, q5 = (MeasuredFile(name, "", size) for name, size in (("Q8_0", 8), ("Q5_K_M", 5)))
-    kept = (MeasuredFile("Q6_K", "MergedQ6_K.gguf", 6), "", answer(1.0))
-    tried = ((q8, answer(1.0)), (q5, answer(1.02)), (MeasuredFile("IQ1_S", "", 1), answer(9.0, "words", "more")))
-    found = verdict(dataclasses.replace(own, ggufs=[kept], tried=tried, weighted=frozenset({"Q5_K_M"})))
-    assert [(each.name, each.kept, each.importance_matrix) for each in found.quantizations] == [
+    trials = (
+        measured("Q8_0", 8, "", 1.0),
+        measured("Q5_K_M", 5, "", 1.02),
+        measured("IQ1_S", 1, "", 9.0, "words", "more"),
+    )
+    comparison = judge(
+        dataclasses.replace(
+            evidence([[20.0, 10.0]] * 3, (2.0, 1.0), whole=True),
+            ggufs=[measured("Q6_K", 6, "MergedQ6_K.gguf", 1.0)],
+            trials=trials,
+            with_matrix=frozenset({"Q5_K_M"}),
+        )
+    )
+    assert [(figures.name, figures.kept, figures.importance_matrix) for figures in comparison.quantizations] == [
         ("Q5_K_M", False, True), ("Q6_K", True, False), ("Q8_0", False, False),
     ]  # fmt: skip
-    assert found.recommended == "Q5_K_M" and "--quantization Q5_K_M" in found.recommended_because
-    assert "IQ1_S could not be measured: words" in found.notes
-    assert found.passed and not {"Q8_0", "Q5_K_M", "IQ1_S"} & {each.name for each in found.checked}
-    assert Comparison.from_json(json.loads(json.dumps(found.as_json()))) == found
+    assert comparison.recommended == "Q5_K_M" and "--quantization Q5_K_M" in comparison.recommended_because
+    assert any("IQ1_S" in note and "words" in note for note in comparison.notes)
+    assert comparison.passed and not {"Q8_0", "Q5_K_M", "IQ1_S"} & {check.name for check in comparison.checked}
+    comparison.write(tmp_path / "comparison.json")
+    assert Comparison.read(tmp_path / "comparison.json") == comparison

@@ -70,9 +70,9 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(
     import psutil
 
     tiny_model("llama", tmp_path / "base")
-    assert isinstance(reference_model.model_in(tmp_path / "base"), reference_model.WholeModel)
+    assert isinstance(reference_model.open_model(tmp_path / "base"), reference_model.WholeModel)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": 1000}))
-    model = reference_model.model_in(tmp_path / "base")
+    model = reference_model.open_model(tmp_path / "base")
     assert isinstance(model, reference_model.LayeredModel) and model.answers([[1]], 2, 3) == [None]
 
 

@@ -51,7 +51,7 @@ def hostile_run(run_copy: RunFolder, tmp_path: Path) -> RunFolder:
         labelled = [at > 20 for at in range(len(ids))]
         tensors = {"ids": np.array(ids, np.int32), "labelled": np.array(labelled, np.uint8)}
         save_file({**tensors, "offsets": np.array([0, len(ids)], np.int64)}, run.prepared / f"{part}.safetensors")
-    run.comparison.write_text(json.dumps(comparison(HOSTILE).as_json()))
+    comparison(HOSTILE).write(run.comparison)
     record = json.loads(run.record("prepare").read_text())
     record["facts"] |= {"bad": [HOSTILE] * 3, "duplicates": 2, "shortened": 1, "turns_left_out": 4}
     record["facts"]["findings"] = {HOSTILE: 2}

@@ -130,7 +130,7 @@ def test_the_comparison(passed: bool, hostile_run: RunFolder) -> None:
     found = comparison("words")
     if passed:
         found = with_options(found, failure=None)
-    hostile_run.comparison.write_text(json.dumps(found.as_json()))
+    found.write(hostile_run.comparison)
     text = " ".join(Elements(page.render(facts.gather_facts(hostile_run))).text.split())
     assert ("every stage is within its bounds" in text) == passed
     assert ("The first stage that fails is quantize" in text) == (not passed)
@@ -146,7 +146,7 @@ def test_the_comparison(passed: bool, hostile_run: RunFolder) -> None:
     )
     assert sides == [("Before", "words"), ("After", "words"), ("In the chats", "words"), ("After", "(empty)")]
     hostile_run.comparison.write_text("{}")
-    with pytest.raises(ArtifactError, match="is no comparison"):
+    with pytest.raises(ArtifactError, match="is not a comparison"):
         page.write(hostile_run)
 
 

@@ -1,0 +1,121 @@
+"""What a comparison finds wrong and what it leaves out: values with a kind, and the sentences that describe them.
+
+Measuring and judging work with kinds and facts. A sentence is made only where a comparison is written or shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+Fact = str | int | float
+
+
+class DefectKind(StrEnum):
+    """What is wrong with an artifact of a run."""
+
+    END_NOT_TRAINED = "end-not-trained"
+    CHAT_REFUSED = "chat-refused"
+    PROMPT_REFUSED = "prompt-refused"
+    CHATS_DIFFER = "chats-differ"
+    FIRST_PROMPT_DIFFERS = "first-prompt-differs"
+    LOSS_DIFFERS = "loss-differs"
+    NOT_MEASURABLE = "not-measurable"
+    WEIGHTS_MISSING = "weights-missing"
+    PROMPTS_DIFFER = "prompts-differ"
+    VOCABULARY_MOVED = "vocabulary-moved"
+    END_TOKEN_DIFFERS = "end-token-differs"
+    OVER_BOUND = "over-bound"
+    ENDS_MISSED = "ends-missed"
+    MODELFILE_UNREADABLE = "modelfile-unreadable"
+    FROM_DIFFERS = "from-differs"
+    STOP_MISSING = "stop-missing"
+    SYSTEM_DIFFERS = "system-differs"
+    NEVER_ENDS = "never-ends"
+
+
+class NoteKind(StrEnum):
+    """Why a comparison covers less than it could."""
+
+    TEXTS_MISSING = "texts-missing"
+    PROMPTS_NOT_SERVABLE = "prompts-not-servable"
+    READ_BY_LAYER = "read-by-layer"
+    TURNS_NOT_SERVABLE = "turns-not-servable"
+    NOTHING_HELD_OUT = "nothing-held-out"
+    NO_RECORDED_LOSS = "no-recorded-loss"
+    QUANTIZATION_NOT_MEASURED = "quantization-not-measured"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One thing that is wrong; `facts` are the values in its sentence."""
+
+    kind: DefectKind
+    facts: dict[str, Fact] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing that was not compared; `facts` are the values in its sentence."""
+
+    kind: NoteKind
+    facts: dict[str, Fact] = field(default_factory=dict)
+
+
+def defect(kind: DefectKind, **facts: Fact) -> Defect:
+    """Return a defect with the facts that its sentence needs."""
+    return Defect(kind, facts)
+
+
+def note(kind: NoteKind, **facts: Fact) -> Note:
+    """Return a note with the facts that its sentence needs."""
+    return Note(kind, facts)
+
+
+def describe_defect(value: Defect) -> str:
+    """Return the sentence for a defect, without a full stop."""
+    return _DEFECTS[value.kind].format(**value.facts)
+
+
+def describe_note(value: Note) -> str:
+    """Return the sentence for a note, without a full stop."""
+    return _NOTES[value.kind].format(**value.facts)
+
+
+_DEFECTS = {
+    DefectKind.END_NOT_TRAINED: "{count} of {of} chats are not trained to end with {token!r}",
+    DefectKind.CHAT_REFUSED: "the trained template refuses a chat that was trained on: {reason}",
+    DefectKind.PROMPT_REFUSED: "the trained template refuses the prompt of a chat: {reason}",
+    DefectKind.CHATS_DIFFER: "{count} of {of} chats now get different tokens or loss masks than in training",
+    DefectKind.FIRST_PROMPT_DIFFERS: "a prompt gets different tokens than those before the trained answer",
+    DefectKind.LOSS_DIFFERS: "the {model} model's loss is {loss:.4f}, but training measured {recorded:.4f}",
+    DefectKind.NOT_MEASURABLE: "{reason}",
+    DefectKind.WEIGHTS_MISSING: "{reason}",
+    DefectKind.PROMPTS_DIFFER: "{count} of {of} prompts get different tokens than in training: {reason}",
+    DefectKind.VOCABULARY_MOVED: "vocabulary entry {piece!r} is token {index}, but was token {expected} in training",
+    DefectKind.END_TOKEN_DIFFERS: "its answers end with {token!r}, but ended with {expected!r} in training",
+    DefectKind.OVER_BOUND: "{figure} {value:.2g} exceeds its bound of {bound:.2g}",
+    DefectKind.ENDS_MISSED: "only {count} of {of} answers end where they should",
+    DefectKind.MODELFILE_UNREADABLE: "{reason}",
+    DefectKind.FROM_DIFFERS: "FROM names {path}, not {expected}",
+    DefectKind.STOP_MISSING: "no stop for {token!r}, the token that ends answers in training",
+    DefectKind.SYSTEM_DIFFERS: "SYSTEM is not the system prompt of the run",
+    DefectKind.NEVER_ENDS: "none of {of} answers ends, although all of them end with the adapter on its base",
+}
+_NOTES = {
+    NoteKind.TEXTS_MISSING: "the texts of the chats are no longer available, so the prompts were not compared",
+    NoteKind.PROMPTS_NOT_SERVABLE: (
+        "{count} chats can't be served with the tokens they were trained with (`prepare` reported them); "
+        "their prompts were not compared"
+    ),
+    NoteKind.READ_BY_LAYER: (
+        "the model does not fit into free memory in fp32: it was read layer by layer, and no answers were generated"
+    ),
+    NoteKind.TURNS_NOT_SERVABLE: (
+        "{count} prompts have turns that a TEMPLATE can't write as they were trained (`modelfile` reported this); "
+        "they were not compared as served"
+    ),
+    NoteKind.NOTHING_HELD_OUT: "no chats are held out: the first training chats were compared",
+    NoteKind.NO_RECORDED_LOSS: "training measured no held-out loss, so base and adapter were not checked against one",
+    NoteKind.QUANTIZATION_NOT_MEASURED: "{name} could not be measured: {reason}",
+}

@@ -1,0 +1,84 @@
+"""The likely cause of a failed check, from the kinds of its defects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from .comparison import StageCheck
+from .defects import Defect, DefectKind
+from .evidence import Evidence
+
+
+class Cause(Enum):
+    """A likely cause, with its sentence; ``{artifact}`` is the artifact that fails."""
+
+    CHATS_CHANGED = "the template, the tokenizer or the loss mask changed after the chats were prepared"
+    OTHER_BASE = "this is not the base model that was trained on: its shape is the same, its weights differ"
+    OTHER_ADAPTER = "this is not the adapter that training produced: it was replaced, or its matrices are mixed up"
+    STOP_MISSING = "a PARAMETER stop is missing in the Modelfile, so answers don't end"
+    SYSTEM_CHANGED = "the SYSTEM line was removed or changed"
+    TEMPLATE_DIFFERS = (
+        "the TEMPLATE writes conversations differently from the trained template (a system turn, the BOS, another turn)"
+    )
+    MODELFILE_EDITED = "the Modelfile was edited"
+    VOCABULARY_ORDER = "the {artifact}'s vocabulary is not in the order of the trained tokenizer"
+    CHAT_TEMPLATE = "the {artifact}'s chat template was changed, or its tokenizer adds a BOS that training did not have"
+    DAMAGED_OR_TOO_COARSE = (
+        "a tensor of the file is damaged, or the quantization is too coarse for this model (Q8_0 keeps more)"
+    )
+    CONVERTER = (
+        "the converter reads this model differently from transformers (is it another version?), or the file is damaged"
+    )
+    HEAD_MISSING = "head and embedding were untied in the config, but the head's weights are missing"
+    HEAD_UNTIED = "head and embedding share their weights in the base, but differ in the merged model"
+    SCALE_TOO_SMALL = "the adapter was added with too small a scale, not at all, or to a different base model"
+    WRONG_SCALE = "the adapter was added with a wrong scale or orientation"
+
+
+_ARTIFACTS = {"merge": "merged model", "convert": "GGUF", "quantize": "quantized GGUF"}
+
+
+def likely_cause(check: StageCheck, defects: Sequence[Defect], evidence: Evidence) -> Cause:
+    """Return the likely cause of the defects of a check."""
+    kinds = {defect.kind for defect in defects}
+    if check.stage == "prepare":
+        return Cause.CHATS_CHANGED
+    if check.stage == "train":
+        return Cause.OTHER_BASE if any(defect.facts["model"] == "base" for defect in defects) else Cause.OTHER_ADAPTER
+    if check.stage == "modelfile":
+        return _cause_in_modelfile(kinds)
+    if DefectKind.VOCABULARY_MOVED in kinds:
+        return Cause.VOCABULARY_ORDER
+    if DefectKind.PROMPTS_DIFFER in kinds:
+        return Cause.CHAT_TEMPLATE
+    if check.stage == "quantize":
+        return Cause.DAMAGED_OR_TOO_COARSE
+    if check.stage == "convert":
+        return Cause.CONVERTER
+    return _cause_in_merge(check, kinds, evidence)
+
+
+def describe_cause(cause: Cause, stage: str) -> str:
+    """Return the sentence for a cause, without a full stop."""
+    return cause.value.format(artifact=_ARTIFACTS.get(stage, ""))
+
+
+def _cause_in_modelfile(kinds: set[DefectKind]) -> Cause:
+    causes = {
+        DefectKind.STOP_MISSING: Cause.STOP_MISSING,
+        DefectKind.SYSTEM_DIFFERS: Cause.SYSTEM_CHANGED,
+        DefectKind.PROMPTS_DIFFER: Cause.TEMPLATE_DIFFERS,
+    }
+    return next((cause for kind, cause in causes.items() if kind in kinds), Cause.MODELFILE_EDITED)
+
+
+def _cause_in_merge(check: StageCheck, kinds: set[DefectKind], evidence: Evidence) -> Cause:
+    if DefectKind.WEIGHTS_MISSING in kinds:
+        return Cause.HEAD_MISSING
+    if evidence.untied:
+        return Cause.HEAD_UNTIED
+    base, tuned = evidence.reference.base_loss, evidence.reference.tuned_loss
+    if check.loss is not None and abs(check.loss - base) < abs(check.loss - tuned):
+        return Cause.SCALE_TOO_SMALL
+    return Cause.WRONG_SCALE

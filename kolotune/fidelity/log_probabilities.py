@@ -1,0 +1,55 @@
+"""Log-probabilities of the compared chats, kept in ``.npy`` files while a comparison lasts.
+
+One file holds fp32 ``[positions, vocabulary]``: the positions of all chats, one chat after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .tasks import ComparedChat
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def write(path: Path, chats: Sequence[ComparedChat], by_chat: Iterable[np.ndarray]) -> np.ndarray:
+    """Write the log-probabilities of each chat, one chat at a time; return the whole array, memory-mapped."""
+    import numpy as np
+
+    total = sum(len(chat.positions) for chat in chats)
+    written: np.ndarray | None = None
+    start = 0
+    for array in by_chat:
+        if written is None:
+            written = np.lib.format.open_memmap(path, "w+", np.float32, (total, array.shape[1]))
+        written[start : start + len(array)] = array
+        start += len(array)
+    assert written is not None and start == total
+    return written
+
+
+def load(path: Path) -> np.ndarray:
+    """Return the array in a file that `write` made, memory-mapped."""
+    import numpy as np
+
+    loaded: np.ndarray = np.load(path, mmap_mode="r")
+    return loaded
+
+
+def split(array: np.ndarray, chats: Sequence[ComparedChat]) -> Iterator[tuple[np.ndarray, ComparedChat]]:
+    """Yield the log-probabilities of each chat, with the chat."""
+    start = 0
+    for chat in chats:
+        yield array[start : start + len(chat.positions)], chat
+        start += len(chat.positions)
+
+
+def loss_of(array: np.ndarray, chat: ComparedChat) -> float:
+    """Return the loss of a chat, summed over its trained tokens."""
+    import numpy as np
+
+    targets = [chat.ids[position + 1] for position in chat.positions]
+    return -float(np.asarray(array, np.float64)[np.arange(len(targets)), targets].sum())

@@ -1,0 +1,85 @@
+"""The tokenizer and chat template of a trained model, and the prompts that they write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kolotune.chats.templates.loss_mask import end_token
+from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.tokens.encoder import Encoder
+from kolotune.chats.tokens.tokenizer import chat_template, load_tokenizer, special_tokens, template_text
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.ollama.template import NotDerivable, derive
+from kolotune.ollama.turn_format import TurnFormat
+
+from .tasks import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class TrainedFormat:
+    """How a model's conversations are written and tokenized.
+
+    Attributes:
+        end: the token that ends an answer.
+        turns: the format that Ollama's TEMPLATE is derived from; None where it can't be derived.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    encoder: Encoder
+    end: str
+    turns: TurnFormat | None
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainedFormat:
+        """Read the tokenizer and template in a folder.
+
+        Raises:
+            ModelError, TemplateError: they are missing or can't be used.
+        """
+        tokenizer = load_tokenizer(folder)
+        template = chat_template(tokenizer, template_text(folder))
+        special = frozenset(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        turns = derive(
+            lambda messages, opened: template.render(messages, None, opened),
+            special_tokens(tokenizer).get("bos_token", ""),
+        )
+        return cls(
+            tokenizer,
+            template,
+            Encoder(template, tokenizer),
+            end_token(template, special),
+            None if isinstance(turns, NotDerivable) else turns,
+        )
+
+    @property
+    def end_id(self) -> int:
+        """The id of the token that ends an answer."""
+        index = self.tokenizer.convert_tokens_to_ids(self.end)
+        assert isinstance(index, int)
+        return index
+
+    def prompt(self, messages: list[JsonObject], tools: list[JsonObject] | None) -> Prompt:
+        """Return the prompt for an answer to these turns.
+
+        The rendered text is encoded as a whole, as a server does. `prepare` encodes chats differently.
+
+        Raises:
+            TemplateError: the template refuses the turns.
+        """
+        text = self.template.render(messages, tools, True)
+        plain = not tools and all(set(turn) <= {"role", "content"} and turn["role"] != "tool" for turn in messages)
+        if plain and self.turns is not None:
+            # Where these differ, the `modelfile` stage has reported it.
+            plain = self.turns.render(messages, True) == text
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Prompt(messages, tools or [], text, ids, plain)
+
+    def decode(self, ids: list[int] | None) -> str | None:
+        """Return the text of an answer without special tokens; None for no answer."""
+        return None if ids is None else str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
