@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from contracts import flags, write_chats
 from support.docker_engine import Client, until_training
-from support.runs import ROAD, results
+from support.runs import STAGES_WITHOUT_COMPARE, results
 
 pytestmark = pytest.mark.container
 KILLS = 20
@@ -29,7 +29,7 @@ def test_a_client_that_is_killed_at_any_moment(container: Client, small_base: Pa
     done: set[str] = set()
     longest, rounds = 0.0, 0
     for _ in range(KILLS):
-        if len(done) == len(ROAD):  # from the start again, and from another moment
+        if len(done) == len(STAGES_WITHOUT_COMPARE):  # from the start again, and from another moment
             done, rounds = set(), rounds + 1
         folder = f"outputs{rounds}"
         child = container.start(*command, "--output-dir", folder, cwd=tmp_path)

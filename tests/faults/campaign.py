@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import figures
-from support.runs import ROAD
+from support.runs import STAGES_WITHOUT_COMPARE
 
 from faults import forking
 from faults.room import INTERVAL, STEPS, Broken, Room, said
@@ -82,7 +82,7 @@ def campaign(room: Room, tally: Tally, kills: int, keep: Callable[[Tally], None]
             old.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            stages = STAGE_NAMES if tally.runs % _COMPARES == 0 else ROAD
+            stages = STAGE_NAMES if tally.runs % _COMPARES == 0 else STAGES_WITHOUT_COMPARE
             _one_folder(room, folder, tally, dice, min(_MOST_KILLS, kills - tally.kills), stages)
         except Broken as error:
             tally.broken.append(f"{folder.name}: {error}")

@@ -14,7 +14,7 @@ from subprocess import Popen
 
 from support import figures
 from support.docker_engine import Client
-from support.runs import ROAD, results
+from support.runs import STAGES_WITHOUT_COMPARE, results
 
 from faults.room import Broken, Room, said
 
@@ -198,4 +198,8 @@ class _Campaign:
 
 
 def _begun(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("... ") and line[4:].partition(":")[0] in ROAD]
+    return [
+        line
+        for line in output.splitlines()
+        if line.startswith("... ") and line[4:].partition(":")[0] in STAGES_WITHOUT_COMPARE
+    ]

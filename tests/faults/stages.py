@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from support.runs import ROAD
+from support.runs import STAGES_WITHOUT_COMPARE
 
 from faults import calls, forking
 from faults.calls import Point
@@ -40,7 +40,7 @@ def at_every_call(room: Room, name: str, every: int = 1) -> tuple[int, int]:
     done = set(NAMES[: NAMES.index(name)])  # those behind it wait for it
     running: list[forking.Fork] = []
     compares = name in NAMES[-2:]  # what training measured is new each time, and comparing takes longer than the rest
-    stages = STAGE_NAMES if compares else ROAD
+    stages = STAGE_NAMES if compares else STAGES_WITHOUT_COMPARE
 
     def start() -> int:
         waits = partial(_wait_to_be_traced, reports=name == NAMES[-1])

@@ -1,4 +1,4 @@
-"""Base models for whole roads: tiny ones with real tokenizers and templates, and SmolLM2, trained once a session."""
+"""Base models: tiny ones with real tokenizers and templates, and SmolLM2; a run of each, made once a session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support import llama3
-from support.runs import ROAD
+from support.runs import STAGES_WITHOUT_COMPARE
 
 from kolotune import llamacpp
 from kolotune.foundation import config as configs
@@ -28,7 +28,7 @@ TEXT = (
 
 
 class Recorder(PlainReporter):
-    """Keeps what was said."""
+    """Keeps the lines that are printed."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -38,49 +38,49 @@ class Recorder(PlainReporter):
         super()._line(text)
 
     def ran(self) -> list[str]:
-        """The stages that ran, in order."""
-        return [name for line in self.lines for name in ROAD if line.startswith(f"... {name}: ")]
+        """Return the stages that ran, in order."""
+        return [name for line in self.lines for name in STAGES_WITHOUT_COMPARE if line.startswith(f"... {name}: ")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Road:
-    """A finished run."""
+class TrainedRun:
+    """A run from chats to Modelfiles, and the lines that it printed."""
 
     config: Config
     run: RunFolder
     base: Path
-    said: Recorder
+    reporter: Recorder
 
-    def again(self, **changes: Any) -> Recorder:
-        """Runs it again with `changes`; returns what was said."""
-        said = Recorder()
-        run_pipeline(dataclasses.replace(self.config, **changes), said)
-        return said
+    def repeat(self, **changes: Any) -> Recorder:
+        """Run it a second time with `changes`; return what it printed."""
+        reporter = Recorder()
+        run_pipeline(dataclasses.replace(self.config, **changes), reporter)
+        return reporter
 
-    def copied(self, folder: Path) -> Road:
-        """The same run in another folder."""
+    def copy(self, folder: Path) -> TrainedRun:
+        """Copy the run to another folder."""
         shutil.copytree(self.run.root, folder)
         return dataclasses.replace(
             self, config=dataclasses.replace(self.config, output_dir=folder), run=RunFolder(folder)
         )
 
-    def finished(self) -> dict[str, str | None]:
-        """When each stage last finished, and of which outputs."""
-        found = {name: read_record(self.run, name) for name in ROAD}
+    def records(self) -> dict[str, str | None]:
+        """Return the record of each stage, as text."""
+        records = {name: read_record(self.run, name) for name in STAGES_WITHOUT_COMPARE}
         return {
-            name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in found.items()
+            name: record and json.dumps(dataclasses.asdict(record), sort_keys=True) for name, record in records.items()
         }
 
 
 @pytest.fixture(scope="session")
-def drive() -> Callable[..., Road]:
-    """Runs the whole road: ``drive(folder, base, base_model=…, **options)``."""
+def run_all() -> Callable[..., TrainedRun]:
+    """Run all stages: ``run_all(folder, base, base_model=…, **options)``."""
 
-    def make(folder: Path, base: Path, **options: Any) -> Road:
+    def make(folder: Path, base: Path, **options: Any) -> TrainedRun:
         values = {"base_model": str(base), "output_dir": folder, "dtype": "fp32", "compare": False, **options}
         config = configs.resolve((values, "test", folder.parent))
-        said = Recorder()
-        return Road(config, run_pipeline(config, said), base, said)
+        reporter = Recorder()
+        return TrainedRun(config, run_pipeline(config, reporter), base, reporter)
 
     return make
 
@@ -145,9 +145,9 @@ def qwen_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Tool
     tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=name)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as in Qwen2's tokenizer.json
     tokenizer.eos_token = "<|im_end|>"
-    judge = llama_cpp.Llama(str(models / name), vocab_only=True, verbose=False)
-    wanted = judge.tokenize(TEXT.encode(), add_bos=False, special=True)
-    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == wanted
+    vocabulary = llama_cpp.Llama(str(models / name), vocab_only=True, verbose=False)
+    expected = vocabulary.tokenize(TEXT.encode(), add_bos=False, special=True)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
     torch.manual_seed(4)
     shape = Qwen2Config(
         vocab_size=151936,
@@ -167,7 +167,9 @@ def qwen_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Tool
     return _save(tokenizer, "Qwen-Qwen2.5-7B-Instruct.jinja", Qwen2ForCausalLM(shape).bfloat16(), folder)
 
 
-def _drive_tiny(drive: Callable[..., Road], base: Path, lines: list[str], folder: Path, **more: Any) -> Road:
+def _run_tiny(
+    run_all: Callable[..., TrainedRun], base: Path, lines: list[str], folder: Path, **more: Any
+) -> TrainedRun:
     chats = folder / "chats.jsonl"
     chats.write_text("\n".join([*lines[:16], *lines[-6:]]) + "\n", encoding="utf-8")
     options = {
@@ -180,40 +182,40 @@ def _drive_tiny(drive: Callable[..., Road], base: Path, lines: list[str], folder
         "template_date": "2026-03-05",
         "max_seq_length": 1024,
     }
-    return drive(folder / "run", base, **options, **more)
+    return run_all(folder / "run", base, **options, **more)
 
 
 @pytest.fixture(scope="session")
-def torchtune_road(
-    drive: Callable[..., Road], llama3_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Road:
-    """As `llama3_road`, trained by torchtune with its own defaults for what is not given."""
-    folder = tmp_path_factory.mktemp("torchtune-road")
-    return _drive_tiny(drive, llama3_base, lines, folder, engine="torchtune", warmup_steps=1)
+def torchtune_run(
+    run_all: Callable[..., TrainedRun], llama3_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedRun:
+    """As `llama3_run`, trained by torchtune with its own defaults."""
+    folder = tmp_path_factory.mktemp("torchtune-run")
+    return _run_tiny(run_all, llama3_base, lines, folder, engine="torchtune", warmup_steps=1)
 
 
 @pytest.fixture(scope="session")
-def llama3_road(
-    drive: Callable[..., Road], llama3_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Road:
-    return _drive_tiny(drive, llama3_base, lines, tmp_path_factory.mktemp("llama3-road"))
+def llama3_run(
+    run_all: Callable[..., TrainedRun], llama3_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedRun:
+    return _run_tiny(run_all, llama3_base, lines, tmp_path_factory.mktemp("llama3-run"))
 
 
 @pytest.fixture(scope="session")
-def qwen_road(
-    drive: Callable[..., Road], qwen_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Road:
-    return _drive_tiny(drive, qwen_base, lines, tmp_path_factory.mktemp("qwen-road"))
+def qwen_run(
+    run_all: Callable[..., TrainedRun], qwen_base: Path, lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedRun:
+    return _run_tiny(run_all, qwen_base, lines, tmp_path_factory.mktemp("qwen-run"))
 
 
 @pytest.fixture(scope="session")
-def smollm2_road(
-    drive: Callable[..., Road],
+def smollm2_run(
+    run_all: Callable[..., TrainedRun],
     lines: list[str],
     tmp_path_factory: pytest.TempPathFactory,
     reporter: PlainReporter,
     toolchain: llamacpp.Toolchain,
-) -> Road:
+) -> TrainedRun:
     """SmolLM2 after 12 steps on 36 chats of the sample; 20 others are held out."""
     from kolotune.base_models import packaged_model
 
@@ -230,4 +232,4 @@ def smollm2_road(
         "learning_rate": 1e-3,
         "warmup_steps": 2,
     }
-    return drive(folder / "run", base, **options)
+    return run_all(folder / "run", base, **options)

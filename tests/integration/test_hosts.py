@@ -60,10 +60,10 @@ def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
     return dict(load_file(Path(job.adapter) / "adapter_model.safetensors"))
 
 
-def jobs_for(room: Any, hosts: tuple[Host, Host], **options: Any) -> list[TrainJob]:
-    """The same training on both, each with a folder of its own; they meet at the first."""
-    place = {"nproc": 2, "nnodes": 2, "rdzv": f"{hosts[0].address}:{PORT}"}
-    return [room.job(host.name, **place, **OPTIONS, **options) for host in hosts]
+def jobs_for(training_folder: Any, hosts: tuple[Host, Host], **options: Any) -> list[TrainJob]:
+    """Return the same training for both hosts, each with its own folder; they meet at the first."""
+    meeting = {"nproc": 2, "nnodes": 2, "rdzv": f"{hosts[0].address}:{PORT}"}
+    return [training_folder.job(host.name, **meeting, **OPTIONS, **options) for host in hosts]
 
 
 def finish(*children: subprocess.Popen[str], jobs: list[TrainJob]) -> None:
@@ -72,17 +72,17 @@ def finish(*children: subprocess.Popen[str], jobs: list[TrainJob]) -> None:
 
 
 def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
-    room = training_room("llama", chats=48, held_out=6)
-    alone = room.job("alone", **OPTIONS)
+    folder = training_room("llama", chats=48, held_out=6)
+    alone = folder.job("alone", **OPTIONS)
     training.train(alone)
-    jobs = jobs_for(room, hosts)
+    jobs = jobs_for(folder, hosts)
     children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
     _wait_for(lambda: bool(losses(jobs[0])), Path(jobs[0].metrics))
-    talking = hosts[0].told("ss", "-Htn", "state", "established")
+    connections = hosts[0].told("ss", "-Htn", "state", "established")
     finish(*children, jobs=jobs)
-    assert hosts[1].address in talking, "the ranks of the two hosts are connected"
+    assert hosts[1].address in connections, "the ranks of the two hosts are connected"
     gradients = 4 * sum(each.numel() for each in adapter(alone).values())
-    assert all(host.sent() > gradients * len(losses(alone)) for host in hosts), "each step's gradients travelled"
+    assert all(host.sent() > gradients * len(losses(alone)) for host in hosts), "each step sends its gradients"
     for job in jobs:
         assert losses(job) == pytest.approx(losses(alone), abs=1e-4)
         assert '"processes": 4' in log(job)
@@ -90,29 +90,31 @@ def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], trainin
     assert all(torch.equal(first[name], second[name]) for name in first), "both hosts have the result"
 
 
-def test_a_parted_base_sends_what_the_formula_says(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
-    room = training_room("llama", chats=32, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
-    jobs = [replace(job, epochs=1, sharded=True, checkpoint_steps=0) for job in jobs_for(room, hosts)]
+def test_a_sharded_base_sends_what_the_formula_says(
+    hosts: tuple[Host, Host], training_room: Callable[..., Any]
+) -> None:
+    folder = training_room("llama", chats=32, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    jobs = [replace(job, epochs=1, sharded=True, checkpoint_steps=0) for job in jobs_for(folder, hosts)]
     children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
     finish(*children, jobs=jobs)
-    shape = read_shape(room.root / "base")
+    shape = read_shape(folder.root / "base")
     steps = len(losses(jobs[0]))
     base = network.sharded_base_bytes(4 * shape.layer_weight_count, 4, 1)
     gradients = network.gradient_bytes(AdapterShape.of(shape, jobs[0].lora_rank, ["all-linear"]).weight_count, 4)
-    foretold = steps * (base + gradients)
-    print(f"{steps} steps: foretold {foretold / 1e6:.1f} MB, sent {[round(host.sent() / 1e6, 1) for host in hosts]} MB")
+    expected = steps * (base + gradients)
+    print(f"{steps} steps: expected {expected / 1e6:.1f} MB, sent {[round(host.sent() / 1e6, 1) for host in hosts]} MB")
     for host in hosts:
-        assert host.sent() == pytest.approx(foretold, rel=0.2)
+        assert host.sent() == pytest.approx(expected, rel=0.2)
 
 
-@pytest.mark.slow  # it is missed only after fifteen seconds
+@pytest.mark.slow  # a lost host is noticed only after fifteen seconds
 def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
     hosts: tuple[Host, Host], training_room: Callable[..., Any]
 ) -> None:
-    room = training_room("llama", chats=160, held_out=6)
-    alone = room.job("alone", **OPTIONS)
+    folder = training_room("llama", chats=160, held_out=6)
+    alone = folder.job("alone", **OPTIONS)
     training.train(alone)
-    jobs = jobs_for(room, hosts)
+    jobs = jobs_for(folder, hosts)
     first, second = (start(host, job) for host, job in zip(hosts, jobs, strict=True))
     _wait_for(lambda: max(losses(jobs[1]), default=0) >= 3, Path(jobs[1].metrics))
     hosts[1].lose()
@@ -124,14 +126,14 @@ def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
     assert losses(jobs[0]) == pytest.approx(losses(alone), abs=1e-4)
     events = [event for line in log(jobs[0]).splitlines() if (event := event_of(line))]
     steps = [event["step"] for event in events if event["event"] == "step"]
-    assert len(steps) - len(set(steps)) <= 1, "an interval is one step here"
+    assert len(steps) - len(set(steps)) <= 1, "checkpoints are one step apart here"
 
 
-@pytest.mark.slow  # it measures, and wants the machine for itself
+@pytest.mark.slow  # it measures, and needs an idle machine
 def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
-    """And with the accumulation that follows from it the link takes less than a tenth of a step."""
+    """With the accumulation that follows from it, the link takes less than a tenth of a step."""
     shape = {"hidden_size": 256, "intermediate_size": 512}
-    room = training_room("llama", chats=random_chats(4800, 1, 150, 250), **shape)
+    folder = training_room("llama", chats=random_chats(4800, 1, 150, 250), **shape)
 
     def seconds_of_a_step(name: str, **options: Any) -> float:
         jobs = [
@@ -140,7 +142,7 @@ def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], train
                 **{"epochs": 1, "lora_rank": 128, "checkpoint_steps": 0, **options},
                 metrics=f"{job.metrics}-{name}",
             )
-            for job in jobs_for(room, hosts)
+            for job in jobs_for(folder, hosts)
         ]
         children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
         _wait_for(lambda: len(_times(jobs[0])) > STEPS, Path(jobs[0].metrics))
@@ -151,32 +153,32 @@ def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], train
         times = _times(jobs[0])[1:]  # the first step compiles and connects
         return statistics.median(after - before for before, after in itertools.pairwise(times))
 
-    weights = AdapterShape.of(read_shape(room.root / "base"), 128, ["all-linear"]).weight_count
+    weights = AdapterShape.of(read_shape(folder.root / "base"), 128, ["all-linear"]).weight_count
     sent = network.gradient_bytes(weights, 4)
-    taken = network.transfer_seconds(sent, MEGABITS)
+    transfer = network.transfer_seconds(sent, MEGABITS)
     fast = seconds_of_a_step("fast")
     for host in hosts:
         host.slow_down(f"{MEGABITS}mbit")
     before = hosts[0].sent()
     slow = seconds_of_a_step("slow")
-    print(f"a step: {fast:.3f} s, {slow:.3f} s at {MEGABITS} Mbit/s; the formula says {taken:.3f} s more")
-    assert slow - fast == pytest.approx(taken, rel=0.2)
+    print(f"a step: {fast:.3f} s, {slow:.3f} s at {MEGABITS} Mbit/s; the formula says {transfer:.3f} s more")
+    assert slow - fast == pytest.approx(transfer, rel=0.2)
     assert hosts[0].sent() - before > sent * STEPS
     for host in hosts:
         host.slow_down("10gbit")
     computing = seconds_of_a_step("several", gradient_accumulation=4)
     for host in hosts:
         host.slow_down(f"{MEGABITS}mbit")
-    enough = network.Traffic(sent, taken, computing, accumulation=4).enough
+    enough = network.Traffic(sent, transfer, computing, accumulation=4).enough
     assert enough is not None and 1 < enough < 100
     accumulated = seconds_of_a_step("accumulated", gradient_accumulation=enough)
-    share = taken / accumulated
+    share = transfer / accumulated
     print(f"with an accumulation of {enough}: {accumulated:.3f} s, {100 * share:.1f}% of it on the link")
     assert share < network.LARGEST_SHARE
 
 
 def _times(job: TrainJob) -> list[float]:
-    """When each step was through."""
+    """Return when each step ended."""
     file = Path(job.metrics)
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return [line["time"] for line in lines if "loss" in line]
@@ -185,5 +187,5 @@ def _times(job: TrainJob) -> list[float]:
 def _wait_for(condition: Callable[[], bool], file: Path) -> None:
     deadline = time.monotonic() + 180
     while not (file.is_file() and condition()):
-        assert time.monotonic() < deadline, "nothing came"
+        assert time.monotonic() < deadline, "no metrics in time"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Prepared tokens of 5 GB train in little memory: what is not looked at stays on the disk."""
+"""Prepared tokens of 5 GB train in little memory: what is not read stays on the disk."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MOST_MEGABYTES = 1000
 
 
 def _write(path: Path, chats: int) -> None:
-    """Random chats as the prepare stage writes them, some thousands at a time."""
+    """Write random chats in the format of the prepare stage, some thousands at a time."""
     sizes = {"ids": ("I32", LENGTH * chats, 4), "labelled": ("U8", LENGTH * chats, 1), "offsets": ("I64", chats + 1, 8)}
-    header, at = {}, 0
+    header, offset = {}, 0
     for name, (kind, count, width) in sizes.items():
-        header[name] = {"dtype": kind, "shape": [count], "data_offsets": [at, at + count * width]}
-        at += count * width
+        header[name] = {"dtype": kind, "shape": [count], "data_offsets": [offset, offset + count * width]}
+        offset += count * width
     dice, block = np.random.default_rng(3), 10_000
     head = json.dumps(header).encode()
     with path.open("wb") as file:
@@ -46,8 +46,8 @@ def _write(path: Path, chats: int) -> None:
         file.write((np.arange(chats + 1, dtype=np.int64) * LENGTH).tobytes())
 
 
-def _most_megabytes(job: TrainJob) -> list[float]:
-    """Trains some steps; the most memory that each process has had, pages of mapped files among it."""
+def _peak_megabytes(job: TrainJob) -> list[float]:
+    """Train some steps; return the peak memory of each process, with pages of mapped files."""
     file = Path(job.metrics).parent / "job.json"
     job.write(file)
     child = subprocess.Popen(
@@ -55,16 +55,16 @@ def _most_megabytes(job: TrainJob) -> list[float]:
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     assert child.stdout is not None
-    told = []
+    output = []
     try:
         for line in child.stdout:
-            told.append(line)
+            output.append(line)
             if (event := event_of(line)) and event["event"] == "step" and event["step"] == STEPS:
                 break
         else:
-            raise AssertionError("".join(told[-20:]))
+            raise AssertionError("".join(output[-20:]))
         trainers = psutil.Process(child.pid).children() if job.nproc > 1 else [psutil.Process(child.pid)]
-        return [_peak(each.pid) for each in trainers]
+        return [_peak(process.pid) for process in trainers]
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -77,14 +77,14 @@ def _peak(pid: int) -> float:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_tokens_that_are_larger_than_memory_would_be(processes: int, training_room: Callable[..., Any]) -> None:
-    room = training_room("llama", chats=80, held_out=0)
+    training = training_room("llama", chats=80, held_out=0)
     options = {"nproc": processes, "batch_size": 8, "epochs": 1}
-    small = _most_megabytes(room.job("small", **options))
-    path = room.root / "data" / "train.safetensors"
+    small = _peak_megabytes(training.job("small", **options))
+    path = training.root / "data" / "train.safetensors"
     _write(path, CHATS)
     assert path.stat().st_size > 5e9
     try:
-        large = _most_megabytes(room.job("large", **options))
+        large = _peak_megabytes(training.job("large", **options))
     finally:
         path.unlink()
     print(f"small {small} MB, large {large} MB")

@@ -1,5 +1,7 @@
-"""One config file on one process, on four, and on two hosts: the sample comes to the same losses. (The container:
-`tests/container/test_demo.py`.)"""
+"""One config file on one process, on four, and on two hosts gives the same losses on the sample.
+
+The container has `tests/container/test_demo.py`.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +41,20 @@ def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def start(arguments: list[object], run: RunFolder, host: Host | None = None, threads: int = 2) -> list[str]:
-    """What starts kolotune, on a host or here; its output goes to a file beside the run folder."""
-    where = ["--output-dir", run.root] if arguments[0] != "train" else []
-    argv = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "kolotune", *map(str, [*arguments, *where])]
+    """Return the command that starts kolotune, on a host or here."""
+    folder = ["--output-dir", run.root] if arguments[0] != "train" else []
+    argv = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "kolotune", *map(str, [*arguments, *folder])]
     return host.argv(*argv) if host is not None else argv
 
 
 def finish(*commands: list[str]) -> None:
-    """Runs commands one after the other."""
+    """Run commands one after another."""
     for argv in commands:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def same(run: RunFolder, other: RunFolder) -> None:
+def require_same(run: RunFolder, other: RunFolder) -> None:
     ours, theirs = losses(run.metrics), losses(other.metrics)
     print(f"{len(ours)} steps, losses differ by at most {max(abs(ours[step] - theirs[step]) for step in theirs):.1e}")
     assert ours == pytest.approx(theirs, abs=1e-4)
@@ -63,7 +65,7 @@ def test_four_processes(alone: RunFolder, config: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     prepare = start(["prepare", "--config", config], run)
     finish(prepare, start(["train", run.root, "--nproc", "4"], run, threads=1))
-    same(run, alone)
+    require_same(run, alone)
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -78,16 +80,16 @@ def test_two_hosts_of_two_processes(alone: RunFolder, config: Path, tmp_path: Pa
             with (tmp_path / f"{host.name}.log").open("w") as log:
                 children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT))
         wait_for_steps(runs[0], 2)
-        ranks = [at_work(host) for host in hosts]
+        ranks = [ranks_on(host) for host in hosts]
         connected = [host.told("ss", "-Htn", "state", "established") for host in hosts]
         for child, host in zip(children, hosts, strict=True):
             assert child.wait(timeout=1800) == 0, (tmp_path / f"{host.name}.log").read_text()
         print(f"ranks at work: {dict(zip([host.address for host in hosts], ranks, strict=True))}")
         assert sorted(rank for host in ranks for rank in host) == [0, 1, 2, 3]
-        assert all(len(host) == 2 for host in ranks), "two on each address"
+        assert all(len(host) == 2 for host in ranks), "two on each host"
         assert hosts[1].address in connected[0] and hosts[0].address in connected[1]
         for run in runs:
-            same(run, alone)
+            require_same(run, alone)
 
 
 def wait_for_steps(run: RunFolder, count: int) -> None:
@@ -97,15 +99,15 @@ def wait_for_steps(run: RunFolder, count: int) -> None:
         time.sleep(0.2)
 
 
-def at_work(host: Host) -> list[int]:
-    """The ranks of the processes of a host."""
-    found = []
+def ranks_on(host: Host) -> list[int]:
+    """Return the ranks of the processes on a host."""
+    ranks = []
     for number in subprocess.check_output(["ip", "netns", "pids", host.name], text=True).split():
         try:
             variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        ranks = [each for each in variables if each.startswith(b"RANK=")]
-        if ranks and os.path.basename(os.readlink(f"/proc/{number}/exe")).startswith("python"):
-            found.append(int(ranks[0].removeprefix(b"RANK=")))
-    return sorted(set(found))
+        settings = [each for each in variables if each.startswith(b"RANK=")]
+        if settings and os.path.basename(os.readlink(f"/proc/{number}/exe")).startswith("python"):
+            ranks.append(int(settings[0].removeprefix(b"RANK=")))
+    return sorted(set(ranks))

@@ -1,4 +1,4 @@
-"""A base that is parted over two processes: what each of them holds in memory."""
+"""A base model that is sharded over two processes: the memory of each."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ EMBEDDING = 128256 * 2048 * 2
 
 
 def peaks(argv: list[str]) -> list[int]:
-    """Bytes of its own that each process held at most, of a program and its descendants."""
+    """Run a program; return the peak of private memory of it and each descendant, in bytes, largest first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
-    found: dict[int, int] = {}
+    peak: dict[int, int] = {}
     while child.poll() is None:
         with contextlib.suppress(psutil.Error, OSError):
             for each in (child.pid, *(process.pid for process in psutil.Process(child.pid).children(recursive=True))):
                 lines = Path(f"/proc/{each}/status").read_text(encoding="ascii").splitlines()
                 own = sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
-                found[each] = max(found.get(each, 0), own << 10)
+                peak[each] = max(peak.get(each, 0), own << 10)
         time.sleep(0.02)
     assert child.returncode == 0
-    return sorted(found.values(), reverse=True)
+    return sorted(peak.values(), reverse=True)
 
 
 def engine(job: TrainJob) -> list[int]:
@@ -45,8 +45,8 @@ def engine(job: TrainJob) -> list[int]:
     return peaks([sys.executable, "-m", "kolotune.engines.native", str(file)])
 
 
-def of_plan(job: TrainJob) -> int:
-    """Bytes that each process would hold, as `kolotune plan` has it."""
+def planned_bytes(job: TrainJob) -> int:
+    """Return the bytes of each process that `kolotune plan` estimates."""
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     longest = max(tokens.chat_length(index) for index in range(len(tokens)))
     shape = read_shape(Path(job.base_model))
@@ -60,20 +60,20 @@ def of_plan(job: TrainJob) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_each_process_holds_little_more_than_half_of_a_1b(llama3_1b_base: Path, tmp_path: Path) -> None:
     write_tokens(tmp_path / "data" / "train.safetensors", random_chats(8, 1, 40, 60))
-    room = TrainingFolder(tmp_path)
+    training = TrainingFolder(tmp_path)
     options = {
         "base_model": str(llama3_1b_base), "dtype": "bf16", "epochs": 1, "batch_size": 2, "gradient_accumulation": 2,
     }  # fmt: skip
-    jobs = [room.job("alone", **options), room.job("parted", nproc=2, sharded=True, **options)]
+    jobs = [training.job("alone", **options), training.job("sharded", nproc=2, sharded=True, **options)]
     idle = peaks([sys.executable, "-c", "import torch, time; time.sleep(1)"])[0]
     alone = engine(jobs[0])[0] - idle
-    parted = [each - idle for each in engine(jobs[1])[:2]]
-    print(f"alone {alone / 1e6:.0f} MB, parted {[round(each / 1e6) for each in parted]} MB, idle {idle / 1e6:.0f} MB")
-    assert max(parted) <= 0.6 * alone + EMBEDDING
-    assert min(parted) > 0.3 * alone, "both hold their part"
-    foretold = of_plan(jobs[1]) - idle
-    print(f"the plan's formula says {foretold / 1e6:.0f} MB")
-    assert foretold == pytest.approx(max(parted), rel=0.25)
+    sharded = [peak - idle for peak in engine(jobs[1])[:2]]
+    print(f"alone {alone / 1e6:.0f} MB, sharded {[round(peak / 1e6) for peak in sharded]} MB, idle {idle / 1e6:.0f} MB")
+    assert max(sharded) <= 0.6 * alone + EMBEDDING
+    assert min(sharded) > 0.3 * alone, "both hold a shard"
+    planned = planned_bytes(jobs[1]) - idle
+    print(f"the plan's formula says {planned / 1e6:.0f} MB")
+    assert planned == pytest.approx(max(sharded), rel=0.25)
     curves = []
     for job in jobs:
         lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]

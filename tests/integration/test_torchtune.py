@@ -13,36 +13,36 @@ import pytest
 from safetensors.torch import load_file
 from support.hosts import two_hosts, why_not
 from support.reference_training import held_out_loss
-from support.runs import ROAD
+from support.runs import STAGES_WITHOUT_COMPARE, losses
 
 from kolotune.engines.torchtune import training
 from kolotune.gguf import header
+from kolotune.run_folder.metrics import held_out_losses, read_metrics
 from kolotune.serving.terminal_chat import open_chat
 
 
-def test_the_original_defaults_hold(torchtune_road: Any) -> None:
-    """What the road of the tiny Llama was not given is what the original scripts took."""
-    config = torchtune_road.config
+def test_the_original_defaults_hold(torchtune_run: Any) -> None:
+    """Options that the run does not set have the defaults of the original scripts."""
+    config = torchtune_run.config
     assert (config.batch_size, config.gradient_accumulation, config.lora_alpha) == (1, 1, 16.0)
     assert "k_proj" not in config.target_modules
-    adapter = json.loads((torchtune_road.run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = json.loads((torchtune_run.run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 16)
     assert sorted(adapter["target_modules"]) == sorted(config.target_modules)
-    assert adapter["base_model_name_or_path"] == str(torchtune_road.base)
+    assert adapter["base_model_name_or_path"] == str(torchtune_run.base)
 
 
-def test_the_held_out_loss_is_the_one_that_peft_finds(torchtune_road: Any) -> None:
-    run = torchtune_road.run
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    told = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
-    assert told[-1] == pytest.approx(held_out_loss(torchtune_road.base, run.adapter, run.prepared), rel=1e-4)
+def test_the_held_out_loss_is_the_one_that_peft_finds(torchtune_run: Any) -> None:
+    run = torchtune_run.run
+    losses = held_out_losses(read_metrics(run.metrics))
+    assert losses[-1][1] == pytest.approx(held_out_loss(torchtune_run.base, run.adapter, run.prepared), rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_both_engines_learn_the_same_from_the_same(
-    dtype: str, drive: Callable[..., Any], lines: list[str], reporter: Any, toolchain: Any, tmp_path: Path
+    dtype: str, run_all: Callable[..., Any], lines: list[str], reporter: Any, toolchain: Any, tmp_path: Path
 ) -> None:
     """Held-out losses of SmolLM2 within 2% of each other, judged by PEFT in fp32 on both adapters."""
     from kolotune.base_models import packaged_model
@@ -68,25 +68,24 @@ def test_both_engines_learn_the_same_from_the_same(
         "quantization": "none",
         "template_date": "2026-03-05",
     }
-    found = {}
+    after = {}
     for engine in ("native", "torchtune"):
-        road = drive(tmp_path / engine, base, engine=engine, **options)
-        found[engine] = held_out_loss(base, road.run.adapter, road.run.prepared)
-        told = [json.loads(line) for line in road.run.metrics.read_text(encoding="utf-8").splitlines()]
-        first = next(line["held_out_loss"] for line in told if "held_out_loss" in line)
-        print(f"{dtype} {engine}: held-out loss {first:.4f} before, {found[engine]:.4f} after")
-        assert found[engine] < 0.9 * first, "it must have learnt something, or the comparison says nothing"
-    assert found["torchtune"] == pytest.approx(found["native"], rel=0.02)
+        trained = run_all(tmp_path / engine, base, engine=engine, **options)
+        after[engine] = held_out_loss(base, trained.run.adapter, trained.run.prepared)
+        _, first = held_out_losses(read_metrics(trained.run.metrics))[0]
+        print(f"{dtype} {engine}: held-out loss {first:.4f} before, {after[engine]:.4f} after")
+        assert after[engine] < 0.9 * first, "it must have learned something, or the comparison shows nothing"
+    assert after["torchtune"] == pytest.approx(after["native"], rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_its_own_config_for_llama_3_2_1b(
-    drive: Callable[..., Any], llama3_1b_base: Path, lines: list[str], tmp_path: Path
+    run_all: Callable[..., Any], llama3_1b_base: Path, lines: list[str], tmp_path: Path
 ) -> None:
     """`llama3_2/1B_qlora_single_device`, whole: two steps, merged, converted, quantized, and it answers."""
     (tmp_path / "chats.jsonl").write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
-    road = drive(
+    trained = run_all(
         tmp_path / "run",
         llama3_1b_base,
         engine="torchtune",
@@ -97,36 +96,31 @@ def test_its_own_config_for_llama_3_2_1b(
         warmup_steps=1,
         template_date="2026-03-05",
     )
-    assert road.said.ran() == list(ROAD)
-    assert any("llama3_2/1B_qlora_single_device" in line for line in road.said.lines)
-    steps = [json.loads(line) for line in road.run.metrics.read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in steps] == [1, 2]
-    print("\n".join(road.said.lines))
-    used = (road.run.state / "torchtune" / "torchtune.yaml").read_text(encoding="utf-8")
+    assert trained.reporter.ran() == list(STAGES_WITHOUT_COMPARE)
+    assert any("llama3_2/1B_qlora_single_device" in line for line in trained.reporter.lines)
+    assert [line.step for line in read_metrics(trained.run.metrics)] == [1, 2]
+    print("\n".join(trained.reporter.lines))
+    used = (trained.run.state / "torchtune" / "torchtune.yaml").read_text(encoding="utf-8")
     assert "torchtune.models.llama3_2.qlora_llama3_2_1b" in used and "lora_rank: 16" in used
-    kinds = {kind for _, kind, _ in header.read(road.run.quantized("Q4_K_M")).tensors.values()}
+    kinds = {kind for _, kind, _ in header.read(trained.run.quantized("Q4_K_M")).tensors.values()}
     assert "Q4_K" in kinds
-    talk = open_chat(road.run, road.said)
+    talk = open_chat(trained.run, trained.reporter)
     assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_two_hosts_make_what_one_process_makes(training_room: Callable[..., Any]) -> None:
-    """Two processes on each of two hosts; then one of them has lost its last checkpoint, and gets it from the other."""
-    room = training_room("llama", chats=19, held_out=6)
+    """Two processes on each of two hosts; then one lacks its last checkpoint, and gets it from the other host."""
+    folder = training_room("llama", chats=19, held_out=6)
     options = {"epochs": 2, "batch_size": 4}
-    alone = room.job("alone", **options)
+    alone = folder.job("alone", **options)
     training.train(alone)
 
-    def lines(metrics: str, key: str = "loss") -> dict[int, float]:
-        read = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
-        return {line["step"]: line[key] for line in read if key in line}
-
     with two_hosts() as hosts:
-        place = {"nproc": 2, "nnodes": 2, "rdzv": f"{hosts[0].address}:29533"}
+        meeting = {"nproc": 2, "nnodes": 2, "rdzv": f"{hosts[0].address}:29533"}
         for resume in (False, True):
-            jobs = [room.job(host.name, **place, **options, resume=resume) for host in hosts]
+            jobs = [folder.job(host.name, **meeting, **options, resume=resume) for host in hosts]
             children = []
             for host, job in zip(hosts, jobs, strict=True):
                 file = Path(job.metrics).with_name("job.json")
@@ -138,9 +132,9 @@ def test_two_hosts_make_what_one_process_makes(training_room: Callable[..., Any]
                 assert child.returncode == 0, output
                 assert '"processes": 4' in output
             for job in jobs:
-                assert lines(job.metrics) == pytest.approx(lines(alone.metrics), rel=1e-3)
-                told = lines(job.metrics, "held_out_loss")
-                assert told == pytest.approx(lines(alone.metrics, "held_out_loss"), rel=1e-3)
+                for key in ("loss", "held_out_loss"):
+                    expected = losses(Path(alone.metrics), key)
+                    assert losses(Path(job.metrics), key) == pytest.approx(expected, rel=1e-3)
             first, second = (load_file(Path(job.adapter) / "adapter_model.safetensors") for job in jobs)
             assert all(first[name].equal(second[name]) for name in first), "both hosts have the result"
             for path in sorted(Path(jobs[1].checkpoints).iterdir())[-1].iterdir():

@@ -16,7 +16,7 @@ from kolotune.pipeline.status import read_status
 from kolotune.run_folder.layout import RunFolder
 
 # The stages of a run with --no-compare, as most runs of tests are, to save their time.
-ROAD = tuple(name for name in STAGE_NAMES if name != "compare")
+STAGES_WITHOUT_COMPARE = tuple(name for name in STAGE_NAMES if name != "compare")
 
 
 def config_of(run: RunFolder, **changes: Any) -> Config:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import ROAD
+from support.runs import STAGES_WITHOUT_COMPARE
 
 from kolotune.foundation.config import Config
 from kolotune.run_folder.layout import RunFolder
@@ -182,7 +182,7 @@ def test_status_of_a_finished_run(kolotune: Call, finished: Config) -> None:
     code, output = kolotune("status", finished.output_dir)
     assert code == 0
     rows = [line.split() for line in output.splitlines()[2:]]
-    assert rows == [[name, "done"] for name in ROAD]
+    assert rows == [[name, "done"] for name in STAGES_WITHOUT_COMPARE]
 
 
 def test_status_tells_one_reason_and_with_why_all_of_them(kolotune: Call, run_copy: RunFolder) -> None:
@@ -200,7 +200,9 @@ def test_status_as_json(kolotune: Call, finished: Config) -> None:
     code, output = kolotune("status", finished.output_dir, "--json")
     told = json.loads(output)
     assert code == 0
-    assert [(each["stage"], each["state"]) for each in told["rows"]] == [(name, "done") for name in ROAD]
+    assert [(each["stage"], each["state"]) for each in told["rows"]] == [
+        (name, "done") for name in STAGES_WITHOUT_COMPARE
+    ]
 
 
 @pytest.mark.parametrize("verb", ["status", "train", "merge", "convert", "quantize", "modelfile", "chat"])

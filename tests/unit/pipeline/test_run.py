@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.runs import ROAD, config_of, partials, states
+from support.runs import STAGES_WITHOUT_COMPARE, config_of, partials, states
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
@@ -68,7 +68,7 @@ def test_a_finished_run_has_everything_and_says_so(finished: Config) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [each["step"] for each in lines if "loss" in each] == [1]
     assert partials(run) == []
-    for stage in set(ROAD):
+    for stage in set(STAGES_WITHOUT_COMPARE):
         assert read_record(run, stage) is not None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import ROAD, config_of
+from support.runs import STAGES_WITHOUT_COMPARE, config_of
 
 from kolotune.base_models import catalog
 from kolotune.foundation.config import Config
@@ -37,7 +37,7 @@ def test_it_ties_everything_together(finished: Config) -> None:
     assert found.versions["kolotune"] == VERSION and {"python", "torch", "llama.cpp"} <= set(found.versions)
     assert {"system", "processor", "instructions", "cores"} <= set(found.machine)
     assert found.facts_of("train")["threads"] >= 1
-    assert set(found.stages) == set(ROAD)
+    assert set(found.stages) == set(STAGES_WITHOUT_COMPARE)
     for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf", "Modelfile", ".kolotune/prepared"):
         artifact = found.artifacts[name]
         assert artifact.sha256 == Hasher().of(run.root / name)

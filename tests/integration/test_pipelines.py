@@ -1,4 +1,4 @@
-"""The whole road, from chats to Modelfiles: everything is there, and it is the same model at every station."""
+"""Whole pipelines, from chats to Modelfiles: every result is there, and each stage has the same model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import ollama
 import pytest
 from safetensors.numpy import load_file
 from support.fake_ollama import FakeOllama
-from support.runs import ROAD
+from support.runs import STAGES_WITHOUT_COMPARE
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
 from kolotune.engines.prepared_tokens import PreparedTokens
@@ -35,38 +35,41 @@ from kolotune.ollama.install import install
 from kolotune.ollama.modelfile import parse
 from kolotune.pipeline.run import run_pipeline
 from kolotune.pipeline.status import StageState, StageStatus, read_status
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, RunFolder
+from kolotune.run_folder.metrics import held_out_losses, read_metrics
 from kolotune.serving.requests import read
 from kolotune.serving.served_model import ServedModel
 
-TINY = ("llama3_road", "torchtune_road", "qwen_road")
-EVERY = (*TINY, "smollm2_road")
-BOS = {"llama3_road": 128000, "torchtune_road": 128000, "qwen_road": None, "smollm2_road": None}
+TINY = ("llama3_run", "torchtune_run", "qwen_run")
+EVERY = (*TINY, "smollm2_run")
+BOS = {"llama3_run": 128000, "torchtune_run": 128000, "qwen_run": None, "smollm2_run": None}
 STOPS = {
-    "llama3_road": "<|eot_id|>",
-    "torchtune_road": "<|eot_id|>",
-    "qwen_road": "<|im_end|>",
-    "smollm2_road": "<|im_end|>",
+    "llama3_run": "<|eot_id|>",
+    "torchtune_run": "<|eot_id|>",
+    "qwen_run": "<|im_end|>",
+    "smollm2_run": "<|im_end|>",
 }
 HARD = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
     " naïve Zürich 日本語テキスト Привет עברית हिन्दी 🎉👩‍👩‍👧  trailing   \n \n x_y__z http://a.b/c?d=e&f=%20"
 )  # all in NFC: llama.cpp does not normalize
-PRE = {"llama3_road": "llama-bpe", "torchtune_road": "llama-bpe", "qwen_road": "qwen2", "smollm2_road": "smollm"}
+PRE = {"llama3_run": "llama-bpe", "torchtune_run": "llama-bpe", "qwen_run": "qwen2", "smollm2_run": "smollm"}
 
 
 @pytest.fixture
-def road(request: pytest.FixtureRequest) -> Any:
+def trained(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
 def on(*names: str) -> Any:
-    """The test runs on these roads and is told which."""
-    return pytest.mark.parametrize(("road", "name"), [(name, name) for name in names], indirect=["road"], ids=names)
+    """Run the test on these runs; `name` is the fixture of each."""
+    return pytest.mark.parametrize(
+        ("trained", "name"), [(name, name) for name in names], indirect=["trained"], ids=names
+    )
 
 
 def encoded(run: RunFolder, part: str) -> list[tuple[list[int], list[bool]]]:
-    """Ids and flags of each chat that was prepared."""
+    """Return token ids and loss mask of each prepared chat."""
     tensors = load_file(run.prepared / f"{part}.safetensors")
     bounds = tensors["offsets"].tolist()
     return [
@@ -76,17 +79,17 @@ def encoded(run: RunFolder, part: str) -> list[tuple[list[int], list[bool]]]:
 
 
 def held_out(run: RunFolder) -> list[dict[str, Any]]:
-    file = run.prepared / "held_out.jsonl"
+    file = run.prepared / HELD_OUT_CHATS
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def load(folder: Path) -> Any:
-    """A model of transformers in fp32, with nothing missing and nothing left over."""
+    """Load a model with transformers in fp32; no weight may be missing or unknown."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(told.values()), told
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
     return model.eval()
 
 
@@ -95,65 +98,64 @@ def logits_of(model: Any, ids: list[int]) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        found: np.ndarray = model(torch.tensor([ids])).logits[0].numpy()
-    return found
+        logits: np.ndarray = model(torch.tensor([ids])).logits[0].numpy()
+    return logits
 
 
 def gguf_logits(path: Path, chats: list[list[int]]) -> list[np.ndarray]:
     import llama_cpp
 
     library = llama_cpp.Llama(str(path), n_ctx=1024, logits_all=True, verbose=False)
-    found = []
+    logits = []
     for ids in chats:
         library.reset()
         library.eval(ids)
-        found.append(np.array(library.scores[: len(ids)]))
-    return found
+        logits.append(np.array(library.scores[: len(ids)]))
+    return logits
 
 
 @on(*EVERY)
-def test_everything_is_there(road: Any, name: str) -> None:
-    run = road.run
-    assert road.said.ran() == list(ROAD)
-    quantized = road.config.quantization[0]
-    made = {
+def test_everything_is_there(trained: Any, name: str) -> None:
+    run = trained.run
+    assert trained.reporter.ran() == list(STAGES_WITHOUT_COMPARE)
+    quantized = trained.config.quantization[0]
+    results = {
         "adapter", "merged_model", "Merged.gguf", f"Merged{quantized}.gguf", "Modelfile", f"Modelfile{quantized}",
         "config.yaml", "metrics.jsonl", ".kolotune",
     }  # fmt: skip
-    assert made <= {path.name for path in run.root.iterdir()}
+    assert results <= {path.name for path in run.root.iterdir()}
     assert not [path for path in run.root.rglob("*.partial")]
-    losses = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    held = [line["held_out_loss"] for line in losses if "held_out_loss" in line]
-    assert len(held) == 2 and held[1] < held[0]
+    (_, before), (_, after) = held_out_losses(read_metrics(run.metrics))
+    assert after < before
 
 
 @on(*EVERY)
-def test_everything_is_done(road: Any, name: str) -> None:
-    assert read_status(road.run) == [StageStatus(stage, StageState.DONE) for stage in ROAD]
+def test_everything_is_done(trained: Any, name: str) -> None:
+    assert read_status(trained.run) == [StageStatus(stage, StageState.DONE) for stage in STAGES_WITHOUT_COMPARE]
 
 
 @on(*EVERY)
-def test_adapter_on_its_base_is_the_merged_model(road: Any, name: str) -> None:
+def test_adapter_on_its_base_is_the_merged_model(trained: Any, name: str) -> None:
     from peft import PeftModel
 
-    ids = encoded(road.run, "held_out")[0][0]
-    base = load(road.base)
+    ids = encoded(trained.run, "held_out")[0][0]
+    base = load(trained.base)
     before = logits_of(base, ids)
-    adapted = logits_of(PeftModel.from_pretrained(base, road.run.adapter).eval(), ids)
-    merged = logits_of(load(road.run.merged_model), ids)
+    adapted = logits_of(PeftModel.from_pretrained(base, trained.run.adapter).eval(), ids)
+    merged = logits_of(load(trained.run.merged_model), ids)
     scale = np.abs(adapted).max()
     assert np.abs(adapted - before).max() > 0.02 * scale, "the training must have changed something"
     assert np.abs(adapted - merged).max() < 2e-3 * scale
 
 
 @on(*EVERY)
-def test_llama_cpp_computes_what_the_merged_model_computes(road: Any, name: str) -> None:
-    """The same likeliest token at 99% of the answers' positions or more."""
-    chats = encoded(road.run, "held_out")
-    merged = load(road.run.merged_model)
-    found = gguf_logits(road.run.gguf, [ids for ids, _ in chats])
+def test_llama_cpp_computes_what_the_merged_model_computes(trained: Any, name: str) -> None:
+    """The most likely token is the same at 99% of the answers' positions or more."""
+    chats = encoded(trained.run, "held_out")
+    merged = load(trained.run.merged_model)
+    computed = gguf_logits(trained.run.gguf, [ids for ids, _ in chats])
     agreed = []
-    for (ids, labelled), theirs in zip(chats, found, strict=True):
+    for (ids, labelled), theirs in zip(chats, computed, strict=True):
         at = [position - 1 for position in range(1, len(ids)) if labelled[position]]
         agreed += (logits_of(merged, ids)[at].argmax(-1) == theirs[at].argmax(-1)).tolist()
     assert len(agreed) > 20
@@ -161,7 +163,7 @@ def test_llama_cpp_computes_what_the_merged_model_computes(road: Any, name: str)
 
 
 def chats_with_prompts(run: RunFolder) -> Iterator[tuple[list[dict[str, Any]], list[int], int]]:
-    """Each held-out chat with its ids, and how many of them stand before the last answer."""
+    """Yield each held-out chat with its ids, and the number of ids before the last answer."""
     chats, ids_of = held_out(run), encoded(run, "held_out")
     assert len(chats) == len(ids_of) > 0
     for chat, (ids, labelled) in zip(chats, ids_of, strict=True):
@@ -173,86 +175,89 @@ def chats_with_prompts(run: RunFolder) -> Iterator[tuple[list[dict[str, Any]], l
 
 
 @on(*EVERY)
-def test_llama_cpp_reads_the_prompt_as_it_was_trained(road: Any, name: str) -> None:
-    model = GgufModel(road.run.gguf, context=256)
-    template = template_of(road.run.tokenizer)
-    for messages, ids, start in chats_with_prompts(road.run):
+def test_llama_cpp_reads_the_prompt_as_it_was_trained(trained: Any, name: str) -> None:
+    model = GgufModel(trained.run.gguf, context=256)
+    template = template_of(trained.run.tokenizer)
+    for messages, ids, start in chats_with_prompts(trained.run):
         assert model.tokens(template.render(messages[:-1], None, True)) == ids[:start]
         assert model.tokens(template.render(messages, None, False)) == ids
 
 
 @on(*EVERY)
-def test_what_is_served_reads_the_prompt_as_it_was_trained(road: Any, name: str, fake_ollama: FakeOllama) -> None:
-    """Token by token from `serve`; as many in Ollama, where Go renders and the GGUF decides about the BOS."""
-    served, there = ServedModel(road.run, None), OllamaClient(fake_ollama.host)
-    install(road.run, "m", road.said, parameters=["num_predict=1", "temperature=0"], server=there)
+def test_what_is_served_reads_the_prompt_as_it_was_trained(trained: Any, name: str, fake_ollama: FakeOllama) -> None:
+    """`serve` reads the same ids; Ollama the same number, where Go renders and the GGUF decides about the BOS."""
+    served, server = ServedModel(trained.run, None), OllamaClient(fake_ollama.host)
+    install(trained.run, "m", trained.reporter, parameters=["num_predict=1", "temperature=0"], server=server)
     client = ollama.Client(fake_ollama.host, trust_env=False)
-    for messages, ids, start in chats_with_prompts(road.run):
+    for messages, ids, start in chats_with_prompts(trained.run):
         request = read(json.dumps({"messages": messages[:-1]}).encode())
         assert served.prompt(request) == ids[:start]
         assert client.chat("m", messages[:-1]).prompt_eval_count == start
 
 
 @on(*EVERY)
-def test_llama_cpp_reads_any_text_as_the_tokenizer_does(road: Any, name: str) -> None:
-    tokenizer = load_tokenizer(road.run.tokenizer)
-    assert GgufModel(road.run.gguf, context=64).tokens(HARD) == tokenizer(HARD, add_special_tokens=False)["input_ids"]
+def test_llama_cpp_reads_any_text_as_the_tokenizer_does(trained: Any, name: str) -> None:
+    tokenizer = load_tokenizer(trained.run.tokenizer)
+    assert (
+        GgufModel(trained.run.gguf, context=64).tokens(HARD) == tokenizer(HARD, add_special_tokens=False)["input_ids"]
+    )
 
 
 @on(*EVERY)
-def test_bos_exactly_once(road: Any, name: str) -> None:
-    """In training, in what llama.cpp reads, and in what Ollama makes of TEMPLATE and the GGUF's own flag."""
-    fields = header.read(road.run.gguf).fields
-    template = parse(road.run.modelfile().read_text(encoding="utf-8")).template or ""
+def test_bos_exactly_once(trained: Any, name: str) -> None:
+    """In training, in llama.cpp, and in Ollama, which has TEMPLATE and the flag in the GGUF."""
+    fields = header.read(trained.run.gguf).fields
+    template = parse(trained.run.modelfile().read_text(encoding="utf-8")).template or ""
     if BOS[name] is None:
         assert fields["tokenizer.ggml.add_bos_token"] is False
-        assert all(ids[0] != ids[1] for ids, _ in encoded(road.run, "train"))
+        assert all(ids[0] != ids[1] for ids, _ in encoded(trained.run, "train"))
         assert not template.startswith("<|endoftext|>")
         return
-    assert all(ids.count(BOS[name]) == 1 and ids[0] == BOS[name] for ids, _ in encoded(road.run, "train"))
+    assert all(ids.count(BOS[name]) == 1 and ids[0] == BOS[name] for ids, _ in encoded(trained.run, "train"))
     assert fields["tokenizer.ggml.add_bos_token"] is True and "<|begin_of_text|>" not in template
 
 
 @pytest.mark.slow
-def test_bos_of_the_post_processor_does_not_count(llama3_road: Any, tmp_path: Path) -> None:
+def test_bos_of_the_post_processor_does_not_count(llama3_run: Any, tmp_path: Path) -> None:
     """Llama 3's own tokenizer.json adds a BOS; a template that writes none must be served without one."""
-    shutil.copytree(llama3_road.run.merged_model, tmp_path / "model")
+    shutil.copytree(llama3_run.run.merged_model, tmp_path / "model")
     file = tmp_path / "model" / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     assert config["add_bos_token"] is True
     file.write_text(json.dumps({**config, "add_bos_token": False}), encoding="utf-8")
-    convert_folder(tmp_path / "model", tmp_path / "out.gguf", tmp_path / "log", llama3_road.said)
+    convert_folder(tmp_path / "model", tmp_path / "out.gguf", tmp_path / "log", llama3_run.reporter)
     assert header.read(tmp_path / "out.gguf").fields["tokenizer.ggml.add_bos_token"] is False
 
 
 @on(*EVERY)
-def test_the_gguf_carries_the_trained_template(road: Any, name: str) -> None:
-    trained = (road.run.tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
-    assert "strftime_now" not in trained
-    for path in (road.run.gguf, road.run.quantized(road.config.quantization[0])):
+def test_the_gguf_carries_the_trained_template(trained: Any, name: str) -> None:
+    template = (trained.run.tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "strftime_now" not in template
+    for path in (trained.run.gguf, trained.run.quantized(trained.config.quantization[0])):
         summary = header.read(path)
-        assert summary.fields["tokenizer.chat_template"] == trained
+        assert summary.fields["tokenizer.chat_template"] == template
         assert summary.fields["tokenizer.ggml.pre"] == PRE[name]
-    assert (road.run.merged_model / "chat_template.jinja").read_text(encoding="utf-8") == trained
+    assert (trained.run.merged_model / "chat_template.jinja").read_text(encoding="utf-8") == template
 
 
-def test_the_date_is_frozen(llama3_road: Any) -> None:
-    template = template_of(llama3_road.run.tokenizer)
+def test_the_date_is_frozen(llama3_run: Any) -> None:
+    template = template_of(llama3_run.run.tokenizer)
     assert "Today Date: 05 Mar 2026" in template.render([{"role": "user", "content": "Hi"}], None, True)
-    source = (llama3_road.base / "chat_template.jinja").read_text(encoding="utf-8")
-    assert "strftime_now" in source, "otherwise there was nothing to freeze"
-    text = parse(llama3_road.run.modelfile().read_text(encoding="utf-8")).template
+    source = (llama3_run.base / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "strftime_now" in source, "otherwise there is nothing to freeze"
+    text = parse(llama3_run.run.modelfile().read_text(encoding="utf-8")).template
     assert text is None or "05 Mar 2026" in text
 
 
 @on(*EVERY)
-def test_the_ggufs_load_and_the_modelfiles_name_them(road: Any, name: str) -> None:
+def test_the_ggufs_load_and_the_modelfiles_name_them(trained: Any, name: str) -> None:
+    run, quantization = trained.run, trained.config.quantization[0]
     for modelfile, gguf in (
-        (road.run.modelfile(), road.run.gguf),
-        (road.run.modelfile(road.config.quantization[0]), road.run.quantized(road.config.quantization[0])),
+        (run.modelfile(), run.gguf),
+        (run.modelfile(quantization), run.quantized(quantization)),
     ):
         parsed = parse(modelfile.read_text(encoding="utf-8"))
-        assert (road.run.root / parsed.from_).resolve() == gguf.resolve()
+        assert (run.root / parsed.from_).resolve() == gguf.resolve()
         assert ("stop", STOPS[name]) in parsed.parameters
         assert parsed.template and STOPS[name] in parsed.template
         model = GgufModel(gguf, context=128)
@@ -263,19 +268,20 @@ def test_the_ggufs_load_and_the_modelfiles_name_them(road: Any, name: str) -> No
 # --- what runs again
 
 
-@on("llama3_road")
-def test_nothing_changed_nothing_runs(road: Any, name: str, tmp_path: Path) -> None:
-    copy = road.copied(tmp_path / "run")
-    before = copy.finished()
-    said = copy.again()
-    assert said.ran() == [] and sum("done before" in line for line in said.lines) == len(ROAD)
-    assert copy.finished() == before
+@on("llama3_run")
+def test_nothing_changed_nothing_runs(trained: Any, name: str, tmp_path: Path) -> None:
+    copy = trained.copy(tmp_path / "run")
+    before = copy.records()
+    reporter = copy.repeat()
+    assert reporter.ran() == []
+    assert sum("done before" in line for line in reporter.lines) == len(STAGES_WITHOUT_COMPARE)
+    assert copy.records() == before
 
 
-def test_smollm2_unchanged_runs_nothing(smollm2_road: Any) -> None:
-    before = smollm2_road.finished()
-    assert smollm2_road.again().ran() == []
-    assert smollm2_road.finished() == before
+def test_smollm2_unchanged_runs_nothing(smollm2_run: Any) -> None:
+    before = smollm2_run.records()
+    assert smollm2_run.repeat().ran() == []
+    assert smollm2_run.records() == before
 
 
 @pytest.mark.parametrize(
@@ -287,21 +293,20 @@ def test_smollm2_unchanged_runs_nothing(smollm2_road: Any) -> None:
         ({"checkpoint_steps": 3}, []),
     ],
 )
-def test_what_changed_and_all_behind_it_runs(
-    changes: dict[str, Any], stages: list[str], qwen_road: Any, tmp_path: Path
+def test_what_changed_and_all_after_it_runs(
+    changes: dict[str, Any], stages: list[str], qwen_run: Any, tmp_path: Path
 ) -> None:
-    copy = qwen_road.copied(tmp_path / "run")
-    before = copy.finished()
-    assert copy.again(**changes).ran() == stages
-    after = copy.finished()
-    assert [name for name in ROAD if before[name] != after[name]] == stages
-    assert copy.again(**changes).ran() == []
+    copy = qwen_run.copy(tmp_path / "run")
+    before = copy.records()
+    assert copy.repeat(**changes).ran() == stages
+    after = copy.records()
+    assert [name for name in STAGES_WITHOUT_COMPARE if before[name] != after[name]] == stages
+    assert copy.repeat(**changes).ran() == []
 
 
-def test_another_quantization_of_smollm2(smollm2_road: Any, tmp_path: Path) -> None:
-    copy = smollm2_road.copied(tmp_path / "run")
-    said = copy.again(quantization=("Q8_0",))
-    assert said.ran() == ["quantize", "modelfile"]
+def test_another_quantization_of_smollm2(smollm2_run: Any, tmp_path: Path) -> None:
+    copy = smollm2_run.copy(tmp_path / "run")
+    assert copy.repeat(quantization=("Q8_0",)).ran() == ["quantize", "modelfile"]
     summary = header.read(copy.run.quantized("Q8_0"))
     assert {kind for _, kind, _ in summary.tensors.values()} == {"Q8_0", "F32"}
     parsed = parse(copy.run.modelfile("Q8_0").read_text(encoding="utf-8"))
@@ -312,7 +317,7 @@ def test_another_quantization_of_smollm2(smollm2_road: Any, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="session")
-def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_road: Any) -> Path:
+def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_run: Any) -> Path:
     """A random model whose rows are whole blocks of every quantization, with SmolLM2's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -327,53 +332,53 @@ def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_road: Any) -> Pa
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(shape).half().save_pretrained(folder / "model")
-    for path in smollm2_road.run.tokenizer.iterdir():
+    for path in smollm2_run.run.tokenizer.iterdir():
         shutil.copyfile(path, folder / "model" / path.name)
-    convert_folder(folder / "model", folder / "Wide.gguf", folder / "log", smollm2_road.said)
+    convert_folder(folder / "model", folder / "Wide.gguf", folder / "log", smollm2_run.reporter)
     return folder / "Wide.gguf"
 
 
 @pytest.fixture(scope="session")
-def wide_matrix(smollm2_road: Any, wide_gguf: Path) -> Path:
+def wide_matrix(smollm2_run: Any, wide_gguf: Path) -> Path:
     """An importance matrix of that model."""
     target = wide_gguf.with_name("matrix.gguf")
-    quantize.make_matrix(wide_gguf, smollm2_road.run.prepared, target, target.with_name("log"), smollm2_road.said)
+    quantize.make_matrix(wide_gguf, smollm2_run.run.prepared, target, target.with_name("log"), smollm2_run.reporter)
     return target
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_every_quantization_does_what_the_table_says(
-    kind: str, smollm2_road: Any, wide_gguf: Path, wide_matrix: Path, tmp_path: Path
+    kind: str, smollm2_run: Any, wide_gguf: Path, wide_matrix: Path, tmp_path: Path
 ) -> None:
-    said = smollm2_road.said
+    reporter = smollm2_run.reporter
     target = tmp_path / f"Wide{kind}.gguf"
     if kind in NEEDS_IMPORTANCE_MATRIX:
         with pytest.raises(ToolchainError, match="imatrix"):
-            quantize_file(wide_gguf, target, kind, tmp_path / "log", said)
+            quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter)
         assert not target.exists()
-        quantize_file(wide_gguf, target, kind, tmp_path / "log", said, wide_matrix)
+        quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter, wide_matrix)
         GgufModel(target, context=64)
         return
-    quantize_file(wide_gguf, target, kind, tmp_path / "log", said)
+    quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter)
     assert target.stat().st_size <= wide_gguf.stat().st_size + 4096
     GgufModel(target, context=64)
     # SmolLM2's rows of 576 are whole blocks of few types: llama.cpp takes a wider one where it knows one.
     target = tmp_path / f"SmolLM2{kind}.gguf"
     if kind == "Q1_0":
         with pytest.raises(ToolchainError, match="no tensor type fallback"):
-            quantize_file(smollm2_road.run.gguf, target, kind, tmp_path / "log", said)
+            quantize_file(smollm2_run.run.gguf, target, kind, tmp_path / "log", reporter)
         return
-    quantize_file(smollm2_road.run.gguf, target, kind, tmp_path / "log", said)
+    quantize_file(smollm2_run.run.gguf, target, kind, tmp_path / "log", reporter)
     GgufModel(target, context=64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q2_K", "IQ3_M"])
-def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_road: Any, tmp_path: Path) -> None:
-    run, said, log = smollm2_road.run, smollm2_road.said, tmp_path / "log"
-    quantize.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, said)
-    held_out = PreparedTokens.load(run.prepared / "held_out.safetensors")
+def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_run: Any, tmp_path: Path) -> None:
+    run, reporter, log = smollm2_run.run, smollm2_run.reporter, tmp_path / "log"
+    quantize.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, reporter)
+    held_out = PreparedTokens.load(run.prepared / HELD_OUT_TOKENS)
     chats = [held_out.chat(each)[0].tolist() for each in range(min(len(held_out), 8))]
 
     def likely(gguf: Path) -> np.ndarray:
@@ -384,7 +389,7 @@ def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_road: Any
 
     whole, apart = likely(run.gguf), {}
     for name, matrix in (("with", tmp_path / "matrix"), ("without", None)):
-        quantize_file(run.gguf, tmp_path / name, kind, log, said, matrix)
+        quantize_file(run.gguf, tmp_path / name, kind, log, reporter, matrix)
         apart[name] = between(whole, likely(tmp_path / name))
     print({name: (each.kl_mean, each.top1_agreement) for name, each in apart.items()})
     assert apart["with"].kl_mean < apart["without"].kl_mean
@@ -412,7 +417,7 @@ def _judge(sample: Path) -> ModuleType:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_manner_of_the_sample(
-    sample_chats: Path, drive: Callable[..., Any], smollm2_road: Any, tmp_path: Path
+    sample_chats: Path, run_all: Callable[..., Any], smollm2_run: Any, tmp_path: Path
 ) -> None:
     """As the demo trains it: at least 17 of 20 held-out answers in the lighthouse keeper's manner, 1 at most before."""
     from kolotune.foundation import config as configs
@@ -428,14 +433,14 @@ def test_the_manner_of_the_sample(
         "output_dir": tmp_path / "run",
     }
     config = configs.resolve((options, "sample", sample))
-    run = run_pipeline(config, smollm2_road.said)
+    run = run_pipeline(config, smollm2_run.reporter)
     judge = _judge(sample)
     text = (sample / "questions.jsonl").read_text(encoding="utf-8")
     counts = {}
     for base in (True, False):
         counts[base] = 0
         for line in text.splitlines():
-            talk = open_chat(run, smollm2_road.said, base=base)
+            talk = open_chat(run, smollm2_run.reporter, base=base)
             pieces = talk.ask(json.loads(line)["question"], temperature=0.0, max_tokens=120, seed=0)
             counts[base] += judge.has_manner("".join(pieces))
     assert len(text.splitlines()) == 20
