@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.run_folder.layout import RunFolder
 
 from .follow import LaunchedRun
 from .options import Json, reporter
 
-if TYPE_CHECKING:
-    pass
-
 
 def cancel(run: LaunchedRun = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:
     """Stop a launched job, or the jobs of a sweep."""
-    from kolotune.launching.registry import again
+    from kolotune.launching.registry import launched_job
     from kolotune.sweeping.record import not_over
 
     say = reporter(json)
     folder = RunFolder(run.absolute())
     trials = [RunFolder(folder.root / name) for name in not_over(folder.root)]
     for trial in [trial for trial in trials if trial.launched.is_file()] or [folder]:
-        launcher, launched = again(trial)
-        launcher.cancel(launched, say)
-        say.success(f"stopped: job {launched.job}")
+        launcher, job = launched_job(trial)
+        launcher.cancel(job, say)
+        say.success(f"stopped: job {job.job}")
     return 0

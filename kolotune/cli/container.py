@@ -54,12 +54,12 @@ def build(
 ) -> int:
     """Builds the image; only what has changed is built again."""
     from kolotune.base_models.downloads import cache_folder
-    from kolotune.runners.container import lifecycle
+    from kolotune.runners.container.build import BuildOptions, build_image
     from kolotune.runners.container.docker import Docker
 
     say = reporter(json)
-    options = lifecycle.BuildOptions(base, extra_index, wheels, ca_bundle, pip_config, network)
-    tag = lifecycle.build(Docker(), options, cache_folder("container") / "build.log", say)
+    options = BuildOptions(base, extra_index, wheels, ca_bundle, pip_config, network)
+    tag = build_image(Docker(), options, cache_folder("container") / "build.log", say)
     say.success(f"built {tag}")
     say.note("next: kolotune container start")
     return 0
@@ -115,7 +115,7 @@ def status(name: Name = names.DEFAULT_NAME, json: Json = False) -> int:
     from kolotune.runners.container import lifecycle
     from kolotune.runners.container.docker import Docker
 
-    rows = lifecycle.described(Docker(), _checked(name))
+    rows = lifecycle.status_rows(Docker(), _checked(name))
     reporter(json).table(f"Container {name}", ("part", "state", "what"), rows)
     return 0
 
@@ -125,7 +125,7 @@ def shell(name: Name = names.DEFAULT_NAME) -> int:
     from kolotune.runners import local
     from kolotune.runners.container.docker import Docker
 
-    found = Docker().running(_checked(name))
+    found = Docker().require_running(_checked(name))
     program = shutil.which("docker")
     if program is None:
         raise ConfigError("shell: Docker's program `docker` is not here", "Install it; the other verbs don't need it.")

@@ -14,8 +14,7 @@ from kolotune.run_folder.layout import RunFolder
 from .options import Json, reporter
 
 if TYPE_CHECKING:
-    from kolotune.launching.launcher import Launched, Launcher
-
+    from kolotune.launching.launcher import LaunchedJob, Launcher
 
 LaunchedRun = Annotated[Path, typer.Argument(help="The run folder that the job was launched from.")]
 
@@ -29,21 +28,21 @@ def follow(
     json: Json = False,
 ) -> int:
     """Show what a launched job reports; fetch its results."""
-    from kolotune.launching.registry import again
+    from kolotune.launching.registry import launched_job
 
     say = reporter(json)
     folder = RunFolder(run.absolute())
-    launcher, launched = again(folder)
-    return follow_job(launcher, launched, folder, say, wait=wait, fetch=fetch)
+    launcher, job = launched_job(folder)
+    return follow_job(launcher, job, folder, say, wait=wait, fetch=fetch)
 
 
 def follow_job(
-    launcher: Launcher, launched: Launched, folder: RunFolder, say: Reporter, *, wait: bool, fetch: bool
+    launcher: Launcher, job: LaunchedJob, folder: RunFolder, say: Reporter, *, wait: bool, fetch: bool
 ) -> int:
     """Show what a job reports until it ends, then fetch its results; return its exit code."""
-    code = launcher.follow(launched, say) if wait else 0
+    code = launcher.follow(job, say) if wait else 0
     if fetch:
-        fetched = [name for name in launcher.fetch(launched, folder, say) if not name.startswith(".")]
+        fetched = [name for name in launcher.fetch(job, folder, say) if not name.startswith(".")]
         if fetched:
             say.note(f"fetched to {folder.root}: {', '.join(fetched)}")
     return code

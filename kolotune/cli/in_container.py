@@ -18,9 +18,11 @@ from kolotune.foundation.errors import ConfigError, DataError
 from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES, Secret
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners.container import names
-from kolotune.runners.container.paths import Paths
-from kolotune.runners.container.transfer import Sender, Volume, seed
-from kolotune.runners.container.verb import Order, carry_out
+from kolotune.runners.container.inputs import InputSender
+from kolotune.runners.container.path_map import PathMap
+from kolotune.runners.container.results import send_run
+from kolotune.runners.container.verb import ContainerVerb, run_verb
+from kolotune.runners.container.volume import Volume, exists
 
 from .options import config_of, reporter
 
@@ -173,17 +175,17 @@ class _Call:
         say = reporter("json" in self.given)
         token = self._token()
         docker = Docker()
-        volume = Volume(docker, docker.running(wanted.name))
-        paths = Paths(token)
+        volume = Volume(docker, docker.require_running(wanted.name))
+        paths = PathMap(token)
         hasher = Hasher(cache_folder("container") / "hashes.json")
-        sender = Sender(volume, hasher, paths, say)
+        sender = InputSender(volume, hasher, paths, say)
         run, out = self._run(), self._out()
         places_of_run = None
         if run is not None:
             places_of_run = (run, names.run_folder(run))
             paths.add(places_of_run[1], run)
             self._seed(volume, sender, *places_of_run)
-        order = Order(
+        order = ContainerVerb(
             argv=self._argv(sender, places_of_run, out),
             paths=paths,
             run=places_of_run if self.verb not in LOOKING else None,
@@ -191,12 +193,12 @@ class _Call:
             token=token,
             as_events="json" in self.names,
             raw="json" in self.given,
-            typed="prompt" in self.names and "prompt" not in self.given,
+            takes_input="prompt" in self.names and "prompt" not in self.given,
         )
         if out is not None:
             paths.add(out[1], out[0])
         hasher.save()
-        return carry_out(volume, order, say, leave_inside=wanted.leave_inside, with_checkpoints=wanted.with_checkpoints)
+        return run_verb(volume, order, say, leave_inside=wanted.leave_inside, with_checkpoints=wanted.with_checkpoints)
 
     def _token(self) -> Secret:
         """The hub's token, from where the options or the environment say; an empty one for none."""
@@ -223,7 +225,7 @@ class _Call:
         return host, names.OUTSIDE / os.urandom(6).hex() / names.run_folder(host).name
 
     def _argv(
-        self, sender: Sender, run: tuple[Path, PurePosixPath] | None, out: tuple[Path, PurePosixPath] | None
+        self, sender: InputSender, run: tuple[Path, PurePosixPath] | None, out: tuple[Path, PurePosixPath] | None
     ) -> list[str]:
         options, positional = [], []
         for each in self.parameters:
@@ -248,27 +250,27 @@ class _Call:
                 options += [f"{each.opts[0]}={one}" for one in _several(value)]
         return [self.verb, *options, *(["--", *positional] if positional else [])]
 
-    def _inside(self, name: str, value: Any, sender: Sender) -> Any:
+    def _inside(self, name: str, value: Any, sender: InputSender) -> Any:
         """A parameter's value, or the place inside of the file that it names."""
         if name in CHATS:
             return [_chats_inside(Path(os.path.abspath(Path(each).expanduser())), sender) for each in _several(value)]
         if name in FILES:
-            return sender.place(Path(os.path.abspath(value)))
+            return sender.send(Path(os.path.abspath(value)))
         if name in BASES and isinstance(value, str):
             return _base_inside(configs.normalized("base_model", value, Path.cwd()), sender)
         return value
 
-    def _config_inside(self, sender: Sender, file: Path) -> PurePosixPath:
+    def _config_inside(self, sender: InputSender, file: Path) -> PurePosixPath:
         import yaml
 
         values = _options_inside(configs.load_file(file), file.absolute().parent, sender)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        return sender.place_text("kolotune.yaml", text, file)
+        return sender.send_text("kolotune.yaml", text, file)
 
-    def _seed(self, volume: Volume, sender: Sender, host: Path, inside: PurePosixPath) -> None:
+    def _seed(self, volume: Volume, sender: InputSender, host: Path, inside: PurePosixPath) -> None:
         """Sends the run folder when it was made on the host and the container has none for it."""
         folder = RunFolder(host)
-        if not folder.config.is_file() or volume.ask("have", inside) == [True]:
+        if not folder.config.is_file() or exists(volume, inside):
             return
         import yaml
 
@@ -277,11 +279,11 @@ class _Call:
         rewritten = {folder.config: yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}
         if folder.source.is_file():
             source = json.loads(folder.source.read_text(encoding="utf-8"))["source"]
-            rewritten[folder.source] = json.dumps({"source": str(sender.place(Path(source)))})
-        seed(volume, folder, inside, rewritten)
+            rewritten[folder.source] = json.dumps({"source": str(sender.send(Path(source)))})
+        send_run(volume, folder, inside, rewritten)
 
 
-def _options_inside(values: Mapping[str, Any], folder: Path, sender: Sender) -> dict[str, Any]:
+def _options_inside(values: Mapping[str, Any], folder: Path, sender: InputSender) -> dict[str, Any]:
     """The options of a file with the places inside of the files that they name; the verb's own flags tell the rest."""
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -296,15 +298,15 @@ def _options_inside(values: Mapping[str, Any], folder: Path, sender: Sender) -> 
     return found
 
 
-def _chats_inside(path: Path, sender: Sender) -> PurePosixPath:
+def _chats_inside(path: Path, sender: InputSender) -> PurePosixPath:
     if path.is_dir():
         raise DataError(f"{path}: is a folder, not a file of chats")
-    return sender.place(path)
+    return sender.send(path)
 
 
-def _base_inside(name: str, sender: Sender) -> str | PurePosixPath:
+def _base_inside(name: str, sender: InputSender) -> str | PurePosixPath:
     """A base model's folder inside; a name stays a name."""
-    return sender.place(Path(name)) if Path(name).is_absolute() else name
+    return sender.send(Path(name)) if Path(name).is_absolute() else name
 
 
 def _several(value: Any) -> list[Any]:

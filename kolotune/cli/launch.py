@@ -15,7 +15,7 @@ from .options import ConfigFile, Data, Json, reporter, show, with_options
 from .placement import FLAGS, resolved, show_plan, taken
 
 if TYPE_CHECKING:
-    from kolotune.launching.launcher import Launcher, Order
+    from kolotune.launching.launcher import JobSpec, Launcher
 
 
 @with_options("data", "model", "training", "machines", "export", "comparison", leave_out=("hf_token",), more=FLAGS)
@@ -35,7 +35,7 @@ def launch(
     **flags: Any,
 ) -> int:
     """Run on a cluster or other machines; --submit starts it."""
-    from kolotune.launching.launcher import name_for
+    from kolotune.launching.job_names import name_for
 
     say = reporter(json)
     place = taken(flags)
@@ -44,21 +44,21 @@ def launch(
     place = place.with_token_of(wanted, say)
     if not in_place:
         hints.require_files((*wanted.train_data, *wanted.eval_data))
-    order = place.order(wanted, name or name_for(wanted.output_dir), in_place=in_place)
+    spec = place.job_spec(wanted, name or name_for(wanted.output_dir), in_place=in_place)
     if not place.submit:
         show(wanted, say)
-        show_plan(launcher.plan(order), say)
+        show_plan(launcher.plan(spec), say)
         return 0
-    return submit(launcher, order, say, detach=detach)
+    return submit(launcher, spec, say, detach=detach)
 
 
-def submit(launcher: Launcher, order: Order, say: Reporter, *, detach: bool = False) -> int:
+def submit(launcher: Launcher, spec: JobSpec, say: Reporter, *, detach: bool = False) -> int:
     """Launch a run and follow it, unless `detach`; return its exit code."""
-    folder = RunFolder(order.config.output_dir)
-    launched = launcher.submit(order, say)
-    launched.write(folder)
+    folder = RunFolder(spec.config.output_dir)
+    job = launcher.submit(spec, say)
+    job.write(folder)
     if detach:
         say.note(f"Follow it and fetch its results: kolotune follow {folder.root}")
         return 0
     say.note(f"Ctrl-C does not stop the job. Later: kolotune follow {folder.root}, or kolotune cancel {folder.root}")
-    return follow_job(launcher, launched, folder, say, wait=True, fetch=True)
+    return follow_job(launcher, job, folder, say, wait=True, fetch=True)

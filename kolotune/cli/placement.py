@@ -19,7 +19,7 @@ from . import hints
 from .options import config_of, given
 
 if TYPE_CHECKING:
-    from kolotune.launching.launcher import Launcher, Order, Plan
+    from kolotune.launching.launcher import JobSpec, Launcher, LaunchPlan
 
 ON = ("slurm", "kubernetes", "ssh", "local")
 _SENDING = ("kubernetes", "ssh")
@@ -86,7 +86,7 @@ class Place:
         on: the kind of scheduler.
         submit: do it.
         own: the options that only this kind has, those that were given.
-        hours, gpus, cpus, memory_gb, token_file: see `contract.Order`.
+        hours, gpus, cpus, memory_gb, token_file: see `launcher.JobSpec`.
     """
 
     on: str
@@ -148,11 +148,12 @@ class Place:
         groups = [self.hosts[at : at + machines] for at in range(0, len(self.hosts), machines)]
         return [self.launcher(each) for each in groups[:at_once]]
 
-    def order(self, config: Config, name: str, *, in_place: bool = False) -> Order:
+    def job_spec(self, config: Config, name: str, *, in_place: bool = False) -> JobSpec:
         """What is launched: a run with these options, under this name."""
-        from kolotune.launching.launcher import Order, require_name, require_word
+        from kolotune.launching.job_names import require_name, require_word
+        from kolotune.launching.launcher import JobSpec
 
-        return Order(
+        return JobSpec(
             config=config,
             name=require_name(name),
             hours=_positive("hours", self.hours),
@@ -232,7 +233,7 @@ def _positive(option: str, value: Any) -> Any:
     return value
 
 
-def show_plan(plan: Plan, say: Reporter) -> None:
+def show_plan(plan: LaunchPlan, say: Reporter) -> None:
     """Shows what would be done."""
     for step in plan.steps:
         say.result(step)

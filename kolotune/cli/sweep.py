@@ -89,15 +89,16 @@ def _side_by_side(
     finish: bool,
 ) -> int:
     """Shows what would be launched for the first trial; or launches all, and the best one's way to its end."""
-    from kolotune.launching.launcher import LATER, name_for
-    from kolotune.launching.registry import again
+    from kolotune.launching.job_names import name_for
+    from kolotune.launching.launcher import LATER
+    from kolotune.launching.registry import launched_job
     from kolotune.sweeping import parallel
     from kolotune.sweeping.trials import shared_elsewhere
 
     launchers = place.side_by_side(wanted.nnodes, at_once)
     if len(launchers) > 1 and wanted.rdzv not in (None, LATER):
         raise ConfigError("rdzv: trials side by side can't all meet in one place", "Leave rdzv out, or --at-once 1.")
-    placing = parallel.Placing(launchers, lambda config: place.order(config, name_for(config.output_dir)))
+    placing = parallel.Placing(launchers, lambda config: place.job_spec(config, name_for(config.output_dir)))
     plan = launchers[0].plan(placing.first(wanted, what, trials))
     show(wanted, say)
     if not place.submit:
@@ -110,7 +111,7 @@ def _side_by_side(
 
     def finished_there(chosen: Config, say: Reporter) -> int:
         folder = RunFolder(chosen.output_dir)
-        launcher = again(folder)[0] if folder.launched.is_file() else launchers[0]
+        launcher = launched_job(folder)[0] if folder.launched.is_file() else launchers[0]
         chosen = dataclasses.replace(chosen, template_date=shared_elsewhere(wanted).template_date)
         return submit(launcher, placing.order(chosen), say)
 

@@ -1,4 +1,5 @@
-"""A run's job on a cluster or on other machines: planned, submitted, followed, and its results fetched.
+"""Launch a run as a job on a cluster or on other machines: plan, submit and follow it, and fetch its results.
 
-`contract.py` says what a launcher does; each scheduler is one module. `node.py` is what every machine of a job does.
+`launcher.py` says what a launcher does; each scheduler is one module, listed in `registry.py`. `node.py` runs on each
+machine of a job.
 """

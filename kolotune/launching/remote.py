@@ -1,135 +1,140 @@
-"""Other machines that run commands for us: what they answer, and files there and back.
+"""Folders on other machines: run commands there, and copy files there and back.
 
-How a machine is reached (ssh, kubectl exec) is a function from a command to the arguments of a program here.
+How a machine is reached (ssh, kubectl exec) is a function from a command there to the arguments of a program here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from kolotune.foundation import config as configs
+from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError, LaunchError
 from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import Reporter, parse_event
 from kolotune.runners import local
 from kolotune.runners.container import archive
-from kolotune.runners.container.archive import Item
-from kolotune.runners.container.paths import Paths
-from kolotune.runners.container.transfer import Sender
+from kolotune.runners.container.archive import ArchiveFile
+from kolotune.runners.container.inputs import InputSender
+from kolotune.runners.container.path_map import PathMap
+from kolotune.runners.container.volume import INSIDE_MODULE
 from kolotune.version import VERSION
 
-from .launcher import as_typed
-from .node import MODULE
+from .node import MODULE, About
 
-_INSIDE = "kolotune.runners.container.inside"
+T = TypeVar("T")
 
 
 class Execute(Protocol):
-    """Starts a program here."""
+    """Runs a program on this machine."""
 
-    def __call__(self, argv: Sequence[str], typed: Iterable[bytes] = (), what: str = "") -> Iterator[bytes]:
-        """What the program writes, while `typed` goes into it; `what` says in words what that is."""
+    def __call__(self, argv: Sequence[str], stdin: Iterable[bytes] = (), label: str = "") -> Iterator[bytes]:
+        """Yield the program's output, while `stdin` is written to it; `label` describes `stdin`."""
 
 
-def really(argv: Sequence[str], typed: Iterable[bytes] = (), what: str = "") -> Iterator[bytes]:
-    """The `Execute` that does it."""
-    del what
-    return local.stream(argv, typed)
+def execute(argv: Sequence[str], stdin: Iterable[bytes] = (), label: str = "") -> Iterator[bytes]:
+    """The `Execute` that really runs the program."""
+    del label
+    return local.stream(argv, stdin)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A folder on another machine, below which everything of ours lies.
+class RemoteFolder:
+    """A folder on another machine that contains everything of ours, a `FileStore`.
 
     Attributes:
-        name: of the machine, for messages.
-        reach: makes of a command there the arguments of a program here.
+        machine: its name, for messages.
+        reach: turns a command there into the arguments of a program here.
         python: the interpreter there that has kolotune.
         root: the folder.
-        execute: starts that program.
+        execute: runs that program.
     """
 
-    name: str
+    machine: str
     reach: Callable[[Sequence[str]], list[str]]
     python: str
     root: PurePosixPath
-    execute: Execute = really
+    execute: Execute = execute
 
     @property
     def inputs(self) -> PurePosixPath:
-        """Where files are sent to, each into a folder of its own."""
         return self.root / ".inputs"
 
     def module(self, name: str, *arguments: str) -> list[str]:
-        """The command that runs a module of kolotune's there."""
+        """Return the command that runs a module of kolotune there."""
         return [self.python, "-P", "-m", name, *arguments]
 
-    def told(self, argv: Sequence[str], typed: Iterable[bytes] = (), what: str = "") -> bytes:
-        """What a command there writes.
+    def run(self, argv: Sequence[str], stdin: Iterable[bytes] = (), label: str = "") -> bytes:
+        """Run a command there; return its output.
 
         Raises:
-            LaunchError: it failed, or the machine can't be reached; in its own words.
+            LaunchError: it failed, or the machine can't be reached; with that program's own message.
         """
-        pieces: list[bytes] = []
+        chunks: list[bytes] = []
         try:
-            for piece in self.execute(self.reach(argv), typed, what):
-                pieces.append(piece)
+            for chunk in self.execute(self.reach(argv), stdin, label):
+                chunks.append(chunk)
         except (local.ProgramError, OSError) as error:
-            raise self._explained(error, b"".join(pieces)) from None
-        return b"".join(pieces)
+            raise self._launch_error(error, b"".join(chunks)) from None
+        return b"".join(chunks)
 
-    def ask(self, command: str, *arguments: object) -> Any:
-        """What `inside` answers there."""
-        answer = self.told(self.module(_INSIDE, command, *map(str, arguments)))
+    def ask(self, kind: type[T], command: str, *arguments: object) -> T:
+        return self.answer_of(kind, self.module(INSIDE_MODULE, command, *map(str, arguments)))
+
+    def answer_of(self, kind: type[T], argv: Sequence[str], hint: str = "") -> T:
+        """Run a command there; return the JSON in its last line, which must be a `kind`.
+
+        Raises:
+            LaunchError: it failed, or answered something else.
+        """
+        lines = self.run(argv).splitlines()  # a shell's greeting may come before the answer
         try:
-            return json.loads(answer.splitlines()[-1])  # a shell's greeting may come before
-        except (ValueError, IndexError):
-            raise LaunchError(f"{self.name}: answered nothing that makes sense") from None
+            return typed_storage.parse(kind, lines[-1] if lines else b"")
+        except typed_storage.StorageError:
+            raise LaunchError(f"{self.machine}: the answer can't be understood", hint) from None
 
-    def send(self, items: Iterable[Item], target: PurePosixPath) -> None:
-        """Puts a folder of files at `target`, whole or not at all."""
-        sent = list(items)
+    def send(self, files: Iterable[ArchiveFile], target: PurePosixPath) -> None:
+        files = list(files)
         partial = self.root / f".{uuid.uuid4().hex}.partial"
         try:
-            self.told(["mkdir", "-p", "--", str(partial)])
+            self.run(["mkdir", "-p", "--", str(partial)])
             unpack = ["tar", "--extract", "--no-same-owner", "--file=-", f"--directory={partial}"]
-            self.told(unpack, archive.packed(sent), f"a tar of {', '.join(each.name for each in sent)}")
-            self.ask("settle", partial, target)
+            self.run(unpack, archive.pack(files), f"a tar of {', '.join(file.name for file in files)}")
+            self.ask(object, "settle", partial, target)
         except BaseException:
             with contextlib.suppress(KolotuneError):
-                self.ask("remove", partial)
+                self.ask(object, "remove", partial)
             raise
 
     def fetch(self, source: PurePosixPath, target: Path) -> None:
-        """Takes a file or folder out to `target`, which does not exist yet."""
         pack = ["tar", "--create", "--file=-", f"--directory={source.parent}", "--", source.name]
         try:
             archive.unpack(self.execute(self.reach(pack)), source.name, target)
         except (local.ProgramError, OSError) as error:
-            raise self._explained(error) from None
+            raise self._launch_error(error) from None
 
-    def _explained(self, error: local.ProgramError | OSError, said: bytes = b"") -> LaunchError:
-        """A failure there in the words that were said there, by kolotune if it spoke."""
-        for line in said.decode("utf-8", "replace").splitlines():
+    def _launch_error(self, error: local.ProgramError | OSError, output: bytes = b"") -> LaunchError:
+        """Return a failure there as an error, with the message of kolotune there if it printed one."""
+        for line in output.decode("utf-8", "replace").splitlines():
             event = parse_event(line)
             if event is not None and event.get("event") == "failure":
-                return LaunchError(f"{self.name}: {event.get('cause', '')}", str(event.get("hint", "")))
+                return LaunchError(f"{self.machine}: {event.get('cause', '')}", str(event.get("hint", "")))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return LaunchError(f"{self.name}: {lines[-1] if lines else 'failed without a word'}")
+        return LaunchError(f"{self.machine}: {lines[-1] if lines else 'failed without a message'}")
 
 
-class Rehearsal:
-    """An `Execute` that does nothing: it notes each command, and answers as a machine would that has nothing yet.
+class DryRun:
+    """An `Execute` that runs nothing: it notes each command, and answers like a machine that has nothing yet.
 
     Args:
-        answers: by a word of the command; where none fits, the answer is null.
+        answers: by a word of the command; any other command is answered with null.
 
     Attributes:
         steps: the commands, as they would be typed.
@@ -139,62 +144,60 @@ class Rehearsal:
         self._answers = answers
         self.steps: list[str] = []
 
-    def __call__(self, argv: Sequence[str], typed: Iterable[bytes] = (), what: str = "") -> Iterator[bytes]:
-        self.steps.append(as_typed(argv) + (f" < ({what})" if what else ""))
+    def __call__(self, argv: Sequence[str], stdin: Iterable[bytes] = (), label: str = "") -> Iterator[bytes]:
+        self.steps.append(shlex.join(argv) + (f" < ({label})" if label else ""))
         words = " ".join(argv).split(" ")
         return iter([next((answer for word, answer in self._answers.items() if word in words), b"null\n")])
 
 
-def arrived(place: Place) -> Place:
-    """A machine with its folder as a whole path, if it has this very kolotune.
+def connect(folder: RemoteFolder) -> RemoteFolder:
+    """Return a remote folder with its absolute path, if the machine has the same kolotune.
 
     Raises:
-        LaunchError: it has none, or another one.
+        LaunchError: it has none, or another version.
     """
-    answer = place.told(place.module(MODULE, "about", str(place.root)))
-    try:
-        about = json.loads(answer.splitlines()[-1])  # a shell's greeting may come before
-        version, root = str(about["version"]), PurePosixPath(about["root"])
-    except (ValueError, IndexError, KeyError, TypeError):
-        raise LaunchError(f"{place.name}: answered nothing that makes sense", "Is kolotune installed there?") from None
-    if version != VERSION:
+    argv = folder.module(MODULE, "about", str(folder.root))
+    about = folder.answer_of(About, argv, "Is kolotune installed there?")
+    if about.version != VERSION:
         raise LaunchError(
-            f"{place.name}: has kolotune {version}, and here is {VERSION}", "Install one version on both."
+            f"{folder.machine}: has kolotune {about.version}, and here is {VERSION}", "Install one version on both."
         )
-    return dataclasses.replace(place, root=root)
+    return dataclasses.replace(folder, root=PurePosixPath(about.root))
 
 
-def sent_config(
-    config: Config,
-    place: Place,
-    run: PurePosixPath,
-    paths: Paths,
-    reporter: Reporter,
-    *,
-    in_place: bool,
-) -> tuple[PurePosixPath, str]:
-    """Sends a run's chats, its base model and its options to a machine.
+@dataclasses.dataclass(frozen=True)
+class SentConfig:
+    """A file of options on another machine, and its text."""
+
+    path: PurePosixPath
+    text: str
+
+
+def send_inputs(
+    config: Config, folder: RemoteFolder, run: PurePosixPath, paths: PathMap, reporter: Reporter, *, in_place: bool
+) -> SentConfig:
+    """Send a run's chats, base model and options to another machine.
 
     Args:
-        config: the options, with the paths of here.
-        place: where to.
+        config: the options, with the paths here.
+        folder: the destination.
         run: the run folder there.
-        paths: learns which path there stands for which here.
-        reporter: told when it may take a while.
-        in_place: chats and base model are named as they are there; only the options are sent.
+        paths: gets a pair for each file that is sent.
+        reporter: shows that a large file is on its way.
+        in_place: chats and base model are already there, under these paths; send only the options.
 
     Returns:
-        The file of options there, and its text.
+        The file of options there.
     """
     import yaml
 
-    sender = Sender(place, Hasher(), paths, reporter)
-    values: dict[str, Any] = yaml.safe_load(configs.dump(config))
+    sender = InputSender(folder, Hasher(), paths, reporter)
+    values = yaml.safe_load(configs.dump(config))
     if not in_place:
         for name in ("train_data", "eval_data"):
-            values[name] = [str(sender.place(path)) for path in getattr(config, name)]
+            values[name] = [str(sender.send(path)) for path in getattr(config, name)]
         if Path(config.base_model).is_absolute():
-            values["base_model"] = str(sender.place(Path(config.base_model)))
+            values["base_model"] = str(sender.send(Path(config.base_model)))
     values["output_dir"] = str(run)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return sender.place_text("kolotune.yaml", text, Path("kolotune.yaml")), text
+    return SentConfig(sender.send_text("kolotune.yaml", text, Path("kolotune.yaml")), text)

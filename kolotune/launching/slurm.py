@@ -1,7 +1,7 @@
-"""Slurm, through submitit: it writes the script, calls sbatch, and starts us on each machine. So does its executor for
-this machine, which tries a launch without a cluster.
+"""Launch jobs on Slurm, through submitit: it writes the script, calls sbatch and starts kolotune on each machine.
 
-The run folder lies where all machines see it, as does this environment's Python; nothing is sent or fetched.
+submitit's executor for this machine is here, too; it tries a launch without a cluster. All machines see the run folder
+and this environment's Python; nothing is sent or fetched.
 """
 
 from __future__ import annotations
@@ -27,56 +27,69 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import is_secret_variable
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
-from kolotune.runners.container.paths import Paths
+from kolotune.runners.container.path_map import PathMap
 
-from .launcher import Launched, Order, Plan, last_line, require_word
-from .node import Node, carry_out
-from .output import Listener
+from .job_names import require_word
+from .job_output import JobOutput, last_line
+from .launcher import JobSpec, LaunchedJob, LaunchPlan
+from .node import NodeTask, run_task
 
 HERE, CLUSTER = "local", "slurm"
 _CONFIG = "kolotune.yaml"
-# A port of its own for each job, so that two on one machine don't meet.
+# Each job has a port of its own, so that two on one machine don't meet.
 _FIRST_PORT, _PORTS = 20000, 10000
 _LOOK_SECONDS = 2.0
-_PIECE_BYTES = 1 << 20
-_GONE_FROM_QUEUE = 2  # looks without an answer, before a job counts as over
+_CHUNK_BYTES = 1 << 20
+_MISSING_LOOKS = 2  # a job that Slurm does not know for so many looks has ended
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
 @dataclass(frozen=True)
-class Part:
-    """What submitit calls on each machine of the job. Called again after a preemption, it goes on."""
+class SlurmTask:
+    """The callable that submitit runs on each machine of a job. After a preemption it is called again, and resumes."""
 
-    node: Node
+    task: NodeTask
 
     def __call__(self) -> int:
         import submitit
 
-        place = submitit.JobEnvironment()
-        if place.cluster == HERE:  # see `_apart`; in a session of its own no terminal reaches it any more
+        machine = submitit.JobEnvironment()
+        if machine.cluster == HERE:  # see `_ignoring_ctrl_c`; a session of its own is out of reach of the terminal
             os.setsid()
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        port = _FIRST_PORT + int(re.sub(r"\D", "", place.job_id)) % _PORTS
-        rdzv = f"{place.hostnames[0]}:{port}" if self.node.machines > 1 else ""
-        code = carry_out(dataclasses.replace(self.node, rdzv=rdzv, job=place.job_id), place.node)
-        if code != 0:  # Slurm shall know it, too
+        port = _FIRST_PORT + int(re.sub(r"\D", "", machine.job_id)) % _PORTS
+        rdzv = f"{machine.hostnames[0]}:{port}" if self.task.machines > 1 else ""
+        code = run_task(dataclasses.replace(self.task, rdzv=rdzv, job=machine.job_id), machine.node)
+        if code != 0:  # so that Slurm counts the job as failed
             raise RuntimeError(f"kolotune ended with {code}")
         return code
 
-    def checkpoint(self) -> Any:
-        """What is called when Slurm takes the machines back or the time is over: the same, later."""
+    def checkpoint(self) -> object:
+        """Return the same callable, for later; submitit calls this when Slurm takes the machines or time is up."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
+class QueuedJob:
+    """A job that has not ended: Slurm's word for its state, and why it waits; "" when it does not."""
+
+    state: str
+    reason: str = ""
+
+    def describe(self) -> str:
+        return f"{self.state} ({self.reason})" if self.reason else self.state
+
+
+@dataclass(frozen=True)
 class Slurm:
-    """Slurm, with the user's words for sbatch.
+    """Slurm with the user's options for sbatch, as a `Launcher`.
 
     Attributes:
-        on: "slurm", or "local": submitit's executor for this machine.
-        more: further options of sbatch, as ``constraint=a100``.
-        keeps_secrets: don't take variables whose names look like secrets out of the environment that the job gets.
+        on: "slurm", or "local" for submitit's executor for this machine.
+        more: further options of sbatch, such as ``constraint=a100``.
+        keeps_secrets: leave variables whose names look like secrets in the job's environment.
     """
 
     on: str = CLUSTER
@@ -88,176 +101,175 @@ class Slurm:
 
     NAME: ClassVar[str] = CLUSTER
 
-    def plan(self, order: Order) -> Plan:
-        """See `contract.Launcher`."""
-        self._check(order)
-        folder, node = RunFolder(order.config.output_dir), self._node(order)
-        shown = dataclasses.replace(node, rdzv="FIRST-MACHINE:PORT" if node.machines > 1 else "")
+    def plan(self, spec: JobSpec) -> LaunchPlan:
+        self._check(spec)
+        folder, task = RunFolder(spec.config.output_dir), _task(spec)
+        shown = dataclasses.replace(task, rdzv="FIRST-MACHINE:PORT" if task.machines > 1 else "")
         if self.on == HERE:
             steps, files = ["(submitit's executor for this machine starts, in the background:)"], []
         else:
             script = folder.launching / "submission_file_JOB.sh"
-            steps, files = [shlex.join(["sbatch", str(script)])], [(str(script), self.script(order))]
-            steps.append("(on each of the job's machines submitit starts:)")
+            steps, files = [shlex.join(["sbatch", str(script)])], [(str(script), self.script(spec))]
+            steps.append("(submitit starts on each machine of the job:)")
         steps += [shlex.join(argv) for argv in shown.commands(0)]
-        if order.config.nnodes > 1:
-            steps.append("(and on each but the first, where K is its number:)")
+        if spec.config.nnodes > 1:
+            steps.append("(on each machine but the first, K is its number:)")
             steps += [shlex.join(argv).replace("/1 ", "/K ") for argv in shown.commands(1)]
-        return Plan(tuple(steps), (*files, (node.config, configs.dump(order.config))))
+        return LaunchPlan(tuple(steps), (*files, (task.config, configs.dump(spec.config))))
 
-    def submit(self, order: Order, reporter: Reporter) -> Launched:
-        """See `contract.Launcher`."""
-        self._check(order)
-        submitit = _submitit()
-        folder, node = RunFolder(order.config.output_dir), self._node(order)
+    def submit(self, spec: JobSpec, reporter: Reporter) -> LaunchedJob:
+        self._check(spec)
+        submitit = _import_submitit()
+        folder, task = RunFolder(spec.config.output_dir), _task(spec)
         if self.on == CLUSTER and shutil.which("sbatch") is None:
             raise LaunchError("slurm: there is no sbatch on this machine", "Log in to a machine of the cluster first.")
-        write_text(Path(node.config), configs.dump(order.config))
+        write_text(Path(task.config), configs.dump(spec.config))
         if self.on == HERE:
             executor = submitit.LocalExecutor(folder.launching, python=_python())
-            executor.update_parameters(timeout_min=60 * order.hours, gpus_per_node=order.gpus or 0)
+            executor.update_parameters(timeout_min=60 * spec.hours, gpus_per_node=spec.gpus or 0)
         else:
             executor = submitit.SlurmExecutor(folder.launching, python=_python())
-            executor.update_parameters(**self._parameters(order))
-        with _without_secrets(keep=self.keeps_secrets), _apart() if self.on == HERE else contextlib.nullcontext():
+            executor.update_parameters(**self._parameters(spec))
+        with (
+            _without_secrets(keep=self.keeps_secrets),
+            _ignoring_ctrl_c() if self.on == HERE else contextlib.nullcontext(),
+        ):
             try:
-                job = executor.submit(Part(node))
+                job = executor.submit(SlurmTask(task))
             except submitit.core.utils.FailedJobError as error:
                 raise LaunchError(f"slurm: refused: {last_line(str(error))}") from None
         reporter.success(f"submitted: job {job.job_id}")
-        return Launched(self.on, dataclasses.asdict(self), job.job_id, order.config.nnodes, str(folder.root))
+        return LaunchedJob(self.on, dataclasses.asdict(self), job.job_id, spec.config.nnodes, str(folder.root))
 
-    def follow(self, launched: Launched, reporter: Reporter) -> int:
-        """See `contract.Launcher`."""
-        logs = [self._logs(launched, number) for number in range(launched.machines)]
-        listeners = [Listener(reporter if number == 0 else None, Paths()) for number in range(launched.machines)]
-        read, told, gone = [0] * launched.machines, "", 0
+    def follow(self, job: LaunchedJob, reporter: Reporter) -> int:
+        outputs = [JobOutput(reporter if number == 0 else None, PathMap()) for number in range(job.machines)]
+        read, shown, missing = [0] * job.machines, "", 0
         try:
-            while listeners[0].code is None:
-                state = self._state(launched)
-                gone = gone + 1 if not state else 0
-                if state and state != told:
-                    reporter.note(f"job {launched.job}: {state}")
-                    told = state
-                for number, listener in enumerate(listeners):
-                    read[number] += _feed(listener, logs[number][0], read[number])
-                if gone >= _GONE_FROM_QUEUE and listeners[0].code is None:
-                    raise self._lost(launched, listeners)
-                time.sleep(_LOOK_SECONDS if listeners[0].code is None else 0)
+            while outputs[0].code is None:
+                queued = self._queued(job)
+                missing = missing + 1 if queued is None else 0
+                if queued is not None and queued.describe() != shown:
+                    shown = queued.describe()
+                    reporter.note(f"job {job.job}: {shown}")
+                for number, output in enumerate(outputs):
+                    read[number] += _feed(output, _logs(job, number)[0], read[number])
+                if missing >= _MISSING_LOOKS and outputs[0].code is None:
+                    raise self._lost_error(job, outputs)
+                time.sleep(_LOOK_SECONDS if outputs[0].code is None else 0)
         finally:
-            for listener in listeners:
-                listener.close()
-        if listeners[0].code == Interrupted.exit_code and any(each.cause for each in listeners[1:]):
-            raise self._lost(launched, listeners)  # another one failed, and so it was stopped
-        return listeners[0].code
+            for output in outputs:
+                output.close()
+        if outputs[0].code == Interrupted.exit_code and any(output.cause for output in outputs[1:]):
+            raise self._lost_error(job, outputs)  # the first one was stopped because another one failed
+        return outputs[0].code
 
-    def fetch(self, launched: Launched, folder: RunFolder, reporter: Reporter) -> list[str]:
-        """Nothing: the results are written where they belong."""
+    def fetch(self, job: LaunchedJob, folder: RunFolder, reporter: Reporter) -> list[str]:
+        """Fetch nothing: the job writes its results to the run folder."""
         return []
 
-    def cancel(self, launched: Launched, reporter: Reporter) -> None:
-        """See `contract.Launcher`."""
+    def cancel(self, job: LaunchedJob, reporter: Reporter) -> None:
         if self.on == HERE:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(launched.job), signal.SIGTERM)
+                os.kill(int(job.job), signal.SIGTERM)
             return
         try:
-            list(local.stream(["scancel", launched.job]))
+            list(local.stream(["scancel", job.job]))
         except (local.ProgramError, OSError) as error:
-            raise LaunchError(f"slurm: job {launched.job} was not stopped: {last_line(str(error))}") from None
+            raise LaunchError(f"slurm: job {job.job} was not stopped: {last_line(str(error))}") from None
 
-    def script(self, order: Order) -> str:
-        """The script for sbatch, as submitit writes it."""
-        slurm = _submitit().slurm.slurm
-        folder = RunFolder(order.config.output_dir).launching
+    def script(self, spec: JobSpec) -> str:
+        """Return the script for sbatch, as submitit writes it."""
+        slurm = _import_submitit().slurm.slurm
+        folder = RunFolder(spec.config.output_dir).launching
         command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-        return str(slurm._make_sbatch_string(command=command, folder=folder, **self._parameters(order)))
+        return str(slurm._make_sbatch_string(command=command, folder=folder, **self._parameters(spec)))
 
-    def _parameters(self, order: Order) -> dict[str, Any]:
-        """What submitit's executor is given, in sbatch's words."""
-        wanted = {
-            "job_name": order.name,
-            "nodes": order.config.nnodes,
+    def _parameters(self, spec: JobSpec) -> dict[str, object]:
+        """Return the parameters of submitit's executor, which are sbatch's options."""
+        parameters: dict[str, object] = {
+            "job_name": spec.name,
+            "nodes": spec.config.nnodes,
             "ntasks_per_node": 1,  # torchrun starts the processes of a machine
-            "time": max(1, round(60 * order.hours)),
-            "gpus_per_node": order.gpus,
-            "cpus_per_task": order.cpus,
-            "mem": f"{round(1024 * order.memory_gb)}MB" if order.memory_gb else None,
+            "time": max(1, round(60 * spec.hours)),
+            "gpus_per_node": spec.gpus,
+            "cpus_per_task": spec.cpus,
+            "mem": f"{round(1024 * spec.memory_gb)}MB" if spec.memory_gb else None,
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
-            "additional_parameters": dict(each.split("=", 1) for each in self.more) or None,
-            # One machine without a chance to go on ends the others, which would wait for it.
+            "additional_parameters": dict(option.split("=", 1) for option in self.more) or None,
+            # A machine that can't continue ends the others, which would wait for it.
             "srun_args": ["--kill-on-bad-exit=1"],
         }
-        return {name: value for name, value in wanted.items() if value is not None}
+        return {name: value for name, value in parameters.items() if value is not None}
 
-    def _check(self, order: Order) -> None:
+    def _check(self, spec: JobSpec) -> None:
         for name in ("partition", "account", "qos"):
             if (value := getattr(self, name)) is not None:
                 require_word(name, value)
-        for each in self.more:
-            key, equals, value = each.partition("=")
+        for option in self.more:
+            key, equals, value = option.partition("=")
             if not equals or not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise ConfigError(f"sbatch: {each!r} is not of the form name=value", "As --sbatch constraint=a100.")
+                raise ConfigError(f"sbatch: {option!r} is not of the form name=value", "As --sbatch constraint=a100.")
             require_word("sbatch", value)
-        root = str(order.config.output_dir)
+        root = str(spec.config.output_dir)
         if "%" in root or not root.isprintable():
             raise ConfigError(
-                f"output-dir: {root!r} can't be the folder of a job: Slurm gives % a meaning, and reads lines",
+                f"output-dir: {root!r} can't be used with Slurm, which gives % a meaning and reads lines",
                 "Choose another --output-dir.",
             )
-        if self.on == HERE and order.config.nnodes > 1:
-            raise ConfigError("nnodes: this machine is only one", "Use --on slurm, or --nproc.")
+        if self.on == HERE and spec.config.nnodes > 1:
+            raise ConfigError("nnodes: --on local uses this machine only", "Use --on slurm, or --nproc.")
 
-    def _node(self, order: Order) -> Node:
-        folder = RunFolder(order.config.output_dir)
-        return Node(
-            config=str(folder.launching / _CONFIG),
-            run=str(folder.root),
-            machines=order.config.nnodes,
-            token_file=order.token_file or "",
-            only_train=order.only_train,
-        )
-
-    @staticmethod
-    def _logs(launched: Launched, number: int) -> tuple[Path, Path]:
-        """What machine `number` writes to its output and to its error output."""
-        from submitit.core.utils import JobPaths
-
-        paths = JobPaths(RunFolder(Path(launched.run)).launching, launched.job, number)
-        return paths.stdout, paths.stderr
-
-    def _state(self, launched: Launched) -> str:
-        """Slurm's word for the job's state, and why it waits; "" when it knows of no such job that goes on."""
+    def _queued(self, job: LaunchedJob) -> QueuedJob | None:
+        """Return the job's state in the queue; None when it has ended, or Slurm does not know it."""
         if self.on == HERE:
-            return "running" if _is_alive(int(launched.job)) else ""
-        argv = ["squeue", "--noheader", f"--jobs={launched.job}", "--format=%T %r"]
+            return QueuedJob("running") if _is_alive(int(job.job)) else None
+        argv = ["squeue", "--noheader", f"--jobs={job.job}", "--format=%T %r"]
         try:
-            state, _, why = b"".join(local.stream(argv)).decode("utf-8", "replace").strip().partition(" ")
-        except (local.ProgramError, OSError):  # also: squeue forgets a job some minutes after its end
-            return ""
-        if state.startswith(("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")):
-            return ""
-        return f"{state.lower()} ({why})" if state == "PENDING" and why not in ("", "None") else state.lower()
+            state, _, reason = b"".join(local.stream(argv)).decode("utf-8", "replace").strip().partition(" ")
+        except (local.ProgramError, OSError):  # squeue also forgets a job some minutes after its end
+            return None
+        if not state or state.startswith(_ENDED):
+            return None
+        return QueuedJob(state.lower(), reason if state == "PENDING" and reason != "None" else "")
 
-    def _lost(self, launched: Launched, listeners: list[Listener]) -> LaunchError:
-        """The job is over and the run is not: which machine said what."""
-        for number, listener in reversed(list(enumerate(listeners))):
-            if listener.cause:
-                return LaunchError(f"machine {number}: {listener.cause}", f"Its log: {self._logs(launched, number)[0]}")
-        errors = self._logs(launched, 0)[1]
-        said = local.last_lines(errors) or listeners[0].last_words() or "it said nothing"
-        return LaunchError(f"job {launched.job} is over, and the run is not: {said}", f"Its log: {errors}")
+    def _lost_error(self, job: LaunchedJob, outputs: list[JobOutput]) -> LaunchError:
+        """Return the error for a job that has ended without finishing its run."""
+        for number, output in reversed(list(enumerate(outputs))):
+            if output.cause:
+                return LaunchError(f"machine {number}: {output.cause}", f"Its log: {_logs(job, number)[0]}")
+        log = _logs(job, 0)[1]
+        reason = local.last_lines(log) or outputs[0].last_lines() or "there is no message"
+        return LaunchError(f"job {job.job} has ended, but the run is not finished: {reason}", f"Its log: {log}")
 
 
-def _feed(listener: Listener, log: Path, begin: int) -> int:
-    """Gives what a log has from byte `begin` on to a listener; returns how many bytes."""
+def _task(spec: JobSpec) -> NodeTask:
+    folder = RunFolder(spec.config.output_dir)
+    return NodeTask(
+        config=str(folder.launching / _CONFIG),
+        run=str(folder.root),
+        machines=spec.config.nnodes,
+        token_file=spec.token_file or "",
+        only_train=spec.only_train,
+    )
+
+
+def _logs(job: LaunchedJob, number: int) -> tuple[Path, Path]:
+    """Return the files with the output and the error output of machine `number`."""
+    from submitit.core.utils import JobPaths
+
+    paths = JobPaths(RunFolder(Path(job.run)).launching, job.job, number)
+    return paths.stdout, paths.stderr
+
+
+def _feed(output: JobOutput, log: Path, begin: int) -> int:
+    """Feed a log from byte `begin` on into `output`; return how many bytes were read."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(begin)
-        piece = file.read(_PIECE_BYTES)
-        listener.feed(piece)
-        return len(piece)
+        chunk = file.read(_CHUNK_BYTES)
+        output.feed(chunk)
+        return len(chunk)
     return 0
 
 
@@ -270,25 +282,25 @@ def _is_alive(process: int) -> bool:
 
 
 def _python() -> str:
-    """This interpreter as a word of the script; -P: the folder that it starts in is no place of modules."""
+    """Return this interpreter as a word of the script; with -P it imports no module from the working directory."""
     return f"{shlex.quote(sys.executable)} -P"
 
 
 @contextlib.contextmanager
 def _without_secrets(*, keep: bool) -> Iterator[None]:
-    """Takes secrets out of the environment, which sbatch hands to the job and keeps, for the time of the block."""
-    held = {} if keep else {name: value for name, value in os.environ.items() if is_secret_variable(name)}
-    for name in held:
+    """Remove secrets from the environment while the block runs; sbatch passes it to the job and stores it."""
+    secrets = {} if keep else {name: value for name, value in os.environ.items() if is_secret_variable(name)}
+    for name in secrets:
         del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update(held)
+        os.environ.update(secrets)
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """What is started in the block is deaf to Ctrl-C, which a terminal sends to all that was started from it."""
+def _ignoring_ctrl_c() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C, which a terminal sends to all of its processes."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -296,8 +308,8 @@ def _apart() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _submitit() -> Any:
-    """The library.
+def _import_submitit() -> Any:
+    """Return the library.
 
     Raises:
         ToolchainError: it is not installed.

@@ -24,8 +24,9 @@ from kolotune.foundation.errors import (
 )
 from kolotune.foundation.files import write_json
 from kolotune.foundation.reporter import Reporter
-from kolotune.launching.launcher import Launched, Launcher, Order
-from kolotune.launching.registry import again
+from kolotune.launching.launcher import JobSpec, LaunchedJob, Launcher
+from kolotune.launching.registry import launched_job
+from kolotune.run_folder import records
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
 from kolotune.stages import prepare
@@ -50,14 +51,14 @@ class Placing:
     """
 
     launchers: Sequence[Launcher]
-    order: Callable[[Config], Order]
+    order: Callable[[Config], JobSpec]
 
-    def order_of(self, trial: Trial, shared: Config) -> Order:
+    def order_of(self, trial: Trial, shared: Config) -> JobSpec:
         """What is launched for a trial; `shared` are the options that all have."""
         config = dataclasses.replace(config_of(trial, shared), use_checkpoint=True, compare=False)
         return dataclasses.replace(self.order(config), only_train=True)
 
-    def first(self, config: Config, varied: Sequence[Varied], trials: int) -> Order:
+    def first(self, config: Config, varied: Sequence[Varied], trials: int) -> JobSpec:
         """What would be launched for the first trial of a new sweep; nothing is made.
 
         Args:
@@ -84,7 +85,7 @@ class _Job:
 
     trial: Trial
     launcher: Launcher
-    launched: Launched
+    launched: LaunchedJob
     told: OneOfSeveral
     has_place: bool = True
     is_old: bool = False
@@ -140,7 +141,7 @@ class _SideBySide:
     def _take_up(self, trial: Trial) -> None:
         """A trial that was begun before: its job may be at work still."""
         try:
-            launcher, launched = again(folder_of(trial, self._sweep.shared))
+            launcher, launched = launched_job(folder_of(trial, self._sweep.shared))
         except RunFolderError:
             self._waiting.append(trial)
             return

@@ -20,10 +20,10 @@ from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.foundation.errors import ContainerLostError, ContainerPausedError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.runners.container import archive, names, process
-from kolotune.runners.container.archive import Item
+from kolotune.runners.container.archive import ArchiveFile
 from kolotune.runners.container.docker import Docker
-from kolotune.runners.container.process import Process
-from kolotune.runners.container.transfer import Volume
+from kolotune.runners.container.process import ContainerProcess
+from kolotune.runners.container.volume import Volume
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 SLOW = pytest.mark.slow
@@ -131,7 +131,7 @@ def test_a_pause_is_told_and_waited_for(
     until_training(child)
     image.api.pause(other)
     began = time.monotonic()
-    line = until_said(child, "is paused, and run stands still")
+    line = until_said(child, "is paused, and run is waiting")
     assert time.monotonic() - began < NOTICED_SECONDS
     assert f"docker unpause {other}" in line
     time.sleep(2 * process._LOOK_SECONDS)
@@ -139,7 +139,7 @@ def test_a_pause_is_told_and_waited_for(
     image.api.unpause(other)
     rest = child.communicate(timeout=570)[0]
     assert child.returncode == 0, rest
-    assert f"container {other}: run goes on" in rest and "is paused" not in rest, rest
+    assert f"container {other}: run continues" in rest and "is paused" not in rest, rest
     assert results(tmp_path / "outputs") == undisturbed
 
 
@@ -173,7 +173,7 @@ def volume(image: Client, other: str, monkeypatch: pytest.MonkeyPatch) -> Volume
     image.bring_up(other)
     monkeypatch.setenv("DOCKER_HOST", image.engine.host)
     docker = Docker()
-    return Volume(docker, docker.running(other))
+    return Volume(docker, docker.require_running(other))
 
 
 _SLEEP = [names.PYTHON, "-c", "import time; time.sleep(30)"]
@@ -193,10 +193,10 @@ def test_a_pause_is_not_waited_for_without_end(
     volume: Volume, image: Client, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(process, "_STILL_SECONDS", 2.0)
-    running = Process(volume.docker, volume.found, _SLEEP, doing="train", reporter=PlainReporter())
+    running = ContainerProcess(volume.docker, volume.container, _SLEEP, doing="train", reporter=PlainReporter())
     _until_started(image, other)
     image.api.pause(other)
-    with pytest.raises(ContainerPausedError, match="is paused, and train stands still") as caught:
+    with pytest.raises(ContainerPausedError, match="is paused, and train is waiting") as caught:
         running.wait(_ignore)
     assert f"docker unpause {other}" in caught.value.hint and "same command again" in caught.value.hint
     assert capsys.readouterr().out.count(f"warning: container {other}: is paused") == 1
@@ -207,14 +207,14 @@ def test_a_pause_is_not_waited_for_without_end(
 def test_a_short_question_does_not_wait_for_a_pause(
     is_started: bool, volume: Volume, image: Client, other: str
 ) -> None:
-    running = Process(volume.docker, volume.found, _SLEEP, doing="a question")
+    running = ContainerProcess(volume.docker, volume.container, _SLEEP, doing="a question")
     if is_started:
         _until_started(image, other)
     image.api.pause(other)
     with pytest.raises(ContainerPausedError, match="is paused"):
         running.wait(_ignore)
     with pytest.raises(ContainerPausedError, match="is paused"):
-        volume.ask("have", "/runs")
+        volume.ask(list[bool], "have", "/runs")
 
 
 @SLOW
@@ -225,13 +225,13 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
     seconds = 3 * process._LOOK_SECONDS
 
     def slowly() -> Iterator[bytes]:
-        whole = b"".join(archive.packed([Item("slow", b"x" * 10_000)]))
+        whole = b"".join(archive.pack([ArchiveFile("slow", b"x" * 10_000)]))
         yield whole[:1000]
         time.sleep(seconds)
         yield whole[1000:]
 
     code = [names.PYTHON, "-c", f"import time; time.sleep({seconds + 2}); print('done')"]
-    running = Process(volume.docker, volume.found, code, doing="train", reporter=PlainReporter())
+    running = ContainerProcess(volume.docker, volume.container, code, doing="train", reporter=PlainReporter())
     sending = threading.Thread(target=image.api.put_archive, args=(other, "/runs", slowly()))
     sending.start()
     volume.docker.api.timeout = 1
@@ -241,7 +241,7 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
     assert b"".join(heard) == b"done\n"
     output = capsys.readouterr().out
     assert output.count("warning: ") == 1 and "Docker has not answered for 1 s" in output
-    assert f"container {other}: train goes on" in output
+    assert f"container {other}: train continues" in output
 
 
 @pytest.mark.parametrize(
@@ -256,10 +256,10 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
 def test_it_goes_between_two_questions(
     do: Callable[[Any, str], None], words: str, volume: Volume, image: Client, other: str
 ) -> None:
-    assert volume.ask("have", "/runs") == [True]
+    assert volume.ask(list[bool], "have", "/runs") == [True]
     do(image.api, other)
     with pytest.raises(ContainerLostError, match=f"{words} during the exchange of files"):
-        volume.ask("have", "/runs")
+        volume.ask(list[bool], "have", "/runs")
 
 
 def _large(folder: Path) -> Path:
@@ -290,7 +290,7 @@ def test_what_is_sent_when_it_goes_down(
 
     def send() -> None:
         try:
-            volume.send([Item("large.bin", path)], names.INPUTS / "large")
+            volume.send([ArchiveFile("large.bin", path)], names.INPUTS / "large")
         except ContainerLostError as error:
             caught.append(error.cause)
 
@@ -317,7 +317,7 @@ def test_docker_goes_down_while_something_comes_out(volume: Volume, image: Clien
     chunks, _ = image.api.get_archive(other, "/runs/large")
     with (
         pytest.raises(ContainerLostError, match="Docker went away during train"),
-        volume.docker.working(volume.found, "train"),
+        volume.docker.during("train", volume.container),
     ):
         next(chunks)
         image.engine.end(signal.SIGKILL)

@@ -147,11 +147,11 @@ def test_what_only_the_build_needed_is_in_no_layer(image: Client, tmp_path: Path
 
 def test_pips_settings_go_to_the_first_stage_only(tmp_path: Path) -> None:
     """They go to the first stage's folder, which the test above finds in no layer of the image."""
-    from kolotune.runners.container import context
+    from kolotune.runners.container import build_context
 
     (tmp_path / "pip.conf").write_text(f"[global]\nextra-index-url = https://{TOKEN}@example.org/simple\n")
     packed = io.BytesIO()
-    context.write(packed, pip_config=tmp_path / "pip.conf")
+    build_context.write(packed, pip_config=tmp_path / "pip.conf")
     packed.seek(0)
     with tarfile.open(fileobj=packed) as tar:
         holders = [entry.name for entry in tar if entry.isfile() and TOKEN.encode() in tar.extractfile(entry).read()]

@@ -1,5 +1,5 @@
-"""The container, as a runner: Docker's engine, the image, the container, and a verb that runs inside.
+"""Run verbs in a container: Docker's engine, the image, the container, and the files that go in and out.
 
-A verb goes in whole: its files are sent to a volume, kolotune runs there with ``--json``, its messages are shown
-here by the client's own reporter, and what it made comes out again. The client needs no torch.
+A verb goes in whole. Its input files are sent to a volume, kolotune runs there with ``--json``, the client's own
+reporter shows its messages here, and its results come back. The client needs no torch.
 """

@@ -1,4 +1,4 @@
-"""Docker's engine: the connection, its errors in the user's words, and the state of a container."""
+"""Docker's engine: the connection, its errors as errors of the tree, and the state of a container."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from kolotune.version import VERSION
 
 from . import names
 
-_FULL = ("no space left on device", "disk quota exceeded")
-_KEPT = "what was done stays, and --use-checkpoint goes on in mid-training."
+_DISK_FULL = ("no space left on device", "disk quota exceeded")
+_RESUME = "finished stages are kept, and --use-checkpoint resumes training."
 SPACE_HINT = "Free space where Docker keeps its volumes, or remove old runs with `kolotune container shell`."
 
 
 @dataclass(frozen=True)
-class Found:
+class Container:
     """A container as Docker describes it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Found:
         state: "running", "paused", "exited", "created", ….
         image: hash of the image that it was made from.
         version: of the kolotune in it; "" when it is not one of ours.
-        started: when it was last started, as Docker writes it; another value means that it was restarted.
+        started: time of its last start, as Docker writes it; another value means that it was restarted.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Found:
 
 
 class Docker:
-    """A connection to Docker, where DOCKER_HOST says or on this machine.
+    """A connection to Docker on this machine, or where DOCKER_HOST says.
 
     Attributes:
         api: the official client's low-level interface.
 
     Raises:
-        DockerDownError: nobody answers there, or this user may not ask.
+        DockerDownError: there is no answer, or this user has no permission.
     """
 
     def __init__(self) -> None:
@@ -65,11 +65,11 @@ class Docker:
         try:
             self.api: Any = docker.APIClient(**docker.utils.kwargs_from_env(), version="auto")
         except (docker.errors.DockerException, OSError, ValueError) as error:
-            raise _down(error) from None
+            raise _down_error(error) from None
 
     @contextlib.contextmanager
-    def told(self, what: str) -> Iterator[None]:
-        """Turns Docker's errors in the block into ours; `what` is what was asked for, as "start kolo_container"."""
+    def errors_for(self, action: str) -> Iterator[None]:
+        """Turn Docker's errors in the block into ours; `action` is what was requested, as "start kolo_container"."""
         import docker.errors
         import requests
         import urllib3
@@ -77,151 +77,153 @@ class Docker:
         try:
             yield
         except docker.errors.APIError as error:
-            words = str(error.explanation or error)
-            if is_full(words):
-                raise SpaceError(f"{what}: the container's disk is full", SPACE_HINT) from None
-            raise ContainerError(f"{what}: Docker says: {words.strip()}") from None
+            text = str(error.explanation or error)
+            if is_disk_full(text):
+                raise SpaceError(f"{action}: the container's disk is full", SPACE_HINT) from None
+            raise ContainerError(f"{action}: Docker says: {text.strip()}") from None
         except requests.exceptions.ReadTimeout:
-            # As long as files go into a container or come out of it, Docker answers nothing else about that one.
+            # While files go into a container or come out of it, Docker answers no other request about that one.
             raise ContainerError(
-                f"{what}: Docker has not answered for {self.api.timeout} s",
-                "Wait until it is done with the large files of another command, if there is one",
+                f"{action}: Docker has not answered for {self.api.timeout} s",
+                "If another command is copying large files, wait until it is done",
             ) from None
-        # A stream that breaks is told by the library below, as it is.
+        # When a stream breaks, the error of the library below is raised.
         except (requests.exceptions.ConnectionError, urllib3.exceptions.ProtocolError, ConnectionError) as error:
-            raise _down(error) from None
+            raise _down_error(error) from None
         except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-            raise ContainerError(f"{what}: {error}") from None
+            raise ContainerError(f"{action}: {error}") from None
 
-    def find(self, name: str) -> Found | None:
-        """The container `name`; None when there is none of exactly that name."""
+    def find(self, name: str) -> Container | None:
+        """Return the container `name`; None when there is none of exactly that name."""
         import docker.errors
 
-        with self.told(f"look for {name}"):
+        with self.errors_for(f"look for {name}"):
             try:
-                seen = self.api.inspect_container(name)
+                answer = self.api.inspect_container(name)
             except docker.errors.NotFound:
                 return None
-        if seen["Name"] != f"/{name}":  # Docker takes the beginning of a container's number for a name too
+        if answer["Name"] != f"/{name}":  # Docker also takes the start of a container's id for a name
             return None
-        state = seen["State"]
-        return Found(
+        state = answer["State"]
+        return Container(
             name=name,
-            id=seen["Id"],
+            id=answer["Id"],
             state=state["Status"],
-            image=seen["Image"],
-            version=(seen["Config"].get("Labels") or {}).get(names.VERSION_LABEL, ""),
+            image=answer["Image"],
+            version=(answer["Config"].get("Labels") or {}).get(names.VERSION_LABEL, ""),
             started=state["StartedAt"],
         )
 
-    def running(self, name: str) -> Found:
-        """The container `name`, ready to work with.
+    def require_running(self, name: str) -> Container:
+        """Return the container `name`, ready for work.
 
         Raises:
             ContainerMissingError, SimilarContainerError: there is none of that name.
             ContainerPausedError, ContainerStoppedError: it does not run.
-            ContainerVersionError: its kolotune is not this one.
+            ContainerVersionError: its kolotune is another version than this one.
         """
-        found = self.find(name)
-        if found is None:
-            raise self.missing(name)
-        if found.state == "paused":
-            raise paused(name, "")
-        if found.state != "running":
-            raise ContainerStoppedError(f"container {name}: is not running ({found.state})")
-        if found.version != VERSION:
-            there = f"has kolotune {found.version}" if found.version else "was not made by `kolotune container start`"
-            raise ContainerVersionError(f"container {name}: {there}, this is kolotune {VERSION}")
-        return found
-
-    def missing(self, name: str) -> ContainerMissingError | SimilarContainerError:
-        with self.told("list containers"):
-            every = [each.lstrip("/") for entry in self.api.containers(all=True) for each in entry.get("Names") or []]
-        near = difflib.get_close_matches(name, every, n=1, cutoff=0.7)
-        near += [each for each in every if name in each or each in name]
-        if near:
-            return SimilarContainerError(
-                f"container {name}: there is none, only one named {near[0]}",
-                f"Use that one with --container={near[0]}, or make this one: kolotune container start {name}",
+        container = self.find(name)
+        if container is None:
+            raise self.missing_error(name)
+        if container.state == "paused":
+            raise paused_error(name, "")
+        if container.state != "running":
+            raise ContainerStoppedError(f"container {name}: is not running ({container.state})")
+        if container.version != VERSION:
+            problem = (
+                f"has kolotune {container.version}"
+                if container.version
+                else "was not made by `kolotune container start`"
             )
-        return ContainerMissingError(f"container {name}: there is none", f"Make it: kolotune container start {name}")
+            raise ContainerVersionError(f"container {name}: {problem}, this is kolotune {VERSION}")
+        return container
 
-    def require_unchanged(self, found: Found, doing: str) -> Found:
-        """Checks that the container has been running all the time since it was `found`; returns it as it is now.
+    def missing_error(self, name: str) -> ContainerMissingError | SimilarContainerError:
+        with self.errors_for("list containers"):
+            every = [text.lstrip("/") for entry in self.api.containers(all=True) for text in entry.get("Names") or []]
+        similar = difflib.get_close_matches(name, every, n=1, cutoff=0.7)
+        similar += [text for text in every if name in text or text in name]
+        if similar:
+            return SimilarContainerError(
+                f"container {name}: does not exist, but {similar[0]} does",
+                f"Use that one with --container={similar[0]}, or make this one: kolotune container start {name}",
+            )
+        return ContainerMissingError(f"container {name}: does not exist", f"Make it: kolotune container start {name}")
 
-        It may be paused: that loses nothing.
+    def require_unchanged(self, container: Container, doing: str) -> Container:
+        """Check that a container has been running since it was described; return its description now.
+
+        It may be paused: nothing is lost by that.
 
         Raises:
             ContainerLostError: it was stopped, restarted or removed, or Docker was.
         """
         try:
-            now = self.find(found.name)
+            now = self.find(container.name)
         except DockerDownError:
-            raise _left_by_docker(found.name, doing) from None
-        if now is None or now.id != found.id:
-            raise lost(found.name, f"was removed during {doing}", "Make it again")
-        if now.state not in ("running", "paused") or now.started != found.started:
-            raise lost(found.name, f"was stopped or restarted during {doing}", "Start it")
+            raise _docker_lost_error(container.name, doing) from None
+        if now is None or now.id != container.id:
+            raise lost_error(container.name, f"was removed during {doing}", "Make it again")
+        if now.state not in ("running", "paused") or now.started != container.started:
+            raise lost_error(container.name, f"was stopped or restarted during {doing}", "Start it")
         return now
 
     @contextlib.contextmanager
-    def working(self, found: Found, doing: str, what: str = "") -> Iterator[None]:
-        """`told`, for work in a container: when it fails because the container or Docker went away, that is told.
+    def during(self, doing: str, container: Container, action: str = "") -> Iterator[None]:
+        """`errors_for`, for work in a container: also notice that the container or Docker went away.
 
         Args:
-            found: the container, as it was when the work began.
             doing: what the work is called, as "train".
-            what: what was asked of Docker; default: the same.
+            container: its description when the work began.
+            action: what was requested from Docker; the same as `doing` by default.
 
         Raises:
             ContainerLostError: the container was stopped, restarted or removed, or Docker was.
-            ContainerPausedError: it is paused, and does not take this.
-            SpaceError, ContainerError: as `told` has them.
+            ContainerPausedError: it is paused, and refuses this.
+            SpaceError, ContainerError: see `errors_for`.
         """
         try:
-            with self.told(what or doing):
+            with self.errors_for(action or doing):
                 yield
         except DockerDownError:
-            # One that is about to stop takes no new connections, and still says of the old ones that all is well.
-            raise _left_by_docker(found.name, doing) from None
+            # While Docker shuts down it takes no new connections, but reports on the old ones that all is well.
+            raise _docker_lost_error(container.name, doing) from None
         except ContainerError:
-            if self.require_unchanged(found, doing).state == "paused":
-                raise paused(found.name, doing) from None
+            if self.require_unchanged(container, doing).state == "paused":
+                raise paused_error(container.name, doing) from None
             raise
 
 
-def is_full(words: str) -> bool:
-    """Whether an error's text says that a disk is full."""
-    return any(each in words.lower() for each in _FULL)
+def is_disk_full(text: str) -> bool:
+    """Whether an error message says that a disk is full."""
+    return any(phrase in text.lower() for phrase in _DISK_FULL)
 
 
-def paused(name: str, doing: str) -> ContainerPausedError:
-    """The error about a container that is paused under what a verb does; "" when nothing has begun."""
-    how = f"docker unpause {name}, or kolotune container start {name}"
-    if not doing:
-        return ContainerPausedError(f"container {name}: is paused", f"Let it go on: {how}")
-    return ContainerPausedError(f"container {name}: is paused, and {doing} stands still", f"Let it go on: {how}")
+def paused_error(name: str, doing: str) -> ContainerPausedError:
+    """Return the error for a paused container; `doing` is the interrupted work, or "" when none has begun."""
+    hint = f"Resume it: docker unpause {name}, or kolotune container start {name}"
+    return ContainerPausedError(f"container {name}: is paused{f', and {doing} is waiting' if doing else ''}", hint)
 
 
-def lost(name: str, why: str, first: str) -> ContainerLostError:
-    """The error about a container that a verb was running in; `first` is to be done before it runs again."""
+def lost_error(name: str, reason: str, first: str) -> ContainerLostError:
+    """Return the error for a container that went away; `first` is what to do before the verb can run again."""
     return ContainerLostError(
-        f"container {name}: {why}",
-        f"{first} (kolotune container start {name}), then run the same command again: {_KEPT}",
+        f"container {name}: {reason}",
+        f"{first} (kolotune container start {name}), then run the same command again: {_RESUME}",
     )
 
 
-def _left_by_docker(name: str, doing: str) -> ContainerLostError:
-    return lost(name, f"Docker went away during {doing}", "Start Docker and the container")
+def _docker_lost_error(name: str, doing: str) -> ContainerLostError:
+    return lost_error(name, f"Docker went away during {doing}", "Start Docker and the container")
 
 
-def _down(error: Exception) -> DockerDownError:
-    words = str(error)
-    if "Permission denied" in words or isinstance(error, PermissionError):
+def _down_error(error: Exception) -> DockerDownError:
+    text = str(error)
+    if "Permission denied" in text or isinstance(error, PermissionError):
         return DockerDownError(
-            "Docker can't be used: this account may not talk to it",
+            "Docker can't be used: this account has no permission",
             "Add the account to the group `docker` and log in again, or use rootless Docker.",
         )
-    if any(each in words.lower() for each in ("no such file", "not found", "connection refused")):
+    if any(phrase in text.lower() for phrase in ("no such file", "not found", "connection refused")):
         return DockerDownError("Docker can't be reached: it is not running, or not installed")
-    return DockerDownError(f"Docker can't be reached: {words.splitlines()[0] if words else type(error).__name__}")
+    return DockerDownError(f"Docker can't be reached: {text.splitlines()[0] if text else type(error).__name__}")

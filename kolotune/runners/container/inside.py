@@ -1,12 +1,12 @@
-"""Small services inside the container, asked for by the client: ``python -m … COMMAND ARGUMENTS``; JSON comes back.
+"""Commands for files inside the container, called by the client: ``python -m … COMMAND ARGUMENTS``; answers in JSON.
 
-have PATH…          which of the paths are there
-free FOLDER         bytes that its disk has left
-settle FROM TO      gives what was sent its final name, unless another client was faster
+have PATH…          whether each of the paths exists
+free FOLDER         free bytes on its disk
+settle FROM TO      give sent files their final name, unless another client was faster
 list FOLDER         every file below it: size, time of change in ns, inode
-remove PATH         a file or folder, if it is there
-sweep FOLDER        removes what clients that were killed have sent in half
-sizes FOLDER        the folders in it and their bytes
+remove PATH         remove a file or folder, if it exists
+sweep FOLDER        remove what killed clients have sent in part
+sizes FOLDER        the entries of the folder and their bytes
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
 def have(*paths: str) -> list[bool]:
@@ -37,12 +36,12 @@ def settle(source: str, target: str) -> bool:
 
 
 def list_files(folder: str) -> dict[str, list[int]]:
-    root, found = Path(folder), {}
+    root, files = Path(folder), {}
     for path in sorted(root.rglob("*")):
         if path.is_file() and not path.is_symlink():
             status = path.stat()
-            found[path.relative_to(root).as_posix()] = [status.st_size, status.st_mtime_ns, status.st_ino]
-    return found
+            files[path.relative_to(root).as_posix()] = [status.st_size, status.st_mtime_ns, status.st_ino]
+    return files
 
 
 def remove(path: str) -> None:
@@ -53,19 +52,19 @@ def remove(path: str) -> None:
 
 
 def sweep(folder: str) -> None:
-    for half in Path(folder).glob(".*.partial"):
-        remove(str(half))
+    for partial in Path(folder).glob(".*.partial"):
+        remove(str(partial))
 
 
 def sizes(folder: str) -> dict[str, int]:
-    found = {}
+    totals = {}
     for entry in sorted(Path(folder).iterdir()):
         files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
-        found[entry.name] = sum(path.stat().st_size for path in files if not path.is_symlink())
-    return found
+        totals[entry.name] = sum(path.stat().st_size for path in files if not path.is_symlink())
+    return totals
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Callable[..., object]] = {
     "have": have,
     "free": free,
     "settle": settle,
@@ -77,7 +76,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Does one command; returns the exit code."""
+    """Run one command; return the exit code."""
     print(json.dumps(COMMANDS[arguments[0]](*arguments[1:])))
     return 0
 

@@ -1,4 +1,4 @@
-"""Names that the image, the container and the client agree on."""
+"""Names and paths that the image, the container and the client agree on."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ DEFAULT_NAME = "kolo_container"
 VERSION_LABEL = "kolotune.version"
 VOLUME = PurePosixPath("/runs")
 INPUTS = VOLUME / ".inputs"
-"""Files sent in, each in a folder of its own (`input_name`)."""
+"""Input files that were sent in, each in a folder of its own (`input_name`)."""
 MISSING = INPUTS / "missing"
-"""Stands for what is not there on the host either, so that the verb itself says so, in its own words."""
+"""Stands for a file that does not exist on the host either, so that the verb itself reports it."""
 OUTSIDE = VOLUME / ".out"
 """Folders that a verb makes outside a run folder, until they are brought out."""
 HOME = "/home/kolotune"
-"""Where commands start: empty, so that no name means a file by accident."""
+"""Working directory of commands: empty, so that no name means a file by accident."""
 USER = 1000
-"""Number of the image's user and group; what is sent in belongs to it."""
+"""Number of the image's user and group, which own the files that are sent in."""
 PYTHON = "/opt/kolotune/venv/bin/python"
 
-_LONGEST_NAME = 40
+_MAX_NAME_LENGTH = 40
 
 
 def image_tag() -> str:
-    """The image of this version of kolotune."""
+    """Return the tag of the image for this version of kolotune."""
     return f"kolotune:{VERSION}"
 
 
 def volume_of(name: str) -> str:
-    """The name of the volume that belongs to the container `name`."""
+    """Return the name of the volume that belongs to the container `name`."""
     return f"{name}_runs"
 
 
 def input_name(name: str, content: str) -> str:
-    """What the folder of a file of that name and hash of content is called; the same content twice is two files."""
+    """Return the folder name for a file with this name and content hash. The same content under two names is two."""
     return hashlib.sha256(f"{content} {name}".encode()).hexdigest()[:32]
 
 
 def run_folder(host: Path) -> PurePosixPath:
-    """The folder on the volume that belongs to a run folder of the host, the same each time."""
+    """Return the folder on the volume that belongs to a run folder of the host, always the same one."""
     path = os.path.abspath(host)
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(path)).lstrip(".-")[:_LONGEST_NAME] or "run"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(path)).lstrip(".-")[:_MAX_NAME_LENGTH] or "run"
     return VOLUME / f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}"

@@ -27,11 +27,11 @@ class Notebook:
         self.sent: list[Path] = []
         self.texts: dict[str, str] = {}
 
-    def place(self, host: Path) -> PurePosixPath:
+    def send(self, host: Path) -> PurePosixPath:
         self.sent.append(host)
         return names.INPUTS / "0" / host.name
 
-    def place_text(self, name: str, text: str, host: Path) -> PurePosixPath:
+    def send_text(self, name: str, text: str, host: Path) -> PurePosixPath:
         self.texts[name] = text
         return names.INPUTS / "1" / name
 

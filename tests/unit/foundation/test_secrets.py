@@ -10,15 +10,15 @@ import traceback
 import pytest
 
 from kolotune.foundation.secrets import STARS, Secret
-from kolotune.runners.container.paths import Paths
-from kolotune.runners.container.verb import Order
+from kolotune.runners.container.path_map import PathMap
+from kolotune.runners.container.verb import ContainerVerb
 
 TOKEN = "hf_PlantedTokenThatMustNotBeSeen"
 
 
 def test_it_is_stars_in_every_form() -> None:
     secret = Secret(TOKEN)
-    order = Order(["run"], paths=Paths(secret), token=secret)
+    order = ContainerVerb(["run"], paths=PathMap(secret), token=secret)
     shown = [str(secret), repr(secret), f"{secret}", f"{secret!r}", f"{[secret]}", f"{ {'a': secret} }"]
     assert not [each for each in [*shown, str(order), repr(vars(order))] if TOKEN in each]
     assert all(STARS in each for each in shown)

@@ -1,4 +1,4 @@
-"""Slurm's script as text, and submitit's executor for this machine, which really runs the job."""
+"""Slurm's script, submitit's executor for this machine, and a real Slurm where there is one."""
 
 from __future__ import annotations
 
@@ -21,64 +21,65 @@ from support.slurm_cluster import slurm_cluster
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, LaunchError
-from kolotune.launching.launcher import LATER, Launched, Order, Quiet
-from kolotune.launching.slurm import Part, Slurm, _without_secrets
+from kolotune.launching.job_output import SilentReporter
+from kolotune.launching.launcher import LATER, JobSpec, LaunchedJob
+from kolotune.launching.slurm import Slurm, SlurmTask, _task, _without_secrets
 from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 WHY_NOT = cluster_support.why_not() or hosts.why_not()
 
 
-def order(folder: Path, machines: int = 1, name: str = "job-1", **more: Any) -> Order:
+def spec(folder: Path, machines: int = 1, name: str = "job-1", **more: Any) -> JobSpec:
     (folder / "chats.jsonl").write_text("{}\n")
     options = {"train_data": "chats.jsonl", "nnodes": machines, "rdzv": LATER, "output_dir": folder / "out"}
-    return Order(configs.resolve((options, "test", folder)), name, 1.5, **more)
+    return JobSpec(configs.resolve((options, "test", folder)), name, 1.5, **more)
 
 
-def script(slurm: Slurm, wanted: Order) -> str:
-    return dict(slurm.plan(wanted).files)[str(wanted.config.output_dir / ".kolotune/launching/submission_file_JOB.sh")]
+def script(slurm: Slurm, job: JobSpec) -> str:
+    return dict(slurm.plan(job).files)[str(job.config.output_dir / ".kolotune/launching/submission_file_JOB.sh")]
 
 
 def flags(text: str) -> dict[str, str]:
-    """What sbatch is told, by name."""
+    """Return the options of sbatch in a script."""
     lines = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH ")]
     assert all(len(words) == 1 for words in lines)
     return dict(words[0].removeprefix("--").split("=", 1) for words in lines)
 
 
-def test_the_script_asks_for_what_was_wanted(tmp_path: Path) -> None:
+def test_the_script_requests_the_resources(tmp_path: Path) -> None:
     slurm = Slurm(partition="gpu", account="lab", qos="high", more=("constraint=a100",))
-    told = flags(script(slurm, order(tmp_path, 4, gpus=8, cpus=16, memory_gb=1.5)))
-    wanted = {
+    options = flags(script(slurm, spec(tmp_path, 4, gpus=8, cpus=16, memory_gb=1.5)))
+    expected = {
         "job-name": "job-1", "nodes": "4", "ntasks-per-node": "1", "time": "90", "gpus-per-node": "8",
         "cpus-per-task": "16", "mem": "1536MB", "partition": "gpu", "account": "lab", "qos": "high",
         "constraint": "a100",
     }  # fmt: skip
-    assert wanted.items() <= told.items()
-    assert "gpus-per-node" not in flags(script(Slurm(), order(tmp_path)))
+    assert expected.items() <= options.items()
+    assert "gpus-per-node" not in flags(script(Slurm(), spec(tmp_path)))
 
 
-def test_it_is_the_script_that_submitit_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planned_script_is_the_submitted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("srun", "sbatch"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    wanted = order(tmp_path, 2, gpus=1)
-    launched = Slurm().submit(wanted, Quiet())
+    job = spec(tmp_path, 2, gpus=1)
+    launched = Slurm().submit(job, SilentReporter())
     assert (launched.job, launched.machines) == ("7", 2)
-    folder = RunFolder(wanted.config.output_dir).launching
-    assert (folder / "7_submission.sh").read_text() == script(Slurm(), wanted)
-    assert submitit.SlurmJob(folder, "7").submission().function == Part(Slurm()._node(wanted))
+    folder = RunFolder(job.config.output_dir).launching
+    assert (folder / "7_submission.sh").read_text() == script(Slurm(), job)
+    assert submitit.SlurmJob(folder, "7").submission().function == SlurmTask(_task(job))
 
 
-def test_a_folder_with_a_space_and_quotes_stays_one_word(tmp_path: Path) -> None:
-    room = tmp_path / 'it\'s a "$(touch owned)" room'
-    room.mkdir()
-    text = script(Slurm(), order(room))
+def test_a_folder_with_a_space_and_quotes_is_one_word(tmp_path: Path) -> None:
+    folder = tmp_path / 'it\'s a "$(touch owned)" folder'
+    folder.mkdir()
+    text = script(Slurm(), spec(folder))
     command = next(line for line in text.splitlines() if line.startswith("srun "))
-    assert shlex.split(command)[-1] == str(room / "out/.kolotune/launching")
-    assert flags(text)["output"].startswith(str(room))
+    assert shlex.split(command)[-1] == str(folder / "out/.kolotune/launching")
+    assert flags(text)["output"].startswith(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -94,17 +95,17 @@ def test_a_folder_with_a_space_and_quotes_stays_one_word(tmp_path: Path) -> None
 )
 def test_words_that_sbatch_would_misread(slurm: Slurm, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        slurm.plan(order(tmp_path))
+        slurm.plan(spec(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a%jb", "a\nb"])
 def test_folders_that_slurm_would_misread(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match="output-dir"):
-        Slurm().plan(order(tmp_path / name))
+        Slurm().plan(spec(tmp_path / name))
 
 
-def test_secrets_are_not_exported_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_exported_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = {"HF_TOKEN": "a", "WANDB_API_KEY": "b", "aws_secret_access_key": "c", "DB_PASSWORD": "d"}
     for name, value in {**secrets, "LANGUAGE": "en"}.items():
         monkeypatch.setenv(name, value)
@@ -115,26 +116,26 @@ def test_secrets_are_not_exported_unless_asked(monkeypatch: pytest.MonkeyPatch) 
     assert all(os.environ[name] == value for name, value in secrets.items())
 
 
-def test_without_slurm_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no sbatch"):
-        Slurm().submit(order(tmp_path), Quiet())
+        Slurm().submit(spec(tmp_path), SilentReporter())
 
 
-def test_a_job_that_is_over_without_a_word_is_told(tmp_path: Path) -> None:
-    launched = Launched("local", {}, str(2**22 + 1), 1, str(tmp_path))
+def test_a_job_that_ended_without_output_is_an_error(tmp_path: Path) -> None:
+    launched = LaunchedJob("local", {}, str(2**22 + 1), 1, str(tmp_path))
     logs = RunFolder(tmp_path).launching
     logs.mkdir(parents=True)
     (logs / f"{launched.job}_0_log.err").write_text("no space left\n")
     with pytest.raises(LaunchError, match="no space left"):
-        Slurm("local").follow(launched, Quiet())
+        Slurm("local").follow(launched, SilentReporter())
 
 
 @pytest.mark.slow
 def test_submitits_executor_for_this_machine_trains(
     kolotune: Call, write_chats: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle as Slurm does it when it takes a machine back, it goes on where it was."""
+    """Preempted in the middle of training, as Slurm does it, the job resumes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_Planted")
     run = RunFolder(tmp_path / "out")
@@ -144,12 +145,12 @@ def test_submitits_executor_for_this_machine_trains(
     assert kolotune(*line)[0] == 0 and not run.root.exists(), "nothing is done without --submit"
     code, output = kolotune(*line, "--submit", "--detach")
     assert code == 0 and "kolotune follow" in output, output
-    launched = Launched.read(run)
+    launched = LaunchedJob.read(run)
     deadline = time.monotonic() + 300
     while not (run.metrics.is_file() and max(losses(run.metrics), default=0) >= 3):
         assert time.monotonic() < deadline, "nothing came"
         time.sleep(0.05)
-    _take_back(int(launched.job))
+    _preempt(int(launched.job))
     code, output = kolotune("follow", run.root)
     assert code == 0, output
     assert "going on from step" in (run.log("launched").read_text() + run.log("train").read_text())
@@ -157,18 +158,18 @@ def test_submitits_executor_for_this_machine_trains(
     assert not planted(run.root)
 
 
-def test_a_terminal_s_ctrl_c_leaves_a_job_on_this_machine_at_work(
+def test_ctrl_c_in_a_terminal_does_not_stop_a_job_on_this_machine(
     kolotune: Call, write_chats: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = RunFolder(tmp_path / "out")
     options = ["--base-model", tiny_base, "--epochs", "1", "--lora-rank", "2", "--dtype", "fp32", "--compile", "off"]
     more = ["--no-compare", "--quantization", "none", "--output-dir", run.root]
-    line = [sys.executable, "-m", "kolotune", "launch", write_chats(6), "--on", "local", *options, *more, "--submit"]
-    with subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    argv = [sys.executable, "-m", "kolotune", "launch", write_chats(6), "--on", "local", *options, *more, "--submit"]
+    with subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
-        assert any("prepare: reading" in told for told in process.stdout), "it never began"
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all that were started from it
+        assert any("prepare: reading" in line for line in process.stdout), "it never began"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes that were started from it
         assert process.wait(60) == 130
     code, output = kolotune("follow", run.root)
     assert code == 0 and run.gguf.is_file(), output
@@ -190,8 +191,8 @@ def test_a_real_slurm_of_two_machines_trains(
         output = cluster.told(sys.executable, "-m", "kolotune", *map(str, line), "--submit")
         assert "submitted: job " in output and "ok  train: " in output, output
         assert not planted(tmp_path, cluster.folder), "Slurm keeps the environment of a job"
-        assert all(host.sent() > 10_000 for host in both), "they talked over the network"
-        # Refused on one machine: it ends on both, and is told with its cause.
+        assert all(host.sent() > 10_000 for host in both), "they communicated over the network"
+        # One machine fails: the job ends on both, with the cause.
         run.machines.rename(tmp_path / "away")
         run.machines.write_text("in the way")
         with pytest.raises(subprocess.CalledProcessError) as failed:
@@ -201,24 +202,24 @@ def test_a_real_slurm_of_two_machines_trains(
 
 
 def planted(*folders: Path) -> list[Path]:
-    """The files that hold the planted token."""
+    """Return the files that contain the planted token."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return [path for path in files if b"hf_Planted" in path.read_bytes()]
 
 
-def _take_back(controller: int) -> None:
-    """Sends what Slurm sends a job's step: the signal goes to each of its processes."""
+def _preempt(controller: int) -> None:
+    """Signal each process of a job, as Slurm does."""
     import psutil
     from submitit.local.local import LocalJobEnvironment
 
-    for each in psutil.Process(controller).children(recursive=True):
-        each.send_signal(LocalJobEnvironment._usr_sig())
+    for process in psutil.Process(controller).children(recursive=True):
+        process.send_signal(LocalJobEnvironment._usr_sig())
 
 
-def test_the_extra_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hint_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     from kolotune.foundation.errors import ToolchainError
 
-    with pytest.raises(ToolchainError) as told:
-        Slurm().plan(order(tmp_path))
-    assert "kolotune[cluster]" in told.value.hint
+    with pytest.raises(ToolchainError) as raised:
+        Slurm().plan(spec(tmp_path))
+    assert "kolotune[cluster]" in raised.value.hint

@@ -1,4 +1,4 @@
-"""A run on another machine, by a real sshd: sent, started, listened to, fetched, stopped."""
+"""A run on another machine, through a real sshd: sent, started, followed, fetched, stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from support.ssh_server import ALIAS, Server, ssh_server, why_not
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, DataError, LaunchError
 from kolotune.launching import remote, ssh
-from kolotune.launching.launcher import LATER, Launched, Order, Quiet
+from kolotune.launching.job_output import SilentReporter
+from kolotune.launching.launcher import LATER, JobSpec, LaunchedJob
 from kolotune.launching.ssh import Ssh
 from kolotune.run_folder.layout import RunFolder
 
@@ -40,7 +41,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def line(server: Server, tmp_path: Path, tiny_base: Path) -> list[Any]:
-    """Options of a launch to the server, of a run that is quickly done."""
+    """Return the options that launch a short run on the server."""
     place = ["--on", "ssh", "--host", server.name, "--ssh-config", server.config, "--python", sys.executable]
     run = ["--base-model", tiny_base, "--epochs", "1", "--lora-rank", "2", "--dtype", "fp32", "--compile", "off"]
     more = ["--no-compare", "--quantization", "none", "--output-dir", tmp_path / "out"]
@@ -52,7 +53,7 @@ def all_bytes(*folders: Path) -> bytes:
 
 
 @needs_sshd
-def test_a_run_there_gives_its_results_here(
+def test_the_results_of_a_remote_run_are_fetched(
     kolotune: Call, line: list[Any], write_chats: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -62,7 +63,7 @@ def test_a_run_there_gives_its_results_here(
     run = RunFolder(tmp_path / "out")
     assert "training 1/2" in output.replace("  ", " ") or "training" in output
     assert "fetched to" in output and (run.adapter / "adapter_model.safetensors").is_file() and run.gguf.is_file()
-    assert yaml.safe_load(run.config.read_text())["train_data"] == [str(chats)], "paths are those of here"
+    assert yaml.safe_load(run.config.read_text())["train_data"] == [str(chats)], "paths are local"
     assert str(tmp_path / "far") not in output
     code, output = kolotune("status", run.root)
     assert code == 0 and "will run" not in output, output
@@ -71,7 +72,7 @@ def test_a_run_there_gives_its_results_here(
 
 
 @needs_sshd
-def test_what_goes_wrong_there_is_told_here(kolotune: Call, line: list[Any], tmp_path: Path) -> None:
+def test_a_remote_failure_is_shown_with_local_paths(kolotune: Call, line: list[Any], tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"messages": "none"}\n')
     code, output = kolotune(*line, chats, "--submit")
@@ -80,38 +81,38 @@ def test_what_goes_wrong_there_is_told_here(kolotune: Call, line: list[Any], tmp
 
 
 @pytest.fixture
-def waiting(server: Server, tmp_path: Path) -> Iterator[tuple[Ssh, Order]]:
-    """A job of two machines that goes on and on: it waits for where they meet, a name that nobody has."""
+def waiting(server: Server, tmp_path: Path) -> Iterator[tuple[Ssh, JobSpec]]:
+    """A job of two machines that never ends: it waits for a machine that does not exist."""
     (tmp_path / "chats.jsonl").write_text("{}\n")
     options = {"train_data": "chats.jsonl", "nnodes": 2, "rdzv": "nobody.invalid:1", "output_dir": "out"}
     launcher = Ssh((server.name, ALIAS), str(tmp_path / "far"), sys.executable, str(server.config))
-    order = Order(configs.resolve((options, "test", tmp_path)), "job-1", 1)
-    launched = launcher.submit(order, Quiet())
-    launched.write(RunFolder(order.config.output_dir))
-    yield launcher, order
-    launcher.cancel(launched, Quiet())
+    spec = JobSpec(configs.resolve((options, "test", tmp_path)), "job-1", 1)
+    launched = launcher.submit(spec, SilentReporter())
+    launched.write(RunFolder(spec.config.output_dir))
+    yield launcher, spec
+    launcher.cancel(launched, SilentReporter())
 
 
 @needs_sshd
-def test_a_broken_connection_is_taken_up_again_and_a_job_can_be_stopped(
-    waiting: tuple[Ssh, Order], server: Server, monkeypatch: pytest.MonkeyPatch, kolotune: Call
+def test_a_broken_connection_is_restored_and_a_job_can_be_cancelled(
+    waiting: tuple[Ssh, JobSpec], server: Server, monkeypatch: pytest.MonkeyPatch, kolotune: Call
 ) -> None:
-    monkeypatch.setattr(ssh, "_AGAIN_SECONDS", 0.2)
-    launcher, order = waiting
-    run = RunFolder(order.config.output_dir)
-    launched, codes = Launched.read(run), []
-    following = threading.Thread(target=lambda: codes.append(launcher.follow(launched, Quiet())))
+    monkeypatch.setattr(ssh, "_RECONNECT_SECONDS", 0.2)
+    launcher, spec = waiting
+    run = RunFolder(spec.config.output_dir)
+    launched, codes = LaunchedJob.read(run), []
+    following = threading.Thread(target=lambda: codes.append(launcher.follow(launched, SilentReporter())))
     following.start()
     lost: set[int] = set()
     for _ in range(2):
         lost |= connected(server, 2, lost)
-        for each in lost:
+        for process in lost:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
     connected(server, 2, lost)
     assert following.is_alive() and not codes
-    with pytest.raises(LaunchError, match="is at work"):
-        launcher.submit(order, Quiet())
+    with pytest.raises(LaunchError, match="still running"):
+        launcher.submit(spec, SilentReporter())
     code, output = kolotune("cancel", run.root)
     assert code == 0 and "stopped: job job-1" in output, output
     following.join(120)
@@ -119,74 +120,74 @@ def test_a_broken_connection_is_taken_up_again_and_a_job_can_be_stopped(
 
 
 def connected(server: Server, count: int, lost: set[int]) -> set[int]:
-    """The processes of `count` connections, once there are so many beside those that were lost."""
+    """Wait for `count` connections that are not lost; return their processes."""
     deadline = time.monotonic() + 120
-    while len(found := set(server.connections()) - lost) < count:
-        assert time.monotonic() < deadline, "nobody is connected"
+    while len(processes := set(server.connections()) - lost) < count:
+        assert time.monotonic() < deadline, "there is no connection"
         time.sleep(0.05)
-    return found
+    return processes
 
 
 @needs_sshd
-def test_a_machine_that_fails_stops_the_others(server: Server, tmp_path: Path, write_chats: Any) -> None:
-    launcher, order = two_machines(server, tmp_path, write_chats(6))
+def test_a_failing_machine_stops_the_others(server: Server, tmp_path: Path, write_chats: Any) -> None:
+    launcher, spec = two_machines(server, tmp_path, write_chats(6))
     in_the_way = RunFolder(tmp_path / "far" / "job-1").machines
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("")
-    launched = launcher.submit(order, Quiet())
+    launched = launcher.submit(spec, SilentReporter())
     with pytest.raises(LaunchError, match=f"{ALIAS}: .*machines"):
-        launcher.follow(launched, Quiet())
-    assert ended(tmp_path) == ["0.end", "1.end"], "it was stopped on both"
+        launcher.follow(launched, SilentReporter())
+    assert ended(tmp_path) == ["0.end", "1.end"], "the job was stopped on both"
 
 
 @needs_sshd
-def test_the_first_machine_s_failure_stops_the_others(server: Server, tmp_path: Path) -> None:
+def test_a_failure_of_the_first_machine_stops_the_others(server: Server, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text("{}\n")  # only the first reads them: the second waits for it
-    launcher, order = two_machines(server, tmp_path, chats)
-    launched = launcher.submit(order, Quiet())
-    assert launcher.follow(launched, Quiet()) == DataError.exit_code
-    assert ended(tmp_path) == ["0.end", "1.end"], "it was stopped on both"
+    launcher, spec = two_machines(server, tmp_path, chats)
+    launched = launcher.submit(spec, SilentReporter())
+    assert launcher.follow(launched, SilentReporter()) == DataError.exit_code
+    assert ended(tmp_path) == ["0.end", "1.end"], "the job was stopped on both"
 
 
-def two_machines(server: Server, folder: Path, chats: Path) -> tuple[Ssh, Order]:
-    """A job of two machines, which are one with two names; nobody is where they are to meet."""
+def two_machines(server: Server, folder: Path, chats: Path) -> tuple[Ssh, JobSpec]:
+    """Return a job of two machines, which are one with two names; their meeting point does not answer."""
     options = {"train_data": chats.name, "nnodes": 2, "rdzv": "127.0.0.1:1", "output_dir": "out"}
     launcher = Ssh((server.name, ALIAS), str(folder / "far"), sys.executable, str(server.config))
-    return launcher, Order(configs.resolve((options, "test", folder)), "job-1", 1)
+    return launcher, JobSpec(configs.resolve((options, "test", folder)), "job-1", 1)
 
 
 def ended(folder: Path) -> list[str]:
-    return sorted(each.name for each in (folder / "far" / ".launched" / "job-1").glob("*.end"))
+    return sorted(file.name for file in (folder / "far" / ".launched" / "job-1").glob("*.end"))
 
 
 @needs_sshd
-def test_another_kolotune_there_is_refused(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_refused(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "VERSION", "0.0.1")
     launcher = Ssh((server.name,), str(tmp_path / "far"), sys.executable, str(server.config))
-    with pytest.raises(LaunchError, match=r"and here is 0\.0\.1"):
-        launcher.submit(order_of(tmp_path), Quiet())
+    with pytest.raises(LaunchError, match=r"0\.0\.1"):
+        launcher.submit(spec_of(tmp_path), SilentReporter())
 
 
 @needs_sshd
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"python": "/no/such/python"}, "No such file|not found"),
         ({"hosts": ("nobody.invalid",)}, "nobody.invalid: .*resolve"),
         ({"folder": "/proc/none"}, "No such file"),
     ],
 )
-def test_machines_that_can_not_be_used(change: dict[str, Any], words: str, server: Server, tmp_path: Path) -> None:
+def test_unusable_machines(change: dict[str, Any], message: str, server: Server, tmp_path: Path) -> None:
     fields = {"hosts": (server.name,), "folder": str(tmp_path / "far"), "python": sys.executable, **change}
-    with pytest.raises(LaunchError, match=words):
-        Ssh(**fields, ssh_config=str(server.config)).submit(order_of(tmp_path), Quiet())
+    with pytest.raises(LaunchError, match=message):
+        Ssh(**fields, ssh_config=str(server.config)).submit(spec_of(tmp_path), SilentReporter())
 
 
-def order_of(folder: Path, machines: int = 1) -> Order:
+def spec_of(folder: Path, machines: int = 1) -> JobSpec:
     (folder / "chats.jsonl").write_text("{}\n")
     options = {"train_data": "chats.jsonl", "nnodes": machines, "rdzv": LATER, "output_dir": "out"}
-    return Order(configs.resolve((options, "test", folder)), "job-1", 1)
+    return JobSpec(configs.resolve((options, "test", folder)), "job-1", 1)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +208,12 @@ def order_of(folder: Path, machines: int = 1) -> Order:
 )
 def test_names_that_ssh_or_a_shell_would_misread(launcher: Ssh, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        launcher.plan(order_of(tmp_path))
+        launcher.plan(spec_of(tmp_path))
 
 
-def test_a_plan_asks_nobody_and_shows_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_contacts_nobody_and_shows_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # there is no ssh
-    plan = Ssh(("me@a", "b")).plan(order_of(tmp_path, 2))
+    plan = Ssh(("me@a", "b")).plan(spec_of(tmp_path, 2))
     text = "\n".join(plan.steps)
     assert "(me@a:) python3 -P -m kolotune run" in text and "(b:) python3 -P -m kolotune train" in text
     assert text.count("--rdzv=a:29500") == 2 and "a tar of chats.jsonl" in text
@@ -232,15 +233,15 @@ def test_two_hosts_train_together(
     more = ["--no-compare", "--quantization", "none"]
     assert kolotune("run", chats, *run, *more, "--output-dir", tmp_path / "alone")[0] == 0
     with hosts.two_hosts() as (first, second), contextlib.ExitStack() as servers:
-        for each in (first, second):
-            servers.enter_context(ssh_server(tmp_path / "ssh", address=each.address, inside=each.argv()))
+        for host in (first, second):
+            servers.enter_context(ssh_server(tmp_path / "ssh", address=host.address, inside=host.argv()))
         place = ["--on", "ssh", "--host", first.address, "--host", second.address, "--python", sys.executable]
         place += ["--ssh-config", tmp_path / "ssh" / "config", "--remote-folder", tmp_path / "far"]
         line = [sys.executable, "-m", "kolotune", "launch", chats, *place, *run, *more]
-        argv = [str(each) for each in [*line, "--submit", "--output-dir", tmp_path / "out"]]
+        argv = [str(word) for word in [*line, "--submit", "--output-dir", tmp_path / "out"]]
         done = subprocess.run(first.argv(*argv), capture_output=True, text=True, timeout=580)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert second.sent() > 10_000, "they talked over the network"
+        assert second.sent() > 10_000, "they communicated over the network"
     here = RunFolder(tmp_path / "out")
     assert losses(here.metrics) == pytest.approx(losses(RunFolder(tmp_path / "alone").metrics), abs=1e-4)
-    assert here.gguf.is_file() and not here.machines.exists(), "the second one's folder is no result"
+    assert here.gguf.is_file() and not here.machines.exists(), "the second machine's folder is not a result"

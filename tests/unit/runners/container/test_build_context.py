@@ -1,4 +1,4 @@
-"""What Docker builds the image from."""
+"""The build context of the image."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ import pytest
 import kolotune
 from kolotune.engines.torchtune import environment
 from kolotune.foundation.errors import ConfigError
-from kolotune.runners.container import context
-from kolotune.runners.container import names as places
+from kolotune.runners.container import build_context, names
 
 PROJECT = Path(__file__).parents[4]
 
 
-def written(**options: Path) -> dict[str, bytes]:
-    held = io.BytesIO()
-    context.write(held, **options)
-    held.seek(0)
-    with tarfile.open(fileobj=held) as tar:
-        return {each.name: tar.extractfile(each).read() for each in tar if each.isfile()}  # type: ignore[union-attr]
+def files_of_context(**options: Path) -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    build_context.write(buffer, **options)
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:
+        return {entry.name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}  # type: ignore[union-attr]
 
 
 def pins(path: Path) -> set[str]:
     return set(re.findall(r"^[a-z0-9-]+==\S+$", path.read_text(), re.MULTILINE))
 
 
-def test_it_holds_the_package_and_nothing_that_was_made_by_running_it() -> None:
-    files = written()
+def test_it_contains_the_package_without_caches() -> None:
+    files = files_of_context()
     package = Path(kolotune.__file__).parent
     for name in ("pipeline/run.py", "cli/starter/chats.jsonl", "engines/native/__main__.py", "py.typed"):
         assert files[f"kolotune/{name}"] == (package / name).read_bytes()
@@ -42,10 +41,10 @@ def test_it_holds_the_package_and_nothing_that_was_made_by_running_it() -> None:
     assert {name.split("/")[0] for name in files} == {"Dockerfile", "build", "kolotune", "toolchain", "torchtune"}
 
 
-def test_it_is_the_same_each_time() -> None:
+def test_it_is_always_the_same() -> None:
     first, second = io.BytesIO(), io.BytesIO()
-    context.write(first)
-    context.write(second)
+    build_context.write(first)
+    build_context.write(second)
     assert first.getvalue() == second.getvalue()
 
 
@@ -60,8 +59,8 @@ def test_it_is_the_same_each_time() -> None:
         ("torchtune", "from kolotune.engines.torchtune import environment; print(environment.pinned())"),
     ],
 )
-def test_the_modules_of_a_step_need_no_others(step: str, code: str, tmp_path: Path) -> None:
-    for name, content in written().items():
+def test_a_step_has_all_modules_that_it_needs(step: str, code: str, tmp_path: Path) -> None:
+    for name, content in files_of_context().items():
         if name.startswith(f"{step}/"):
             path = tmp_path / name.removeprefix(f"{step}/")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +68,9 @@ def test_the_modules_of_a_step_need_no_others(step: str, code: str, tmp_path: Pa
     argv = [sys.executable, "-c", f"import kolotune; print(kolotune.__file__); {code}"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=_plain())
     assert done.returncode == 0, done.stderr
-    file, said = done.stdout.splitlines()
+    file, version = done.stdout.splitlines()
     expected = {"toolchain": importlib.metadata.version("llama-cpp-python"), "torchtune": environment.pinned()}
-    assert Path(file).is_relative_to(tmp_path) and said == expected[step]
+    assert Path(file).is_relative_to(tmp_path) and version == expected[step]
 
 
 def _plain() -> dict[str, str]:
@@ -80,13 +79,13 @@ def _plain() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def test_wheels_and_settings_go_to_the_first_stage(tmp_path: Path) -> None:
+def test_wheels_and_settings_are_for_the_build_only(tmp_path: Path) -> None:
     (tmp_path / "a-1-py3-none-any.whl").write_bytes(b"wheel")
     (tmp_path / "note.txt").write_bytes(b"x")
     (tmp_path / "ca").write_bytes(b"certificates")
     (tmp_path / "conf").write_bytes(b"[global]")
-    plain = written()
-    files = written(wheels=tmp_path, ca_bundle=tmp_path / "ca", pip_config=tmp_path / "conf")
+    plain = files_of_context()
+    files = files_of_context(wheels=tmp_path, ca_bundle=tmp_path / "ca", pip_config=tmp_path / "conf")
     assert {name: files[name] for name in set(files) - set(plain)} == {
         "build/wheels/a-1-py3-none-any.whl": b"wheel",
         "build/ca.pem": b"certificates",
@@ -95,21 +94,21 @@ def test_wheels_and_settings_go_to_the_first_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["wheels", "ca_bundle", "pip_config"])
-def test_what_is_not_there(option: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_a_config_error(option: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none"):
-        written(**{option: tmp_path / "none"})
+        files_of_context(**{option: tmp_path / "none"})
 
 
-def test_the_image_has_the_versions_that_everything_is_tested_with() -> None:
+def test_the_image_has_the_tested_versions() -> None:
     image = pins(PROJECT / "kolotune" / "runners" / "container" / "image" / "requirements.lock")
     assert image - pins(PROJECT / "requirements.lock") == set()
-    names = {each.partition("==")[0] for each in image}
+    packages = {pin.partition("==")[0] for pin in image}
     needed = {"torch", "transformers", "llama-cpp-python", "sentencepiece", "safetensors", "typer"}
-    assert needed <= names and not names & {"pytest", "ruff", "peft", "mypy"}
+    assert needed <= packages and not packages & {"pytest", "ruff", "peft", "mypy"}
 
 
-def test_the_dockerfile_has_the_user_that_files_are_sent_for() -> None:
+def test_the_dockerfile_agrees_with_the_names() -> None:
     text = (PROJECT / "kolotune" / "runners" / "container" / "image" / "Dockerfile").read_text()
-    assert f"USER {places.USER}:{places.USER}" in text
-    assert f"VOLUME {places.VOLUME}" in text and f"WORKDIR {places.HOME}" in text
-    assert places.PYTHON in text and f'LABEL {places.VERSION_LABEL}="${{VERSION}}"' in text
+    assert f"USER {names.USER}:{names.USER}" in text
+    assert f"VOLUME {names.VOLUME}" in text and f"WORKDIR {names.HOME}" in text
+    assert names.PYTHON in text and f'LABEL {names.VERSION_LABEL}="${{VERSION}}"' in text

@@ -1,4 +1,4 @@
-"""Paths inside and on the host."""
+"""Paths inside the container and on the host."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import yaml
 from kolotune.foundation.secrets import Secret
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners.container import names
-from kolotune.runners.container.paths import Paths, deep
+from kolotune.runners.container.path_map import PathMap, map_texts
 
 
-def test_the_longest_path_counts_and_a_secret_is_masked() -> None:
-    paths = Paths(Secret("hf_secret"))
+def test_the_longest_path_wins_and_a_secret_is_masked() -> None:
+    paths = PathMap(Secret("hf_secret"))
     paths.add(PurePosixPath("/runs/a"), Path("/home/me/a"))
     paths.add(PurePosixPath("/runs/a-b"), Path("/home/me/other"))
-    assert paths.host("/runs/a-b/x and /runs/a/y: hf_secret") == "/home/me/other/x and /home/me/a/y: ********"
+    assert paths.to_host("/runs/a-b/x and /runs/a/y: hf_secret") == "/home/me/other/x and /home/me/a/y: ********"
 
 
 def test_without_a_secret_nothing_is_masked() -> None:
-    assert Paths().host("as it is") == "as it is"
+    assert PathMap().to_host("unchanged") == "unchanged"
 
 
-def test_every_text_of_an_event_is_changed() -> None:
+def test_every_text_of_an_event_is_translated() -> None:
     event = {"event": "table", "rows": [{"what": "/x", "n": 3}], "none": None}
-    assert deep(event, lambda text: text.replace("/x", "/y")) == {
+    assert map_texts(event, lambda text: text.replace("/x", "/y")) == {
         "event": "table", "rows": [{"what": "/y", "n": 3}], "none": None,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("strange", ['/home/it\'s: "me"/#1', "C:\\Users\\me\\new", "/home/日本\n/x"])
-def test_files_of_a_run_that_name_paths(strange: str, tmp_path: Path) -> None:
+def test_files_of_a_run_that_contain_paths(strange: str, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.state.mkdir()
-    paths = Paths()
+    paths = PathMap()
     paths._pairs.append(("/runs/r-1", strange))
     run.config.write_text("output_dir: /runs/r-1\ntrain_data: [/runs/r-1/c.jsonl]\nepochs: 3\n")
     run.source.write_text(json.dumps({"source": "/runs/r-1/adapter"}))
@@ -47,16 +47,16 @@ def test_files_of_a_run_that_name_paths(strange: str, tmp_path: Path) -> None:
     assert json.loads(run.source.read_text())["source"] == f"{strange}/adapter"
 
 
-def test_other_files_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_files_are_left_unchanged(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    paths = Paths()
+    paths = PathMap()
     paths.add(PurePosixPath("/runs/r"), Path("/home"))
     run.modelfile().write_bytes(b"FROM /runs/r\r\n")
     paths.rewrite(run.modelfile(), run.modelfile(), run)
     assert run.modelfile().read_bytes() == b"FROM /runs/r\r\n"
 
 
-def test_a_run_folder_has_one_place_and_no_other_run_has_it(tmp_path: Path) -> None:
+def test_each_run_folder_has_a_folder_of_its_own(tmp_path: Path) -> None:
     first = names.run_folder(tmp_path / "outputs")
     assert first == names.run_folder(tmp_path / "x" / ".." / "outputs")
     assert first.parent == names.VOLUME and first.name.startswith("outputs-")
@@ -64,8 +64,8 @@ def test_a_run_folder_has_one_place_and_no_other_run_has_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["; rm -rf ~", "$(id)", "a\nb", "-x", "..", "日本", "n" * 200, ".inputs", " "])
-def test_its_name_is_harmless(name: str, tmp_path: Path) -> None:
-    made = names.run_folder(tmp_path / "deep" / name)
-    assert made.parent == names.VOLUME
-    assert len(made.name) <= 51 and made.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-    assert not made.name.startswith((".", "-"))
+def test_the_name_of_that_folder_is_harmless(name: str, tmp_path: Path) -> None:
+    folder = names.run_folder(tmp_path / "deep" / name)
+    assert folder.parent == names.VOLUME
+    assert len(folder.name) <= 51 and folder.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    assert not folder.name.startswith((".", "-"))

@@ -1,7 +1,7 @@
-"""What is sent to Docker to build the image: one tar of the Dockerfile and all that it copies.
+"""The build context of the image: one tar of the Dockerfile and all files that it copies.
 
-The installed package is the source, so that a client that came with pip can build too. Names, order and
-modes depend on nothing else, so that unchanged parts are taken from Docker's cache of layers.
+The source is the installed package, so that a client installed with pip can build too. Names, order and modes depend
+on nothing else, so that Docker takes unchanged parts from its cache of layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _IMAGE = Path(__file__).with_name("image")
 _LOCK = "requirements.lock"
 # Modules that fetch llama.cpp's converter or make an engine's environment: separate build steps, which Docker does not
 # repeat when other files change.
-_FETCHING = (
+_DOWNLOADING = (
     "__init__.py",
     "base_models/__init__.py",
     "base_models/downloads.py",
@@ -35,39 +35,39 @@ _FETCHING = (
 )
 _STEPS = {
     "toolchain": (
-        *_FETCHING,
+        *_DOWNLOADING,
         "foundation/formatting.py",
         "foundation/reporter",
         "foundation/typed_storage.py",
         "llamacpp/__init__.py",
         "llamacpp/toolchain.py",
     ),
-    **{name: (*_FETCHING, *entry.image_files) for name, entry in ENGINES.items() if entry.image_files},
+    **{name: (*_DOWNLOADING, *entry.image_files) for name, entry in ENGINES.items() if entry.image_files},
 }
 
 
 def write(
-    into: IO[bytes], *, wheels: Path | None = None, ca_bundle: Path | None = None, pip_config: Path | None = None
+    output: IO[bytes], *, wheels: Path | None = None, ca_bundle: Path | None = None, pip_config: Path | None = None
 ) -> None:
-    """Writes the build context as a tar.
+    """Write the build context as a tar.
 
     Args:
-        into: an open file.
-        wheels: a folder whose wheels pip finds first.
-        ca_bundle: certificates in PEM that pip trusts while it builds; for machines behind a proxy.
-        pip_config: pip's settings while it builds. Neither of the two is in the image.
+        output: an open file.
+        wheels: a folder of wheels that pip prefers.
+        ca_bundle: certificates in PEM that pip trusts during the build; for machines behind a proxy.
+        pip_config: pip's settings during the build. Neither of the two is in the image.
 
     Raises:
-        ConfigError: one of the files is not there, or the folder holds no wheel.
+        ConfigError: a file does not exist, or the folder contains no wheel.
     """
-    with tarfile.open(fileobj=into, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as tar:
         _add(tar, "Dockerfile", _IMAGE / "Dockerfile")
         _add(tar, f"build/{_LOCK}", _IMAGE / _LOCK)
-        for name, given in (("ca.pem", ca_bundle), ("pip.conf", pip_config)):
-            if given is not None:
-                if not given.is_file():
-                    raise ConfigError(f"{given}: there is no such file", "See `kolotune container build --help`.")
-                _add(tar, f"build/{name}", given)
+        for name, path in (("ca.pem", ca_bundle), ("pip.conf", pip_config)):
+            if path is not None:
+                if not path.is_file():
+                    raise ConfigError(f"{path}: there is no such file", "See `kolotune container build --help`.")
+                _add(tar, f"build/{name}", path)
         _add_folder(tar, "build/wheels")
         for wheel in _wheels(wheels):
             _add(tar, f"build/wheels/{wheel.name}", wheel)
@@ -81,10 +81,10 @@ def write(
 def _wheels(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
-    found = sorted(folder.glob("*.whl"))
-    if not found:
-        raise ConfigError(f"{folder}: holds no wheels", "Fill it with `pip wheel` or `pip download`.")
-    return found
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise ConfigError(f"{folder}: contains no wheels", "Fill it with `pip wheel` or `pip download`.")
+    return wheels
 
 
 def _package_files(root: Path = _PACKAGE) -> Iterator[Path]:
