@@ -12,11 +12,11 @@ from .options import Json, reporter
 def cancel(run: LaunchedRun = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:
     """Stop a launched job, or the jobs of a sweep."""
     from kolotune.launching.registry import launched_job
-    from kolotune.sweeping.record import not_over
+    from kolotune.sweeping.record import unfinished_trials
 
     say = reporter(json)
     folder = RunFolder(run.absolute())
-    trials = [RunFolder(folder.root / name) for name in not_over(folder.root)]
+    trials = [RunFolder(folder.root / name) for name in unfinished_trials(folder.root)]
     for trial in [trial for trial in trials if trial.launched.is_file()] or [folder]:
         launcher, job = launched_job(trial)
         launcher.cancel(job, say)

@@ -1,4 +1,4 @@
-"""The verb that tries several settings: sweep."""
+"""The verb `sweep`: try several settings."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from .placement import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_give
 from .report import reporting
 
 if TYPE_CHECKING:
-    from kolotune.sweeping.record import Record
-    from kolotune.sweeping.space import Varied
+    from kolotune.foundation.typed_storage import JsonObject
+    from kolotune.sweeping.record import SweepRecord
+    from kolotune.sweeping.space import VariedOption
 
 _TRIALS = 10
 _DIGITS = 4
 _NONE = "-"
 Vary = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=A,B|LOW..HIGH", help="An option and its values, or their range; several times."),
+    typer.Option(metavar="NAME=A,B|LOW..HIGH", help="An option with its values or range; repeatable."),
 ]
-Trials = Annotated[int, typer.Option(min=1, help="Settings that are tried, at most; few combinations are all tried.")]
+Trials = Annotated[int, typer.Option(min=1, help="Maximum number of settings; all combinations, if fewer.")]
 AtOnce = Annotated[
     int | None,
     typer.Option(
         min=1,
         metavar="K",
-        help=f"With --on: trials at work at a time; default {AT_ONCE}, with ssh one on each host.",
+        help=f"With --on: trials that run at a time; default {AT_ONCE}, with ssh one per host.",
         show_default=False,
     ),
 ]
-Finish = Annotated[bool, typer.Option("--finish/--no-finish", help="Bring the best one to its end, as `run` does.")]
+Finish = Annotated[bool, typer.Option("--finish/--no-finish", help="Finish the best one, as `run` does.")]
 
 
 @with_options("data", "model", "training", "machines", "export", "comparison", more=FLAGS)
@@ -58,7 +59,7 @@ def sweep(
 ) -> int:
     """Try several settings; the best by held-out loss becomes the model.
 
-    One after the other on this machine, or with --on as jobs side by side.
+    This machine trains one trial after the other; with --on they are parallel jobs.
     """
     from kolotune.sweeping import space
     from kolotune.sweeping import trials as sweeping
@@ -66,102 +67,88 @@ def sweep(
     say = reporter(json)
     place = taken_if_given(flags)
     if place is None and at_once is not None:
-        raise ConfigError("at-once: on this machine one trial is trained after the other", "Say where with --on.")
-    wanted = resolved("sweep", flags, data, config) if place else config_of(flags, data, config)
-    if not wanted.train_data:
+        raise ConfigError("at-once: this machine trains one trial after the other", "Choose another place with --on.")
+    shared = resolved("sweep", flags, data, config) if place else config_of(flags, data, config)
+    if not shared.train_data:
         raise hints.no_chats("sweep")
-    hints.require_files((*wanted.train_data, *wanted.eval_data))
-    what = space.parse(vary or [])
+    hints.require_files((*shared.train_data, *shared.eval_data))
+    varied = space.parse(vary or [])
     if place is None:
-        show(wanted, say)
-        return _end(wanted, sweeping.run(wanted, what, trials, say), say, _finished_here if finish else None)
-    return _side_by_side(place.with_token_of(wanted, say), wanted, what, trials, at_once, say, finish=finish)
+        show(shared, say)
+        return _end(shared, sweeping.run(shared, varied, trials, say), say, _finish_here if finish else None)
+    return _launch(place.with_token_of(shared, say), shared, varied, trials, at_once, say, finish=finish)
 
 
-def _side_by_side(
+def _launch(
     place: Place,
-    wanted: Config,
-    what: Sequence[Varied],
+    shared: Config,
+    varied: Sequence[VariedOption],
     trials: int,
     at_once: int | None,
     say: Reporter,
     *,
     finish: bool,
 ) -> int:
-    """Shows what would be launched for the first trial; or launches all, and the best one's way to its end."""
+    """Show the first trial's job; with --submit, launch all trials and finish the best one."""
     from kolotune.launching.job_names import name_for
     from kolotune.launching.launcher import LATER
     from kolotune.launching.registry import launched_job
     from kolotune.sweeping import parallel
     from kolotune.sweeping.trials import shared_elsewhere
 
-    launchers = place.side_by_side(wanted.nnodes, at_once)
-    if len(launchers) > 1 and wanted.rdzv not in (None, LATER):
-        raise ConfigError("rdzv: trials side by side can't all meet in one place", "Leave rdzv out, or --at-once 1.")
-    placing = parallel.Placing(launchers, lambda config: place.job_spec(config, name_for(config.output_dir)))
-    plan = launchers[0].plan(placing.first(wanted, what, trials))
-    show(wanted, say)
+    launchers = place.side_by_side(shared.nnodes, at_once)
+    if len(launchers) > 1 and shared.rdzv not in (None, LATER):
+        raise ConfigError("rdzv: parallel trials can't all meet at one address", "Leave rdzv out, or use --at-once 1.")
+    jobs = parallel.TrialLaunchers(launchers, lambda config: place.job_spec(config, name_for(config.output_dir)))
+    plan = launchers[0].plan(jobs.first_spec(shared, varied, trials))
+    show(shared, say)
     if not place.submit:
-        say.note(f"of the trials {len(launchers)} are at work at a time; the first one's job:")
+        say.note(f"{len(launchers)} trials run at a time. The job of the first one:")
         show_plan(plan, say)
         return 0
-    shown = hints.as_typed(wanted.output_dir)
-    say.note(f"Ctrl-C leaves jobs at work, and the same command goes on; kolotune cancel {shown} stops them")
-    record = parallel.run(wanted, what, trials, placing, say)
+    folder = hints.as_typed(shared.output_dir)
+    say.note(f"Ctrl-C does not stop jobs; the same command resumes the sweep, kolotune cancel {folder} stops its jobs")
+    record = parallel.run(shared, varied, trials, jobs, say)
 
-    def finished_there(chosen: Config, say: Reporter) -> int:
-        folder = RunFolder(chosen.output_dir)
+    def finish_there(best: Config, say: Reporter) -> int:
+        folder = RunFolder(best.output_dir)
         launcher = launched_job(folder)[0] if folder.launched.is_file() else launchers[0]
-        chosen = dataclasses.replace(chosen, template_date=shared_elsewhere(wanted).template_date)
-        return submit(launcher, placing.order(chosen), say)
+        best = dataclasses.replace(best, template_date=shared_elsewhere(shared).template_date)
+        return submit(launcher, jobs.spec_for(best), say)
 
-    return _end(wanted, record, say, finished_there if finish else None)
+    return _end(shared, record, say, finish_there if finish else None)
 
 
-def _finished_here(chosen: Config, say: Reporter) -> int:
+def _finish_here(best: Config, say: Reporter) -> int:
     from kolotune.pipeline.run import run_pipeline
 
-    folder = RunFolder(chosen.output_dir)
-    with showing(folder, say, wanted=chosen.compare), reporting(folder, say):
-        run_pipeline(chosen, say)
+    folder = RunFolder(best.output_dir)
+    with showing(folder, say, wanted=best.compare), reporting(folder, say):
+        run_pipeline(best, say)
     return 0
 
 
-def _end(wanted: Config, record: Record, say: Reporter, finished: Callable[[Config, Reporter], int] | None) -> int:
-    """Tells what came of the trials, and brings the best one to its end; returns the exit code of that."""
+def _end(shared: Config, record: SweepRecord, say: Reporter, finish: Callable[[Config, Reporter], int] | None) -> int:
+    """Show the trials and finish the best one; return its exit code."""
     from kolotune.report import sweep as page
     from kolotune.sweeping import trials as sweeping
 
-    _tell(record, say)
-    curves = {each.number: sweeping.held_out_losses(sweeping.folder_of(each, wanted)) for each in record.trials}
-    title = f"{Path(wanted.base_model).name} on {', '.join(each.name for each in wanted.train_data)}"
-    names, rows = [each.name for each in record.varied], sweeping.rows(record)
-    shown_at = page.write(wanted.output_dir, title, names, rows, curves)
+    names, rows = [option.name for option in record.varied], sweeping.table_rows(record)
+    say.table("Trials, the best first", ("trial", *names, "held-out loss", "failed"), [_cells(row) for row in rows])
+    curves = {trial.number: sweeping.held_out_losses(sweeping.folder_of(trial, shared)) for trial in record.trials}
+    title = f"{Path(shared.base_model).name} on {', '.join(path.name for path in shared.train_data)}"
+    report = page.write(shared.output_dir, title, names, rows, curves)
     best = record.best
     assert best is not None
-    chosen = dataclasses.replace(sweeping.config_of(best, wanted), use_checkpoint=True)
-    if finished is not None and (code := finished(chosen, say)) != 0:
+    config = dataclasses.replace(sweeping.config_of(best, shared), use_checkpoint=True)
+    if finish is not None and (code := finish(config, say)) != 0:
         return code
-    say.success(f"Done: trial {best.number} is the best; {shown_at} shows all")
-    shown = hints.as_typed(chosen.output_dir)
-    say.note(
-        f"talk to it:          kolotune chat {shown}"
-        if finished is not None
-        else f"its model:           kolotune merge {shown}"
-    )
+    say.success(f"Done: trial {best.number} is the best; {report} shows all trials")
+    folder = hints.as_typed(config.output_dir)
+    say.note(f"next: kolotune {'chat' if finish else 'merge'} {folder}")
     return 0
 
 
-def _tell(record: Record, say: Reporter) -> None:
-    from kolotune.sweeping.trials import rows
-
-    names = [each.name for each in record.varied]
-    shown = [
-        (*(str(row[name]) for name in ("trial", *names)), _loss(row["loss"]), row["failure"] or _NONE)
-        for row in rows(record)
-    ]
-    say.table("Trials, the best first", ("trial", *names, "held-out loss", "failed"), shown)
-
-
-def _loss(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.{_DIGITS}f}"
+def _cells(row: JsonObject) -> tuple[str, ...]:
+    *values, loss, failure = row.values()
+    return (*map(str, values), f"{loss:.{_DIGITS}f}" if isinstance(loss, float) else _NONE, str(failure or _NONE))

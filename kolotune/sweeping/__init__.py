@@ -1,1 +1,1 @@
-"""`kolotune sweep`: several settings as runs over the same prepared chats; the best by held-out loss goes on."""
+"""`kolotune sweep`: try several settings as runs over the same chats; the best by held-out loss is finished."""

@@ -1,24 +1,24 @@
-"""What trials tell that are at work at the same time: each line says whose it is."""
+"""Messages of trials that run at the same time: each line names its trial."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from kolotune.foundation.reporter import JsonReporter, PlainReporter, Progress, Reporter
 
 
-class OneOfSeveral(PlainReporter):
-    """Tells a reporter what one of several at work tells.
+class TrialReporter(PlainReporter):
+    """Passes the messages of one trial on to a shared reporter.
 
-    Tables are left out: each would show the same settings. A failure is kept, to be told by whom it ends.
+    Tables are dropped: all trials would show the same settings. A failure is kept in `cause`, and whoever ends the
+    trial reports it.
 
     Args:
-        reporter: the one of all of them.
-        name: of this one.
-        lock: what all of them have in common.
+        reporter: shared by all trials.
+        name: of the trial.
+        lock: shared by all trials.
 
     Attributes:
         cause: of the last failure; "" for none.
@@ -51,27 +51,25 @@ class OneOfSeveral(PlainReporter):
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         del title, columns, rows
 
-    def result(self, text: str, **fields: Any) -> None:
+    def result(self, text: str, **fields: object) -> None:
         del fields
         self.note(text)
 
     @contextlib.contextmanager
     def progress(self, title: str) -> Iterator[Progress]:
-        """Lines, as several bars would not stand still; for programs the events of a running count."""
+        """Show lines, because several progress bars would overwrite each other; or progress events for programs."""
         if not isinstance(self._reporter, JsonReporter):
             with super().progress(title) as lines:
                 yield lines
             return
         with self._reporter.progress(f"{self._name}: {title}") as events:
-            yield _Alone(events, self._lock)
+            yield _LockedProgress(events, self._lock)
 
 
-class _Alone:
-    """A running count that nobody else speaks into."""
-
+class _LockedProgress:
     def __init__(self, progress: Progress, lock: threading.Lock) -> None:
         self._progress, self._lock = progress, lock
 
-    def update(self, done: int, total: int, **fields: Any) -> None:
+    def update(self, done: int, total: int, **fields: object) -> None:
         with self._lock:
             self._progress.update(done, total, **fields)

@@ -1,99 +1,98 @@
-"""`sweep.json`: what a sweep varies, and its trials so far; from it a sweep that was stopped goes on."""
+"""`sweep.json`: what a sweep varies, and its trials so far. A stopped sweep resumes from it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ConfigError
-from kolotune.foundation.files import write_json
 
-from .space import Varied
+from .space import Value, VariedOption
 
 NAME = "sweep.json"
 
 
 @dataclass
 class Trial:
-    """One setting: a run folder, and what came of it.
+    """One setting: a run folder, and its result.
 
     Attributes:
         number: from 1.
-        values: of the varied options, as they are given to `Config`.
-        loss: held-out, of the adapter that was kept; None: not trained yet, or it failed.
-        failure: why there is none.
+        values: of the varied options, as `Config` takes them.
+        loss: held-out loss of the adapter that was kept; None: not trained yet, or it failed.
+        failure: why there is no loss; "" when it is not trained yet.
     """
 
     number: int
-    values: dict[str, Any]
+    values: dict[str, Value]
     loss: float | None = None
     failure: str = ""
 
     @property
     def folder(self) -> str:
-        """Its run folder, in that of the sweep."""
+        """The name of its run folder, in the sweep's folder."""
         return f"trial-{self.number:03d}"
 
     @property
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether it was trained, or failed."""
         return self.loss is not None or bool(self.failure)
 
+    def describe(self) -> str:
+        """Return its values, as "lora_rank 8, epochs 3"."""
+        return ", ".join(f"{name} {value}" for name, value in self.values.items())
+
 
 @dataclass
-class Record:
+class SweepRecord:
     """What a sweep varies, and its trials in their order.
 
     Attributes:
+        varied: the options.
         made_of: a digest of the chats and of the options that all trials share.
+        trials: so far.
     """
 
-    varied: list[Varied]
+    varied: list[VariedOption]
     made_of: str
     trials: list[Trial] = field(default_factory=list)
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the smallest loss; of equal ones the first."""
-        trained = [each for each in self.trials if each.loss is not None]
-        return min(trained, key=lambda each: each.loss or 0.0) if trained else None
+        """The trial with the smallest loss, the first of equal ones; None when none was trained."""
+        trained = [(trial.loss, trial.number, trial) for trial in self.trials if trial.loss is not None]
+        return min(trained, key=lambda entry: entry[:2])[2] if trained else None
 
     def write(self, folder: Path) -> None:
-        write_json(folder / NAME, dataclasses.asdict(self))
+        typed_storage.write(folder / NAME, self)
 
 
-def not_over(folder: Path) -> list[str]:
-    """The run folders of trials that have not ended, of the sweep in `folder`; none where there is no sweep."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        loaded = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return [each.folder for each in (Trial(**each) for each in loaded["trials"]) if not each.is_over]
+def unfinished_trials(folder: Path) -> list[str]:
+    """Return the run folders of trials that have not ended; none where there is no sweep."""
+    with contextlib.suppress(OSError, typed_storage.StorageError):
+        return [trial.folder for trial in typed_storage.read(SweepRecord, folder / NAME).trials if not trial.has_ended]
     return []
 
 
-def read(folder: Path, varied: Sequence[Varied], made_of: str) -> Record:
-    """The record of the sweep in `folder`, or a new one.
+def read_or_create(folder: Path, varied: Sequence[VariedOption], made_of: str) -> SweepRecord:
+    """Return the record of the sweep in `folder`, or a new one.
 
     Raises:
-        ConfigError: the folder has a sweep of something else.
+        ConfigError: the folder contains a different sweep.
     """
     try:
-        loaded = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        known = [Varied(**{**each, "choices": tuple(each["choices"])}) for each in loaded["varied"]]
-        trials = [Trial(**each) for each in loaded["trials"]]
-        before = loaded["made_of"]
+        record = typed_storage.read(SweepRecord, folder / NAME)
     except FileNotFoundError:
-        return Record(list(varied), made_of)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return SweepRecord(list(varied), made_of)
+    except (OSError, typed_storage.StorageError) as error:
         raise ConfigError(f"{folder / NAME}: can't be read: {error}", "Choose another --output-dir.") from None
-    if known != list(varied) or before != made_of:
-        what = "other values are varied" if known != list(varied) else "the chats or other options were not the same"
+    if record.varied != list(varied) or record.made_of != made_of:
+        difference = "varies other values" if record.varied != list(varied) else "has other chats or options"
         raise ConfigError(
-            f"{folder}: has a sweep already, in which {what}",
-            "Give the same chats and options to go on with it, or another --output-dir.",
+            f"{folder}: contains a sweep that {difference}",
+            "Give the same chats and options to resume it, or another --output-dir.",
         )
-    return Record(known, made_of, trials)
+    return record

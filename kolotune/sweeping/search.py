@@ -1,49 +1,55 @@
-"""What is tried next: all combinations, or what Optuna's search takes from the trials so far."""
+"""Choose the next trial: all combinations in turn, or what Optuna's search derives from the trials so far."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ToolchainError
 
-from .record import Record, Trial
-from .space import Varied, combinations
+from .record import SweepRecord, Trial
+from .space import Value, VariedOption, count_combinations
 
-_DIGITS = 3  # of numbers with a point: more would tell nothing
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+_DIGITS = 3  # of fractional numbers; more would make no difference
 
 
-def next_values(record: Record, trials: int, seed: int) -> dict[str, Any] | None:
-    """The values of the next trial; None when all were had.
+def next_values(record: SweepRecord, trials: int, seed: int) -> dict[str, Value] | None:
+    """Return the values of the next trial; None when there is none.
 
-    All combinations in their order where there are no more than `trials`; otherwise the tree-structured Parzen
-    estimator of Optuna (Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011), which begins at random.
-    It is asked anew each time, with all trials so far, so that a sweep that was stopped goes on as it would have. What
-    is at work counts as bad until it is over ("constant liar"), so that the next is not nearly the same.
+    All combinations are tried in order, if there are no more than `trials`. Otherwise the tree-structured Parzen
+    estimator of Optuna (Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011) chooses, at random at
+    first. It is set up again for each trial from all trials so far, so that a stopped sweep resumes as if it had not
+    been stopped. Running trials count as bad ("constant liar"), so that the next one is not nearly the same.
 
     Args:
-        record: of the trials so far, those at work among them.
-        trials: how many there shall be in all.
+        record: the trials so far, the running ones included.
+        trials: the maximum number of trials.
         seed: of the search.
     """
     if len(record.trials) >= trials:
         return None
-    count = combinations(record.varied)
+    count = count_combinations(record.varied)
     if count is not None and count <= trials:
-        tried = [trial.values for trial in record.trials]  # in any order, where a search came before
-        return next((values for values in _all(record.varied) if values not in tried), None)
-    return _searched(record, seed)
+        tried = [trial.values for trial in record.trials]  # in any order, after a search with fewer trials
+        return next((values for values in _combinations(record.varied) if values not in tried), None)
+    return _search(record, seed)
 
 
-def _all(varied: Sequence[Varied]) -> list[dict[str, Any]]:
-    names = [each.name for each in varied]
-    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(each.choices for each in varied))]
+def _combinations(varied: Sequence[VariedOption]) -> list[dict[str, Value]]:
+    names = [option.name for option in varied]
+    return [
+        dict(zip(names, values, strict=True)) for values in itertools.product(*(option.choices for option in varied))
+    ]
 
 
-def _searched(record: Record, seed: int) -> dict[str, Any]:
+def _search(record: SweepRecord, seed: int) -> dict[str, Value]:
     try:
         import optuna
     except ImportError:
@@ -51,29 +57,31 @@ def _searched(record: Record, seed: int) -> dict[str, Any]:
             "a search needs optuna", "Install it: pip install 'kolotune[sweep]', or give values with commas."
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():  # Optuna 4 calls the liar an experiment
+    with warnings.catch_warnings():  # Optuna 4 calls constant_liar experimental
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=(seed + len(record.trials)) % 2**32, constant_liar=True)
     study = optuna.create_study(sampler=sampler)
-    space = {each.name: each.distribution for each in record.varied}
+    space: dict[str, BaseDistribution] = {option.name: option.distribution() for option in record.varied}
     for trial in record.trials:
-        study.add_trial(_known(trial, space))
-    asked = study.ask(space)
-    return {each.name: _rounded(asked.params[each.name], each) for each in record.varied}
+        study.add_trial(_frozen_trial(trial, space))
+    chosen = study.ask(space)
+    return {option.name: _rounded(chosen.params[option.name], option) for option in record.varied}
 
 
-def _known(trial: Trial, space: dict[str, Any]) -> Any:
+def _frozen_trial(trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
     import optuna
 
     states = optuna.trial.TrialState
-    trained = trial.loss is not None and math.isfinite(trial.loss)
+    is_trained = trial.loss is not None and math.isfinite(trial.loss)
     return optuna.trial.create_trial(
-        state=states.COMPLETE if trained else states.FAIL if trial.is_over else states.RUNNING,
+        state=states.COMPLETE if is_trained else states.FAIL if trial.has_ended else states.RUNNING,
         params=trial.values,
-        distributions=space,
-        value=trial.loss if trained else None,
+        distributions=dict(space),
+        value=trial.loss if is_trained else None,
     )
 
 
-def _rounded(value: Any, of: Varied) -> Any:
-    return min(max(float(f"{value:.{_DIGITS}g}"), of.low), of.high) if isinstance(value, float) else value
+def _rounded(value: Value, option: VariedOption) -> Value:
+    if isinstance(value, float):
+        return min(max(float(f"{value:.{_DIGITS}g}"), option.low), option.high)
+    return value

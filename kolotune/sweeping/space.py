@@ -1,4 +1,4 @@
-"""What a sweep varies: an option of the training with some values, or with a range of them."""
+"""The options that a sweep varies: each with some values, or with a range."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-_LOGARITHMIC_FROM = 10.0  # a range whose ends are so many times apart is looked at by factors
-_NOT_VARIED = ("checkpoint_steps", "use_checkpoint", "target_modules")  # nothing of the result; a list of names
+Value = str | int | float
+"""The value of a varied option: a choice as text, or a number of a range."""
+_LOGARITHMIC_FROM = 10.0  # a range whose ends differ by this factor is searched on a logarithmic scale
+_NOT_VARIED = ("checkpoint_steps", "use_checkpoint", "target_modules")  # no influence on the result; a list of names
 _EXAMPLE = "--vary learning_rate=1e-4..1e-3 --vary lora_rank=8,16,32"
 
 
 @dataclass(frozen=True)
-class Varied:
-    """One option and the values that it may have.
+class VariedOption:
+    """One option and its possible values.
 
     Attributes:
         name: of the option.
         choices: values, as text; empty for a range.
-        low, high: the ends of a range, both possible.
-        whole: whether values between them are whole numbers.
+        low, high: the ends of a range, both included.
+        whole: the range consists of whole numbers.
     """
 
     name: str
@@ -37,21 +39,20 @@ class Varied:
     high: float = 0.0
     whole: bool = False
 
-    @property
-    def distribution(self) -> BaseDistribution:
-        """As Optuna has it."""
+    def distribution(self) -> CategoricalDistribution | FloatDistribution | IntDistribution:
+        """Return the values as a distribution of Optuna."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices:
             return CategoricalDistribution(self.choices)
-        by_factors = self.low > 0 and self.high / self.low >= _LOGARITHMIC_FROM
+        is_logarithmic = self.low > 0 and self.high / self.low >= _LOGARITHMIC_FROM
         if self.whole:
-            return IntDistribution(int(self.low), int(self.high), log=by_factors)
-        return FloatDistribution(self.low, self.high, log=by_factors)
+            return IntDistribution(int(self.low), int(self.high), log=is_logarithmic)
+        return FloatDistribution(self.low, self.high, log=is_logarithmic)
 
 
-def names() -> list[str]:
-    """The options that can be varied."""
+def option_names() -> list[str]:
+    """Return the options that can be varied."""
     return [
         field.name
         for field in dataclasses.fields(Config)
@@ -59,57 +60,52 @@ def names() -> list[str]:
     ]
 
 
-def parse(texts: Sequence[str]) -> list[Varied]:
-    """Reads what stands behind `--vary`: ``name=value,value`` or ``name=low..high``.
+def parse(texts: Sequence[str]) -> list[VariedOption]:
+    """Parse the values of `--vary`: ``name=value,value`` or ``name=low..high``.
 
     Raises:
-        ConfigError: a name that can't be varied, or none, or a range that is none.
+        ConfigError: there is none, or a name can't be varied, or a range is not valid.
     """
-    found: dict[str, Varied] = {}
+    options: dict[str, VariedOption] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
-        if not equals or name not in names():
+        if not equals or name not in option_names():
             raise ConfigError(
-                f"--vary {text}: {name or 'it'} is no option that can be varied",
-                f"Name one of {', '.join(names())}, as in {_EXAMPLE}",
+                f"--vary {text}: {name or 'it'} is not an option that can be varied",
+                f"Name one of {', '.join(option_names())}, as in {_EXAMPLE}",
             )
-        if name in found:
-            raise ConfigError(f"--vary {text}: {name} is varied twice", "Give all its values at once.")
-        found[name] = _range(name, text, values) if ".." in values else _choices(name, text, values)
-    if not found:
-        raise ConfigError("nothing is varied", f"Say what: kolotune sweep chats.jsonl {_EXAMPLE}")
-    return list(found.values())
+        if name in options:
+            raise ConfigError(f"--vary {text}: {name} is varied twice", "Give all its values in one --vary.")
+        options[name] = _parse_range(name, text, values) if ".." in values else _parse_choices(name, text, values)
+    if not options:
+        raise ConfigError("there is nothing to vary", f"Name options: kolotune sweep chats.jsonl {_EXAMPLE}")
+    return list(options.values())
 
 
-def _choices(name: str, text: str, values: str) -> Varied:
-    choices = tuple(dict.fromkeys(each.strip() for each in values.split(",")))
+def _parse_choices(name: str, text: str, values: str) -> VariedOption:
+    choices = tuple(dict.fromkeys(value.strip() for value in values.split(",")))
     if "" in choices:
-        raise ConfigError(f"--vary {text}: a value is missing", f"Give some, as in {_EXAMPLE}")
-    return Varied(name, choices)
+        raise ConfigError(f"--vary {text}: a value is missing", f"Give values, as in {_EXAMPLE}")
+    return VariedOption(name, choices)
 
 
-def _range(name: str, text: str, values: str) -> Varied:
-    ends = [each.strip() for each in values.split("..")]
-    whole = isinstance(_default(name), int)
+def _parse_range(name: str, text: str, values: str) -> VariedOption:
+    ends = [end.strip() for end in values.split("..")]
+    default = getattr(Config(), name)
+    is_whole = default is None or isinstance(default, int)  # options without a default are whole numbers
     try:
-        low, high = (float(int(each)) if whole else float(each) for each in ends)
+        low, high = (float(int(end)) if is_whole else float(end) for end in ends)
     except ValueError:
-        kind = "two whole numbers" if whole else "two numbers"
-        raise ConfigError(f"--vary {text}: a range has {kind}", f"As in {_EXAMPLE}") from None
+        kind = "two whole numbers" if is_whole else "two numbers"
+        raise ConfigError(f"--vary {text}: a range is {kind}", f"As in {_EXAMPLE}") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"--vary {text}: the first number is not the smaller one", f"As in {_EXAMPLE}")
-    return Varied(name, low=low, high=high, whole=whole)
+        raise ConfigError(f"--vary {text}: the first number must be smaller than the second", f"As in {_EXAMPLE}")
+    return VariedOption(name, low=low, high=high, whole=is_whole)
 
 
-def _default(name: str) -> Any:
-    """A value of the option's type; those without a default are whole numbers."""
-    value = getattr(Config(), name)
-    return 1 if value is None else value
-
-
-def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with a trial's values, checked as those of the command line.
+def with_values(config: Config, values: Mapping[str, Value]) -> Config:
+    """Return the config with a trial's values, validated like those of the command line.
 
     Raises:
         ConfigError: a value is not possible.
@@ -119,7 +115,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     )
 
 
-def combinations(varied: Sequence[Varied]) -> int | None:
-    """How many trials there can be; None where a range has no end of them."""
-    counts = [len(each.choices) for each in varied]
+def count_combinations(varied: Sequence[VariedOption]) -> int | None:
+    """Return how many trials are possible; None with a range, which has no end of values."""
+    counts = [len(option.choices) for option in varied]
     return math.prod(counts) if all(counts) else None

@@ -60,7 +60,7 @@ def test_nothing_is_sent_or_brought_twice(made: Path, container: Client, small_b
     before = [inode(container, path) for path in weights]
     times = {path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()}
     code, output = container("run", "chats.jsonl", *flags("native", small_base, epochs=1), "--container", cwd=made)
-    assert code == 0 and "brought out" not in output, output
+    assert code == 0 and "fetched" not in output, output
     assert [inode(container, path) for path in weights] == before
     changed = [path.name for path, time in times.items() if path.stat().st_mtime_ns != time]
     assert set(changed) <= {"config.yaml", "brought.json", "choices.json"}, changed

@@ -24,7 +24,7 @@ def narrow(image: Client, other: str, request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize(
     ("narrow", "verb", "words"),
     [
-        ("size=6m", "run", ["MB are to be sent there, but only ", " are free on its volume", "where Docker keeps its"]),
+        ("size=6m", "run", ["MB of files don't fit on its volume", "where Docker keeps its"]),
         ("size=200m,nr_inodes=9", "run", ["send ", "the container's disk is full", "where Docker keeps its"]),
         ("size=12m", "prepare", ["the run needs about ", "MB are free"]),
         ("size=12m", "run", ["the disk is full", "Free some space"]),

@@ -17,7 +17,7 @@ INPUTS = VOLUME / ".inputs"
 MISSING = INPUTS / "missing"
 """Stands for a file that does not exist on the host either, so that the verb itself reports it."""
 OUTSIDE = VOLUME / ".out"
-"""Folders that a verb makes outside a run folder, until they are brought out."""
+"""Folders that a verb makes outside a run folder, until they are copied to the host."""
 HOME = "/home/kolotune"
 """Working directory of commands: empty, so that no name means a file by accident."""
 USER = 1000

@@ -1,4 +1,4 @@
-"""Run a verb in the container: start it, show its messages, and bring out its results."""
+"""Run a verb in the container: start it, show its messages, and fetch its results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run_verb(
     leave_inside: bool = False,
     with_checkpoints: bool = False,
 ) -> int:
-    """Run the verb inside and bring out its results, also when it failed or was interrupted.
+    """Run the verb inside and fetch its results, also when it failed or was interrupted.
 
     Returns:
         The verb's exit code.
@@ -65,7 +65,7 @@ def run_verb(
     Raises:
         ContainerLostError: the container was stopped meanwhile.
         ContainerPausedError: it was paused, and still is.
-        KolotuneError: the verb succeeded, but its results could not be brought out.
+        KolotuneError: the verb succeeded, but its results could not be fetched.
     """
     env = {REPORT_PROCESS: "1"}
     if verb.token:
@@ -86,21 +86,21 @@ def run_verb(
         output.close()
     if not leave_inside:
         try:
-            _bring_out(volume, verb, reporter, with_checkpoints)
+            _fetch_results(volume, verb, reporter, with_checkpoints)
         except KolotuneError as error:
             if code == 0:
                 raise
-            reporter.warning(f"the records could not be brought out: {error.cause}")
+            reporter.warning(f"the records could not be fetched: {error.cause}")
     return code
 
 
-def _bring_out(volume: Volume, verb: ContainerVerb, reporter: Reporter, with_checkpoints: bool) -> None:
+def _fetch_results(volume: Volume, verb: ContainerVerb, reporter: Reporter, with_checkpoints: bool) -> None:
     if verb.run is not None:
         host, inside = verb.run
         changed = fetch_run(volume, inside, RunFolder(host), verb.paths, with_checkpoints=with_checkpoints)
         results = [name for name in changed if not name.startswith(f"{RunFolder(host).state.name}/")]
         if results:
-            reporter.note(f"brought out to {host}: {', '.join(results)}")
+            reporter.note(f"fetched to {host}: {', '.join(results)}")
     if verb.out is not None:
         host, inside = verb.out
         if exists(volume, inside):
@@ -108,7 +108,7 @@ def _bring_out(volume: Volume, verb: ContainerVerb, reporter: Reporter, with_che
                 remove(partial)
                 volume.fetch(inside, partial)
             volume.ask(type(None), "remove", inside.parent)
-            reporter.note(f"brought out: {host}")
+            reporter.note(f"fetched: {host}")
 
 
 class _VerbOutput:

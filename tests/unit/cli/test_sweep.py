@@ -50,11 +50,11 @@ def test_several_at_once_need_a_place(kolotune: Call) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--on slurm --at-once 7 --gpus 1", "of the trials 7 are at work"),
-        ("--on local", "of the trials 4 are at work"),
-        ("--on ssh --host a --host b", "of the trials 2 are at work"),
-        ("--on ssh --host a --host b --nnodes 2", "of the trials 1 are at work"),
-        ("--on kubernetes --image reg/kolotune:1 --claim runs", "of the trials 4 are at work"),
+        ("--on slurm --at-once 7 --gpus 1", "7 trials run at a time"),
+        ("--on local", "4 trials run at a time"),
+        ("--on ssh --host a --host b", "2 trials run at a time"),
+        ("--on ssh --host a --host b --nnodes 2", "1 trials run at a time"),
+        ("--on kubernetes --image reg/kolotune:1 --claim runs", "4 trials run at a time"),
     ],
 )
 def test_without_submit_the_first_one_s_job_is_shown(kolotune: Call, line: str, words: str, here: Path) -> None:

@@ -1,4 +1,4 @@
-"""What tests of sweeps need."""
+"""Fixtures for sweeps."""
 
 from __future__ import annotations
 
