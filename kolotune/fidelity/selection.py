@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kolotune.chats import Chat
 from kolotune.chats.reading.files import read_chats
-from kolotune.chats.tokens.encoder import EncodedChat
+from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
 from kolotune.foundation.errors import ArtifactError, KolotuneError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolotune import llamacpp
-from kolotune.chats.templates.template import freeze_date
+from kolotune.chats.templates.frozen_date import freeze_date
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE, template_of, template_text, trained_tokenizer, writes_bos
 from kolotune.foundation.errors import ArtifactError, KolotuneError, ToolchainError
 from kolotune.foundation.files import remove, replacing

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from kolotune.chats.templates.frozen_date import freeze_date
 from kolotune.chats.templates.loss_mask import end_token
-from kolotune.chats.templates.template import freeze_date
 from kolotune.chats.tokens.tokenizer import (
     TOKENIZER_FILES,
     chat_template,

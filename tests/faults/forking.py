@@ -170,8 +170,8 @@ def _become(work: Callable[[], object], descriptors: list[int], env: Mapping[str
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for remembered in (files._written, files._settled):  # a new process would know of no file
             remembered.clear()
-        _inherited.append(sandbox._child)  # kept, since its end would end the parent's child
-        sandbox._child = sandbox._Child(sandbox._child._argv)
+        _inherited.append(sandbox.shared)  # kept, since its end would end the parent's child
+        sandbox.shared = sandbox.Sandbox(sandbox.shared.argv)
         if env is not None:
             os.environ.clear()
             os.environ.update(env)

@@ -1,9 +1,10 @@
-"""Chats, families of chat templates and small tokenizers that the tests of the loss mask share."""
+"""Chats, chat template families and small tokenizers, shared by the tests of the loss mask."""
 
 from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -14,8 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.templates.template import ChatTemplate, freeze_date
-from kolotune.chats.tokens.encoder import EncodedChat, Encoder
+from kolotune.chats.templates.frozen_date import freeze_date
+from kolotune.chats.templates.loss_mask import AnswerLocator, LocatedChat
+from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.tokens.encoded_chat import EncodedChat
+from kolotune.chats.tokens.encoder import Encoder
 
 DATE = datetime.date(2026, 3, 5)
 CHATML = (
@@ -28,7 +32,7 @@ CHATML_ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOT
 
 @dataclass(frozen=True)
 class Family:
-    """A real template, and an expression whose first group is an answer with its end token."""
+    """A published template, and an expression whose first group is an answer with its end token."""
 
     file: str
     answer: str
@@ -131,7 +135,7 @@ SYSTEM_CHATS = [chat(*_HARD, system="Be {kind}. assistant"), chat(("Hi", "Be kin
 
 @cache
 def byte_level(special: tuple[str, ...], *texts: str, trim: bool = True) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE with a family's special tokens, `<think>` as one that is not special."""
+    """Return a small byte-level BPE with a family's special tokens, and `<think>` as an added one."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -147,7 +151,7 @@ def byte_level(special: tuple[str, ...], *texts: str, trim: bool = True) -> PreT
 
 @cache
 def metaspace(special: tuple[str, ...], *texts: str, scheme: str = "first") -> PreTrainedTokenizerFast:
-    """A small SentencePiece-like BPE: ▁ for white space, and one put in front of the text."""
+    """Return a small SentencePiece-like BPE: ▁ for white space, and one in front of the text."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -162,6 +166,10 @@ def template_of(family: Family, folder: Path) -> ChatTemplate:
     return ChatTemplate(source, {"bos_token": family.bos, "eos_token": family.eos})
 
 
+def locate(chat: Chat, template: ChatTemplate, special: Collection[str]) -> LocatedChat:
+    return AnswerLocator(template, special).locate(chat)
+
+
 def encode(chat: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> EncodedChat:
     return Encoder(template, tokenizer).encode(chat)
 
@@ -171,6 +179,6 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def labelled_texts(encoded: EncodedChat, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each run of labelled tokens."""
+    """Return the text of each run of labelled tokens."""
     pairs = groupby(zip(encoded.labelled, encoded.ids, strict=True), key=lambda pair: pair[0])
     return [decode(tokenizer, [index for _, index in run]) for labelled, run in pairs if labelled]

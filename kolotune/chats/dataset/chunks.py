@@ -17,7 +17,8 @@ from ..chat import Chat
 from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.files import read_chat
 from ..reading.records import AnyRecord, RawRecord
-from ..tokens.encoder import EncodedChat, Encoder
+from ..tokens.encoded_chat import EncodedChat
+from ..tokens.encoder import Encoder
 from .holdout import is_held_out
 from .near_duplicates import Look
 

@@ -22,7 +22,8 @@ from kolotune.runners import workers
 
 from ..reading.faults import Problem
 from ..reading.files import describe_shapes, no_chats, opened, require_file
-from ..templates.template import ChatTemplate, freeze_date
+from ..templates.frozen_date import freeze_date
+from ..templates.template import ChatTemplate
 from ..tokens.encoder import Encoder
 from ..tokens.tokenizer import chat_template, load_tokenizer, template_text
 from .chunks import HELD_OUT, MERGED, SPECIAL, TOO_LONG, USED, Chunk, Outcome, Work, chunks

@@ -1,1 +1,1 @@
-"""Chat templates: rendered in a sandbox, and the loss mask that follows from them."""
+"""Chat templates: rendered in a sandbox, and the loss mask that follows from what they write."""

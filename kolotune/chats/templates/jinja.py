@@ -1,39 +1,40 @@
-"""Jinja as chat templates are written for it: the environment that transformers gives them, made without it.
+"""Render chat templates with Jinja as transformers does, without transformers.
 
-What stands here runs strangers' programs. It is called through `renderer`, in processes that are confined, and each
-call keeps within limits of time, memory and length.
+The code here runs strangers' programs. Other modules call it through `sandbox`, which runs it in a confined process
+and keeps each call within limits of time, memory and length.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
-from jinja2 import exceptions as faults
-from jinja2 import ext, nodes, sandbox
+from jinja2 import Template, ext, nodes, sandbox
+from jinja2 import exceptions as jinja_errors
 from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
 from kolotune.foundation.errors import TemplateError
 from kolotune.runners import limits
 
-from . import opaque_strings
-from .opaque_strings import Around
+from .opaque_strings import find_signature
+from .signature import TemplateSignature
 
 Result = TypeVar("Result")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # its names in templates, the best known first
-_TOO_LARGE = "the chat template can't be used: it writes very much more than it is given"
-_FREE, _TIMES = 1 << 20, 16  # a rendering has at most so many characters, and so many for each of its chat's
+_TOO_LARGE = "the chat template can't be used: it writes far more text than it is given"
+# The longest rendering, in characters: this many, and this many for each character of the chat.
+_FREE, _FACTOR = 1 << 20, 16
 
 
 def uses_of_date(jinja: str) -> int:
-    """How often ``strftime_now`` stands in an expression of the template.
+    """Count ``strftime_now`` in the template's expressions.
 
     Raises:
-        TemplateError: it is not valid Jinja, or takes too much to be read.
+        TemplateError: The template is not valid Jinja, or too expensive to parse.
     """
 
     def count() -> int:
@@ -43,50 +44,55 @@ def uses_of_date(jinja: str) -> int:
     return _limited(count, "is not valid Jinja")
 
 
-def render(jinja: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]) -> str:
-    """The text of a chat; `more` are the template's other variables.
+def render(
+    jinja: str,
+    messages: Sequence[Mapping[str, object]],
+    tools: Sequence[Mapping[str, object]] | None,
+    variables: Mapping[str, object],
+) -> str:
+    """Render a chat; `variables` are the template's other variables.
 
     Raises:
-        TemplateError: the template fails on these messages, or takes too much.
+        TemplateError: The template fails on these messages, or takes too much.
     """
 
     def text() -> str:
-        given = [_with_reasoning(message) for message in messages]
-        return str(_compiled(jinja).render(messages=given, tools=tools or None, documents=None, **more))
+        turns = [_with_reasoning(message) for message in messages]
+        return str(_compiled(jinja).render(messages=turns, tools=tools or None, documents=None, **variables))
 
-    found = _limited(text, "refuses these messages")
-    if len(found) > _FREE and len(found) > _FREE + _TIMES * len(json.dumps([messages, tools], ensure_ascii=False)):
-        raise TemplateError(_TOO_LARGE)
-    return found
+    rendered = _limited(text, "refuses these messages")
+    if len(rendered) > _FREE:
+        given = len(json.dumps([messages, tools], ensure_ascii=False))
+        if len(rendered) > _FREE + _FACTOR * given:
+            raise TemplateError(_TOO_LARGE)
+    return rendered
 
 
-def around(jinja: str, roles: list[str], options: dict[str, Any]) -> Around | None:
-    """What the template writes around the texts of turns with these roles; see `unseen.around`.
+def signature(jinja: str, roles: Sequence[str], variables: Mapping[str, object]) -> TemplateSignature | None:
+    """Return the template's signature for turns with these roles; see `find_signature`.
 
     Raises:
-        TemplateError: the template fails on these turns, or takes too much.
+        TemplateError: The template fails on these turns, or takes too much.
     """
-
-    def pieces() -> Around | None:
-        return opaque_strings.around(_compiled(jinja).environment, jinja, roles, options)
-
-    found = _limited(pieces, "refuses these messages")
-    if found is not None and sum(map(len, found[0])) > _FREE:
+    result = _limited(
+        lambda: find_signature(_compiled(jinja).environment, jinja, roles, variables), "refuses these messages"
+    )
+    if result is not None and sum(map(len, result.pieces)) > _FREE:
         raise TemplateError(_TOO_LARGE)
-    return found
+    return result
 
 
-def _limited(work: Callable[[], Result], fault: str) -> Result:
+def _limited(work: Callable[[], Result], failure: str) -> Result:
     try:
         return limits.call(work)
     except limits.LimitExceeded as error:
         raise TemplateError(f"the chat template can't be used: {error}") from None
-    except Exception as error:  # it is a stranger's program: whatever it raises is its own failure
-        raise TemplateError(f"the chat template {fault}: {_words(error)}") from None
+    except Exception as error:  # a stranger's program: whatever it raises is its own failure
+        raise TemplateError(f"the chat template {failure}: {_describe(error)}") from None
 
 
 @lru_cache(64)
-def _compiled(jinja: str) -> Any:
+def _compiled(jinja: str) -> Template:
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
@@ -98,7 +104,7 @@ def _compiled(jinja: str) -> Any:
 
 
 class _Generation(ext.Extension):
-    """``{% generation %}``, with which templates mark what the assistant says: here its content as it is."""
+    """``{% generation %}``, with which templates mark what the assistant says; its content is rendered as is."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own name for it
 
@@ -108,22 +114,22 @@ class _Generation(ext.Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that begin with an underscore: Python's own begin so."""
+    """Jinja's namespace without names that start with an underscore, as Python's own do."""
 
     def __init__(*args: Any, **named: Any) -> None:
         self, *rest = args
-        found = dict(*rest, **named)
-        for name in found:
+        values = dict(*rest, **named)
+        for name in values:
             _check(name)
-        Namespace.__init__(self, found)
+        Namespace.__init__(self, values)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check(name)
         super().__setitem__(name, value)
 
 
 class _Dict:
-    """``dict`` as templates call it; the type itself would lead on to other types."""
+    """``dict`` as templates call it; the type itself would lead to other types."""
 
     def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
         return dict(*args, **named)
@@ -132,13 +138,13 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _check(name: Any) -> None:
+def _check(name: object) -> None:
     if str(name).startswith("_"):
-        raise faults.SecurityError(f"a namespace can't have the name {name!r}")
+        raise jinja_errors.SecurityError(f"a namespace can't have the name {name!r}")
 
 
 def _raise(message: str) -> NoReturn:
-    raise faults.TemplateError(message)
+    raise jinja_errors.TemplateError(message)
 
 
 def _now(format: str) -> str:
@@ -146,23 +152,27 @@ def _now(format: str) -> str:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, where Jinja's own filter escapes for HTML."""
+    """Write plain JSON; Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with what the assistant thought under the names that templates look for."""
+def _with_reasoning(message: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the message with its reasoning under every name that templates look for."""
     thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-    return message if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
-def _words(error: Exception) -> str:
-    """An error's message on one line; the type only where the message does not stand on its own."""
+def _describe(error: Exception) -> str:
+    """Return an error's message on one line; with its type only where the message needs it."""
     message = " ".join(str(error).split())
-    if isinstance(error, faults.TemplateSyntaxError):
+    if isinstance(error, jinja_errors.TemplateSyntaxError):
         return f"{' '.join((error.message or '').split())} (line {error.lineno})"
-    if isinstance(error, faults.TemplateError) and message:
+    if isinstance(error, jinja_errors.TemplateError) and message:
         return message
     return f"{type(error).__name__}: {message}"

@@ -1,4 +1,10 @@
-"""A template's writing of texts that it can't look into: whether it does no more with them than to pass them on."""
+"""Find a template's signature by rendering it with texts that it can't inspect.
+
+An `OpaqueText` can be written, joined to other text and trimmed; anything else that a template does with it raises an
+error and is recorded. A template that renders without such an attempt writes the same around every text.
+
+Example: ``{{ message.content }}`` passes; ``{% if 'x' in message.content %}`` does not.
+"""
 
 from __future__ import annotations
 
@@ -9,91 +15,102 @@ from typing import Any, NoReturn
 
 from jinja2 import Environment, Template, nodes
 
-Around = tuple[list[str], list[tuple[int, bool]]]
-_Part = str | tuple[int, bool]  # a text of the template's, or the number of one that is unseen, and whether trimmed
+from .signature import TemplateSignature
+
+_Part = (
+    str | tuple[int, bool]
+)  # text that the template wrote, or the number of an opaque text and whether it is trimmed
 
 _MARK = chr(0x100000)
 _MARKED = re.compile(f"{_MARK}(\\d+)(t?){_MARK}")
-_ASKING = (
+_REFUSED_METHODS = (
     "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "reversed", "contains", "getitem", "hash", "int", "float",
     "index", "str", "repr", "format", "mod", "rmod", "mul", "rmul",
 )  # fmt: skip
-# Statements whose output the template itself can take up and look into, or writes otherwise.
+# Statements whose output the template can capture and inspect, or writes in some other way.
 _CAPTURING = (
     nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block, nodes.EvalContextModifier,
 )  # fmt: skip
 
 
-def around(environment: Environment, jinja: str, roles: Sequence[str], options: Mapping[str, Any]) -> Around | None:
-    """What a template writes around the texts of turns with these roles, whatever they are, as long as none is blank.
+def find_signature(
+    environment: Environment, jinja: str, roles: Sequence[str], options: Mapping[str, object]
+) -> TemplateSignature | None:
+    """Return what a template writes around the texts of turns with these roles, provided that no text is blank.
 
     Args:
-        environment: Jinja's, in which the template is run with real texts.
-        jinja: the template's source.
-        roles: who speaks.
-        options: the template's other variables.
+        environment: The environment in which the template renders real texts.
+        jinja: The template's source.
+        roles: Who speaks.
+        options: The template's other variables.
 
     Returns:
-        What stands before, between and behind the texts; and for each place between, the number of the text and whether
-        it is trimmed. None when the template looks into a text, or does with one what is not known here.
+        The signature; None if the template inspects a text, or does something unknown with it.
 
     Raises:
-        Exception: the template's own.
+        Exception: Whatever the template raises.
     """
-    blind = _blind(environment, jinja)
-    if blind is None:
+    template = _compiled(environment, jinja)
+    if template is None:
         return None
-    looked: list[str] = []
-    messages = [{"role": role, "content": _Unseen(looked, ((number, False),))} for number, role in enumerate(roles)]
+    attempts: list[str] = []
+    messages = [
+        {"role": role, "content": OpaqueText(attempts, ((number, False),))} for number, role in enumerate(roles)
+    ]
     try:
-        text = blind.render(messages=messages, **options)
+        text = template.render(messages=messages, **options)
     except Exception:
-        if looked:
+        if attempts:
             return None
         raise
-    found = _MARKED.split(text)
-    places = [(int(number), bool(trimmed)) for number, trimmed in zip(found[1::3], found[2::3], strict=True)]
-    return None if looked else (found[::3], places)
+    parts = _MARKED.split(text)
+    contents = [(int(number), bool(trimmed)) for number, trimmed in zip(parts[1::3], parts[2::3], strict=True)]
+    return None if attempts else TemplateSignature(parts[::3], contents)
 
 
-class _Looked(Exception):
-    """A template looked into a text."""
+class _Inspected(Exception):
+    """A template inspected a text."""
 
 
-class _Unseen:
-    """A text, or texts joined, of which nothing can be seen. Who tries is noted: templates pass over errors."""
+class OpaqueText:
+    """One text, or several joined, that can't be inspected.
 
-    __slots__ = ("_looked", "_parts")
+    Args:
+        attempts: Receives the name of each refused operation; templates can swallow errors.
+        parts: What it consists of.
+    """
 
-    def __init__(self, looked: list[str], parts: tuple[_Part, ...]) -> None:
-        self._looked, self._parts = looked, parts
+    __slots__ = ("_attempts", "_parts")
 
-    def __add__(self, other: Any) -> _Unseen:
+    def __init__(self, attempts: list[str], parts: tuple[_Part, ...]) -> None:
+        self._attempts, self._parts = attempts, parts
+
+    def __add__(self, other: object) -> OpaqueText:
         return self._joined(self._parts, _parts_of(other))
 
-    def __radd__(self, other: Any) -> _Unseen:
+    def __radd__(self, other: object) -> OpaqueText:
         return self._joined(_parts_of(other), self._parts)
 
-    def _joined(self, *both: tuple[_Part, ...] | None) -> _Unseen:
+    def _joined(self, *both: tuple[_Part, ...] | None) -> OpaqueText:
         if None in both:
             self._refuse("add")
-        return _Unseen(self._looked, tuple(part for parts in both for part in parts or ()))
+        return OpaqueText(self._attempts, tuple(part for parts in both for part in parts or ()))
 
     def __bool__(self) -> bool:
-        return True  # none of them is blank
+        return True  # none is blank
 
-    def strip(self, *characters: Any) -> _Unseen:
-        """The text without white space at its ends."""
+    def strip(self, *characters: object) -> OpaqueText:
+        """Return the text without white space at its ends."""
         if characters or len(self._parts) != 1 or isinstance(self._parts[0], str):
             self._refuse("strip")
-        return _Unseen(self._looked, ((self._parts[0][0], True),))
+        return OpaqueText(self._attempts, ((self._parts[0][0], True),))
 
     def __getattr__(self, name: str) -> NoReturn:
         self._refuse(name)
 
     def _refuse(self, name: str) -> NoReturn:
-        self._looked.append(name)
-        raise _Looked(name)
+        self._attempts.append(name)
+        raise _Inspected(name)
 
     def _marked(self) -> str:
         return "".join(
@@ -101,37 +118,37 @@ class _Unseen:
         )
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
-    return lambda unseen, *_: unseen._refuse(name)
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    return lambda text, *_: text._refuse(name)
 
 
-for _name in _ASKING:
-    setattr(_Unseen, f"__{_name}__", _refusal(_name))
+for _name in _REFUSED_METHODS:
+    setattr(OpaqueText, f"__{_name}__", _refusing(_name))
 
 
-def _parts_of(value: Any) -> tuple[_Part, ...] | None:
+def _parts_of(value: object) -> tuple[_Part, ...] | None:
     if type(value) is str:
         return (value,)
-    return value._parts if type(value) is _Unseen else None
+    return value._parts if type(value) is OpaqueText else None
 
 
 @lru_cache(8)
-def _blind(environment: Environment, jinja: str) -> Template | None:
-    """The template compiled so that it can write unseen texts; None when it may read what it wrote."""
+def _compiled(environment: Environment, jinja: str) -> Template | None:
+    """Compile a template so that it can write opaque texts; None if it may read what it writes."""
     if _MARK in jinja or any(environment.parse(jinja).find_all(_CAPTURING)):
         return None
-    kinds = {name: _also(environment.tests[name]) for name in ("string", "iterable", "sequence")}
+    tests = {name: _or_opaque(environment.tests[name]) for name in ("string", "iterable", "sequence")}
     trim = environment.filters["trim"]
 
     def trimmed(value: Any, *characters: Any) -> Any:
-        return value.strip(*characters) if type(value) is _Unseen else trim(value, *characters)
+        return value.strip(*characters) if type(value) is OpaqueText else trim(value, *characters)
 
-    blind = environment.overlay(finalize=lambda value: value._marked() if type(value) is _Unseen else value)
-    blind.tests = {**environment.tests, **kinds}
-    blind.filters = {**environment.filters, "trim": trimmed}
-    return blind.from_string(jinja)
+    overlay = environment.overlay(finalize=lambda value: value._marked() if type(value) is OpaqueText else value)
+    overlay.tests = {**environment.tests, **tests}
+    overlay.filters = {**environment.filters, "trim": trimmed}
+    return overlay.from_string(jinja)
 
 
-def _also(test: Any) -> Callable[[Any], Any]:
-    """A test that asks of what kind a value is: that says nothing about a text."""
-    return lambda value: type(value) is _Unseen or test(value)
+def _or_opaque(test: Any) -> Callable[[object], Any]:
+    """Return a test of a value's type, which reveals nothing about an opaque text."""
+    return lambda value: type(value) is OpaqueText or test(value)

@@ -1,34 +1,38 @@
-"""One rendered chat, and what in it the template wrote.
+"""Render one chat, and tell what the template wrote from what the chat contains.
 
-`Rendering` is a chat's rendering with its `Skeleton`: the same with marks in place of the contents, which tells apart
-what the template wrote and what the chat holds.
+The chat is rendered a second time with a mark in place of each text. The result is the skeleton: what the template
+wrote, with slots for the texts. Example: for a question "Hi" and the answer "Hello", ChatML's skeleton is
+``<|im_start|>user\\n▢<|im_end|>\\n<|im_start|>assistant\\n▢<|im_end|>\\n``. If the real rendering is the skeleton with
+the texts in its slots, the position of every text is proven.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TemplateError
 
 from ..chat import Chat, Message, called_function
 from .template import ChatTemplate, Slot
 
 Span = tuple[int, int]
+_Path = tuple["_Path", Span] | None
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """A rendering with marks in place of contents.
+class FilledSkeleton:
+    """A rendering with marks in place of texts, and the texts.
 
     Attributes:
-        text: the rendering, marks included.
-        pieces: what the template wrote before, between and behind the marks; one more than slots.
-        slots: which text each mark stands for, in the order of the rendering.
-        values: the text that the chat has for each mark, also for those that the template left out.
+        text: The rendering, marks included.
+        pieces: What the template wrote before, between and behind the marks; one more than `slots`.
+        slots: The text that each mark stands for, in the order of the rendering.
+        values: The chat's text for each slot, including those that the template left out.
     """
 
     text: str
@@ -37,23 +41,21 @@ class Skeleton:
     values: dict[Slot, str]
 
     def fit(self, text: str) -> list[Span] | None:
-        """Lay the real rendering over the skeleton.
-
-        Args:
-            text: the rendering of the chat itself.
+        """Find each slot in the rendering of the chat itself.
 
         Returns:
-            For each slot where it stands in the text, or None when the text is not this skeleton filled with
-            the chat's contents: the template then does other things for other contents.
+            The span of each slot in the text. None if the text is not this skeleton with the chat's texts: the
+            template then behaves differently for different texts.
         """
-        paths: dict[int, Any] = {len(self.pieces[0]): None} if text.startswith(self.pieces[0]) else {}
+        paths: dict[int, _Path] = {len(self.pieces[0]): None} if text.startswith(self.pieces[0]) else {}
         for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
-            further: dict[int, Any] = {}
-            for at, path in paths.items():
+            longer: dict[int, _Path] = {}
+            for start, path in paths.items():
                 for value in _variants(self.values[slot]):
-                    if text.startswith(value + piece, at):
-                        further.setdefault(at + len(value) + len(piece), (path, (at, at + len(value))))
-            paths = further
+                    if text.startswith(value + piece, start):
+                        end = start + len(value)
+                        longer.setdefault(end + len(piece), (path, (start, end)))
+            paths = longer
         if len(text) not in paths:
             return None
         path, spans = paths[len(text)], []
@@ -64,71 +66,74 @@ class Skeleton:
 
 
 class Rendering:
-    """One chat, rendered.
+    """One rendered chat.
 
     Args:
-        chat: the chat.
-        template: the template to render it with.
+        chat: The chat.
+        template: The template to render it with.
 
     Attributes:
-        messages: the messages as they were given to the template.
-        tools: the tool definitions as they were given to the template.
-        text: the whole rendering.
-        mark: a character that neither the chat nor its rendering holds.
+        messages: The messages as the template got them.
+        tools: The tool definitions as the template got them.
+        text: The whole rendering.
+        mark: A character that occurs neither in the chat nor in its rendering.
 
     Raises:
-        TemplateError: the template refuses the chat.
+        TemplateError: The template refuses the chat.
     """
 
     def __init__(self, chat: Chat, template: ChatTemplate) -> None:
         self.template = template
         self.tools = [copy.deepcopy(tool) for tool in chat.tools]
-        self.messages = [_with_objects(message) for message in chat.message_dicts()]
+        self.messages: Sequence[Message] = [_with_parsed_arguments(message) for message in chat.messages]
         try:
             self.text = self.render(self.messages)
         except TemplateError:
-            # Arguments are JSON text in the OpenAI shape. Most templates want the object (text would be
-            # quoted a second time), a few want the text.
-            if self.messages == chat.message_dicts():
+            # Arguments are JSON text in the OpenAI format. Most templates want the object (a text would be quoted a
+            # second time), a few want the text.
+            if list(self.messages) == list(chat.messages):
                 raise
-            self.messages = chat.message_dicts()
+            self.messages = chat.messages
             self.text = self.render(self.messages)
-        strings = json.dumps([self.messages, self.tools], ensure_ascii=False) + self.text
+        strings = json.dumps([self.message_dicts(), self.tools], ensure_ascii=False) + self.text
         self.mark = next(c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in strings)
 
-    def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        """Render other messages with this chat's tools; `prompt` opens the assistant's next turn."""
-        return self.template.render(messages, self.tools, add_generation_prompt=prompt)
+    def message_dicts(self) -> list[typed_storage.JsonObject]:
+        """Return the messages as chat templates expect them."""
+        return [message.as_dict() for message in self.messages]
 
-    def skeleton(self, only: Collection[int] | None = None, upto: int | None = None, prompt: bool = False) -> Skeleton:
-        """The rendering with marks in place of the texts.
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """Render messages with this chat's tools; `prompt` opens the assistant's next turn."""
+        dicts = [message.as_dict() for message in messages]
+        return self.template.render(dicts, self.tools, add_generation_prompt=prompt)
+
+    def skeleton(
+        self, only: Collection[int] | None = None, upto: int | None = None, prompt: bool = False
+    ) -> FilledSkeleton:
+        """Render the chat with marks in place of its texts.
 
         Args:
-            only: the numbers of the messages to mark; None for all.
-            upto: render the messages before this number; None for all.
-            prompt: open the assistant's next turn.
-
-        Returns:
-            What was rendered.
+            only: The numbers of the messages to mark; None for all.
+            upto: Render the messages before this number; None for all.
+            prompt: Open the assistant's next turn.
 
         Raises:
-            TemplateError: the template refuses it.
+            TemplateError: The template refuses it.
         """
         values: dict[Slot, str] = {}
         marked = []
         for index, message in enumerate(self.messages[:upto]):
             texts = texts_of(message) if only is None or index in only else {}
             values |= {(index, name): value for name, value in texts.items()}
-            marks = {name: f"{self.mark}{index}{name}{self.mark}" for name in texts}
-            marked.append(_with_texts(message, marks))
-        return Skeleton(*self.template.skeleton(marked, self.tools, prompt, self.mark), values)
+            marked.append(_with_texts(message, {name: f"{self.mark}{index}{name}{self.mark}" for name in texts}))
+        return FilledSkeleton(*self.template.skeleton(marked, self.tools, prompt, self.mark), values)
 
     def shows(self, index: int) -> bool:
         """Whether the template writes the content of one message anywhere."""
         try:
             return (index, "content") in self.skeleton({index}).slots
         except TemplateError:
-            return str(self.messages[index]["content"]).strip() in self.text
+            return self.messages[index].content.strip() in self.text
 
     def shows_tools(self) -> bool:
         """Whether the template writes the name of each tool that the chat offers."""
@@ -136,40 +141,37 @@ class Rendering:
         names = [f"{self.mark}{number}{self.mark}" for number in range(len(tools))]
         for tool, name in zip(tools, names, strict=True):
             called_function(tool)["name"] = name
-        text = self.template.render(self.messages, tools)
+        text = self.template.render(self.message_dicts(), tools)
         return all(name in text for name in names)
 
 
-def texts_of(message: dict[str, Any]) -> dict[str, str]:
-    """The texts of a message that can be marked.
-
-    Args:
-        message: a message as templates get it.
+def texts_of(message: Message) -> dict[str, str]:
+    """Return the texts of a message that can be marked.
 
     Returns:
-        Of ``content``, ``reasoning`` (also when written into the content as ``<think>…</think>``) and
-        ``call`` (the name of the last tool called) those that are not blank: templates ask whether a text is
-        empty, so a mark in its place would change what they do.
+        Of ``content``, ``reasoning`` (also if the content has it as ``<think>…</think>``) and ``call`` (the name of
+        the last tool called) those that are not blank: templates ask whether a text is empty, so a mark in its place
+        would change what they do.
     """
-    inline = _inline(message)
-    texts = {"content": message["content"], "reasoning": message.get("reasoning_content") or ""}
+    inline = _inline_reasoning(message)
+    texts = {"content": message.content, "reasoning": message.reasoning or ""}
     if inline:
         texts = {"reasoning": inline[1], "content": inline[2]}
-    if message.get("tool_calls"):
-        texts["call"] = _function(message["tool_calls"][-1]).get("name", "")
+    if message.tool_calls:
+        texts["call"] = str(called_function(message.tool_calls[-1]).get("name", ""))
     return {name: value for name, value in texts.items() if value.strip()}
 
 
-def check_shown(chat: Chat, rendering: Rendering, skeleton: Skeleton) -> None:
-    """Refuse a chat of which the template leaves out what it has no place for.
+def check_shown(chat: Chat, rendering: Rendering, skeleton: FilledSkeleton) -> None:
+    """Check that the template writes everything that the chat contains.
 
     Args:
-        chat: the chat.
-        rendering: its rendering.
-        skeleton: the rendering with all texts marked.
+        chat: The chat.
+        rendering: Its rendering.
+        skeleton: The rendering with all texts marked.
 
     Raises:
-        TemplateError: tools, a tool call, a result, the reasoning of the last answer or a content is missing.
+        TemplateError: Tools, a tool call, a result, a content, or the reasoning of the last answer is missing.
     """
     if chat.tools and not rendering.shows_tools():
         raise TemplateError("this base model's template has no place for tools")
@@ -178,75 +180,65 @@ def check_shown(chat: Chat, rendering: Rendering, skeleton: Skeleton) -> None:
     for index, message in enumerate(chat.messages):
         missing = {name for name in texts_of(rendering.messages[index]) if (index, name) not in skeleton.slots}
         if "content" in missing and not rendering.shows(index):
-            raise TemplateError(f"this base model's template leaves out {_kind(message)}")
+            raise TemplateError(f"this base model's template leaves out {_describe(message)}")
         if "call" in missing:
             raise TemplateError("this base model's template has no place for tool calls")
-        # Thinking of earlier exchanges may be dropped: these models are served so.
+        # The reasoning of earlier exchanges may be dropped: these models are served that way.
         if "reasoning" in missing and index == last_answer > last_user:
             raise TemplateError("this base model's template has no place for reasoning")
 
 
-def _kind(message: Message) -> str:
-    """What a message is, for the user."""
+def _describe(message: Message) -> str:
     if message.role == "assistant":
         return "the text beside a tool call" if message.tool_calls else "an answer"
     return {"system": "system messages", "tool": "the results of tools"}.get(message.role, "a user's message")
 
 
-def _with_texts(message: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
-    """The message with some of the texts that `texts_of` names replaced."""
-    inline = _inline(message)
-    message = copy.deepcopy(message) if "tool_calls" in message else dict(message)
+def _with_texts(message: Message, texts: dict[str, str]) -> Message:
+    """Return the message with some of the texts that `texts_of` names replaced."""
+    inline = _inline_reasoning(message)
+    content, reasoning, calls = message.content, message.reasoning, message.tool_calls
     if inline:
-        opening, thinking, answer = inline
-        thinking, answer = texts.get("reasoning", thinking), texts.get("content", answer)
-        message["content"] = f"{opening}{thinking}</think>{answer}"
+        opening, thought, answer = inline
+        content = f"{opening}{texts.get('reasoning', thought)}</think>{texts.get('content', answer)}"
     else:
-        names = {"content": "content", "reasoning_content": "reasoning"}
-        message |= {key: texts[name] for key, name in names.items() if name in texts}
+        content, reasoning = texts.get("content", content), texts.get("reasoning", reasoning)
     if "call" in texts:
-        _function(message["tool_calls"][-1])["name"] = texts["call"]
-    return message
+        calls = copy.deepcopy(calls)
+        called_function(calls[-1])["name"] = texts["call"]
+    return dataclasses.replace(message, content=content, reasoning=reasoning, tool_calls=calls)
 
 
-def _inline(message: dict[str, Any]) -> tuple[str, str, str] | None:
-    """Thinking that an answer opens with as ``<think>…</think>``: the opening, the thinking, the answer."""
-    if message["role"] != "assistant" or message.get("reasoning_content") or "</think>" not in message["content"]:
+def _inline_reasoning(message: Message) -> tuple[str, str, str] | None:
+    """Split an answer that starts with ``<think>…</think>`` into the opening, the reasoning and the answer."""
+    if message.role != "assistant" or message.reasoning or "</think>" not in message.content:
         return None
-    parts = message["content"].split("</think>")
+    parts = message.content.split("</think>")
     if len(parts) != 2:
         return None
-    before, opening, thinking = parts[0].rpartition("<think>")
-    return None if before.strip() else (before + opening, thinking, parts[1])
+    before, opening, thought = parts[0].rpartition("<think>")
+    return None if before.strip() else (before + opening, thought, parts[1])
 
 
-def _function(call: dict[str, Any]) -> dict[str, Any]:
-    """The part of a tool call that has its name; some files leave the shell around it out."""
-    function: dict[str, Any] = call.get("function", call)
-    return function
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as objects where they are JSON text."""
-    if "tool_calls" not in message:
+def _with_parsed_arguments(message: Message) -> Message:
+    """Return the message with arguments of tool calls as objects where they are JSON text of one."""
+    if not message.tool_calls:
         return message
-    message = copy.deepcopy(message)
-    for call in message["tool_calls"]:
-        arguments = _function(call).get("arguments")
-        if isinstance(arguments, str):
+    calls = copy.deepcopy(message.tool_calls)
+    for call in calls:
+        function = called_function(call)
+        if isinstance(arguments := function.get("arguments"), str):
             try:
-                parsed = json.loads(arguments)
-            except ValueError:
+                function["arguments"] = typed_storage.parse_object(arguments)
+            except typed_storage.StorageError:
                 continue
-            if isinstance(parsed, dict):
-                _function(call)["arguments"] = parsed
-    return message
+    return dataclasses.replace(message, tool_calls=calls)
 
 
 def _variants(value: str) -> list[str]:
-    """What a template may make of a text: it may trim it, or write it as JSON."""
-    forms = [value]
+    """Return what a template may make of a text: it may trim it, or write it as JSON."""
+    variants = [value]
     if value != value.strip():
-        forms += [value.strip("\n"), value.lstrip("\n"), value.rstrip("\n")]
-        forms += [value.strip(), value.lstrip(), value.rstrip()]
-    return list(dict.fromkeys([*forms, json.dumps(value, ensure_ascii=False)[1:-1]]))
+        variants += [value.strip("\n"), value.lstrip("\n"), value.rstrip("\n")]
+        variants += [value.strip(), value.lstrip(), value.rstrip()]
+    return list(dict.fromkeys([*variants, json.dumps(value, ensure_ascii=False)[1:-1]]))

@@ -1,7 +1,7 @@
-"""Where chat templates run: never in a process that has anything to lose.
+"""Run chat templates in a process that has nothing to lose.
 
-A worker that prepares chats is confined already, and renders itself. Every other process has one child of this module
-for it, started when it is first needed, which has no files, starts no processes, and gets and gives nothing but JSON.
+A worker that prepares chats is already confined and renders in its own process. Every other process starts one child
+of this module when it first needs it. The child has no files, starts no processes, and exchanges nothing but JSON.
 """
 
 from __future__ import annotations
@@ -12,144 +12,173 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import IO, cast
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TemplateError
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import limits, local
 
-Around = tuple[list[str], list[tuple[int, bool]]]  # as in `unseen`, which is loaded where templates run
-_LARGEST = 1 << 30  # bytes of a question or an answer
-_KNOWN = 32  # templates that a child is sent once
+from .signature import TemplateSignature
+
+_MOST_BYTES = 1 << 30  # of a question or an answer
+_MOST_TEMPLATES = 32  # that a child remembers by number
 
 
-def uses_of_date(jinja: str) -> int:
-    """How often ``strftime_now`` stands in an expression of the template.
-
-    Raises:
-        TemplateError: it is not valid Jinja, or takes too much to be read.
-    """
-    return int(_call("uses_of_date", jinja))
-
-
-def render(jinja: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]) -> str:
-    """The text of a chat.
+class Sandbox:
+    """The confined child of this process; started when needed, and again after it was lost.
 
     Args:
-        jinja: the template's source.
-        messages: the turns.
-        tools: tool definitions in the OpenAI shape.
-        more: the template's other variables.
-
-    Raises:
-        TemplateError: the template fails on these messages, or takes too much time, memory or room.
+        argv: The command that starts it.
     """
-    return str(_call("render", jinja, messages, tools, more))
 
-
-def around(jinja: str, roles: list[str], options: dict[str, Any]) -> Around | None:
-    """What the template writes around the texts of turns with these roles; see `unseen.around`.
-
-    Raises:
-        TemplateError: the template fails on these turns, or takes too much.
-    """
-    found = _call("around", jinja, roles, options)
-    return None if found is None else (found[0], [(index, trimmed) for index, trimmed in found[1]])
-
-
-def _call(name: str, jinja: str, *arguments: Any) -> Any:
-    if limits.is_confined():
-        from . import jinja as here
-
-        return getattr(here, name)(jinja, *arguments)
-    with _lock:
-        return _child.ask(name, jinja, *arguments)
-
-
-class _Child:
-    """The child of this process; a new one when the last one was ended."""
-
-    def __init__(self, argv: list[str]) -> None:
-        self._argv = argv
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.argv = list(argv)
         self._process: subprocess.Popen[bytes] | None = None
         self._open = contextlib.ExitStack()
         self._known: dict[str, int] = {}
+        self._lock = threading.Lock()
 
-    def ask(self, name: str, jinja: str, *arguments: Any) -> Any:
-        process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        if jinja not in self._known and len(self._known) >= _KNOWN:
-            self._known.clear()
-        number = self._known.get(jinja, len(self._known))
-        try:
-            _send(process.stdin, [name, number, None if jinja in self._known else jinja, *arguments])
-            self._known[jinja] = number
-            answer = _receive(process.stdout)
-        except (EOFError, OSError, ValueError) as error:
-            if isinstance(error, ValueError):  # it says what no child of ours would
+    def ask(self, function: str, jinja: str, *arguments: object) -> object:
+        """Call a function of the module `jinja` in the child.
+
+        Raises:
+            TemplateError: The function raised it, or the child was lost.
+        """
+        with self._lock:
+            process = self._process or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            if jinja not in self._known and len(self._known) >= _MOST_TEMPLATES:
+                self._known.clear()
+            number = self._known.get(jinja, len(self._known))
+            try:
+                _send(process.stdin, [function, number, None if jinja in self._known else jinja, *arguments])
+                self._known[jinja] = number
+                answer = _receive(process.stdout)
+                if not isinstance(answer, dict):
+                    raise ValueError(answer)
+            except (EOFError, OSError, ValueError) as error:
+                if isinstance(error, ValueError):  # no child of ours says this
+                    process.kill()
+                reason = limits.exceeded_by(process.wait()) or "it ended the process in which it ran"
+                self.close()
+                raise TemplateError(f"the chat template can't be used: {reason}") from None
+            except BaseException:  # interrupted: the next answer would be that to this question
                 process.kill()
-            reason = limits.exceeded_by(process.wait()) or "it ended the process that it was run in"
-            self.end()
-            raise TemplateError(f"the chat template can't be used: {reason}") from None
-        except BaseException:  # stopped in the middle: what comes next would be the answer to this
-            process.kill()
-            self.end()
-            raise
+                self.close()
+                raise
         if "error" in answer:
             raise TemplateError(str(answer["error"]))
         return answer["result"]
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._known.clear()
-        self._process = self._open.enter_context(local.piped(self._argv, {}))
+        self._process = self._open.enter_context(local.piped(self.argv, {}))
         return self._process
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """End the child."""
         self._process = None
         self._open.close()
 
 
-_child = _Child(local.python(__name__))
-_lock = threading.Lock()
-atexit.register(lambda: _child.end())
+shared = Sandbox(local.python(__name__))
+"""The child that all templates of this process share."""
+atexit.register(lambda: shared.close())
 
 
-def _send(stream: BinaryIO | Any, value: Any) -> None:
-    data = json.dumps(value).encode()
+def uses_of_date(jinja: str) -> int:
+    """Count ``strftime_now`` in the template's expressions.
+
+    Raises:
+        TemplateError: The template is not valid Jinja, or too expensive to parse.
+    """
+    if limits.is_confined():
+        from . import jinja as here
+
+        return here.uses_of_date(jinja)
+    return int(cast(int, shared.ask("uses_of_date", jinja)))
+
+
+def render(
+    jinja: str,
+    messages: Sequence[Mapping[str, object]],
+    tools: Sequence[Mapping[str, object]] | None,
+    variables: Mapping[str, object],
+) -> str:
+    """Render a chat.
+
+    Args:
+        jinja: The template's source.
+        messages: The turns.
+        tools: Tool definitions in the OpenAI format.
+        variables: The template's other variables.
+
+    Raises:
+        TemplateError: The template fails on these messages, or takes too much time, memory or space.
+    """
+    if limits.is_confined():
+        from . import jinja as here
+
+        return here.render(jinja, messages, tools, variables)
+    return str(shared.ask("render", jinja, messages, tools, variables))
+
+
+def signature(jinja: str, roles: Sequence[str], variables: Mapping[str, object]) -> TemplateSignature | None:
+    """Return the template's signature for turns with these roles; None if what it writes depends on the texts.
+
+    Raises:
+        TemplateError: The template fails on these turns, or takes too much.
+    """
+    if limits.is_confined():
+        from . import jinja as here
+
+        return here.signature(jinja, roles, variables)
+    answer = shared.ask("signature", jinja, roles, variables)
+    return None if answer is None else typed_storage.convert(TemplateSignature, answer)
+
+
+def _send(stream: IO[bytes], value: object) -> None:
+    data = json.dumps(typed_storage.plain(value)).encode()
     stream.write(len(data).to_bytes(8, "little") + data)
     stream.flush()
 
 
-def _receive(stream: BinaryIO | Any) -> Any:
+def _receive(stream: IO[bytes]) -> object:
     head = stream.read(8)
     size = int.from_bytes(head, "little")
-    if size > _LARGEST:
+    if size > _MOST_BYTES:
         raise ValueError(size)
     data = stream.read(size)
     if len(head) < 8 or len(data) < size:
         raise EOFError
-    return json.loads(data)
+    return typed_storage.parse_json(data)
 
 
 def _main() -> None:
     from . import jinja
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     limits.confine()
-    _prepare(jinja)
+    _load_lazy_parts()
     _give_up_files()
     known: dict[int, str] = {}
     while True:
         try:
-            name, number, text, *arguments = _receive(questions)
+            function, number, text, *arguments = cast(list[object], _receive(questions))
         except EOFError:
             return
+        number = int(cast(int, number))
         if text is not None:
-            known[number] = text
+            known[number] = str(text)
+        answer: JsonObject
         try:
-            answer = {"result": getattr(jinja, name)(known[number], *arguments)}
+            answer = {"result": typed_storage.plain(getattr(jinja, str(function))(known[number], *arguments))}
         except TemplateError as error:
             answer = {"error": error.cause}
         try:
@@ -158,21 +187,23 @@ def _main() -> None:
             return
 
 
-def _prepare(jinja: Any) -> None:
-    """Has Python load now what it loads when it is first needed, as for texts in a template and for its faults."""
+def _load_lazy_parts() -> None:
+    """Make Python load now what it loads on first use, such as for texts in a template and for its errors."""
+    from . import jinja
+
     for template in ("{{ 'a' | upper }}", "{% macro a(b) %}{{ b }}{% endmacro %}{{ a(raise_exception('')) }}", "{% %}"):
         with contextlib.suppress(TemplateError):
             jinja.render(template, [], None, {})
 
 
 def _give_up_files() -> None:
-    """From here on this process can open no file, write to none and start no process, whatever a template finds."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    """Prevent this process from opening files, writing to files and starting processes, whatever a template does."""
+    if sys.platform == "win32":
         return
-    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE):
-        resource.setrlimit(what, (0, 0))
+    import resource
+
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
 
 
 if __name__ == "__main__":

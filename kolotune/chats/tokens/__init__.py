@@ -1,1 +1,1 @@
-"""From rendered chats to token ids."""
+"""Token ids and labels of chats: the tokenizer, the encoder and the word cache."""

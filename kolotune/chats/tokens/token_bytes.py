@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    from tokenizers import Tokenizer
 
 
 class TokenBytes:
-    """The bytes that each token stands for, where the tokenizer's decoder does no more than put them together."""
+    """The bytes of each token, if the tokenizer's decoder only joins them."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Tokenizer) -> None:
         import numpy as np
 
         self._backend = backend
@@ -19,12 +20,12 @@ class TokenBytes:
         self._added: dict[int, bytes] = {}
         self._letters: dict[str, int] | None = None
         self._lengths = np.zeros(0, np.int64)
-        if writes_bytes(backend):
+        if decodes_bytes(backend):
             self._added = {index: str(token).encode() for index, token in backend.get_added_tokens_decoder().items()}
             self._letters = byte_letters()
 
     def of(self, ids: list[int]) -> list[bytes] | None:
-        """The bytes of each token; None where this tokenizer has none."""
+        """Return the bytes of each token; None if this tokenizer does not work on bytes."""
         known = self._known
         try:
             return [known[index] for index in ids]
@@ -45,17 +46,17 @@ class TokenBytes:
         return [known[index] for index in ids]
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """How many bytes each token is, for the tokens of proven texts; one or more."""
+        """Return the number of bytes of each token of a proven text; at least 1."""
         import numpy as np
 
         if (size := int(ids.max()) + 1) > len(self._lengths):
             self._lengths = np.pad(self._lengths, (0, size - len(self._lengths)))
-        found: np.ndarray = self._lengths[ids]
-        if not found.all():
-            unknown = np.unique(ids[found == 0])
-            self._lengths[unknown] = [len(each) for each in self.of(unknown.tolist()) or ()]
-            found = self._lengths[ids]
-        return found
+        lengths: np.ndarray = self._lengths[ids]
+        if not lengths.all():
+            unknown = np.unique(ids[lengths == 0])
+            self._lengths[unknown] = [len(token) for token in self.of(unknown.tolist()) or ()]
+            lengths = self._lengths[ids]
+        return lengths
 
     def changes(self, text: str) -> bool:
         """Whether the tokenizer changes a text before it encodes it."""
@@ -63,13 +64,13 @@ class TokenBytes:
         return normalizer is not None and normalizer.normalize_str(text) != text
 
 
-def writes_bytes(backend: Any) -> bool:
-    """Whether a tokenizer's decoder puts the bytes of the tokens together, and does no more."""
+def decodes_bytes(backend: Tokenizer) -> bool:
+    """Whether the tokenizer's decoder joins the bytes of the tokens and does nothing else."""
     return repr(backend.decoder).startswith("ByteLevel(")
 
 
 def byte_letters() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 on."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    other = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + at): byte for at, byte in enumerate(other)}
+    """Return the letter that byte-level tokenizers write for each byte: the byte itself if visible, else 256 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(hidden)}

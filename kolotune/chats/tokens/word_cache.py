@@ -1,32 +1,36 @@
-"""Tokens of plain text, word by word: the tokenizer's own answers, kept.
+"""The tokens of words, remembered from one text to the next.
 
-Byte-level tokenizers cut a text into words by one regular expression and encode each word by itself. Most words of a
-text have come before, so that a table has their tokens in a sixth of the time that the tokenizer takes. Each entry is
-the model's own answer, proven to be the word's bytes. The cutting is done here, for tokenizers that say that they cut
-in a way that is known, and for texts of characters on which all versions of Unicode agree; anything else is the
-tokenizer's to encode.
+Byte-level tokenizers split a text into words with one regular expression, and encode each word separately. Most words
+of a text are known from earlier texts, so looking them up takes a sixth of the time of encoding. Each entry is the
+model's own answer, proven to be the bytes of the word. The text is split here if the tokenizer splits in a known way,
+and if the text has only characters on which all versions of Unicode agree; all else is left to the tokenizer.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
-from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
-from .token_bytes import byte_letters, writes_bytes
+from kolotune.foundation import typed_storage
+from kolotune.foundation.typed_storage import JsonObject
+
+from .encoded_chat import packed
+from .token_bytes import byte_letters, decodes_bytes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same in a text that was cut at each digit before.
+# The same in a text that was split at each digit before.
 _GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _TOKEN = re.compile(r"\\[pP]\{(?P<class>[LN])\}|\\[sSrn]|[^\\]")
 _SYNTAX = re.compile(rf"(?:\(\?(?:i?:|!)|(?!\(\?|\[:|&&)(?:{_TOKEN.pattern}))*")
 _MOST_WORDS = 1 << 16
-_MOST_TEXTS, _LONGEST_TEXT, _REMEMBERED = 512, 16_384, 4_096
-# Latin letters and the marks of writing that stand with them. Left out: kinds of space, and letters that are another
-# one's small or capital form in a way of their own (a long s, a dotless i).
+_MOST_TEXTS, _LONGEST_TEXT, _MOST_HASHES = 512, 16_384, 4_096
+# Latin letters and the punctuation used with them. Left out: kinds of space, and letters whose upper or lower case is
+# irregular (a long s, a dotless i).
 _COMMON = [
     char
     for char in map(chr, [*range(0x80), *range(0xA1, 0x250), *range(0x2010, 0x2028), *range(0x2030, 0x205F), 0x20AC])
@@ -36,117 +40,122 @@ _ASCII = [char for char in _COMMON if char.isascii()]
 _UNCOMMON = re.compile(f"[^{re.escape(''.join(_COMMON))}]")
 
 
-class Words:
+class _Describable(Protocol):
+    """A part of a tokenizer's backend, which pickles as JSON."""
+
+    def __getstate__(self) -> bytes: ...
+
+
+class WordCache:
     """Encodes plain text with what a tokenizer said of its words before.
 
     Args:
-        backend: a tokenizer that `pattern` cuts texts like.
-        pattern: matches the next word, in the tokenizer's syntax.
+        backend: A tokenizer that splits texts like `pattern`.
+        pattern: Matches the next word, in the tokenizer's syntax.
 
     Raises:
-        ValueError: the pattern can't be read here.
+        ValueError: The pattern can't be translated.
     """
 
-    def __init__(self, backend: Any, pattern: str) -> None:
+    def __init__(self, backend: Tokenizer, pattern: str) -> None:
         self._model = backend.model
-        self._in_ascii, self._in_others = (_translated(pattern, each).findall for each in (_ASCII, _COMMON))
+        self._split_ascii, self._split_common = (
+            _translated(pattern, characters).findall for characters in (_ASCII, _COMMON)
+        )
         self._letters = {byte: letter for letter, byte in byte_letters().items()}
         self._added = {str(token): packed([index]) for index, token in backend.get_added_tokens_decoder().items()}
-        self._known: dict[str, bytes] = {}
+        self._words: dict[str, bytes] = {}
         self._texts: dict[str, bytes] = {}
-        self._once: set[int] = set()
+        self._seen_once: set[int] = set()
 
     @property
     def added(self) -> frozenset[str]:
-        """The texts of the tokens that the tokenizer looks for before it cuts."""
+        """The texts of the tokens that the tokenizer looks for before it splits."""
         return frozenset(self._added)
 
     def ids(self, parts: Sequence[str]) -> bytes | None:
-        """The tokens of a text as packed int32.
+        """Return the tokens of a text as packed int32; None if the tokenizer has to encode it.
 
         Args:
-            parts: plain text and added token in turns, as the tokenizer takes the text apart.
-
-        Returns:
-            The ids; None when the tokenizer has to be asked.
+            parts: The text as the tokenizer takes it apart: plain text and added token in alternation.
         """
-        out = []
+        packed_ids = []
         for number, part in enumerate(parts):
             if number % 2:
-                out.append(self._added[part])
+                packed_ids.append(self._added[part])
             elif part:
-                found = self._texts.get(part) or self._plain(part)
-                if found is None:
+                ids = self._texts.get(part) or self._plain(part)
+                if ids is None:
                     return None
-                out.append(found)
-        return b"".join(out)
+                packed_ids.append(ids)
+        return b"".join(packed_ids)
 
     def _plain(self, text: str) -> bytes | None:
         if text.isascii():
-            words = self._in_ascii(text)
+            words = self._split_ascii(text)
         elif _UNCOMMON.search(text):
             return None
         else:
-            words = self._in_others(text)
+            words = self._split_common(text)
         if "".join(words) != text:
             return None
         try:
-            found = b"".join(map(self._known.__getitem__, words))
+            ids = b"".join(map(self._words.__getitem__, words))
         except KeyError:
-            if len(self._known) > _MOST_WORDS:
-                self._known.clear()
-            for word in words:
-                if word not in self._known:
-                    ids = self._ask(word)
-                    if ids is None:
-                        return None
-                    self._known[word] = ids
-            found = b"".join(map(self._known.__getitem__, words))
-        self._keep(text, found)
-        return found
+            if not self._learn(words):
+                return None
+            ids = b"".join(map(self._words.__getitem__, words))
+        self._keep(text, ids)
+        return ids
+
+    def _learn(self, words: Sequence[str]) -> bool:
+        """Ask the model for the words that are new; return whether it can encode all of them."""
+        if len(self._words) > _MOST_WORDS:
+            self._words.clear()
+        for word in words:
+            if word not in self._words:
+                letters = "".join([self._letters[byte] for byte in word.encode()])
+                tokens = self._model.tokenize(letters)
+                if "".join([token.value for token in tokens]) != letters:
+                    return False
+                self._words[word] = packed([token.id for token in tokens])
+        return True
 
     def _keep(self, text: str, ids: bytes) -> None:
-        """Keeps what comes a second time, as a system prompt does."""
+        """Remember a text that occurs a second time, as a system prompt does."""
         if len(text) > _LONGEST_TEXT:
             return
-        if len(self._once) >= _REMEMBERED:
-            self._once.clear()
+        if len(self._seen_once) >= _MOST_HASHES:
+            self._seen_once.clear()
         if len(self._texts) >= _MOST_TEXTS:
             self._texts.clear()
         key = hash(text)
-        if key in self._once:
+        if key in self._seen_once:
             self._texts[text] = ids
-        self._once.add(key)
-
-    def _ask(self, word: str) -> bytes | None:
-        letters = "".join([self._letters[byte] for byte in word.encode()])
-        tokens = self._model.tokenize(letters)
-        if "".join([token.value for token in tokens]) != letters:
-            return None
-        return packed([token.id for token in tokens])
+        self._seen_once.add(key)
 
 
-def words_of(backend: Any) -> Words | None:
-    """The words of a tokenizer; None when it is not known how it cuts texts."""
+def find_word_cache(backend: Tokenizer) -> WordCache | None:
+    """Return an empty word cache for a tokenizer; None if it is unknown how the tokenizer splits texts."""
     pattern = _pattern(backend)
     if pattern is None:
         return None
     try:
-        words = Words(backend, pattern)
+        cache = WordCache(backend, pattern)
     except ValueError:
         return None
     for text in _samples():
-        found = words.ids([text])
-        if found is not None and found != packed(backend.encode(text, add_special_tokens=False).ids):
+        ids = cache.ids([text])
+        if ids is not None and ids != packed(backend.encode(text, add_special_tokens=False).ids):
             return None
-    return words
+    return cache
 
 
-def _pattern(backend: Any) -> str | None:
-    """What matches the next word, by what the tokenizer says of itself."""
-    if not writes_bytes(backend) or type(backend.model).__name__ != "BPE" or backend.model.dropout:
+def _pattern(backend: Tokenizer) -> str | None:
+    """Return what matches the next word, by the tokenizer's description of itself."""
+    if not decodes_bytes(backend) or type(backend.model).__name__ != "BPE" or backend.model.dropout:
         return None
-    # NFC changes none of the characters that are taken here.
+    # NFC changes none of the characters that are handled here.
     if backend.normalizer is not None and _described(backend.normalizer) != {"type": "NFC"}:
         return None
     if any(
@@ -154,12 +163,17 @@ def _pattern(backend: Any) -> str | None:
         for token in backend.get_added_tokens_decoder().values()
     ):
         return None
-    cutting = _described(backend.pre_tokenizer)
-    steps = cutting.get("pretokenizers", [cutting])
-    last = steps[-1]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    match steps[:-1], last.get("use_regex"):
+    match _described(backend.pre_tokenizer):
+        case {"type": "Sequence", "pretokenizers": [*steps]}:
+            pass
+        case step:
+            steps = [step]
+    match steps:
+        case [*splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(use_regex)}]:
+            pass
+        case _:
+            return None
+    match splits, use_regex:
         case [], True:
             return _GPT2
         case [{"type": "Digits", "individual_digits": True}], True:
@@ -169,16 +183,18 @@ def _pattern(backend: Any) -> str | None:
     return None
 
 
-def _described(part: Any) -> dict[str, Any]:
-    found = json.loads(part.__getstate__()) if part is not None else {}
-    return found if isinstance(found, dict) else {}
+def _described(part: _Describable | None) -> JsonObject:
+    try:
+        return typed_storage.parse_object(part.__getstate__()) if part is not None else {}
+    except typed_storage.StorageError:
+        return {}
 
 
 def _translated(pattern: str, characters: Sequence[str]) -> re.Pattern[str]:
-    """A tokenizer's pattern in the syntax of `re`, for texts of these characters.
+    """Translate a tokenizer's pattern into the syntax of `re`, for texts of these characters.
 
     Raises:
-        ValueError: it has more in it than is known here.
+        ValueError: It contains something unknown.
     """
     if not _SYNTAX.fullmatch(pattern):
         raise ValueError(pattern)
@@ -203,15 +219,10 @@ def _translated(pattern: str, characters: Sequence[str]) -> re.Pattern[str]:
 
 
 def _samples() -> list[str]:
-    """Texts in which all that patterns tell apart stands beside all else."""
+    """Return texts in which everything that patterns distinguish occurs next to everything else."""
     kinds = (
         "a", "Zo", "é", "7", "12345", "²", " ", "  ", "\n", "\r\n\n", "\t", "'", "'s", "'LL", "\u2019", ".", "!?", "_",
         "-", "/\n",
     )  # fmt: skip
     pairs = [one + other + third for one in kinds for other in kinds for third in ("", "x", " ", "3", "\n")]
     return ["".join(pairs), "".join(reversed(pairs)), *kinds, *pairs[::7], "".join(_COMMON), " ".join(_COMMON)]
-
-
-def packed(ids: Sequence[int]) -> bytes:
-    """Token ids as int32 in memory."""
-    return array("i", ids).tobytes()

@@ -19,6 +19,7 @@ from support.masking import (
     decode,
     encode,
     labelled_texts,
+    locate,
     metaspace,
 )
 from tokenizers import (
@@ -33,13 +34,15 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.templates.loss_mask import locate
 from kolotune.chats.templates.template import ChatTemplate
-from kolotune.chats.tokens.encoder import Encoder, _bare, labelled
+from kolotune.chats.tokens.backend import bare
+from kolotune.chats.tokens.labels import label_by_bytes, label_by_offsets
+from kolotune.chats.tokens.strategies import ByTokenBytes
+from kolotune.chats.tokens.token_bytes import TokenBytes
 from kolotune.foundation.errors import DataError, TemplateError
 
 
-def test_template_written_in_other_ways() -> None:
+def test_unusual_templates() -> None:
     special = ("<s>", "</s>", "<|im_end|>")
 
     def spans(source: str, each: Chat) -> list[str]:
@@ -54,17 +57,17 @@ def test_template_written_in_other_ways() -> None:
         "{% endfor %}"
     )
     assert spans(late, chat(("a", "b"), ("c", "d"), system="S")) == [" b </s>", " d </s>"]
-    # ChatML in which the number of turns stands in front: no prompt is a beginning of the chat's text.
+    # ChatML in which the number of turns is in front: no prompt is a prefix of the chat's text.
     counted = "{{ messages | length }}" + CHATML
     assert spans(counted, chat(("a", "b"), ("c", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
     assert spans(counted, chat(("a <|im_start|>assistant\n", "b"))) == ["b<|im_end|>"]
     assert spans(counted, chat(("a", "b"), (" ", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
-    with pytest.raises(TemplateError, match="where an answer starts in this template can't be told"):
+    with pytest.raises(TemplateError, match="does not show where an answer starts"):
         spans(counted, chat(("a", "<|im_start|>assistant\n"), (" ", "d")))
     # A chat may begin with the assistant.
     first = Chat((Message(ANSWER, "Welcome"), *chat(("a", "b")).messages))
     assert spans(CHATML, first) == ["Welcome<|im_end|>", "b<|im_end|>"]
-    # The end of sequence in a row of tokens is what stops the model.
+    # The end of sequence behind another special token is what stops the model.
     row = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|im_end|></s>")
     assert spans(row, chat(("a", "b"))) == ["b<|im_end|></s>"]
     twice = CHATML.replace("{{ m.content }}", "{{ m.content }}|{{ m.content }}")
@@ -78,13 +81,13 @@ def test_template_written_in_other_ways() -> None:
         locate(chat(("a", "b")), ChatTemplate(CHATML, {}), ("<s>",))
 
 
-def test_a_message_that_is_dropped_is_seen_even_if_its_text_stands_elsewhere() -> None:
+def test_a_dropped_message_is_noticed_even_if_its_text_occurs_elsewhere() -> None:
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     with pytest.raises(TemplateError, match="leaves out system messages"):
         locate(chat(("Hi there", "Hello"), system="Hi"), ChatTemplate(deaf, {}), CHATML_SPECIAL)
 
 
-def test_offsets_may_be_trimmed_and_settings_are_put_back() -> None:
+def test_offsets_may_be_trimmed_and_settings_are_restored() -> None:
     tokenizer = byte_level(CHATML_SPECIAL)
     backend = tokenizer.backend_tokenizer
     each = chat(("a", "  b  c \n"), ("d", "\n e"))
@@ -157,7 +160,7 @@ def test_special_tokens_in_contents_are_refused_where_they_can_not_be_exact() ->
     listing = "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
     listing = CHATML.replace("{{ m.content }}", "{{ m.content }}" + listing)
     calling = Chat((Message(USER, "a"), Message(ANSWER, "", tool_calls=(call,))))
-    with pytest.raises(DataError, match="a tool call holds"):
+    with pytest.raises(DataError, match="a tool call contains"):
         encode(calling, ChatTemplate(listing, {}), byte_level(CHATML_SPECIAL))
 
 
@@ -172,7 +175,7 @@ def test_special_tokens_that_take_white_space_with_them() -> None:
     assert encoded.ids[-12:] == same.ids[-12:]
 
 
-def test_tokens_that_do_not_give_the_text_back_are_refused() -> None:
+def test_tokens_that_do_not_decode_to_the_text_are_refused() -> None:
     backend = Tokenizer.from_str(byte_level(CHATML_SPECIAL).backend_tokenizer.to_str())
     backend.normalizer = normalizers.NFC()
     template, each = ChatTemplate(CHATML, {}), chat(("e\u0301", "e\u0301"))
@@ -185,7 +188,7 @@ def test_tokens_that_do_not_give_the_text_back_are_refused() -> None:
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     lacking.train_from_iterator(["Hello"], trainer)
     lacking.add_special_tokens([AddedToken(text, special=True) for text in CHATML_SPECIAL])
-    with pytest.raises(DataError, match="don't give the text back"):
+    with pytest.raises(DataError, match="don't decode to the text"):
         encode(chat(("a", "q")), template, PreTrainedTokenizerFast(tokenizer_object=lacking))
     with pytest.raises(DataError, match="half a character"):
         encode(chat(("a", "\ud83d")), template, byte_level(CHATML_SPECIAL))
@@ -210,9 +213,6 @@ def test_any_contents(pairs: list[tuple[str, str]], system: str | None) -> None:
     assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert not encoded.special_in_content
     assert labelled_texts(encoded, tokenizer) == CHATML_ANSWER.findall(text)
-    # Cutting at an exchange gives the tokens of the shorter chat.
-    for count, start in enumerate(encoded.turn_starts[1:], 1):
-        assert encoded.ids[:start] == encode(chat(*pairs[:count], system=system), template, tokenizer).ids
 
 
 @settings(max_examples=150, deadline=None)
@@ -235,10 +235,12 @@ def test_any_contents_with_special_tokens(pairs: list[tuple[str, str]]) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(pairs=_pairs(st.one_of(_CONTENT, st.just("\n\nHello"))))
-def test_labels_by_bytes_are_those_by_the_tokenizers_places(pairs: list[tuple[str, str]]) -> None:
+def test_labels_by_bytes_are_those_by_offsets(pairs: list[tuple[str, str]]) -> None:
     template, tokenizer = ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL, *["\n\n"] * 50)
-    encoder = Encoder(template, tokenizer)
-    with _bare(tokenizer.backend_tokenizer):
-        found = locate(chat(*pairs), template, CHATML_SPECIAL)
-        (by_bytes,) = labelled([(found, encoder._asked({0: found.text})[0])], encoder._bytes)
-        assert by_bytes == encoder._by_places(found)
+    backend = tokenizer.backend_tokenizer
+    token_bytes = TokenBytes(backend)
+    with bare(backend):
+        located = locate(chat(*pairs), template, CHATML_SPECIAL)
+        (ids,) = ByTokenBytes(backend, token_bytes)._ids([located.text])
+        assert ids is not None
+        assert label_by_bytes([(located, ids)], token_bytes) == [label_by_offsets(located, backend)]

@@ -12,7 +12,8 @@ import pytest
 from support.tiny import tiny_llama
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.tokens.encoder import EncodedChat, Encoder
+from kolotune.chats.tokens.encoded_chat import EncodedChat
+from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, template_text
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from support.masking import (
-    _HARD,
     ANSWER,
     CHATS,
     DATE,
@@ -20,12 +19,14 @@ from support.masking import (
     decode,
     encode,
     labelled_texts,
+    locate,
     template_of,
 )
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.templates.loss_mask import end_token, locate
-from kolotune.chats.templates.template import ChatTemplate, freeze_date
+from kolotune.chats.templates.frozen_date import freeze_date
+from kolotune.chats.templates.loss_mask import end_token
+from kolotune.chats.templates.template import ChatTemplate
 from kolotune.foundation.errors import TemplateError
 
 
@@ -49,21 +50,6 @@ def test_answers_of_real_templates(name: str, templates_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_exchange_starts_at_a_token(name: str, templates_folder: Path) -> None:
-    family = FAMILIES[name]
-    template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
-    encoded = encode(chat(*_HARD), template, tokenizer)
-    assert encoded.turn_starts[0] == 0 and len(encoded.turn_starts) == len(_HARD)
-    bounds = [*encoded.turn_starts, len(encoded.ids)]
-    for number, (question, answer) in enumerate(_HARD):
-        part = slice(bounds[number], bounds[number + 1])
-        text = decode(tokenizer, encoded.ids[part])
-        assert question.strip() in text and answer.strip() in text
-        assert not encoded.labelled[part][0] and any(encoded.labelled[part])
-        assert not number or text.startswith(family.special)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_special_tokens_in_contents_are_plain_text(name: str, templates_folder: Path) -> None:
     family = FAMILIES[name]
     template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
@@ -79,7 +65,7 @@ def test_special_tokens_in_contents_are_plain_text(name: str, templates_folder: 
     assert encoded.special_in_content
     text = template.render(each.message_dicts())
     assert decode(tokenizer, encoded.ids) == text
-    # Independent: the same chat with brackets that make no tokens has its answers at the same places.
+    # Independent: the same chat with brackets that make no tokens has its answers at the same offsets.
     plain = template.render(chat(*harmless).message_dicts())
     assert len(plain) == len(text)
     spans = [match.span(1) for match in re.compile(family.answer, re.DOTALL).finditer(plain)]
@@ -99,7 +85,7 @@ REFUSED = {
     "llama-cpp-rwkv-world": "ends an answer with no special token",
     "GLM-4.6": "ends an answer with no special token",
     "Apertus-8B-Instruct": "ends an answer with no special token",
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "opens replies otherwise than it writes finished",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "opens replies differently than it writes finished",
     "Kimi-K3": "more of a turn behind its answer",
 }
 _ANY_SPECIAL = re.compile(r"<[|｜][^<>{}\n]{1,40}?[|｜]>|</?s>|<\|?turn\|?>|<\|?channel\|?>")
@@ -211,8 +197,6 @@ def test_calls_of_tools_are_answers(name: str, templates_folder: Path) -> None:
     template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
     encoded = encode(TOOL_CHAT, template, tokenizer)
     assert labelled_texts(encoded, tokenizer) == TOOL_ANSWERS[name]
-    assert len(encoded.turn_starts) == 2
-    assert "Thanks" not in decode(tokenizer, encoded.ids[: encoded.turn_starts[1]])
     last_call = Chat(TOOL_CHAT.messages[:2], tools=TOOL_CHAT.tools)
     found = locate(last_call, template, family.special)
     assert found.text[slice(*found.spans[0])].endswith(TOOL_ANSWERS[name][0])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kolotune.chats import Chat, Message
+from kolotune.chats.templates.frozen_date import depends_on_date, freeze_date
 from kolotune.chats.templates.rendering import Rendering
-from kolotune.chats.templates.template import ChatTemplate, depends_on_date, freeze_date
+from kolotune.chats.templates.template import ChatTemplate
 from kolotune.foundation.errors import TemplateError
 
 DATE = datetime.date(2026, 3, 5)

@@ -1,4 +1,4 @@
-"""Tokens by words must be the tokenizer's own."""
+"""The word cache gives the tokenizer's own tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from support.masking import CHATML_SPECIAL, byte_level
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from kolotune.chats.tokens.word_cache import Words, packed, words_of
+from kolotune.chats.tokens.encoded_chat import packed
+from kolotune.chats.tokens.word_cache import WordCache, find_word_cache
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -16,7 +17,7 @@ _LLAMA3 = (
 )
 _TEXTS = ["It's what they'll say, isn't it? 12345 times:\n\n  def f(x):\r\n\treturn  x", "Grüße, ¿qué?  “so”…"] * 20
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-_CUTTING = {
+_SPLITTING = {
     "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "digits": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -30,18 +31,18 @@ _PIECES = st.one_of(
 )
 
 
-def _backend(cutting: str) -> Tokenizer:
+def _backend(splitting: str) -> Tokenizer:
     backend = Tokenizer.from_str(byte_level(CHATML_SPECIAL, *_TEXTS).backend_tokenizer.to_str())
-    backend.pre_tokenizer = _CUTTING[cutting]
+    backend.pre_tokenizer = _SPLITTING[splitting]
     return backend
 
 
-@pytest.mark.parametrize("cutting", _CUTTING)
+@pytest.mark.parametrize("splitting", _SPLITTING)
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(st.lists(_PIECES, max_size=30).map("".join), min_size=1, max_size=4))
-def test_words_are_the_tokenizers(cutting: str, texts: list[str]) -> None:
-    backend = _backend(cutting)
-    words = words_of(backend)
+def test_words_are_the_tokenizers(splitting: str, texts: list[str]) -> None:
+    backend = _backend(splitting)
+    words = find_word_cache(backend)
     assert words is not None
     for _ in range(3):  # new, known, kept
         parts = [part for text in texts for part in (text, CHATML_SPECIAL[0])]
@@ -50,10 +51,10 @@ def test_words_are_the_tokenizers(cutting: str, texts: list[str]) -> None:
         assert found is not None or not "".join(texts).isascii()
 
 
-def test_composing_changes_no_text_that_is_taken() -> None:
+def test_composed_characters_are_left_to_the_tokenizer() -> None:
     backend = _backend("qwen")
     backend.normalizer = normalizers.NFC()
-    words = words_of(backend)
+    words = find_word_cache(backend)
     assert words is not None
     assert words.ids(["é ö"]) == packed(backend.encode("é ö").ids)
     assert words.ids(["e\u0301"]) is None
@@ -67,7 +68,7 @@ def _prefix_space(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
 
-def _other_cutting(backend: Tokenizer) -> None:
+def _other_splitting(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), _BYTES])
 
 
@@ -92,31 +93,31 @@ def _no_pairs(backend: Tokenizer) -> None:
 
 
 _UNKNOWN = (
-    _other_normalizer, _prefix_space, _other_cutting, _other_syntax, _other_decoder, _dropout, _trimming, _no_pairs,
+    _other_normalizer, _prefix_space, _other_splitting, _other_syntax, _other_decoder, _dropout, _trimming, _no_pairs,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("change", _UNKNOWN)
-def test_tokenizers_that_cut_otherwise_are_left_to_themselves(change: object) -> None:
+def test_tokenizers_that_split_differently_have_no_cache(change: object) -> None:
     backend = _backend("gpt2")
     assert callable(change)
     change(backend)
-    assert words_of(backend) is None
+    assert find_word_cache(backend) is None
 
 
-def test_a_cutting_that_is_not_the_tokenizers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splitting_that_differs_from_the_tokenizers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kolotune.chats.tokens.word_cache._GPT2", r"\S+|\s+")
-    assert words_of(_backend("gpt2")) is None
+    assert find_word_cache(_backend("gpt2")) is None
 
 
 def test_tables_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_MOST_WORDS", "_MOST_TEXTS", "_REMEMBERED"):
+    for name in ("_MOST_WORDS", "_MOST_TEXTS", "_MOST_HASHES"):
         monkeypatch.setattr(f"kolotune.chats.tokens.word_cache.{name}", 4)
     backend = _backend("gpt2")
-    words = words_of(backend)
-    assert isinstance(words, Words)
+    words = find_word_cache(backend)
+    assert isinstance(words, WordCache)
     for number in range(50):
         text = f"the same {'abcdefgh'[number % 8]}x{'abc'[number % 3]}"
         for _ in range(2):
             assert words.ids([text]) == packed(backend.encode(text).ids)
-        assert len(words._known) <= 4 + 8 and len(words._texts) <= 4 and len(words._once) <= 4
+        assert len(words._words) <= 4 + 8 and len(words._texts) <= 4 and len(words._seen_once) <= 4

@@ -1,0 +1,43 @@
+"""A chat as token ids and labels."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A chat as tokens.
+
+    Attributes:
+        packed_ids: The token ids of the whole rendering, as int32 in memory.
+        packed_labels: For each token a byte: whether the loss falls on it.
+        special_in_content: A content contains the text of a special token, which was encoded as plain text.
+        boundary_merge: A token contains both the end of a prompt and the start of an answer. It is not labelled, and
+            the served prompt will end with a different token than the one trained on.
+    """
+
+    packed_ids: bytes
+    packed_labels: bytes
+    special_in_content: bool = False
+    boundary_merge: bool = False
+
+    def __len__(self) -> int:
+        return len(self.packed_labels)
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids."""
+        return array("i", self.packed_ids).tolist()
+
+    @property
+    def labelled(self) -> list[bool]:
+        """For each id, whether the loss falls on it."""
+        return [bool(label) for label in self.packed_labels]
+
+
+def packed(ids: Sequence[int]) -> bytes:
+    """Return token ids as int32 in memory."""
+    return array("i", ids).tobytes()
