@@ -1,19 +1,18 @@
-"""What tests ask of a run folder."""
+"""What tests read from a run folder."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.files import Hasher, hash_file
 from kolotune.pipeline.stages import STAGE_NAMES
 from kolotune.pipeline.status import read_status
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.metrics import read_metrics
 
 # The stages of a run with --no-compare, as most runs of tests are, to save their time.
 STAGES_WITHOUT_COMPARE = tuple(name for name in STAGE_NAMES if name != "compare")
@@ -25,16 +24,16 @@ def config_of(run: RunFolder, **changes: Any) -> Config:
 
 
 def states(run: RunFolder) -> dict[str, str]:
-    return {each.name: each.state for each in read_status(run)}
+    return {status.name: status.state for status in read_status(run)}
 
 
 def partials(run: RunFolder) -> list[Path]:
-    found = [path for path in run.root.rglob("*") if path.name.endswith((".partial", ".old"))]
-    return [path for path in found if path.parent != run.checkpoints]  # a terminated engine may leave one there
+    paths = [path for path in run.root.rglob("*") if path.name.endswith((".partial", ".old"))]
+    return [path for path in paths if path.parent != run.checkpoints]  # a terminated engine may leave one there
 
 
 def results(root: Path) -> dict[str, str]:
-    """The hashes of what a run is for: tokens, adapter, merged weights, GGUFs, Modelfiles."""
+    """Return the hashes of tokens, adapter, merged weights, GGUFs and Modelfiles."""
     run = RunFolder(root)
     folders = [run.prepared, run.adapter, run.merged_model]
     files = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
@@ -43,12 +42,15 @@ def results(root: Path) -> dict[str, str]:
 
 
 def losses(metrics: Path, key: str = "loss") -> dict[int, float]:
-    """Step → loss, of a metrics file; a line that a crash cut off is passed over."""
-    found: list[tuple[int, float]] = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else ():
-        with contextlib.suppress(ValueError):
-            each = json.loads(line)
-            if key in each:
-                found.append((each["step"], each[key]))
-    assert len(dict(found)) == len(found), "a step stands there twice"
-    return dict(found)
+    """Return step → loss of a metrics file; a line that a crash cut off is skipped."""
+    lines = read_metrics(metrics, skip_damaged=True) if metrics.is_file() else []
+    values = [(line.step, getattr(line, key)) for line in lines if getattr(line, key) is not None]
+    assert len(dict(values)) == len(values), "a step is there twice"
+    return dict(values)
+
+
+def hashes(run: RunFolder) -> dict[str, str]:
+    """Return the hashes of all results, whole folders among them."""
+    hasher = Hasher()
+    paths = [*run.root.glob("*.gguf"), *run.root.glob("Modelfile*"), run.adapter, run.merged_model, run.prepared]
+    return {path.name: hasher.of(path) for path in paths}
