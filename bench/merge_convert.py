@@ -69,7 +69,8 @@ def make_model(folder: Path, size: str) -> float:
     from support import llama3
     from transformers import AutoModelForCausalLM
 
-    from kolotune.weights.tensors import Entry, shards_of, write_shards
+    from kolotune.weights.safetensors_header import Entry
+    from kolotune.weights.shards import split_into_shards, write_shards
 
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir(parents=True)
@@ -88,7 +89,7 @@ def make_model(folder: Path, size: str) -> float:
             yield part.view(torch.int16).numpy()
 
     entries = [Entry(name, "BF16", each) for name, each in shapes.items()]
-    write_shards(base, shards_of(entries), values)
+    write_shards(base, split_into_shards(entries), values)
     halves = {}
     for name, each in shapes.items():
         if name.endswith("proj.weight"):

@@ -16,7 +16,7 @@ from kolotune.engines.memory import BatchShape
 from kolotune.engines.native.memory import SHARDED_PROCESS, transformers_training
 from kolotune.planning import network
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, Linear, ModelShape
-from kolotune.weights.tensors import Entry
+from kolotune.weights.safetensors_header import Entry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- made by bench/scaling_model.py -->\n", "<!-- end -->\n"

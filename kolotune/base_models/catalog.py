@@ -15,7 +15,7 @@ from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import HUB_TOKEN, Secret
 from kolotune.weights.model_config import read_model_config
-from kolotune.weights.tensors import weight_files
+from kolotune.weights.weight_files import weight_files
 
 from . import hub_client, packaged_model
 from .downloads import cache_folder

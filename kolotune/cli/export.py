@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kolotune.foundation.errors import ConfigError
-from kolotune.weights import adapter as adapters
+from kolotune.weights.adapter import is_adapter, read_adapter
 
 from .options import Json, config_of, given, reporter, show, with_options
 
@@ -26,7 +26,7 @@ def export(
     say = reporter(json)
     source = folder.absolute()
     values = given(flags)
-    if adapters.is_adapter(source):
+    if is_adapter(source):
         values["base_model"] = base or base_named_by(source)
         names = ["merge", "convert", "quantize", "modelfile"]
     else:
@@ -45,7 +45,7 @@ def base_named_by(adapter: Path) -> str:
     Raises:
         ConfigError: it names none.
     """
-    name = adapters.read(adapter).base_name
+    name = read_adapter(adapter).config.base_name
     if not name:
         raise ConfigError(f"{adapter}: adapter_config.json does not name a base model", "Name it with --base.")
     return name

@@ -38,7 +38,7 @@ def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config,
     from kolotune.base_models import catalog
     from kolotune.foundation.files import replacing
     from kolotune.stages.merge import merge_adapter
-    from kolotune.weights.merge import tokenizer_of
+    from kolotune.weights.merge import tokenizer_folder
 
     say = reporter(json)
     if out.exists():
@@ -50,7 +50,7 @@ def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config,
             adapter,
             base_folder,
             partial,
-            tokenizer=tokenizer_of(adapter, base_folder),
+            tokenizer=tokenizer_folder(adapter, base_folder),
             dtype=config.merge_dtype,
             reporter=say,
         )

@@ -42,7 +42,7 @@ def measure(file: Path) -> None:
 def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference) -> Figures:
     """Measure the GGUF itself: its chat template, its vocabulary, its weights."""
     equal, defects = compare_prompts(reference.prompts, _GgufTemplate(model).ids)
-    if moved := moved_entry(reference.pieces, [model.piece(index) for index in range(model.words)]):
+    if moved := moved_entry(reference.pieces, [model.piece(index) for index in range(model.vocabulary_size)]):
         defects.append(moved)
     try:
         by_chat = (model.log_probabilities(chat.ids, chat.positions) for chat in reference.chats)

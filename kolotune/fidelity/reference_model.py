@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from kolotune.foundation.errors import ArtifactError, SpaceError
 from kolotune.foundation.formatting import format_size
-from kolotune.weights import adapter as adapters
-from kolotune.weights.tensors import MappedTensors, TensorFiles, weight_files
+from kolotune.weights.adapter import LoraAdapter, read_adapter
+from kolotune.weights.lora_delta import Delta
+from kolotune.weights.mapped_tensors import MappedTensors
+from kolotune.weights.torch_tensors import TensorFiles
+from kolotune.weights.weight_files import weight_files
 
 from .tasks import ComparedChat
 
@@ -51,7 +54,7 @@ class _AdaptedModel:
 
     model: Any
 
-    def _oriented(self, name: str, delta: adapters.Delta) -> adapters.Delta:
+    def _oriented(self, name: str, delta: Delta) -> Delta:
         """The delta in the orientation of its module: GPT-2 keeps weights as [in, out], whatever the adapter says."""
         path = name.removesuffix(".weight")
         modules = dict(self.model.named_modules())
@@ -63,7 +66,7 @@ class _AdaptedModel:
         return delta
 
     @torch.no_grad()
-    def _add_to(self, weight: Tensor, adapter: adapters.Adapter, name: str, key: str) -> None:
+    def _add_to(self, weight: Tensor, adapter: LoraAdapter, name: str, key: str) -> None:
         """Change a weight in place by the adapter's entry `key`, if it has one."""
         if key in adapter.replaced:
             weight.copy_(torch.from_numpy(np.ascontiguousarray(adapter.replaced[key])))
@@ -103,7 +106,7 @@ class WholeModel(_AdaptedModel):
         Raises:
             ArtifactError, ModelError: it can't be read, or is for a different model.
         """
-        adapter = adapters.read(folder)
+        adapter = read_adapter(folder)
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is not None and head.weight is embedding.weight and _unties(adapter):
             head.weight = nn.Parameter(head.weight.detach().clone())
@@ -155,7 +158,7 @@ class LayeredModel(_AdaptedModel):
             model = _library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.model = model.eval()
         self._files = TensorFiles(weight_files(folder))
-        self._adapter: adapters.Adapter | None = None
+        self._adapter: LoraAdapter | None = None
         paths = {id(module): path for path, module in self.model.named_modules()}
         self._embedding = f"{paths[id(self.model.get_input_embeddings())]}.weight"
         self._head = f"{paths[id(self.model.get_output_embeddings())]}.weight"
@@ -177,7 +180,7 @@ class LayeredModel(_AdaptedModel):
 
     def add(self, folder: Path) -> None:
         """Add an adapter to the weights whenever they are read; see `WholeModel.add`."""
-        self._adapter = adapters.read(folder)
+        self._adapter = read_adapter(folder)
         names = {name: None for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for key in {**self._adapter.replaced, **self._adapter.deltas}:
             _parameter_of(key, names)
@@ -269,11 +272,11 @@ def _groups(chats: Sequence[ComparedChat]) -> Iterator[list[int]]:
     yield group
 
 
-def _unties(adapter: adapters.Adapter) -> bool:
+def _unties(adapter: LoraAdapter) -> bool:
     """Whether the adapter changes only one of embedding and head, so that they no longer share their weights."""
     changed = {*adapter.deltas, *adapter.replaced}
     changes_one = any(name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight")) for name in changed)
-    return changes_one and not adapter.config.get("ensure_weight_tying")
+    return changes_one and not adapter.config.ties_weights
 
 
 def _until(end: int, ids: list[int]) -> list[int]:

@@ -1,121 +1,174 @@
-"""Draws a model's outline with llama.cpp's own converter: ``python -m … ROOT FOLDER KIND TARGET``.
+"""Trace llama.cpp's converter: ``python -m … ROOT FOLDER TYPE TARGET``.
 
-A process of its own: what it imports takes seconds and hundreds of megabytes. ROOT is the converter's folder, FOLDER a
-model folder whose weights need no values, KIND the type of the GGUF, TARGET the outline to make (see `outline`).
+A separate process, because the converter's imports take seconds and hundreds of megabytes. ROOT is the converter's
+folder, FOLDER a model folder whose weight files need no more than headers, TYPE the type of the GGUF, TARGET the folder
+that the plan is written to.
 
-What the converter writes is taken from it, not known here: header and key-values as they are, and how each tensor
-comes out of the folder's by giving its `modify_tensors` marked tensors. Any look at a weight's value on the way,
-which could make the answer another one for other weights, ends the attempt.
+Nothing about an architecture is known here. Header and metadata are what the converter writes. How a tensor is made
+from the model's is found by sending marked tensors through the converter's `modify_tensors`. An access to a weight's
+value, after which other weights could give another plan, ends the attempt. See docs/conversion-plan.md.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from kolotune.runners.watchdog import end_with_parent
+from kolotune.foundation import typed_storage
+from kolotune.foundation.errors import ToolchainError
+from kolotune.runners import child_process
+from kolotune.weights.dtypes import FLOATS
+from kolotune.weights.safetensors_header import read_header
 
-from .conversion_plan import HEADER, PLAN, Looked, NotSimple
+from .conversion_plan import TensorPlan
+from .plan_cache import HEADER, PLAN, StoredPlan
 
-_KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+if TYPE_CHECKING:
+    import gguf
+    from torch import Tensor
+
+_GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 _LARGEST_CONSTANT = 1 << 20
-_LARGEST_EXACT = 1 << 24  # whole numbers that fp32 holds
+_LARGEST_EXACT = 1 << 24  # whole numbers up to here are exact in fp32
+ModifyTensors: TypeAlias = "Callable[[Any, str, int | None], Iterable[tuple[str, Any]]]"
+
+
+class NoPlanError(Exception):
+    """The GGUF can't be streamed: a tensor is more than another one with its rows permuted or a number added."""
+
+
+class _Converter(Protocol):
+    """What is used of a model class of llama.cpp's converter."""
+
+    model_tensors: Mapping[str, Callable[[], Any]]
+    modify_tensors: ModifyTensors
+    gguf_writer: gguf.GGUFWriter
+
+    def prepare_tensors(self) -> None: ...
+
+    def prepare_metadata(self, vocab_only: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class RowTransform:
+    """How the converter changes a tensor; see the fields of `TensorPlan`."""
+
+    order: tuple[int, ...] | None = None
+    added: float = 0.0
 
 
 def main(arguments: list[str]) -> int:
-    """Makes the outline; 1 when the converter does not know the architecture."""
-    end_with_parent()
-    root, folder, kind, target = arguments
-    sys.path[:0] = [str(Path(root, "gguf-py")), root]
+    """Trace; return the exit code."""
+    root, folder, gguf_type, target = arguments
+    return child_process.carry_out(lambda: trace(Path(root), Path(folder), gguf_type, Path(target)))
+
+
+def trace(root: Path, folder: Path, gguf_type: str, target: Path) -> None:
+    """Write the plan, or the reason why there is none, into the folder `target`.
+
+    Raises:
+        ToolchainError: the converter does not know the architecture.
+    """
+    sys.path[:0] = [str(root / "gguf-py"), str(root)]
     logging.basicConfig(level=logging.INFO)
     import torch
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
 
     with torch.inference_mode():
-        parameters = ModelBase.load_hparams(Path(folder), False)
-        architecture = get_model_architecture(parameters, ModelType.TEXT)
+        architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
         try:
-            kind_of_model = get_model_class(architecture)
+            model_class = get_model_class(architecture)
         except NotImplementedError:
-            print(f"Model {architecture} is not supported")
-            return 1
+            raise ToolchainError(f"llama.cpp's converter does not support {architecture}") from None
         try:
-            plan: dict[str, Any] = {"tensors": _drawn(kind_of_model, Path(folder), kind, Path(target, HEADER))}
-        except (NotSimple, Looked) as error:
-            plan = {"reason": str(error)}
-    Path(target, PLAN).write_text(json.dumps(plan) + "\n", encoding="utf-8")
-    return 0
+            plan = StoredPlan(_traced(model_class, folder, gguf_type, target / HEADER))
+        except NoPlanError as error:
+            plan = StoredPlan(reason=str(error))
+    typed_storage.write(target / PLAN, plan)
 
 
-def _drawn(kind_of_model: Any, folder: Path, kind: str, header: Path) -> list[dict[str, Any]]:
-    """Writes the header of the GGUF; returns how each of its tensors is made."""
+def _traced(
+    model_class: Callable[..., _Converter], folder: Path, gguf_type: str, header: Path
+) -> tuple[TensorPlan, ...]:
+    """Write the header of the GGUF; return how its tensors are made."""
     import gguf
     from conversion.base import LazyTorchTensor  # type: ignore[import-not-found]
 
-    _forbid_looking(LazyTorchTensor)
-    model = kind_of_model(folder, gguf.LlamaFileType[_KINDS[kind]], header)
+    _forbid_values(LazyTorchTensor)
+    model = model_class(folder, gguf.LlamaFileType[_GGUF_TYPES[gguf_type]], header)
     modify = model.modify_tensors
     sources: dict[str, list[tuple[str, int | None]]] = {}
 
-    def noted(data: Any, name: str, block: int | None) -> Any:
+    def recording(data: Any, name: str, block: int | None) -> Iterator[tuple[str, Any]]:
         for new, values in modify(data, name, block):
             sources.setdefault(new, []).append((name, block))
             yield new, values
 
     known = dict(model.model_tensors)
-    model.modify_tensors = noted
+    model.modify_tensors = recording
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     if dict(model.model_tensors) != known or len(model.gguf_writer.tensors) != 1:
-        raise NotSimple("the converter changes the list of tensors")
-    files = {path: number for number, path in enumerate(sorted(folder.glob("*.safetensors")))}
-    places = {name: _place(load(), LazyTorchTensor) for name, load in known.items()}
+        raise NoPlanError("the converter changes the list of tensors")
+    names = _names_by_offset(folder)
+    positions = {name: _position(load(), LazyTorchTensor) for name, load in known.items()}
     tensors = []
     for name, info in model.gguf_writer.tensors[0].items():
-        made_of = sources.get(name, [])
-        told: dict[str, Any] = {"name": name, "type": info.dtype.name, "shape": list(info.shape), "size": info.nbytes}
-        if len(made_of) != 1:
-            raise NotSimple(f"{name} is not made of one tensor")
-        source, block = made_of[0]
+        if len(sources.get(name, ())) != 1:
+            raise NoPlanError(f"{name} is not made of one tensor")
+        source, block = sources[name][0]
+        if info.dtype.name not in ("F32", "F16", "BF16"):
+            raise NoPlanError(f"{name} is of type {info.dtype.name}")
         if source not in known:
-            told["constant"] = _constant(info)
-        elif (place := places[source]) is None or place.data_range.filename not in files:
-            raise NotSimple(f"{name} is computed before it is converted")
-        else:
-            told["file"] = place.data_range.filename.name
-            told["offset"] = place.data_range.offset
-            told |= _how_it_is_made(partial(_made, modify, name, source, block), name, tuple(place.shape), place.dtype)
-            if tuple(info.shape) != tuple(place.shape):
-                raise NotSimple(f"{name} has another shape than {source}")
-        tensors.append(told)
+            tensors.append(TensorPlan(name, info.dtype.name, info.nbytes, constant=_constant(info)))
+            continue
+        position = positions[source]
+        if position is None:
+            raise NoPlanError(f"{name} is computed before it is converted")
+        stored = names[position.data_range.filename.name, position.data_range.offset]
+        convert = partial(_converted, modify, name, source, block)
+        transform = recognise(convert, name, tuple(position.shape), position.dtype)
+        if tuple(info.shape) != tuple(position.shape) or position.dtype not in FLOATS:
+            raise NoPlanError(f"{name} has another shape or type than {source}")
+        tensors.append(TensorPlan(name, info.dtype.name, info.nbytes, stored, transform.order, transform.added))
     _write_header(model.gguf_writer, header)
-    return tensors
+    return tuple(tensors)
 
 
-def _forbid_looking(lazy_tensor: Any) -> None:
-    """From now on a folder's tensor has a shape and a dtype; who computes with its values gets an error."""
-    made = lazy_tensor.from_local_tensor
+def _names_by_offset(folder: Path) -> dict[tuple[str, int], str]:
+    """Return the names of the folder's tensors, by file and offset of their data."""
+    names = {}
+    for path in folder.glob("*.safetensors"):
+        header = read_header(path)
+        for entry, (start, _) in zip(header.entries, header.offsets, strict=True):
+            names[path.name, len(header.content) + start] = entry.name
+    return names
 
-    def refuse(_: Any) -> Any:
-        raise Looked("the converter looks at a weight's values")
 
-    def from_local_tensor(tensor: Any) -> Any:
-        lazy = made(tensor)
+def _forbid_values(lazy_tensor: Any) -> None:
+    """From now on the folder's tensors have a shape and a dtype; computing with their values raises an error."""
+    original = lazy_tensor.from_local_tensor
+
+    def refuse(_: object) -> None:
+        raise NoPlanError("the converter looks at a weight's value")
+
+    def from_local_tensor(tensor: object) -> Any:
+        lazy = original(tensor)
         lazy._func = refuse
         return lazy
 
     lazy_tensor.from_local_tensor = staticmethod(from_local_tensor)
 
 
-def _place(tensor: Any, lazy_tensor: Any) -> Any:
-    """Where a tensor of the folder lies in its file; None for one that has been computed with."""
+def _position(tensor: Any, lazy_tensor: Any) -> gguf.utility.LocalTensor | None:
+    """Return where in its file a tensor of the folder lies; None for one that has been computed."""
     import gguf
 
     if type(tensor) is not lazy_tensor or len(tensor._args) != 1:
@@ -124,73 +177,82 @@ def _place(tensor: Any, lazy_tensor: Any) -> Any:
 
 
 def _constant(info: Any) -> str:
-    """The bytes of a tensor that is made of the config alone."""
+    """Return the data of a tensor that depends on the config alone."""
     import gguf
 
     if info.nbytes > _LARGEST_CONSTANT:
-        raise NotSimple("a tensor that is made by the converter is large")
+        raise NoPlanError("a tensor that the converter makes is large")
     return base64.b64encode(gguf.LazyNumpyTensor.to_eager(info.tensor).tobytes()).decode()
 
 
-def _made(modify: Any, name: str, source: str, block: int | None, values: Any) -> Any:
-    """What the converter makes of the source's values as tensor `name`."""
-    found = [out for new, out in modify(values, source, block) if new == name]
-    if len(found) != 1:
-        raise NotSimple(f"{name} depends on what came before")
-    return found[0]
+def _converted(modify: ModifyTensors, name: str, source: str, block: int | None, values: Tensor) -> Tensor:
+    """Return the tensor `name` that the converter makes from these values of the source."""
+    results: list[Tensor] = [out for new, out in modify(values, source, block) if new == name]
+    if len(results) != 1:
+        raise NoPlanError(f"{name} depends on tensors before it")
+    return results[0]
 
 
-def _how_it_is_made(made: Callable[[Any], Any], name: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """{}: as it is; "order": row i of the GGUF is row order[i] of the source; "add": a number is added.
+def recognise(convert: Callable[[Tensor], Tensor], name: str, shape: tuple[int, ...], dtype: str) -> RowTransform:
+    """Find how the converter changes a tensor.
 
-    Found with tensors that say which row and column a value came from, and held against random values. They are
-    expanded, so that they take no memory: what comes back as the same view was not touched.
+    Marked tensors show which row a value came from, and random values confirm it. All are expanded views that take no
+    memory; a result that is the same view was not touched.
+
+    Args:
+        convert: the converter's function.
+        name: of the tensor, for messages.
+        shape, dtype: of the model's tensor.
+
+    Raises:
+        NoPlanError: it does more than permute rows and add a number.
     """
     import torch
 
     if not shape or 0 in shape or math.prod(shape[1:]) > _LARGEST_EXACT or shape[0] > _LARGEST_EXACT:
-        raise NotSimple(f"{name} is no vector or matrix that can be marked")
+        raise NoPlanError(f"{name} has a shape that can't be marked")
     count, inner = shape[0], shape[1:]
     numbers = torch.arange(count, dtype=torch.float32).reshape(count, *(1 for _ in inner)).expand(shape)
-    found = made(numbers)
-    same = found.shape == numbers.shape and found.stride() == numbers.stride() and found.dtype is numbers.dtype
-    if same and found.data_ptr() == numbers.data_ptr():
-        if len(shape) == 1 and not torch.equal(found, torch.arange(count, dtype=torch.float32)):
-            raise NotSimple(f"{name} is changed where it lies")
-        return {}
-    added = float(made(torch.zeros(()).expand(shape)).reshape(-1)[0])
-    order = (found.reshape(len(found), -1)[:, 0] - added).to(torch.int64) if found.dim() else found
-    if found.shape != numbers.shape or not torch.equal(order.sort().values, torch.arange(count)):
-        raise NotSimple(f"{name} is no permutation of rows")
-    _hold_against_random_values(made, name, shape, dtype, order, added)
-    in_order = torch.equal(order, torch.arange(count))
-    return ({} if in_order else {"order": order.tolist()}) | ({"add": added} if added else {})
+    result = convert(numbers)
+    same = result.shape == numbers.shape and result.stride() == numbers.stride() and result.dtype is numbers.dtype
+    if same and result.data_ptr() == numbers.data_ptr():
+        if len(shape) == 1 and not torch.equal(result, torch.arange(count, dtype=torch.float32)):
+            raise NoPlanError(f"{name} is changed in place")
+        return RowTransform()
+    added = float(convert(torch.zeros(()).expand(shape)).reshape(-1)[0])
+    order = (result.reshape(len(result), -1)[:, 0] - added).to(torch.int64) if result.dim() else result
+    if result.shape != numbers.shape or not torch.equal(order.sort().values, torch.arange(count)):
+        raise NoPlanError(f"{name} is no permutation of rows")
+    _confirm(convert, name, shape, dtype, order, added)
+    unchanged = torch.equal(order, torch.arange(count))
+    return RowTransform(None if unchanged else tuple(order.tolist()), added)
 
 
-def _hold_against_random_values(
-    made: Callable[[Any], Any], name: str, shape: tuple[int, ...], dtype: str, order: Any, added: float
+def _confirm(
+    convert: Callable[[Tensor], Tensor], name: str, shape: tuple[int, ...], dtype: str, order: Tensor, added: float
 ) -> None:
+    """Compare the recognised transform with the converter's result for random values."""
     import torch
 
     stored = {"F16": torch.float16, "BF16": torch.float32, "F32": torch.float32, "F64": torch.float32}.get(dtype)
     if stored is None:
-        raise NotSimple(f"{name} is stored as {dtype}")
+        raise NoPlanError(f"{name} is stored as {dtype}")
     generator = torch.Generator().manual_seed(1)
-    # An added number is added in fp32 here, however narrow the tensor: that is what the trained model computes.
+    # We add in fp32 however narrow the tensor is: that is what the trained model computes.
     for kind in {torch.float32, torch.float32 if added else stored}:
         rows = torch.randn(shape[0], generator=generator).to(kind).reshape(shape[0], *(1 for _ in shape[1:]))
         columns = (torch.randn(shape[1:], generator=generator) * 1e-3).to(kind)
-        for probe, wanted in ((rows.expand(shape), rows[order]), (columns.expand(shape), columns)):
-            if not torch.equal(made(probe), (wanted + added if added else wanted).expand(shape)):
-                raise NotSimple(f"{name} is more than a permutation of rows")
+        for probe, expected in ((rows.expand(shape), rows[order]), (columns.expand(shape), columns)):
+            if not torch.equal(convert(probe), (expected + added if added else expected).expand(shape)):
+                raise NoPlanError(f"{name} is more than a permutation of rows")
 
 
-def _write_header(writer: Any, path: Path) -> None:
-    """All that the converter writes before the first tensor's data."""
+def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
+    """Write all that the converter writes before the first tensor's data."""
     writer.write_header_to_file(path=path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for file in writer.fout:
+    for file in writer.fout or ():
         writer.write_padding(file, file.tell())
     writer.close()
 

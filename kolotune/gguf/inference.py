@@ -1,4 +1,4 @@
-"""Text from a GGUF: token by token, with the stops that the model was trained with."""
+"""Generate text from a GGUF token by token, with the stops that the model was trained with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import header
 
 @dataclass(frozen=True)
 class Sampling:
-    """What else, beside the temperature, decides which token is taken; the values here change nothing much."""
+    """Settings of sampling other than the temperature; these defaults change little."""
 
     top_k: int = 40
     top_p: float = 0.95
@@ -27,13 +27,13 @@ class Sampling:
 
 
 @dataclass
-class Answer:
-    """An answer as it comes.
+class GeneratedAnswer:
+    """An answer while it is generated.
 
     Attributes:
-        pieces: its text, to be gone through once.
-        tokens: how many the model has written so far; an end token counts, a text that stops it too.
-        reason: why it ended, when it has: "stop", or "length" for `max_tokens`.
+        pieces: its text; iterate over it once.
+        tokens: number of tokens so far, including an end token or a stop.
+        reason: why it ended, once it has: "stop", or "length" for `max_tokens`.
     """
 
     pieces: Iterator[str] = field(default_factory=lambda: iter(()))
@@ -49,14 +49,14 @@ class GgufModel:
 
     Args:
         path: the file.
-        context: tokens that prompt and answer may have together; at most, and for 0, what the model was made for.
-        repeat_last_n: how far back the penalties for repetition look, in tokens.
+        context: tokens of prompt and answer together; 0, or more than the model's own limit, stands for that limit.
+        repeat_last_n: number of latest tokens that the repetition penalties consider.
 
     Attributes:
-        context: tokens that prompt and answer may have together.
+        context: tokens of prompt and answer together.
 
     Raises:
-        ArtifactError: it is no whole GGUF, or llama.cpp can't load it.
+        ArtifactError: it is not a whole GGUF, or llama.cpp can't load it.
         ToolchainError: llama-cpp-python is not installed.
     """
 
@@ -67,8 +67,8 @@ class GgufModel:
             raise ToolchainError(f"llama-cpp-python can't be loaded: {error}") from None
         self._library = llama_cpp
         summary = header.read(path)
-        made_for = int(summary.fields.get(f"{summary.architecture}.context_length", context))
-        self.context = min(context or made_for, made_for)
+        limit = summary.integer(f"{summary.architecture}.context_length", context)
+        self.context = min(context or limit, limit)
         try:
             self._model = llama_cpp.Llama(
                 str(path), n_ctx=self.context, n_gpu_layers=-1, last_n_tokens_size=repeat_last_n, verbose=False
@@ -78,11 +78,10 @@ class GgufModel:
         self.context = self.context or int(self._model.n_ctx())
 
     def tokens(self, text: str) -> list[int]:
-        """The ids of `text` as a server reads it: special tokens count, none is added."""
+        """Tokenize `text` as a server does: special tokens are recognised, and none is added."""
         return list(self._model.tokenize(text.encode("utf-8"), add_bos=False, special=True))
 
-    def _ends(self, token: int) -> bool:
-        """Whether the GGUF names `token` as one that ends an answer."""
+    def _is_end(self, token: int) -> bool:
         return bool(self._library.llama_vocab_is_eog(self._model._model.vocab, token))
 
     def generate(
@@ -94,51 +93,51 @@ class GgufModel:
         max_tokens: int,
         seed: int,
         sampling: Sampling | None = None,
-    ) -> Answer:
-        """The answer, piece by piece; it ends at a stop, an end token, or `max_tokens`.
+    ) -> GeneratedAnswer:
+        """Generate an answer; it ends at a stop, an end token, or `max_tokens`.
 
         Args:
             prompt: token ids.
             stops: texts that end the answer and are not part of it.
-            temperature: 0 takes the likeliest token each time.
+            temperature: 0 chooses the likeliest token each time.
             max_tokens: longest answer, in tokens.
             seed: of the sampling.
-            sampling: the rest of how tokens are taken.
+            sampling: further settings.
         """
-        answer = Answer()
+        answer = GeneratedAnswer()
         self._model.set_seed(seed)
         tokens = self._model.generate(list(prompt), temp=temperature, reset=True, **asdict(sampling or Sampling()))
         answer.pieces = self._pieces(answer, itertools.islice(tokens, max_tokens), stops)
         return answer
 
-    def _pieces(self, answer: Answer, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
+    def _pieces(self, answer: GeneratedAnswer, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         pending = b""
         for token in tokens:
             answer.tokens += 1
-            if self._ends(token):
+            if self._is_end(token):
                 answer.reason = "stop"
                 break
             pending += self._model.detokenize([token], special=True)
             text, rest = _decoded(pending)
-            at = min((text.find(stop) for stop in stops if stop in text), default=-1)
-            if at >= 0:
+            position = min((text.find(stop) for stop in stops if stop in text), default=-1)
+            if position >= 0:
                 answer.reason = "stop"
-                if at:
-                    yield text[:at]
+                if position:
+                    yield text[:position]
                 return
-            # What may be the beginning of a stop, or of a character, waits for the next token.
-            held = max((_overlap(text, stop) for stop in stops), default=0)
-            ready = text[: len(text) - held]
+            # The start of a possible stop, or of a character, waits for the next token.
+            held_back = max((_overlap(text, stop) for stop in stops), default=0)
+            ready = text[: len(text) - held_back]
             if ready:
                 yield ready
-            pending = text[len(text) - held :].encode("utf-8") + rest
+            pending = text[len(text) - held_back :].encode("utf-8") + rest
         tail = pending.decode("utf-8", errors="replace")
         if tail:
             yield tail
 
 
 def _decoded(data: bytes) -> tuple[str, bytes]:
-    """The text of `data` and the bytes of a character that is not complete yet."""
+    """Return the text of `data`, and the bytes of a last character that is not complete."""
     for cut in range(min(4, len(data) + 1)):
         try:
             return data[: len(data) - cut].decode("utf-8"), data[len(data) - cut :]
@@ -148,5 +147,5 @@ def _decoded(data: bytes) -> tuple[str, bytes]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """Return how many characters at the end of `text` are the start of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -1,120 +1,143 @@
-"""What quantizing would make, asked of llama.cpp itself: ``python -m … GGUF TYPE…``, a line of JSON for each TYPE.
+"""Size of a GGUF after quantizing, computed by llama.cpp itself: ``python -m … GGUF TYPE…``.
 
-GGUF needs a header only; the weights behind it may be a hole in the disk. Of each type of tensors that llama.cpp
-chooses some weights are quantized, to see how long it takes. A process of its own, because the library may abort.
+The GGUF needs its header only; its weights may be zeros that take no space on disk. For each type of tensor that
+llama.cpp chooses, some weights are quantized to measure the time. A separate process, because the library may abort.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
+import math
 import re
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 from kolotune.foundation.quantization_types import FILE_TYPES
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp import ggml
 from kolotune.llamacpp.log import messages_to
-from kolotune.runners.watchdog import end_with_parent
+from kolotune.runners import child_process
 
 from . import header
+from .conversion_plan import ConversionPlan, write_sparse_gguf
 
 # "[ 264/ 272] blk.29.attn_k.weight - [ 576, 192, 1, 1], type = f16, size = 0.21 MiB -> 0.07 MiB (q5_0)"
 _LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[\d, ]+\], type = +(\S+?),.*?(?:-> .*\((\S+)\))?\s*$")
 _ALIGNMENT = 32
+_CACHED = "quantized.json"
 _SAMPLE_ROWS, _SAMPLE_WIDTH = 8, 2048  # multiples of every block; some hundredths of a second for the slowest type
 _NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"})
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A quantization to be.
+class QuantizedSize:
+    """Size and cost of a quantization.
 
     Attributes:
         size: bytes of the GGUF.
-        seconds: of one core, for all weights.
+        seconds: time that one core needs for all weights.
     """
 
     size: int
     seconds: float
 
 
-def sizes_in(lines: list[str]) -> dict[str, Sizes]:
-    """What the process answered, by the names of the quantizations."""
-    found = {}
-    for line in lines:
-        try:
-            told = json.loads(line)
-            found[str(told["type"])] = Sizes(int(told["size"]), float(told["seconds"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+def quantized_sizes(plan: ConversionPlan, names: Sequence[str], cache: Path, log: Path) -> dict[str, QuantizedSize]:
+    """Return the sizes by quantization; those that the library can't compute are missing.
+
+    Args:
+        plan: of the unquantized GGUF.
+        names: the quantizations.
+        cache: the plan's folder in the cache, which keeps the sizes too.
+        log: receives the library's messages.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    file = cache / _CACHED
+    try:
+        sizes = typed_storage.read(dict[str, QuantizedSize], file)
+    except (OSError, typed_storage.StorageError):
+        sizes = {}
+    missing = [name for name in names if name not in sizes]
+    if missing:
+        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+            gguf = Path(folder, "sparse.gguf")
+            write_sparse_gguf(plan, gguf)
+            sizes |= _measure(gguf, missing, log)
+        typed_storage.write(file, {name: asdict(size) for name, size in sizes.items()})
+    return {name: sizes[name] for name in names if name in sizes}
+
+
+def _measure(source: Path, names: Sequence[str], log: Path) -> dict[str, QuantizedSize]:
+    sizes: dict[str, QuantizedSize] = {}
+
+    def on_event(event: str, fields: JsonObject) -> None:
+        if event == "size":
+            sizes[str(fields["type"])] = typed_storage.convert(QuantizedSize, fields)
+
+    with suppress(ArtifactError, ToolchainError):  # the plan then shows a bound; the reason is in the log
+        child_process.run(__name__, str(source), *names, log=log, otherwise=ToolchainError, on_event=on_event)
+    return sizes
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the sizes; 0 when the library knew an answer for each."""
-    end_with_parent()
-    source, *names = arguments
-    summary = header.read(Path(source))
-    filled = sum(_filled(size) for _, _, size in summary.tensors.values())
-    begin = Path(source).stat().st_size - filled
+    """Report the sizes; return the exit code."""
+    return child_process.carry_out(lambda: _report_sizes(Path(arguments[0]), arguments[1:]))
+
+
+def _report_sizes(source: Path, names: Sequence[str]) -> None:
+    tensors = header.read(source).tensors
+    start = source.stat().st_size - sum(_aligned(tensor.size) for tensor in tensors.values())
     speeds: dict[str, float] = {}
     for name in names:
-        kinds = _kinds(source, name)
-        if set(kinds) != set(summary.tensors):
-            print(f"llama.cpp told of {len(kinds)} tensors, and there are {len(summary.tensors)}")
-            return 1
-        size, seconds = begin, 0.0
-        for tensor, (shape, before, _) in summary.tensors.items():
-            count = 1
-            for extent in shape:
-                count *= extent
-            kind = kinds[tensor].upper()
-            size += _filled(_bytes(kind, count))
-            if kind != before.upper():
-                speeds.setdefault(kind, _seconds_a_weight(kind))
+        chosen = _chosen_types(source, name)
+        if set(chosen) != set(tensors):
+            raise ToolchainError(f"llama.cpp listed {len(chosen)} tensors of {len(tensors)}")
+        size, seconds = start, 0.0
+        for tensor_name, tensor in tensors.items():
+            count, kind = math.prod(tensor.shape), chosen[tensor_name].upper()
+            block, block_bytes = header.block_of(kind)
+            size += _aligned(count // block * block_bytes)
+            if kind != tensor.type.upper():
+                speeds.setdefault(kind, _seconds_per_weight(kind))
                 seconds += count * speeds[kind]
-        print(json.dumps({"type": name, "size": size, "seconds": seconds}), flush=True)
-    return 0
+        child_process.emit("size", type=name, size=size, seconds=seconds)
 
 
-def _kinds(source: str, name: str) -> dict[str, str]:
-    """The type of each tensor, by its name, in quantization `name`."""
+def _chosen_types(source: Path, name: str) -> dict[str, str]:
+    """Return the type that each tensor gets in the quantization `name`."""
     import llama_cpp
 
-    told: list[str] = []
+    texts: list[str] = []
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[name]
     parameters.dry_run = True
-    with messages_to(lambda _, text: told.append(text)):
-        code = llama_cpp.llama_model_quantize(source.encode(), b"", ctypes.byref(parameters))
+    with messages_to(lambda _, text: texts.append(text)):
+        code = llama_cpp.llama_model_quantize(str(source).encode(), b"", ctypes.byref(parameters))
     if code != 0:
-        raise ArtifactError(f"llama.cpp can't quantize to {name}: {''.join(told)[-300:]}")
-    found = {}
-    for line in "".join(told).splitlines():
-        if match := _LINE.search(line):
-            found[match[1]] = match[3] or match[2]
-    return found
+        raise ArtifactError(f"llama.cpp can't quantize to {name}: {''.join(texts)[-300:]}")
+    matches = (_LINE.search(line) for line in "".join(texts).splitlines())
+    return {match[1]: match[3] or match[2] for match in matches if match}
 
 
-def _filled(size: int) -> int:
+def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _bytes(kind: str, count: int) -> int:
-    block, size = header.block_of(kind)
-    return count // block * size
-
-
-def _seconds_a_weight(kind: str) -> float:
-    """Of one core; 0 for a type that is no more than a cast."""
+def _seconds_per_weight(kind: str) -> float:
+    """Return the time of one core; 0 for a type that needs no more than a cast."""
     import gguf
     import numpy as np
 
-    number = next((each.value for each in gguf.GGMLQuantizationType if each.name == kind), None)
+    number = next((known.value for known in gguf.GGMLQuantizationType if known.name == kind), None)
     if kind in ("F32", "F16", "BF16") or number is None:
         return 0.0
     try:
@@ -122,17 +145,17 @@ def _seconds_a_weight(kind: str) -> float:
     except ToolchainError:
         return 0.0
     values = np.random.default_rng(0).standard_normal((_SAMPLE_ROWS, _SAMPLE_WIDTH), np.float32)
-    room = np.empty(values.nbytes, np.uint8)
-    alike = np.ones(_SAMPLE_WIDTH, np.float32)
-    importance = alike.ctypes.data if kind in _NEED_IMPORTANCE else None
+    target = np.empty(values.nbytes, np.uint8)
+    uniform = np.ones(_SAMPLE_WIDTH, np.float32)
+    importance = uniform.ctypes.data if kind in _NEED_IMPORTANCE else None
 
-    def once() -> float:
+    def timed() -> float:
         started = time.thread_time()
-        quantize(number, values.ctypes.data, room.ctypes.data, 0, _SAMPLE_ROWS, _SAMPLE_WIDTH, importance)
+        quantize(number, values.ctypes.data, target.ctypes.data, 0, _SAMPLE_ROWS, _SAMPLE_WIDTH, importance)
         return time.thread_time() - started
 
-    once()  # tables are made
-    return min(once(), once()) / values.size
+    timed()  # the first call makes tables
+    return min(timed(), timed()) / values.size
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Quantizes a GGUF: ``python -m … IN OUT TYPE [MATRIX]``. A process of its own, because the library may abort."""
+"""Quantize one GGUF: ``python -m … IN OUT TYPE [MATRIX]``. A separate process, because the library may abort."""
 
 from __future__ import annotations
 
@@ -6,26 +6,39 @@ import ctypes
 import sys
 from pathlib import Path
 
+from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.quantization_types import FILE_TYPES
-from kolotune.runners.watchdog import end_with_parent
+from kolotune.llamacpp.log import collect_problems
+from kolotune.runners import child_process
 
 
 def main(arguments: list[str]) -> int:
-    """Quantizes file IN to file OUT as TYPE, by a matrix if there is one; 0 when the library says that it worked."""
-    end_with_parent()
-    source, target, name, *given = arguments
+    """Quantize; return the exit code."""
+    return child_process.carry_out(lambda: quantize(*arguments))
+
+
+def quantize(source: str, target: str, name: str, matrix: str = "") -> None:
+    """Quantize the file `source` to the file `target`, with an importance matrix if one is given.
+
+    Raises:
+        ToolchainError: the library failed.
+        ArtifactError: the matrix can't be read.
+    """
     import llama_cpp
 
     from . import importance_matrix
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[name]
-    matrix = importance_matrix.read(Path(given[0])) if given else {}
-    weighted = importance_matrix.as_parameter(matrix)
-    if matrix:
-        parameters.imatrix = weighted
-    result = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
-    return int(result)
+    means = importance_matrix.read(Path(matrix)) if matrix else {}
+    entries = importance_matrix.as_parameter(means)
+    if means:
+        parameters.imatrix = entries
+    with collect_problems() as problems:
+        code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
+    if code != 0:
+        reason = " ".join(problems)[-1000:] or f"llama.cpp returned {code}"
+        raise ToolchainError(f"quantizing to {name} failed: {reason}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A GGUF as llama.cpp computes it, as exactly as it can: log-probabilities, tokens, texts of tokens.
+"""Evaluate a GGUF with llama.cpp as exactly as it can: log-probabilities, greedy answers, tokens.
 
-On the CPU, with the keys and values of attention in fp32 and without flash attention, so that a difference comes
-from the weights. Text from a GGUF the way a server makes it is `inference`'s.
+It runs on the CPU, with attention's keys and values in fp32 and without flash attention, so that differences come from
+the weights. Text as a server generates it comes from `kolotune.gguf.inference`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 
-from .log import only_problems
+from .log import print_only_problems
 
 if TYPE_CHECKING:
     import numpy as np
 
 BATCH = 256
-"""So many tokens are computed together."""
+"""Tokens that are computed together."""
 
 _TYPE_F32 = 0
 _NO_FLASH_ATTENTION = 0
@@ -29,92 +29,92 @@ _LONGEST_PIECE = 4096
 
 
 class ExactGguf:
-    """A GGUF for measuring.
+    """A GGUF loaded for measuring.
 
     Args:
         path: the file.
-        context: the longest row of tokens that it has to read.
-        seen: llama.cpp's callback for evaluations, as ``(address of a tensor, asked, nothing)``.
+        context: length of the longest sequence to read, in tokens.
+        on_tensor: llama.cpp's evaluation callback: ``(address of a tensor, whether it is a question, None)``.
 
     Raises:
         ArtifactError: llama.cpp can't load it.
         ToolchainError: llama-cpp-python is not installed.
     """
 
-    def __init__(self, path: Path, context: int, seen: Callable[[int, bool, Any], bool] | None = None) -> None:
+    def __init__(self, path: Path, context: int, on_tensor: Callable[[int, bool, object], bool] | None = None) -> None:
         try:
             import llama_cpp
         except (ImportError, OSError, RuntimeError) as error:
             raise ToolchainError(f"llama-cpp-python can't be loaded: {error}") from None
         self._library: Any = llama_cpp
-        only_problems()
+        print_only_problems()
         llama_cpp.llama_backend_init()
-        with_model: Any = llama_cpp.llama_model_default_params()
-        with_model.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), with_model)
+        model_parameters: Any = llama_cpp.llama_model_default_params()
+        model_parameters.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
         if not self._model:
             raise ArtifactError(f"{path.name}: llama.cpp can't load it")
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
-        with_context: Any = llama_cpp.llama_context_default_params()
-        with_context.n_ctx = context
-        with_context.n_batch = with_context.n_ubatch = BATCH
+        context_parameters: Any = llama_cpp.llama_context_default_params()
+        context_parameters.n_ctx = context
+        context_parameters.n_batch = context_parameters.n_ubatch = BATCH
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        with_context.n_threads = with_context.n_threads_batch = threads
-        with_context.type_k = with_context.type_v = _TYPE_F32
-        with_context.flash_attn_type = _NO_FLASH_ATTENTION
-        if seen is not None:
+        context_parameters.n_threads = context_parameters.n_threads_batch = threads
+        context_parameters.type_k = context_parameters.type_v = _TYPE_F32
+        context_parameters.flash_attn_type = _NO_FLASH_ATTENTION
+        if on_tensor is not None:
             callback: Any = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback
-            self._seen = with_context.cb_eval = callback(seen)  # it has to live as long as the context
-        self._context = llama_cpp.llama_init_from_model(self._model, with_context)
+            self._callback = context_parameters.cb_eval = callback(on_tensor)  # must live as long as the context
+        self._context = llama_cpp.llama_init_from_model(self._model, context_parameters)
         if not self._context:
             llama_cpp.llama_model_free(self._model)
             raise ArtifactError(f"{path.name}: llama.cpp can't run it")
         self._path = path
 
     def close(self) -> None:
-        """Frees the memory."""
+        """Free the memory."""
         self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
 
     @property
-    def words(self) -> int:
-        """Size of the vocabulary."""
+    def vocabulary_size(self) -> int:
+        """Number of tokens in the vocabulary."""
         return int(self._library.llama_vocab_n_tokens(self._vocab))
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer puts a BOS before every text."""
+        """Whether the tokenizer adds a BOS to every text."""
         return bool(self._library.llama_vocab_get_add_bos(self._vocab))
 
     @property
     def bos(self) -> str:
         """Text of the BOS token; "" when there is none."""
-        return self._named(self._library.llama_vocab_bos(self._vocab))
+        return self._piece_or_empty(self._library.llama_vocab_bos(self._vocab))
 
     @property
     def eos(self) -> str:
         """Text of the end token; "" when there is none."""
-        return self._named(self._library.llama_vocab_eos(self._vocab))
+        return self._piece_or_empty(self._library.llama_vocab_eos(self._vocab))
 
-    def _named(self, token: int) -> str:
+    def _piece_or_empty(self, token: int) -> str:
         return self.piece(token) if token >= 0 else ""
 
     @property
     def template(self) -> str:
-        """The Jinja template that the file carries; "" when it carries none."""
-        found = self._library.llama_model_chat_template(self._model, None)
-        return found.decode("utf-8", errors="replace") if found else ""
+        """The Jinja template in the file; "" when there is none."""
+        template = self._library.llama_model_chat_template(self._model, None)
+        return template.decode("utf-8", errors="replace") if template else ""
 
-    def ends(self, token: int) -> bool:
-        """Whether the file names `token` as one that ends an answer."""
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer, according to the file."""
         return bool(self._library.llama_vocab_is_eog(self._vocab, token))
 
     def piece(self, token: int) -> str:
-        """The vocabulary's entry of a token."""
+        """Return the vocabulary's entry for a token."""
         return str(self._library.llama_vocab_get_text(self._vocab, token).decode("utf-8", errors="replace"))
 
     def tokens(self, text: str) -> list[int]:
-        """The ids of a prompt as a server reads it: special tokens count, and a BOS is added where the file says so."""
+        """Tokenize a prompt as a server does: special tokens are recognised, and a BOS is added if the file says so."""
         data = text.encode("utf-8")
         size = len(data) + 8
         buffer = (self._library.llama_token * size)()
@@ -122,85 +122,92 @@ class ExactGguf:
         return list(buffer[: max(count, 0)])
 
     def text(self, token: int) -> bytes:
-        """What a token writes."""
+        """Return the text of a token, as bytes."""
         size = _LONGEST_PIECE
         buffer = ctypes.create_string_buffer(size)
         count = self._library.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
         return buffer.raw[: max(count, 0)]
 
     def log_probabilities(self, ids: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-        """What follows each of the `positions` of a row of tokens, fp32 ``[positions, words]``.
+        """Return the distributions of the next token at some positions of a sequence.
+
+        Args:
+            ids: the sequence.
+            positions: in the sequence.
+
+        Returns:
+            fp32 ``[positions, vocabulary]``.
 
         Raises:
             ArtifactError: llama.cpp can't compute it, or what it computes is not finite.
         """
         import numpy as np
 
-        found = np.empty((len(positions), self.words), np.float32)
-        rows = {position: row for row, position in enumerate(positions)}
-        self._forget()
+        result = np.empty((len(positions), self.vocabulary_size), np.float32)
+        indexes = {position: index for index, position in enumerate(positions)}
+        self._clear()
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
-            with self._batch(part, start, [start + each in rows for each in range(len(part))]) as batch:
+            with self._batch(part, start, [start + offset in indexes for offset in range(len(part))]) as batch:
                 self._decode(batch)
             for offset in range(len(part)):
-                if start + offset in rows:
-                    found[rows[start + offset]] = self._logits(offset)
-        if not np.isfinite(found).all():
-            raise ArtifactError(f"{self._path.name}: what llama.cpp computes with it is not finite")
-        found -= found.max(axis=1, keepdims=True)
-        found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
-        return found
+                if start + offset in indexes:
+                    result[indexes[start + offset]] = self._logits(offset)
+        if not np.isfinite(result).all():
+            raise ArtifactError(f"{self._path.name}: llama.cpp's results for it are not finite")
+        result -= result.max(axis=1, keepdims=True)
+        result -= np.log(np.exp(result).sum(axis=1, keepdims=True))
+        return result
 
     def read(self, ids: Sequence[int]) -> None:
-        """Reads a row of tokens for its own sake: who watches sees all of it.
+        """Compute a sequence only for the `on_tensor` callback.
 
         Raises:
             ArtifactError: llama.cpp can't compute it.
         """
-        self._forget()
+        self._clear()
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
-            # With a result for each: the last layer is computed for those tokens alone that have one.
+            # Ask for results of all tokens: the last layer is computed only for tokens whose results are needed.
             with self._batch(part, start, [True] * len(part)) as batch:
                 self._decode(batch)
 
     def answer(self, prompt: Sequence[int], stops: Sequence[str], longest: int) -> tuple[str, bool]:
-        """The greedy answer to a prompt, and whether it ended by itself within so many tokens."""
-        self._forget()
+        """Return the greedy answer to a prompt, and whether it ended within `longest` tokens."""
+        self._clear()
         for start in range(0, len(prompt), BATCH):
             part = prompt[start : start + BATCH]
-            with self._batch(part, start, [start + each == len(prompt) - 1 for each in range(len(part))]) as batch:
+            with self._batch(part, start, [start + offset == len(prompt) - 1 for offset in range(len(part))]) as batch:
                 self._decode(batch)
         data = b""
-        for done in range(longest):
+        for count in range(longest):
             token = int(self._logits(-1).argmax())
-            if self.ends(token):
+            if self.is_end(token):
                 return data.decode("utf-8", errors="replace"), True
             data += self.text(token)
-            cut = [data.index(stop.encode()) for stop in stops if stop.encode() in data]
-            if cut:
-                return data[: min(cut)].decode("utf-8", errors="replace"), True
-            with self._batch([token], len(prompt) + done, [True]) as batch:
+            ends = [data.index(stop.encode()) for stop in stops if stop.encode() in data]
+            if ends:
+                return data[: min(ends)].decode("utf-8", errors="replace"), True
+            with self._batch([token], len(prompt) + count, [True]) as batch:
                 self._decode(batch)
         return data.decode("utf-8", errors="replace"), False
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
     def _logits(self, index: int) -> np.ndarray:
         import numpy as np
 
-        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, index), (self.words,))
+        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, index), (self.vocabulary_size,))
 
     @contextlib.contextmanager
-    def _batch(self, ids: Sequence[int], start: int, wanted: Sequence[bool]) -> Iterator[Any]:
+    def _batch(self, ids: Sequence[int], start: int, needs_result: Sequence[bool]) -> Iterator[Any]:
         batch = self._library.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
-            for at, (token, asked) in enumerate(zip(ids, wanted, strict=True)):
-                batch.token[at], batch.pos[at], batch.logits[at] = token, start + at, asked
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+            for index, (token, needed) in enumerate(zip(ids, needs_result, strict=True)):
+                batch.token[index], batch.pos[index], batch.logits[index] = token, start + index, needed
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
             yield batch
         finally:
             self._library.llama_batch_free(batch)

@@ -1,4 +1,4 @@
-"""What is used of ggml, llama.cpp's library for tensors, beyond what llama-cpp-python declares."""
+"""Functions and structures of ggml, llama.cpp's tensor library, that llama-cpp-python does not declare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DIMENSIONS, _SOURCES, _PARAMETERS, _NAME = 4, 10, 16, 64
 
 
 class Tensor(ctypes.Structure):
-    """A ``struct ggml_tensor`` of the pinned version, as `tensor_at` proves."""
+    """The pinned version's ``struct ggml_tensor``; `tensor_at` checks that it fits."""
 
 
 Tensor._fields_ = [
@@ -39,17 +39,17 @@ Tensor._fields_ = [
 
 @functools.cache
 def library() -> Any:
-    """The library, with the functions that are used of it declared.
+    """Load the library and declare the functions that are used.
 
     Raises:
-        ToolchainError: it does not stand beside llama-cpp-python.
+        ToolchainError: it is not installed with llama-cpp-python.
     """
     import llama_cpp
 
-    found = sorted(Path(llama_cpp.__file__).parent.glob("lib/*ggml-base*"))
-    if not found:
-        raise ToolchainError("llama-cpp-python has no ggml library beside it")
-    loaded: Any = ctypes.CDLL(str(found[0]))
+    files = sorted(Path(llama_cpp.__file__).parent.glob("lib/*ggml-base*"))
+    if not files:
+        raise ToolchainError("llama-cpp-python was installed without its ggml library")
+    loaded: Any = ctypes.CDLL(str(files[0]))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     loaded.ggml_quantize_chunk.restype = size
     loaded.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer]
@@ -62,25 +62,25 @@ def library() -> Any:
 
 
 def tensor_at(address: int) -> Tensor:
-    """The tensor at an address.
+    """Return the tensor at an address.
 
     Raises:
-        ToolchainError: the library keeps its tensors otherwise than `Tensor` says.
+        ToolchainError: the library has another memory layout than `Tensor`.
     """
-    found = Tensor.from_address(address)
-    sources = [found.src[number] for number in range(2) if found.src[number]]
-    for each in (found, *(source.contents for source in sources)):
-        if library().ggml_get_name(ctypes.addressof(each)) != each.name:
-            raise ToolchainError("the installed llama.cpp keeps its tensors in another form than the pinned one")
-    return found
+    tensor = Tensor.from_address(address)
+    sources = [tensor.src[number] for number in range(2) if tensor.src[number]]
+    for checked in (tensor, *(source.contents for source in sources)):
+        if library().ggml_get_name(ctypes.addressof(checked)) != checked.name:
+            raise ToolchainError("the installed llama.cpp has another tensor layout than the pinned version")
+    return tensor
 
 
 def values(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
-    """A copy of a tensor's numbers, ``[ne3, ne2, ne1, ne0]``, wherever they are.
+    """Copy a tensor's values, from whichever device, as ``[ne3, ne2, ne1, ne0]``.
 
     Args:
-        tensor: not quantized, and its rows may have gaps between them.
-        kind: numpy's type of its numbers.
+        tensor: not quantized; its rows may be apart in memory.
+        kind: numpy's type of the values.
     """
     import numpy as np
 

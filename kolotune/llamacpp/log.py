@@ -1,7 +1,7 @@
-"""What llama.cpp says while it works, handed to a function of ours.
+"""llama.cpp's messages, handed to a function of ours.
 
-llama.cpp keeps the one function that it was given last and calls it from then on, so that this function has to live
-as long as the process: what is registered here is never collected, and listeners come and go behind it.
+llama.cpp keeps the last function that it was given and calls it from any thread until the process ends. So one function
+is registered for good, and handlers come and go behind it.
 """
 
 from __future__ import annotations
@@ -15,43 +15,57 @@ from typing import Any
 
 from kolotune.foundation.reporter import clean
 
-Listener = Callable[[int, str], None]
-
-_PROBLEMS = (3, 4)  # ggml's levels of warnings and errors
-
-
-def _tell_problems(level: int, text: str) -> None:
-    if level in _PROBLEMS:
-        sys.stderr.write(clean(text))  # it repeats names that stand in the file
+MessageHandler = Callable[[int, str], None]
+"""Called with ggml's level and a text that need not be a whole line."""
+_PROBLEM_LEVELS = (3, 4)  # ggml's warnings and errors
 
 
-_listeners: list[Listener] = [_tell_problems]
+def _print_problems(level: int, text: str) -> None:
+    if level in _PROBLEM_LEVELS:
+        sys.stderr.write(clean(text))  # it may repeat names from the file
 
 
-def only_problems() -> None:
-    """From now on warnings and errors go to standard error, and nothing else of what llama.cpp says."""
+_handlers: list[MessageHandler] = [_print_problems]
+
+
+def print_only_problems() -> None:
+    """From now on, write warnings and errors to standard error and drop llama.cpp's other messages."""
     import llama_cpp
 
     llama_cpp.llama_log_set(_registered(), ctypes.c_void_p(0))
 
 
 @contextlib.contextmanager
-def messages_to(listener: Listener) -> Iterator[None]:
-    """Inside, `listener` gets every message: a level and a text that need not be a whole line."""
-    only_problems()
-    _listeners.append(listener)
+def messages_to(handler: MessageHandler) -> Iterator[None]:
+    """Within the block, `handler` gets every message."""
+    print_only_problems()
+    _handlers.append(handler)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _handlers.remove(handler)
+
+
+@contextlib.contextmanager
+def collect_problems() -> Iterator[list[str]]:
+    """Within the block, write every message to standard error; the list receives warnings and errors."""
+    problems: list[str] = []
+
+    def handle(level: int, text: str) -> None:
+        sys.stderr.write(text)
+        if level in _PROBLEM_LEVELS and text.strip():
+            problems.append(text.strip())
+
+    with messages_to(handle):
+        yield problems
 
 
 @functools.cache
 def _registered() -> Any:
     import llama_cpp
 
-    def heard(level: int, text: bytes, _: Any) -> None:
-        _listeners[-1](level, text.decode("utf-8", errors="replace"))
+    def on_message(level: int, text: bytes, _: object) -> None:
+        _handlers[-1](level, text.decode("utf-8", errors="replace"))
 
     callback: Any = llama_cpp.llama_log_callback
-    return callback(heard)
+    return callback(on_message)

@@ -1,6 +1,6 @@
-"""The pinned llama.cpp: its converter from the source archive of llama-cpp-python, its library from the wheel.
+"""The pinned llama.cpp: the converter from llama-cpp-python's source archive, the library from its wheel.
 
-Both are of one version. `LLAMA_CPP_DIR` puts a user's own llama.cpp in place of the converter and quantizer.
+Both have the same version. With `LLAMA_CPP_DIR`, a user's own llama.cpp replaces converter and quantizer.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from kolotune.foundation.reporter import Reporter
 VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _CONVERTER = "convert_hf_to_gguf.py"
-_WANTED = (_CONVERTER, "conversion", "gguf-py", "models/templates", "models/ggml-vocab-qwen2.gguf", "LICENSE")
-_FORMAT = 2  # raised when other files are wanted
+_UNPACKED = (_CONVERTER, "conversion", "gguf-py", "models/templates", "models/ggml-vocab-qwen2.gguf", "LICENSE")
+_FORMAT = 2  # raised when the list of unpacked files changes
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Where the parts of llama.cpp are.
+    """Paths of llama.cpp's parts.
 
     Attributes:
-        root: the folder with the converter.
+        root: the converter's folder.
         version: of the pinned package, or "own" for a user's llama.cpp.
-        quantizer: the llama-quantize program of a user's llama.cpp; None: the library's function.
+        quantizer: a user's own llama-quantize program; None for the library's function.
     """
 
     root: Path
@@ -44,17 +44,17 @@ class Toolchain:
 
 
 def find() -> Toolchain | None:
-    """The toolchain if it is on this machine already.
+    """Return the toolchain if it is on this machine; None otherwise.
 
     Raises:
-        ToolchainError: LLAMA_CPP_DIR is set and holds no converter.
+        ToolchainError: LLAMA_CPP_DIR is set, but has no converter.
     """
     own = os.environ.get("LLAMA_CPP_DIR")
     if own:
         root = Path(own).expanduser().absolute()
         if not (root / _CONVERTER).is_file():
             raise ToolchainError(
-                f"LLAMA_CPP_DIR={root}: there is no {_CONVERTER}", "Unset it, or give a llama.cpp folder."
+                f"LLAMA_CPP_DIR={root}: has no {_CONVERTER}", "Unset it, or set it to a llama.cpp folder."
             )
         programs = [root / "build" / "bin" / "llama-quantize", root / "llama-quantize"]
         return Toolchain(root, "own", next((path for path in programs if path.is_file()), None))
@@ -63,18 +63,18 @@ def find() -> Toolchain | None:
 
 
 def ensure(reporter: Reporter) -> Toolchain:
-    """The toolchain, fetched the first time.
+    """Return the toolchain; download it the first time.
 
     Raises:
-        ToolchainError: the library is missing or of another version than the converter.
+        ToolchainError: the library is missing, or its version differs from the converter's.
         OfflineError: the converter can't be downloaded.
     """
-    found = find()
-    if found is None or found.quantizer is None:
+    toolchain = find()
+    if toolchain is None or toolchain.quantizer is None:
         check_library()
-    if found is not None:
-        return found
-    reporter.doing("fetching llama.cpp's converter (77 MB), once")
+    if toolchain is not None:
+        return toolchain
+    reporter.doing("downloading llama.cpp's converter (77 MB), once")
     target = _pinned_root()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -85,10 +85,10 @@ def ensure(reporter: Reporter) -> Toolchain:
 
 
 def check_library() -> str:
-    """The version of the installed library.
+    """Return the version of the installed library.
 
     Raises:
-        ToolchainError: it is missing, or of another version than the converter.
+        ToolchainError: it is missing, or its version differs from the converter's.
     """
     try:
         version = importlib.metadata.version("llama-cpp-python")
@@ -98,22 +98,22 @@ def check_library() -> str:
         ) from None
     if version != VERSION:
         raise ToolchainError(
-            f"llama-cpp-python is {version}, the converter's version is {VERSION}",
-            f"Install the pinned one: pip install llama-cpp-python=={VERSION}.",
+            f"llama-cpp-python is version {version}, but the converter needs {VERSION}",
+            f"Install the pinned version: pip install llama-cpp-python=={VERSION}",
         )
     return version
 
 
 def templates_folder() -> Path:
-    """llama.cpp's collection of chat templates of published models.
+    """Return the folder of chat templates of published models that comes with llama.cpp.
 
     Raises:
-        ToolchainError: the toolchain has not been fetched.
+        ToolchainError: the toolchain has not been downloaded.
     """
-    found = find()
-    if found is None:
-        raise ToolchainError("llama.cpp's converter has not been fetched yet", "Run `kolotune doctor --fix`.")
-    return found.root / "models" / "templates"
+    toolchain = find()
+    if toolchain is None:
+        raise ToolchainError("llama.cpp's converter has not been downloaded yet", "Run `kolotune doctor --fix`.")
+    return toolchain.root / "models" / "templates"
 
 
 def _pinned_root() -> Path:
@@ -121,17 +121,19 @@ def _pinned_root() -> Path:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Takes the wanted files out of the archive; the tar filter keeps every path inside `target`."""
+    """Unpack the files that are used; the tar filter keeps every path inside `target`."""
     prefix = PurePosixPath(f"llama_cpp_python-{VERSION}", "vendor", "llama.cpp")
     with tarfile.open(archive) as tar:
         members = []
         for member in tar:
             path = PurePosixPath(member.name)
-            if path.is_relative_to(prefix) and any(path.relative_to(prefix).is_relative_to(each) for each in _WANTED):
+            if path.is_relative_to(prefix) and any(path.relative_to(prefix).is_relative_to(part) for part in _UNPACKED):
                 member.name = path.relative_to(prefix).as_posix()
                 members.append(member)
         if not members:
-            raise ToolchainError(f"{archive.name}: holds no llama.cpp", "The pinned version is wrong; report this.")
-        # Python before 3.11.4 (Debian 12's) has no filters; the archive's hash is checked all the same.
+            raise ToolchainError(
+                f"{archive.name}: contains no llama.cpp", "The pinned version is wrong; please report this."
+            )
+        # Python before 3.11.4 (Debian 12's) has no filters; the archive's hash has been checked.
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
         tar.extractall(target, members=members)

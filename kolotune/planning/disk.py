@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.files import size_of
-from kolotune.gguf.quantize import with_matrix
+from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import DTYPE_BYTES, FP32_BYTES, HEADER_ENTRY_BYTES, AdapterShape, ModelShape

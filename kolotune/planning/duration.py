@@ -16,7 +16,7 @@ from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.files import Stream, hash_file, replacing
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf.importance_matrix import tokens_read
-from kolotune.gguf.quantize import with_matrix
+from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
 from kolotune.stages import train

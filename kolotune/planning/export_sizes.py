@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune import llamacpp
-from kolotune.foundation.files import write_text
-from kolotune.gguf import conversion_plan, convert
-from kolotune.gguf.quantized_sizes import Sizes, sizes_in
+from kolotune.gguf import plan_cache
+from kolotune.gguf.conversion_source import expected_skeleton
+from kolotune.gguf.quantized_sizes import QuantizedSize, quantized_sizes
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
-from kolotune.runners import local
-
-_CACHE_FILE = "quantized.jsonl"
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class ExportSizes:
 
     merged: int
     gguf: int
-    quantized: Mapping[str, Sizes]
+    quantized: Mapping[str, QuantizedSize]
     is_exact: bool
 
 
@@ -41,47 +37,20 @@ def measure_exports(context: Context, log: Path) -> ExportSizes:
     Raises:
         ToolchainError, ModelError: as from the conversion itself.
     """
-    shape, kind = convert.expected(context)
-    merged = sum(shard.size for shard in shape.shards) + sum(_text_bytes(text) for text in shape.files.values())
-    toolchain = llamacpp.toolchain.find()
-    verdict = conversion_plan.draw(shape, kind, toolchain, log) if toolchain is not None else conversion_plan.Verdict()
+    skeleton, gguf_type = expected_skeleton(context)
+    merged = sum(shard.size for shard in skeleton.shards)
+    merged += sum(_text_bytes(content) for content in skeleton.files.values())
     names = kept_models(context.config).quantized
-    if verdict.outline is None:
-        weights = sum(entry.size for shard in shape.shards for entry in shard.entries)
-        bound = int(weights * 8.5 / (32 if kind == "f32" else 16))
-        return ExportSizes(merged, merged, {name: Sizes(bound, 0.0) for name in names}, is_exact=False)
-    size = conversion_plan.size_of(verdict.outline)
-    if toolchain is None or not names:
-        return ExportSizes(merged, size, {}, is_exact=True)
-    cache = conversion_plan.place_of(shape, kind, toolchain) / _CACHE_FILE
-    reported = _quantized_sizes(verdict.outline, names, cache, log)
-    bounds = {name: Sizes(size, 0.0) for name in names if name not in reported}
-    return ExportSizes(merged, size, {**reported, **bounds}, is_exact=not bounds)
-
-
-def _quantized_sizes(
-    outline: conversion_plan.Outline, names: Collection[str], cache: Path, log: Path
-) -> dict[str, Sizes]:
-    """Return the sizes that llama.cpp reports; it is asked once for each quantization."""
-    try:
-        lines = cache.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    missing = [name for name in names if name not in sizes_in(lines)]
-    if missing:
-
-        def on_line(line: str) -> bool:
-            lines.append(line)
-            return bool(sizes_in([line]))
-
-        with tempfile.TemporaryDirectory(dir=cache.parent.parent) as folder:
-            file = Path(folder, "hollow.gguf")
-            conversion_plan.hollow(outline, file)
-            argv = local.python("kolotune.gguf.quantized_sizes", str(file), *missing)
-            local.run(argv, log=log, on_line=on_line, ends_with_parent=True)
-        write_text(cache, "".join(f"{line}\n" for line in lines if sizes_in([line])))
-    reported = sizes_in(lines)
-    return {name: reported[name] for name in names if name in reported}
+    toolchain = llamacpp.find()
+    plan = None if toolchain is None else plan_cache.find_plan(skeleton, gguf_type, toolchain, log).plan
+    if toolchain is None or plan is None:
+        weights = sum(entry.size for shard in skeleton.shards for entry in shard.entries)
+        bound = int(weights * 8.5 / (32 if gguf_type == "f32" else 16))
+        return ExportSizes(merged, merged, {name: QuantizedSize(bound, 0.0) for name in names}, is_exact=False)
+    cache = plan_cache.plan_folder(skeleton, gguf_type, toolchain)
+    reported = quantized_sizes(plan, names, cache, log)
+    bounds = {name: QuantizedSize(plan.size, 0.0) for name in names if name not in reported}
+    return ExportSizes(merged, plan.size, {**reported, **bounds}, is_exact=not bounds)
 
 
 def _text_bytes(content: Path | str) -> int:

@@ -9,7 +9,7 @@ from kolotune.engines.memory import BatchShape, Memory
 from kolotune.engines.native import families
 from kolotune.engines.native import memory as native
 from kolotune.foundation import hardware
-from kolotune.gguf.quantize import with_matrix
+from kolotune.gguf.run_matrix import with_matrix
 from kolotune.llamacpp.evaluation import BATCH
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context

@@ -9,7 +9,7 @@ from typing import Any
 from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.foundation.config import DEFAULT_TEMPERATURE
 from kolotune.foundation.errors import TemplateError
-from kolotune.gguf.inference import Answer, GgufModel, Sampling
+from kolotune.gguf.inference import GeneratedAnswer, GgufModel, Sampling
 from kolotune.ollama.client import as_options
 from kolotune.ollama.install import described
 from kolotune.run_folder.layout import RunFolder
@@ -71,7 +71,7 @@ class ServedModel:
             )
         return ids
 
-    def answer(self, request: ChatRequest, prompt: list[int]) -> Answer:
+    def answer(self, request: ChatRequest, prompt: list[int]) -> GeneratedAnswer:
         """The answer to a prompt: what the request wants counts, then the Modelfile, then what `chat` does."""
         room = self._model.context - len(prompt)
         own = int(self._options.get("num_predict", -1))

@@ -17,7 +17,7 @@ from kolotune.foundation.files import remove, size_of
 from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.gguf import convert, quantize
+from kolotune.gguf import conversion_source, quantize, run_matrix
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.metrics import held_out_losses, kept_held_out_loss, read_metrics
 from kolotune.run_folder.stage import Context
@@ -155,7 +155,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         untied=merged is not None and _ties_embeddings(context.base) and not _ties_embeddings(run.merged_model),
         trials=tuple(_measure_trials(context, scratch, before, reporter)),
         with_matrix=frozenset(
-            quantize.with_matrix(context, [*config.quantization, *_trial_quantizations(config)]),
+            run_matrix.with_matrix(context, [*config.quantization, *_trial_quantizations(config)]),
         ),
     )
 
@@ -169,9 +169,9 @@ def _measure_trials(context: Context, scratch: Path, before: Path, reporter: Rep
     if not source.is_file():
         reporter.doing("converting to GGUF; the file is removed after measuring")
         source = scratch / run.gguf.name
-        convert.make_gguf(context, source, log, reporter)
-    with_matrix = quantize.with_matrix(context, names)
-    matrix = quantize.matrix_for(context, source, scratch / run.importance_matrix.name, log, reporter, with_matrix)
+        conversion_source.make_gguf(context, source, log, reporter)
+    with_matrix = run_matrix.with_matrix(context, names)
+    matrix = run_matrix.find_matrix(context, source, scratch / run.importance_matrix.name, log, reporter, with_matrix)
     for name in names:
         reporter.doing(f"trying {name}")
         target = scratch / run.quantized(name).name

@@ -9,7 +9,7 @@ from kolotune.foundation.config import Config, as_record
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.gguf import convert
+from kolotune.gguf import conversion_source
 from kolotune.run_folder.stage import Context
 
 NAME = "convert"
@@ -21,11 +21,11 @@ def options(config: Config) -> JsonObject:
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    return convert.inputs_of(context)
+    return conversion_source.conversion_inputs(context)
 
 
 def outputs(context: Context) -> list[Path]:
-    return [context.run.gguf, *convert.small_outputs(context)]
+    return [context.run.gguf, *conversion_source.tokenizer_outputs(context)]
 
 
 def packages() -> Sequence[str]:
@@ -38,12 +38,12 @@ def preflight(context: Context, reporter: Reporter) -> None:
     Raises:
         ToolchainError: it does not.
     """
-    convert.prove_expected(context, reporter)
+    conversion_source.prove_convertible(context, reporter)
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
     """Write the GGUF; return what the converter reports about it."""
-    folder = convert.source_folder(context)
+    folder = conversion_source.source_folder(context)
     if folder is not None and not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no merged model", "Run `kolotune merge` first.")
-    return convert.make_gguf(context, context.run.gguf, context.run.log(NAME), reporter)
+    return conversion_source.make_gguf(context, context.run.gguf, context.run.log(NAME), reporter)

@@ -11,9 +11,10 @@ from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.stage import Context
-from kolotune.weights import adapter
-from kolotune.weights.merge import MergedModel, small_files, tokenizer_of
-from kolotune.weights.tensors import shards_of, weight_files, write_shards
+from kolotune.weights.adapter import read_adapter
+from kolotune.weights.merge import MergedModel, companion_files, tokenizer_folder
+from kolotune.weights.shards import split_into_shards, write_shards
+from kolotune.weights.weight_files import weight_files
 
 NAME = "merge"
 DOING = "merging the adapter into the base model"
@@ -44,7 +45,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     del reporter
     weight_files(context.base)
     if context.source is not None:
-        adapter.read(context.source)
+        read_adapter(context.source)
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
@@ -69,7 +70,7 @@ def _tokenizer_folder(context: Context) -> Path:
     """Return the trained tokenizer: the run's own, or the one that an adapter made elsewhere brings, or the base's."""
     if context.source is None:
         return context.run.tokenizer
-    return tokenizer_of(context.source, context.base)
+    return tokenizer_folder(context.source, context.base)
 
 
 def merge_adapter(
@@ -92,9 +93,9 @@ def merge_adapter(
         ArtifactError, ModelError: the adapter does not belong to the base model, or a file is damaged.
     """
     model = MergedModel(adapter_folder, base, dtype)
-    model.written(lambda: write_shards(target, shards_of(model.entries), model.blocks), reporter)
+    model.write(lambda: write_shards(target, split_into_shards(model.entries), model.blocks), reporter)
     (target / "config.json").write_text(model.config_text(), encoding="utf-8", newline="")
-    for name, source in small_files(base, tokenizer).items():
+    for name, source in companion_files(base, tokenizer).items():
         shutil.copyfile(source, target / name)
     return {
         "tensors": len(model.entries),

@@ -16,13 +16,13 @@ from kolotune.foundation.files import remove
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.gguf import convert, quantize
+from kolotune.gguf import conversion_source, quantize, run_matrix
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.results import QuantizedFile, quantize_facts
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
 
-NAME = quantize.QUANTIZE
+NAME = run_matrix.QUANTIZE
 DOING = "quantizing"
 
 
@@ -35,7 +35,7 @@ def options(config: Config) -> JsonObject:
 
 def inputs(context: Context) -> dict[str, Path]:
     is_kept = kept_models(context.config).unquantized
-    source = {"the unquantized GGUF": context.run.gguf} if is_kept else convert.inputs_of(context)
+    source = {"the unquantized GGUF": context.run.gguf} if is_kept else conversion_source.conversion_inputs(context)
     return source | ({"the prepared chats": context.run.prepared} if _made_with_matrix(context) else {})
 
 
@@ -43,7 +43,7 @@ def outputs(context: Context) -> list[Path]:
     kept = kept_models(context.config)
     files = [context.run.quantized(name) for name in kept.quantized]
     files += [context.run.importance_matrix] if _made_with_matrix(context) else []
-    return files if kept.unquantized else [*files, *convert.small_outputs(context)]
+    return files if kept.unquantized else [*files, *conversion_source.tokenizer_outputs(context)]
 
 
 def packages() -> Sequence[str]:
@@ -68,7 +68,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     if kept.quantized:
         llamacpp.ensure(reporter)
     if not kept.unquantized:
-        convert.prove_expected(context, reporter)
+        conversion_source.prove_convertible(context, reporter)
     quantize.check_blocks(context.base, kept.quantized)
 
 
@@ -126,7 +126,7 @@ def _as_fact(file: QuantizedFile) -> dict[str, str]:
 
 
 def _made_with_matrix(context: Context) -> list[str]:
-    return quantize.with_matrix(context, kept_models(context.config).quantized)
+    return run_matrix.with_matrix(context, kept_models(context.config).quantized)
 
 
 def _importance_matrix(context: Context, previous: Mapping[str, str], reporter: Reporter) -> dict[str, str]:
@@ -139,9 +139,9 @@ def _importance_matrix(context: Context, previous: Mapping[str, str], reporter: 
     if not _made_with_matrix(context):
         remove(path)
         return {}
-    if {**previous} != quantize.made_of(context, context.run.gguf, hasher.of(path)):
-        quantize.make_matrix(context.run.gguf, context.run.prepared, path, context.run.log(NAME), reporter)
-    return quantize.made_of(context, context.run.gguf, hasher.of(path))
+    if {**previous} != run_matrix.matrix_facts(context, context.run.gguf, hasher.of(path)):
+        run_matrix.make_matrix(context.run.gguf, context.run.prepared, path, context.run.log(NAME), reporter)
+    return run_matrix.matrix_facts(context, context.run.gguf, hasher.of(path))
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def _unquantized_gguf(context: Context, reporter: Reporter) -> Iterator[JsonObje
         yield {}
         return
     reporter.doing("converting to GGUF; the file is removed after quantizing")
-    facts = convert.make_gguf(context, gguf, context.run.log(NAME), reporter)
+    facts = conversion_source.make_gguf(context, gguf, context.run.log(NAME), reporter)
     try:
         yield {"unquantized": {**facts, "sha256": context.hasher.of(gguf)}}
     finally:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .model_config import read_model_config
-from .tensors import Entry, header_of, weight_files
+from .safetensors_header import Entry, read_header
+from .weight_files import weight_files
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "f16": 2}
 """Bytes per weight, by the dtype's name in the options."""
@@ -94,8 +95,7 @@ def read_shape(folder: Path) -> ModelShape:
     config = read_model_config(folder)
     entries: list[Entry] = []
     for path in weight_files(folder):
-        header, _ = header_of(path)
-        entries += [Entry(name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()]
+        entries += read_header(path).entries
     return ModelShape(
         entries=tuple(entries),
         linears=_linears_in_layers(entries),

@@ -13,7 +13,9 @@ from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.gguf import header
 from kolotune.ollama import model_name, modelfile
-from kolotune.weights import adapter, tensors
+from kolotune.weights.adapter import read_adapter
+from kolotune.weights.mapped_tensors import MappedTensors
+from kolotune.weights.weight_files import weight_files
 
 Target = Callable[[bytes], None]
 
@@ -45,7 +47,7 @@ def _safetensors(data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # what is mapped must not be cut
     path.write_bytes(data)
-    tensors.MappedTensors(tensors.weight_files(path.parent))
+    MappedTensors(weight_files(path.parent))
 
 
 def _headers(data: bytes) -> None:
@@ -53,13 +55,13 @@ def _headers(data: bytes) -> None:
     path = ROOM / "header.safetensors"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
-    tensors.MappedTensors([path])
+    MappedTensors([path])
 
 
 def _adapter(data: bytes) -> None:
     folder = ROOM / "adapter"
     folder.mkdir(exist_ok=True)
-    (folder / adapter.CONFIG).write_bytes(data)
+    (folder / "adapter_config.json").write_bytes(data)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         import numpy as np
@@ -67,7 +69,7 @@ def _adapter(data: bytes) -> None:
 
         names = ("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight")
         save_file({names[0]: np.ones((2, 4), np.float32), names[1]: np.ones((4, 2), np.float32)}, file)
-    adapter.read(folder)
+    read_adapter(folder)
 
 
 def _folder(data: bytes) -> None:

@@ -25,7 +25,7 @@ from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.fidelity.divergence import between
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.quantization_types import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
-from kolotune.gguf import header, quantize
+from kolotune.gguf import header, run_matrix
 from kolotune.gguf.convert import convert_folder
 from kolotune.gguf.inference import GgufModel
 from kolotune.gguf.quantize import quantize_file
@@ -308,7 +308,7 @@ def test_another_quantization_of_smollm2(smollm2_run: Any, tmp_path: Path) -> No
     copy = smollm2_run.copy(tmp_path / "run")
     assert copy.repeat(quantization=("Q8_0",)).ran() == ["quantize", "modelfile"]
     summary = header.read(copy.run.quantized("Q8_0"))
-    assert {kind for _, kind, _ in summary.tensors.values()} == {"Q8_0", "F32"}
+    assert {tensor.type for tensor in summary.tensors.values()} == {"Q8_0", "F32"}
     parsed = parse(copy.run.modelfile("Q8_0").read_text(encoding="utf-8"))
     assert parsed.from_ == "./MergedQ8_0.gguf"
 
@@ -342,7 +342,7 @@ def wide_gguf(tmp_path_factory: pytest.TempPathFactory, smollm2_run: Any) -> Pat
 def wide_matrix(smollm2_run: Any, wide_gguf: Path) -> Path:
     """An importance matrix of that model."""
     target = wide_gguf.with_name("matrix.gguf")
-    quantize.make_matrix(wide_gguf, smollm2_run.run.prepared, target, target.with_name("log"), smollm2_run.reporter)
+    run_matrix.make_matrix(wide_gguf, smollm2_run.run.prepared, target, target.with_name("log"), smollm2_run.reporter)
     return target
 
 
@@ -377,7 +377,7 @@ def test_every_quantization_does_what_the_table_says(
 @pytest.mark.parametrize("kind", ["Q2_K", "IQ3_M"])
 def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_run: Any, tmp_path: Path) -> None:
     run, reporter, log = smollm2_run.run, smollm2_run.reporter, tmp_path / "log"
-    quantize.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, reporter)
+    run_matrix.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, reporter)
     held_out = PreparedTokens.load(run.prepared / HELD_OUT_TOKENS)
     chats = [held_out.chat(each)[0].tolist() for each in range(min(len(held_out), 8))]
 

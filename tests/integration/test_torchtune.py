@@ -102,7 +102,7 @@ def test_its_own_config_for_llama_3_2_1b(
     print("\n".join(trained.reporter.lines))
     used = (trained.run.state / "torchtune" / "torchtune.yaml").read_text(encoding="utf-8")
     assert "torchtune.models.llama3_2.qlora_llama3_2_1b" in used and "lora_rank: 16" in used
-    kinds = {kind for _, kind, _ in header.read(trained.run.quantized("Q4_K_M")).tensors.values()}
+    kinds = {tensor.type for tensor in header.read(trained.run.quantized("Q4_K_M")).tensors.values()}
     assert "Q4_K" in kinds
     talk = open_chat(trained.run, trained.reporter)
     assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))

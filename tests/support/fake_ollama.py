@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -218,7 +219,7 @@ class FakeOllama:
                 "format": "gguf",
                 "family": summary.architecture,
                 "families": [summary.architecture],
-                "parameter_size": f"{sum(_elements(shape) for shape, _, _ in summary.tensors.values()) / 1e6:.2f}M",
+                "parameter_size": f"{sum(math.prod(tensor.shape) for tensor in summary.tensors.values()) / 1e6:.2f}M",
                 "quantization_level": kinds.get(summary.fields.get("general.file_type", -1), "unknown"),
             },
             "messages": model["messages"],
@@ -472,10 +473,3 @@ class _HangUp(Exception):
 
 def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total

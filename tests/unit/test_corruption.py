@@ -27,8 +27,9 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.reasons import Reason, ReasonKind, find_reasons
 from kolotune.run_folder.records import now, read_record, write_record
 from kolotune.run_folder.stage import Context
-from kolotune.weights import adapter
-from kolotune.weights import tensors as weights
+from kolotune.weights.adapter import read_adapter
+from kolotune.weights.mapped_tensors import MappedTensors
+from kolotune.weights.weight_files import weight_files
 
 COUNT = 500
 
@@ -156,13 +157,13 @@ def test_a_damaged_checkpoint_is_passed_over(training_room: Callable[..., Any]) 
 
 
 def _read_adapter(path: Path) -> Any:
-    (path.parent / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    return adapter.read(path.parent)
+    (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    return read_adapter(path.parent)
 
 
 PARSERS: dict[str, Callable[[Path], Any]] = {
     "adapter_model.safetensors": _read_adapter,
-    "model.safetensors": lambda path: weights.MappedTensors(weights.weight_files(path.parent)),
+    "model.safetensors": lambda path: MappedTensors(weight_files(path.parent)),
     "Merged.gguf": header.read,
     "Modelfile": lambda path: modelfile.parse(path.read_text(encoding="utf-8", errors="replace")),
 }

@@ -22,7 +22,7 @@ from kolotune.ollama import model_name, modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
 from kolotune.runners.container import names as places
-from kolotune.weights import adapter
+from kolotune.weights.adapter import is_adapter, read_adapter
 
 Call = Callable[..., tuple[int, str]]
 
@@ -151,7 +151,7 @@ def test_as_an_adapter_and_as_its_tensors(tmp_path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    (tmp_path / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     for text in TEXTS:
         if "\ud800" in text or "\udcff" in text:
             continue
@@ -159,10 +159,10 @@ def test_as_an_adapter_and_as_its_tensors(tmp_path: Path) -> None:
         file.unlink(missing_ok=True)
         save_file({text: np.ones((2, 2), np.float32)}, file)
         with pytest.raises(KolotuneError):
-            adapter.read(tmp_path)
+            read_adapter(tmp_path)
     for text in TEXTS:
         try:
-            assert not adapter.is_adapter(tmp_path / "none" / text) or "\0" not in text
+            assert not is_adapter(tmp_path / "none" / text) or "\0" not in text
         except (OSError, ValueError):
             assert len(text) > 200 or "\0" in text or "\ud800" in text
 

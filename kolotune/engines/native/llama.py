@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kolotune.weights.model_config import ModelConfig, RotaryEmbedding, read_model_config
-from kolotune.weights.tensors import TensorFiles, weight_files
+from kolotune.weights.torch_tensors import TensorFiles
+from kolotune.weights.weight_files import weight_files
 
 from . import lora
 from .attention import Heads

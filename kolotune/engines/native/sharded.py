@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kolotune.foundation.errors import TrainingError
-from kolotune.weights.tensors import weight_files
+from kolotune.weights.weight_files import weight_files
 
 _ROWS = 8192  # of a matrix, that are in memory twice while they are read or multiplied
 

@@ -10,7 +10,7 @@ from kolotune.foundation.errors import KolotuneError, TrainingError
 from kolotune.foundation.files import write_json
 from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.runners import local, memory_kills
-from kolotune.weights.tensors import weight_files
+from kolotune.weights.weight_files import weight_files
 
 from .. import torchrun
 from ..adapter_folder import save_adapter

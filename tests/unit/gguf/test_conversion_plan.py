@@ -1,8 +1,7 @@
-"""A GGUF that is streamed into an outline is, byte for byte, the one that llama.cpp's converter writes."""
+"""A GGUF streamed by a conversion plan is byte for byte the one that llama.cpp's converter writes."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -18,13 +17,17 @@ from kolotune import llamacpp
 from kolotune.base_models import packaged_model
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.gguf import conversion_plan, header
-from kolotune.gguf.conversion_plan import NotSimple
-from kolotune.gguf.conversion_tracing import _how_it_is_made
-from kolotune.weights.tensors import Entry, MappedTensors, row_blocks, weight_files
+from kolotune.gguf import conversion_plan, header, plan_cache
+from kolotune.gguf.conversion_plan import ConversionPlan
+from kolotune.gguf.conversion_tracing import NoPlanError, RowTransform, recognise
+from kolotune.gguf.model_skeleton import read_skeleton
+from kolotune.gguf.plan_cache import PlanResult
+from kolotune.weights.mapped_tensors import MappedTensors, row_blocks
+from kolotune.weights.safetensors_header import Entry
+from kolotune.weights.weight_files import weight_files
 
 WORDS = 49152
-# What is stored, as which GGUF. Gemma's norms, to which 1 is added, have a test of their own.
+# Architecture, dtype of the weights, type of the GGUF. Gemma's norms, to which 1 is added, have a separate test.
 MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("llama", "float16", "f16", {"tie_word_embeddings": True}),
     "llama-as-it-is": ("llama", "bfloat16", "bf16", {}),
@@ -56,16 +59,16 @@ for pair in sys.argv[3:]:
     sys.argv = ["convert", "--outtype", kind, "--outfile", f"{room}/{name}.gguf", f"{room}/{name}"]
     runpy.run_path(f"{root}/convert_hf_to_gguf.py", run_name="__main__")
 """
-_DRAW = """
+_TRACE = """
 import sys
 from pathlib import Path
-from kolotune.llamacpp import outlining
+from kolotune.gguf import conversion_tracing
 root, room = sys.argv[1:3]
 for pair in sys.argv[3:]:
     name, kind = pair.split(":")
-    target = Path(room, f"{name}.outline")
+    target = Path(room, f"{name}.plan")
     target.mkdir()
-    assert outlining.main([root, f"{room}/bare/{name}", kind, str(target)]) == 0
+    assert conversion_tracing.main([root, f"{room}/bare/{name}", kind, str(target)]) == 0
 """
 
 
@@ -76,7 +79,7 @@ def room(
     toolchain: llamacpp.Toolchain,
     reporter: PlainReporter,
 ) -> Path:
-    """Every model, what the converter makes of it, and an outline drawn of a folder without its weights' values."""
+    """Every model, the converter's GGUF, and the plan traced from a folder without its weights' values."""
     room = tmp_path_factory.mktemp("models")
     (room / "bare").mkdir()
     for name, (kind, dtype, _, more) in MODELS.items():
@@ -84,11 +87,17 @@ def room(
         for file in TOKENIZER_FILES:
             if (packaged_model.unpacked(reporter) / file).is_file():
                 shutil.copyfile(packaged_model.unpacked(reporter) / file, room / name / file)
-        if kind in ("gemma", "gemma2", "phi3", "qwen2", "qwen3"):  # SmolLM2's tokenizer would be taken for another
+        if kind in (
+            "gemma",
+            "gemma2",
+            "phi3",
+            "qwen2",
+            "qwen3",
+        ):  # with SmolLM2's tokenizer the converter would take them for another model
             shutil.copyfile(_sentencepiece(room), room / name / "tokenizer.model")
-        conversion_plan.shape_of(room / name).written(room / "bare")
+        read_skeleton(room / name).write(room / "bare")
     pairs = [f"{name}:{type_}" for name, (_, _, type_, _) in MODELS.items()]
-    for code in (_CONVERT, _DRAW):
+    for code in (_CONVERT, _TRACE):
         argv = [sys.executable, "-c", code, str(toolchain.root), str(room), *pairs]
         child = subprocess.run(argv, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr[-3000:]
@@ -108,8 +117,14 @@ def _sentencepiece(room: Path) -> Path:
     return model
 
 
-def verdict(room: Path, name: str) -> conversion_plan.Verdict:
-    return conversion_plan._read(room / f"{name}.outline", conversion_plan.shape_of(room / name))
+def traced(room: Path, name: str) -> PlanResult:
+    return plan_cache.read_plan(room / f"{name}.plan")
+
+
+def plan_of(room: Path, name: str) -> ConversionPlan:
+    result = traced(room, name)
+    assert result.plan is not None, result.reason
+    return result.plan
 
 
 def streamed(room: Path, name: str, target: Path) -> Path:
@@ -118,9 +133,7 @@ def streamed(room: Path, name: str, target: Path) -> Path:
     def blocks(entry: Entry) -> Iterator[np.ndarray]:
         return (tensors[entry.name][rows] for rows in row_blocks(entry))
 
-    drawn = verdict(room, name).outline
-    assert drawn is not None, verdict(room, name).reason
-    conversion_plan.write_gguf(drawn, target, tensors.entries, blocks)
+    conversion_plan.write_gguf(plan_of(room, name), target, tensors.entries, blocks)
     return target
 
 
@@ -132,33 +145,34 @@ def test_every_byte(name: str, room: Path, tmp_path: Path) -> None:
 def test_one_is_added_to_gemma_s_norms_in_fp32(room: Path, tmp_path: Path) -> None:
     """The converter adds it in f16, where what was trained is lost; the model computes it in fp32."""
     name = "gemma3-narrow"
-    found = streamed(room, name, tmp_path / "out.gguf").read_bytes()
-    wanted = (room / f"{name}.gguf").read_bytes()
+    streamed_bytes = streamed(room, name, tmp_path / "out.gguf").read_bytes()
+    converted = (room / f"{name}.gguf").read_bytes()
     tensors = MappedTensors(weight_files(room / name))
-    drawn = verdict(room, name).outline
-    assert drawn is not None and len(found) == len(wanted) and found[: len(drawn.header)] == wanted[: len(drawn.header)]
-    at, norms = len(drawn.header), 0
-    for made in drawn.tensors:
-        mine, its = found[at : at + made.size], wanted[at : at + made.size]
-        at += -(-made.size // 32) * 32
-        if made.add:
+    plan = plan_of(room, name)
+    start, norms = len(plan.header), 0
+    assert len(streamed_bytes) == len(converted) and streamed_bytes[:start] == converted[:start]
+    for tensor in plan.tensors:
+        ours, theirs = streamed_bytes[start : start + tensor.size], converted[start : start + tensor.size]
+        start += -(-tensor.size // 32) * 32
+        if tensor.added:
             norms += 1
-            exact = np.float32(1) + tensors[str(made.source)].astype(np.float32)
-            assert np.array_equal(np.frombuffer(mine, np.float32), exact) and mine != its
-            np.testing.assert_allclose(exact, np.frombuffer(its, np.float32), rtol=1e-3)
+            exact = np.float32(1) + tensors[str(tensor.source)].astype(np.float32)
+            assert np.array_equal(np.frombuffer(ours, np.float32), exact) and ours != theirs
+            np.testing.assert_allclose(exact, np.frombuffer(theirs, np.float32), rtol=1e-3)
         else:
-            assert mine == its, made.name
-    assert at == len(found) and norms == 13
+            assert ours == theirs, tensor.name
+    assert start == len(streamed_bytes) == plan.size and norms == 13
 
 
-def test_what_is_more_than_rows_in_another_order_is_left_to_the_converter(room: Path) -> None:
-    assert verdict(room, "gpt2").outline is None and "attn_qkv" in verdict(room, "gpt2").reason
+def test_more_than_permuted_rows_is_left_to_the_converter(room: Path) -> None:
+    result = traced(room, "gpt2")
+    assert result.plan is None and result.is_convertible and "attn_qkv" in result.reason
 
 
-def test_the_digest_names_all_that_the_converter_sees(room: Path, tmp_path: Path) -> None:
-    shape = conversion_plan.shape_of(room / "llama")
-    assert shape.digest() == conversion_plan.shape_of(room / "llama").digest()
-    seen = {shape.digest()}
+def test_the_digest_covers_all_that_the_converter_sees(room: Path, tmp_path: Path) -> None:
+    skeleton = read_skeleton(room / "llama")
+    assert skeleton.digest() == read_skeleton(room / "llama").digest()
+    seen = {skeleton.digest()}
     for change in ("config.json", "tokenizer.json", "chat_template.jinja", "README.md", "name", "weights"):
         folder = tmp_path / change / ("other" if change == "name" else "llama")
         shutil.copytree(room / "llama", folder)
@@ -167,39 +181,37 @@ def test_the_digest_names_all_that_the_converter_sees(room: Path, tmp_path: Path
                 content = bytearray(path.read_bytes())
                 content[-1] ^= 1
                 path.write_bytes(content)
-            assert conversion_plan.shape_of(folder).digest() in seen, "values are not part of it"
+            assert read_skeleton(folder).digest() in seen, "values are not part of it"
             continue
         if change != "name":
             file = folder / change
             file.write_text((file.read_text(encoding="utf-8") if file.is_file() else "") + " ", encoding="utf-8")
-        seen.add(conversion_plan.shape_of(folder).digest())
+        seen.add(read_skeleton(folder).digest())
     assert len(seen) == 6
 
 
-def test_it_is_drawn_once_and_kept(
+def test_a_plan_is_traced_once_and_kept(
     room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
 ) -> None:
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
-    shape = conversion_plan.shape_of(room / "llama")
-    first = conversion_plan.draw(shape, "f16", toolchain, tmp_path / "log")
-    assert first.outline is not None and conversion_plan.is_drawn(shape, "f16", toolchain)
-    monkeypatch.setattr("kolotune.runners.local.run", lambda *_, **__: pytest.fail("it is known already"))
-    again = conversion_plan.draw(shape, "f16", toolchain, tmp_path / "log")
-    assert again == first and first == verdict(room, "llama")
+    skeleton = read_skeleton(room / "llama")
+    first = plan_cache.find_plan(skeleton, "f16", toolchain, tmp_path / "log")
+    assert first.plan is not None and plan_cache.is_planned(skeleton, "f16", toolchain)
+    monkeypatch.setattr("kolotune.runners.child_process.run", lambda *_, **__: pytest.fail("traced again"))
+    assert plan_cache.find_plan(skeleton, "f16", toolchain, tmp_path / "log") == first == traced(room, "llama")
     assert len(list((tmp_path / "conversions").iterdir())) == 1, "nothing is left behind"
 
 
 def test_flags_are_changed_in_the_header(room: Path, tmp_path: Path) -> None:
     name = "tokenizer.ggml.add_bos_token"
-    drawn = verdict(room, "llama").outline
-    assert drawn is not None
+    plan = plan_of(room, "llama")
     for value in (True, False):
-        changed = header.with_flag(drawn.header, name, value)
-        assert len(changed) == len(drawn.header)
+        changed = header.with_flag(plan.header, name, value)
+        assert len(changed) == len(plan.header)
         path = tmp_path / "x.gguf"
         path.write_bytes(changed + (room / "llama.gguf").read_bytes()[len(changed) :])
         assert header.read(path).fields[name] is value
-    assert header.with_flag(drawn.header, "no.such", True) == drawn.header
+    assert header.with_flag(plan.header, "no.such", True) == plan.header
 
 
 def _interleaved(values: torch.Tensor) -> torch.Tensor:
@@ -207,19 +219,18 @@ def _interleaved(values: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "expected"),
     [
-        (lambda x: x, {}),
-        (_interleaved, {"order": [0, 2, 1, 3, 4, 6, 5, 7]}),
-        (lambda x: x + 1, {"add": 1.0}),
-        (lambda x: _interleaved(x) - 0.5, {"order": [0, 2, 1, 3, 4, 6, 5, 7], "add": -0.5}),
-        (lambda x: x.clone(), {}),
+        (lambda x: x, RowTransform()),
+        (_interleaved, RowTransform((0, 2, 1, 3, 4, 6, 5, 7))),
+        (lambda x: x + 1, RowTransform(added=1.0)),
+        (lambda x: _interleaved(x) - 0.5, RowTransform((0, 2, 1, 3, 4, 6, 5, 7), -0.5)),
+        (lambda x: x.clone(), RowTransform()),
     ],
 )
 @pytest.mark.parametrize("width", [1, 6])
-def test_what_is_recognised(change: Any, wanted: dict[str, Any], width: int) -> None:
-    assert _how_it_is_made(change, "x", (8, width), "F16") == wanted
-    assert json.loads(json.dumps(wanted)) == wanted
+def test_recognised_transforms(change: Any, expected: RowTransform, width: int) -> None:
+    assert recognise(change, "x", (8, width), "F16") == expected
 
 
 @pytest.mark.parametrize(
@@ -243,6 +254,6 @@ def test_what_is_recognised(change: Any, wanted: dict[str, Any], width: int) -> 
         lambda x: x + torch.arange(8),
     ],
 )
-def test_what_is_not(change: Any) -> None:
-    with pytest.raises(NotSimple):
-        _how_it_is_made(change, "x", (8, 8), "F16")
+def test_other_transforms_have_no_plan(change: Any) -> None:
+    with pytest.raises(NoPlanError):
+        recognise(change, "x", (8, 8), "F16")

@@ -1,4 +1,4 @@
-"""Reading back GGUFs: whole ones, and ones that are damaged."""
+"""Read headers of GGUFs, whole and damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kolotune.foundation.errors import ArtifactError
-from kolotune.gguf import header as gguf_file
+from kolotune.gguf import header
+from kolotune.gguf.header import GgufTensor
 from kolotune.llamacpp import Toolchain
 
 
@@ -31,21 +32,21 @@ def whole(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_a_whole_file_says(whole: Path) -> None:
-    summary = gguf_file.read(whole)
+def test_summary_of_a_whole_file(whole: Path) -> None:
+    summary = header.read(whole)
     assert summary.architecture == "llama"
-    assert summary.tensors["output.weight"] == ((32, 64), "F32", 64 * 32 * 4)
+    assert summary.tensors["output.weight"] == GgufTensor((32, 64), "F32", 64 * 32 * 4, 64 * 32 * 4)
     assert summary.fields["tokenizer.ggml.add_bos_token"] is False
     assert summary.fields["tokenizer.ggml.tokens"] == 200
 
 
 @pytest.mark.parametrize("part", range(20))
-def test_cut_anywhere(whole: Path, part: int) -> None:
+def test_a_truncated_file_is_refused(whole: Path, part: int) -> None:
     data = whole.read_bytes()
-    # The last bytes are padding behind the last tensor: what counts is cut before them.
+    # The last bytes are padding behind the last tensor, so cut before them.
     whole.write_bytes(data[: int((len(data) - 64) * part / 20)])
     with pytest.raises(ArtifactError):
-        gguf_file.read(whole)
+        header.read(whole)
 
 
 @pytest.mark.parametrize(
@@ -59,48 +60,48 @@ def test_cut_anywhere(whole: Path, part: int) -> None:
     ],
     ids=["magic", "version", "tensor count", "key count", "zeroed header"],
 )
-def test_damaged_headers(whole: Path, offset: int, value: bytes) -> None:
+def test_a_damaged_header_is_refused(whole: Path, offset: int, value: bytes) -> None:
     data = bytearray(whole.read_bytes())
     data[offset : offset + len(value)] = value
     whole.write_bytes(data)
     with pytest.raises(ArtifactError):
-        gguf_file.read(whole)
+        header.read(whole)
 
 
-def test_mutations_never_raise_anything_else(whole: Path) -> None:
+def test_mutations_raise_no_other_error(whole: Path) -> None:
     original = whole.read_bytes()
     dice = random.Random(7)
-    header = 4000
     for _ in range(150):
         data = bytearray(original)
         for _ in range(dice.randint(1, 4)):
-            data[dice.randrange(header)] = dice.randrange(256)
+            data[dice.randrange(4000)] = dice.randrange(256)
         whole.write_bytes(data)
         try:
-            gguf_file.read(whole)
+            header.read(whole)
         except ArtifactError:
             continue
 
 
-def test_no_file_at_all(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
-        gguf_file.read(tmp_path / "none.gguf")
+        header.read(tmp_path / "none.gguf")
 
 
-def test_the_same_as_the_format_s_own_reader(whole: Path) -> None:
-    judge, summary = gguf.GGUFReader(whole), gguf_file.read(whole)
-    assert summary.tensors == {
-        each.name: (tuple(map(int, each.shape)), each.tensor_type.name, int(each.n_bytes)) for each in judge.tensors
+def test_agrees_with_the_gguf_package(whole: Path) -> None:
+    reference, summary = gguf.GGUFReader(whole), header.read(whole)
+    assert {name: (tensor.shape, tensor.type, tensor.size) for name, tensor in summary.tensors.items()} == {
+        tensor.name: (tuple(map(int, tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes))
+        for tensor in reference.tensors
     }
-    wanted = {name: field.contents() for name, field in judge.fields.items() if not name.startswith("GGUF.")}
-    assert summary.fields.keys() == wanted.keys()
+    expected = {name: field.contents() for name, field in reference.fields.items() if not name.startswith("GGUF.")}
+    assert summary.fields.keys() == expected.keys()
     for name, value in summary.fields.items():
-        assert value == wanted[name] or value == len(wanted[name]), name
+        assert value == expected[name] or value == len(expected[name]), name
 
 
-def test_a_vocabulary_alone_is_no_model(toolchain: Toolchain) -> None:
+def test_a_vocabulary_alone_is_not_a_model(toolchain: Toolchain) -> None:
     with pytest.raises(ArtifactError, match="holds no model"):
-        gguf_file.read(toolchain.root / "models" / "ggml-vocab-qwen2.gguf")
+        header.read(toolchain.root / "models" / "ggml-vocab-qwen2.gguf")
 
 
 def test_all_kinds_of_fields(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_all_kinds_of_fields(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    fields = gguf_file.read(path).fields
+    fields = header.read(path).fields
     assert {name: fields[name] for name in values} == {
         name: len(value) if isinstance(value, list) and len(value) > 64 else value
         for name, (_, value) in values.items()
@@ -129,10 +130,10 @@ def test_all_kinds_of_fields(tmp_path: Path) -> None:
 
 def test_a_flag_is_changed_in_place(whole: Path) -> None:
     before = whole.read_bytes()
-    gguf_file.set_flag(whole, "tokenizer.ggml.add_bos_token", True)
-    assert gguf_file.read(whole).fields["tokenizer.ggml.add_bos_token"] is True
+    header.set_flag(whole, "tokenizer.ggml.add_bos_token", True)
+    assert header.read(whole).fields["tokenizer.ggml.add_bos_token"] is True
     assert sum(one != other for one, other in zip(before, whole.read_bytes(), strict=True)) == 1
     for name in ("tokenizer.ggml.add_eos_token", "llama.block_count"):
-        gguf_file.set_flag(whole, name, False)
-    gguf_file.set_flag(whole, "tokenizer.ggml.add_bos_token", False)
+        header.set_flag(whole, name, False)
+    header.set_flag(whole, "tokenizer.ggml.add_bos_token", False)
     assert whole.read_bytes() == before

@@ -16,7 +16,7 @@ from kolotune import llamacpp
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.gguf import convert, importance_matrix, quantize
+from kolotune.gguf import convert, importance_matrix, quantize, run_matrix
 from kolotune.llamacpp import ggml
 
 CHATS = [list(range(3, 43)), [7, 5, 11, 13] * 5, list(range(200, 230))]
@@ -68,7 +68,7 @@ def plain(model: Path, toolchain: llamacpp.Toolchain, reporter: PlainReporter) -
 @pytest.fixture(scope="module")
 def matrix(plain: Path, tokens: Path, reporter: PlainReporter) -> Path:
     target = plain.parent / "matrix.gguf"
-    quantize.make_matrix(plain, tokens.parent, target, plain.parent / "log", reporter)
+    run_matrix.make_matrix(plain, tokens.parent, target, plain.parent / "log", reporter)
     return target
 
 
@@ -96,7 +96,7 @@ def test_it_is_the_mean_square_of_what_each_weight_is_given(model: Path, matrix:
 
 
 def test_the_same_bytes_again(plain: Path, tokens: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter) -> None:
-    quantize.make_matrix(plain, tokens.parent, tmp_path / "again.gguf", tmp_path / "log", reporter)
+    run_matrix.make_matrix(plain, tokens.parent, tmp_path / "again.gguf", tmp_path / "log", reporter)
     assert (tmp_path / "again.gguf").read_bytes() == matrix.read_bytes()
 
 
@@ -161,7 +161,7 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     for path in (tmp_path / "junk", tmp_path / "other.gguf"):
-        with pytest.raises(ArtifactError, match="is no importance matrix"):
+        with pytest.raises(ArtifactError, match="not an importance matrix"):
             importance_matrix.read(path)
     made = importance_matrix.Matrix()
     with pytest.raises(ArtifactError, match="nothing finite"):
@@ -179,9 +179,9 @@ def test_chats_are_taken_evenly_and_one_at_least(monkeypatch: pytest.MonkeyPatch
     assert [importance_matrix.tokens_read(*each) for each in ((40, 3), (1000, 100), (1000, 2))] == [40, 50, 500]
 
 
-def test_tensors_of_another_form_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_tensor_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = ggml.Tensor(name=b"blk.0.attn_q.weight")
     assert ggml.tensor_at(ctypes.addressof(tensor)).name == b"blk.0.attn_q.weight"
     monkeypatch.setattr(ggml.Tensor, "name", property(lambda _: b"another"), raising=True)
-    with pytest.raises(ToolchainError, match="another form"):
+    with pytest.raises(ToolchainError, match="layout"):
         ggml.tensor_at(ctypes.addressof(tensor))

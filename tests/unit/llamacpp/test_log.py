@@ -1,4 +1,4 @@
-"""llama.cpp's messages, and that what hears them outlives whoever asked."""
+"""llama.cpp's messages, and a registered function that outlives its callers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def _no_gguf(folder: Path) -> Path:
     return file
 
 
-def test_a_listener_hears_until_its_block_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    heard: list[str] = []
-    with messages_to(lambda _, text: heard.append(text)), pytest.raises(ArtifactError):
+def test_a_handler_gets_messages_until_its_block_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    messages: list[str] = []
+    with messages_to(lambda _, text: messages.append(text)), pytest.raises(ArtifactError):
         ExactGguf(_no_gguf(tmp_path), 8)
-    assert "gguf" in "".join(heard)
+    assert "gguf" in "".join(messages)
     assert capfd.readouterr().err == ""
-    before = len(heard)
+    before = len(messages)
     with pytest.raises(ArtifactError):
         ExactGguf(_no_gguf(tmp_path), 8)
-    assert len(heard) == before
+    assert len(messages) == before
     assert "gguf" in capfd.readouterr().err
 
 
-def test_llama_cpp_speaks_after_everyone_who_listened_is_gone(tmp_path: Path) -> None:
-    """It keeps the address that it was given: a collected function there ends the process."""
+def test_messages_after_all_handlers_are_gone(tmp_path: Path) -> None:
+    """llama.cpp keeps the function's address: if the function were collected, the process would crash."""
     import llama_cpp
 
     with pytest.raises(ArtifactError):

@@ -9,11 +9,11 @@ import pytest
 
 from kolotune import llamacpp
 from kolotune.foundation.errors import ToolchainError
-from kolotune.llamacpp import toolchain as module
+from kolotune.llamacpp import toolchain as toolchains
 
 
-def test_converter_and_library_are_of_one_version(toolchain: llamacpp.Toolchain) -> None:
-    assert toolchain.version == importlib.metadata.version("llama-cpp-python") == module.check_library()
+def test_converter_and_library_have_the_same_version(toolchain: llamacpp.Toolchain) -> None:
+    assert toolchain.version == importlib.metadata.version("llama-cpp-python") == toolchains.check_library()
     assert toolchain.converter.is_file()
     assert (toolchain.root / "gguf-py").is_dir()
     assert len(list(llamacpp.templates_folder().glob("*.jinja"))) > 50
@@ -33,9 +33,9 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None and found.quantizer == program
 
 
-def test_nothing_fetched_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_downloaded_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
     assert llamacpp.find() is None
-    with pytest.raises(ToolchainError, match="not been fetched"):
+    with pytest.raises(ToolchainError, match="not been downloaded"):
         llamacpp.templates_folder()

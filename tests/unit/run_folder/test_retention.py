@@ -20,8 +20,9 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.files import hash_file
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.gguf import conversion_plan, convert, quantize
-from kolotune.gguf.conversion_plan import Verdict
+from kolotune.gguf import conversion_source, convert, plan_cache, quantize
+from kolotune.gguf.model_skeleton import read_skeleton
+from kolotune.gguf.plan_cache import PlanResult
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
@@ -125,10 +126,10 @@ def test_no_longer_lean(lean_copy: Config, finished: Config, reporter: PlainRepo
 def test_what_the_converter_has_to_do_needs_a_folder_for_a_while(
     lean_copy: Config, finished: Config, monkeypatch: Any, capsys: Any, reporter: PlainReporter
 ) -> None:
-    monkeypatch.setattr(conversion_plan, "draw", lambda *_: Verdict(reason="a reason"))
+    monkeypatch.setattr(plan_cache, "find_plan", lambda *_: PlanResult(reason="a reason"))
     run = run_pipeline(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
     assert hash_file(run.gguf) == hash_file(RunFolder(finished.output_dir).gguf)
-    assert "a merged folder is needed for a while: a reason" in capsys.readouterr().out
+    assert "a reason" in capsys.readouterr().out
     assert partials(run) == [] and not run.merged_model.exists()
 
 
@@ -185,9 +186,10 @@ def test_the_outline_that_the_preflight_draws_is_the_one_that_is_wanted(
     """Before anything is prepared, from the prepared tokenizer, and of the merged folder: one and the same."""
     base, done = Path(finished.base_model), RunFolder(finished.output_dir)
     config = dataclasses.replace(finished, output_dir=tmp_path)
-    early, kind = convert.expected(Context(dataclasses.replace(config, lean=True), RunFolder(tmp_path), base))
-    later, _ = convert.expected(Context(finished, done, base))
-    assert kind == "f16" and early.digest() == later.digest() == conversion_plan.shape_of(done.merged_model).digest()
+    lean = Context(dataclasses.replace(config, lean=True), RunFolder(tmp_path), base)
+    early, kind = conversion_source.expected_skeleton(lean)
+    later, _ = conversion_source.expected_skeleton(Context(finished, done, base))
+    assert kind == "f16" and early.digest() == later.digest() == read_skeleton(done.merged_model).digest()
 
 
 def test_weights_that_f16_can_not_hold(

@@ -35,7 +35,7 @@ def test_bos_is_what_the_config_says(model: Path, tmp_path: Path, reporter: Plai
     convert_folder(model, tmp_path / "out.gguf", tmp_path / "log", reporter)
     summary = header.read(tmp_path / "out.gguf")
     assert summary.fields["tokenizer.ggml.add_bos_token"] is True
-    assert {kind for _, kind, _ in summary.tensors.values()} == {"BF16", "F32"}, "the type that the weights have"
+    assert {tensor.type for tensor in summary.tensors.values()} == {"BF16", "F32"}, "the type that the weights have"
 
 
 def test_one_wider_weight_makes_all_f32_and_is_said(

@@ -16,13 +16,13 @@ from kolotune.weights import float16
 
 @pytest.fixture(autouse=True)
 def anew() -> Any:
-    float16._of_ggml.cache_clear()
+    float16._ggml_function.cache_clear()
     yield
-    float16._of_ggml.cache_clear()
+    float16._ggml_function.cache_clear()
 
 
 def test_llama_cpp_s_own_function_is_found() -> None:
-    assert float16._of_ggml() is not None
+    assert float16._ggml_function() is not None
 
 
 @given(arrays.arrays(np.uint32, st.integers(0, 300)))
@@ -43,5 +43,5 @@ def test_parts_of_a_matrix_keep_their_shape() -> None:
 
 def test_without_llama_cpp_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert float16._of_ggml() is None
+    assert float16._ggml_function() is None
     assert float16.from_f32(np.float32([1.5, 1e-7])).tolist() == np.float16([1.5, 1e-7]).tolist()

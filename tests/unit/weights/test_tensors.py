@@ -15,16 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from kolotune.foundation import files
 from kolotune.foundation.errors import ArtifactError
-from kolotune.weights.tensors import (
-    Entry,
-    MappedTensors,
-    as_f32,
-    from_f32,
-    row_blocks,
-    shards_of,
-    weight_files,
-    write_shards,
-)
+from kolotune.weights.dtypes import as_f32, from_f32
+from kolotune.weights.mapped_tensors import MappedTensors, row_blocks
+from kolotune.weights.safetensors_header import Entry
+from kolotune.weights.shards import split_into_shards, write_shards
+from kolotune.weights.weight_files import weight_files
 
 TENSORS = {
     "a": torch.randn(7, 5),
@@ -49,7 +44,7 @@ def _written(folder: Path, tensors: dict[str, torch.Tensor], **more: Any) -> lis
     source = folder.parent / f"{folder.name}.source"
     save_file({name: each.contiguous() for name, each in tensors.items()}, source)
     mapped = MappedTensors([source])
-    shards = shards_of([mapped.entries[name] for name in tensors], **more)
+    shards = split_into_shards([mapped.entries[name] for name in tensors], **more)
     write_shards(folder, shards, lambda entry: _portions(mapped, entry))
     assert [(folder / shard.name).stat().st_size for shard in shards] == [shard.size for shard in shards]
     return [folder / shard.name for shard in shards]
@@ -96,7 +91,7 @@ def test_several_files(tmp_path: Path, limit: int) -> None:
 def test_a_name_in_two_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"x": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(ArtifactError, match="x stands in two files"):
+    with pytest.raises(ArtifactError, match="tensor x"):
         MappedTensors([tmp_path / "one", tmp_path / "two"])
 
 

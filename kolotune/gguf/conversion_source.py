@@ -1,0 +1,115 @@
+"""What a run converts: a merged folder, or base and adapter; known before training too, for the dry conversion."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import date
+from pathlib import Path
+
+from kolotune.chats.templates.frozen_date import freeze_date
+from kolotune.chats.tokens.tokenizer import template_of, template_text, trained_tokenizer, writes_bos
+from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.files import replacing
+from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.run_folder.records import now
+from kolotune.run_folder.retention import kept_models
+from kolotune.run_folder.stage import Context
+from kolotune.weights.adapter import is_adapter
+from kolotune.weights.mapped_tensors import MappedTensors
+from kolotune.weights.merge import MergedModel, companion_files, tokenizer_folder
+from kolotune.weights.weight_files import weight_files
+
+from . import convert
+from .conversion_plan import exact_type
+from .model_skeleton import ModelSkeleton, read_skeleton
+
+
+def source_folder(context: Context) -> Path | None:
+    """Return the merged model, of the run or made elsewhere; None when base and adapter are converted directly."""
+    if context.source is not None and not is_adapter(context.source):
+        return context.source
+    return context.run.merged_model if kept_models(context.config).merged else None
+
+
+def conversion_inputs(context: Context) -> dict[str, Path]:
+    """Return what the unquantized GGUF is made from, by the labels in records."""
+    folder = source_folder(context)
+    if folder is not None:
+        return {"the merged model": folder}
+    return {
+        "the adapter": context.source or context.run.adapter,
+        "the base model": context.base,
+        "the tokenizer": _tokenizer(context),
+    }
+
+
+def _tokenizer(context: Context) -> Path:
+    return context.run.tokenizer if context.source is None else tokenizer_folder(context.source, context.base)
+
+
+def tokenizer_outputs(context: Context) -> list[Path]:
+    """Return the tokenizer folder that a lean export of an adapter made elsewhere keeps; [] for other runs."""
+    lean = source_folder(context) is None
+    return [context.run.exported_tokenizer] if lean and context.source is not None else []
+
+
+def make_gguf(context: Context, target: Path, log: Path, reporter: Reporter) -> JsonObject:
+    """Make the unquantized GGUF of a run; see `convert.convert_folder` and `convert.convert_adapter`."""
+    folder = source_folder(context)
+    if folder is not None:
+        return convert.convert_folder(folder, target, log, reporter)
+    for path in tokenizer_outputs(context):
+        with replacing(path) as partial:
+            partial.mkdir()
+            for name, source in companion_files(context.base, _tokenizer(context)).items():
+                shutil.copyfile(source, partial / name)
+    return convert.convert_adapter(
+        context.source or context.run.adapter,
+        context.base,
+        _tokenizer(context),
+        dtype=context.config.merge_dtype,
+        name=context.run.merged_model.name,
+        target=target,
+        log=log,
+        reporter=reporter,
+    )
+
+
+def prove_convertible(context: Context, reporter: Reporter) -> None:
+    """Prove on the base model, before hours of training, that llama.cpp can convert the result.
+
+    The skeleton is the result's as far as it is known, so that its conversion plan is in the cache afterwards.
+
+    Raises:
+        ToolchainError: llama.cpp can't.
+    """
+    skeleton, gguf_type = expected_skeleton(context)
+    convert.prove(skeleton, gguf_type, context.run.log("dry_conversion"), reporter)
+
+
+def expected_skeleton(context: Context) -> tuple[ModelSkeleton, str]:
+    """Return what will be converted, as far as it is known without an adapter, and the type of the GGUF."""
+    folder = source_folder(context)
+    if context.source is not None and folder == context.source:
+        return read_skeleton(folder), exact_type(MappedTensors(weight_files(folder)).entries)
+    model = MergedModel(None, context.base, context.config.merge_dtype)
+    companions: dict[str, Path | str]
+    if context.source is not None:
+        companions = {**companion_files(context.base, _tokenizer(context))}
+    elif context.run.tokenizer.is_dir():
+        companions = {**companion_files(context.base, context.run.tokenizer)}
+    else:
+        companions = {**companion_files(context.base, context.base), **_expected_tokenizer(context)}
+    skeleton = convert.merged_skeleton(model, companions, context.run.merged_model.name)
+    return skeleton, exact_type({entry.name: entry for entry in model.entries})
+
+
+def _expected_tokenizer(context: Context) -> dict[str, Path | str]:
+    """Return the files that prepare will write; {} if it can't, which it reports itself."""
+    day = date.fromisoformat(context.config.template_date or now()[:10])
+    try:
+        jinja = freeze_date(template_text(context.base), day)
+        return trained_tokenizer(context.base, jinja, adds_bos=writes_bos(template_of(context.base), jinja))
+    except KolotuneError:
+        return {}

@@ -1,0 +1,117 @@
+"""An adapter's ``adapter_config.json``, in PEFT's format: read and checked."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeGuard
+
+from kolotune.foundation import typed_storage
+from kolotune.foundation.errors import ArtifactError, ModelError
+
+FILE = "adapter_config.json"
+_COPY_AGAIN = "Copy the adapter again."
+_UNSUPPORTED = ("use_dora", "use_bdlora", "alora_invocation_tokens", "megatron_config")
+_NESTED, _REPEATS, _LONGEST_PATTERN = re.compile(r"\)\s*[*+{?]"), re.compile(r"[*+{]"), 300
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of a LoRA adapter that a merge depends on.
+
+    Attributes:
+        rank, alpha: of all modules but those that a pattern names; `alpha` None stands for the module's rank.
+        rank_patterns, alpha_patterns: exceptions, by regular expressions for the end of a module's name.
+        rank_stabilised: whether the scale is alpha / sqrt(rank) (Kalajdzievski, 2023).
+        transposed: whether the weights are stored ``[in, out]``.
+        ties_weights: whether embedding and head stay tied although the adapter changes one of them.
+        base_name: the base model's name; "" when the file does not say.
+    """
+
+    rank: int
+    alpha: float | None = None
+    rank_patterns: Mapping[str, float] = field(default_factory=dict)
+    alpha_patterns: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+    transposed: bool = False
+    ties_weights: bool = False
+    base_name: str = ""
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return the factor of a module's product.
+
+        Raises:
+            ArtifactError: the module's weights have another rank than the config says.
+        """
+        configured = int(_by_pattern(self.rank_patterns, module, self.rank))
+        if configured != rank:
+            raise ArtifactError(f"{module}: its rank is {rank}, the config says {configured}", _COPY_AGAIN)
+        alpha = float(_by_pattern(self.alpha_patterns, module, rank if self.alpha is None else self.alpha))
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """Follow PEFT's rule: a pattern is a regular expression for the end of the module's name, after a dot."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read an adapter's config.
+
+    Raises:
+        ModelError: there is none, or it is not of an adapter that can be merged exactly.
+        ArtifactError: it is damaged.
+    """
+    path = folder / FILE
+    try:
+        values = typed_storage.read_object(path)
+    except OSError:
+        raise ModelError(f"{folder}: holds no adapter (no {FILE})", "Give a folder in PEFT's format.") from None
+    except typed_storage.StorageError as error:
+        raise ArtifactError(f"{path}: can't be read: {error}", _COPY_AGAIN) from None
+    if values.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: is not a LoRA adapter", "Only LoRA adapters can be merged.")
+    for option in _UNSUPPORTED:
+        if values.get(option):
+            raise ModelError(
+                f"{path}: {option} is not supported", "Merge it with the tool that made it, then `kolotune export`."
+            )
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise ArtifactError(f"{path}: r is not a rank", _COPY_AGAIN)
+    if "lora_alpha" in values and not _is_number(alpha):
+        raise ArtifactError(f"{path}: lora_alpha is not a number", _COPY_AGAIN)
+    return AdapterConfig(
+        rank,
+        alpha if _is_number(alpha) else None,
+        _patterns(path, "rank_pattern", values.get("rank_pattern") or {}),
+        _patterns(path, "alpha_pattern", values.get("alpha_pattern") or {}),
+        rank_stabilised=bool(values.get("use_rslora")),
+        transposed=bool(values.get("fan_in_fan_out")),
+        ties_weights=bool(values.get("ensure_weight_tying")),
+        base_name=str(values.get("base_model_name_or_path") or ""),
+    )
+
+
+def _patterns(path: Path, option: str, value: object) -> dict[str, float]:
+    """Check patterns: they are code of whoever made the adapter, so only short ones without nested repetition pass."""
+    patterns: dict[str, float] = {}
+    for pattern, number in value.items() if isinstance(value, dict) else [("", None)]:
+        heavy = len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern) or len(_REPEATS.findall(pattern)) > 3
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            heavy = True
+        if heavy or not _is_number(number):
+            raise ArtifactError(f"{path}: {option} can't be read", _COPY_AGAIN)
+        patterns[pattern] = number
+    return patterns
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold: JSON allows longer ones, and Python reads NaN too."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
