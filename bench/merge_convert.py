@@ -55,10 +55,11 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 _STAGES = """
 import json, sys
 from pathlib import Path
-from kolotune import config, pipeline
-from kolotune.reporter import PlainReporter
+from kolotune.foundation import config
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.pipeline.run import run_pipeline
 options, names, adapter = json.loads(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3])
-pipeline.run(config.resolve((options, "bench", Path.cwd())), PlainReporter(), names, adapter)
+run_pipeline(config.resolve((options, "bench", Path.cwd())), PlainReporter(), names, adapter)
 """
 
 

@@ -226,7 +226,7 @@ def test_a_control_group_counts_its_own_kills_alone(memory_group: Callable[[], M
     group.limit(200 << 20)
     script = """
 import subprocess, sys
-from kolotune.hardware import kills_for_memory
+from kolotune.foundation.hardware import kills_for_memory
 before = kills_for_memory(own=True)
 killed = subprocess.run([sys.executable, "-c", "bytearray(b'x') * (1 << 30)"])
 print(killed.returncode, kills_for_memory(own=True) - before)

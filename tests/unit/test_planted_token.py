@@ -20,11 +20,11 @@ CHATS = "".join(
 # A fault of our own in the middle of a verb: what Python then prints is not ours to word.
 CRASH = """
 import sys
-from kolotune import models
+from kolotune.base_models import catalog
 from kolotune.stages import prepare
 source = sys.argv.pop()
 def broken(context, reporter):
-    token = models.read_token(source)
+    token = catalog.read_token(source)
     raise RuntimeError(f"a bug, with {token} and {context.config}")
 prepare.run = broken
 from kolotune.__main__ import main

@@ -287,7 +287,7 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from kolotune.reporter import PlainReporter
+from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import merge
 torch.set_num_threads(1)
 torch.ones(64, 64) @ torch.ones(64, 64)
