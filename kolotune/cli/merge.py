@@ -35,7 +35,7 @@ def merge(
 
 
 def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config, json: bool) -> int:
-    from kolotune.base_models import catalog
+    from kolotune.base_models import lookup
     from kolotune.foundation.files import replacing
     from kolotune.stages.merge import merge_adapter
     from kolotune.weights.merge import tokenizer_folder
@@ -43,7 +43,7 @@ def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config,
     say = reporter(json)
     if out.exists():
         raise ConfigError(f"{out}: already exists", "Name a new folder; nothing is overwritten.")
-    base_folder = catalog.resolve(base or base_named_by(adapter), None, say)
+    base_folder = lookup.resolve(base or base_named_by(adapter), None, say)
     with replacing(out.absolute()) as partial:
         partial.mkdir()
         merge_adapter(

@@ -7,14 +7,14 @@ from .options import Json, reporter
 
 def models(json: Json = False) -> int:
     """List base models; any hub id or folder with safetensors works too."""
-    from kolotune.base_models import catalog
+    from kolotune.base_models import catalog, lookup
 
     rows = [
         (
             known.name,
             f"{known.parameters / 1e6:.0f} M",
             known.source + (", needs a login and an approval" if known.needs_token else ""),
-            "yes" if catalog.locate(known.name) else "no",
+            "yes" if lookup.locate(known.name) else "no",
         )
         for known in catalog.KNOWN
     ]

@@ -26,8 +26,8 @@ def push(
     json: Json = False,
 ) -> int:
     """Upload a result to the hub; private unless --public."""
-    from kolotune.base_models import catalog
-    from kolotune.publish import push as hub
+    from kolotune.base_models.hub import read_token
+    from kolotune.publish.push import push as push_upload
     from kolotune.publish.upload import collect_upload
 
     say = reporter(json)
@@ -38,6 +38,6 @@ def push(
         say.result(upload.card)
         say.note(f"{len(upload.files)} files, {format_size(upload.size)}; nothing was uploaded")
         return 0
-    address = hub.push(upload, repository, what, catalog.read_token(source), public, say)
+    address = push_upload(upload, repository, what, read_token(source), public, say)
     say.success(f"{'public' if public else 'private'}: {address}")
     return 0

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.base_models.downloads import cache_folder
 from kolotune.foundation import typed_storage
+from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.files import flush, remove
 from kolotune.foundation.typed_storage import StorageError

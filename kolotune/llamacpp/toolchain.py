@@ -12,7 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kolotune.base_models.downloads import cache_folder, fetch_package
+from kolotune.base_models.downloads import download_package
+from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
@@ -78,7 +79,7 @@ def ensure(reporter: Reporter) -> Toolchain:
     target = _pinned_root()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        archive = fetch_package(f"llama-cpp-python=={VERSION}", _SHA256, Path(temporary), source=True)
+        archive = download_package(f"llama-cpp-python=={VERSION}", _SHA256, Path(temporary), source=True)
         with replacing(target) as partial:
             _unpack(archive, partial)
     return Toolchain(target, VERSION)

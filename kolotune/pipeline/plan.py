@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kolotune.base_models import catalog
+from kolotune.base_models import lookup
 from kolotune.engines.torchtune import architecture
 from kolotune.engines.torchtune import plan as torchtune
 from kolotune.foundation.config import Config
@@ -83,7 +83,7 @@ def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float |
     started = _process_age()
     target = RunFolder(config.output_dir)
     config, _ = choose(config, target)
-    base = catalog.resolve(config.base_model, config.hf_token, reporter)
+    base = lookup.resolve(config.base_model, config.hf_token, reporter)
     real = Context(config, target, base)
     busy = select_stages(STAGE_NAMES, real).pending
     names = [stage.NAME for stage in busy]

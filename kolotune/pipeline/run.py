@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kolotune.base_models import catalog
+from kolotune.base_models import lookup
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import FidelityError, Interrupted, KolotuneError
@@ -62,7 +62,7 @@ def run_pipeline(
     folder = RunFolder(config.output_dir)
     with locked(folder), _traceback_kept(folder):
         config, choices = choose(config, folder, names)
-        context = Context(config, folder, catalog.resolve(config.base_model, config.hf_token, reporter), source)
+        context = Context(config, folder, lookup.resolve(config.base_model, config.hf_token, reporter), source)
         selection, later = select_stages(names, context, restore), select_stages(check_also, context)
         pending = selection.pending
         check_stages([*pending, *later.stages] if pending else later.pending, context, reporter)

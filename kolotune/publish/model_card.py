@@ -35,7 +35,7 @@ def make_model_card(manifest: Manifest, repository: str, kind: ResultKind, files
 
     library, relation, _ = _KINDS[kind]
     name = manifest.base.name
-    known = catalog.known(name)
+    known = catalog.find_known(name)
     base = catalog.hub_id(name) or None
     data = ModelCardData(
         base_model=base,

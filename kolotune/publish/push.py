@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kolotune.base_models import hub_client
+from kolotune.base_models import hub_errors, hub_limits
 from kolotune.foundation.errors import AccessError, HubError, KolotuneError, ModelNotFoundError, OfflineError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
@@ -35,7 +35,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    hub_client.limit_patience(repository, _PATIENCE * hub_client.silence())
+    hub_limits.limit_waiting(repository, _PATIENCE * hub_limits.silence_seconds())
     api = HfApi(token=token.reveal() if token else None, library_name="kolotune")
     with _translated_errors(repository):
         api.create_repo(repository, private=not public, exist_ok=True)
@@ -61,7 +61,7 @@ def _translated_errors(repository: str) -> Iterator[None]:
     except KolotuneError:
         raise
     except (errors.HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, OSError) as error:
-        raise _error_of(repository, hub_client.status_of(error), error) from None
+        raise _error_of(repository, hub_errors.status_of(error), error) from None
 
 
 def _error_of(repository: str, code: int, error: Exception) -> KolotuneError:
@@ -90,4 +90,4 @@ def _error_of(repository: str, code: int, error: Exception) -> KolotuneError:
         return AccessError(f"{repository}: a hub token is needed to push")
     if isinstance(error, ValueError):
         return HubError(f"{repository}: unexpected answer from the hub: {str(error).splitlines()[0]}")
-    return hub_client.without_answer(repository, error)
+    return hub_errors.connection_error(repository, error)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.base_models import catalog
+from kolotune.base_models import catalog, hub
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ConfigError, ManifestError
 from kolotune.foundation.files import Hasher
@@ -54,7 +54,7 @@ def collect_upload(folder: RunFolder, repository: str, kind: ResultKind) -> Uplo
         ManifestError: the run has no manifest or no such result, or a file differs from the manifest.
         ConfigError: the repository's name is not valid.
     """
-    if not catalog.is_hub_id(repository):
+    if not hub.is_hub_id(repository):
         raise ConfigError(f"{repository}: not a valid repository name", "Write it as owner/name.")
     manifest = read_manifest(folder.require().manifest)
     names = [name for name, artifact in manifest.artifacts.items() if artifact.stage in _STAGES[kind]]

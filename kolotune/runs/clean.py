@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.base_models.downloads import cache_folder
+from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.files import remove, size_of
 from kolotune.pipeline.status import read_status
 from kolotune.run_folder.cleaned import add_cleaned

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.base_models import catalog
+from kolotune.base_models import lookup
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, DataError, ModelError, ModelNotFoundError
@@ -101,7 +101,7 @@ def _find_data(recorded: DataFile, manifest: Path, hasher: Hasher) -> Path:
 
 def _require_base(manifest: Manifest, hasher: Hasher) -> None:
     name, recorded = manifest.base.name, manifest.base.sha256
-    base = catalog.locate(name)
+    base = lookup.locate(name)
     if base is None:
         raise ModelNotFoundError(
             f"{name}: the base model is not on this machine",

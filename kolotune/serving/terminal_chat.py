@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from kolotune.base_models import catalog
-from kolotune.base_models.downloads import cache_folder
+from kolotune.base_models import lookup
 from kolotune.chats.tokens.tokenizer import template_of
+from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import Hasher
@@ -87,7 +87,7 @@ def open_chat(
 
 def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:
     """The base model as a GGUF of the same quantization, made once and kept in the cache."""
-    base = catalog.resolve(config.base_model, None, reporter)
+    base = lookup.resolve(config.base_model, None, reporter)
     if is_adapter(base):
         raise ConfigError(f"{base}: is an adapter, not a base model", "Give the base model itself.")
     folder = cache_folder("base_ggufs") / Hasher().of(base)[:32]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kolotune.base_models.catalog import canonical
+from kolotune.base_models.catalog import canonical_name
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.torchtune import architecture, environment, plan
@@ -88,7 +88,7 @@ def make_job(context: Context) -> TrainJob:
         chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS)
     return TrainJob(
         base_model=str(context.base),
-        base_name=canonical(config.base_model),
+        base_name=canonical_name(config.base_model),
         base_sha256=hasher.of(context.base),
         data=str(run.prepared),
         data_sha256=hasher.of(run.prepared),

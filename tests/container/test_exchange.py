@@ -13,7 +13,7 @@ import pytest
 from contracts import flags, results, write_chats
 from support.docker_engine import Client
 
-from kolotune.base_models import catalog
+from kolotune.base_models import model_folder
 from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners.container import names
@@ -119,7 +119,7 @@ def test_an_adapter_and_a_merge_elsewhere(made: Path, container: Client, small_b
     command = ["merge", "--adapter", adapter, "--base", small_base, "--out", "merged", "--container"]
     code, output = container(*command, cwd=tmp_path)
     assert code == 0 and f"merged: {tmp_path / 'merged'}" in output, output
-    catalog.checked_folder(tmp_path / "merged")
+    model_folder.check_model_folder(tmp_path / "merged")
     assert container.inside("ls", str(names.OUTSIDE)) == ""
     code, output = container(*command, cwd=tmp_path)
     assert code == 2 and "already" in output

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from kolotune.base_models import catalog
+from kolotune.base_models import hub, model_folder
 from kolotune.chats.reading.files import read_chats
 from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
@@ -80,7 +80,7 @@ def _folder(data: bytes) -> None:
     one, _, other = data.partition(b"\n")
     (folder / "config.json").write_bytes(one)
     (folder / "model.safetensors.index.json").write_bytes(other)
-    catalog.checked_folder(folder)
+    model_folder.check_model_folder(folder)
 
 
 def _gguf(data: bytes) -> None:
@@ -113,7 +113,7 @@ def _written(data: bytes) -> None:
 
 def _names(data: bytes) -> None:
     text = data.decode("utf-8", errors="surrogateescape")
-    assert not catalog.is_hub_id(text) or ".." not in text
+    assert not hub.is_hub_id(text) or ".." not in text
     model_name.check_name(text)
     assert text.isascii() and text.isprintable()
 

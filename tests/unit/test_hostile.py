@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.hostile import STEERING, TEXTS
 
-from kolotune.base_models import catalog
+from kolotune.base_models import hub
 from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import JsonReporter, PlainReporter, RichReporter, print_pieces
@@ -143,7 +143,7 @@ def test_as_a_name_in_ollama() -> None:
 def test_as_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in TEXTS:
         for name in (text, f"owner/{text}", f"{text}/name"):
-            if catalog.is_hub_id(name):
+            if hub.is_hub_id(name):
                 assert re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name) and ".." not in name
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.base_models.downloads import cache_folder
+from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import KolotuneError, OfflineError, ToolchainError
 from kolotune.foundation.files import explained, remove, write_json
 from kolotune.runners import local

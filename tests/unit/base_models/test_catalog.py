@@ -1,4 +1,4 @@
-"""Base models: what the hub answers, told apart; folders that can be tuned, and all that can't."""
+"""Base models: each answer of the hub has its own error; folders that can be fine-tuned, and those that can't."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 from support.hub_downloads import ask
 
-from kolotune.base_models import catalog
+from kolotune.base_models import catalog, lookup
+from kolotune.base_models import hub as hub_models
 from kolotune.foundation import errors
 from kolotune.foundation.errors import ConfigError, ModelError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.foundation.secrets import Secret
+from kolotune.weights.weight_files import weight_files
 
 TOKEN = "hf_PlantedTokenThatMustNotBeSeen"
 SHA = "a" * 40
@@ -34,7 +36,7 @@ NAMES = [*FILES, "pytorch_model.bin", "original/consolidated.00.pth", "original/
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does; the repository's name says what."""
+    """Answers as the hub does, depending on the repository's name."""
 
     seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012 - filled by all handlers
 
@@ -132,7 +134,7 @@ def answers(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
         ("t/file404", "OfflineError", "404"),
     ],
 )
-def test_each_answer_of_the_hub_has_its_own_words(answers: Any, name: str, kind: str, words: str) -> None:
+def test_each_answer_of_the_hub_has_its_own_error(answers: Any, name: str, kind: str, words: str) -> None:
     found = answers[0][name]
     assert found.get("kind") == kind, found
     assert found["code"] == getattr(errors, kind).exit_code
@@ -143,7 +145,7 @@ def test_each_answer_of_the_hub_has_its_own_words(answers: Any, name: str, kind:
     assert found["seconds"] < 10
 
 
-def test_neither_the_token_nor_the_hubs_text_is_repeated(answers: Any) -> None:
+def test_messages_contain_neither_the_token_nor_the_hubs_text(answers: Any) -> None:
     assert TOKEN not in answers[1]
     assert "hub text" not in answers[1]
     assert "Traceback" not in answers[1]
@@ -153,7 +155,7 @@ def test_neither_the_token_nor_the_hubs_text_is_repeated(answers: Any) -> None:
 def test_without_a_token_a_401_asks_for_a_login(hub: str, tmp_path: Path) -> None:
     found, _ = ask(hub, tmp_path, "t/login")
     assert found["t/login"]["code"] == 6
-    assert "wants a login (401)" in found["t/login"]["cause"]
+    assert "login (401)" in found["t/login"]["cause"]
     assert "HF_TOKEN" in found["t/login"]["hint"]
 
 
@@ -169,7 +171,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t/file429", "t/
 
 
 @pytest.mark.parametrize("name", ["t/code429", "t/code500", "t/code503", *SLOW])
-def test_a_hub_that_is_busy_or_broken_is_named_by_its_answer(hub: str, tmp_path: Path, name: str) -> None:
+def test_an_error_answer_is_in_the_message(hub: str, tmp_path: Path, name: str) -> None:
     found, _ = ask(hub, tmp_path, name)
     assert found[name]["code"] == 7, found
     assert f"the hub answered {name[-3:]}" in found[name]["cause"]
@@ -177,18 +179,18 @@ def test_a_hub_that_is_busy_or_broken_is_named_by_its_answer(hub: str, tmp_path:
     assert found[name]["seconds"] < 60
 
 
-def test_a_model_is_fetched_once_and_then_found_without_the_hub(hub: str, tmp_path: Path) -> None:
+def test_a_model_is_downloaded_once_and_later_needs_no_hub(hub: str, tmp_path: Path) -> None:
     first, _ = ask(hub, tmp_path, "t/good")
     folder = Path(first["t/good"]["folder"])
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)  # and no pickle
     assert not [path for _, path, _ in Hub.seen if "/resolve/" in path and "original" in path]
     again, output = ask("http://127.0.0.1:9", tmp_path, "t/good", "T/Good")
     assert again["t/good"]["folder"] == str(folder)
-    assert "downloading" in output  # of the other spelling
+    assert "downloading" in output  # for the other spelling
     assert again["T/Good"]["code"] == 7
 
 
-def test_a_hub_that_asks_for_hours_is_not_waited_for(hub: str, tmp_path: Path) -> None:
+def test_long_waits_are_refused(hub: str, tmp_path: Path) -> None:
     found, output = ask(hub, tmp_path, "t/wait429", "t/waitlimit")
     for name, hint in (("t/wait429", "24.0 h"), ("t/waitlimit", "60 min")):
         assert found[name].get("code") == 7, found
@@ -198,10 +200,10 @@ def test_a_hub_that_asks_for_hours_is_not_waited_for(hub: str, tmp_path: Path) -
     assert "Traceback" not in output
 
 
-def test_a_hub_that_breaks_off_or_has_no_such_name(hub: str, tmp_path: Path) -> None:
+def test_a_lost_connection_and_an_unknown_host(hub: str, tmp_path: Path) -> None:
     found, output = ask(hub, tmp_path, "t/drop")
     nowhere, _ = ask("http://hub.invalid", tmp_path, "t/any")
-    assert "the connection to the hub broke off" in found["t/drop"]["cause"]
+    assert "the connection to the hub was lost" in found["t/drop"]["cause"]
     assert "can't be reached: the name hub.invalid can't be resolved" in nowhere["t/any"]["cause"]
     for each in (found["t/drop"], nowhere["t/any"]):
         assert each["code"] == 7 and each["hint"]
@@ -210,7 +212,7 @@ def test_a_hub_that_breaks_off_or_has_no_such_name(hub: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_finished_files_are_kept_when_another_is_cut(hub: str, tmp_path: Path) -> None:
+def test_complete_files_are_kept_when_a_download_is_truncated(hub: str, tmp_path: Path) -> None:
     ask(hub, tmp_path, "t/cut")
     kept = [path for path in tmp_path.rglob("blobs/*") if path.is_file() and not path.name.endswith(".incomplete")]
     assert {path.name for path in kept} >= {"config.json", "tokenizer.json"}
@@ -221,7 +223,7 @@ def test_finished_files_are_kept_when_another_is_cut(hub: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_download_that_is_cut_is_told_and_not_taken_for_whole(hub: str, tmp_path: Path) -> None:
+def test_a_truncated_download_is_an_error(hub: str, tmp_path: Path) -> None:
     found, output = ask(hub, tmp_path, "t/cut")
     assert found["t/cut"].get("code") == 7, found
     assert "Traceback" not in output
@@ -231,7 +233,7 @@ def test_a_download_that_is_cut_is_told_and_not_taken_for_whole(hub: str, tmp_pa
 @pytest.mark.parametrize(
     ("env", "words"), [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"), ({}, "the connection is refused")]
 )
-def test_offline_is_its_own_message(tmp_path: Path, env: dict[str, str], words: str) -> None:
+def test_offline_has_its_own_message(tmp_path: Path, env: dict[str, str], words: str) -> None:
     found, _ = ask("http://127.0.0.1:9", tmp_path, "t/any", **env)
     assert found["t/any"]["code"] == 7
     assert f"can't be reached: {words}" in found["t/any"]["cause"]
@@ -265,18 +267,18 @@ def test_offline_is_its_own_message(tmp_path: Path, env: dict[str, str], words: 
     ],
 )
 def test_names_that_are_neither_folders_nor_hub_ids_are_refused_at_once(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(catalog, "_download", lambda *_: pytest.fail("the hub was asked"))
-    assert catalog.locate(name) is None
+    monkeypatch.setattr(hub_models, "download_model", lambda *_: pytest.fail("requested from the hub"))
+    assert lookup.locate(name) is None
     with pytest.raises(ModelError) as error:
-        catalog.resolve(name, None, PlainReporter())
+        lookup.resolve(name, None, PlainReporter())
     assert error.value.exit_code in (4, 5)
     assert error.value.hint
 
 
-def test_known_names_are_known_in_any_case() -> None:
-    assert catalog.canonical("SmolLM2-135M") == "smollm2-135m"
-    assert catalog.canonical("META-LLAMA/llama-3.2-1b-instruct") == "meta-llama/Llama-3.2-1B-Instruct"
-    assert catalog.canonical("else") == "else"
+def test_known_names_in_any_case() -> None:
+    assert catalog.canonical_name("SmolLM2-135M") == "smollm2-135m"
+    assert catalog.canonical_name("META-LLAMA/llama-3.2-1b-instruct") == "meta-llama/Llama-3.2-1B-Instruct"
+    assert catalog.canonical_name("else") == "else"
 
 
 @pytest.mark.parametrize("text", ["", "  \n\n", None, b"\xff\xfe"])
@@ -285,15 +287,15 @@ def test_a_token_that_cannot_be_read_is_a_config_error(tmp_path: Path, text: Any
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match="hf-token"):
-        catalog.read_token(str(path))
+        hub_models.read_token(str(path))
 
 
 def test_a_token_is_read_from_standard_input(monkeypatch: Any) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\nmore\n"))
-    assert catalog.read_token("-") == Secret(TOKEN)
-    assert catalog.read_token(None) is None
+    assert hub_models.read_token("-") == Secret(TOKEN)
+    assert hub_models.read_token(None) is None
 
 
 @pytest.fixture
@@ -346,7 +348,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index names a parent": (lambda folder: _index(folder, {"a": "../model.safetensors"}), "outside the folder"),
     "index names a root": (lambda folder: _index(folder, {"a": "/etc/passwd"}), "outside the folder"),
     "index names dots": (lambda folder: _index(folder, {"a": ".."}), "model.safetensors"),
-    "index names numbers": (lambda folder: _index(folder, {"a": 5}), "outside the folder"),
+    "index names numbers": (lambda folder: _index(folder, {"a": 5}), "can't be read"),
     "index names lists": (lambda folder: _index(folder, {"a": [1]}), "can't be read"),
     "index is a list": (lambda folder: _index(folder, []), "can't be read"),
     "index is empty": (lambda folder: _index(folder, {}), "no safetensors weights"),
@@ -358,11 +360,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
-def test_a_folder_that_cannot_be_tuned_is_refused_with_its_cause(folder: Path, name: str) -> None:
+def test_bad_folders_are_refused_with_their_cause(folder: Path, name: str) -> None:
     spoil, words = BAD_FOLDERS[name]
     spoil(folder)
     with pytest.raises(ModelError) as error:
-        catalog.resolve(str(folder), None, PlainReporter())
+        lookup.resolve(str(folder), None, PlainReporter())
     assert error.value.exit_code == 4
     if name != "index names dots":
         assert words in error.value.cause
@@ -371,23 +373,14 @@ def test_a_folder_that_cannot_be_tuned_is_refused_with_its_cause(folder: Path, n
     assert error.value.hint
 
 
-def test_a_good_folder_and_its_shards_are_taken(folder: Path) -> None:
-    assert catalog.resolve(str(folder), None, PlainReporter()) == folder == catalog.locate(str(folder))
+def test_a_good_folder_with_shards(folder: Path) -> None:
+    assert lookup.resolve(str(folder), None, PlainReporter()) == folder == lookup.locate(str(folder))
     shutil.copyfile(folder / "model.safetensors", folder / "second.safetensors")
     _index(folder, {"a": "model.safetensors", "b": "second.safetensors"})
-    assert [path.name for path in catalog.weight_files(folder)] == ["model.safetensors", "second.safetensors"]
+    assert [path.name for path in weight_files(folder)] == ["model.safetensors", "second.safetensors"]
 
 
-def test_a_file_is_no_model(folder: Path) -> None:
+def test_a_file_is_not_a_model(folder: Path) -> None:
     with pytest.raises(ModelError, match="not a model folder"):
-        catalog.resolve(str(folder / "config.json"), None, PlainReporter())
-    assert catalog.locate(str(folder / "config.json")) is None
-
-
-def test_models_in_the_cache_are_listed(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
-    assert catalog.cached_models() == []
-    (tmp_path / "models" / "b").mkdir(parents=True)
-    (tmp_path / "models" / "a").mkdir()
-    (tmp_path / "models" / "file").write_text("")
-    assert [path.name for path in catalog.cached_models()] == ["a", "b"]
+        lookup.resolve(str(folder / "config.json"), None, PlainReporter())
+    assert lookup.locate(str(folder / "config.json")) is None

