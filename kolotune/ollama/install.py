@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kolotune.foundation.errors import ArtifactError, ConfigError, OllamaError
-from kolotune.foundation.files import write_json
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
+from kolotune.run_folder.installed import InstalledModel, read_installed, write_installed
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import Result, open_result
 
@@ -101,12 +100,12 @@ def installed_name(run: RunFolder) -> str:
         ConfigError: it was not.
     """
     run.require()
-    try:
-        return str(json.loads(run.installed.read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+    model = read_installed(run)
+    if model is None:
         raise ConfigError(
             f"{run.root}: has not been put into Ollama", f"Do that first: kolotune install {run.root} NAME"
-        ) from None
+        )
+    return model.name
 
 
 class OllamaChat:
@@ -202,7 +201,7 @@ def _send(result: Result, server: OllamaClient, reporter: Reporter) -> None:
 
 
 def _finish(run: RunFolder, result: Result, name: str, server: OllamaClient, reporter: Reporter, text: str) -> None:
-    write_json(run.installed, {"name": name, "quantization": result.quantization})
+    write_installed(run, InstalledModel(name, result.quantization))
     digest = server.digest(name)
     reporter.success(text)
     reporter.note(f"weights sha256:{result.sha256[:12]}, model {digest.removeprefix('sha256:')[:12]}, as sent")

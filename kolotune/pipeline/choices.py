@@ -62,8 +62,8 @@ def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAM
 
 def write_choices(folder: RunFolder, choices: Choices) -> None:
     """Keep the choices for later runs in the folder."""
-    made = {name: value for name, value in dataclasses.asdict(choices).items() if value is not None}
-    typed_storage.write(folder.choices, made)
+    chosen = {name: value for name, value in dataclasses.asdict(choices).items() if value is not None}
+    typed_storage.write(folder.choices, chosen)
 
 
 def _read_choices(folder: RunFolder) -> Choices:

@@ -118,8 +118,8 @@ def _run_stage(stage: Stage, reasons: Sequence[Reason], context: Context, report
         _mark_failed(context, stage, explanation)
         raise explanation from error
     remove_mark(context.run, stage.NAME)
-    made = ", ".join(f"{path.name} ({format_size(size_of(path))})" for path in stage.outputs(context))
-    reporter.success(f"{stage.NAME}: {made or 'nothing to make'} in {time.monotonic() - clock:.1f} s")
+    outputs = ", ".join(f"{path.name} ({format_size(size_of(path))})" for path in stage.outputs(context))
+    reporter.success(f"{stage.NAME}: {outputs or 'nothing to make'} in {time.monotonic() - clock:.1f} s")
 
 
 def _mark_failed(context: Context, stage: Stage, error: KolotuneError) -> None:

@@ -191,10 +191,12 @@ def _matching_records(stages: Sequence[Stage], context: Context) -> dict[str, Re
         if record is None or record.options != typed_storage.through_json(stage.options(context.config)):
             return None
         done[stage.NAME] = record
-    made = {context.run.root / name: each.sha256 for record in done.values() for name, each in record.outputs.items()}
+    outputs = {
+        context.run.root / name: file.sha256 for record in done.values() for name, file in record.outputs.items()
+    }
     for stage in stages:
         inputs = done[stage.NAME].inputs
-        if any(inputs.get(label) != made[path] for label, path in stage.inputs(context).items() if path in made):
+        if any(inputs.get(label) != outputs[path] for label, path in stage.inputs(context).items() if path in outputs):
             return None
     return done
 

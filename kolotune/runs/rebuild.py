@@ -151,8 +151,8 @@ def _recorded_threads(manifest: Manifest) -> Iterator[None]:
 
 def _changes(then: Manifest, now: Manifest) -> list[tuple[str, str, str]]:
     before, after = _environment(then), _environment(now)
-    values = [(name, before.get(name, "-"), after.get(name, "-")) for name in sorted({*before, *after})]
-    return [each for each in values if each[1] != each[2]]
+    names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    return [(name, before.get(name, "-"), after.get(name, "-")) for name in names]
 
 
 def _environment(manifest: Manifest) -> dict[str, str]:

@@ -194,12 +194,12 @@ def _is_same(artifact: Artifact | None, output: FileHash | None) -> bool:
 
 def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[Difference]:
     """Check that every stage read what the manifest says that another one made."""
-    made = {context.run.root / name: artifact.sha256 for name, artifact in manifest.artifacts.items()}
+    outputs = {context.run.root / name: artifact.sha256 for name, artifact in manifest.artifacts.items()}
     for stage in stages_of(context):
         if stage.NAME in manifest.stages:
             recorded = manifest.stages[stage.NAME].inputs
             for label, path in stage.inputs(context).items():
-                if path in made and label in recorded and recorded[label] != made[path]:
+                if path in outputs and label in recorded and recorded[label] != outputs[path]:
                     yield Difference(DifferenceKind.STAGE_INPUT, stage.NAME, label)
 
 

@@ -85,20 +85,20 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
         source = hasher.of(folder.gguf)
         matrix = _importance_matrix(context, previous.importance_matrix, reporter)
         matrices = {name: matrix["sha256"] for name in _made_with_matrix(context)}
-        made = {
+        files = {
             name: file
             for name, file in previous.made.items()
             if _is_current(name, file, source, matrices.get(name), context, reporter)
         }
         for name in names:
-            if name not in made:
+            if name not in files:
                 reporter.doing(f"quantizing to {name}")
                 target = folder.quantized(name)
                 imatrix = folder.importance_matrix if name in matrices else None
                 quantize.quantize_file(folder.gguf, target, name, folder.log(NAME), reporter, imatrix)
-                made[name] = QuantizedFile(source, hasher.of(target), matrices.get(name))
+                files[name] = QuantizedFile(source, hasher.of(target), matrices.get(name))
     return {
-        "made": {name: _as_fact(file) for name, file in made.items()},
+        "made": {name: _as_fact(file) for name, file in files.items()},
         **({"importance_matrix": matrix} if matrix else {}),
         **facts,
     }
