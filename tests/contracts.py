@@ -1,6 +1,6 @@
-"""What every engine owes on every runner: the same results, records that hold, work that goes on.
+"""Contracts of every engine on every runner: the same results, correct records, resumable work.
 
-An engine is one more entry of `ENGINES`, a runner one of `RUNNERS`; those in a container need a Docker engine
+A new engine is one more entry of `ENGINES`, a new runner one of `RUNNERS`; the container needs a Docker engine
 (`make test-container`).
 """
 
@@ -53,7 +53,7 @@ def runner(request: pytest.FixtureRequest) -> Runner:
 
 
 def flags(engine: str, base: Path, **more: Any) -> list[str]:
-    """Options of a small run; not compiled, since the container has no compiler and both must be the same."""
+    """Return the options of a small run. It is not compiled, because the container has no compiler."""
     options = {
         "base-model": base, "engine": engine, "dtype": "fp32", "compile": "off", "epochs": 2, "lora-rank": 2,
         "lora-dropout": 0.1, "batch-size": 2, "learning-rate": 1e-2, "eval-split": 0.2,
@@ -63,7 +63,7 @@ def flags(engine: str, base: Path, **more: Any) -> list[str]:
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with chats."""
     write_chats(tmp_path)
     return tmp_path
@@ -86,68 +86,68 @@ def states(runner: Runner, cwd: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> Callable[[str], dict[str, str]]:
     """The results of the same run on this machine, made once for each engine."""
-    made: dict[str, dict[str, str]] = {}
+    known: dict[str, dict[str, str]] = {}
 
     def of(engine: str) -> dict[str, str]:
-        if engine not in made:
+        if engine not in known:
             folder = tmp_path_factory.mktemp(engine)
             write_chats(folder)
             argv = [sys.executable, "-m", "kolotune", "run", "chats.jsonl", *flags(engine, small_base)]
             done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=570)
             assert done.returncode == 0, done.stdout + done.stderr
-            made[engine] = results(folder / "outputs")
-        return made[engine]
+            known[engine] = results(folder / "outputs")
+        return known[engine]
 
     return of
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_makes_the_same_everywhere_and_a_rerun_nothing(
-    engine: str, runner: Runner, room: Path, small_base: Path, undisturbed: Callable[[str], dict[str, str]]
+def test_a_run_has_the_same_results_everywhere_and_a_second_one_does_nothing(
+    engine: str, runner: Runner, folder: Path, small_base: Path, undisturbed: Callable[[str], dict[str, str]]
 ) -> None:
-    code, output = runner("run", "chats.jsonl", *flags(engine, small_base), cwd=room)
+    code, output = runner("run", "chats.jsonl", *flags(engine, small_base), cwd=folder)
     assert code == 0, output
     expected = undisturbed(engine)
-    assert len(expected) == 7 and results(room / "outputs") == expected
-    assert set(states(runner, room).items()) == {(name, "done") for name in STAGES_WITHOUT_COMPARE}
-    code, output = runner("run", "chats.jsonl", *flags(engine, small_base), cwd=room)
+    assert len(expected) == 7 and results(folder / "outputs") == expected
+    assert set(states(runner, folder).items()) == {(name, "done") for name in STAGES_WITHOUT_COMPARE}
+    code, output = runner("run", "chats.jsonl", *flags(engine, small_base), cwd=folder)
     assert code == 0 and output.count("done before") == len(STAGES_WITHOUT_COMPARE)
-    assert results(room / "outputs") == expected
-    code, output = runner("run", "chats.jsonl", *flags(engine, small_base, quantization="Q8_0"), cwd=room)
+    assert results(folder / "outputs") == expected
+    code, output = runner("run", "chats.jsonl", *flags(engine, small_base, quantization="Q8_0"), cwd=folder)
     assert code == 0 and output.count("done before") == 4, output
-    assert (room / "outputs" / "MergedQ8_0.gguf").is_file()
+    assert (folder / "outputs" / "MergedQ8_0.gguf").is_file()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_interrupted_training_goes_on_from_its_checkpoint(
-    engine: str, runner: Runner, room: Path, small_base: Path
+def test_an_interrupted_training_resumes_from_its_checkpoint(
+    engine: str, runner: Runner, folder: Path, small_base: Path
 ) -> None:
     options = flags(engine, small_base, epochs=400, **{"checkpoint-steps": 5})
-    child = runner.start("run", "chats.jsonl", *options, "--json", cwd=room)
+    child = runner.start("run", "chats.jsonl", *options, "--json", cwd=folder)
     assert child.stdout is not None
     for line in child.stdout:
         event = json.loads(line)
         if event["event"] == "progress" and event["title"] == "training" and event["done"] >= 20:
             break
     else:
-        pytest.fail(f"it ended by itself: {child.wait()}")
+        pytest.fail(f"it ended too early: {child.wait()}")
     time.sleep(0.5)
     child.terminate()
     output = child.communicate(timeout=120)[0]
     assert child.returncode == 130, output
-    assert states(runner, room)["train"] == "interrupted"
-    seen = []
-    child = runner.start("train", "outputs", "--use-checkpoint", "--json", cwd=room)
+    assert states(runner, folder)["train"] == "interrupted"
+    steps = []
+    child = runner.start("train", "outputs", "--use-checkpoint", "--json", cwd=folder)
     assert child.stdout is not None
     for line in child.stdout:
         event = json.loads(line)
         if event["event"] == "progress" and event["title"] == "training":
-            seen.append(event["done"])
-            if len(seen) > 2:
+            steps.append(event["done"])
+            if len(steps) > 2:
                 child.terminate()
                 break
     child.communicate(timeout=120)
-    assert seen and seen[0] >= 20, seen
+    assert steps and steps[0] >= 20, steps
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -155,29 +155,28 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     ("chats", "more", "expected"),
     [("none.jsonl", [], 3), ("chats.jsonl", ["--base-model=./nowhere"], 5), ("chats.jsonl", ["--epochs=x"], 2)],
 )
-def test_errors_have_the_same_codes_and_words(
-    chats: str, more: list[str], expected: int, engine: str, runner: Runner, room: Path, small_base: Path
+def test_errors_have_the_same_codes_everywhere(
+    chats: str, more: list[str], expected: int, engine: str, runner: Runner, folder: Path, small_base: Path
 ) -> None:
-    code, output = runner("run", chats, *flags(engine, small_base), *more, cwd=room)
+    code, output = runner("run", chats, *flags(engine, small_base), *more, cwd=folder)
     assert code == expected, output
     assert "Traceback" not in output and "/runs/" not in output
-    wanted = {3: "none.jsonl", 5: "nowhere", 2: "epochs"}[expected]
-    assert wanted in output
+    assert {3: "none.jsonl", 5: "nowhere", 2: "epochs"}[expected] in output
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_failed_training_is_told_with_its_log(engine: str, runner: Runner, room: Path, small_base: Path) -> None:
-    """A learning rate that can't go well, from one weight that is no number."""
+def test_a_failed_training_leaves_its_log(engine: str, runner: Runner, folder: Path, small_base: Path) -> None:
+    """One weight of the base model is NaN."""
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    broken = Path(shutil.copytree(small_base, room / "broken"))
+    broken = Path(shutil.copytree(small_base, folder / "broken"))
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    code, output = runner("run", "chats.jsonl", *flags(engine, broken), cwd=room)
+    code, output = runner("run", "chats.jsonl", *flags(engine, broken), cwd=folder)
     assert code == 9, output
-    assert states(runner, room)["train"] == "failed"
-    assert (room / "outputs" / ".kolotune" / "logs" / "train.log").is_file()
-    assert not (room / "outputs" / "adapter").exists()
+    assert states(runner, folder)["train"] == "failed"
+    assert (folder / "outputs" / ".kolotune" / "logs" / "train.log").is_file()
+    assert not (folder / "outputs" / "adapter").exists()

@@ -1,4 +1,4 @@
-"""A second container, for what is broken here."""
+"""A second container, for tests that break it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.docker_engine import Client
 
 @pytest.fixture
 def other(image: Client) -> Iterator[str]:
-    """The name of a second container, whose name is similar to that of the first; it is removed at the end."""
+    """The name of a second container, similar to that of the first; it is removed after the test."""
     name = "kolo_container2"
     yield name
     image.forget(name)

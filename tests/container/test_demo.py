@@ -1,4 +1,4 @@
-"""The demo, on the real small model: what the container makes is what this machine makes, bit for bit."""
+"""The demo, on the real small model: the container and this machine make the same files, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from support.runs import results
 
 NAME = "kolo_demo"
 
-# Not among those of `make test-container`: it trains twice, some minutes. `make test-all` runs it.
+# `make test-all` runs it, `make test-container` does not: it trains twice, which takes some minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
-def fetching(image: Client) -> Iterator[Client]:
-    """A container of its own, which may fetch the model."""
+def networked(image: Client) -> Iterator[Client]:
+    """A separate container, which may download the model."""
     image.forget(NAME)
     code, output = image("container", "start", NAME, "--network", "host", *certificates(), cwd=image.folder)
     assert code == 0, output
@@ -28,14 +28,14 @@ def fetching(image: Client) -> Iterator[Client]:
     image.forget(NAME)
 
 
-def test_the_demo_is_the_same_in_the_container(sample_chats: Path, fetching: Client, tmp_path: Path) -> None:
-    # Without a compiler in the image, as here, the step there is PyTorch's.
-    chosen = ["--template-date", "2026-01-02", "--compile", "off"]
-    command = ["run", "--config", str(sample_chats.parent / "kolotune.yaml"), *chosen]
-    code, output = fetching(*command, "--output-dir", "inside", f"--container={NAME}", cwd=tmp_path)
+def test_the_demo_is_the_same_in_the_container(sample_chats: Path, networked: Client, tmp_path: Path) -> None:
+    # This image has no compiler, so training runs without compiled kernels.
+    options = ["--template-date", "2026-01-02", "--compile", "off"]
+    command = ["run", "--config", str(sample_chats.parent / "kolotune.yaml"), *options]
+    code, output = networked(*command, "--output-dir", "inside", f"--container={NAME}", cwd=tmp_path)
     assert code == 0, output
     argv = [sys.executable, "-m", "kolotune", *command, "--output-dir", "here"]
-    # What this machine has chosen for its BLAS the container does not know, and another kernel has other last bits.
+    # The container does not know this machine's choice of a BLAS kernel, and another one gives other last bits.
     env = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

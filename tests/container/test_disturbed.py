@@ -1,4 +1,4 @@
-"""The container, or Docker, is paused, restarted, stopped or removed while a verb runs: told, and nothing is lost."""
+"""The container, or Docker, is paused, restarted, stopped or removed while a verb runs: nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from contracts import flags, write_chats
-from support.docker_engine import NAME, Client, told, until_said, until_training
+from support.docker_engine import NAME, Client, read_until, require_error, until_training
 from support.runs import results
 
 from kolotune.engines.native.checkpoints import TENSORS
@@ -32,13 +32,13 @@ GONE_SECONDS = 10.0
 
 
 def _command(base: Path, *more: str) -> list[str]:
-    """A run whose training takes some seconds and has a checkpoint all the time."""
+    """Return a run that trains for some seconds and writes checkpoints all the time."""
     return ["run", "chats.jsonl", *flags("native", base, epochs=60, **{"checkpoint-steps": 10}), *more]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(image: Client, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The results of that run when nothing disturbs it."""
+    """The results of that run without a disturbance."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_chats(folder)
     image.bring_up("kolo_undisturbed")
@@ -49,17 +49,17 @@ def undisturbed(image: Client, small_base: Path, tmp_path_factory: pytest.TempPa
 
 
 def _until_checkpoint(client: Client, name: str) -> None:
-    """Waits until a training inside has something to go on from."""
+    """Wait until the training inside has a checkpoint."""
     while not client.inside("find", "/runs", "-path", "*/checkpoints/*", "-name", TENSORS, name=name):
         time.sleep(0.1)
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What is done to the container, or to Docker, and what the client says of it."""
+    """What happens to the container or to Docker, and possible error messages of the client."""
 
     do: Callable[[Client, str], Any]
-    words: tuple[str, ...]
+    messages: tuple[str, ...]
     downs_docker: bool = False
 
 
@@ -69,11 +69,11 @@ DISTURBANCES = {
     "restarted at once": Disturbance(lambda client, name: client.api.restart(name, timeout=0), (_RESTARTED,)),
     "stopped": Disturbance(lambda client, name: client.api.stop(name, timeout=5), (_RESTARTED,)),
     "killed": Disturbance(lambda client, name: client.api.kill(name), (_RESTARTED,)),
-    # Docker takes it apart step by step, and the client may look in between.
+    # Docker removes it in several steps, and the client may look in between.
     "removed": Disturbance(
         lambda client, name: client.api.remove_container(name, force=True), ("was removed during run", _RESTARTED)
     ),
-    # It stops its containers first, and answers as long as it does that.
+    # Docker stops its containers first, and still answers meanwhile.
     "docker is stopped": Disturbance(lambda client, _: client.engine.end(), (_DOWN, _RESTARTED), downs_docker=True),
     "docker is killed": Disturbance(lambda client, _: client.engine.end(signal.SIGKILL), (_DOWN,), downs_docker=True),
 }
@@ -81,7 +81,7 @@ DISTURBANCES = {
 
 @pytest.fixture
 def restored(image: Client) -> Iterator[None]:
-    """Afterwards the engine runs, and the tests' first container where there is one."""
+    """After the test, start the engine again, and the first container if there is one."""
     yield
     if not image.engine.is_up():
         image.engine.start()
@@ -90,9 +90,9 @@ def restored(image: Client) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "how", [each if each == "stopped" else pytest.param(each, marks=SLOW) for each in DISTURBANCES]
+    "how", [name if name == "stopped" else pytest.param(name, marks=SLOW) for name in DISTURBANCES]
 )
-def test_the_same_command_finishes(
+def test_the_same_command_finishes_the_run(
     how: str, image: Client, other: str, restored: None, small_base: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     disturbance = DISTURBANCES[how]
@@ -105,24 +105,24 @@ def test_the_same_command_finishes(
     disturbance.do(image, other)
     rest = child.communicate(timeout=60)[0]
     assert child.returncode == 22, rest
-    told(rest, "run the same command again", f"kolotune container start {other}")
-    assert any(words in rest for words in disturbance.words), rest
+    require_error(rest, "run the same command again", f"kolotune container start {other}")
+    assert any(message in rest for message in disturbance.messages), rest
     if disturbance.downs_docker:
         code, output = image(*command, cwd=tmp_path)
         assert code == 15, output
-        told(output, "not running, or not installed")
+        require_error(output, "not running, or not installed")
         image.engine.start()
     image.bring_up(other)
     code, output = image(*command, cwd=tmp_path)
     assert code == 0, output
     assert "prepare: done before" in output, output
-    # A Docker that is killed leaves the container running: the training may have come to its end without it.
+    # When Docker is killed the container keeps running, so the training may have finished.
     assert "going on from step" in output or (how == "docker is killed" and "train: done before" in output), output
     assert results(tmp_path / "outputs") == undisturbed
     assert image.idle_within(1, other)
 
 
-def test_a_pause_is_told_and_waited_for(
+def test_a_pause_is_reported_and_waited_for(
     image: Client, other: str, small_base: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     image.bring_up(other)
@@ -130,9 +130,9 @@ def test_a_pause_is_told_and_waited_for(
     child = image.start(*_command(small_base, f"--container={other}"), cwd=tmp_path)
     until_training(child)
     image.api.pause(other)
-    began = time.monotonic()
-    line = until_said(child, "is paused, and run is waiting")
-    assert time.monotonic() - began < NOTICED_SECONDS
+    paused = time.monotonic()
+    line = read_until(child, "is paused, and run is waiting")
+    assert time.monotonic() - paused < NOTICED_SECONDS
     assert f"docker unpause {other}" in line
     time.sleep(2 * process._LOOK_SECONDS)
     assert child.poll() is None
@@ -145,7 +145,7 @@ def test_a_pause_is_told_and_waited_for(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 @SLOW
-def test_nothing_stays_behind_of_a_client_that_ends_during_a_pause(
+def test_a_client_that_ends_during_a_pause_leaves_no_process_behind(
     how: signal.Signals, image: Client, other: str, small_base: Path, tmp_path: Path
 ) -> None:
     image.bring_up(other)
@@ -153,9 +153,9 @@ def test_nothing_stays_behind_of_a_client_that_ends_during_a_pause(
     child = image.start(*_command(small_base, f"--container={other}"), cwd=tmp_path)
     until_training(child)
     image.api.pause(other)
-    until_said(child, "is paused")
+    read_until(child, "is paused")
     child.send_signal(how)
-    if how == signal.SIGINT:  # it waits for the process inside, until it is asked a second time
+    if how == signal.SIGINT:  # the client waits for the process inside, until the second interruption
         time.sleep(2)
         assert child.poll() is None
         child.send_signal(how)
@@ -169,7 +169,7 @@ def test_nothing_stays_behind_of_a_client_that_ends_during_a_pause(
 
 @pytest.fixture
 def volume(image: Client, other: str, monkeypatch: pytest.MonkeyPatch) -> Volume:
-    """The second container as the client's own code sees it."""
+    """The volume of the second container."""
     image.bring_up(other)
     monkeypatch.setenv("DOCKER_HOST", image.engine.host)
     docker = Docker()
@@ -179,8 +179,8 @@ def volume(image: Client, other: str, monkeypatch: pytest.MonkeyPatch) -> Volume
 _SLEEP = [names.PYTHON, "-c", "import time; time.sleep(30)"]
 
 
-def _ignore(piece: bytes, is_stderr: bool) -> None:
-    del piece, is_stderr
+def _ignore(chunk: bytes, is_stderr: bool) -> None:
+    del chunk, is_stderr
 
 
 def _until_started(client: Client, name: str) -> None:
@@ -189,10 +189,10 @@ def _until_started(client: Client, name: str) -> None:
 
 
 @SLOW
-def test_a_pause_is_not_waited_for_without_end(
+def test_the_wait_for_a_pause_ends(
     volume: Volume, image: Client, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(process, "_STILL_SECONDS", 2.0)
+    monkeypatch.setattr(process, "_PAUSED_SECONDS", 2.0)
     running = ContainerProcess(volume.docker, volume.container, _SLEEP, doing="train", reporter=PlainReporter())
     _until_started(image, other)
     image.api.pause(other)
@@ -202,11 +202,9 @@ def test_a_pause_is_not_waited_for_without_end(
     assert capsys.readouterr().out.count(f"warning: container {other}: is paused") == 1
 
 
-# A pause that hits what Docker is just starting can leave Docker itself hanging (runc under cgroups of version 1).
+# A pause while Docker starts a process can make Docker itself hang (runc with cgroups v1).
 @pytest.mark.parametrize("is_started", [True, pytest.param(False, marks=SLOW)])
-def test_a_short_question_does_not_wait_for_a_pause(
-    is_started: bool, volume: Volume, image: Client, other: str
-) -> None:
+def test_a_short_command_does_not_wait_for_a_pause(is_started: bool, volume: Volume, image: Client, other: str) -> None:
     running = ContainerProcess(volume.docker, volume.container, _SLEEP, doing="a question")
     if is_started:
         _until_started(image, other)
@@ -218,10 +216,10 @@ def test_a_short_question_does_not_wait_for_a_pause(
 
 
 @SLOW
-def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
+def test_a_verb_waits_while_docker_copies_files_of_another_client(
     volume: Volume, other: str, image: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As long as it takes a file in, it answers nothing about that container: that is no reason to give a verb up."""
+    """While Docker copies files in, it answers no request about that container. The verb goes through."""
     seconds = 3 * process._LOOK_SECONDS
 
     def slowly() -> Iterator[bytes]:
@@ -235,17 +233,17 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
     sending = threading.Thread(target=image.api.put_archive, args=(other, "/runs", slowly()))
     sending.start()
     volume.docker.api.timeout = 1
-    heard: list[bytes] = []
-    assert running.wait(lambda piece, is_stderr: heard.append(piece)) == 0
+    chunks: list[bytes] = []
+    assert running.wait(lambda chunk, is_stderr: chunks.append(chunk)) == 0
     sending.join()
-    assert b"".join(heard) == b"done\n"
+    assert b"".join(chunks) == b"done\n"
     output = capsys.readouterr().out
     assert output.count("warning: ") == 1 and "Docker has not answered for 1 s" in output
     assert f"container {other}: train continues" in output
 
 
 @pytest.mark.parametrize(
-    ("do", "words"),
+    ("disturb", "message"),
     [
         (lambda api, name: api.stop(name, timeout=5), "was stopped or restarted"),
         (lambda api, name: api.remove_container(name, force=True), "was removed"),
@@ -253,12 +251,12 @@ def test_docker_that_is_busy_with_the_files_of_others_is_waited_for(
     ids=["stopped", "removed"],
 )
 @SLOW
-def test_it_goes_between_two_questions(
-    do: Callable[[Any, str], None], words: str, volume: Volume, image: Client, other: str
+def test_the_container_goes_away_between_two_commands(
+    disturb: Callable[[Any, str], None], message: str, volume: Volume, image: Client, other: str
 ) -> None:
     assert volume.ask(list[bool], "have", "/runs") == [True]
-    do(image.api, other)
-    with pytest.raises(ContainerLostError, match=f"{words} during the exchange of files"):
+    disturb(image.api, other)
+    with pytest.raises(ContainerLostError, match=f"{message} during the exchange of files"):
         volume.ask(list[bool], "have", "/runs")
 
 
@@ -270,7 +268,7 @@ def _large(folder: Path) -> Path:
 
 
 def _half_sent(client: Client, name: str) -> list[Path]:
-    """What lies on the volume in part; seen from outside, since Docker answers nothing while it takes files in."""
+    """Return partial files on the volume, read from the host: Docker does not answer while it copies files in."""
     return list(Path(client.api.inspect_volume(f"{name}_runs")["Mountpoint"]).glob(".*.partial"))
 
 
@@ -281,10 +279,10 @@ def _until_sending(client: Client, name: str) -> None:
 
 @pytest.mark.parametrize("whose", ["container", "docker"])
 @SLOW
-def test_what_is_sent_when_it_goes_down(
+def test_the_container_or_docker_goes_away_while_files_are_sent(
     whose: str, volume: Volume, image: Client, other: str, restored: None, tmp_path: Path
 ) -> None:
-    """It is never taken for whole, and is gone after the next start."""
+    """Partial files are never used, and the next start removes them."""
     path, caught = _large(tmp_path), []
     first = image.api.inspect_container(other)["State"]["Pid"]
 
@@ -312,7 +310,7 @@ def test_what_is_sent_when_it_goes_down(
 
 
 @SLOW
-def test_docker_goes_down_while_something_comes_out(volume: Volume, image: Client, other: str, restored: None) -> None:
+def test_docker_goes_away_while_files_are_fetched(volume: Volume, image: Client, other: str, restored: None) -> None:
     image.inside("dd", "if=/dev/zero", "of=/runs/large", "bs=1M", "count=100", name=other)
     chunks, _ = image.api.get_archive(other, "/runs/large")
     with (
@@ -325,7 +323,7 @@ def test_docker_goes_down_while_something_comes_out(volume: Volume, image: Clien
 
 
 @SLOW
-def test_a_client_that_is_killed_while_it_sends(image: Client, other: str, tmp_path: Path) -> None:
+def test_the_client_is_killed_while_it_sends_files(image: Client, other: str, tmp_path: Path) -> None:
     image.bring_up(other)
     child = image.start("check", _large(tmp_path), f"--container={other}", cwd=tmp_path)
     _until_sending(image, other)
@@ -339,7 +337,7 @@ def test_a_client_that_is_killed_while_it_sends(image: Client, other: str, tmp_p
     assert "large" not in image.inside("find", str(names.INPUTS), name=other)
 
 
-def test_a_container_of_a_similar_name_is_never_touched(
+def test_a_container_of_a_similar_name_is_left_alone(
     container: Client, other: str, small_base: Path, tmp_path: Path
 ) -> None:
     container.bring_up(other)
@@ -362,7 +360,7 @@ def test_a_container_of_a_similar_name_is_never_touched(
 
 
 def _described(client: Client, name: str) -> list[object]:
-    seen = client.api.inspect_container(name)
-    state = {key: seen["State"][key] for key in ("Status", "StartedAt", "FinishedAt", "Pid")}
+    container = client.api.inspect_container(name)
+    state = {key: container["State"][key] for key in ("Status", "StartedAt", "FinishedAt", "Pid")}
     files = client.inside("find", "/runs", "-printf", "%p %i %T@\\n", name=name)
-    return [seen["Id"], state, seen["RestartCount"], files, client.processes(name)]
+    return [container["Id"], state, container["RestartCount"], files, client.processes(name)]

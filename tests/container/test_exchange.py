@@ -1,4 +1,4 @@
-"""What goes into the container and what comes out."""
+"""Files that go into the container and come out."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.container
 
 @pytest.fixture(scope="module")
 def made(container: Client, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where a run was made in the container; read it only."""
-    room = tmp_path_factory.mktemp("made")
-    write_chats(room)
+    """A folder with a run that was made in the container. Do not change it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_chats(folder)
     command = ["run", "chats.jsonl", *flags("native", small_base, epochs=1), "--container"]
-    code, output = container(*command, cwd=room)
+    code, output = container(*command, cwd=folder)
     assert code == 0, output
-    return room
+    return folder
 
 
 def host(*arguments: object, cwd: Path) -> tuple[int, str]:
@@ -42,7 +42,7 @@ def inode(client: Client, path: str) -> str:
     return client.inside("stat", "-c", "%i %Y", path)
 
 
-def test_what_came_out_is_a_run_folder_of_this_machine(made: Path, tmp_path: Path) -> None:
+def test_a_fetched_run_works_on_this_machine(made: Path, tmp_path: Path) -> None:
     run = RunFolder(made / "outputs")
     code, output = host("status", "outputs", cwd=made)
     assert code == 0 and output.count(" done") == 6, output
@@ -54,7 +54,7 @@ def test_what_came_out_is_a_run_folder_of_this_machine(made: Path, tmp_path: Pat
     assert code == 0 and output.count("done before") == 6, output
 
 
-def test_nothing_is_sent_or_brought_twice(made: Path, container: Client, small_base: Path) -> None:
+def test_nothing_is_sent_or_fetched_twice(made: Path, container: Client, small_base: Path) -> None:
     run = RunFolder(made / "outputs")
     weights = container.inside("find", str(names.INPUTS), "-name", "model.safetensors").split()
     before = [inode(container, path) for path in weights]
@@ -66,7 +66,7 @@ def test_nothing_is_sent_or_brought_twice(made: Path, container: Client, small_b
     assert set(changed) <= {"config.yaml", "brought.json", "choices.json"}, changed
 
 
-def test_what_was_lost_here_comes_again(made: Path, container: Client, small_base: Path) -> None:
+def test_lost_results_are_fetched_again(made: Path, container: Client, small_base: Path) -> None:
     run = RunFolder(made / "outputs")
     expected = results(run.root)
     run.gguf.unlink()
@@ -76,7 +76,7 @@ def test_what_was_lost_here_comes_again(made: Path, container: Client, small_bas
     assert results(run.root) == expected and "peft_type" in (run.adapter / "adapter_config.json").read_text()
 
 
-def test_a_run_that_was_begun_here_goes_on_inside(container: Client, small_base: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_started_here_continues_inside(container: Client, small_base: Path, tmp_path: Path) -> None:
     write_chats(tmp_path)
     code, output = host("prepare", "chats.jsonl", "--base-model", small_base, "--dtype", "fp32", cwd=tmp_path)
     assert code == 0, output
@@ -90,7 +90,9 @@ def test_a_run_that_was_begun_here_goes_on_inside(container: Client, small_base:
     assert output.count(" done") == 2, output
 
 
-def test_what_is_left_inside_and_what_is_asked_for(container: Client, small_base: Path, tmp_path: Path) -> None:
+def test_results_can_stay_inside_and_checkpoints_can_be_fetched(
+    container: Client, small_base: Path, tmp_path: Path
+) -> None:
     write_chats(tmp_path)
     command = ["run", "chats.jsonl", *flags("native", small_base, epochs=1), "--container"]
     code, output = container(*command, "--leave-inside", cwd=tmp_path)
@@ -104,7 +106,7 @@ def test_what_is_left_inside_and_what_is_asked_for(container: Client, small_base
     assert list(checkpoints.rglob(TENSORS))
 
 
-def test_records_come_out_of_a_failure(container: Client, small_base: Path, tmp_path: Path) -> None:
+def test_the_records_of_a_failed_run_are_fetched(container: Client, small_base: Path, tmp_path: Path) -> None:
     write_chats(tmp_path)
     with (tmp_path / "chats.jsonl").open("a") as chats:
         chats.write("{no json\n")
@@ -132,15 +134,15 @@ def test_an_adapter_and_a_merge_elsewhere(made: Path, container: Client, small_b
     assert "will run" not in output and "done" in output, output
 
 
-def test_names_that_are_hard_to_carry(container: Client, small_base: Path, tmp_path: Path) -> None:
-    room = tmp_path / "$(id); 'ä\n\""
-    room.mkdir()
-    write_chats(room)
-    os.rename(room / "chats.jsonl", room / "-; rm -rf ~ 日本.jsonl")
+def test_odd_file_names(container: Client, small_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "$(id); 'ä\n\""
+    folder.mkdir()
+    write_chats(folder)
+    os.rename(folder / "chats.jsonl", folder / "-; rm -rf ~ 日本.jsonl")
     command = ["check", "--base-model", small_base, "--container", "--", "-; rm -rf ~ 日本.jsonl"]
-    code, output = container(*command, cwd=room)
+    code, output = container(*command, cwd=folder)
     assert code == 0 and "No problems found" in output, output
-    code, output = container(*command, "none.jsonl", cwd=room)
+    code, output = container(*command, "none.jsonl", cwd=folder)
     assert code == 3 and "none.jsonl" in output and "Traceback" not in output
 
 
@@ -152,18 +154,18 @@ def test_the_same_chats_under_two_names(container: Client, small_base: Path, tmp
     assert code == 0 and "12 exact copies" in output, output
 
 
-def test_events_pass_as_they_are_with_json(made: Path, container: Client) -> None:
+def test_json_events_are_passed_on(made: Path, container: Client) -> None:
     code, output = container("status", "outputs", "--json", "--container", cwd=made)
     (line,) = output.splitlines()
     assert code == 0 and json.loads(line)["title"] == str(made / "outputs")
 
 
 def test_a_chat(made: Path, container: Client) -> None:
-    asked = ["chat", "outputs", "--max-tokens", "4", "--seed", "3", "--container"]
-    code, output = container(*asked, cwd=made, typed="hi\nand you?\n")
+    command = ["chat", "outputs", "--max-tokens", "4", "--seed", "3", "--container"]
+    code, output = container(*command, cwd=made, stdin="hi\nand you?\n")
     assert code == 0 and sum(line.startswith("> ") for line in output.splitlines()) == 3 and "Traceback" not in output
-    code, first = container(*asked, "--prompt", "hi", cwd=made)
+    code, first = container(*command, "--prompt", "hi", cwd=made)
     assert code == 0 and first.strip()
-    assert container(*asked, "--prompt", "hi", cwd=made) == (0, first)
+    assert container(*command, "--prompt", "hi", cwd=made) == (0, first)
     code, output = container("chat", "outputs", "--prompt", "hi", "--quantization", "Q8_0", "--container", cwd=made)
     assert code == 11 and str(made / "outputs") in output

@@ -1,4 +1,4 @@
-"""The base that the image is made of."""
+"""The base of the image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.docker_engine import Client, told
+from support.docker_engine import Client, require_error
 
 pytestmark = pytest.mark.container
 _START_SECONDS = 30.0
@@ -23,7 +23,7 @@ _START_SECONDS = 30.0
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[str]:
-    """The address of a registry of images on the loopback."""
+    """The address of an image registry on the loopback."""
     if shutil.which("docker-registry") is None:
         needed = os.environ.get("KOLOTUNE_NEEDS_DOCKER") == "1"
         (pytest.fail if needed else pytest.skip)("needs docker-registry: apt-get install docker-registry")
@@ -46,41 +46,39 @@ def registry(tmp_path: Path) -> Iterator[str]:
     shutil.rmtree(tmp_path / "registry", ignore_errors=True)
 
 
-def _pushed(api: Any, repository: str, words: str) -> str:
-    """Pushes a base of a shell and no more, whose builds end at once with these words; returns it with its digest."""
+def _push_base(api: Any, repository: str, message: str) -> str:
+    """Push a base with nothing but a shell, whose builds fail at once with a message; return it with its digest."""
     linked = re.findall(r"(/lib\S+) ", subprocess.run(["ldd", "/bin/sh"], capture_output=True, text=True).stdout)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", dereference=True) as tar:
         for path in ("/bin/sh", *linked):
             tar.add(path)
         script = tarfile.TarInfo("usr/bin/apt-get")
-        content = f"#!/bin/sh\necho {words}\nexit 1\n".encode()
+        content = f"#!/bin/sh\necho {message}\nexit 1\n".encode()
         script.size, script.mode = len(content), 0o755
         tar.addfile(script, io.BytesIO(content))
     api.import_image_from_data(packed.getvalue(), repository=repository, tag="1")
     answers = list(api.push(repository, tag="1", stream=True, decode=True))
-    (digest,) = [each["aux"]["Digest"] for each in answers if "aux" in each]
+    (digest,) = [answer["aux"]["Digest"] for answer in answers if "aux" in answer]
     return f"{repository}@{digest}"
 
 
-def test_a_base_that_is_pinned_by_its_digest_is_that_one_whatever_its_tag_means(
-    docker_engine: Client, registry: str, tmp_path: Path
-) -> None:
+def test_a_base_can_be_pinned_by_its_digest(docker_engine: Client, registry: str, tmp_path: Path) -> None:
     repository = f"{registry}/kolotune-tests/base"
     build = ["container", "build", "--network", "host", "--base"]
-    pinned = _pushed(docker_engine.api, repository, "the first base")
-    assert _pushed(docker_engine.api, repository, "the second base") != pinned
-    docker_engine.api.remove_image(pinned)  # it has to be fetched
+    pinned = _push_base(docker_engine.api, repository, "the first base")
+    assert _push_base(docker_engine.api, repository, "the second base") != pinned
+    docker_engine.api.remove_image(pinned)  # it must be pulled
     never = pinned[:-1] + ("0" if pinned[-1] != "0" else "1")
     try:
-        for given, words in (
+        for base, message in (
             (pinned, ": the first base"),
             (f"{repository}:1", ": the second base"),
-            (never, f"the base image {never} can't be had"),
+            (never, never),
         ):
-            code, output = docker_engine(*build, given, cwd=tmp_path)
+            code, output = docker_engine(*build, base, cwd=tmp_path)
             assert code == 17, output
-            told(output, words)
+            require_error(output, message)
     finally:
-        for each in (pinned, f"{repository}:1"):
-            docker_engine.api.remove_image(each, force=True)
+        for base in (pinned, f"{repository}:1"):
+            docker_engine.api.remove_image(base, force=True)

@@ -1,4 +1,4 @@
-"""The client is killed or interrupted: nothing stays behind inside, nothing is lost, the run finishes."""
+"""The client is killed or interrupted: no process is left inside, nothing is lost, the run finishes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ GONE_SECONDS = 10.0
 
 
 @pytest.mark.timeout(900)
-def test_a_client_that_is_killed_at_any_moment(container: Client, small_base: Path, tmp_path: Path) -> None:
-    """A stage that was said to be done never runs again; the results are those of an undisturbed run."""
+def test_a_client_that_is_killed_at_random_moments(container: Client, small_base: Path, tmp_path: Path) -> None:
+    """A stage that was reported as done never runs again; the results are those of an undisturbed run."""
     write_chats(tmp_path)
     options = flags("native", small_base, **{"checkpoint-steps": 2})
     command = ["run", "chats.jsonl", *options, "--use-checkpoint", "--container"]
@@ -29,31 +29,31 @@ def test_a_client_that_is_killed_at_any_moment(container: Client, small_base: Pa
     done: set[str] = set()
     longest, rounds = 0.0, 0
     for _ in range(KILLS):
-        if len(done) == len(STAGES_WITHOUT_COMPARE):  # from the start again, and from another moment
+        if len(done) == len(STAGES_WITHOUT_COMPARE):  # start over in another folder
             done, rounds = set(), rounds + 1
         folder = f"outputs{rounds}"
         child = container.start(*command, "--output-dir", folder, cwd=tmp_path)
         time.sleep(dice.uniform(0.2, 6))
         child.kill()
         output = child.communicate()[0]
-        began = time.monotonic()
+        killed = time.monotonic()
         assert container.idle_within(GONE_SECONDS), output
-        longest = max(longest, time.monotonic() - began)
+        longest = max(longest, time.monotonic() - killed)
         ran = set(re.findall(r"^\.\.\. (\w+): ", output, re.MULTILINE))
         assert not ran & done, (ran & done, output)
         done |= set(re.findall(r"^ok  (\w+): ", output, re.MULTILINE))
     print(f"{KILLS} kills; the last process was gone after {longest:.1f} s at most")
-    for each in range(rounds + 1):
-        code, output = container(*command, "--output-dir", f"outputs{each}", cwd=tmp_path)
+    for number in range(rounds + 1):
+        code, output = container(*command, "--output-dir", f"outputs{number}", cwd=tmp_path)
         assert code == 0, output
     code, output = container("run", "chats.jsonl", *options, "--output-dir", "undisturbed", "--container", cwd=tmp_path)
     assert code == 0, output
-    for each in range(rounds + 1):
-        assert results(tmp_path / f"outputs{each}") == results(tmp_path / "undisturbed")
+    for number in range(rounds + 1):
+        assert results(tmp_path / f"outputs{number}") == results(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_client_waits_and_brings_the_records_out(
+def test_an_interrupted_client_waits_and_fetches_the_records(
     how: signal.Signals, container: Client, small_base: Path, tmp_path: Path
 ) -> None:
     write_chats(tmp_path)
@@ -76,7 +76,7 @@ def test_a_second_interruption_kills(container: Client, small_base: Path, tmp_pa
     command = ["run", "chats.jsonl", *flags("native", small_base, epochs=500), "--container"]
     child = container.start(*command, cwd=tmp_path)
     until_training(child)
-    # As a process that does not listen: it can't end before it is killed.
+    # Stopped processes can't handle the interruption: they can only be killed.
     container.inside("/opt/kolotune/venv/bin/python", "-c", _STOP_ALL)
     child.send_signal(signal.SIGINT)
     time.sleep(1.5)
@@ -90,14 +90,14 @@ def test_a_second_interruption_kills(container: Client, small_base: Path, tmp_pa
 
 _STOP_ALL = """
 import os, pathlib, signal
-for each in pathlib.Path("/proc").iterdir():
-    if each.name.isdigit() and int(each.name) != os.getpid() and b"kolotune" in (each / "cmdline").read_bytes():
-        if b"docker-init" not in (each / "cmdline").read_bytes():
-            os.kill(int(each.name), signal.SIGSTOP)
+for path in pathlib.Path("/proc").iterdir():
+    if path.name.isdigit() and int(path.name) != os.getpid() and b"kolotune" in (path / "cmdline").read_bytes():
+        if b"docker-init" not in (path / "cmdline").read_bytes():
+            os.kill(int(path.name), signal.SIGSTOP)
 """
 
 
-def test_a_chat_that_is_killed_ends_too(container: Client, small_base: Path, tmp_path: Path) -> None:
+def test_a_killed_chat_leaves_no_process_behind(container: Client, small_base: Path, tmp_path: Path) -> None:
     write_chats(tmp_path)
     code, output = container("run", "chats.jsonl", *flags("native", small_base), "--container", cwd=tmp_path)
     assert code == 0, output
@@ -105,9 +105,9 @@ def test_a_chat_that_is_killed_ends_too(container: Client, small_base: Path, tmp
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write("hi\n")
     child.stdin.flush()
-    seen = ""
-    while seen.count("> ") < 2:  # its answer stands between two prompts, which end no line
-        seen += child.stdout.read(1)
+    output = ""
+    while output.count("> ") < 2:  # the answer is between two prompts, which do not end a line
+        output += child.stdout.read(1)
     assert container.processes()
     child.kill()
     child.wait()

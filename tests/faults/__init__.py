@@ -1,1 +1,1 @@
-"""Faults that are injected for real; `make faults` does the long part and writes docs/reliability.md."""
+"""Real fault injection; `make faults` runs the long part and writes docs/reliability.md."""

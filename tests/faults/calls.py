@@ -1,4 +1,4 @@
-"""A kill at every system call by which a process changes files of a folder, by strace."""
+"""Kill a process at each system call by which it changes files of a folder, with strace."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _KILLED = "+++ killed by SIGKILL +++"
 
 @dataclass(frozen=True)
 class Point:
-    """The `count`-th call of that name on a path in one process."""
+    """The `count`-th call with this name on a path in one process."""
 
     call: str
     path: str
     count: int
 
 
-def why_not() -> str:
-    """Why there is no tracing here; "" where there is."""
+def skip_reason() -> str:
+    """Return why tracing is not possible here; "" when it is."""
     if shutil.which("strace") is None:
         return "needs strace: apt-get install strace"
     done = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True, check=False)
@@ -38,7 +38,7 @@ def why_not() -> str:
 
 
 def attach(pid: int, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    """strace on a process and on all that it will start; returns when it has it."""
+    """Attach strace to a process and to all that it will start; return when it is attached."""
     log.unlink(missing_ok=True)
     tracer = subprocess.Popen(["strace", "-f", "-qq", "-p", str(pid), "-o", str(log), *options], stderr=subprocess.PIPE)
     while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text():
@@ -48,45 +48,45 @@ def attach(pid: int, log: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def points_in(log: Path, folder: Path) -> list[Point]:
-    """The calls of a recorded run that change something in the folder, in their order."""
-    seen: Counter[tuple[str, str, str]] = Counter()
-    found: dict[Point, None] = {}
+    """Return the calls of a recorded run that change something in the folder, in order."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    points: dict[Point, None] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         parts = re.match(r"(\d+) +(\w+)\((.*)", line)
         if parts is None:
             continue
         process, call, rest = parts.groups()
-        paths = [each for each in re.findall(r'[<"](/[^>"]*)[>"]', rest) if Path(each).is_relative_to(folder)]
+        paths = [path for path in re.findall(r'[<"](/[^>"]*)[>"]', rest) if Path(path).is_relative_to(folder)]
         for path in dict.fromkeys(paths):
-            seen[process, call, path] += 1
+            counts[process, call, path] += 1
         changes = not call.startswith("open") or "O_CREAT" in rest or "O_TRUNC" in rest
         if paths and changes:
-            found[Point(call, paths[0], seen[process, call, paths[0]])] = None
-    return list(found)
+            points[Point(call, paths[0], counts[process, call, paths[0]])] = None
+    return list(points)
 
 
-def recording() -> list[str]:
-    """Options of strace that show what `points_in` reads."""
+def record_options() -> list[str]:
+    """Return the options of strace for `points_in`."""
     return ["-y", "-e", f"trace={','.join(CALLS)}"]
 
 
-def killing(point: Point) -> list[str]:
-    """Options of strace that kill at the point, before the call does anything."""
+def kill_options(point: Point) -> list[str]:
+    """Return the options of strace that kill at a point, before the call does anything."""
     inject = f"inject={point.call}:signal=KILL:when={point.count}"
     return ["-e", f"trace={point.call}", "-P", point.path, "-e", inject]
 
 
-def hit(log: Path) -> bool:
-    """Whether the kill came."""
+def was_killed(log: Path) -> bool:
+    """Whether the kill has happened."""
     return log.is_file() and _KILLED in log.read_text(encoding="utf-8", errors="replace")
 
 
 def log_of(folder: Path) -> Path:
-    """Where strace writes, beside the folder that is looked at."""
+    """Return the file that strace writes, next to the traced folder."""
     return folder.with_name(f"{folder.name}.strace")
 
 
-def at_every_call(
+def kill_at_each_call(
     folder: Path,
     start: Callable[[], int],
     wait: Callable[[int], None],
@@ -94,33 +94,33 @@ def at_every_call(
     check: Callable[[Point], None],
     choose: Callable[[Sequence[Point]], Sequence[Point]] = lambda points: points,
 ) -> tuple[int, int]:
-    """Kills at each point, once each.
+    """Kill once at each point.
 
     Args:
-        folder: whose changes count.
-        start: starts the process, which waits to be traced; returns its number.
-        wait: waits for its end and that of all it started, and ends what is left over.
-        prepare: puts the folder back to what it was before.
+        folder: the folder whose changes count.
+        start: starts the process, which waits to be traced; returns its id.
+        wait: waits for its end and that of all its children, and kills those that remain.
+        prepare: restores the folder.
         check: called after each kill.
-        choose: of the points that there are.
+        choose: selects some of the points.
 
     Returns:
-        The number of points that were chosen, and of those at which a process was killed.
+        The number of selected points, and of those at which a process was killed.
     """
     log = log_of(folder)
     prepare()
-    _traced(start, wait, log, recording())
+    _trace(start, wait, log, record_options())
     points = choose(points_in(log, folder))
     hits = 0
     for point in points:
         prepare()
-        _traced(start, wait, log, killing(point))
-        hits += hit(log)
+        _trace(start, wait, log, kill_options(point))
+        hits += was_killed(log)
         check(point)
     return len(points), hits
 
 
-def _traced(start: Callable[[], int], wait: Callable[[int], None], log: Path, options: list[str]) -> None:
+def _trace(start: Callable[[], int], wait: Callable[[int], None], log: Path, options: list[str]) -> None:
     pid = start()
     tracer = attach(pid, log, *options)
     wait(pid)

@@ -1,6 +1,6 @@
-"""kolotune's processes as forks of one that has the libraries loaded: loading them costs more than a tiny run's work.
+"""kolotune's processes as forks of one that has loaded the libraries, which takes longer than a tiny run.
 
-What they do is the same, system call by system call; `room.Room` holds a run of such forks against an ordinary one.
+They make the same system calls; `workspace.Workspace` compares a run of such forks with an ordinary one.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _PYTHON = [sys.executable, "-P", "-m"]
 _children_die_after = 0.0
 _inherited: list[object] = []
 ENDED_BY_TIMER = -signal.SIGPROF
-"""The exit code of a process that `die_after` ended."""
+"""The exit code of a process that `die_after` has ended."""
 
 
 def die_after(seconds: float, children: bool = False) -> None:
-    """Ends this process, or each that it starts, when it has computed for so long; at any instruction, as SIGKILL does.
+    """End this process, or each of its children, after some processor time, at any instruction, as SIGKILL does.
 
-    A timer of processor time hits the same places on a busy machine as on an idle one. (Its signal ends a process that
-    does not ask for it; SIGKILL can't be sent by a timer.)
+    A timer of processor time hits the same code on a busy machine as on an idle one. (Its signal ends a process by
+    default; a timer can't send SIGKILL.)
     """
     global _children_die_after
     if children:
@@ -55,13 +55,13 @@ def die_after(seconds: float, children: bool = False) -> None:
 
 
 def load() -> None:
-    """Loads everything that a run may need, and lets the runner fork; once, before any other work."""
+    """Load everything that a run may need, and make the runner fork. Call it once, before any other work."""
     import torch
 
     from kolotune.runners import local
 
-    # Threads that wait for work would not be there in a fork.
-    assert torch.get_num_threads() == 1, "wants OMP_NUM_THREADS=1 before torch is loaded"
+    # Worker threads do not exist in a fork.
+    assert torch.get_num_threads() == 1, "set OMP_NUM_THREADS=1 before torch is loaded"
     for name in _LOADED:
         importlib.import_module(name)
     local.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def load() -> None:
 
 
 class Fork:
-    """A process made by forking; as much of `subprocess.Popen` as kolotune's runner asks for."""
+    """A forked process, with the part of `subprocess.Popen` that kolotune's runner uses."""
 
     def __init__(
         self, work: Callable[[], object], stdin: Any, stdout: Any, stderr: Any, env: Mapping[str, str] | None
@@ -84,8 +84,8 @@ class Fork:
         self.pid = os.fork()
         if self.pid == 0:
             _become(work, [theirs_in, theirs_out, theirs_out if stderr == subprocess.STDOUT else 2], env)
-        for each in (theirs_in, theirs_out):
-            os.close(each)
+        for descriptor in (theirs_in, theirs_out):
+            os.close(descriptor)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -115,7 +115,7 @@ class Fork:
 
 
 def _popen(argv: Sequence[str], **options: Any) -> Any:
-    """In place of `subprocess.Popen` in kolotune's runner: modules of kolotune are forks, the rest is as ever."""
+    """Replace `subprocess.Popen` in kolotune's runner: fork for modules of kolotune, start other programs as usual."""
     if list(argv[:3]) != _PYTHON or not argv[3].startswith("kolotune"):
         return subprocess.Popen(argv, **options)
 
@@ -124,17 +124,17 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
             die_after(_children_die_after)
         return run_module(argv[3], argv[4:])
 
-    made = Fork(
+    fork = Fork(
         work, options["stdin"], options["stdout"], options.get("stderr"),
         options.get("env"),
     )  # fmt: skip
     if options.get("text"):
-        made.stdout = io.TextIOWrapper(made.stdout, encoding="utf-8", errors="replace")
-    return made
+        fork.stdout = io.TextIOWrapper(fork.stdout, encoding="utf-8", errors="replace")
+    return fork
 
 
 def run_module(name: str, arguments: Sequence[str]) -> object:
-    """As `python -m`."""
+    """Run a module as `python -m` does."""
     sys.argv = [name, *arguments]
     return runpy.run_module(name, run_name="__main__", alter_sys=True)
 
@@ -154,23 +154,23 @@ def _pipe_from(kind: Any) -> tuple[int, Any]:
 
 
 def _become(work: Callable[[], object], descriptors: list[int], env: Mapping[str, str] | None) -> NoReturn:
-    """The child's side: its own input and output, no descriptor, handler or variable of the parent's; then the work."""
+    """Do the work in the child, with its own input and output and without the parent's descriptors and handlers."""
     code = 1
     try:
-        copies = [os.dup(each) for each in descriptors]
-        for number, each in enumerate(copies):
-            os.dup2(each, number)
-        os.closerange(3, 4096)  # the lock among them: it would stay held when the parent is gone
+        copies = [os.dup(descriptor) for descriptor in descriptors]
+        for number, descriptor in enumerate(copies):
+            os.dup2(descriptor, number)
+        os.closerange(3, 4096)  # among them the lock, which would stay locked when the parent has ended
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process
         sys.stdout, sys.stderr = (
-            open(each, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
-            for each in (1, 2)
+            open(number, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
+            for number in (1, 2)
         )
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for remembered in (files._written, files._settled):  # a new process would know of no file
+        for remembered in (files._written, files._settled):  # a new process knows no file
             remembered.clear()
-        _inherited.append(sandbox.shared)  # kept, since its end would end the parent's child
+        _inherited.append(sandbox.shared)  # kept, because its end would end the parent's child
         sandbox.shared = sandbox.Sandbox(sandbox.shared.argv)
         if env is not None:
             os.environ.clear()
@@ -188,12 +188,12 @@ def _become(work: Callable[[], object], descriptors: list[int], env: Mapping[str
 
 
 def kolotune(arguments: Sequence[str], output: Path, prelude: Callable[[], None] = lambda: None) -> Fork:
-    """Starts the command line in a session of its own; what it prints is appended to `output`.
+    """Start the command line in a separate session; append its output to `output`.
 
     Args:
         arguments: of the command line.
         output: file.
-        prelude: done in the new process first.
+        prelude: called first in the new process.
     """
 
     def work() -> object:
@@ -208,10 +208,10 @@ def kolotune(arguments: Sequence[str], output: Path, prelude: Callable[[], None]
 
 
 def family(session: int) -> list[psutil.Process]:
-    """The living processes of a session."""
-    found = []
-    for each in psutil.process_iter():
+    """Return the running processes of a session."""
+    processes = []
+    for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getsid(each.pid) == session and each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-    return found
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                processes.append(process)
+    return processes

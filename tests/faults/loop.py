@@ -1,4 +1,4 @@
-"""`kolotune run`, killed at a random moment and started again until it finishes: ordinary processes, in real time."""
+"""`kolotune run`, killed at random moments and started again until it finishes, in ordinary processes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from support import figures
 from support.runs import losses, results
 from support.tiny import chat_line, tiny_model
 
-from faults.room import Broken
+from faults.workspace import BrokenPromise
 from kolotune.foundation.reporter import PlainReporter
 
 _SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lighthouse"
 _LONGEST = 0.6
-"""A kill comes before so much of an undisturbed run's time has gone: most runs are killed several times."""
+"""A kill comes within this part of an undisturbed run's time: most runs are killed several times."""
 _TINY_CHATS = 24
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is run: the arguments behind `kolotune run`, and every how many steps it writes a checkpoint."""
+    """A run: the arguments of `kolotune run`, and its steps between checkpoints."""
 
     name: str
     arguments: tuple[str, ...]
@@ -40,15 +40,16 @@ class Subject:
 
 
 @dataclass
-class Loops:
-    """What was seen of one subject, kept in a file.
+class LoopTally:
+    """The counts of one subject, kept in a file.
 
     Attributes:
-        times: runs that were brought to their end.
-        kills: in all of them; `most_kills` in one.
-        steps: of one undisturbed training; `again` were computed a second time, in all runs.
-        interval: steps between checkpoints: no more than so many may be computed again for a kill.
-        seconds: of the undisturbed run; `longest` of all attempts at one run together.
+        times: finished runs.
+        kills: of all runs; `most_kills` of one.
+        steps: of one undisturbed training; `again`: steps of all runs that were computed again.
+        interval: steps between checkpoints; at most so many may be computed again per kill.
+        seconds: of the undisturbed run; `longest`: of all attempts at one run.
+        stages: kills by running stage.
     """
 
     times: int = 0
@@ -62,7 +63,7 @@ class Loops:
     stages: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path) -> Loops:
+    def read(cls, file: Path) -> LoopTally:
         return cls(**figures.read(file))
 
     def write(self, file: Path) -> None:
@@ -70,7 +71,7 @@ class Loops:
 
 
 def tiny(root: Path) -> Subject:
-    """A random Llama of two layers and chats for it, made in `root`; every stage, the comparison too."""
+    """Make a random Llama of two layers and chats in `root`; the run has every stage."""
     tiny_model(root / "base", PlainReporter())
     (root / "chats.jsonl").write_text("".join(map(chat_line, range(_TINY_CHATS))), encoding="utf-8")
     arguments = (
@@ -81,128 +82,128 @@ def tiny(root: Path) -> Subject:
 
 
 def sample(_: Path) -> Subject:
-    """The sample that `make demo` runs, on the real model."""
+    """Return the sample that `make demo` runs, with the real model."""
     return Subject("sample", (f"--config={_SAMPLE / 'kolotune.yaml'}", "--checkpoint-steps=10"), 10)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {"tiny": tiny, "sample": sample}
-_ALIKE = ("--dtype=fp32", "--compile=off", "--lora-dropout=0.1", "--template-date=2026-01-02", "--use-checkpoint")
+_COMMON = ("--dtype=fp32", "--compile=off", "--lora-dropout=0.1", "--template-date=2026-01-02", "--use-checkpoint")
 
 
-def until_through(subject: Subject, root: Path, seen: Loops, times: int, keep: Callable[[Loops], None]) -> None:
-    """Brings so many runs to their end in all, each killed at random moments; every one must be the undisturbed one.
+def finish_runs(subject: Subject, root: Path, tally: LoopTally, times: int, keep: Callable[[LoopTally], None]) -> None:
+    """Finish runs that are killed at random moments; each must have the results of the undisturbed one.
 
     Args:
-        subject: what is run.
+        subject: the run.
         root: an empty folder.
-        seen: is counted up.
-        times: how many runs there shall be in it.
+        tally: updated.
+        times: the number of runs in the full tally.
         keep: called after each run.
 
     Raises:
-        Broken: a promise was not kept; the folder stays as it is.
+        BrokenPromise: a promise was broken; the folder is kept.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     first = _Attempts(subject, root / "undisturbed")
-    if first.go_on(None) != 0:
-        raise Broken(f"the undisturbed run failed: {first.output.read_text()[-500:]}")
-    seen.seconds, seen.steps, seen.interval = time.monotonic() - began, first.computed, subject.interval
+    if first.attempt(None) != 0:
+        raise BrokenPromise(f"the undisturbed run failed: {first.output.read_text()[-500:]}")
+    tally.seconds, tally.steps, tally.interval = time.monotonic() - started, first.computed, subject.interval
     expected, curve = results(first.folder), losses(first.folder / "metrics.jsonl")
-    while seen.times < times:
-        dice = random.Random(f"{subject.name} {seen.times}")
-        run = _Attempts(subject, root / f"run-{seen.times}")
-        began = time.monotonic()
-        while run.go_on(dice.uniform(0, seen.seconds * _LONGEST)) != 0:
+    while tally.times < times:
+        dice = random.Random(f"{subject.name} {tally.times}")
+        run = _Attempts(subject, root / f"run-{tally.times}")
+        started = time.monotonic()
+        while run.attempt(dice.uniform(0, tally.seconds * _LONGEST)) != 0:
             pass
         if results(run.folder) != expected or losses(run.folder / "metrics.jsonl") != curve:
-            raise Broken(f"{run.folder.name} is not the undisturbed run")
-        again = run.computed - first.computed
-        if again > subject.interval * run.kills:
-            raise Broken(f"{run.folder.name}: {again} steps were computed again after {run.kills} kills")
-        seen.times, seen.kills, seen.again = seen.times + 1, seen.kills + run.kills, seen.again + again
-        seen.most_kills = max(seen.most_kills, run.kills)
-        seen.longest = max(seen.longest, time.monotonic() - began)
+            raise BrokenPromise(f"{run.folder.name} differs from the undisturbed run")
+        repeated = run.computed - first.computed
+        if repeated > subject.interval * run.kills:
+            raise BrokenPromise(f"{run.folder.name}: {repeated} steps were computed again after {run.kills} kills")
+        tally.times, tally.kills, tally.again = tally.times + 1, tally.kills + run.kills, tally.again + repeated
+        tally.most_kills = max(tally.most_kills, run.kills)
+        tally.longest = max(tally.longest, time.monotonic() - started)
         for name, count in run.killed_in.items():
-            seen.stages[name] = seen.stages.get(name, 0) + count
+            tally.stages[name] = tally.stages.get(name, 0) + count
         shutil.rmtree(run.folder)
-        keep(seen)
+        keep(tally)
 
 
 class _Attempts:
-    """One run, started again and again with the same command.
+    """One run, started repeatedly with the same command.
 
     Attributes:
         kills: so far.
-        computed: training steps that were computed in all attempts together.
-        killed_in: kills by the stage that was at work.
+        computed: training steps of all attempts.
+        killed_in: kills by running stage.
     """
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.folder, self.output = folder, folder.with_name(f"{folder.name}.jsonl")
         self._argv = [
-            sys.executable, "-m", "kolotune", "run", *subject.arguments, *_ALIKE, f"--output-dir={folder}", "--json",
+            sys.executable, "-m", "kolotune", "run", *subject.arguments, *_COMMON, f"--output-dir={folder}", "--json",
         ]  # fmt: skip
         self._done: set[str] = set()
         self.kills = self.computed = 0
         self.killed_in: dict[str, int] = {}
 
-    def go_on(self, seconds: float | None) -> int:
-        """Starts it, kills it and all it started after so many seconds, and reads what it told.
+    def attempt(self, seconds: float | None) -> int:
+        """Start the run, kill it and all its children after some seconds, and read its events.
 
         Returns:
-            0 when it is through.
+            0 when the run is finished.
 
         Raises:
-            Broken: it failed by itself, or did again what was done.
+            BrokenPromise: it failed, or a finished stage ran again.
         """
         with self.output.open("wb") as file:
             process = subprocess.Popen(self._argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        killed = False
+        is_killed = False
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-            killed = code != 0
+            is_killed = code != 0
         events = list(_events(self.output))
-        began, self._done = self._require_once(events)
+        started, self._done = self._require_once(events)
         self.computed += _steps(events)
-        if killed:
+        if is_killed:
             self.kills += 1
-            stage = began[-1] if began and began[-1] not in self._done else "between stages"
+            stage = started[-1] if started and started[-1] not in self._done else "between stages"
             self.killed_in[stage] = self.killed_in.get(stage, 0) + 1
         elif code != 0:
-            raise Broken(f"{self.folder.name} ended with code {code}: {self.output.read_text()[-500:]}")
+            raise BrokenPromise(f"{self.folder.name} ended with code {code}: {self.output.read_text()[-500:]}")
         return code
 
     def _require_once(self, events: Sequence[dict[str, Any]]) -> tuple[list[str], set[str]]:
-        """The stages that began now, and those done so far."""
+        """Return the stages that started in this attempt, and those done so far."""
         from kolotune.pipeline.stages import STAGE_NAMES
 
         def stages(kind: str) -> list[str]:
             texts = [event["text"] for event in events if event["event"] == kind]
-            found = [match.group(1) for text in texts if (match := re.match(r"(\w+): ", text))]
-            return [name for name in found if name in STAGE_NAMES]
+            names = [match.group(1) for text in texts if (match := re.match(r"(\w+): ", text))]
+            return [name for name in names if name in STAGE_NAMES]
 
-        began = stages("doing")
-        if again := self._done & set(began):
-            raise Broken(f"{self.folder.name}: {', '.join(again)} ran again, and was done")
-        return began, self._done | set(stages("success"))
+        started = stages("doing")
+        if repeated := self._done & set(started):
+            raise BrokenPromise(f"{self.folder.name}: {', '.join(repeated)} was done, but ran again")
+        return started, self._done | set(stages("success"))
 
 
 def _events(output: Path) -> list[dict[str, Any]]:
-    """What was printed; a line that a kill cut off, and those of libraries, are passed over."""
-    found = []
+    """Return the events of an output, without incomplete lines and those of libraries."""
+    events = []
     for line in output.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and "event" in event:
-                found.append(event)
-    return found
+                events.append(event)
+    return events
 
 
 def _steps(events: Sequence[dict[str, Any]]) -> int:
-    """Training steps that were computed and told in one attempt."""
-    told = [event["done"] for event in events if event["event"] == "progress" and event["title"] == "training"]
-    return len(set(told))
+    """Return the number of training steps that one attempt has reported."""
+    steps = [event["done"] for event in events if event["event"] == "progress" and event["title"] == "training"]
+    return len(set(steps))

@@ -1,4 +1,4 @@
-"""Each stage of a tiny run killed at every system call by which it, or what it starts, changes the run folder."""
+"""Kill each stage of a tiny run, or its children, at each system call that changes the run folder."""
 
 from __future__ import annotations
 
@@ -13,82 +13,84 @@ from support.runs import STAGES_WITHOUT_COMPARE
 
 from faults import calls, forking
 from faults.calls import Point
-from faults.room import Broken, Room
+from faults.workspace import BrokenPromise, Workspace
 from kolotune.pipeline.stages import STAGE_NAMES
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
 
 NAMES = [*STAGE_NAMES, "the run's end"]
-"""The stages, and what comes behind them: manifest and report."""
+"""The stages, and what follows them: manifest and report."""
 
 
-def at_every_call(room: Room, name: str, every: int = 1) -> tuple[int, int]:
-    """Kills at each call of one stage, all others being done; the run that follows must finish it.
+def kill_at_each_call(workspace: Workspace, name: str, every: int = 1) -> tuple[int, int]:
+    """Kill at each call of one stage while all others are done; the next run must finish it.
 
     Args:
-        room: where.
-        name: of `NAMES`.
-        every: 2 for every second call only, and so on.
+        workspace: base model, chats and the undisturbed run.
+        name: one of `NAMES`.
+        every: take only every Nth call.
 
     Returns:
         The number of calls, and of those at which a process was killed.
 
     Raises:
-        Broken: a promise was not kept.
+        BrokenPromise: a promise was broken.
     """
-    folder = room.root / "traced"
-    done = set(NAMES[: NAMES.index(name)])  # those behind it wait for it
+    folder = workspace.root / "traced"
+    done = set(NAMES[: NAMES.index(name)])  # the stages after it depend on it
     running: list[forking.Fork] = []
-    compares = name in NAMES[-2:]  # what training measured is new each time, and comparing takes longer than the rest
+    compares = name in NAMES[-2:]  # metrics differ between runs, and the comparison takes longer than the rest
     stages = STAGE_NAMES if compares else STAGES_WITHOUT_COMPARE
 
     def start() -> int:
         waits = partial(_wait_to_be_traced, reports=name == NAMES[-1])
-        running.append(room.start(folder, prelude=waits, compares=compares))
+        running.append(workspace.start(folder, prelude=waits, compares=compares))
         return running[-1].pid
 
     def wait(pid: int) -> None:
         log = calls.log_of(folder)
         while running[-1].poll() is None:
-            if calls.hit(log):  # a child, maybe: what is left would go on
+            if calls.was_killed(log):  # possibly a child: the other processes would continue
                 with contextlib.suppress(ProcessLookupError):
                     running[-1].kill()
             time.sleep(0.005)
-        for each in forking.family(pid):
-            each.kill()
+        for process in forking.family(pid):
+            process.kill()
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(room.root / "undisturbed", folder)
+        shutil.copytree(workspace.root / "undisturbed", folder)
         _undo(RunFolder(folder), name)
 
     def check(point: Point) -> None:
         try:
-            room.require_good(folder, done)
-            code = room.start(folder, partial(_without_report, name == NAMES[-1]), compares).wait()
+            workspace.require_good(folder, done)
+            code = workspace.start(folder, partial(_without_report, name == NAMES[-1]), compares).wait()
             if code != 0:
-                raise Broken(f"the next run ended with code {code}: {room.output(folder).read_text()[-500:]}")
-            room.require_finished(folder, stages)
-        except Broken as error:
-            raise Broken(f"{name}, killed at {point.call} {point.count} of {point.path}: {error}") from error
+                raise BrokenPromise(
+                    f"the next run ended with code {code}: {workspace.output(folder).read_text()[-500:]}"
+                )
+            workspace.require_finished(folder, stages)
+        except BrokenPromise as error:
+            raise BrokenPromise(f"{name}, killed at {point.call} {point.count} of {point.path}: {error}") from error
 
     def choose(points: Sequence[Point]) -> Sequence[Point]:
         print(f"{name}: {len(points[::every])} calls", flush=True)
         return points[::every]
 
-    return calls.at_every_call(folder, start, wait, prepare, check, choose)
+    return calls.kill_at_each_call(folder, start, wait, prepare, check, choose)
 
 
 def _undo(run: RunFolder, name: str) -> None:
-    """Takes away what the stage made."""
+    """Remove the outputs and the record of a stage."""
     if name == NAMES[-1]:
         run.manifest.unlink()
         run.report.unlink()
         return
     record = read_record(run, name)
     assert record is not None
-    for each in record.outputs:
-        path = run.root / each
+    for name_of_output in record.outputs:
+        path = run.root / name_of_output
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.record(name).unlink()
     if name == "train":
@@ -100,15 +102,14 @@ def _wait_to_be_traced(reports: bool) -> None:
     from kolotune.stages import train
 
     _without_report(reports)
-    # A killed engine is what is wanted here, not a lack of memory.
+    # Here a killed engine does not mean that memory ran out.
     train._KILLED = ()  # type: ignore[assignment]
     while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
         time.sleep(0.002)
 
 
 def _without_report(reports: bool) -> None:
-    """Drawing takes longer than any stage, and is a target of its own."""
-
+    """Skip the report, unless it is the subject: drawing takes longer than any stage."""
     from kolotune.cli import run as verb
 
     if not reports:

@@ -1,4 +1,4 @@
-"""A kill at every system call of the writer of records: the old one or the new one, whole, and never a false "done"."""
+"""Kill the writer of records at each system call: files are old or new and complete, and nothing is falsely "done"."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from faults import calls
 from faults.calls import Point
 
-pytestmark = pytest.mark.skipif(bool(calls.why_not()), reason=calls.why_not() or "-")
+pytestmark = pytest.mark.skipif(bool(calls.skip_reason()), reason=calls.skip_reason() or "-")
 
-# A stage in small: an output by a stream, a folder, then the record, which names the hashes of both.
+# A miniature stage: a streamed output, a folder, then the record with the hashes of both.
 _WRITER = """
 import hashlib, os, sys, time
 from pathlib import Path
@@ -41,29 +41,29 @@ marks.remove_mark(run, "train")
 
 
 def _write(folder: Path, text: str, *traced: str) -> subprocess.Popen[bytes]:
-    """Starts the writer; with one more argument it waits to be traced."""
+    """Start the writer; with one more argument it waits to be traced."""
     return subprocess.Popen([sys.executable, "-c", _WRITER, str(folder), text, *traced])
 
 
-def _holds(folder: Path) -> set[str]:
-    """What the files in the folder say; each must be one writer's, whole."""
-    found = set()
+def _contents(folder: Path) -> set[str]:
+    """Return the texts in the folder; each must come from one writer and be complete."""
+    texts = set()
     for path, times in ((folder / "Merged.gguf", 3), (folder / "adapter" / "weights", 1)):
         if path.exists():
             text = path.read_text()
-            assert text in {each * times for each in ("old", "new")}, (path, text)
-            found.add(text[:3])
-    return found
+            assert text in {word * times for word in ("old", "new")}, (path, text)
+            texts.add(text[:3])
+    return texts
 
 
 @pytest.mark.parametrize("rewrites", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_kill_at_every_call_of_the_writer(rewrites: bool, tmp_path: Path) -> None:
+def test_a_kill_at_each_call_of_the_writer(rewrites: bool, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     running: list[subprocess.Popen[bytes]] = []
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(made, folder)
+        shutil.copytree(before, folder)
 
     def start() -> int:
         running.append(_write(folder, "new", "traced"))
@@ -74,23 +74,23 @@ def test_a_kill_at_every_call_of_the_writer(rewrites: bool, tmp_path: Path) -> N
 
     def check(point: Point) -> None:
         record = folder / ".kolotune" / "train.json"
-        claimed = json.loads(record.read_text()) if record.exists() else None
-        holds = _holds(folder)
-        if claimed is not None:
-            digest = hashlib.sha256((claimed["text"] * 3).encode()).hexdigest()
-            assert claimed["outputs"]["Merged.gguf"]["sha256"] == digest, point
-        if claimed is not None and claimed["text"] == "new":  # the record comes last: all the rest is there
-            assert holds == {"new"}, point
-        assert claimed is not None or not rewrites, point
-        # The same again mends it.
+        recorded = json.loads(record.read_text()) if record.exists() else None
+        contents = _contents(folder)
+        if recorded is not None:
+            digest = hashlib.sha256((recorded["text"] * 3).encode()).hexdigest()
+            assert recorded["outputs"]["Merged.gguf"]["sha256"] == digest, point
+        if recorded is not None and recorded["text"] == "new":  # the record comes last
+            assert contents == {"new"}, point
+        assert recorded is not None or not rewrites, point
+        # A second call repairs it.
         assert _write(folder, "new").wait(60) == 0, point
-        assert _holds(folder) == {"new"} and json.loads(record.read_text())["text"] == "new"
+        assert _contents(folder) == {"new"} and json.loads(record.read_text())["text"] == "new"
         assert not [path for path in folder.rglob("*") if path.name.endswith((".partial", ".old"))], point
 
-    made = tmp_path / "made"
-    made.mkdir()
+    before = tmp_path / "before"
+    before.mkdir()
     if rewrites:
-        assert _write(made, "old").wait(60) == 0
-    points, hits = calls.at_every_call(folder, start, wait, prepare, check)
+        assert _write(before, "old").wait(60) == 0
+    points, hits = calls.kill_at_each_call(folder, start, wait, prepare, check)
     print(f"{points} calls, killed at {hits}")
     assert points > 25 and hits == points

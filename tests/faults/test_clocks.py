@@ -1,4 +1,4 @@
-"""A clock that is a day off and jumps, and files that all have one time: content and step numbers decide."""
+"""A clock that is a day off and jumps, and files with equal times: only contents and step numbers matter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support.runs import losses, results
 
-from faults.room import Room, said
+from faults.workspace import Workspace, reported_stages
 
 _DAY = 86400
 _COMPILER = shutil.which("cc")
@@ -30,30 +30,30 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Clock:
-    """What `support/moved_clock.c` reads, and runs whose processes all have that clock.
+    """The clock of `support/moved_clock.c`, and runs whose processes all use it.
 
-    libfaketime won't do: with a monotonic clock that stays, its sleeping fails (0.9.10), and one that jumps is no fault
-    that happens.
+    libfaketime can't be used: with an unchanged monotonic clock its sleep fails (0.9.10), and a monotonic clock that
+    jumps is not a realistic fault.
     """
 
-    room: Room
+    workspace: Workspace
     root: Path
 
     @classmethod
-    def make(cls, room: Room, root: Path) -> Clock:
+    def make(cls, workspace: Workspace, root: Path) -> Clock:
         source = Path(__file__).parent.parent / "support" / "moved_clock.c"
         assert _COMPILER is not None
         subprocess.run([_COMPILER, "-shared", "-fPIC", "-O1", "-o", root / "moved_clock.so", source], check=True)
         (root / "clock").write_bytes(struct.pack("q", 0))
-        return cls(room, root)
+        return cls(workspace, root)
 
     def set(self, days: int) -> None:
-        """Moves it, also for the processes that run."""
+        """Set the clock, also for running processes."""
         with (self.root / "clock").open("r+b") as file:
             file.write(struct.pack("q", days * _DAY))
 
     def start(self, folder: Path) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "kolotune", *self.room.command(folder, compares=False), "--epochs", "12"]
+        argv = [sys.executable, "-m", "kolotune", *self.workspace.command(folder, compares=False), "--epochs", "12"]
         moved = {"LD_PRELOAD": str(self.root / "moved_clock.so"), "MOVED_CLOCK": str(self.root / "clock")}
         return subprocess.Popen(
             argv, env={**os.environ, **moved}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -61,7 +61,7 @@ class Clock:
         )  # fmt: skip
 
     def run(self, folder: Path) -> str:
-        """A run to its end; what it printed."""
+        """Finish a run; return its output."""
         child = self.start(folder)
         output, _ = child.communicate(timeout=500)
         assert child.returncode == 0, output
@@ -69,27 +69,27 @@ class Clock:
 
 
 @pytest.fixture(scope="module")
-def clock(room: Room, tmp_path_factory: pytest.TempPathFactory) -> Clock:
-    return Clock.make(room, tmp_path_factory.mktemp("clock"))
+def clock(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Clock:
+    return Clock.make(workspace, tmp_path_factory.mktemp("clock"))
 
 
 def newest(folder: Path, after: int = 0) -> int:
-    """The step of the newest checkpoint, once there is one behind `after`."""
+    """Wait for a checkpoint after step `after`; return the newest step."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         names = [path.name for path in (folder / ".kolotune" / "checkpoints").glob("step-*")]
-        found = max((int(name.removeprefix("step-")) for name in names), default=0)
-        if found > after:
-            return found
+        step = max((int(name.removeprefix("step-")) for name in names), default=0)
+        if step > after:
+            return step
         time.sleep(0.002)
-    raise AssertionError("no checkpoint came")
+    raise AssertionError("there is no checkpoint")
 
 
 @pytest.fixture(scope="module")
 def resumed(clock: Clock) -> tuple[Path, int, str]:
-    """A run whose clock jumped from tomorrow to yesterday between two checkpoints, that was killed then and goes on.
+    """A resumed run: its clock jumped from tomorrow to yesterday between two checkpoints, then it was killed.
 
-    Its folder, the step of the newest checkpoint, and what the second process printed.
+    The folder, the step of the newest checkpoint, and the output of the second process.
     """
     run = clock.root / "run"
     clock.set(1)
@@ -101,17 +101,17 @@ def resumed(clock: Clock) -> tuple[Path, int, str]:
     child.communicate()
     step = newest(run)
     for path in (run / ".kolotune" / "checkpoints").glob("step-*"):
-        # As the kernel would have stamped them: the newest is two days older than the others.
+        # As the kernel would have stamped them: the newest seems two days older than the others.
         stamp = time.time() + (-_DAY if path.name == f"step-{step:08d}" else _DAY)
-        for each in [path, *path.iterdir()]:
-            os.utime(each, (stamp, stamp))
+        for file in [path, *path.iterdir()]:
+            os.utime(file, (stamp, stamp))
     return run, step, clock.run(run)
 
 
 def test_a_clock_that_jumps_changes_nothing(clock: Clock, resumed: tuple[Path, int, str]) -> None:
     run, step, output = resumed
     assert f"going on from step {step}" in output
-    assert "prepare" not in said(output)[0]
+    assert "prepare" not in reported_stages(output)[0]
     clock.set(0)
     whole = clock.root / "whole"
     clock.run(whole)
@@ -121,13 +121,13 @@ def test_a_clock_that_jumps_changes_nothing(clock: Clock, resumed: tuple[Path, i
     assert max(times) - times[-1] > 1.9 * _DAY, "the clock did not jump"
 
 
-def test_stages_are_skipped_or_done_again_by_content_alone(clock: Clock, resumed: tuple[Path, int, str]) -> None:
+def test_only_contents_decide_which_stages_run(clock: Clock, resumed: tuple[Path, int, str]) -> None:
     run = resumed[0]
-    made = results(run)
+    before = results(run)
     clock.set(2)
-    for each in [run, *run.rglob("*")]:
-        os.utime(each, ns=(10**18, 10**18))
-    assert said(clock.run(run))[0] == set()
+    for path in [run, *run.rglob("*")]:
+        os.utime(path, ns=(10**18, 10**18))
+    assert reported_stages(clock.run(run))[0] == set()
     clock.set(-1)
     (weights,) = (run / "merged_model").glob("*.safetensors")
     with weights.open("r+b") as file:
@@ -136,6 +136,6 @@ def test_stages_are_skipped_or_done_again_by_content_alone(clock: Clock, resumed
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
     os.utime(weights, ns=(10**18, 10**18))
-    assert results(run) != made
-    assert said(clock.run(run))[0] == {"merge"}
-    assert results(run) == made
+    assert results(run) != before
+    assert reported_stages(clock.run(run))[0] == {"merge"}
+    assert results(run) == before

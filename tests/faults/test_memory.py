@@ -1,4 +1,4 @@
-"""Memory runs out in training: half the chats at once, the same steps, and the same bits when it is repeated."""
+"""Memory runs out in training: the micro-batch is halved, steps stay the same, and a repetition gives the same bits."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that does not say whom its kernel killed."""
+    """A system that does not count the processes that its kernel killed."""
     monkeypatch.setattr(hardware, "_KILL_COUNTERS", ())
 
 
 @pytest.fixture
 def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Kills the engine's process, once it has told a step: ``killed_at(3)``, or at each of some."""
+    """Kill the engine's process after it has reported a step: ``killed_at(3)``; or after each of several steps."""
 
     def at(*steps: int) -> list[int]:
         killed: list[int] = []
@@ -55,7 +55,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
                 event = event_of(line) or {}
                 if event.get("event") == "step" and len(killed) < len(steps) and event["step"] >= steps[len(killed)]:
                     for child in psutil.Process().children():
-                        if any("kolotune.engines" in each for each in child.cmdline()):
+                        if any("kolotune.engines" in word for word in child.cmdline()):
                             killed.append(event["step"])
                             child.kill()
                 return bool(on_line(line))
@@ -69,7 +69,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 
 def of_training(config: Config) -> tuple[dict[int, float], dict[str, Any]]:
-    """The loss curve and what the record says."""
+    """Return the loss curve and the facts of the record."""
     run = RunFolder(config.output_dir)
     record = read_record(run, "train")
     assert record is not None
@@ -77,11 +77,11 @@ def of_training(config: Config) -> tuple[dict[int, float], dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_a_training_that_is_killed_goes_on_with_half_the_batch(
+def test_a_killed_training_resumes_with_half_the_batch(
     config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    # At a small rate, or AdamW makes more of the last bits at every step.
+    # With a small learning rate: AdamW amplifies differences of the last bits at every step.
     whole, broken = (config_in(name, epochs=8, learning_rate=1e-4) for name in ("whole", "broken"))
     run_pipeline(whole, reporter, ["prepare", "train"])
     killed = killed_at(5)
@@ -94,22 +94,22 @@ def test_a_training_that_is_killed_goes_on_with_half_the_batch(
     expected, undisturbed = of_training(whole)
     assert "halved_from" not in undisturbed
     first = int(facts["halved_from"])
-    assert first >= 3  # the newest checkpoint: the engine may have been some steps ahead
+    assert first >= 3  # the newest checkpoint; the engine may have been some steps ahead
     assert {step: loss for step, loss in curve.items() if step <= first} == dict(list(expected.items())[:first])
     assert curve == pytest.approx(expected, abs=1e-4)
-    # A rebuild computes the same steps with as few chats at once, and gets the same bits.
+    # A rebuild uses the same micro-batches, and gets the same bits.
     assert rebuild(RunFolder(broken.output_dir).manifest, tmp_path / "again", reporter).different == []
     assert of_training(config_in("again"))[1]["halved_from"] == facts["halved_from"]
     assert losses(tmp_path / "again" / "metrics.jsonl") == curve
 
 
-@pytest.mark.skipif(hardware.kills_for_memory() is None, reason="this system does not count whom its kernel killed")
-def test_a_kill_by_someone_else_is_told_and_halves_nothing(
+@pytest.mark.skipif(hardware.kills_for_memory() is None, reason="this system does not count kills for lack of memory")
+def test_a_kill_by_somebody_is_an_error_and_halves_nothing(
     config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any
 ) -> None:
     config = config_in("run", epochs=4)
     killed = killed_at(5)
-    with pytest.raises(TrainingError, match=r"was killed \(SIGKILL\), and not by the kernel") as raised:
+    with pytest.raises(TrainingError, match="SIGKILL") as raised:
         run_pipeline(config, reporter, ["prepare", "train"])
     assert killed == [5] and "--use-checkpoint" in raised.value.hint
     assert not RunFolder(config.output_dir).memory_backoff.exists()
@@ -120,19 +120,19 @@ def test_a_kill_by_someone_else_is_told_and_halves_nothing(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("uncounted")
-def test_at_a_batch_of_one_it_is_told_what_to_change(
+def test_with_a_batch_of_one_the_hint_names_options(
     config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any
 ) -> None:
     config = config_in("run", epochs=5, batch_size=2)
     killed = killed_at(1, 5)
-    with pytest.raises(TrainingError, match="was killed, most likely because memory ran out") as raised:
+    with pytest.raises(TrainingError, match="memory ran out") as raised:
         run_pipeline(config, reporter, ["prepare", "train"])
     assert len(killed) == 2
     for word in ("--use-checkpoint", "--max-seq-length", "--lora-rank", "--load-in-4bit", "--base-model"):
         assert word in raised.value.hint
     assert "--batch-size" not in raised.value.hint
     assert states(RunFolder(config.output_dir))["train"] == "failed"
-    # What was found out is kept: the same again does not begin with more at once.
+    # The halvings are remembered: a second call does not start with a larger micro-batch.
     run_pipeline(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
     assert "going on from step" in capsys.readouterr().out
     assert len(of_training(config)[1]["halved_from"].split(",")) == 1
@@ -144,10 +144,10 @@ Train = Callable[..., tuple[dict[int, float], dict[str, Any], str]]
 
 @pytest.fixture
 def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypatch: Any, tmp_path: Path) -> Train:
-    """Trains a model whose logits take most of the memory, with 8 chats in a batch.
+    """Train a model whose logits take most of the memory, with 8 chats in a batch.
 
-    ``wide_head(name, prefix=(), halvings=[], **options)`` gives the losses, the facts and the adapter's hash. The
-    engine's command begins with `prefix`; `halvings`: where memory is known to have run out.
+    ``wide_head(name, prefix=(), halvings=[], **options)`` returns the losses, the facts and the adapter's hash.
+    The engine's command begins with `prefix`; `halvings` are the steps at which memory is known to have run out.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny_model("gemma2", tmp_path / "base", vocab_size=60_000)
@@ -179,10 +179,10 @@ def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypat
 def test_a_kill_by_the_kernel_itself(
     processes: int, wide_head: Train, memory_group: Callable[[], MemoryGroup], capsys: Any
 ) -> None:
-    """The engine's processes may hold so much together: less than 8 chats at once take, and more than some do."""
-    known = [0] * processes  # each of two processes has 4 of the chats, so that the first halving changes nothing
+    """The engine's processes together get less memory than 8 chats at once take, and more than fewer chats do."""
+    known = [0] * processes  # each of two processes has 4 of the chats, so the first halving changes nothing
     measured = memory_group()
-    told = wide_head("told", measured.prefix, known, nproc=processes)
+    known_run = wide_head("known", measured.prefix, known, nproc=processes)
     limited = memory_group()
     limited.limit(measured.peak + (300 << 20))
     kills = hardware.kills_for_memory()
@@ -190,17 +190,17 @@ def test_a_kill_by_the_kernel_itself(
     assert kills is not None and hardware.kills_for_memory() != kills, "the kernel did not kill it"
     printed = capsys.readouterr()
     assert "the batch is halved from 8 to 4 and the accumulation doubled" in printed.out + printed.err
-    halvings = [int(each) for each in facts["halved_from"].split(",")]
-    if halvings != known:  # the kernel took more than was left for it, and killed once more
-        told = wide_head("told so", halvings=halvings, nproc=processes)
-    assert (curve, adapter) == (told[0], told[2])
+    halvings = [int(step) for step in facts["halved_from"].split(",")]
+    if halvings != known:  # the process took more than expected, and was killed once more
+        known_run = wide_head("known again", halvings=halvings, nproc=processes)
+    assert (curve, adapter) == (known_run[0], known_run[2])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
 def test_an_allocation_that_fails(wide_head: Train, monkeypatch: Any) -> None:
-    """The engine may have so much address space; eight long chats at once take more, one does not."""
+    """The engine gets less address space than eight long chats at once take, and more than one does."""
     peaks: list[int] = []
     real = train._Events.__call__
 
@@ -217,11 +217,11 @@ def test_an_allocation_that_fails(wide_head: Train, monkeypatch: Any) -> None:
     curve, facts, adapter = wide_head("limited", ["prlimit", f"--as={limit}"])
     assert facts["halved_from"].startswith("0")
     assert curve == pytest.approx(whole, abs=1e-5)
-    halvings = [int(each) for each in facts["halved_from"].split(",")]
-    assert wide_head("told", halvings=halvings)[2] == adapter
+    halvings = [int(step) for step in facts["halved_from"].split(",")]
+    assert wide_head("known", halvings=halvings)[2] == adapter
 
 
-def test_a_control_group_counts_its_own_kills_alone(memory_group: Callable[[], MemoryGroup]) -> None:
+def test_a_control_group_counts_only_its_own_kills(memory_group: Callable[[], MemoryGroup]) -> None:
     group = memory_group()
     group.limit(200 << 20)
     script = """

@@ -1,4 +1,4 @@
-"""Disks without inodes, a temporary folder elsewhere, and outputs whose tails a power cut took."""
+"""Disks without inodes, a temporary folder on another disk, and outputs that lost their tails in a power cut."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from kolotune.run_folder.reasons import ReasonKind
 
 
 @pytest.fixture(scope="module")
-def made(room: Any, tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Path:
-    """A finished run; read it only."""
+def made(workspace: Any, tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Path:
+    """A finished run. Do not change it."""
     from kolotune.foundation import config as configs
 
     folder = tmp_path_factory.mktemp("made")
     options = {
-        "train_data": room.root / "chats.jsonl", "base_model": str(room.root / "base"), "output_dir": folder / "run",
-        "dtype": "fp32", "compile": "off", "epochs": 1, "lora_rank": 2, "checkpoint_steps": 0, "eval_split": 0,
+        "train_data": workspace.root / "chats.jsonl", "base_model": str(workspace.root / "base"),
+        "output_dir": folder / "run", "dtype": "fp32", "compile": "off", "epochs": 1, "lora_rank": 2,
+        "checkpoint_steps": 0, "eval_split": 0,
         "template_date": "2026-01-02", "compare": False,
     }  # fmt: skip
     run_pipeline(configs.resolve((options, "test", folder)), reporter)
     return folder / "run"
 
 
-def test_no_inodes_are_left(
+def test_no_inodes_are_free(
     config_in: Callable[..., Config], mount: Callable[..., Path], reporter: PlainReporter, capsys: Any
 ) -> None:
     small = tmpfs(mount, "200m", "nr_inodes=14")
@@ -55,13 +56,13 @@ def test_no_inodes_are_left(
     assert states(run)["prepare"] == "done"
 
 
-@pytest.mark.parametrize(("options", "words"), [("nr_inodes=1", "no inodes"), ("nr_inodes=99", "the disk is full")])
-def test_what_a_library_in_rust_says_of_a_full_disk(options: str, words: str, mount: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("options", "message"), [("nr_inodes=1", "no inodes"), ("nr_inodes=99", "the disk is full")])
+def test_a_full_disk_under_a_library_in_rust(options: str, message: str, mount: Callable[..., Path]) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
     small = tmpfs(mount, "64k", options)
-    with pytest.raises(SpaceError, match=words), replacing(small / "weights") as partial:
+    with pytest.raises(SpaceError, match=message), replacing(small / "weights") as partial:
         save_file({"x": np.zeros(100_000)}, partial)
     assert list(small.iterdir()) == []
 
@@ -69,7 +70,7 @@ def test_what_a_library_in_rust_says_of_a_full_disk(options: str, words: str, mo
 def test_the_temporary_folder_is_on_another_file_system(
     made: Path, mount: Callable[..., Path], reporter: PlainReporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Nothing is renamed from there to here, which can't be done."""
+    """No file is renamed from one file system to the other, which is not possible."""
     elsewhere = tmpfs(mount, "200m")
     assert os.stat(elsewhere).st_dev != os.stat(tmp_path).st_dev
     monkeypatch.setenv("TMPDIR", str(elsewhere))
@@ -90,7 +91,7 @@ def _cut(path: Path) -> None:
 
 
 def _zero(path: Path) -> None:
-    """The size is there and the last blocks are not, as after a power cut; the times say nothing."""
+    """Keep the size and times, but zero the last blocks, as after a power cut."""
     status = path.stat()
     with path.open("r+b") as file:
         file.seek(-min(4096, status.st_size // 2), os.SEEK_END)
@@ -108,34 +109,32 @@ _OUTPUTS = {
 
 @pytest.mark.parametrize("damage", [_cut, _zero])
 @pytest.mark.parametrize("name", _OUTPUTS)
-def test_a_lost_tail_is_seen_and_names_its_stage(
+def test_a_lost_tail_is_detected_at_its_stage(
     name: str, damage: Callable[[Path], None], made: Path, tmp_path: Path
 ) -> None:
     run = RunFolder(Path(shutil.copytree(made, tmp_path / "run")))
     damage(run.root / name)
-    found = {each.name: each for each in read_status(run)}
-    stage = found[_OUTPUTS[name]]
+    stages = {stage.name: stage for stage in read_status(run)}
+    stage = stages[_OUTPUTS[name]]
     assert stage.state is StageState.WILL_RUN
     assert ReasonKind.OUTPUT_ALTERED in {reason.kind for reason in stage.reasons}
-    before = list(found)[: list(found).index(_OUTPUTS[name])]
-    assert all(found[each].state is StageState.DONE for each in before)
+    before = list(stages)[: list(stages).index(_OUTPUTS[name])]
+    assert all(stages[earlier].state is StageState.DONE for earlier in before)
 
 
-def test_a_lost_tail_is_mended_by_that_stage_alone(
-    made: Path, reporter: PlainReporter, capsys: Any, tmp_path: Path
-) -> None:
+def test_only_the_damaged_stage_runs_again(made: Path, reporter: PlainReporter, capsys: Any, tmp_path: Path) -> None:
     run = RunFolder(Path(shutil.copytree(made, tmp_path / "run")))
     expected = results(run.root)
     for name in ("MergedQ4_K_M.gguf", "Merged.gguf", "merged_model/model.safetensors"):
         _zero(run.root / name)
         capsys.readouterr()
         run_pipeline(open_context(run).config, reporter)
-        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("... ")]
-        assert [line.split(":")[0] for line in said if "(" in line] == [f"... {_OUTPUTS[name]}"], said
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("... ")]
+        assert [line.split(":")[0] for line in lines if "(" in line] == [f"... {_OUTPUTS[name]}"], lines
         assert results(run.root) == expected
 
 
-def test_a_record_that_lost_its_tail_is_no_record(made: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_counts_as_none(made: Path, tmp_path: Path) -> None:
     for number, stage in enumerate(("prepare", "train", "merge", "convert", "quantize", "modelfile")):
         for damage in (_cut, _zero):
             run = RunFolder(Path(shutil.copytree(made, tmp_path / f"{number}{damage.__name__}")))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.hosts import Host, two_hosts, why_not
+from support.hosts import Host, skip_reason, two_hosts
 from support.training import random_chats
 
 from kolotune.engines.job import TrainJob, event_of
@@ -24,7 +24,7 @@ from kolotune.engines.native import training
 from kolotune.planning import network
 from kolotune.weights.model_shape import AdapterShape, read_shape
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 
 OPTIONS = {"epochs": 4, "batch_size": 8, "checkpoint_steps": 1}
 PORT = 29531
@@ -78,7 +78,7 @@ def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], trainin
     jobs = jobs_for(folder, hosts)
     children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
     _wait_for(lambda: bool(losses(jobs[0])), Path(jobs[0].metrics))
-    connections = hosts[0].told("ss", "-Htn", "state", "established")
+    connections = hosts[0].run("ss", "-Htn", "state", "established")
     finish(*children, jobs=jobs)
     assert hosts[1].address in connections, "the ranks of the two hosts are connected"
     gradients = 4 * sum(each.numel() for each in adapter(alone).values())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.hosts import Host, two_hosts, why_not
+from support.hosts import Host, skip_reason, two_hosts
 from support.runs import losses
 
 from kolotune.run_folder.layout import RunFolder
@@ -68,7 +68,7 @@ def test_four_processes(alone: RunFolder, config: Path, tmp_path: Path) -> None:
     require_same(run, alone)
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 def test_two_hosts_of_two_processes(alone: RunFolder, config: Path, tmp_path: Path) -> None:
     with two_hosts() as hosts:
         runs = [RunFolder(tmp_path / host.name) for host in hosts]
@@ -81,7 +81,7 @@ def test_two_hosts_of_two_processes(alone: RunFolder, config: Path, tmp_path: Pa
                 children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT))
         wait_for_steps(runs[0], 2)
         ranks = [ranks_on(host) for host in hosts]
-        connected = [host.told("ss", "-Htn", "state", "established") for host in hosts]
+        connected = [host.run("ss", "-Htn", "state", "established") for host in hosts]
         for child, host in zip(children, hosts, strict=True):
             assert child.wait(timeout=1800) == 0, (tmp_path / f"{host.name}.log").read_text()
         print(f"ranks at work: {dict(zip([host.address for host in hosts], ranks, strict=True))}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support.hosts import two_hosts, why_not
+from support.hosts import skip_reason, two_hosts
 from support.reference_training import held_out_loss
 from support.runs import STAGES_WITHOUT_COMPARE, losses
 
@@ -109,7 +109,7 @@ def test_its_own_config_for_llama_3_2_1b(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 def test_two_hosts_make_what_one_process_makes(training_room: Callable[..., Any]) -> None:
     """Two processes on each of two hosts; then one lacks its last checkpoint, and gets it from the other host."""
     folder = training_room("llama", chats=19, held_out=6)

@@ -1,4 +1,4 @@
-"""A real headless Chromium, spoken to through its DevTools protocol over a pipe, without any network."""
+"""A real headless Chromium, controlled by its DevTools protocol over a pipe, without any network."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
+PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
     "--hide-scrollbars", "--disable-background-networking", "--disable-dev-shm-usage",
 )  # fmt: skip
-# It reads from its descriptor 3 and writes to 4: this puts them there, by way of numbers that are neither.
+# Chromium reads from descriptor 3 and writes to 4. This moves the pipes there, by way of other numbers.
 _DESCRIPTORS = """
 import fcntl, os, sys
-pipes = [fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3]]
-for number, each in zip((3, 4), pipes):
-    os.dup2(each, number)
+pipes = [fcntl.fcntl(int(word), fcntl.F_DUPFD, 10) for word in sys.argv[1:3]]
+for number, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, number)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
 class Page:
-    """One page of the browser; `problems` are what its console and its log said."""
+    """One page of the browser; `problems` are the messages of its console and log."""
 
     def __init__(self, to_it: int, from_it: int) -> None:
         self._to_it, self._from_it = to_it, from_it
@@ -47,28 +45,28 @@ class Page:
         self._call("Network.emulateNetworkConditions", **conditions)
 
     def open(self, file: Path, *, width: int, height: int = 900, scheme: str = "light") -> None:
-        """Opens a local file in a window of that size and colour scheme."""
+        """Open a local file in a window of this size and colour scheme."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **metrics)
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._loaded = False
         self._call("Page.navigate", url=file.absolute().as_uri())
         while not self._loaded:
-            self._take(self._read())
+            self._handle(self._read())
 
-    def ask(self, script: str) -> Any:
-        """The value of an expression, or of a function's body, in the page."""
+    def evaluate(self, script: str) -> Any:
+        """Return the value of a function's body in the page."""
         answer = self._call("Runtime.evaluate", expression=f"(() => {{ {script} }})()", returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def picture(self, file: Path) -> None:
-        """The whole page as a PNG."""
+        """Write the whole page as a PNG."""
         answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(answer["data"]))
 
     def pdf(self, file: Path) -> None:
-        """The page as it is printed."""
+        """Write the printed page."""
         file.write_bytes(base64.b64decode(self._call("Page.printToPDF", printBackground=True)["data"]))
 
     def _call(self, method: str, **values: Any) -> dict[str, Any]:
@@ -78,21 +76,21 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._to_it, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self._number:
-            self._take(answer)
+            self._handle(answer)
         assert "error" not in answer, answer
         result: dict[str, Any] = answer["result"]
         return result
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            more = os.read(self._from_it, 1 << 20)
-            assert more, "the browser is gone"
-            self._buffer += more
+            data = os.read(self._from_it, 1 << 20)
+            assert data, "the browser has ended"
+            self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\0")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _handle(self, event: dict[str, Any]) -> None:
         method, values = event.get("method"), event.get("params", {})
         if method == "Page.loadEventFired":
             self._loaded = True
@@ -106,7 +104,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Page]:
-    """A page of a browser of its own, with a profile of its own, while the block runs."""
+    """Run a browser with a new profile while the block runs; give one page."""
     to_them, to_it = os.pipe()
     from_it, from_them = os.pipe()
     argv = [sys.executable, "-c", _DESCRIPTORS, str(to_them), str(from_them), PROGRAM, *_FLAGS]

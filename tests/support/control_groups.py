@@ -1,4 +1,4 @@
-"""Control groups of the kernel with a limit of memory, version 1 or 2, where the tests may make some."""
+"""The kernel's control groups (version 1 or 2) with a memory limit, where tests may make them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path("/sys/fs/cgroup")
-# Of version 1 and 2: the limit, the most that was held, the limit with swap or of swap.
+# In version 1 and 2: the limit, the peak, the limit with swap or of swap.
 _FIRST = ("memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.memsw.limit_in_bytes")
 _SECOND = ("memory.max", "memory.peak", "memory.swap.max")
 
 
 class MemoryGroup:
-    """A group: what is started by ``[*group.prefix, program, …]`` is in it, with all that it starts itself."""
+    """A group. A program started as ``[*group.prefix, program, …]`` runs in it, with all its children."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,38 +25,38 @@ class MemoryGroup:
         self.prefix = ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "in-group"]
 
     def limit(self, size: int) -> None:
-        """Sets the limit, in bytes; there is no swap."""
+        """Set the limit in bytes, without swap."""
         (self.folder / self.names[0]).write_text(str(size))
         with contextlib.suppress(OSError):  # a kernel that does not count swap
             (self.folder / self.names[2]).write_text(str(size) if self.names is _FIRST else "0")
 
     @property
     def peak(self) -> int:
-        """The most that the group has held."""
+        """The peak of the group's memory, in bytes."""
         return int((self.folder / self.names[1]).read_text())
 
 
 @pytest.fixture
 def memory_group() -> Iterator[Callable[[], MemoryGroup]]:
-    """Makes groups; skips with the reason where that can't be done."""
-    made: list[MemoryGroup] = []
+    """Make groups; skip the test where that is not possible."""
+    groups: list[MemoryGroup] = []
     root = _ROOT / "memory" if (_ROOT / "memory" / _FIRST[0]).exists() else _ROOT
 
     def make() -> MemoryGroup:
-        folder = root / f"kolotune-test-{os.getpid()}-{len(made)}"
+        folder = root / f"kolotune-test-{os.getpid()}-{len(groups)}"
         try:
             folder.mkdir()
         except OSError as error:
             pytest.skip(f"no control group can be made here: {error}")
-        made.append(MemoryGroup(folder))
-        missing = [name for name in made[-1].names[:2] if not (folder / name).exists()]
-        if missing or not os.access(folder / made[-1].names[0], os.W_OK):
+        groups.append(MemoryGroup(folder))
+        missing = [name for name in groups[-1].names[:2] if not (folder / name).exists()]
+        if missing or not os.access(folder / groups[-1].names[0], os.W_OK):
             pytest.skip(f"memory can't be limited here: {', '.join(missing) or 'the limit can not be written'}")
-        return made[-1]
+        return groups[-1]
 
     yield make
-    for group in made:
-        for _ in range(100):  # it can be removed when the last of its processes is gone
+    for group in groups:
+        for _ in range(100):  # it can be removed when its last process has ended
             with contextlib.suppress(OSError):
                 group.folder.rmdir()
                 break

@@ -1,7 +1,7 @@
-"""A real Docker engine for tests, with an image that `kolotune container build` made and a container of it.
+"""A real Docker engine for tests, with an image made by `kolotune container build` and a container.
 
-Needs root. The engine's data folder is kept between runs (KOLOTUNE_TEST_CACHE, or the user's cache), so that only
-what has changed is built again. No image comes from a registry: the base is made with debootstrap.
+Needs root. The engine's data folder is kept between runs (KOLOTUNE_TEST_CACHE, or the user's cache), so that
+unchanged layers are not built again. No image comes from a registry: debootstrap makes the base.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ _LOCK = Path(__file__).parents[2] / "kolotune" / "runners" / "container" / "imag
 
 
 def until_training(child: subprocess.Popen[str]) -> None:
-    """Reads what a run says until its first step is done."""
+    """Read the output of a run until its first training step is done."""
     assert child.stdout is not None
-    seen = []
+    lines = []
     for line in child.stdout:
-        seen.append(line)
+        lines.append(line)
         if re.match(r"\s*training \d+/", line):
             return
-    pytest.fail(f"it ended by itself: {''.join(seen)}")
+    pytest.fail(f"it ended too early: {''.join(lines)}")
 
 
-def until_said(child: subprocess.Popen[str], words: str) -> str:
-    """Reads what a client says until a line with these words; returns that line."""
+def read_until(child: subprocess.Popen[str], phrase: str) -> str:
+    """Read the output of a client until a line contains a phrase; return that line."""
     assert child.stdout is not None
-    seen = []
+    lines = []
     for line in child.stdout:
-        seen.append(line)
-        if words in line:
+        lines.append(line)
+        if phrase in line:
             return line
-    pytest.fail(f"it ended by itself: {''.join(seen)}")
+    pytest.fail(f"it ended too early: {''.join(lines)}")
 
 
-def told(output: str, *words: str) -> None:
-    """Checks that one error was told, with these words, and no traceback."""
+def require_error(output: str, *phrases: str) -> None:
+    """Check that the output contains one error with these phrases, and no traceback."""
     assert "Traceback" not in output
     assert output.count("error: ") == 1, output
-    for word in words:
-        assert word in output, output
+    for phrase in phrases:
+        assert phrase in output, output
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -68,12 +68,12 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 @dataclass
-class Engine:
-    """dockerd, which can be stopped and started again while tests run.
+class Dockerd:
+    """dockerd, which tests can stop and start.
 
     Attributes:
-        folder: for its socket and log; short, because a socket's path may not be long.
-        data: where it keeps images, containers and volumes.
+        folder: for its socket and log; short, because the path of a socket must be.
+        data: the folder of images, containers and volumes.
     """
 
     folder: Path
@@ -85,13 +85,13 @@ class Engine:
         return f"unix://{self.folder}/d.sock"
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Start it and wait until it answers."""
         argv = [
             "dockerd", "--data-root", str(self.data), "--exec-root", str(self.folder / "exec"), "-H", self.host,
             "--pidfile", str(self.folder / "pid"), "--iptables=false", "--bridge=none", "--storage-driver=overlay2",
         ]  # fmt: skip
-        for left in ("d.sock", "pid", "exec/containerd/containerd.pid"):  # by one that was killed
-            (self.folder / left).unlink(missing_ok=True)
+        for name in ("d.sock", "pid", "exec/containerd/containerd.pid"):  # of a killed one
+            (self.folder / name).unlink(missing_ok=True)
         with (self.folder / "log").open("a") as log:
             self._daemon = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + _START_SECONDS
@@ -109,11 +109,10 @@ class Engine:
             return False
 
     def is_up(self) -> bool:
-        """Whether it runs."""
         return self._daemon is not None and self._daemon.poll() is None
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it: in order, with all containers, or by SIGKILL."""
+        """Stop it: properly, with all containers, or with SIGKILL."""
         assert self._daemon is not None
         helpers = psutil.Process(self._daemon.pid).children()
         self._daemon.send_signal(how)
@@ -124,9 +123,9 @@ class Engine:
 
 @dataclass(frozen=True)
 class Client:
-    """kolotune as a user of that engine calls it."""
+    """kolotune, as a user of that engine calls it."""
 
-    engine: Engine
+    engine: Dockerd
     api: Any = field(repr=False)
 
     @property
@@ -137,7 +136,7 @@ class Client:
         return {**os.environ, "DOCKER_HOST": self.engine.host, **more}
 
     def start(self, *arguments: Any, cwd: Path, **env: str) -> subprocess.Popen[str]:
-        """Starts kolotune and does not wait for it."""
+        """Start kolotune without waiting for it."""
         return subprocess.Popen(
             [*PROGRAM, *map(str, arguments)],
             cwd=cwd,
@@ -148,39 +147,39 @@ class Client:
             text=True,
         )
 
-    def __call__(self, *arguments: Any, cwd: Path, typed: str = "", **env: str) -> tuple[int, str]:
-        """Runs kolotune to its end; returns the exit code and all that it printed."""
+    def __call__(self, *arguments: Any, cwd: Path, stdin: str = "", **env: str) -> tuple[int, str]:
+        """Run kolotune; return the exit code and its output."""
         child = self.start(*arguments, cwd=cwd, **env)
-        output, _ = child.communicate(typed, timeout=570)
+        output, _ = child.communicate(stdin, timeout=570)
         return child.returncode, output
 
     def bring_up(self, name: str, *more: str) -> None:
-        """Makes a container of the image, or starts it again."""
+        """Start a container, and make it first if it does not exist."""
         code, output = self("container", "start", name, "--network", "host", *more, cwd=self.folder)
         assert code == 0, output
 
     def processes(self, name: str = NAME) -> list[str]:
-        """The command lines inside a container, other than those that keep it up."""
+        """Return the command lines inside a container, except those that keep it running."""
         lines = [row[-1] for row in self.api.top(name, "-eo pid,args")["Processes"]]
         return [line for line in lines if "docker-init" not in line and line != "sleep infinity"]
 
     def idle_within(self, seconds: float, name: str = NAME) -> bool:
-        """Whether nothing of ours runs inside after at most so many seconds."""
+        """Whether all of our processes inside end within some seconds."""
         deadline = time.monotonic() + seconds
-        while left := self.processes(name):
+        while remaining := self.processes(name):
             if time.monotonic() > deadline:
-                print("left behind:", left)
+                print("left behind:", remaining)
                 return False
             time.sleep(0.1)
         return True
 
     def inside(self, *argv: str, name: str = NAME, user: str = "") -> str:
-        """What a program inside a container prints."""
-        made = self.api.exec_create(name, list(argv), user=user)
-        return bytes(self.api.exec_start(made["Id"])).decode()
+        """Run a program inside a container; return its output."""
+        process = self.api.exec_create(name, list(argv), user=user)
+        return bytes(self.api.exec_start(process["Id"])).decode()
 
     def forget(self, name: str) -> None:
-        """Removes a container and its volume, if they are there."""
+        """Remove a container and its volume, if they exist."""
         import docker.errors
 
         for remove in (
@@ -196,7 +195,7 @@ def _cache() -> Path:
     return Path(root, "docker")
 
 
-def why_not() -> str:
+def skip_reason() -> str:
     if os.name != "posix" or os.geteuid() != 0:
         return "a Docker engine of our own needs root on Linux"
     missing = [name for name in ("dockerd", "debootstrap") if shutil.which(name) is None]
@@ -205,27 +204,27 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def engine() -> Iterator[Client]:
-    """An engine that runs as long as the block does."""
+    """Run an engine while the block runs."""
     import docker
 
     data = _cache() / "data"
     data.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="kolo-", dir="/tmp"))
-    started = Engine(folder, data)
-    started.start()
+    daemon = Dockerd(folder, data)
+    daemon.start()
     try:
-        api = docker.APIClient(base_url=started.host, version="auto", timeout=120)
-        yield Client(started, api)
+        api = docker.APIClient(base_url=daemon.host, version="auto", timeout=120)
+        yield Client(daemon, api)
         api.close()
     finally:
-        started.end()
+        daemon.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def docker_engine() -> Iterator[Client]:
-    """An engine that runs while the tests do."""
-    if why := why_not():
+    """An engine that runs during all tests."""
+    if why := skip_reason():
         (pytest.fail if os.environ.get("KOLOTUNE_NEEDS_DOCKER") == "1" else pytest.skip)(why)
     with engine() as client:
         yield client
@@ -242,7 +241,7 @@ def _make_base(api: Any) -> None:
 
 
 def wheels() -> Path:
-    """The large wheels as pip finds them here, so that the build neither compiles nor takes a GPU's PyTorch."""
+    """Return a folder with this machine's large wheels, so that builds don't compile or download PyTorch for GPUs."""
     pins = [line for line in _LOCK.read_text().splitlines() if line.startswith(("torch==", "llama-cpp-python=="))]
     folder = _cache() / "wheels" / "-".join(pins)
     if not folder.is_dir():
@@ -255,7 +254,7 @@ def wheels() -> Path:
 
 
 def build(client: Client) -> None:
-    """Builds the image of this kolotune."""
+    """Build the image of this kolotune."""
     if not client.api.images(BASE, quiet=True):
         _make_base(client.api)
     code, output = client("container", "build", *build_arguments(), cwd=client.folder)
@@ -263,26 +262,26 @@ def build(client: Client) -> None:
 
 
 def build_arguments() -> list[str]:
-    """What `kolotune container build` needs on this machine."""
+    """Return the options of `kolotune container build` on this machine."""
     return ["--base", BASE, "--wheels", str(wheels()), "--network", "host", *certificates()]
 
 
 def certificates() -> list[str]:
-    """The option that makes pip in there trust what this machine trusts."""
+    """Return the option with which pip inside trusts this machine's certificates."""
     bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
     return ["--ca-bundle", bundle] if bundle else []
 
 
 @pytest.fixture(scope="session")
 def image(docker_engine: Client) -> Client:
-    """The engine, with the image of this kolotune built."""
+    """The engine, with the image of this kolotune."""
     build(docker_engine)
     return docker_engine
 
 
 @pytest.fixture(scope="session")
 def container(image: Client) -> Iterator[Client]:
-    """The engine, with a fresh container that runs."""
+    """The engine, with a new, running container."""
     image.forget(NAME)
     image.bring_up(NAME)
     yield image

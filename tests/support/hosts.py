@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces that a virtual cable joins. Needs root and iproute2."""
+"""Hosts on one machine: network namespaces joined by a virtual cable. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-def why_not() -> str:
-    """Why there can be no hosts here; "" when there can."""
+def skip_reason() -> str:
+    """Return why there can be no hosts here; "" when there can."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -32,7 +32,7 @@ class Host:
     Attributes:
         name: of the namespace.
         address: of its end of the cable.
-        interface: that end's name.
+        interface: name of that end.
     """
 
     name: str
@@ -40,31 +40,31 @@ class Host:
     interface: str
 
     def argv(self, *command: str) -> list[str]:
-        """What runs a command there."""
+        """Return the argv that runs a command there."""
         return ["ip", "netns", "exec", self.name, *command]
 
-    def told(self, *command: str) -> str:
-        """The output of a command that is run there."""
+    def run(self, *command: str) -> str:
+        """Run a command there; return its output."""
         return subprocess.run(self.argv(*command), check=True, capture_output=True, text=True).stdout
 
     def lose(self) -> None:
-        """Kills everything that runs there."""
+        """Kill all processes there."""
         for number in subprocess.check_output(["ip", "netns", "pids", self.name], text=True).split():
             os.kill(int(number), signal.SIGKILL)
 
     def sent(self) -> int:
-        """Bytes that went into the cable here."""
-        return int(self.told("cat", f"/sys/class/net/{self.interface}/statistics/tx_bytes"))
+        """Return how many bytes it has sent through the cable."""
+        return int(self.run("cat", f"/sys/class/net/{self.interface}/statistics/tx_bytes"))
 
     def slow_down(self, rate: str) -> None:
-        """Lets no more than `rate` (as tc writes it) into the cable here."""
+        """Limit what it sends to `rate`, as tc writes it."""
         limits = ["rate", rate, "burst", "64kb", "latency", "200ms"]
-        self.told("tc", "qdisc", "replace", "dev", self.interface, "root", "tbf", *limits)
+        self.run("tc", "qdisc", "replace", "dev", self.interface, "root", "tbf", *limits)
 
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other and nothing else."""
+    """Make two hosts that reach each other and nothing else."""
     tag = f"{os.getpid() % 100_000}"
     hosts = tuple(Host(f"kt{side}{tag}", f"10.213.7.{at}", f"kt{side}{tag}v") for at, side in ((1, "a"), (2, "b")))
     first, second = hosts
@@ -76,9 +76,9 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             "peer", "name", second.interface, "netns", second.name,
         )  # fmt: skip
         for host in hosts:
-            host.told("ip", "address", "add", f"{host.address}/24", "dev", host.interface)
+            host.run("ip", "address", "add", f"{host.address}/24", "dev", host.interface)
             for interface in (host.interface, "lo"):
-                host.told("ip", "link", "set", interface, "up")
+                host.run("ip", "link", "set", interface, "up")
         yield first, second
     finally:
         for host in hosts:

@@ -1,6 +1,6 @@
-"""As much of Kubernetes' API as kubectl needs to look at a job, listen to its pods and delete it. Nothing is run.
+"""The part of Kubernetes' API that kubectl needs to read a job, read the logs of its pods, and delete it.
 
-It keeps to the documented protocol, and can't tell what a cluster does with a manifest.
+It follows the documented protocol, but runs nothing: it does not show what a cluster does with a manifest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _RESOURCES = {
 }
 
 
-def why_not() -> str:
-    """Why there can be no kubectl here; "" when there can."""
+def skip_reason() -> str:
+    """Return why kubectl can't be used here; "" when it can."""
     return "" if shutil.which("kubectl") else "kubectl is not installed"
 
 
 class Cluster:
-    """What the API tells: `jobs`, `pods` and `services` by name, `logs` by the pod's name; `deleted`: what went."""
+    """The state of the cluster: `objects` by kind and name, `logs` by the pod's name, and `deleted` objects."""
 
     def __init__(self, kubeconfig: Path) -> None:
         self.kubeconfig = kubeconfig
@@ -36,14 +36,14 @@ class Cluster:
         self.deleted: list[str] = []
 
     def job(self, name: str, condition: str = "", message: str = "") -> None:
-        """Sets a job's state: going on, or over by a condition."""
+        """Set a job's state: active, or ended with a condition."""
         conditions = [{"type": condition, "status": "True", "reason": "Why", "message": message}] if condition else []
         self._set("jobs", "batch/v1", "Job", name, {}, {"conditions": conditions})
 
     def pod(
         self, job: str, name: str, index: int, status: dict[str, Any], created: str = "2026-01-01T00:00:00Z"
     ) -> None:
-        """Sets a pod of a job."""
+        """Set a pod of a job."""
         meta = {
             "labels": {"job-name": job},
             "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
@@ -61,11 +61,11 @@ class Cluster:
 
 @contextlib.contextmanager
 def kubernetes_api(folder: Path) -> Iterator[Cluster]:
-    """A server on the loopback, and a kubeconfig for it."""
+    """Run a server on the loopback with a kubeconfig."""
     cluster = Cluster(folder / "kubeconfig")
 
     class Handler(_Handler):
-        told = cluster
+        state = cluster
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -88,11 +88,11 @@ def kubernetes_api(folder: Path) -> Iterator[Cluster]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    told: Cluster
+    state: Cluster
 
     def do_GET(self) -> None:
         url = urlparse(self.path)
-        parts = [each for each in url.path.split("/") if each]
+        parts = [part for part in url.path.split("/") if part]
         if parts == ["api"]:
             self._answer({"kind": "APIVersions", "versions": ["v1"]})
         elif parts == ["apis"]:
@@ -101,38 +101,38 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": [group]})
         elif (version := "/".join(parts[1:])) in _RESOURCES:
             verbs = ["create", "delete", "get", "list", "watch"]
-            found = [
+            resources = [
                 {"name": name, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
                 for name, kind in _RESOURCES[version]
             ]
-            self._answer({"kind": "APIResourceList", "groupVersion": version, "resources": found})
+            self._answer({"kind": "APIResourceList", "groupVersion": version, "resources": resources})
         elif parts[-1] == "log":
-            self._bytes(self.told.logs.get(parts[-2], b""), "text/plain")
+            self._bytes(self.state.logs.get(parts[-2], b""), "text/plain")
         else:
             self._objects(parts, parse_qs(url.query))
 
     def do_DELETE(self) -> None:
         *_, kind, name = urlparse(self.path).path.split("/")
-        if self.told.objects.get(kind, {}).pop(name, None) is None:
+        if self.state.objects.get(kind, {}).pop(name, None) is None:
             return self._missing(kind, name)
-        self.told.deleted.append(f"{kind}/{name}")
+        self.state.deleted.append(f"{kind}/{name}")
         return self._answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
 
     def _objects(self, parts: list[str], query: dict[str, list[str]]) -> None:
         at = parts.index("default") + 1 if "default" in parts else len(parts)
         kind, *name = parts[at:] or [""]
-        known = self.told.objects.get(kind, {})
+        known = self.state.objects.get(kind, {})
         if name:
             if name[0] not in known:
                 return self._missing(kind, name[0])
             return self._answer(known[name[0]])
         label, _, value = query.get("labelSelector", ["="])[0].partition("=")
-        wanted = query.get("fieldSelector", [""])[0].removeprefix("metadata.name=")
+        selected = query.get("fieldSelector", [""])[0].removeprefix("metadata.name=")
         items = [
-            each
-            for each in known.values()
-            if (not label or each["metadata"].get("labels", {}).get(label) == value)
-            and (not wanted or each["metadata"]["name"] == wanted)
+            item
+            for item in known.values()
+            if (not label or item["metadata"].get("labels", {}).get(label) == value)
+            and (not selected or item["metadata"]["name"] == selected)
         ]
         return self._answer({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items})
 
@@ -154,4 +154,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""

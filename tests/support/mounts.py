@@ -1,4 +1,4 @@
-"""File systems of their own for tests, where mounting is allowed."""
+"""Separate file systems for tests, where mounting is allowed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import pytest
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a folder: ``mount("-t", "tmpfs", …)``; skips where that is not allowed."""
-    made: list[Path] = []
+    """Mount a folder: ``mount("-t", "tmpfs", …)``; skip the test where that is not allowed."""
+    mounted: list[Path] = []
 
     def do(*arguments: str) -> Path:
-        place = tmp_path / f"mount{len(made)}"
-        place.mkdir()
+        folder = tmp_path / f"mount{len(mounted)}"
+        folder.mkdir()
         if shutil.which("mount") is None:
             pytest.skip("there is no mount")
-        done = subprocess.run(["mount", *arguments, str(place)], capture_output=True, text=True)
+        done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        made.append(place)
-        return place
+        mounted.append(folder)
+        return folder
 
     yield do
-    for place in reversed(made):
-        # Lazily: a file may still be mapped by what the test holds.
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    for folder in reversed(mounted):
+        # Lazily: the test may still map a file.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def tmpfs(mount: Callable[..., Path], size: str, *more: str) -> Path:
-    """A file system in memory, of such a size; more options as ``nr_inodes=9``."""
+    """Mount a file system in memory with a size and more options, such as ``nr_inodes=9``."""
     return mount("-t", "tmpfs", "-o", ",".join([f"size={size}", *more]), "tmpfs")

@@ -1,4 +1,4 @@
-"""A real Slurm of one or two machines, for as long as a test: munge, slurmctld, and a slurmd on each host."""
+"""A real Slurm of one or two machines for a test: munge, slurmctld, and a slurmd on each host."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from .hosts import Host
 
 
-def why_not() -> str:
-    """Why there can be no Slurm here; "" when there can."""
+def skip_reason() -> str:
+    """Return why Slurm can't run here; "" when it can."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "Slurm's daemons need root"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "nsenter") if shutil.which(name) is None]
@@ -29,29 +29,29 @@ class Cluster:
     """A running Slurm.
 
     Attributes:
-        folder: its state and its logs.
-        env: what its programs need in their environment.
-        inside: what starts a program on its first machine.
+        folder: its state and logs.
+        env: variables for its programs.
+        inside: the command prefix that runs a program on its first machine.
     """
 
     folder: Path
     env: dict[str, str]
     inside: Sequence[str] = field(default_factory=list)
 
-    def told(self, *command: str) -> str:
-        """The output of one of Slurm's programs."""
+    def run(self, *command: str) -> str:
+        """Run one of Slurm's programs; return its output."""
         argv = [*self.inside, *command]
         return subprocess.run(argv, env={**os.environ, **self.env}, check=True, capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager
 def slurm_cluster(hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
-    """Starts Slurm.
+    """Run Slurm while the block runs.
 
     Args:
-        hosts: its machines; none: this one.
+        hosts: its machines; empty: this one.
     """
-    # Not a test's own folder: the paths of its sockets would be too long.
+    # In a test's own folder the paths of its sockets would be too long.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         yield from _running(Path(folder), hosts)
 
@@ -62,7 +62,7 @@ def _running(folder: Path, hosts: Sequence[Host]) -> Iterator[Cluster]:
     folder.chmod(0o755)
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
-    # Machines are called by their addresses, which need nobody to resolve them.
+    # Machines are named by their addresses, which need not be resolved.
     named = [host.address for host in hosts] or ["127.0.0.1"]
     config = folder / "slurm.conf"
     config.write_text(_settings(folder, named), encoding="ascii")
@@ -81,11 +81,11 @@ def _running(folder: Path, hosts: Sequence[Host]) -> Iterator[Cluster]:
                 [*(_inside(hosts[at]) if hosts else ()), "slurmd", "-D", "-N", name, "-f", str(config)],
             )
         cluster = Cluster(folder, {"SLURM_CONF": str(config)}, first)
-        _wait(lambda: cluster.told("sinfo", "--noheader", "--format=%D", "--states=idle").split() == [str(len(named))])
+        _wait(lambda: cluster.run("sinfo", "--noheader", "--format=%D", "--states=idle").split() == [str(len(named))])
         try:
             yield cluster
         finally:
-            cluster.told("scancel", "--user=root")
+            cluster.run("scancel", "--user=root")
 
 
 def _settings(folder: Path, named: Sequence[str]) -> str:
@@ -105,7 +105,7 @@ def _settings(folder: Path, named: Sequence[str]) -> str:
 
 
 def _inside(host: Host) -> list[str]:
-    """What starts a program on a host, with the /sys of all: `ip netns exec` would hide the cgroups from slurmd."""
+    """Return the prefix for a program on a host. It keeps /sys: `ip netns exec` would hide the cgroups from slurmd."""
     return ["nsenter", f"--net=/run/netns/{host.name}"]
 
 

@@ -1,4 +1,4 @@
-"""A real sshd, for as long as a test: its own keys and settings, and a client's settings for it."""
+"""A real sshd for a test, with its own keys and settings, and a client's settings for it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ALIAS = "the-same"
 _KEPT = ("KOLOTUNE_CACHE", "OMP_NUM_THREADS")
 
 
-def why_not() -> str:
-    """Why there can be no server here; "" when there can."""
+def skip_reason() -> str:
+    """Return why there can be no server here; "" when there can."""
     missing = [name for name in ("/usr/sbin/sshd", "ssh", "ssh-keygen") if shutil.which(name) is None]
     return f"{', '.join(missing)} is not installed" if missing else ""
 
@@ -32,9 +32,9 @@ class Server:
     """A running sshd.
 
     Attributes:
-        config: settings for ``ssh -F`` that know it by its name.
+        config: settings for ``ssh -F``.
         name: of the host in them.
-        process: the server's number.
+        process: the server's process id.
     """
 
     config: Path
@@ -42,19 +42,19 @@ class Server:
     process: int
 
     def connections(self) -> list[int]:
-        """The processes that serve a connection now."""
+        """Return the processes that serve connections."""
         children = Path(f"/proc/{self.process}/task/{self.process}/children").read_text(encoding="ascii")
-        return [int(each) for each in children.split()]
+        return [int(number) for number in children.split()]
 
 
 @contextlib.contextmanager
 def ssh_server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str] = ()) -> Iterator[Server]:
-    """Starts a server, which lets in whoever has the key in `folder`.
+    """Run a server that accepts the key in `folder`, while the block runs.
 
     Args:
-        folder: for keys, settings and the log; made, or that of a server before, whose client's settings are added to.
+        folder: for keys, settings and the log. It may be that of another server; the client's settings then have both.
         address: where it listens.
-        inside: what starts a program on the host that has this address.
+        inside: the command prefix that runs a program on the host with this address.
     """
     folder.mkdir(exist_ok=True)
     for name in ("host_key", "user_key"):
@@ -63,14 +63,14 @@ def ssh_server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str
     shutil.copyfile(folder / "user_key.pub", folder / "authorized")
     port = _free_port() if not inside else 2222
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd parts with its rights
+        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its privileges
     variables = {"PYTHONPATH": str(_SOURCE), **{name: os.environ[name] for name in _KEPT if name in os.environ}}
-    told = " ".join(f'"{name}={value}"' for name, value in variables.items())
+    environment = " ".join(f'"{name}={value}"' for name, value in variables.items())
     settings = folder / f"sshd_config_{address}"
     settings.write_text(
         f"ListenAddress {address}\nPort {port}\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized\n"
         f"PidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nMaxStartups 100\nPermitRootLogin yes\n"
-        f"SetEnv {told}\n"
+        f"SetEnv {environment}\n"
     )
     key = (folder / "host_key.pub").read_text(encoding="ascii").strip()
     with (folder / "known_hosts").open("a", encoding="ascii") as known:
@@ -101,7 +101,7 @@ def _wait(address: str, port: int, server: subprocess.Popen[bytes], inside: Sequ
     deadline = time.monotonic() + 30
     while True:
         assert server.poll() is None and time.monotonic() < deadline, "sshd did not start"
-        asked = subprocess.run([*inside, "ssh-keyscan", "-p", str(port), "-t", "ed25519", address], capture_output=True)
-        if asked.stdout.strip():
+        scan = subprocess.run([*inside, "ssh-keyscan", "-p", str(port), "-t", "ed25519", address], capture_output=True)
+        if scan.stdout.strip():
             return
         time.sleep(0.1)

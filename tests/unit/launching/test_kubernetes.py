@@ -11,7 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from support.kubernetes_api import Cluster, kubernetes_api, why_not
+from support.kubernetes_api import Cluster, kubernetes_api, skip_reason
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, LaunchError, RunFolderError
@@ -157,7 +157,7 @@ def failed(code: int) -> bytes:
 
 LAUNCHED = LaunchedJob("kubernetes", CLUSTER, "job-1", 2, "/runs/job-1", (("/runs/job-1", "/here"),))
 DONE = printed({"event": "success", "text": "made /runs/job-1/adapter"}, {"event": "ended", "code": 0})
-needs_kubectl = pytest.mark.skipif(bool(why_not()), reason=why_not())
+needs_kubectl = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 
 
 @needs_kubectl

@@ -27,7 +27,7 @@ from kolotune.launching.slurm import Slurm, SlurmTask, _task, _without_secrets
 from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
-WHY_NOT = cluster_support.why_not() or hosts.why_not()
+WHY_NOT = cluster_support.skip_reason() or hosts.skip_reason()
 
 
 def spec(folder: Path, machines: int = 1, name: str = "job-1", **more: Any) -> JobSpec:
@@ -188,7 +188,7 @@ def test_a_real_slurm_of_two_machines_trains(
     assert kolotune("run", chats, *options, *more, "--output-dir", tmp_path / "alone")[0] == 0
     with hosts.two_hosts() as both, slurm_cluster(both) as cluster:
         line = ["launch", chats, "--on", "slurm", "--nnodes", "2", "--output-dir", run.root, *options, *more]
-        output = cluster.told(sys.executable, "-m", "kolotune", *map(str, line), "--submit")
+        output = cluster.run(sys.executable, "-m", "kolotune", *map(str, line), "--submit")
         assert "submitted: job " in output and "ok  train: " in output, output
         assert not planted(tmp_path, cluster.folder), "Slurm keeps the environment of a job"
         assert all(host.sent() > 10_000 for host in both), "they communicated over the network"
@@ -196,7 +196,7 @@ def test_a_real_slurm_of_two_machines_trains(
         run.machines.rename(tmp_path / "away")
         run.machines.write_text("in the way")
         with pytest.raises(subprocess.CalledProcessError) as failed:
-            cluster.told(sys.executable, "-m", "kolotune", *map(str, line), "--submit", "--epochs", "3")
+            cluster.run(sys.executable, "-m", "kolotune", *map(str, line), "--submit", "--epochs", "3")
         assert (failed.value.returncode, "machine 1: " in failed.value.stderr) == (29, True), failed.value.stderr
     assert losses(run.metrics) == pytest.approx(losses(RunFolder(tmp_path / "alone").metrics), abs=1e-4)
 

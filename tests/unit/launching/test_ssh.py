@@ -17,7 +17,7 @@ import pytest
 import yaml
 from support import hosts
 from support.runs import losses
-from support.ssh_server import ALIAS, Server, ssh_server, why_not
+from support.ssh_server import ALIAS, Server, skip_reason, ssh_server
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, DataError, LaunchError
@@ -29,7 +29,7 @@ from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 TOKEN = "hf_PlantedTokenThatMustNotBeSeen"
-needs_sshd = pytest.mark.skipif(bool(why_not()), reason=why_not())
+needs_sshd = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_plan_contacts_nobody_and_shows_everything(tmp_path: Path, monkeypatch
 
 @needs_sshd
 @pytest.mark.slow
-@pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not())
+@pytest.mark.skipif(bool(hosts.skip_reason()), reason=hosts.skip_reason())
 def test_two_hosts_train_together(
     kolotune: Call, tiny_base: Path, write_chats: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,18 +79,18 @@ def test_light_and_dark_wide_and_on_a_phone(written: Path, chromium: Page, tmp_p
         for scheme in ("light", "dark"):
             chromium.open(written, width=width, scheme=scheme)
             assert chromium.problems == []
-            papers.add(chromium.ask("return getComputedStyle(document.body).backgroundColor"))
-            assert chromium.ask(OVERFLOW) == [0, []], (width, scheme)
-            count, too_weak = chromium.ask(CONTRAST)
+            papers.add(chromium.evaluate("return getComputedStyle(document.body).backgroundColor"))
+            assert chromium.evaluate(OVERFLOW) == [0, []], (width, scheme)
+            count, too_weak = chromium.evaluate(CONTRAST)
             assert count > 150 and too_weak == [], (width, scheme)
-            seen = {name: size for name, *size in chromium.ask(PICTURES) if size[0]}
+            seen = {name: size for name, *size in chromium.evaluate(PICTURES) if size[0]}
             wanted = "loss-wide" if width > 640 else "loss-narrow"
             assert set(seen) == {wanted, "rate", "speed", "histogram-tokens", "histogram-answers"}
             for name, (wide, high, paths, strokes) in seen.items():
                 assert 250 < wide < width and high > 150 and paths > 5 and strokes > 1, name
     assert len(papers) == 2
     assert {url.partition(":")[0] for url in chromium.requests} == {"file"}
-    assert chromium.ask("return [typeof window.hurt, document.scripts.length, document.images.length]") == [
+    assert chromium.evaluate("return [typeof window.hurt, document.scripts.length, document.images.length]") == [
         "undefined",
         0,
         0,
@@ -102,14 +102,14 @@ def test_light_and_dark_wide_and_on_a_phone(written: Path, chromium: Page, tmp_p
 def test_the_checks_detect_faults(written: Path, chromium: Page) -> None:
     """Low contrast, an element that is too wide, and a script are all detected."""
     chromium.open(written, width=390)
-    chromium.ask("document.documentElement.style.setProperty('--muted', '#b0b7c3')")
-    assert len(chromium.ask(CONTRAST)[1]) > 20
-    chromium.ask("document.querySelector('h1').style.width = '500px'")
-    excess, elements = chromium.ask(OVERFLOW)
+    chromium.evaluate("document.documentElement.style.setProperty('--muted', '#b0b7c3')")
+    assert len(chromium.evaluate(CONTRAST)[1]) > 20
+    chromium.evaluate("document.querySelector('h1').style.width = '500px'")
+    excess, elements = chromium.evaluate(OVERFLOW)
     assert excess > 0 and "H1." in elements
     html = written.read_text(encoding="utf-8").replace("<header>", "<header><script>window.hurt = 1</script>")
     written.write_text(html, encoding="utf-8")
     chromium.open(written, width=390)
     assert any("script" in each for each in chromium.problems)
-    assert chromium.ask("return typeof window.hurt") == "undefined"  # the page's own policy held
+    assert chromium.evaluate("return typeof window.hurt") == "undefined"  # the page's own policy held
     chromium.problems.clear()

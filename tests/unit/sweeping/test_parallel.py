@@ -17,7 +17,7 @@ from support import slurm_cluster as cluster_support
 from support.runs import states
 from support.slurm_cluster import slurm_cluster
 from support.ssh_server import ALIAS, Server, ssh_server
-from support.ssh_server import why_not as no_ssh
+from support.ssh_server import skip_reason as no_ssh
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import LaunchError
@@ -32,7 +32,7 @@ from kolotune.sweeping.parallel import TrialLaunchers
 from kolotune.sweeping.space import parse
 
 Call = Callable[..., tuple[int, str]]
-NO_SLURM = cluster_support.why_not() or hosts.why_not()
+NO_SLURM = cluster_support.skip_reason() or hosts.skip_reason()
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_on_a_real_slurm(config: Config, tiny_base: Path, tmp_path: Path) -> Non
     with hosts.two_hosts() as both, slurm_cluster(both) as cluster:
         argv = [sys.executable, "-m", "kolotune", *map(str, line(config, tiny_base)), "--on", "slurm", "--at-once", "2"]
         try:
-            output = cluster.told(*argv, "--submit")
+            output = cluster.run(*argv, "--submit")
         except subprocess.CalledProcessError as error:
             pytest.fail(f"{error.stdout}\n{error.stderr}")
     kept = json.loads((config.output_dir / record.NAME).read_text())["trials"]
