@@ -10,10 +10,10 @@ from kolotune.foundation.errors import RunFolderError
 from kolotune.run_folder.layout import RunFolder
 
 
-def test_results_stand_at_the_root_under_the_names_users_know() -> None:
+def test_results_are_at_the_root_under_names_that_users_know() -> None:
     run = RunFolder(Path("/runs/one"))
-    found = [run.adapter, run.merged_model, run.gguf, run.quantized("Q4_K_M"), run.modelfile(), run.modelfile("Q8_0")]
-    assert [path.relative_to(run.root).as_posix() for path in found] == [
+    paths = [run.adapter, run.merged_model, run.gguf, run.quantized("Q4_K_M"), run.modelfile(), run.modelfile("Q8_0")]
+    assert [path.relative_to(run.root).as_posix() for path in paths] == [
         "adapter",
         "merged_model",
         "Merged.gguf",
@@ -23,7 +23,7 @@ def test_results_stand_at_the_root_under_the_names_users_know() -> None:
     ]
 
 
-def test_everything_else_stands_below_the_state() -> None:
+def test_everything_else_is_below_the_state() -> None:
     run = RunFolder(Path("/runs/one"))
     results = {run.adapter, run.merged_model, run.gguf, run.report}
     kept = results | {run.config, run.metrics, run.manifest, run.root, run.state}
@@ -43,9 +43,9 @@ def test_names_in_records_are_relative_with_forward_slashes() -> None:
         run.relative(Path("/runs/two/x"))
 
 
-def test_a_folder_without_a_saved_config_is_no_run_folder(tmp_path: Path) -> None:
+def test_a_folder_without_a_saved_config_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(RunFolderError, match="no run folder") as error:
+        with pytest.raises(RunFolderError, match="not a run folder") as error:
             RunFolder(folder).require()
         assert error.value.exit_code == 12
         assert "kolotune run" in error.value.hint

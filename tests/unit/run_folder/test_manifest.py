@@ -27,43 +27,43 @@ from kolotune.version import VERSION
 
 def test_it_ties_everything_together(finished: Config) -> None:
     run = RunFolder(finished.output_dir)
-    found = read_manifest(run.manifest)
-    assert found.data.files == [DataFile("training", str(finished.train_data[0]), hash_file(finished.train_data[0]))]
-    assert found.data.counts["chats"] == 3
+    manifest = read_manifest(run.manifest)
+    assert manifest.data.files == [DataFile("training", str(finished.train_data[0]), hash_file(finished.train_data[0]))]
+    assert manifest.data.counts["chats"] == 3
     base = lookup.locate(finished.base_model)
-    assert base is not None and found.base == BaseModel(finished.base_model, Hasher().of(base))
-    assert found.source is None
-    assert found.config["lora_rank"] == 2 and found.config["dtype"] == "fp32"
-    assert found.versions["kolotune"] == VERSION and {"python", "torch", "llama.cpp"} <= set(found.versions)
-    assert {"system", "processor", "instructions", "cores"} <= set(found.machine)
-    assert found.facts_of("train")["threads"] >= 1
-    assert set(found.stages) == set(STAGES_WITHOUT_COMPARE)
+    assert base is not None and manifest.base == BaseModel(finished.base_model, Hasher().of(base))
+    assert manifest.source is None
+    assert manifest.config["lora_rank"] == 2 and manifest.config["dtype"] == "fp32"
+    assert manifest.versions["kolotune"] == VERSION and {"python", "torch", "llama.cpp"} <= set(manifest.versions)
+    assert {"system", "processor", "instructions", "cores"} <= set(manifest.machine)
+    assert manifest.facts_of("train")["threads"] >= 1
+    assert set(manifest.stages) == set(STAGES_WITHOUT_COMPARE)
     for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf", "Modelfile", ".kolotune/prepared"):
-        artifact = found.artifacts[name]
+        artifact = manifest.artifacts[name]
         assert artifact.sha256 == Hasher().of(run.root / name)
         assert artifact.size == size_of(run.root / name) == sum(each.size for each in artifact.files.values())
-    weights = found.artifacts["adapter"].files["adapter_model.safetensors"]
+    weights = manifest.artifacts["adapter"].files["adapter_model.safetensors"]
     assert weights.sha256 == hash_file(run.adapter / "adapter_model.safetensors")
-    assert found.notes["metrics.jsonl"].sha256 == hash_file(run.metrics)
+    assert manifest.notes["metrics.jsonl"].sha256 == hash_file(run.metrics)
 
 
 def test_a_run_that_does_nothing_leaves_it_untouched(run_copy: RunFolder, reporter: PlainReporter) -> None:
-    run_pipeline(config_of(run_copy), reporter)  # the copy's paths are others
+    run_pipeline(config_of(run_copy), reporter)  # the copy has other paths
     before = run_copy.manifest.stat()
     run_pipeline(config_of(run_copy), reporter)
     assert run_copy.manifest.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_it_goes_when_stages_no_longer_belong_together(run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_it_is_removed_when_stages_no_longer_belong_together(run_copy: RunFolder, reporter: PlainReporter) -> None:
     run_pipeline(config_of(run_copy, lora_alpha=7), reporter, ["train"])
-    assert not run_copy.manifest.exists()  # the merged model is that of the adapter before
+    assert not run_copy.manifest.exists()  # the merged model is from the adapter before
     run_pipeline(config_of(run_copy, lora_alpha=7), reporter)
-    found = read_manifest(run_copy.manifest)
-    assert found.config["lora_alpha"] == 7
-    assert found.stages["merge"].inputs["the adapter"] == found.artifacts["adapter"].sha256
+    manifest = read_manifest(run_copy.manifest)
+    assert manifest.config["lora_alpha"] == 7
+    assert manifest.stages["merge"].inputs["the adapter"] == manifest.artifacts["adapter"].sha256
 
 
-def test_one_stage_again_changes_its_part_only(run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_one_repeated_stage_changes_only_its_part(run_copy: RunFolder, reporter: PlainReporter) -> None:
     before = read_manifest(run_copy.manifest)
     run_pipeline(config_of(run_copy, system="Be brief."), reporter, ["modelfile"])
     after = read_manifest(run_copy.manifest)
@@ -85,16 +85,16 @@ def test_the_hub_token_is_nowhere_in_it(
         assert secret not in run_copy.record(stage).read_text()
 
 
-def test_where_a_stage_ran_is_no_reason_to_run_it_again(run_copy: RunFolder) -> None:
+def test_the_machine_is_no_reason_to_run_a_stage_again(run_copy: RunFolder) -> None:
     record = read_record(run_copy, "train")
     assert record is not None and record.machine["cores"]
-    moved = dataclasses.replace(record, machine={"processor": "another"})
+    moved = dataclasses.replace(record, machine={"processor": "a different one"})
     run_copy.record("train").write_text(json.dumps(dataclasses.asdict(moved)))
     assert {each.state for each in read_status(run_copy)} == {"done"}
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", "{", '{"format": 99}', "[" * 100_000])
-def test_what_is_no_manifest(damage: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_manifest_is_refused(damage: str, tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text(damage)
     with pytest.raises(ManifestError):
@@ -126,12 +126,12 @@ def test_an_export_of_an_adapter_made_elsewhere(
         "export", tmp_path / "elsewhere", "--base", finished.base_model, "--output-dir", tmp_path / "out"
     )
     assert code == 0, output
-    found = read_manifest(tmp_path / "out" / "manifest.json")
-    assert set(found.stages) == {"merge", "convert", "quantize", "modelfile"}
-    assert found.source == ExportedModel(str(tmp_path / "elsewhere"), Hasher().of(tmp_path / "elsewhere"))
-    assert found.data == Data([], {}) and found.notes == {}
+    manifest = read_manifest(tmp_path / "out" / "manifest.json")
+    assert set(manifest.stages) == {"merge", "convert", "quantize", "modelfile"}
+    assert manifest.source == ExportedModel(str(tmp_path / "elsewhere"), Hasher().of(tmp_path / "elsewhere"))
+    assert manifest.data == Data([], {}) and manifest.notes == {}
     code, output = kolotune("verify", tmp_path / "out")
     assert code == 0, output
     (tmp_path / "elsewhere" / "adapter_config.json").write_text("{}")
-    code, output = kolotune("rebuild", tmp_path / "out", "--output-dir", tmp_path / "again")
+    code, output = kolotune("rebuild", tmp_path / "out", "--output-dir", tmp_path / "rebuilt")
     assert code == 11 and "is not the" in output, output

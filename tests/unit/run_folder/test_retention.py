@@ -55,7 +55,7 @@ def models_in(folder: Path) -> set[str]:
 LEAN = {"MergedQ4_K_M.gguf", "ModelfileQ4_K_M"}
 
 
-def test_what_is_kept() -> None:
+def test_which_models_are_kept() -> None:
     def of(**values: Any) -> KeptModels:
         return kept_models(configs.resolve((values, "test", Path.cwd())))
 
@@ -65,26 +65,26 @@ def test_what_is_kept() -> None:
     assert of(lean=True, quantization="none") == KeptModels(False, True, ())
 
 
-def test_a_run_that_becomes_lean_keeps_what_was_asked_for(lean_run: Config, finished: Config) -> None:
+def test_a_run_that_becomes_lean_keeps_what_was_requested(lean_run: Config, finished: Config) -> None:
     run, whole = RunFolder(lean_run.output_dir), RunFolder(finished.output_dir)
     assert models_in(run.root) == LEAN and partials(run) == []
     assert states(run) == dict.fromkeys(("prepare", "train", "quantize", "modelfile"), "done")
     assert not run.record("merge").exists() and not run.record("convert").exists()
     assert hash_file(run.quantized("Q4_K_M")) == hash_file(whole.quantized("Q4_K_M"))
-    made, adapter = read_record(run, "quantize"), read_record(run, "train")
-    assert made is not None and set(made.inputs) == {"the adapter", "the base model", "the tokenizer"}
-    assert made.facts["unquantized"]["sha256"] == hash_file(whole.gguf)
-    assert made.facts["unquantized"]["streamed"] is True and made.facts["unquantized"]["adapted"] > 0
+    quantized, adapter = read_record(run, "quantize"), read_record(run, "train")
+    assert quantized is not None and set(quantized.inputs) == {"the adapter", "the base model", "the tokenizer"}
+    assert quantized.facts["unquantized"]["sha256"] == hash_file(whole.gguf)
+    assert quantized.facts["unquantized"]["streamed"] is True and quantized.facts["unquantized"]["adapted"] > 0
     assert adapter == read_record(whole, "train"), "it was not trained again"
 
 
-def test_a_rerun_does_nothing(lean_copy: Config, capsys: Any, reporter: PlainReporter) -> None:
+def test_a_second_run_does_nothing(lean_copy: Config, capsys: Any, reporter: PlainReporter) -> None:
     run_pipeline(lean_copy, reporter)
     printed = capsys.readouterr().out
     assert printed.count("done before, nothing it depends on has changed") == 4 and "..." not in printed
 
 
-def test_another_quantization_neither_trains_nor_leaves_anything(
+def test_a_different_quantization_neither_trains_nor_leaves_files(
     lean_copy: Config, capsys: Any, monkeypatch: Any, reporter: PlainReporter
 ) -> None:
     seen: list[list[str]] = []
@@ -104,9 +104,7 @@ def test_another_quantization_neither_trains_nor_leaves_anything(
     assert set(states(run).values()) == {"done"}
 
 
-def test_without_quantization_the_same_gguf_as_by_way_of_a_folder(
-    lean_copy: Config, finished: Config, reporter: PlainReporter
-) -> None:
+def test_the_same_gguf_as_from_a_merged_folder(lean_copy: Config, finished: Config, reporter: PlainReporter) -> None:
     run = run_pipeline(dataclasses.replace(lean_copy, quantization=("NONE",)), reporter)
     assert hash_file(run.gguf) == hash_file(RunFolder(finished.output_dir).gguf)
     assert not run.merged_model.exists() and run.modelfile().exists()
@@ -119,11 +117,11 @@ def test_no_longer_lean(lean_copy: Config, finished: Config, reporter: PlainRepo
     whole = RunFolder(finished.output_dir)
     assert hash_file(run.gguf) == hash_file(whole.gguf) and run.merged_model.is_dir()
     assert models_in(run.root) == models_in(whole.root) and states(run) == states(whole)
-    made = read_record(run, "quantize")
-    assert made is not None and set(made.inputs) == {"the unquantized GGUF"} and "unquantized" not in made.facts
+    record = read_record(run, "quantize")
+    assert record is not None and set(record.inputs) == {"the unquantized GGUF"} and "unquantized" not in record.facts
 
 
-def test_what_the_converter_has_to_do_needs_a_folder_for_a_while(
+def test_a_converter_that_needs_a_merged_folder_has_one_for_a_while(
     lean_copy: Config, finished: Config, monkeypatch: Any, capsys: Any, reporter: PlainReporter
 ) -> None:
     monkeypatch.setattr(plan_cache, "find_plan", lambda *_: PlanResult(reason="a reason"))
@@ -150,7 +148,7 @@ def test_an_adapter_made_elsewhere(finished: Config, tmp_path: Path, kolotune: A
         open_chat(lean, reporter, quantization="none")
 
 
-def test_the_verbs_say_what_a_lean_run_does_not_have(lean_copy: Config, kolotune: Any) -> None:
+def test_verbs_refuse_what_a_lean_run_does_not_keep(lean_copy: Config, kolotune: Any) -> None:
     code, printed = kolotune("merge", lean_copy.output_dir)
     assert code != 0 and "a lean run" in printed and "--no-lean" in printed
     code, printed = kolotune("merge", lean_copy.output_dir, "--no-lean")
@@ -172,15 +170,15 @@ def test_a_kill_loses_nothing(lean_copy: Config, reporter: PlainReporter) -> Non
     process.wait()
     assert run.gguf.exists() and states(run)["quantize"] == "interrupted"
     assert states(run)["train"] == "done"
-    wanted = config_of(run, quantization="Q8_0,Q6_K,Q4_K_M")
-    run_pipeline(wanted, reporter)
+    config = config_of(run, quantization="Q8_0,Q6_K,Q4_K_M")
+    run_pipeline(config, reporter)
     assert models_in(run.root) == LEAN | {
         "MergedQ8_0.gguf", "ModelfileQ8_0", "MergedQ6_K.gguf", "ModelfileQ6_K"
     }  # fmt: skip
     assert partials(run) == [] and set(states(run).values()) == {"done"}
 
 
-def test_the_outline_that_the_preflight_draws_is_the_one_that_is_wanted(
+def test_the_preflight_makes_the_conversion_plan_that_is_needed(
     finished: Config, tmp_path: Path, reporter: PlainReporter
 ) -> None:
     """Before anything is prepared, from the prepared tokenizer, and of the merged folder: one and the same."""
@@ -195,7 +193,7 @@ def test_the_outline_that_the_preflight_draws_is_the_one_that_is_wanted(
 def test_weights_that_f16_can_not_hold(
     finished: Config, tiny_base: Path, tmp_path: Path, capsys: Any, reporter: PlainReporter
 ) -> None:
-    """Found while the GGUF is written in f16, which then begins again in f32: as by way of a folder."""
+    """They are found while the GGUF is written in f16, which then starts again in f32: as from a merged folder."""
     from safetensors.torch import load_file, save_file
 
     base, adapter = tmp_path / "base", finished.output_dir / "adapter"
@@ -204,12 +202,12 @@ def test_weights_that_f16_can_not_hold(
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "merged").mkdir()
-    said: dict[str, Any] = {"tokenizer": base, "dtype": "f16", "reporter": reporter}
-    merge_adapter(adapter, base, tmp_path / "merged", **said)
+    options: dict[str, Any] = {"tokenizer": base, "dtype": "f16", "reporter": reporter}
+    merge_adapter(adapter, base, tmp_path / "merged", **options)
     whole = convert.convert_folder(tmp_path / "merged", tmp_path / "whole.gguf", tmp_path / "log", reporter)
     capsys.readouterr()
     lean = convert.convert_adapter(
-        adapter, base, name="merged", target=tmp_path / "lean.gguf", log=tmp_path / "log", **said
+        adapter, base, name="merged", target=tmp_path / "lean.gguf", log=tmp_path / "log", **options
     )
     assert hash_file(tmp_path / "lean.gguf") == hash_file(tmp_path / "whole.gguf")
     assert lean["stored_wider"] == ["model.layers.1.mlp.up_proj.weight"]

@@ -36,11 +36,18 @@ def clean(run: RunFolder, **more: Any) -> list[str]:
 
 def snapshot(run: RunFolder) -> dict[str, str]:
     hasher = Hasher()
-    kept = [run.adapter, run.metrics, run.config, run.prepared, *run.state.glob("*.json"), *run.root.glob("Modelfile*")]
-    return {path.name: hasher.of(path) for path in [*kept, run.quantized("Q4_K_M")] if path != run.hash_cache}
+    paths = [
+        run.adapter,
+        run.metrics,
+        run.config,
+        run.prepared,
+        *run.state.glob("*.json"),
+        *run.root.glob("Modelfile*"),
+    ]
+    return {path.name: hasher.of(path) for path in [*paths, run.quantized("Q4_K_M")] if path != run.hash_cache}
 
 
-def test_what_can_be_made_again_goes_and_the_rest_stays(run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_what_can_be_made_again_is_freed_and_the_rest_stays(run_copy: RunFolder, reporter: PlainReporter) -> None:
     before = snapshot(run_copy)
     assert run_copy.checkpoints.is_dir()
     (run_copy.root / ".Merged.gguf.partial").write_text("half")
@@ -52,7 +59,7 @@ def test_what_can_be_made_again_goes_and_the_rest_stays(run_copy: RunFolder, rep
     assert clean(run_copy) == []
 
 
-def test_a_rerun_makes_nothing_again_and_a_verb_what_it_says(
+def test_a_second_run_restores_nothing_and_a_verb_its_own_output(
     run_copy: RunFolder, reporter: PlainReporter, kolotune: Any
 ) -> None:
     merged, gguf = Hasher().of(run_copy.merged_model), Hasher().of(run_copy.gguf)
@@ -99,7 +106,7 @@ def test_an_unfinished_or_changed_run_keeps_what_it_needs(run_copy: RunFolder) -
     assert find_freeable(run_copy) == []
 
 
-def test_a_file_that_is_not_the_runs_own_stays(run_copy: RunFolder, tmp_path: Path) -> None:
+def test_a_file_that_the_run_did_not_make_stays(run_copy: RunFolder, tmp_path: Path) -> None:
     run_copy.gguf.write_bytes(b"mine")
     assert names(find_freeable(run_copy)) == ["checkpoints"]
     kept = tmp_path / "elsewhere"
@@ -108,18 +115,18 @@ def test_a_file_that_is_not_the_runs_own_stays(run_copy: RunFolder, tmp_path: Pa
     assert clean(run_copy) == [] and kept.is_dir()
 
 
-def test_only_unquantized_means_that_it_is_the_result(run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_without_quantizations_the_unquantized_gguf_is_the_result(run_copy: RunFolder, reporter: PlainReporter) -> None:
     run_pipeline(config_of(run_copy, quantization="none"), reporter)
     for path in run_copy.root.glob("MergedQ*.gguf"):
         path.unlink()
     assert "Merged.gguf" not in clean(run_copy, all_but_adapter=True)
 
 
-def test_a_note_without_the_removal_means_nothing(run_copy: RunFolder) -> None:
+def test_a_record_without_the_removal_does_not_count(run_copy: RunFolder) -> None:
     """Killed between the two: what is there counts."""
     add_cleaned(run_copy, {"Merged.gguf": "0" * 64, "merged_model": Hasher().of(run_copy.merged_model)})
     assert set(states(run_copy).values()) == {"done"}
-    run_copy.gguf.unlink()  # by hand: it is missing, whatever the note says of another file
+    run_copy.gguf.unlink()  # by hand: it is missing, whatever is recorded about a different file
     assert states(run_copy)["convert"] == "will run"
 
 
@@ -129,12 +136,12 @@ def test_an_exported_adapter_is_cleaned_too(run_copy: RunFolder, tmp_path: Path,
     exported = RunFolder(out)
     assert clean(exported) == ["merged_model", "Merged.gguf"]
     assert [each.state for each in read_status(exported)] == ["cleaned", "cleaned", "done", "done"]
-    code, _ = kolotune("modelfile", out, "--system", "Be brief.")  # its tokenizer stands in the merged model
+    code, _ = kolotune("modelfile", out, "--system", "Be brief.")  # its tokenizer is in the merged model
     assert code == 0 and exported.merged_model.is_dir() and not exported.gguf.exists()
     assert "Be brief." in exported.modelfile("Q8_0").read_text()
 
 
-def test_clean_shows_asks_and_leaves_a_busy_run_alone(run_copy: RunFolder, kolotune: Any) -> None:
+def test_clean_shows_and_asks_and_refuses_a_busy_run(run_copy: RunFolder, kolotune: Any) -> None:
     code, output = kolotune("clean", run_copy.root, "--dry-run")
     assert code == 0 and "merged again from adapter and base" in output and run_copy.gguf.is_file()
     code, output = kolotune("clean", run_copy.root)

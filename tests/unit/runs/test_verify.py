@@ -25,7 +25,7 @@ from kolotune.runs.verify import Difference, DifferenceKind, verify
 
 
 def flip(path: Path, at: int = -1) -> None:
-    """Changes one bit; size and time of change stay."""
+    """Change one bit; keep size and modification time."""
     status = path.stat()
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -35,13 +35,13 @@ def flip(path: Path, at: int = -1) -> None:
 
 @pytest.fixture
 def rewritten(run_copy: RunFolder, reporter: PlainReporter) -> RunFolder:
-    """The copied run with a manifest of its own paths."""
+    """The copied run, with its own paths in the manifest."""
     run_pipeline(config_of(run_copy), reporter)
     assert verify(run_copy).differences == []
     return run_copy
 
 
-def test_a_finished_run_is_what_its_manifest_says(finished: Config, kolotune: Callable[..., tuple[int, str]]) -> None:
+def test_a_finished_run_matches_its_manifest(finished: Config, kolotune: Callable[..., tuple[int, str]]) -> None:
     findings = verify(RunFolder(finished.output_dir))
     assert findings.differences == [] and findings.unchecked == []
     assert findings.files > 12 and findings.bytes > 10_000_000
@@ -50,9 +50,11 @@ def test_a_finished_run_is_what_its_manifest_says(finished: Config, kolotune: Ca
 
 
 def test_one_bit_in_any_file_is_found(rewritten: RunFolder) -> None:
-    found = read_manifest(rewritten.manifest)
+    manifest = read_manifest(rewritten.manifest)
     names = [
-        f"{artifact}/{part}" if part else artifact for artifact, each in found.artifacts.items() for part in each.files
+        f"{artifact}/{part}" if part else artifact
+        for artifact, each in manifest.artifacts.items()
+        for part in each.files
     ]
     assert len(names) > 12
     for name in [*names, "metrics.jsonl"]:
@@ -67,7 +69,7 @@ def test_one_bit_in_any_file_is_found(rewritten: RunFolder) -> None:
     assert verify(rewritten).differences == []
 
 
-def test_what_is_missing_or_too_much(rewritten: RunFolder, kolotune: Callable[..., tuple[int, str]]) -> None:
+def test_missing_and_additional_files_are_found(rewritten: RunFolder, kolotune: Callable[..., tuple[int, str]]) -> None:
     rewritten.quantized("Q4_K_M").unlink()
     (rewritten.adapter / "adapter_config.json").unlink()
     (rewritten.merged_model / "extra.bin").write_bytes(b"x")
@@ -75,20 +77,20 @@ def test_what_is_missing_or_too_much(rewritten: RunFolder, kolotune: Callable[..
         file.write(b"\0")
     code, output = kolotune("verify", rewritten.root)
     assert code == 26
-    for said in (
+    for text in (
         "MergedQ4_K_M.gguf is missing",
         "adapter/adapter_config.json is missing",
         "merged_model/extra.bin was not made by the run",
         "Merged.gguf has ",
         "4 differences from its manifest",
     ):
-        assert said in output, output
+        assert text in output, output
 
 
 def damaged_record(run: RunFolder, stage: str, change: Callable[[dict[str, Any]], Any]) -> None:
     record = json.loads(run.record(stage).read_text())
     change(record)
-    del record["sha256"]  # of the record as it was: what is said of the rest is what is tested
+    del record["sha256"]  # of the record as it was
     run.record(stage).write_text(json.dumps(record))
 
 
@@ -112,7 +114,7 @@ def test_records_are_compared_with_it(
     assert Difference(kind, f".kolotune/{stage}.json", part) in verify(run_copy).differences
 
 
-def test_config_data_base_and_chain(
+def test_config_data_base_and_inputs(
     rewritten: RunFolder, tmp_path: Path, tiny_base: Path, reporter: PlainReporter
 ) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
@@ -138,7 +140,7 @@ def test_config_data_base_and_chain(
     assert Difference(DifferenceKind.STAGE_INPUT, "merge", "the adapter") in found
 
 
-def test_rebuild_gives_the_same_bytes_and_says_so(
+def test_rebuild_gives_the_same_bytes(
     rewritten: RunFolder, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
 ) -> None:
     before = {name: each.sha256 for name, each in read_manifest(rewritten.manifest).artifacts.items()}
@@ -152,10 +154,10 @@ def test_rebuild_gives_the_same_bytes_and_says_so(
     assert code == ConfigError.exit_code and "is not empty" in output
 
 
-def test_rebuild_says_what_differs(
+def test_rebuild_reports_what_differs(
     rewritten: RunFolder, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
 ) -> None:
-    """As if it had been made with another seed and another torch: what follows from that is another, and named."""
+    """As if it had been made with a different seed, torch and processor: the results that follow differ."""
     values = json.loads(rewritten.manifest.read_text())
     values["config"]["seed"] = 7
     values["versions"]["torch"] = "1.0"
@@ -164,7 +166,7 @@ def test_rebuild_says_what_differs(
     file.parent.mkdir()
     file.write_text(json.dumps(values))
     shutil.copyfile(tmp_path / "chats.jsonl", file.parent / "chats.jsonl")
-    (tmp_path / "chats.jsonl").unlink()  # it is found beside the manifest
+    (tmp_path / "chats.jsonl").unlink()  # the copy beside the manifest is used
     code, output = kolotune("rebuild", file, "--output-dir", tmp_path / "again")
     assert code == 26
     for name in ("adapter", "merged_model", "Merged.gguf", "MergedQ4_K_M.gguf"):
@@ -205,7 +207,7 @@ def test_rebuild_is_refused_without_the_same_data_and_base(
 def test_the_sample_run_again_in_fp32(
     tmp_path: Path, sample_chats: Path, reporter: PlainReporter, one_thread: None
 ) -> None:
-    """The sample of the README, twice, on the CPU in fp32: the same hashes."""
+    """The sample, twice, on the CPU in fp32: the same hashes."""
     file = sample_chats.parent / "kolotune.yaml"
     more = {"dtype": "fp32", "output_dir": tmp_path / "run"}
     config = configs.resolve((configs.load_file(file), str(file), file.parent), (more, "test", tmp_path))

@@ -1,4 +1,4 @@
-"""What the GGUF says of BOS is what was trained with, whatever the tokenizer's post-processor says."""
+"""Converting: BOS as it was trained, whatever the tokenizer's post-processor does; types; refusals."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def test_bos_is_what_the_config_says(model: Path, tmp_path: Path, reporter: Plai
     convert_folder(model, tmp_path / "out.gguf", tmp_path / "log", reporter)
     summary = header.read(tmp_path / "out.gguf")
     assert summary.fields["tokenizer.ggml.add_bos_token"] is True
-    assert {tensor.type for tensor in summary.tensors.values()} == {"BF16", "F32"}, "the type that the weights have"
+    assert {tensor.type for tensor in summary.tensors.values()} == {"BF16", "F32"}, "the type of the weights"
 
 
-def test_one_wider_weight_makes_all_f32_and_is_said(
+def test_one_wider_weight_makes_all_f32_and_is_reported(
     model: Path, tmp_path: Path, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     file = model / "model.safetensors"
-    tensors = {name: each.half() for name, each in load_file(file).items()}
+    tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].float() * 1e6
     save_file(tensors, file, metadata={"format": "pt"})

@@ -25,8 +25,8 @@ DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def shaken(model: Any, config: peft.LoraConfig) -> Any:
-    """A PEFT model whose adapter and other trained weights are not what they began as."""
+def randomized(model: Any, config: peft.LoraConfig) -> Any:
+    """Return a PEFT model whose adapter and other trained weights have random changes."""
     torch.manual_seed(5)
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def shaken(model: Any, config: peft.LoraConfig) -> Any:
     return adapted.eval()
 
 
-def merged(adapter: Path, base: Path, target: Path, dtype: str = "fp32") -> dict[str, Any]:
+def merge_into(adapter: Path, base: Path, target: Path, dtype: str = "fp32") -> dict[str, Any]:
     target.mkdir()
     return merge.merge_adapter(adapter, base, target, tokenizer=base, dtype=dtype, reporter=PlainReporter())
 
@@ -45,13 +45,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()}
 
 
-def ulps(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference in units of the last place of `found`'s type; `wanted` is fp32."""
-    digits = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23}[found.dtype]
-    smallest = {torch.float16: -14, torch.bfloat16: -126, torch.float32: -126}[found.dtype]
-    exponent = torch.frexp(wanted.double())[1].sub(1).clamp(min=smallest)
-    unit = torch.ldexp(torch.ones_like(wanted, dtype=torch.float64), exponent - digits)
-    return float(((found.double() - wanted.double()).abs() / unit).max())
+def ulps(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference in units in the last place of `result`'s type; `expected` is fp32."""
+    digits = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23}[result.dtype]
+    smallest = {torch.float16: -14, torch.bfloat16: -126, torch.float32: -126}[result.dtype]
+    exponent = torch.frexp(expected.double())[1].sub(1).clamp(min=smallest)
+    unit = torch.ldexp(torch.ones_like(expected, dtype=torch.float64), exponent - digits)
+    return float(((result.double() - expected.double()).abs() / unit).max())
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,19 +85,19 @@ def test_equal_to_peft(kind: str, dtype: str, tmp_path: Path, tiny_model: Callab
     more = {"tie_word_embeddings": False} if architecture == "gpt2" else {}
     model = tiny_model(architecture, tmp_path / "base", **more)
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    adapted = shaken(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 10, **options}))
+    adapted = randomized(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 10, **options}))
     adapted.save_pretrained(tmp_path / "adapter")
-    facts = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", dtype)
-    wanted = adapted.merge_and_unload().state_dict()
-    found = tensors_of(tmp_path / "merged")
+    facts = merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", dtype)
+    expected = adapted.merge_and_unload().state_dict()
+    result = tensors_of(tmp_path / "merged")
     base = tensors_of(tmp_path / "base")
-    assert found.keys() == base.keys() and facts["tensors"] == len(found)
-    for name, tensor in found.items():
+    assert result.keys() == base.keys() and facts["tensors"] == len(result)
+    for name, tensor in result.items():
         assert tensor.dtype is DTYPES[dtype]
-        key = name if name in wanted else f"transformer.{name}"
-        assert ulps(tensor, wanted[key]) <= 1, name
-    moved = [name for name in found if not torch.equal(wanted.get(name, before.get(name)), before[name])]
-    assert moved or architecture == "gpt2"
+        key = name if name in expected else f"transformer.{name}"
+        assert ulps(tensor, expected[key]) <= 1, name
+    changed = [name for name in result if not torch.equal(expected.get(name, before.get(name)), before[name])]
+    assert changed or architecture == "gpt2"
     assert facts["adapted"] == sum("lora_" in name for name in _adapter(tmp_path)) // 2
     assert facts["stored_wider"] == []
 
@@ -123,31 +123,33 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
 def test_tied_embeddings(
     options: dict[str, Any], unties: bool | None, tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:
-    """The merged model computes what the adapter beside its base computes, tied or not."""
-    adapted = shaken(
+    """The merged model computes the same as the adapter on its base, tied or not."""
+    adapted = randomized(
         tiny_model("llama", tmp_path / "base", tie_word_embeddings=True), peft.LoraConfig(r=4, lora_alpha=10, **options)
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    facts = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
-    found = tensors_of(tmp_path / "merged")
-    unties = "lm_head.weight" in found if unties is None else unties
-    assert ("lm_head.weight" in found) == unties and facts["tensors"] == len(found)
+    facts = merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    result = tensors_of(tmp_path / "merged")
+    unties = "lm_head.weight" in result if unties is None else unties
+    assert ("lm_head.weight" in result) == unties and facts["tensors"] == len(result)
     config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert config["tie_word_embeddings"] is not unties
-    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not any(told.values())
+    loaded, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(loading.values())
     tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert tied is not unties
-    # The judge is the adapter as PEFT loads it, not the object that it was trained in.
+    # Compared with the adapter as PEFT loads it, not with the object that it was trained in.
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    judge = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    reloaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.randint(0, 96, (2, 25))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, judge(ids).logits, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(loaded(ids).logits, reloaded(ids).logits, atol=2e-4, rtol=1e-4)
 
 
 def _simple(tmp_path: Path, tiny_model: Callable[..., Any], **config: Any) -> Any:
-    model = shaken(tiny_model("llama", tmp_path / "base", **config), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model = randomized(
+        tiny_model("llama", tmp_path / "base", **config), peft.LoraConfig(r=4, target_modules=["q_proj"])
+    )
     model.save_pretrained(tmp_path / "adapter")
     return model
 
@@ -164,7 +166,7 @@ K = "model.layers.1.self_attn.k_proj.weight"
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_what_f16_can_not_hold_stays_wider_and_is_said(
+def test_weights_out_of_range_of_f16_stay_wider_and_are_reported(
     dtype: str,
     kept: torch.dtype,
     tmp_path: Path,
@@ -176,19 +178,19 @@ def test_what_f16_can_not_hold_stays_wider_and_is_said(
         _change(tmp_path / "base", name, lambda tensor: tensor[0].fill_(131072.0))
     base = tensors_of(tmp_path / "base")
     capsys.readouterr()
-    facts = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "f16")
-    found = tensors_of(tmp_path / "merged")
-    assert facts["stored_wider"] == [name for name in found if name in (Q, K)]
+    facts = merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "f16")
+    result = tensors_of(tmp_path / "merged")
+    assert facts["stored_wider"] == [name for name in result if name in (Q, K)]
     assert "2 weights are out of f16's range" in capsys.readouterr().out
-    assert found[K].dtype is kept and torch.equal(found[K], base[K])
-    assert found[Q].dtype is torch.float32 and bool(found[Q].isfinite().all())
-    assert all(each.dtype is torch.float16 for name, each in found.items() if name not in (Q, K))
+    assert result[K].dtype is kept and torch.equal(result[K], base[K])
+    assert result[Q].dtype is torch.float32 and bool(result[Q].isfinite().all())
+    assert all(each.dtype is torch.float16 for name, each in result.items() if name not in (Q, K))
 
 
 def test_the_largest_f16_is_in_range(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     _simple(tmp_path, tiny_model)
     _change(tmp_path / "base", K, lambda tensor: tensor[0].fill_(-65504.0))
-    facts = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "f16")
+    facts = merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "f16")
     assert facts["stored_wider"] == [] and float(tensors_of(tmp_path / "merged")[K].min()) == -65504.0
 
 
@@ -202,49 +204,53 @@ def test_weights_that_are_not_finite(
     name = Q if where == "base" else f"base_model.model.{Q.removesuffix('.weight')}.lora_B.weight"
     _change(tmp_path / where, name, lambda tensor: tensor[1].fill_(value))
     with pytest.raises(ArtifactError, match=rf"{name}.* not finite"):
-        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", dtype)
+        merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", dtype)
 
 
 def test_a_sharded_base(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
-    model = shaken(tiny_model("llama", tmp_path / "base", shard="100KB"), peft.LoraConfig(r=4, target_modules=LINEAR))
+    model = randomized(
+        tiny_model("llama", tmp_path / "base", shard="100KB"), peft.LoraConfig(r=4, target_modules=LINEAR)
+    )
     model.save_pretrained(tmp_path / "adapter")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-    merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
-    found, wanted = tensors_of(tmp_path / "merged"), model.merge_and_unload().state_dict()
-    assert found.keys() == wanted.keys() and all(ulps(found[name], wanted[name]) <= 1 for name in found)
+    merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    result, expected = tensors_of(tmp_path / "merged"), model.merge_and_unload().state_dict()
+    assert result.keys() == expected.keys() and all(ulps(result[name], expected[name]) <= 1 for name in result)
 
 
 @pytest.mark.parametrize(
     "other", [{"hidden_size": 32}, {"num_hidden_layers": 1}, {"num_attention_heads": 8, "head_dim": 16}]
 )
-def test_another_base_is_refused(other: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+def test_a_base_of_a_different_shape_is_refused(
+    other: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
     _simple(tmp_path, tiny_model)
     tiny_model("llama", tmp_path / "other", **other)
     with pytest.raises(ArtifactError) as caught:
-        merged(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
+        merge_into(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
     assert "base" in caught.value.cause and "--base" in caught.value.hint
 
 
-def test_another_architecture_is_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+def test_a_different_architecture_is_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     _simple(tmp_path, tiny_model)
     tiny_model("gpt2", tmp_path / "other")
     with pytest.raises(ArtifactError, match="q_proj"):
-        merged(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
+        merge_into(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
 
 
-def test_a_head_of_another_size_is_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+def test_a_head_of_a_different_size_is_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     options = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    shaken(tiny_model("llama", tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
+    randomized(tiny_model("llama", tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
     tiny_model("llama", tmp_path / "other", vocab_size=50)
     with pytest.raises(ArtifactError, match=r"lm_head\.weight"):
-        merged(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
+        merge_into(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
 
 
 def test_dora_is_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     options = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
-    shaken(tiny_model("llama", tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
+    randomized(tiny_model("llama", tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match="use_dora"):
-        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+        merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
 
 
 def test_a_cut_base_leaves_no_merged_model(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
@@ -252,7 +258,7 @@ def test_a_cut_base_leaves_no_merged_model(tmp_path: Path, tiny_model: Callable[
     file = tmp_path / "base" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises((ArtifactError, ModelError), match=r"model\.safetensors"):
-        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+        merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -260,11 +266,11 @@ def test_a_cut_base_leaves_no_merged_model(tmp_path: Path, tiny_model: Callable[
     [("llama", "f16", "float16"), ("llama", "bf16", "bfloat16"), ("llama", "fp32", "float32"),
      ("gemma", "f16", "bfloat16")],
 )  # fmt: skip
-def test_the_config_and_the_tokenizer_go_along(
+def test_config_and_tokenizer_are_copied(
     kind: str, dtype: str, arithmetic: str, tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:
     options = peft.LoraConfig(r=4, target_modules=["q_proj"])
-    shaken(tiny_model(kind, tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
+    randomized(tiny_model(kind, tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("trained", encoding="utf-8")
@@ -333,7 +339,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     child = subprocess.run([sys.executable, "-c", _CHILD, str(tmp_path)], capture_output=True, text=True, check=True)
     peak = int(child.stdout.splitlines()[-1])
     largest = 2 * size * size
-    # The sum in fp32, what is stored of it, and what libraries need for themselves.
+    # The sum in fp32, the stored result, and what libraries need.
     assert peak < 7 * largest < layers * largest, f"{peak >> 20} MB for tensors of {largest >> 20} MB"
     print(f"{peak >> 20} MB")
     shutil.rmtree(tmp_path / "merged")

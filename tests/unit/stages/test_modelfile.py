@@ -33,15 +33,15 @@ def context(tmp_path: Path, reporter: PlainReporter) -> Context:
     return Context(config, run, base)
 
 
-def test_what_is_written_is_what_ollama_reads(context: Context, reporter: PlainReporter) -> None:
+def test_ollama_reads_what_is_written(context: Context, reporter: PlainReporter) -> None:
     facts = modelfile.run(context, reporter)
     for name, gguf in (("", "./Merged.gguf"), ("Q4_K_M", "./MergedQ4_K_M.gguf")):
-        found = parse(context.run.modelfile(name).read_text(encoding="utf-8"))
-        assert found.from_ == gguf
-        assert found.system == "Be kind."
-        assert ("temperature", 0.5) in found.parameters
-        assert {value for key, value in found.parameters if key == "stop"} == {"<|im_start|>", "<|im_end|>"}
-        assert found.template is not None and "<|im_start|>user" in found.template
+        parsed = parse(context.run.modelfile(name).read_text(encoding="utf-8"))
+        assert parsed.from_ == gguf
+        assert parsed.system == "Be kind."
+        assert ("temperature", 0.5) in parsed.parameters
+        assert {value for key, value in parsed.parameters if key == "stop"} == {"<|im_start|>", "<|im_end|>"}
+        assert parsed.template is not None and "<|im_start|>user" in parsed.template
     assert set(facts["stops"]) == {"<|im_start|>", "<|im_end|>"}
 
 
@@ -60,7 +60,7 @@ def test_smollm2_has_no_bos_in_its_template(context: Context) -> None:
         ({"system": "zero\u200bwidth"}, "system"),
     ],
 )
-def test_what_can_not_be_carried_is_refused_before_training(
+def test_values_that_a_modelfile_can_not_express_are_refused_before_training(
     context: Context, reporter: PlainReporter, changes: dict[str, object], words: str
 ) -> None:
     changed = dataclasses.replace(context, config=dataclasses.replace(context.config, **changes))  # type: ignore[arg-type]
@@ -83,8 +83,8 @@ def test_a_template_that_refuses_system_prompts(context: Context, reporter: Plai
     modelfile.preflight(without, reporter)
 
 
-@pytest.mark.parametrize(("given", "written"), [((), 1.0), (("repeat_penalty=1.3",), 1.3), (("top_k=5",), 1.0)])
-def test_repetition_is_punished_only_where_the_user_says_so(given: tuple[str, ...], written: float) -> None:
-    options = {"parameter": given, "output_dir": Path("/runs/one")}
-    found = modelfile._parameters(configs.resolve((options, "test", Path("/"))))
-    assert [value for name, value in found if name == "repeat_penalty"] == [written]
+@pytest.mark.parametrize(("parameters", "penalty"), [((), 1.0), (("repeat_penalty=1.3",), 1.3), (("top_k=5",), 1.0)])
+def test_repetition_is_penalized_only_on_request(parameters: tuple[str, ...], penalty: float) -> None:
+    options = {"parameter": parameters, "output_dir": Path("/runs/one")}
+    pairs = modelfile._parameters(configs.resolve((options, "test", Path("/"))))
+    assert [value for name, value in pairs if name == "repeat_penalty"] == [penalty]

@@ -1,4 +1,4 @@
-"""What preparing leaves out is counted, and the places are named."""
+"""Chats that are left out are counted, and their locations reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import prepare
 
 
-def test_the_places_of_what_was_left_out_are_named(reporter: PlainReporter, capsys: pytest.CaptureFixture[str]) -> None:
+def test_locations_of_left_out_chats_are_reported(reporter: PlainReporter, capsys: pytest.CaptureFixture[str]) -> None:
     nothing: Any = None
     prepared = Prepared(nothing, nothing, "")
     prepared.duplicates = Places(1, ("a.jsonl:9 is a.jsonl:2 again",))
@@ -19,7 +19,13 @@ def test_the_places_of_what_was_left_out_are_named(reporter: PlainReporter, caps
     prepared.shortened = Places(1, ("a.jsonl:5: 2 turns",))
     prepared.too_long = Places(25, tuple(f"a.jsonl:{line}" for line in range(100, 120)))
     prepare.report_prepared(prepared, reporter)
-    told = capsys.readouterr().out
-    for place in ("a.jsonl:9 is a.jsonl:2 again", "held.jsonl:4", "a.jsonl:5: 2 turns", "a.jsonl:100", "a.jsonl:119"):
-        assert place in told
-    assert "a.jsonl:120" not in told and "and 5 more" in told
+    printed = capsys.readouterr().out
+    for location in (
+        "a.jsonl:9 is a.jsonl:2 again",
+        "held.jsonl:4",
+        "a.jsonl:5: 2 turns",
+        "a.jsonl:100",
+        "a.jsonl:119",
+    ):
+        assert location in printed
+    assert "a.jsonl:120" not in printed and "and 5 more" in printed

@@ -1,4 +1,4 @@
-"""What is known of a quantization before training, and what it is made with."""
+"""Quantizations that are refused before training, and the importance matrix that they are made with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def context_of(base: Path, *quantizations: str) -> Context:
     return Context(config, RunFolder(folder), base)
 
 
-def test_a_model_whose_rows_are_no_whole_blocks_is_refused(
+def test_rows_that_are_not_whole_blocks_are_refused(
     tiny_model: Callable[..., Any], toolchain: llamacpp.Toolchain, tmp_path: Path, reporter: PlainReporter
 ) -> None:
     tiny_model("llama", tmp_path / "base")  # rows of 64 and 96
@@ -39,24 +39,24 @@ def test_a_model_whose_rows_are_no_whole_blocks_is_refused(
     )
 
 
-def test_whole_blocks_are_taken(
+def test_whole_blocks_are_accepted(
     tiny_model: Callable[..., Any], toolchain: llamacpp.Toolchain, tmp_path: Path, reporter: PlainReporter
 ) -> None:
     tiny_model("llama", tmp_path / "base", hidden_size=128, intermediate_size=256)
     quantize.preflight(context_of(tmp_path / "base", "Q1_0"), reporter)
 
 
-def test_what_needs_a_matrix_is_refused_where_there_are_no_chats(
+def test_quantizations_that_need_a_matrix_are_refused_without_chats(
     toolchain: llamacpp.Toolchain, tiny_base: Path, tmp_path: Path, reporter: PlainReporter
 ) -> None:
     context = dataclasses.replace(context_of(tiny_base, "Q2_K", "IQ2_S"), source=tiny_base)
     with pytest.raises(ConfigError, match=r"IQ2_S: needs an importance matrix,.* trained elsewhere"):
         quantize.preflight(context, reporter)
     config = dataclasses.replace(context.config, quantization=("Q2_K",))
-    quantize.preflight(dataclasses.replace(context, config=config), reporter)  # gets by without
+    quantize.preflight(dataclasses.replace(context, config=config), reporter)  # needs none
 
 
-def test_a_matrix_is_made_once_and_known_by_what_it_is_made_of(
+def test_a_matrix_is_made_once_for_the_same_model_and_chats(
     run_copy: RunFolder, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = configs.resolve((configs.load_file(run_copy.config), "test", run_copy.root))
