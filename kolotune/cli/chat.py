@@ -95,7 +95,8 @@ def _in_ollama(
     max_tokens: int | None,
     seed: int | None,
 ) -> Callable[[str], Iterator[str]]:
-    from kolotune.ollama.install import OllamaChat, installed_name
+    from kolotune.ollama.chat import OllamaChat
+    from kolotune.ollama.install import installed_name
 
     if name is None:  # `chat --ollama NAME`: the first argument is the name
         name = installed_name(RunFolder(run.absolute())) if run.is_dir() or run == DEFAULT_OUTPUT_DIR else str(run)

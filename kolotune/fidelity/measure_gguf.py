@@ -10,8 +10,9 @@ from kolotune.chats.tokens.tokenizer import writes_bos
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError
 from kolotune.llamacpp.evaluation import ExactGguf
-from kolotune.ollama import go_template
-from kolotune.ollama.modelfile import Modelfile, parse
+from kolotune.ollama.go_template_renderer import render_go_template
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_modelfile
 
 from . import log_probabilities
 from .defects import Defect, DefectKind, NoteKind, defect, note
@@ -82,7 +83,7 @@ def _measure_served(
     """Measure what Ollama makes of the Modelfile: the tokens of prompts, and where answers stop."""
     path = Path(task.modelfile)
     try:
-        modelfile = parse(path.read_text(encoding="utf-8"))
+        modelfile = parse_modelfile(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, KolotuneError) as error:
         reason = error.cause if isinstance(error, KolotuneError) else f"{path.name}: can't be read: {error}"
         wrong = defect(DefectKind.MODELFILE_UNREADABLE, reason=reason)
@@ -122,4 +123,4 @@ def _served_ids(model: ExactGguf, modelfile: Modelfile, prompt: Prompt) -> list[
     """Return the ids of a prompt as Ollama makes them; without a TEMPLATE it takes the GGUF's own."""
     if modelfile.template is None:
         return _GgufTemplate(model).ids(prompt)
-    return model.tokens(go_template.render(modelfile.template, prompt.messages))
+    return model.tokens(render_go_template(modelfile.template, prompt.messages))

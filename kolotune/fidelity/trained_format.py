@@ -11,7 +11,7 @@ from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import chat_template, load_tokenizer, special_tokens, template_text
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.ollama.template import NotDerivable, derive
+from kolotune.ollama.template_derivation import NotDerivable, derive
 from kolotune.ollama.turn_format import TurnFormat
 
 from .tasks import Prompt

@@ -1,36 +1,43 @@
-"""An Ollama server, spoken to by the official client; what that lacks goes through the same connection."""
+"""Talk to an Ollama server with the official client, and over its connection for what that lacks."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING
 
 from kolotune.foundation.addresses import is_loopback
 from kolotune.foundation.errors import OllamaDownError, OllamaError
+from kolotune.foundation.typed_storage import JsonObject
 
-from .modelfile import Description
+from .modelfile import ModelDescription
+from .parameters import Options, as_options
+
+if TYPE_CHECKING:
+    import httpx
 
 _CONNECT_SECONDS = 10.0
 _QUICK_SECONDS = 30.0
-# The server writes a blob to disk before it answers, and loads a model before the first word of a chat.
+# The server writes a blob to disk before it responds, and loads a model before the first word of a chat.
 _PATIENCE_SECONDS = 900.0
 _CHUNK = 1 << 20
-_GONE = 404
+_NOT_FOUND = 404
 
 
 class OllamaClient:
-    """One server.
+    """The connection to one server.
 
     Args:
-        host: where it listens, in any spelling that Ollama documents; None: OLLAMA_HOST, else this machine.
-        patience: seconds of silence after which a long request is given up.
+        host: its address, in any form that Ollama documents; None: OLLAMA_HOST, else this machine.
+        patience: seconds without data after which a long request fails.
+
+    Attributes:
+        url: the address.
 
     Raises:
-        OllamaError: the address is none.
+        OllamaError: the address is invalid.
     """
 
     def __init__(self, host: str | None = None, patience: float = _PATIENCE_SECONDS) -> None:
@@ -44,87 +51,87 @@ class OllamaClient:
             address = client._client.base_url
             nearest = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host)
             if nearest or is_loopback(address.host):
-                # 0.0.0.0 is where a server listens, not where it is found. A proxy can't reach this machine's loopback.
+                # A server listens at 0.0.0.0, but can't be reached there. A proxy can't reach this machine's loopback.
                 address = address.copy_with(host=nearest) if nearest else address
                 client = ollama.Client(str(address), timeout=timeout, trust_env=False)
         except (ValueError, httpx.InvalidURL) as error:
-            raise OllamaError(f"this can't be the address of an Ollama server: {error}", "Mend OLLAMA_HOST.") from None
+            raise OllamaError(f"invalid address of an Ollama server: {error}", "Correct OLLAMA_HOST.") from None
         self._api = client
-        # The client has no call for versions and single blobs, and its `show` leaves the system prompt out.
+        # The client has no calls for the version and for single blobs, and its `show` leaves out the system prompt.
         self._http = client._client
         self.url = str(address).rstrip("/")
 
     def version(self) -> str:
-        """The server's version, as "0.17.1"; "" when it does not say."""
+        """Return the server's version, as "0.17.1"; "" when it does not report one."""
         with self._explained("asking for its version"):
-            answer = self._http.get("/api/version", timeout=self._quick)
-            self._check(answer)
-            return str(_object(answer.json()).get("version", ""))
+            response = self._http.get("/api/version", timeout=self._quick)
+            self._check(response)
+            return str(_object(response.json()).get("version", ""))
 
-    def show(self, name: str) -> dict[str, Any] | None:
-        """All that the server says about a model; None when it has none of that name."""
+    def show(self, name: str) -> JsonObject | None:
+        """Return all that the server reports about a model; None when there is no model of that name."""
         with self._explained(f"asking for {name}"):
-            answer = self._http.post("/api/show", json={"model": name}, timeout=self._quick)
-            if answer.status_code == _GONE:
+            response = self._http.post("/api/show", json={"model": name}, timeout=self._quick)
+            if response.status_code == _NOT_FOUND:
                 return None
-            self._check(answer)
-            return _object(answer.json())
+            self._check(response)
+            return _object(response.json())
 
     def digest(self, name: str) -> str:
-        """The digest of a model's manifest, as `ollama list` shows it; "" when the server lists no such model."""
+        """Return the digest of a model's manifest, as `ollama list` shows it; "" when there is no such model."""
         with self._explained("asking for its models"):
-            for each in self._api.list().models:
-                # Ollama keeps the case of a name and does not tell names apart by it.
-                if (each.model or "").lower() in (name.lower(), f"{name}:latest".lower()):
-                    return each.digest or ""
+            for model in self._api.list().models:
+                # Ollama keeps the case of a name, but ignores it when it looks a name up.
+                if (model.model or "").lower() in (name.lower(), f"{name}:latest".lower()):
+                    return model.digest or ""
         return ""
 
     def has_blob(self, sha256: str) -> bool:
-        """Whether the server has a file of that hash."""
+        """Return whether the server has a file with that hash."""
         with self._explained("asking for a blob"):
-            answer = self._http.head(f"/api/blobs/sha256:{sha256}", timeout=self._quick)
-            if answer.status_code == _GONE:
+            response = self._http.head(f"/api/blobs/sha256:{sha256}", timeout=self._quick)
+            if response.status_code == _NOT_FOUND:
                 return False
-            self._check(answer)
+            self._check(response)
             return True
 
     def send_blob(self, path: Path, sha256: str, progress: Callable[[int], None]) -> None:
-        """Sends a file, a piece at a time.
+        """Send a file in pieces.
 
         Args:
             path: the file.
-            sha256: its hash; the server computes its own and refuses another.
-            progress: is told how many bytes have been sent.
+            sha256: its hash; the server computes it too and refuses a different one.
+            progress: called with the number of bytes sent so far.
         """
         size = path.stat().st_size
         with self._explained(f"sending {path.name}"), path.open("rb") as file:
-            answer = self._http.post(
+            response = self._http.post(
                 f"/api/blobs/sha256:{sha256}",
                 content=_pieces(file, progress),
                 headers={"Content-Length": str(size), "Content-Type": "application/octet-stream"},
             )
-            self._check(answer)
+            self._check(response)
 
-    def create(self, name: str, description: Description, files: Mapping[str, str]) -> Iterator[str]:
-        """Makes a model of blobs that the server has; gives what the server says on the way.
+    def create(self, name: str, description: ModelDescription, files: Mapping[str, str]) -> Iterator[str]:
+        """Create a model from blobs that the server has; yield the status messages of the server.
 
         Args:
-            name: of the model; one that is there is replaced.
-            description: what is said about it; its FROM is not used.
+            name: of the model; an existing one is replaced.
+            description: its template, system prompt, parameters and so on; FROM is not used.
             files: file name → SHA-256.
 
         Raises:
-            OllamaError: the server fails, also in the middle of its answer, or stops before it is done.
+            OllamaError: the server fails, or stops before it has finished.
         """
         last = ""
-        with self._explained(f"making {name}"):
+        with self._explained(f"creating {name}"):
             for event in self._api.create(
                 name,
                 files={file: f"sha256:{sha256}" for file, sha256 in files.items()},
                 template=description.template,
                 license=list(description.licenses) or None,
                 system=description.system,
-                parameters=as_options(description) or None,
+                parameters=as_options(description.parameters) or None,
                 messages=[{"role": role, "content": text} for role, text in description.messages] or None,
                 stream=True,
             ):
@@ -132,28 +139,30 @@ class OllamaClient:
                 if last and last != "success":
                     yield last
         if last != "success":
-            raise OllamaError(f"making {name}: the server stopped before it was done (it last said {last!r})")
+            raise OllamaError(
+                f"creating {name}: the server stopped before it had finished (its last status was {last!r})"
+            )
 
     def delete(self, name: str) -> bool:
-        """Deletes a model; False when there is none of that name."""
+        """Delete a model; return False when there is no model of that name."""
         import ollama
 
         with self._explained(f"deleting {name}"):
             try:
                 self._api.delete(name)
             except ollama.ResponseError as error:
-                if error.status_code == _GONE:
+                if error.status_code == _NOT_FOUND:
                     return False
                 raise
         return True
 
-    def chat(self, name: str, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Iterator[str]:
-        """The answer to a conversation, piece by piece.
+    def chat(self, name: str, messages: Sequence[Mapping[str, str]], options: Options) -> Iterator[str]:
+        """Yield the answer to a conversation in pieces.
 
         Args:
             name: of the model.
             messages: turns with `role` and `content`.
-            options: parameters that win over the model's.
+            options: parameters that override the model's.
 
         Raises:
             OllamaError: there is no such model, or the server fails.
@@ -165,17 +174,17 @@ class OllamaClient:
                 if event.message.content:
                     yield event.message.content
         if not done:
-            raise OllamaError(f"talking to {name}: the answer broke off")
+            raise OllamaError(f"talking to {name}: the answer was interrupted")
 
-    def _check(self, answer: Any) -> None:
+    def _check(self, response: httpx.Response) -> None:
         import ollama
 
-        if not answer.is_success:
-            raise ollama.ResponseError(answer.text, answer.status_code)
+        if not response.is_success:
+            raise ollama.ResponseError(response.text, response.status_code)
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
-        """Turns whatever the client raises into the errors that kolotune expects."""
+        """Raise the errors of the client as errors of the tree."""
         import httpx
         import ollama
         import pydantic
@@ -183,47 +192,29 @@ class OllamaClient:
         try:
             yield
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
-            why = f" ({error})" if isinstance(error, httpx.HTTPError) else ""
-            raise OllamaDownError(f"there is no Ollama server at {self.url}{why}") from None
+            reason = f" ({error})" if isinstance(error, httpx.HTTPError) else ""
+            raise OllamaDownError(f"there is no Ollama server at {self.url}{reason}") from None
         except httpx.TimeoutException:
-            raise OllamaError(f"{doing}: the Ollama server at {self.url} does not answer") from None
+            raise OllamaError(f"{doing}: the Ollama server at {self.url} does not respond") from None
         except httpx.HTTPError as error:
-            raise OllamaError(f"{doing}: the connection to {self.url} broke: {error}", "Try again.") from None
+            raise OllamaError(f"{doing}: the connection to {self.url} was lost: {error}", "Try again.") from None
         except ollama.ResponseError as error:
             code = f" ({error.status_code})" if error.status_code > 0 else ""
             raise OllamaError(f"{doing}: the Ollama server says: {error.error or 'nothing'}{code}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError, TypeError, AttributeError):
             raise OllamaError(
-                f"{doing}: what {self.url} answers is not what Ollama answers",
-                "See what listens there; OLLAMA_HOST names another address.",
+                f"{doing}: {self.url} does not respond as Ollama does",
+                "Check what listens there; OLLAMA_HOST sets the address.",
             ) from None
 
 
-def as_options(description: Description) -> dict[str, Any]:
-    """The parameters as Ollama's JSON has them: stops in one list."""
-    options: dict[str, Any] = {}
-    for name, value in description.parameters:
-        if name == "stop":
-            options.setdefault(name, []).append(value)
-        else:
-            options[name] = value
-    return options
+def _object(value: object) -> JsonObject:
+    if not isinstance(value, dict):
+        raise TypeError("not a JSON object")
+    return value
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, to be compared; empty for builds that have none (0.0.0)."""
-    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version)
-    numbers = tuple(int(part) for part in found.groups()) if found else ()
-    return numbers if any(numbers) else ()
-
-
-def _object(found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise TypeError("no JSON object")
-    return found
-
-
-def _pieces(file: Any, progress: Callable[[int], None]) -> Iterator[bytes]:
+def _pieces(file: IO[bytes], progress: Callable[[int], None]) -> Iterator[bytes]:
     sent = 0
     while piece := file.read(_CHUNK):
         yield piece

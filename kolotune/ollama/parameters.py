@@ -1,7 +1,7 @@
-"""The parameters that a Modelfile may set, and what Ollama takes for a value of each.
+"""The parameters that a Modelfile may set, and the values that Ollama accepts for each.
 
-A name that Ollama does not know makes `ollama create` fail, so they are checked here, all at once, before
-anything is built. The names of newer Ollama versions are included; an older server refuses them.
+`ollama create` fails for a name that Ollama does not know, so all names are checked before anything is built. The names
+are the fields of `Options` in Ollama's api/types.go; an older server refuses the newer ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from kolotune.foundation.errors import ConfigError
 
 Value = str | int | float | bool
 Parameters = tuple[tuple[str, Value], ...]
+Options = dict[str, Value | list[Value]]
+"""Parameters as Ollama's JSON has them: all stop strings in one list."""
 
 KNOWN: dict[str, type] = {
     "draft_num_predict": int,
@@ -39,9 +41,8 @@ KNOWN: dict[str, type] = {
     "use_mmap": bool,
 }
 
-# Ollama still reads these, warns and drops them: a user who sets one should hear that it does nothing.
 IGNORED = frozenset(
-    {
+    [
         "penalize_newline",
         "low_vram",
         "f16_kv",
@@ -51,30 +52,28 @@ IGNORED = frozenset(
         "mirostat",
         "mirostat_tau",
         "mirostat_eta",
-    }
+    ]
 )
+"""Ollama still reads these, warns and drops them. A user who sets one should learn that it has no effect."""
 
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLS = {word: True for word in ("1", "t", "T", "true", "TRUE", "True")} | {
     word: False for word in ("0", "f", "F", "false", "FALSE", "False")
 }
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _FLOAT32_MAX = 3.4028235677973366e38
 
 
-def typed(name: str, text: str) -> Value:
-    """The value that Ollama takes from the text of a PARAMETER line.
+def typed_value(name: str, text: str) -> Value:
+    """Return the value that Ollama reads from the text of a PARAMETER line, in the type of the parameter.
 
     Args:
         name: a name in `KNOWN`.
-        text: what stands after the name, unquoted.
-
-    Returns:
-        The value in the type of the parameter.
+        text: the text after the name, unquoted.
 
     Raises:
-        ValueError: the text is no such value; the message says what is wanted.
+        ValueError: the text is not such a value; the message says what is expected.
     """
     kind = KNOWN[name]
     if kind is str:
@@ -85,20 +84,20 @@ def typed(name: str, text: str) -> Value:
         return int(text)
     if kind is float and _FLOAT.fullmatch(text) and abs(float(text)) < _FLOAT32_MAX:
         return float(text)
-    raise ValueError(f"{name} wants {_WANTED[kind]}, not {text!r}")
+    raise ValueError(f"{name} must be {_KINDS[kind]}, not {text!r}")
 
 
 def validate(parameters: Mapping[str, object] | Iterable[tuple[str, object]]) -> Parameters:
-    """Check the parameters that a user set and bring each to its type.
+    """Check the parameters that a user set, and convert each to its type.
 
     Args:
         parameters: names and values; a value may be text, as from a command line, and `stop` a list.
 
     Returns:
-        Name and value pairs in the order given, one pair for each stop.
+        Name and value pairs in the order given, one pair for each stop string.
 
     Raises:
-        ConfigError: names that Ollama does not know or ignores, and values of a wrong type, all told at once.
+        ConfigError: all names that Ollama does not know or ignores, and all values of a wrong type.
     """
     pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
     problems: list[str] = []
@@ -112,7 +111,7 @@ def validate(parameters: Mapping[str, object] | Iterable[tuple[str, object]]) ->
         else:
             for value in given if name == "stop" and isinstance(given, list | tuple) else [given]:
                 try:
-                    checked.append((name, _value(name, value)))
+                    checked.append((name, _convert(name, value)))
                 except ValueError as error:
                     problems.append(str(error))
     single = [name for name, _ in checked if name != "stop"]
@@ -125,19 +124,26 @@ def validate(parameters: Mapping[str, object] | Iterable[tuple[str, object]]) ->
     return tuple(checked)
 
 
-def _value(name: str, given: object) -> Value:
+def as_options(parameters: Parameters) -> Options:
+    """Return the parameters as Ollama's JSON has them."""
+    options: Options = {name: value for name, value in parameters if name != "stop"}
+    stops = [value for name, value in parameters if name == "stop"]
+    return options | {"stop": stops} if stops else options
+
+
+def _convert(name: str, given: object) -> Value:
     kind = KNOWN[name]
     if isinstance(given, str):
         if given == "":
             # An empty stop would end every answer before it begins.
             raise ValueError(f"{name} is empty")
-        return typed(name, given)
+        return typed_value(name, given)
     if kind is float and isinstance(given, int | float) and not isinstance(given, bool):
-        # Ollama keeps 32 bits, and JSON has no word for infinity.
+        # Ollama keeps 32 bits, and JSON has no infinity.
         if math.isfinite(given) and abs(given) < _FLOAT32_MAX:
             return float(given)
     elif kind is bool and isinstance(given, bool):
         return given
     elif kind is int and isinstance(given, int) and not isinstance(given, bool):
-        return typed(name, str(given))
-    raise ValueError(f"{name} wants {_WANTED[kind]}, not {given!r}")
+        return typed_value(name, str(given))
+    raise ValueError(f"{name} must be {_KINDS[kind]}, not {given!r}")

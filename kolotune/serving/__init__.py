@@ -1,1 +1,1 @@
-"""A run's result behind OpenAI's API, for programs that speak it."""
+"""Chat with a run's result in the terminal, or serve it over OpenAI's API."""

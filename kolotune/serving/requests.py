@@ -1,20 +1,20 @@
-"""What a program may ask for, and the shapes of the answers."""
+"""The requests of OpenAI's chat completions that are accepted."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-# Asked for in vain: an answer without them would be another than was wanted.
-_MISSING = ("tools", "functions", "logprobs", "logit_bias", "audio", "prediction", "web_search_options")
+from kolotune.foundation.typed_storage import JsonObject
+
+# A response that ignored these would not be what the request asks for.
+_UNSUPPORTED = ("tools", "functions", "logprobs", "logit_bias", "audio", "prediction", "web_search_options")
 
 
 class BadRequest(Exception):
-    """The request can't be met; its text says why."""
+    """A request that can't be answered; its text says why, `code` is OpenAI's code for the reason."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True)
 class TextPart:
-    """A part of a text."""
+    """A part of a message's text."""
 
     type: Literal["text"]
     text: str
@@ -31,27 +31,27 @@ class TextPart:
 
 @dataclass(frozen=True)
 class RequestMessage:
-    """One turn; `developer` is the newer word for `system`."""
+    """One turn; `developer` is OpenAI's newer name for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
-    def plain(self) -> dict[str, str]:
-        """The turn as chat templates take it."""
+    def as_turn(self) -> dict[str, str]:
+        """Return the turn as chat templates accept it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What else a stream carries."""
+    """What a stream contains besides the answer."""
 
     include_usage: bool = False
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request for a chat completion; None: the Modelfile's value, or ours."""
+    """A request for a chat completion; where a value is None, the Modelfile's or kolotune's default applies."""
 
     messages: Annotated[list[RequestMessage], MinLen(1)]
     stream: bool | None = None
@@ -68,75 +68,35 @@ class ChatRequest:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer."""
+        """The stop strings."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
 
     @property
     def longest(self) -> int | None:
-        """The longest answer wanted, in tokens."""
+        """The greatest length of the answer, in tokens."""
         return self.max_completion_tokens or self.max_tokens
 
 
-def read(body: bytes) -> ChatRequest:
-    """The request in a body.
+def read_request(body: bytes) -> ChatRequest:
+    """Parse the body of a request.
 
     Raises:
-        BadRequest: it is none, or asks for what is not offered here.
+        BadRequest: it is invalid, or asks for something that is not supported.
     """
     import pydantic
 
     try:
-        found = pydantic.TypeAdapter(ChatRequest).validate_json(body)
-        extra = pydantic.TypeAdapter(dict[str, Any]).validate_json(body)
+        request = pydantic.TypeAdapter(ChatRequest).validate_json(body)
+        fields = pydantic.TypeAdapter(JsonObject).validate_json(body)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{where}: {first['msg']}" if where else str(first["msg"])) from None
-    asked = [name for name in _MISSING if extra.get(name)]
-    wanted = extra.get("response_format")
-    if wanted and (not isinstance(wanted, dict) or wanted.get("type") != "text"):
-        asked.append("response_format")
-    if asked:
-        raise BadRequest(f"{', '.join(asked)}: not offered here")
-    return found
-
-
-@dataclass(frozen=True)
-class CompletionBodies:
-    """Makes the answers to one request."""
-
-    identity: str
-    model: str
-
-    def whole(self, text: str, reason: str, usage: Mapping[str, int]) -> dict[str, Any]:
-        """The answer in one piece."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": dict(usage)}
-
-    def piece(self, delta: Mapping[str, str], reason: str | None = None) -> dict[str, Any]:
-        """A part of a streamed answer."""
-        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    def count(self, usage: Mapping[str, int]) -> dict[str, Any]:
-        """The last part of a stream that was asked for usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": dict(usage)}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.identity, "object": kind, "created": int(time.time()), "model": self.model}
-
-
-def usage_of(prompt: int, answer: int) -> dict[str, int]:
-    """The counts of tokens as OpenAI names them."""
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-
-
-def error_of(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI writes it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        location = ".".join(str(part) for part in first["loc"])
+        raise BadRequest(f"{location}: {first['msg']}" if location else str(first["msg"])) from None
+    unsupported = [name for name in _UNSUPPORTED if fields.get(name)]
+    response_format = fields.get("response_format")
+    if response_format and (not isinstance(response_format, dict) or response_format.get("type") != "text"):
+        unsupported.append("response_format")
+    if unsupported:
+        raise BadRequest(f"{', '.join(unsupported)}: not supported")
+    return request

@@ -1,4 +1,4 @@
-"""A talk with a run's result, or with its base model by the same road, through llama.cpp."""
+"""Chat with a run's result, or with its base model in the same way, through llama.cpp."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kolotune.weights.adapter import is_adapter
 
 
 class TerminalChat:
-    """A conversation: it remembers what was said and renders it with the trained template.
+    """A conversation that remembers its turns and writes them with the trained template.
 
     Args:
-        model: what answers.
+        model: the model that answers.
         tokenizer: folder with the tokenizer and the trained template.
-        stops: texts that end an answer.
+        stops: stop strings.
         system: system prompt, or None.
     """
 
@@ -37,19 +37,19 @@ class TerminalChat:
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, *, temperature: float, max_tokens: int, seed: int) -> Iterator[str]:
-        """The answer to `text`, piece by piece.
+        """Yield the answer to `text` in pieces.
 
         Raises:
-            ConfigError: the conversation has grown longer than the model can read.
+            ConfigError: the conversation exceeds the model's context.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         prompt = self._model.tokens(self._template.render(messages, None, True))
-        room = self._model.context - len(prompt)
-        if room < 1:
-            raise ConfigError("the conversation is longer than the model can read", "Start a new chat.")
+        free = self._model.context - len(prompt)
+        if free < 1:
+            raise ConfigError("the conversation is longer than the model's context", "Start a new chat.")
         pieces: list[str] = []
         for piece in self._model.generate(
-            prompt, self._stops, temperature=temperature, max_tokens=min(max_tokens, room), seed=seed
+            prompt, self._stops, temperature=temperature, max_tokens=min(max_tokens, free), seed=seed
         ):
             pieces.append(piece)
             yield piece
@@ -64,36 +64,34 @@ def open_chat(
     base: bool = False,
     system: str | None = None,
 ) -> TerminalChat:
-    """A talk with the GGUF of a run.
+    """Open a chat with a GGUF of a run.
 
     Args:
         run: the run folder.
-        reporter: told when the base model has to be converted first.
-        quantization: which one; "none" for the unquantized; default: the run's first.
-        base: the base model in place of the tuned one.
+        reporter: shows when the base model has to be converted first.
+        quantization: which GGUF; "none" for the unquantized; default: the run's first.
+        base: chat with the base model instead of the tuned one.
         system: system prompt; None: the run's.
 
     Raises:
-        RunFolderError, ArtifactError, ConfigError: there is no such run or no such GGUF, or it isn't what was made.
+        RunFolderError, ArtifactError, ConfigError: there is no such run or GGUF, or it is not what the run made.
     """
     config = saved_config(run)
     name = choose_quantization(config, quantization)
     path = _base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
-    stops = modelfile.recorded_stops(run)
-    return TerminalChat(
-        GgufModel(path), modelfile.tokenizer_folder(run), stops, config.system if system is None else system
-    )
+    tokenizer, stops = modelfile.tokenizer_folder(run), modelfile.recorded_stops(run)
+    return TerminalChat(GgufModel(path), tokenizer, stops, config.system if system is None else system)
 
 
 def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:
-    """The base model as a GGUF of the same quantization, made once and kept in the cache."""
+    """The base model as a GGUF of the same quantization; it is made once and kept in the cache."""
     base = lookup.resolve(config.base_model, None, reporter)
     if is_adapter(base):
-        raise ConfigError(f"{base}: is an adapter, not a base model", "Give the base model itself.")
+        raise ConfigError(f"{base}: is an adapter, not a base model", "Name the base model itself.")
     folder = cache_folder("base_ggufs") / Hasher().of(base)[:32]
     plain = folder / "Base.gguf"
     if not plain.is_file():
-        reporter.doing(f"converting {config.base_model} itself, once")
+        reporter.doing(f"converting {config.base_model}, once")
         convert.convert_folder(base, plain, run.log("base"), reporter, exact=False)
     if name == NONE:
         return plain
@@ -101,7 +99,7 @@ def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) ->
     if matrix is not None and not matrix.is_file():
         if name in NEEDS_IMPORTANCE_MATRIX:
             raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")
-        matrix = None  # what was exported was trained elsewhere
+        matrix = None  # an exported model was trained elsewhere
     target = folder / (f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
     if not target.is_file():
         quantize.quantize_file(plain, target, name, run.log("base"), reporter, matrix)

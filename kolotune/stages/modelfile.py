@@ -23,8 +23,12 @@ from kolotune.foundation.files import write_text
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.ollama import parameters
-from kolotune.ollama.modelfile import Modelfile, render
-from kolotune.ollama.template import NotDerivable, TurnFormat, derive, stop_strings
+from kolotune.ollama.go_template_writer import write_go_template
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_writer import render_modelfile
+from kolotune.ollama.stop_strings import stop_strings
+from kolotune.ollama.template_derivation import NotDerivable, derive
+from kolotune.ollama.turn_format import TurnFormat
 from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import now, read_record
@@ -134,14 +138,16 @@ def derive_format(tokenizer: Path, jinja: str) -> ServingFormat:
         stops = tuple(dict.fromkeys(token for token in (end, named.get("eos_token", "")) if token))
         return ServingFormat(None, turns.reason, (), stops)
     stops = stop_strings(turns, named.get("eos_token", ""), end, special)
-    return ServingFormat(_go_template(turns, tokenizer), "", turns.caveats, stops, not turns.refuses_system)
+    return ServingFormat(
+        _go_template(turns, tokenizer), "", tuple(map(str, turns.caveats)), stops, not turns.refuses_system
+    )
 
 
 def _go_template(turns: TurnFormat, tokenizer: Path) -> str:
     """Return the template, with a BOS exactly when the GGUF does not make Ollama add one itself."""
     file = tokenizer / "tokenizer_config.json"
     adds_bos = typed_storage.read_object(file).get("add_bos_token") if file.is_file() else False
-    return turns.go_template(include_bos=bool(turns.bos) and adds_bos is not True)
+    return write_go_template(turns, include_bos=bool(turns.bos) and adds_bos is not True)
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
@@ -160,7 +166,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
             "system: the chat template of this model refuses system prompts",
             "Put the instruction into the user turns of the chats, and omit --system.",
         )
-    render(Modelfile("./Merged.gguf", system=context.config.system, parameters=_parameters(context.config)))
+    render_modelfile(Modelfile("./Merged.gguf", system=context.config.system, parameters=_parameters(context.config)))
 
 
 def _parameters(config: Config) -> parameters.Parameters:
@@ -184,7 +190,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     for file, gguf in _files(context):
         if not gguf.is_file() and context.run.relative(gguf) not in cleaned:
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")
-        text = render(
+        text = render_modelfile(
             Modelfile(
                 f"./{gguf.name}",
                 template=serving.template,

@@ -12,7 +12,10 @@ from kolotune.chats.reading.files import read_chats
 from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.gguf import header
-from kolotune.ollama import model_name, modelfile
+from kolotune.ollama import model_name
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_description, parse_modelfile
+from kolotune.ollama.modelfile_writer import render_modelfile
 from kolotune.weights.adapter import read_adapter
 from kolotune.weights.mapped_tensors import MappedTensors
 from kolotune.weights.weight_files import weight_files
@@ -92,23 +95,23 @@ def _gguf(data: bytes) -> None:
 
 def _modelfile(data: bytes) -> None:
     text = data.decode("utf-8", errors="replace")
-    modelfile.describe(text)
-    found = modelfile.parse(text)
+    parse_description(text)
+    found = parse_modelfile(text)
     with contextlib.suppress(KolotuneError):
-        assert modelfile.parse(modelfile.render(found)) == found
+        assert parse_modelfile(render_modelfile(found)) == found
 
 
 def _written(data: bytes) -> None:
     """Any text as each of the texts of a Modelfile."""
     text = data.decode("utf-8", errors="replace")
     for wanted in (
-        modelfile.Modelfile("./m.gguf", template=text),
-        modelfile.Modelfile("./m.gguf", system=text, license=text),
-        modelfile.Modelfile("./m.gguf", parameters=(("stop", text),)),
-        modelfile.Modelfile(text, system="x"),
+        Modelfile("./m.gguf", template=text),
+        Modelfile("./m.gguf", system=text, license=text),
+        Modelfile("./m.gguf", parameters=(("stop", text),)),
+        Modelfile(text, system="x"),
     ):
         with contextlib.suppress(KolotuneError):
-            assert modelfile.parse(modelfile.render(wanted)) == wanted
+            assert parse_modelfile(render_modelfile(wanted)) == wanted
 
 
 def _names(data: bytes) -> None:

@@ -32,12 +32,12 @@ from kolotune.gguf.quantize import quantize_file
 from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install
-from kolotune.ollama.modelfile import parse
+from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.pipeline.run import run_pipeline
 from kolotune.pipeline.status import StageState, StageStatus, read_status
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, RunFolder
 from kolotune.run_folder.metrics import held_out_losses, read_metrics
-from kolotune.serving.requests import read
+from kolotune.serving.requests import read_request
 from kolotune.serving.served_model import ServedModel
 
 TINY = ("llama3_run", "torchtune_run", "qwen_run")
@@ -187,10 +187,10 @@ def test_llama_cpp_reads_the_prompt_as_it_was_trained(trained: Any, name: str) -
 def test_what_is_served_reads_the_prompt_as_it_was_trained(trained: Any, name: str, fake_ollama: FakeOllama) -> None:
     """`serve` reads the same ids; Ollama the same number, where Go renders and the GGUF decides about the BOS."""
     served, server = ServedModel(trained.run, None), OllamaClient(fake_ollama.host)
-    install(trained.run, "m", trained.reporter, parameters=["num_predict=1", "temperature=0"], server=server)
+    install(trained.run, "m", trained.reporter, parameters=["num_predict=1", "temperature=0"], client=server)
     client = ollama.Client(fake_ollama.host, trust_env=False)
     for messages, ids, start in chats_with_prompts(trained.run):
-        request = read(json.dumps({"messages": messages[:-1]}).encode())
+        request = read_request(json.dumps({"messages": messages[:-1]}).encode())
         assert served.prompt(request) == ids[:start]
         assert client.chat("m", messages[:-1]).prompt_eval_count == start
 
@@ -207,7 +207,7 @@ def test_llama_cpp_reads_any_text_as_the_tokenizer_does(trained: Any, name: str)
 def test_bos_exactly_once(trained: Any, name: str) -> None:
     """In training, in llama.cpp, and in Ollama, which has TEMPLATE and the flag in the GGUF."""
     fields = header.read(trained.run.gguf).fields
-    template = parse(trained.run.modelfile().read_text(encoding="utf-8")).template or ""
+    template = parse_modelfile(trained.run.modelfile().read_text(encoding="utf-8")).template or ""
     if BOS[name] is None:
         assert fields["tokenizer.ggml.add_bos_token"] is False
         assert all(ids[0] != ids[1] for ids, _ in encoded(trained.run, "train"))
@@ -245,7 +245,7 @@ def test_the_date_is_frozen(llama3_run: Any) -> None:
     assert "Today Date: 05 Mar 2026" in template.render([{"role": "user", "content": "Hi"}], None, True)
     source = (llama3_run.base / "chat_template.jinja").read_text(encoding="utf-8")
     assert "strftime_now" in source, "otherwise there is nothing to freeze"
-    text = parse(llama3_run.run.modelfile().read_text(encoding="utf-8")).template
+    text = parse_modelfile(llama3_run.run.modelfile().read_text(encoding="utf-8")).template
     assert text is None or "05 Mar 2026" in text
 
 
@@ -256,7 +256,7 @@ def test_the_ggufs_load_and_the_modelfiles_name_them(trained: Any, name: str) ->
         (run.modelfile(), run.gguf),
         (run.modelfile(quantization), run.quantized(quantization)),
     ):
-        parsed = parse(modelfile.read_text(encoding="utf-8"))
+        parsed = parse_modelfile(modelfile.read_text(encoding="utf-8"))
         assert (run.root / parsed.from_).resolve() == gguf.resolve()
         assert ("stop", STOPS[name]) in parsed.parameters
         assert parsed.template and STOPS[name] in parsed.template
@@ -309,7 +309,7 @@ def test_another_quantization_of_smollm2(smollm2_run: Any, tmp_path: Path) -> No
     assert copy.repeat(quantization=("Q8_0",)).ran() == ["quantize", "modelfile"]
     summary = header.read(copy.run.quantized("Q8_0"))
     assert {tensor.type for tensor in summary.tensors.values()} == {"Q8_0", "F32"}
-    parsed = parse(copy.run.modelfile("Q8_0").read_text(encoding="utf-8"))
+    parsed = parse_modelfile(copy.run.modelfile("Q8_0").read_text(encoding="utf-8"))
     assert parsed.from_ == "./MergedQ8_0.gguf"
 
 

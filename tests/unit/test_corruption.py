@@ -22,7 +22,9 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import Hasher
 from kolotune.gguf import header
-from kolotune.ollama import modelfile
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_modelfile
+from kolotune.ollama.modelfile_writer import render_modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.reasons import Reason, ReasonKind, find_reasons
 from kolotune.run_folder.records import now, read_record, write_record
@@ -85,8 +87,8 @@ def _tokens(path: Path) -> None:
 
 
 def _modelfile(path: Path) -> None:
-    said = modelfile.Modelfile("./Merged.gguf", '{{ .Prompt }}"', "Be kind.", (("stop", "<|im_end|>"),), "MIT")
-    path.write_text(modelfile.render(said), encoding="utf-8")
+    said = Modelfile("./Merged.gguf", '{{ .Prompt }}"', "Be kind.", (("stop", "<|im_end|>"),), "MIT")
+    path.write_text(render_modelfile(said), encoding="utf-8")
 
 
 ARTIFACTS: dict[str, Callable[[Path], None]] = {
@@ -165,7 +167,7 @@ PARSERS: dict[str, Callable[[Path], Any]] = {
     "adapter_model.safetensors": _read_adapter,
     "model.safetensors": lambda path: MappedTensors(weight_files(path.parent)),
     "Merged.gguf": header.read,
-    "Modelfile": lambda path: modelfile.parse(path.read_text(encoding="utf-8", errors="replace")),
+    "Modelfile": lambda path: parse_modelfile(path.read_text(encoding="utf-8", errors="replace")),
 }
 
 

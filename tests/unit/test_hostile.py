@@ -18,7 +18,10 @@ from kolotune.base_models import hub
 from kolotune.foundation import config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import JsonReporter, PlainReporter, RichReporter, print_pieces
-from kolotune.ollama import model_name, modelfile
+from kolotune.ollama import model_name
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_modelfile
+from kolotune.ollama.modelfile_writer import render_modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
 from kolotune.runners.container import names as places
@@ -118,14 +121,14 @@ def test_in_a_modelfile() -> None:
     for text in TEXTS:
         for field in ({"system": text}, {"template": text}, {"license": text}, {"parameters": (("stop", text),)}):
             try:
-                wanted = modelfile.Modelfile("./Merged.gguf", **field)  # type: ignore[arg-type]
-                said = modelfile.render(wanted)
+                wanted = Modelfile("./Merged.gguf", **field)  # type: ignore[arg-type]
+                said = render_modelfile(wanted)
             except KolotuneError as error:
                 assert error.hint
                 continue
-            assert modelfile.parse(said) == wanted
+            assert parse_modelfile(said) == wanted
         try:
-            modelfile.render(modelfile.Modelfile(f"./{text}"))
+            render_modelfile(Modelfile(f"./{text}"))
         except KolotuneError:
             continue
         assert ".." not in text.split("/") and "\n" not in text

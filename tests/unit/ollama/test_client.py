@@ -13,9 +13,12 @@ import pytest
 from support.fake_ollama import FakeOllama
 
 from kolotune.foundation.errors import OllamaDownError, OllamaError
-from kolotune.ollama.client import OllamaClient, as_options, release
-from kolotune.ollama.confirmation import differences
-from kolotune.ollama.modelfile import Description, describe
+from kolotune.ollama.client import OllamaClient
+from kolotune.ollama.compatibility import release_numbers
+from kolotune.ollama.confirmation import Difference, find_differences
+from kolotune.ollama.modelfile import ModelDescription
+from kolotune.ollama.modelfile_parser import parse_description
+from kolotune.ollama.parameters import as_options
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_something_else_listens(fault: str, ollama: FakeOllama) -> None:
     with pytest.raises(OllamaError):
         server.show("m")
     with pytest.raises(OllamaError):
-        list(server.create("m", Description("./x"), {"x": "0" * 64}))
+        list(server.create("m", ModelDescription("./x"), {"x": "0" * 64}))
 
 
 def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: FakeOllama) -> None:
@@ -134,7 +137,7 @@ def test_nothing_of_that_name(ollama: FakeOllama) -> None:
         list(server.chat("nothing", [{"role": "user", "content": "a"}], {}))
     assert "'nothing' not found (404)" in error.value.cause
     with pytest.raises(OllamaError, match="blob not found"):
-        list(server.create("m", Description("./x"), {"x": "0" * 64}))
+        list(server.create("m", ModelDescription("./x"), {"x": "0" * 64}))
 
 
 @pytest.mark.parametrize(
@@ -142,13 +145,13 @@ def test_nothing_of_that_name(ollama: FakeOllama) -> None:
     [("0.17.1", (0, 17, 1)), ("v0.30.0-rc1", (0, 30, 0)), ("0.0.0", ()), ("", ()), ("main", ()), ("1.2", ())],
 )
 def test_versions(text: str, numbers: tuple[int, ...]) -> None:
-    assert release(text) == numbers
+    assert release_numbers(text) == numbers
     assert not numbers or numbers < (1, 0, 0)
 
 
 # ---------------------------------------------------------------- what show says
 
-SENT = Description(
+SENT = ModelDescription(
     "./x.gguf",
     template='{{ "a\\x22" }}\n{{ .Prompt }}',
     system='He said """no""".\n\u2028\u200d\x1b end',
@@ -172,12 +175,12 @@ def test_what_was_sent_is_what_is_shown(ollama: FakeOllama, finished_gguf: tuple
     assert statuses[0] == "parsing GGUF" and statuses[-1] == "writing manifest"
     shown = server.show("M")
     assert shown is not None
-    assert differences(shown, SENT, sha256) == []
-    assert differences(shown, SENT, "0" * 64) == [f"the weights are {sha256[:12]}, not 000000000000"]
+    assert find_differences(shown, SENT, sha256) == []
+    assert find_differences(shown, SENT, "0" * 64) == [Difference("weights", sha256[:12], "0" * 12)]
     assert len(server.digest("m")) == 64
     changes = {
         "template": {"template": "x"},
-        "system prompt": {"system": None},
+        "system": {"system": None},
         "license": {"licenses": ("one",)},
         "messages": {"messages": ()},
         "stop": {"parameters": SENT.parameters[1:]},
@@ -185,20 +188,20 @@ def test_what_was_sent_is_what_is_shown(ollama: FakeOllama, finished_gguf: tuple
         "seed": {"parameters": (*SENT.parameters, ("seed", 1))},
     }
     for name, change in changes.items():
-        (only,) = differences(shown, Description(**{**SENT.__dict__, **change}), sha256)
-        assert name in only
+        (only,) = find_differences(shown, ModelDescription(**{**SENT.__dict__, **change}), sha256)
+        assert only.part == name
 
 
 def test_what_show_may_not_have() -> None:
     bare = {"modelfile": f"FROM C:\\Users\\me\\blobs\\sha256-{'a' * 64}\r\nTEMPLATE x\n", "template": "theirs"}
-    assert differences(bare, Description("./x"), "a" * 64) == []
-    assert differences({}, Description("./x"), "a" * 64) == ["the weights are not named, not aaaaaaaaaaaa"]
+    assert find_differences(bare, ModelDescription("./x"), "a" * 64) == []
+    assert find_differences({}, ModelDescription("./x"), "a" * 64) == [Difference("weights", "unnamed", "a" * 12)]
 
 
 def test_options() -> None:
-    options = as_options(SENT)
+    options = as_options(SENT.parameters)
     assert options["stop"] == ['<|"\\\n\u200d🙂|>', "b  c"] and options["num_ctx"] == 4096
     text = 'FROM ./x\nLICENSE a\nLICENSE """b\nc"""\nMESSAGE user hi: there\nMESSAGE assistant ho\nPARAMETER top_k 3\n'
-    found = describe(text)
+    found = parse_description(text)
     assert found.licenses == ("a", "b\nc") and found.messages == (("user", "hi: there"), ("assistant", "ho"))
-    assert as_options(found) == {"top_k": 3}
+    assert as_options(found.parameters) == {"top_k": 3}

@@ -16,8 +16,9 @@ from support.fake_ollama import FakeOllama, only_real
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, OllamaError, RunFolderError
 from kolotune.foundation.reporter import PlainReporter
+from kolotune.ollama.chat import OllamaChat
 from kolotune.ollama.client import OllamaClient
-from kolotune.ollama.install import OllamaChat, install, installed_name, uninstall
+from kolotune.ollama.install import install, installed_name, uninstall
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.terminal_chat import open_chat
 
@@ -48,8 +49,8 @@ def test_the_model_in_ollama_is_the_model_of_the_run(
 ) -> None:
     import ollama
 
-    install(run_copy, name, reporter, parameters=PLAIN, server=OllamaClient(any_ollama))
-    talk, here = OllamaChat(name, server=OllamaClient(any_ollama)), open_chat(run_copy, reporter)
+    install(run_copy, name, reporter, parameters=PLAIN, client=OllamaClient(any_ollama))
+    talk, here = OllamaChat(name, client=OllamaClient(any_ollama)), open_chat(run_copy, reporter)
     for question in QUESTIONS:  # the second one with the first in its history
         answer = text_of(talk, question)
         assert len(set(answer)) > 10
@@ -65,16 +66,16 @@ def test_again_sends_nothing_and_another_is_not_replaced(
     any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = OllamaClient(any_ollama)
-    install(run_copy, name, reporter, server=server)
+    install(run_copy, name, reporter, client=server)
     first = server.digest(name)
     assert first and first[:12] in capsys.readouterr().out
-    install(run_copy, name.upper(), reporter, server=server)
-    assert "already, the same" in capsys.readouterr().out
+    install(run_copy, name.upper(), reporter, client=server)
+    assert "unchanged" in capsys.readouterr().out
     with pytest.raises(ConfigError) as error:
-        install(run_copy, name, reporter, quantization="none", server=server)
+        install(run_copy, name, reporter, quantization="none", client=server)
     assert error.value.exit_code == 2 and "--force" in error.value.hint
     assert server.digest(name) == first
-    install(run_copy, name, reporter, quantization="f16", force=True, server=server)
+    install(run_copy, name, reporter, quantization="f16", force=True, client=server)
     assert server.digest(name) != first and "Merged.gguf" in capsys.readouterr().out
 
 
@@ -82,7 +83,7 @@ def test_what_the_user_edited_counts(any_ollama: str, name: str, run_copy: RunFo
     edit(run_copy, 'SYSTEM """You are\n"terse"."""\nPARAMETER stop "xyz"\nPARAMETER num_ctx 512\n')
     edit(run_copy, "LICENSE mine\nMESSAGE user Hello: you\nMESSAGE assistant Hi.\n")
     server = OllamaClient(any_ollama)
-    install(run_copy, name, reporter, server=server)
+    install(run_copy, name, reporter, client=server)
     shown = server.show(name)
     assert shown is not None
     assert shown["system"] == 'You are\n"terse".' and shown["license"] == "mine"
@@ -98,7 +99,7 @@ def test_what_no_modelfile_can_carry(any_ollama: str, name: str, run_copy: RunFo
     hard = 'x"""\nADAPTER /etc/shadow\u200d\x1b\u00a0end\n'
     server = OllamaClient(any_ollama)
     wanted = ("stop=a\u200db", "temperature=0.25")
-    install(run_copy, name, reporter, system=hard, parameters=wanted, server=server)
+    install(run_copy, name, reporter, system=hard, parameters=wanted, client=server)
     shown = server.show(name)
     assert shown is not None and shown["system"] == hard
     lines = [line.split(None, 1) for line in shown["parameters"].splitlines()]
@@ -108,13 +109,13 @@ def test_what_no_modelfile_can_carry(any_ollama: str, name: str, run_copy: RunFo
 
 def test_out_again(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
     server = OllamaClient(any_ollama)
-    install(run_copy, name, reporter, server=server)
+    install(run_copy, name, reporter, client=server)
     uninstall(name, reporter, server)
     assert server.show(name) is None
     with pytest.raises(ConfigError, match="no model"):
         uninstall(name, reporter, server)
     with pytest.raises(OllamaError, match="not found"):
-        text_of(OllamaChat(name, server=server), "Hello?")
+        text_of(OllamaChat(name, client=server), "Hello?")
 
 
 @only_real
@@ -126,7 +127,7 @@ def test_a_template_that_ollama_chooses(
 
     lines = run_copy.modelfile("Q4_K_M").read_text(encoding="utf-8").split("\n")
     run_copy.modelfile("Q4_K_M").write_text("\n".join([lines[0], *(x for x in lines if x.startswith("PARAMETER"))]))
-    install(run_copy, name, reporter, server=OllamaClient(any_ollama))
+    install(run_copy, name, reporter, client=OllamaClient(any_ollama))
     turns = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hello?"}]
     there = ollama.Client(any_ollama).chat(name, turns, options={"num_predict": 1})
     here = open_chat(run_copy, reporter)
@@ -143,12 +144,12 @@ def test_a_template_that_ollama_chooses(
         ("damage in blob", "digest mismatch"),
         ("error in create", "this GGUF is of no use"),
         ("create refused", "no place for that (400)"),
-        ("create breaks off", "stopped before it was done"),
+        ("create breaks off", "stopped before"),
         ("create cut", "connection"),
-        ("silent create", "does not answer"),
-        ("another template", "the template is another"),
-        ("another stop", "stop is"),
-        ("other weights", "the weights are 000000000000"),
+        ("silent create", "does not respond"),
+        ("another template", "the template differs"),
+        ("another stop", "stop "),
+        ("other weights", "weights 000000000000"),
         ("forgets", "there is no such model"),
     ],
 )
@@ -158,20 +159,20 @@ def test_faults(
     run, server = RunFolder(finished.output_dir), OllamaClient(fake_ollama.host, patience=2)
     fake_ollama.fault = fault
     with pytest.raises(OllamaError) as error:
-        install(run, "m", reporter, server=server, force=True)
+        install(run, "m", reporter, client=server, force=True)
     assert said in error.value.cause and error.value.exit_code == 24 and error.value.hint
     assert not run.installed.exists()
     fake_ollama.fault = ""
-    install(run, "m", reporter, server=server, force=True)
+    install(run, "m", reporter, client=server, force=True)
     run.installed.unlink()
 
 
 def test_what_is_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
     server = OllamaClient(fake_ollama.host)
-    install(run_copy, "one", reporter, server=server)
-    install(run_copy, "two", reporter, server=server)
+    install(run_copy, "one", reporter, client=server)
+    install(run_copy, "two", reporter, client=server)
     assert fake_ollama.counted("POST", "/api/blobs/") == 1 and fake_ollama.counted("HEAD", "/api/blobs/") == 2
-    install(run_copy, "two", reporter, server=server)
+    install(run_copy, "two", reporter, client=server)
     assert fake_ollama.counted("POST", "/api/create") == 2
 
 
@@ -180,26 +181,26 @@ def test_what_is_refused_before_anything_is_sent(
 ) -> None:
     server = OllamaClient(fake_ollama.host)
     with pytest.raises(ConfigError, match="can't be the name"):
-        install(run_copy, "../up", reporter, server=server)
+        install(run_copy, "../up", reporter, client=server)
     with pytest.raises(ConfigError, match="can't be the name"):
         uninstall("a b", reporter, server)
     with pytest.raises(ConfigError, match="temprature is unknown"):
-        install(run_copy, "m", reporter, parameters=["temprature=1"], server=server)
+        install(run_copy, "m", reporter, parameters=["temprature=1"], client=server)
     with pytest.raises(RunFolderError):
-        install(RunFolder(tmp_path), "m", reporter, server=server)
+        install(RunFolder(tmp_path), "m", reporter, client=server)
     with pytest.raises(ArtifactError, match="there is no such GGUF"):
-        install(run_copy, "m", reporter, quantization="Q8_0", server=server)
+        install(run_copy, "m", reporter, quantization="Q8_0", client=server)
     edit(run_copy, "ADAPTER ./adapter\n")
     with pytest.raises(ArtifactError, match="ADAPTER"):
-        install(run_copy, "m", reporter, server=server)
+        install(run_copy, "m", reporter, client=server)
     run_copy.modelfile("Q4_K_M").write_text("FROM ./Merged.gguf\n")
     with pytest.raises(ArtifactError, match="its FROM"):
-        install(run_copy, "m", reporter, server=server)
+        install(run_copy, "m", reporter, client=server)
     with run_copy.gguf.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
     with pytest.raises(ArtifactError, match="is not the file that the run made"):
-        install(run_copy, "m", reporter, quantization="none", server=server)
+        install(run_copy, "m", reporter, quantization="none", client=server)
     assert fake_ollama.asked == []
 
 
@@ -209,7 +210,7 @@ def test_what_is_refused_before_anything_is_sent(
         ("0.33.0", "", "warning: "),
         ("0.17.1", "", "warning: "),
         ("0.17.0", "memory", "ramble"),
-        ("0.0.0", "does not say which version", "warning: "),
+        ("0.0.0", "does not report its version", "warning: "),
     ],
 )
 def test_versions(
@@ -222,7 +223,7 @@ def test_versions(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake_ollama.version = version
-    install(run_copy, "m", reporter, server=OllamaClient(fake_ollama.host))
+    install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
     output = capsys.readouterr().out
     assert said in output and left_out not in output
 
@@ -230,7 +231,7 @@ def test_versions(
 def test_too_old(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
     fake_ollama.version = "0.5.4"
     with pytest.raises(OllamaError, match=r"needs 0\.5\.5"):
-        install(run_copy, "m", reporter, server=OllamaClient(fake_ollama.host))
+        install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
     assert [path for _, path, _ in fake_ollama.asked] == ["/api/version"]
 
 
@@ -245,19 +246,19 @@ def test_no_template(
 ) -> None:
     fake_ollama.version = version
     run_copy.modelfile("Q4_K_M").write_text("FROM ./MergedQ4_K_M.gguf\nPARAMETER stop x\n")
-    install(run_copy, "m", reporter, server=OllamaClient(fake_ollama.host))
+    install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
     assert ("may ramble" in capsys.readouterr().out) == rambles
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("error in chat", "the model fell over"), ("chat breaks off", "broke off")]
+    ("fault", "said"), [("error in chat", "the model fell over"), ("chat breaks off", "interrupted")]
 )
 def test_a_talk_that_breaks_off(
     fault: str, said: str, fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
     server = OllamaClient(fake_ollama.host)
-    install(run_copy, "m", reporter, server=server)
-    talk = OllamaChat("m", server=server)
+    install(run_copy, "m", reporter, client=server)
+    talk = OllamaChat("m", client=server)
     fake_ollama.fault = fault
     with pytest.raises(OllamaError, match=said):
         text_of(talk, "Hello?")
@@ -270,9 +271,9 @@ def test_the_system_prompt_is_the_models_own(
     fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
     server = OllamaClient(fake_ollama.host)
-    install(run_copy, "m", reporter, system="Be terse.", server=server)
-    text_of(OllamaChat("m", server=server), "Hello?")
-    text_of(OllamaChat("m", "Be loud.", server=server), "Hello?")
+    install(run_copy, "m", reporter, system="Be terse.", client=server)
+    text_of(OllamaChat("m", client=server), "Hello?")
+    text_of(OllamaChat("m", "Be loud.", client=server), "Hello?")
     begin = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
     assert fake_ollama.prompts == [begin.format("Be terse."), begin.format("Be loud.")]
 

@@ -64,6 +64,6 @@ def test_bad(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model:cloud", "me/model:7b-Cloud", "model:LOCAL"])
 def test_tags_that_mean_a_place(name: str) -> None:
-    with pytest.raises(ConfigError, match="the place where a model runs"):
+    with pytest.raises(ConfigError, match="where a model runs"):
         check_name(name)
     assert check_name(name.partition(":")[0] + ":cloudy")

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kolotune.foundation.errors import ArtifactError, ConfigError
-from kolotune.ollama.modelfile import Modelfile, parse, read_commands, render
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_modelfile, read_commands
+from kolotune.ollama.modelfile_writer import render_modelfile
 from kolotune.ollama.parameters import IGNORED, KNOWN, validate
 
 # Mostly what the parser treats in a way of its own, put together at random.
@@ -67,14 +69,14 @@ def check_round_trip(count: int) -> dict[str, int]:
     @given(MODELFILES)
     def check(modelfile: Modelfile) -> None:
         try:
-            text = render(modelfile)
+            text = render_modelfile(modelfile)
         except ConfigError as error:
             assert error.hint
             seen["refused"] += 1
             return
-        assert parse(text) == modelfile
+        assert parse_modelfile(text) == modelfile
         # As it goes through a file on any system.
-        assert parse(text.encode().decode()) == modelfile
+        assert parse_modelfile(text.encode().decode()) == modelfile
         allowed = {"model", "template", "system", "license"} | set(KNOWN)
         assert {command.name for command in read_commands(text)} <= allowed
         seen["carried"] += 1
@@ -104,7 +106,7 @@ def test_what_it_looks_like() -> None:
         license="MIT",
         comments=("Made by kolotune.",),
     )
-    assert render(modelfile) == (
+    assert render_modelfile(modelfile) == (
         "# Made by kolotune.\n"
         "FROM ./MergedQ4_K_M.gguf\n"
         'TEMPLATE """{{ "x\\n" }}"""\n'
@@ -132,7 +134,7 @@ def test_what_it_looks_like() -> None:
 def test_injection_is_refused(field: str, system: str) -> None:
     fields: dict[str, Any] = {field: system}
     with pytest.raises(ConfigError, match="instructions to Ollama") as error:
-        render(Modelfile("./m.gguf", **fields))
+        render_modelfile(Modelfile("./m.gguf", **fields))
     assert field in error.value.cause
     assert "JSON API" in error.value.hint
 
@@ -158,16 +160,16 @@ def test_odd_texts_are_carried_or_refused(system: str) -> None:
     modelfile = Modelfile("./m.gguf", system=system, parameters=(("stop", system or "x"),))
     if '"""\n' in system:
         with pytest.raises(ConfigError):
-            render(modelfile)
+            render_modelfile(modelfile)
     else:
-        assert parse(render(modelfile)) == modelfile
+        assert parse_modelfile(render_modelfile(modelfile)) == modelfile
 
 
 @pytest.mark.parametrize("character", ["\u200d", "\u00a0", "\u3000", "\x1b", "\x00", "\u2028", "\ud800"])
 def test_dropped_characters_are_refused(character: str) -> None:
-    assert parse(f'FROM x\nSYSTEM "a{character}b"').system == "ab"
+    assert parse_modelfile(f'FROM x\nSYSTEM "a{character}b"').system == "ab"
     with pytest.raises(ConfigError, match=f"U\\+{ord(character):04X} .character 2 of system"):
-        render(Modelfile("./m.gguf", system=f"a{character}b"))
+        render_modelfile(Modelfile("./m.gguf", system=f"a{character}b"))
 
 
 @pytest.mark.parametrize(
@@ -188,12 +190,12 @@ def test_dropped_characters_are_refused(character: str) -> None:
 )
 def test_paths_are_checked(path: str) -> None:
     with pytest.raises(ConfigError, match="FROM"):
-        render(Modelfile(path))
+        render_modelfile(Modelfile(path))
 
 
 def test_comments_are_one_line() -> None:
     with pytest.raises(ConfigError, match="one line"):
-        render(Modelfile("./m.gguf", comments=("a\nADAPTER x",)))
+        render_modelfile(Modelfile("./m.gguf", comments=("a\nADAPTER x",)))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_comments_are_one_line() -> None:
     ],
 )
 def test_parses_as_ollama_does(text: str, wanted: Modelfile) -> None:
-    assert parse(text) == wanted
+    assert parse_modelfile(text) == wanted
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_parses_as_ollama_does(text: str, wanted: Modelfile) -> None:
 )
 def test_refuses(text: str) -> None:
     with pytest.raises(ArtifactError, match="Modelfile: "):
-        parse(text)
+        parse_modelfile(text)
 
 
 def test_all_commands_are_read() -> None:

@@ -22,8 +22,8 @@ from kolotune.foundation.config import DEFAULT_HOST, Config
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.run_folder.layout import RunFolder
-from kolotune.serving.app import application, serve
-from kolotune.serving.requests import read
+from kolotune.serving.app import make_app, serve
+from kolotune.serving.requests import read_request
 from kolotune.serving.served_model import ServedModel
 from kolotune.serving.terminal_chat import TerminalChat, open_chat
 
@@ -38,7 +38,7 @@ def client_of() -> Iterator[Client]:
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(model: ServedModel) -> openai.OpenAI:
-        config = uvicorn.Config(application(model, only_here=True), port=0, log_level="error", lifespan="off")
+        config = uvicorn.Config(make_app(model, only_here=True), port=0, log_level="error", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -66,7 +66,7 @@ def talk(finished: Config) -> TerminalChat:
 
 
 def ids_of(model: ServedModel, *turns: dict[str, str]) -> list[int]:
-    return model.prompt(read(json.dumps({"messages": turns}).encode()))
+    return model.prompt(read_request(json.dumps({"messages": turns}).encode()))
 
 
 def whole(client: openai.OpenAI, **more: Any) -> Any:
@@ -155,7 +155,7 @@ def test_the_modelfile_counts(run_copy: RunFolder, client_of: Client, model: Ser
 
 def test_what_the_client_is_told(model: ServedModel, client_of: Client) -> None:
     client = client_of(model)
-    with pytest.raises(openai.BadRequestError, match="tools: not offered here"):
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         whole(client, tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="any", input="a")
@@ -209,7 +209,7 @@ def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: C
 def test_where_nothing_can_listen(model: ServedModel, reporter: PlainReporter, tmp_path: Path) -> None:
     import socket
 
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="nothing can listen"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="can't listen"):
         serve(model, "127.0.0.1", taken.getsockname()[1], reporter)
-    with pytest.raises(ConfigError, match="nothing can listen"):
+    with pytest.raises(ConfigError, match="can't listen"):
         serve(model, "no such host.example", 0, reporter)

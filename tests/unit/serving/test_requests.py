@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.serving.requests import BadRequest, read
+from kolotune.serving.requests import BadRequest, read_request
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -19,15 +19,17 @@ def body(**more: Any) -> bytes:
 def test_what_is_read() -> None:
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "terse."}]
     turns = [{"role": "developer", "content": parts}, {"role": "user", "content": "Hi", "name": "me"}]
-    found = read(body(messages=turns, stop="a", max_tokens=3, max_completion_tokens=5, user="me", n=1, tools=[]))
-    assert [each.plain() for each in found.messages] == [
+    found = read_request(
+        body(messages=turns, stop="a", max_tokens=3, max_completion_tokens=5, user="me", n=1, tools=[])
+    )
+    assert [each.as_turn() for each in found.messages] == [
         {"role": "system", "content": "Be terse."},
         {"role": "user", "content": "Hi"},
     ]
     assert found.stops == ("a",) and found.longest == 5
-    assert read(body(stop=["a", "", "b"])).stops == ("a", "b")
-    assert read(body(stop=None)).stops == () and read(body()).longest is None
-    assert read(body(response_format={"type": "text"})).messages[0].content == "Hello"
+    assert read_request(body(stop=["a", "", "b"])).stops == ("a", "b")
+    assert read_request(body(stop=None)).stops == () and read_request(body()).longest is None
+    assert read_request(body(response_format={"type": "text"})).messages[0].content == "Hello"
 
 
 @pytest.mark.parametrize(
@@ -51,10 +53,10 @@ def test_what_is_read() -> None:
 )
 def test_what_is_refused(more: dict[str, Any], said: str) -> None:
     with pytest.raises(BadRequest, match=f"^{said}"):
-        read(body(**more))
+        read_request(body(**more))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"{}", b"\xff"])
 def test_what_is_no_request(data: bytes) -> None:
     with pytest.raises(BadRequest):
-        read(data)
+        read_request(data)

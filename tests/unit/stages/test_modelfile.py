@@ -12,7 +12,7 @@ from kolotune.chats.tokens.tokenizer import template_text
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.ollama.modelfile import parse
+from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.stages import modelfile
@@ -36,7 +36,7 @@ def context(tmp_path: Path, reporter: PlainReporter) -> Context:
 def test_ollama_reads_what_is_written(context: Context, reporter: PlainReporter) -> None:
     facts = modelfile.run(context, reporter)
     for name, gguf in (("", "./Merged.gguf"), ("Q4_K_M", "./MergedQ4_K_M.gguf")):
-        parsed = parse(context.run.modelfile(name).read_text(encoding="utf-8"))
+        parsed = parse_modelfile(context.run.modelfile(name).read_text(encoding="utf-8"))
         assert parsed.from_ == gguf
         assert parsed.system == "Be kind."
         assert ("temperature", 0.5) in parsed.parameters

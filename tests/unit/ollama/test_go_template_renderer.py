@@ -11,8 +11,10 @@ from support.go_templates import job
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kolotune.foundation.errors import ArtifactError, TemplateError
-from kolotune.ollama.go_template import render
-from kolotune.ollama.template import NotDerivable, battery, derive
+from kolotune.ollama.go_template_renderer import render_go_template
+from kolotune.ollama.go_template_writer import write_go_template
+from kolotune.ollama.template_derivation import NotDerivable, derive
+from kolotune.ollama.template_proof import battery
 
 Go = Callable[[list[dict[str, Any]]], list[list[str]]]
 CHATS = battery(system=True)
@@ -55,7 +57,7 @@ def derived(templates: Path) -> list[str]:
 
         turns = derive(write, "<s>")
         if not isinstance(turns, NotDerivable):
-            found += [turns.go_template(include_bos=True), turns.go_template(include_bos=False)]
+            found += [write_go_template(turns, include_bos) for include_bos in (True, False)]
     return found
 
 
@@ -64,14 +66,14 @@ def test_as_go_does(go: Go, templates_folder: Path) -> None:
     assert len(templates) > 30
     for template, texts in zip(templates, go([job(each, CHATS) for each in templates]), strict=True):
         for chat, text in zip(CHATS, texts, strict=True):
-            assert render(template, chat) == text, template
+            assert render_go_template(template, chat) == text, template
 
 
 def test_the_system_of_the_modelfile_is_for_conversations_without() -> None:
     template = "{{ .System }}|{{ range .Messages }}{{ .Role }} {{ end }}"
-    assert render(template, [{"role": "user", "content": "a"}], "S") == "S|system user "
+    assert render_go_template(template, [{"role": "user", "content": "a"}], "S") == "S|system user "
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "a"}]
-    assert render(template, own, "S") == "own|system user "
+    assert render_go_template(template, own, "S") == "own|system user "
 
 
 @pytest.mark.parametrize(
@@ -94,4 +96,4 @@ def test_the_system_of_the_modelfile_is_for_conversations_without() -> None:
 )
 def test_more_of_the_language_is_refused(template: str) -> None:
     with pytest.raises(ArtifactError, match="TEMPLATE"):
-        render(template, [{"role": "user", "content": "a"}])
+        render_go_template(template, [{"role": "user", "content": "a"}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from kolotune import llamacpp
 from kolotune.foundation.errors import TemplateError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.ollama.modelfile import Modelfile, parse, render
-from kolotune.ollama.template import NotDerivable, RenderFn, TurnFormat, battery, derive, merge, stop_strings
-from kolotune.ollama.turn_format import Affix, go_text
+from kolotune.ollama.go_template_writer import go_text, write_go_template
+from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_modelfile
+from kolotune.ollama.modelfile_writer import render_modelfile
+from kolotune.ollama.stop_strings import stop_strings
+from kolotune.ollama.template_derivation import NotDerivable, Obstacle, derive
+from kolotune.ollama.template_proof import Render, battery
+from kolotune.ollama.turn_format import Affix, Caveat, CaveatKind, TurnFormat, merge_turns
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -97,7 +101,7 @@ def templates_folder() -> Path:
     return llamacpp.ensure(PlainReporter()).root / "models" / "templates"
 
 
-def jinja(source: str, bos: str = "<s>", eos: str = "</s>") -> RenderFn:
+def jinja(source: str, bos: str = "<s>", eos: str = "</s>") -> Render:
     """The chat template as transformers renders it, on one and the same day."""
     source = source.replace("strftime_now(", "'26 Jul 2024'.format(")
 
@@ -121,7 +125,7 @@ def source_of(name: str) -> str:
     return INLINE.get(name) or (templates_folder() / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def family(name: str) -> tuple[RenderFn, TurnFormat]:
+def family(name: str) -> tuple[Render, TurnFormat]:
     bos, eos, _ = FAMILIES.get(name, ("<s>", "</s>", set()))
     render_messages = jinja(source_of(name), bos, eos)
     turns = derive(render_messages, bos)
@@ -156,34 +160,27 @@ def test_stops(name: str) -> None:
 
 
 def test_all_of_llama_cpp() -> None:
-    """Every template of the collection is proven or told why not; a new kind of template shows up here."""
+    """Every template of the collection is proven, or is a known exception; a new kind of template fails here."""
     names = sorted(path.stem for path in templates_folder().glob("*.jinja"))
     assert len(names) > 60
     results = {name: derive(jinja(source_of(name)), "<s>") for name in names}
     refused = {name: result.reason for name, result in results.items() if isinstance(result, NotDerivable)}
     assert refused.keys() == NOT_DERIVABLE, refused
-    assert all(len(reason) > 20 for reason in refused.values())
 
 
-def test_llama3_says_what_it_trims() -> None:
+def test_llama3_trims_contents() -> None:
     _, turns = family("meta-llama-Llama-3.2-3B-Instruct")
     assert turns.bos == "<|begin_of_text|>"
     assert "Cutting Knowledge Date: December 2023" in turns.system.before
     assert turns.opening == turns.system.before + "<|eot_id|>"
     assert turns.later_system == Affix("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>")
-    assert [caveat.split(" texts")[0].split()[-1] for caveat in turns.caveats] == [
-        "system",
-        "user",
-        "assistant",
-    ]
+    assert turns.caveats == tuple(Caveat(CaveatKind.SPACE_CHANGED, role) for role in ("system", "user", "assistant"))
 
 
 def test_qwen3_leaves_thoughts_to_the_model() -> None:
     _, turns = family("Qwen-Qwen3-0.6B")
     assert turns.generation == "<|im_start|>assistant\n"
-    assert turns.caveats == (
-        "The chat template drops or changes thoughts in earlier answers; Ollama sends them as they are.",
-    )
+    assert turns.caveats == (Caveat(CaveatKind.THOUGHTS_CHANGED),)
 
 
 def test_default_system_text() -> None:
@@ -208,55 +205,54 @@ def test_where_the_system_text_goes(name: str, style: str) -> None:
     assert family(name)[1].system_style == style
 
 
-def test_refused_system_turns_are_told() -> None:
+def test_refused_system_turns_are_a_caveat() -> None:
     _, turns = family("google-gemma-2-2b-it")
     assert turns.refuses_system
-    assert "refuses system turns" in turns.caveats[0]
+    assert turns.caveats[0] == Caveat(CaveatKind.SYSTEM_REFUSED)
     wanted = "<bos><start_of_turn>user\nS\n\nhi<end_of_turn>\n<start_of_turn>model\n"
     assert turns.render(chat("system: S", "user: hi"), True) == wanted
 
 
-def test_ignored_system_turns_are_told() -> None:
+def test_ignored_system_turns_are_a_caveat() -> None:
     source = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     turns = derive(jinja(source + "{% if add_generation_prompt %}<assistant>{% endif %}"), "")
     assert isinstance(turns, TurnFormat)
     assert turns.system_style == "ignored"
-    assert "leaves system texts out" in turns.caveats[0]
+    assert turns.caveats[0] == Caveat(CaveatKind.SYSTEM_IGNORED)
     assert turns.render(chat("system: S", "user: hi"), True) == "<user>hi\n<assistant>"
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("source", "obstacle", "detail"),
     [
-        ("{{ raise_exception('no chats today') }}", "it refuses a chat of user.*no chats today"),
-        ("{% for m in messages %}{{ m.content|upper }}{% endfor %}", "does not write the texts"),
-        ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "does not write the texts"),
-        ("{{ messages[-1].content }}", "does not write the texts"),
+        ("{{ raise_exception('no chats today') }}", Obstacle.CHAT_REFUSED, "no chats today"),
+        ("{% for m in messages %}{{ m.content|upper }}{% endfor %}", Obstacle.TEXTS_CHANGED, "user"),
+        ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", Obstacle.TEXTS_CHANGED, "user"),
+        ("{{ messages[-1].content }}", Obstacle.TEXTS_CHANGED, "user"),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", Obstacle.LATER_TURNS_DIFFER, ""),
         (
-            "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}",
-            "writes later turns otherwise",
+            "{{ messages|length }}{% for m in messages %}|{{ m.content }}{% endfor %}",
+            Obstacle.SINGLE_TURN_DIFFERS,
+            "",
         ),
-        ("{{ messages|length }}{% for m in messages %}|{{ m.content }}{% endfor %}", "one turn otherwise"),
-        (
-            "{% for m in messages %}|{{ m.content|replace('>', '&gt;') }}{% endfor %}",
-            "where the derived format has",
-        ),
-        ("{% for m in messages[:6] %}|{{ m.role }}{{ m.content }}{% endfor %}", "derived format has"),
+        ("{% for m in messages %}|{{ m.content|replace('>', '&gt;') }}{% endfor %}", Obstacle.NOT_PROVEN, "&gt;"),
+        ("{% for m in messages[:6] %}|{{ m.role }}{{ m.content }}{% endfor %}", Obstacle.NOT_PROVEN, "user"),
         (
             "{{ messages[0].role }}{% for m in messages if m.role != 'system' %}|{{ m.content }}{% endfor %}",
-            "because of it",
+            Obstacle.SYSTEM_CHANGES_OTHERS,
+            "",
         ),
     ],
 )
-def test_what_is_not_derivable(source: str, reason: str) -> None:
+def test_what_is_not_derivable(source: str, obstacle: Obstacle, detail: str) -> None:
     result = derive(jinja(source), "")
     assert isinstance(result, NotDerivable)
-    assert re.search(reason, result.reason), result.reason
+    assert result.obstacle is obstacle and detail in result.reason
 
 
 def test_neighbours_of_one_role_are_merged() -> None:
     messages = chat("user: a", "user: b", "tool: x", "tool: y", "system: c", "system: d")
-    assert merge(messages) == chat("user: a\n\nb", "tool: x", "tool: y", "system: c\n\nd")
+    assert merge_turns(messages) == chat("user: a\n\nb", "tool: x", "tool: y", "system: c\n\nd")
     assert messages[0]["content"] == "a"
 
 
@@ -271,7 +267,7 @@ def test_an_answer_at_the_end_stays_open() -> None:
 
 def test_go_template_is_readable() -> None:
     _, turns = family("Qwen-Qwen2.5-7B-Instruct")
-    assert turns.go_template(False).splitlines()[1:] == [
+    assert write_go_template(turns, False).splitlines()[1:] == [
         "{{- range $i, $m := .Messages }}",
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
         '{{- if eq $m.Role "system" }}{{ "<|im_start|>system\\n" }}{{ $m.Content }}{{ "<|im_end|>\\n" }}',
@@ -294,8 +290,8 @@ def test_go_text_is_safe() -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, "nasty"])
 def test_a_modelfile_carries_the_template(name: str) -> None:
     _, turns = family(name)
-    modelfile = Modelfile("./m.gguf", template=turns.go_template(True))
-    assert parse(render(modelfile)) == modelfile
+    modelfile = Modelfile("./m.gguf", template=write_go_template(turns, True))
+    assert parse_modelfile(render_modelfile(modelfile)) == modelfile
 
 
 def test_go_renders_what_jinja_renders(go: Callable[[list[dict[str, Any]]], list[list[str]]]) -> None:
@@ -305,7 +301,7 @@ def test_go_renders_what_jinja_renders(go: Callable[[list[dict[str, Any]]], list
         render_messages, turns = family(name)
         chats = battery(system=not turns.refuses_system)
         texts = [render_messages(messages, True) for messages in chats]
-        jobs += [job(turns.go_template(True), chats), job(turns.go_template(False), chats)]
+        jobs += [job(write_go_template(turns, True), chats), job(write_go_template(turns, False), chats)]
         wanted += [texts, [text.removeprefix(turns.bos) for text in texts]]
     for task, got, right in zip(jobs, go(jobs), wanted, strict=True):
         assert got == right, task["Template"]
@@ -320,6 +316,8 @@ def test_go_renders_any_chat_as_the_proof_does(go: Callable[[list[dict[str, Any]
         for length in (0, 1, 1, 1, 2, 2, 2, 3, 3, 3, *range(4, 12)) * 5
     ]
     formats = [family(name)[1] for name in [*FAMILIES, "nasty", "Apertus-8B-Instruct"]]
-    for turns, texts in zip(formats, go([job(turns.go_template(True), chats) for turns in formats]), strict=True):
+    for turns, texts in zip(
+        formats, go([job(write_go_template(turns, True), chats) for turns in formats]), strict=True
+    ):
         for messages, text in zip(chats, texts, strict=True):
             assert text == turns.render(messages, True), (messages, turns)
