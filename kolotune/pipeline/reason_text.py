@@ -1,4 +1,4 @@
-"""The sentences that say why a stage runs, and how it stands."""
+"""The sentences that `kolotune run` and `kolotune status` show for reasons and cleaned outputs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .stages import stages_of
 
 
 class StageState(StrEnum):
-    """How a stage stands, as `kolotune status` shows it."""
+    """The state of a stage, as `kolotune status` shows it."""
 
     DONE = "done"
     CLEANED = "cleaned"  # done, and its outputs were removed to free space
@@ -34,7 +34,7 @@ class StageStatus:
 
     Attributes:
         name: of the stage.
-        state: how it stands.
+        state: what has happened to it, and whether it has to run.
         reasons: why it has to run.
         waits_for: the first stage before it that has to run; "" for none.
         failure: the message of the error that ended it last; "" for none.

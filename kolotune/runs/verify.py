@@ -193,7 +193,7 @@ def _is_same(artifact: Artifact | None, output: FileHash | None) -> bool:
 
 
 def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[Difference]:
-    """Check that every stage read what the manifest says that another one made."""
+    """Check that every stage read what the earlier stages made, according to the manifest."""
     outputs = {context.run.root / name: artifact.sha256 for name, artifact in manifest.artifacts.items()}
     for stage in stages_of(context):
         if stage.NAME in manifest.stages:

@@ -1,4 +1,4 @@
-"""Faults that are planted in a finished run, and records that are sealed again over them."""
+"""Plant faults in a finished run, and seal its records again over them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ def context_of(config: Config) -> Context:
 
 
 def seal(config: Config) -> None:
-    """Writes all records anew, so that every hash in them is that of the files as they now are."""
+    """Write all records again, with the hashes of the files as they are now."""
     context = context_of(config)
     hasher = context.hasher
     for stage in STAGES:
         record = read_record(context.run, stage.NAME)
         if record is None:
             continue
-        made: dict[str, dict[str, str]] = {}
-        for name in quantize_facts(record).made if stage.NAME == "quantize" else ():
-            made[name] = {
-                "source": hasher.of(context.run.gguf), "sha256": hasher.of(context.run.quantized(name))
-            }  # fmt: skip
-        write_record(stage, context, {**record.facts, **({"made": made} if made else {})}, record.started)
+        facts = dict(record.facts)
+        if stage.NAME == "quantize":
+            facts["made"] = {
+                name: {"source": hasher.of(context.run.gguf), "sha256": hasher.of(context.run.quantized(name))}
+                for name in quantize_facts(record).made
+            }
+        write_record(stage, context, facts, record.started)
 
 
 def make_again(config: Config, *names: str) -> None:
-    """Seals, and lets later stages work with what was planted."""
+    """Seal the records, and run later stages with what was planted."""
     seal(config)
     for name in names:
         RunFolder(config.output_dir).record(name).unlink()
@@ -49,7 +50,7 @@ def make_again(config: Config, *names: str) -> None:
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes the tensors of a folder of one safetensors file."""
+    """Change the tensors of a folder with one safetensors file."""
     from safetensors.torch import load_file, save_file
 
     (file,) = folder.glob("*.safetensors")
@@ -65,20 +66,20 @@ def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def change_bytes(file: Path, old: bytes, new: bytes) -> None:
-    """Puts other bytes of the same number in place of what stands there once."""
+    """Replace bytes that occur once by as many others."""
     assert len(old) == len(new)
     with file.open("r+b") as handle, mmap.mmap(handle.fileno(), 0) as data:
-        at = data.find(old)
-        assert at >= 0 and data.find(old, at + 1) < 0
-        data[at : at + len(new)] = new
+        offset = data.find(old)
+        assert offset >= 0 and data.find(old, offset + 1) < 0
+        data[offset : offset + len(new)] = new
 
 
 def change_tensors(file: Path, changes: dict[str, Callable[[Any], Any]]) -> None:
-    """Changes tensors of a GGUF in place, as the arrays that they are stored as."""
+    """Change tensors of a GGUF in place, as the arrays that are stored."""
     import gguf
 
     reader: Any = gguf.GGUFReader(str(file), "r+")
-    found = {each.name: each for each in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, change in changes.items():
-        found[name].data[:] = change(found[name].data.copy())
+        tensors[name].data[:] = change(tensors[name].data.copy())
     reader.data.flush()

@@ -1,4 +1,4 @@
-"""Freeing what can be made again: the run stays true to its records, and makes again what it needs and no more."""
+"""Freeing what can be made again: the run still matches its records, and makes again only what it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify`: every byte that is another is found and named; and `rebuild` gives the same bytes."""
+"""`verify` finds and names every changed byte; `rebuild` gives the same bytes."""
 
 from __future__ import annotations
 
