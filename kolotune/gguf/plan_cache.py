@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARAL
 """Environment of the converter: it must find everything in the folder."""
 _VERSION = 2  # raised when the files or the tracing change
 _MOST_PLANS = 16
+_SWITCH = "KOLOTUNE_CONVERSION_PLAN"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def find_plan(skeleton: ModelSkeleton, gguf_type: str, toolchain: Toolchain, log
 
     A user's own llama.cpp gets no plan, because it may change from one day to the next.
     """
+    if os.environ.get(_SWITCH) == "off":
+        return PlanResult(reason=f"{_SWITCH} is off")
     if toolchain.version == "own":
         return PlanResult(reason="the converter is not the pinned one")
     folder = plan_folder(skeleton, gguf_type, toolchain)

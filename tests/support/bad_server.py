@@ -1,4 +1,4 @@
-"""A server on this machine that does wrong on purpose: silent, slow, cut, dropped, whatever its handler says."""
+"""A server on this machine that misbehaves on purpose, as its handler decides: silent, slow, truncated, dropped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What handlers of the tests need; `do_GET` is theirs."""
+    """Base of the tests' handlers, which define `do_GET`."""
 
     protocol_version = "HTTP/1.1"
     over: threading.Event
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def begin(self, code: int, length: int, **headers: str) -> None:
-        """Status and headers."""
+        """Send status and headers."""
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -28,29 +28,29 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def hold(self) -> None:
-        """Says nothing more, until the server ends."""
+        """Send nothing more until the server ends."""
         self.close_connection = True
         self.over.wait()
 
     def trickle(self, body: bytes) -> None:
-        """A byte now and then: more often than any silence is told by."""
+        """Send a byte now and then, more often than a timeout for silence would notice."""
         self.close_connection = True
         with contextlib.suppress(OSError):
-            for at in range(len(body)):
-                self.wfile.write(body[at : at + 1])
+            for index in range(len(body)):
+                self.wfile.write(body[index : index + 1])
                 self.wfile.flush()
                 if self.over.wait(0.2):
                     return
 
     def drop(self, body: bytes = b"") -> None:
-        """The connection ends behind these bytes."""
+        """Close the connection after these bytes."""
         self.wfile.write(body)
         self.close_connection = True
 
 
 @contextmanager
 def serving(handler: type[Handler]) -> Iterator[str]:
-    """The address of a server with such a handler, while the block runs."""
+    """Run a server with such a handler while the block runs; yield its address."""
     over = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (handler,), {"over": over}))
     server.daemon_threads = True

@@ -1,9 +1,9 @@
-"""A server that keeps to the hub's protocol for commits, as `huggingface_hub` speaks it; files are kept in memory.
+"""A server with the hub's protocol for commits, as `huggingface_hub` uses it; files are kept in memory.
 
-Repositories are made (/api/repos/create) and described; /preupload says which files go by LFS; the LFS batch gives
-addresses for a PUT in one piece, or in parts with ETags and a completion; what was sent is verified by hash; a commit
-of JSON lines brings small files along and names the large ones. Xet, the hub's newer storage, is not spoken: a client
-without it, or with HF_HUB_DISABLE_XET, never asks.
+Repositories are created (/api/repos/create) and described; /preupload says which files use LFS; the LFS batch returns
+addresses for one PUT, or for several parts with ETags and a completion; uploads are verified by hash; a commit of JSON
+lines contains small files and names the large ones. Xet, the hub's newer storage, is not supported: a client without
+it, or with HF_HUB_DISABLE_XET, does not use it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LFS_TYPE = "application/vnd.git-lfs+json"
 
 
 class Repository:
-    """One repository: its files, and whether others may see it."""
+    """One repository: its files, and whether it is private."""
 
     def __init__(self, private: bool) -> None:
         self.private = private
@@ -32,13 +32,13 @@ class Repository:
 
 
 class Hub:
-    """What the server knows, and what it is told to do wrong.
+    """State of the server, and its faults.
 
     Attributes:
-        refuse: path fragment → status that requests with it are answered with.
-        silent: path fragments; requests with one are taken and never answered.
-        part_bytes: LFS files that are larger go in parts of so many bytes.
-        seen: (method, path, whether it carried the token) of every request.
+        refuse: status of the answer, by a fragment of the path.
+        silent: fragments of paths; such requests are never answered.
+        part_bytes: size of the parts that larger LFS files are uploaded in.
+        seen: (method, path, whether it had the token) of every request.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         self._handle()
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(status, {"error": "no, and your token is " + TOKEN})
         if self.command == "PUT":
             return self._store(path, body)
-        # The address of a completion is signed like those of the storage, and asked without the token.
+        # The address of a completion is signed like those of the storage, and used without the token.
         if not has_token and path != "/api/validate-yaml" and not path.startswith("/complete/"):
             return self._answer(401, {"error": "Invalid credentials in Authorization header"})
         if path == "/api/validate-yaml":
@@ -106,29 +106,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if status == 404:
             headers["X-Error-Code"] = "RepoNotFound"
-        for name, each in headers.items():
-            self.send_header(name, each)
+        for name, header in headers.items():
+            self.send_header(name, header)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def _validate(self, asked: dict[str, Any]) -> None:
+    def _validate(self, request: dict[str, Any]) -> None:
         import yaml
 
-        front = asked["content"].split("---\n")
+        front = request["content"].split("---\n")
         try:
             wrong = not isinstance(yaml.safe_load(front[1]), dict)
         except (IndexError, yaml.YAMLError):
             wrong = True
         self._answer(400 if wrong else 200, {"errors": [{"message": "bad"}] if wrong else [], "warnings": []})
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, request: dict[str, Any]) -> None:
+        name = f"{request['organization']}/{request['name']}"
         address = {"url": f"{self.hub.address}/{name}", "name": name, "id": name}
         if name in self.hub.repositories:
             return self._answer(409, {"error": "You already created this model repo", **address})
-        self.hub.repositories[name] = Repository(asked.get("visibility") == "private")
+        self.hub.repositories[name] = Repository(request.get("visibility") == "private")
         return self._answer(200, address)
 
     def _models(self, path: str, body: bytes) -> None:
@@ -170,22 +170,22 @@ class _Handler(BaseHTTPRequestHandler):
         address = f"{self.hub.address}/{name}/commit/{oid}"
         return self._answer(200, {"success": True, "commitOid": oid, "commitUrl": address})
 
-    def _lfs(self, path: str, asked: dict[str, Any]) -> None:
+    def _lfs(self, path: str, request: dict[str, Any]) -> None:
         if path == "/verify":
-            good = len(self.hub.objects.get(asked["oid"], b"")) == asked["size"]
-            self.hub.verified |= {asked["oid"]} if good else set()
+            good = len(self.hub.objects.get(request["oid"], b"")) == request["size"]
+            self.hub.verified |= {request["oid"]} if good else set()
             return self._answer(200 if good else 422, {})
         if path.startswith("/complete/"):
-            parts = self.hub.parts[asked["oid"]]
-            tags = [(each["partNumber"], each["etag"]) for each in asked["parts"]]
+            parts = self.hub.parts[request["oid"]]
+            tags = [(each["partNumber"], each["etag"]) for each in request["parts"]]
             assert tags == [(number, _tag(parts[number])) for number in sorted(parts)]
-            return self._kept(asked["oid"], b"".join(parts[number] for number in sorted(parts)))
+            return self._keep(request["oid"], b"".join(parts[number] for number in sorted(parts)))
         assert self.headers["Accept"] == self.headers["Content-Type"] == _LFS_TYPE or "json" in self.headers["Accept"]
-        assert asked["operation"] == "upload" and asked["hash_algo"] == "sha256"
-        return self._answer(200, {"transfer": "basic", "objects": [self._action(each) for each in asked["objects"]]})
+        assert request["operation"] == "upload" and request["hash_algo"] == "sha256"
+        return self._answer(200, {"transfer": "basic", "objects": [self._action(each) for each in request["objects"]]})
 
-    def _action(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        oid, size = wanted["oid"], wanted["size"]
+    def _action(self, lfs_object: dict[str, Any]) -> dict[str, Any]:
+        oid, size = lfs_object["oid"], lfs_object["size"]
         if oid in self.hub.verified:
             return {"oid": oid, "size": size}
         verify = {"href": f"{self.hub.address}/verify"}
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             upload: dict[str, Any] = {"href": f"{self.hub.address}/storage/{oid}"}
         else:
             count = -(-size // self.hub.part_bytes)
-            addresses = {str(at): f"{self.hub.address}/storage/{oid}/{at}" for at in range(1, count + 1)}
+            addresses = {str(number): f"{self.hub.address}/storage/{oid}/{number}" for number in range(1, count + 1)}
             header = {"chunk_size": str(self.hub.part_bytes), **addresses}
             upload = {"href": f"{self.hub.address}/complete/{oid}", "header": header}
         return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
@@ -201,11 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _store(self, path: str, body: bytes) -> None:
         _, _, oid, *part = path.split("/")
         if not part:
-            return self._kept(oid, body)
+            return self._keep(oid, body)
         self.hub.parts.setdefault(oid, {})[int(part[0])] = body
         return self._answer(200, None, ETag=_tag(body))
 
-    def _kept(self, oid: str, body: bytes) -> None:
+    def _keep(self, oid: str, body: bytes) -> None:
         if hashlib.sha256(body).hexdigest() != oid:
             return self._answer(400, {"error": "checksum mismatch"})
         self.hub.objects[oid] = body
@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _mode(file: dict[str, Any]) -> dict[str, Any]:
-    """As the hub does: by the attributes of a new repository, and by size."""
+    """Choose as the hub does: by the attributes of a new repository, and by size."""
     assert len(base64.b64decode(file["sample"], validate=True)) <= 512
     large = file["path"].endswith((".safetensors", ".gguf")) or file["size"] > 10 << 20
     return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": None}
@@ -225,7 +225,7 @@ def _tag(body: bytes) -> str:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub on a free port of this machine, while the block runs."""
+    """Run a hub on a free port of this machine while the block runs."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""Llama 3.2's shapes, its real tokenizer from Meta's package, and the name of its template: all but the weights."""
+"""Llama 3.2 without its weights: config, the real tokenizer from Meta's package, the template's file name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATTERN = (
 SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{at}|>" for at in range(3, 248)),
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
 ]  # fmt: skip
 
 
@@ -23,7 +23,7 @@ TEMPLATE = "meta-llama-Llama-3.2-3B-Instruct.jinja"
 
 
 def shape(**more: Any) -> Any:
-    """The config of a Llama 3.2, with `more` in place of what is the same in all of them."""
+    """The config of a Llama 3.2; `more` replaces values that all sizes share."""
     from transformers import LlamaConfig
 
     values: dict[str, Any] = {
@@ -55,7 +55,7 @@ def tokenizer() -> Any:
     class Converter(TikTokenConverter):
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            """A token in base64 and its number a line; the converter's own way needs another package."""
+            """Each line has a token in base64 and its number; the converter's own reader needs another package."""
             lines = Path(tiktoken_url).read_text(encoding="ascii").splitlines()
             return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
 
@@ -73,6 +73,6 @@ def tokenizer() -> Any:
             ),
         ]
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
-    assert len(made) == 128256 and made.convert_tokens_to_ids("<|eot_id|>") == 128009
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    assert len(fast) == 128256 and fast.convert_tokens_to_ids("<|eot_id|>") == 128009
+    return fast

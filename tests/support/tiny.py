@@ -1,4 +1,4 @@
-"""A base model of a few megabytes that the whole road can be gone with, and chats for it."""
+"""A base model of a few megabytes for the whole pipeline, and chats for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def tiny_llama(seed: int, **more: Any) -> Any:
-    """A random Llama of 2 layers with SmolLM2's vocabulary, in fp32; `more` goes into its config."""
+    """A random Llama of 2 layers with SmolLM2's vocabulary, in fp32; `more` is added to its config."""
     import torch
     import transformers
 

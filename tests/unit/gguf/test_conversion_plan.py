@@ -202,6 +202,14 @@ def test_a_plan_is_traced_once_and_kept(
     assert len(list((tmp_path / "conversions").iterdir())) == 1, "nothing is left behind"
 
 
+def test_a_switch_turns_plans_off(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
+) -> None:
+    monkeypatch.setenv("KOLOTUNE_CONVERSION_PLAN", "off")
+    result = plan_cache.find_plan(read_skeleton(room / "llama"), "f16", toolchain, tmp_path / "log")
+    assert result.plan is None and not result.is_convertible
+
+
 def test_flags_are_changed_in_the_header(room: Path, tmp_path: Path) -> None:
     name = "tokenizer.ggml.add_bos_token"
     plan = plan_of(room, "llama")

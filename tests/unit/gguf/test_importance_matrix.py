@@ -1,4 +1,4 @@
-"""The importance matrix, held against the inputs that transformers computes, and what quantizing gains by it."""
+"""The importance matrix compared with the inputs that transformers computes, and its effect on quantizing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model(tiny_model: Callable[..., Any], tiny_base: Path, tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def tokens(model: Path) -> Path:
-    """Prepared chats, as far as a matrix needs them."""
+    """The part of prepared chats that a matrix needs."""
     folder = model.parent / "prepared"
     folder.mkdir()
     offsets = np.cumsum([0, *map(len, CHATS)])
@@ -72,41 +72,39 @@ def matrix(plain: Path, tokens: Path, reporter: PlainReporter) -> Path:
     return target
 
 
-def test_it_is_the_mean_square_of_what_each_weight_is_given(model: Path, matrix: Path) -> None:
+def test_it_holds_the_mean_squares_of_each_weights_inputs(model: Path, matrix: Path) -> None:
     import torch
     import transformers
 
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    seen: dict[str, list[torch.Tensor]] = {}
+    recorded: dict[str, list[torch.Tensor]] = {}
     for path, module in loaded.named_modules():
         if path.endswith(tuple(NAMES)):
-            module.register_forward_pre_hook(lambda _, given, path=path: seen.setdefault(path, []).append(given[0][0]))
+            module.register_forward_pre_hook(lambda _, args, path=path: inputs.setdefault(path, []).append(args[0][0]))
     with torch.no_grad():
         for chat in CHATS:
             loaded(input_ids=torch.tensor([chat]))
-    found = importance_matrix.read(matrix)
+    means = importance_matrix.read(matrix)
     layers = loaded.config.num_hidden_layers
-    assert len(found) == 7 * layers
-    for path, inputs in seen.items():
-        layer, _, place = path.removeprefix("model.layers.").partition(".")
-        wanted = torch.cat(inputs).square().mean(dim=0).numpy()
+    assert len(means) == 7 * layers
+    for path, inputs in recorded.items():
+        layer, _, module = path.removeprefix("model.layers.").partition(".")
+        expected = torch.cat(inputs).square().mean(dim=0).numpy()
         np.testing.assert_allclose(
-            found[f"blk.{layer}.{NAMES[place]}.weight"], wanted, rtol=0.02, atol=1e-3 * wanted.max()
+            means[f"blk.{layer}.{NAMES[module]}.weight"], expected, rtol=0.02, atol=1e-3 * expected.max()
         )
 
 
-def test_the_same_bytes_again(plain: Path, tokens: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter) -> None:
+def test_it_is_reproducible(plain: Path, tokens: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter) -> None:
     run_matrix.make_matrix(plain, tokens.parent, tmp_path / "again.gguf", tmp_path / "log", reporter)
     assert (tmp_path / "again.gguf").read_bytes() == matrix.read_bytes()
 
 
-def test_weights_that_matter_lose_less_by_it(
-    plain: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter
-) -> None:
+def test_important_weights_lose_less(plain: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter) -> None:
     before = tensors_of(plain, importance_matrix.read(matrix))
     lost = {}
-    for name, given in (("with", matrix), ("without", None)):
-        quantize.quantize_file(plain, tmp_path / name, "Q2_K", tmp_path / "log", reporter, given)
+    for name, chosen in (("with", matrix), ("without", None)):
+        quantize.quantize_file(plain, tmp_path / name, "Q2_K", tmp_path / "log", reporter, chosen)
         after = tensors_of(tmp_path / name, before)
         lost[name] = {
             weight: float((columns * (after[weight] - before[weight]) ** 2).mean())
@@ -125,9 +123,7 @@ def tensors_of(path: Path, names: Container[str]) -> dict[str, np.ndarray]:
     return {each.name: gguf.dequantize(each.data, each.tensor_type) for each in found}
 
 
-def test_a_quantization_that_needs_one_is_made_with_it_alone(
-    plain: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter
-) -> None:
+def test_some_quantizations_need_a_matrix(plain: Path, matrix: Path, tmp_path: Path, reporter: PlainReporter) -> None:
     with pytest.raises(ToolchainError, match="imatrix"):
         quantize.quantize_file(plain, tmp_path / "IQ2", "IQ2_XXS", tmp_path / "log", reporter)
     assert not (tmp_path / "IQ2").exists()
@@ -135,7 +131,7 @@ def test_a_quantization_that_needs_one_is_made_with_it_alone(
     assert (tmp_path / "IQ2").is_file()
 
 
-def test_experts_are_weighed_each_by_its_own_inputs() -> None:
+def test_each_expert_has_its_own_sums() -> None:
     found = importance_matrix.Matrix()
     found.add("blk.0.ffn_up_exps.weight", 3, np.array([0, 2, 2]), np.array([[1.0, 2.0], [3.0, 0.0], [1.0, 4.0]]))
     found.add("blk.0.ffn_up_exps.weight", 3, np.array([0]), np.array([[1.0, 0.0]]))
@@ -143,14 +139,14 @@ def test_experts_are_weighed_each_by_its_own_inputs() -> None:
     assert found.counts["blk.0.ffn_up_exps.weight"].tolist() == [2, 0, 2]
 
 
-def test_an_expert_without_inputs_weighs_all_columns_alike(tmp_path: Path) -> None:
+def test_an_expert_without_inputs_has_equal_columns(tmp_path: Path) -> None:
     made = importance_matrix.Matrix()
     made.add("blk.0.ffn_up_exps.weight", 2, np.array([0, 0]), np.array([[1.0, 2.0], [3.0, 0.0]]))
     made.write(tmp_path / "matrix", 1)
     assert importance_matrix.read(tmp_path / "matrix")["blk.0.ffn_up_exps.weight"].tolist() == [5, 2, 1, 1]
 
 
-def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     import gguf
 
     (tmp_path / "junk").write_bytes(b"junk")
@@ -171,7 +167,7 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
         made.write(tmp_path / "nothing", 1)
 
 
-def test_chats_are_taken_evenly_and_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chats_are_chosen_evenly_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert importance_matrix.chosen_chats([0, 10, 20, 30]) == [0, 1, 2]
     monkeypatch.setattr(importance_matrix, "MOST_TOKENS", 50)
     assert importance_matrix.chosen_chats([10 * each for each in range(11)]) == [0, 2, 4, 6, 8]

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: what is read, and what is refused."""
+"""Adapters in PEFT's format: those that are read, and those that are refused."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_what_is_read(write: Callable[..., Path]) -> None:
+def test_reads_an_adapter(write: Callable[..., Path]) -> None:
     folder = write()
     assert is_adapter(folder) and not is_adapter(folder.parent)
     adapter = read_adapter(folder)
     assert adapter.config.base_name == "owner/name"
     assert list(adapter.deltas) == ["model.layers.0.q_proj.weight"] and not adapter.replaced
-    wanted = 3.0 * GOOD[f"{NAME}.lora_B.weight"] @ GOOD[f"{NAME}.lora_A.weight"]
+    expected = 3.0 * GOOD[f"{NAME}.lora_B.weight"] @ GOOD[f"{NAME}.lora_A.weight"]
     delta = adapter.deltas["model.layers.0.q_proj.weight"]
     assert delta.shape == (5, 6)
     for rows in (slice(0, 5), slice(1, 4), slice(4, 5)):
-        torch.testing.assert_close(torch.from_numpy(delta.rows(rows)), wanted[rows])
+        torch.testing.assert_close(torch.from_numpy(delta.rows(rows)), expected[rows])
 
 
 @pytest.mark.parametrize(
@@ -63,18 +63,18 @@ def test_scale(write: Callable[..., Path], config: dict[str, Any], scale: float)
     assert delta.scale == pytest.approx(scale)
 
 
-def test_a_rank_that_is_not_the_config_s(write: Callable[..., Path]) -> None:
+def test_a_rank_that_differs_from_the_config(write: Callable[..., Path]) -> None:
     with pytest.raises(ArtifactError, match="its rank is 2, the config says 4"):
         read_adapter(write(r=4))
 
 
 @pytest.mark.parametrize("missing", list(GOOD))
-def test_one_half(write: Callable[..., Path], missing: str) -> None:
+def test_one_matrix_of_a_pair_is_refused(write: Callable[..., Path], missing: str) -> None:
     with pytest.raises(ArtifactError, match=r"layers\.0\.q_proj has only one"):
         read_adapter(write({name: each for name, each in GOOD.items() if name != missing}))
 
 
-def test_halves_of_different_rank(write: Callable[..., Path]) -> None:
+def test_matrices_of_different_rank_are_refused(write: Callable[..., Path]) -> None:
     with pytest.raises(ArtifactError, match="ranks"):
         read_adapter(write({**GOOD, f"{NAME}.lora_B.weight": torch.randn(5, 3)}))
 
@@ -85,7 +85,7 @@ def test_empty(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("leaf", ["lora_magnitude_vector", "lora_embedding_C", "hada_w1_a", "oft_r"])
-def test_other_kinds_of_tensors(write: Callable[..., Path], leaf: str) -> None:
+def test_unknown_tensors_are_refused(write: Callable[..., Path], leaf: str) -> None:
     with pytest.raises(ModelError, match=leaf):
         read_adapter(write({**GOOD, f"{NAME}.{leaf}": torch.ones(5)}))
 
@@ -95,20 +95,20 @@ def test_other_kinds_of_tensors(write: Callable[..., Path], leaf: str) -> None:
     [{"use_dora": True}, {"peft_type": "LOHA"}, {"peft_type": "-"}, {"alora_invocation_tokens": [1]},
      {"use_bdlora": {"x": 1}}],
 )  # fmt: skip
-def test_other_kinds_of_adapters(write: Callable[..., Path], config: dict[str, Any]) -> None:
+def test_unsupported_adapters_are_refused(write: Callable[..., Path], config: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         read_adapter(write(**config))
 
 
 @pytest.mark.parametrize("rank", [0, -1, None, "x"])
-def test_a_rank_that_is_none(write: Callable[..., Path], rank: Any) -> None:
+def test_an_invalid_rank_is_refused(write: Callable[..., Path], rank: Any) -> None:
     with pytest.raises(ArtifactError, match="rank"):
         read_adapter(write(r=rank))
 
 
 @pytest.mark.parametrize("number", ["x", 10**400, -(10**400), float("nan"), float("inf")])
 @pytest.mark.parametrize("option", ["lora_alpha", "alpha_pattern", "rank_pattern"])
-def test_a_number_that_no_float_holds(write: Callable[..., Path], option: str, number: Any) -> None:
+def test_a_number_out_of_range_is_refused(write: Callable[..., Path], option: str, number: Any) -> None:
     with pytest.raises(ArtifactError, match=option):
         read_adapter(write(**{option: number if option == "lora_alpha" else {"q_proj": number}}))
 
@@ -151,7 +151,7 @@ def test_no_adapter(tmp_path: Path) -> None:
 
 
 def test_names_that_peft_writes(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
-    """Every tensor of a PEFT adapter is taken for what it is."""
+    """Every tensor of a PEFT adapter is recognised."""
     import peft
 
     config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], r=3)

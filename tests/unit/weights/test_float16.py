@@ -1,4 +1,4 @@
-"""fp32 to f16 as numpy does it, only sooner."""
+"""fp32 to f16 with the bits of numpy."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from kolotune.weights import float16
 
 
 @pytest.fixture(autouse=True)
-def anew() -> Any:
+def cleared_cache() -> Any:
     float16._ggml_function.cache_clear()
     yield
     float16._ggml_function.cache_clear()
 
 
-def test_llama_cpp_s_own_function_is_found() -> None:
+def test_the_library_has_the_function() -> None:
     assert float16._ggml_function() is not None
 
 
 @given(arrays.arrays(np.uint32, st.integers(0, 300)))
-def test_any_bits_become_what_numpy_makes_of_them(bits: Any) -> None:
+def test_agrees_with_numpy_for_any_bits(bits: Any) -> None:
     values = bits.view(np.float32)
     values = values[~np.isnan(values)]
     with np.errstate(all="ignore"):
-        wanted = values.astype(np.float16)
-    assert np.array_equal(float16.from_f32(values).view(np.uint16), wanted.view(np.uint16))
+        expected = values.astype(np.float16)
+    assert np.array_equal(float16.from_f32(values).view(np.uint16), expected.view(np.uint16))
 
 
-def test_parts_of_a_matrix_keep_their_shape() -> None:
+def test_slices_of_a_matrix() -> None:
     values = np.arange(24, dtype=np.float32).reshape(4, 6)
     for part in (values, values[:, 1:4], values.T, values[:0]):
         assert np.array_equal(float16.from_f32(part), part.astype(np.float16))
         assert float16.from_f32(part).flags["C_CONTIGUOUS"]
 
 
-def test_without_llama_cpp_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert float16._ggml_function() is None
     assert float16.from_f32(np.float32([1.5, 1e-7])).tolist() == np.float16([1.5, 1e-7]).tolist()

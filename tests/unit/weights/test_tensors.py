@@ -1,4 +1,4 @@
-"""Tensors are read one at a time and written to files that safetensors and transformers read."""
+"""Tensors are mapped from files, and written to files that safetensors and transformers read."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ TENSORS = {
 
 
 def _written(folder: Path, tensors: dict[str, torch.Tensor], **more: Any) -> list[Path]:
-    """Through a file of safetensors' own, so that what is written is what was read."""
+    """Write tensors that were mapped from a file of the safetensors package."""
     source = folder.parent / f"{folder.name}.source"
     save_file({name: each.contiguous() for name, each in tensors.items()}, source)
     mapped = MappedTensors([source])
     shards = split_into_shards([mapped.entries[name] for name in tensors], **more)
-    write_shards(folder, shards, lambda entry: _portions(mapped, entry))
+    write_shards(folder, shards, lambda entry: _blocks(mapped, entry))
     assert [(folder / shard.name).stat().st_size for shard in shards] == [shard.size for shard in shards]
     return [folder / shard.name for shard in shards]
 
 
-def _portions(mapped: MappedTensors, entry: Entry) -> Iterator[Any]:
+def _blocks(mapped: MappedTensors, entry: Entry) -> Iterator[Any]:
     values = mapped[entry.name]
     return (values[rows] if values.ndim else values for rows in row_blocks(entry))
 
@@ -59,16 +59,16 @@ def _read(paths: list[Path]) -> dict[str, torch.Tensor]:
     return {name: each for path in paths for name, each in load_file(path).items()}
 
 
-def _equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
+def _require_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype is tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 def test_one_file(tmp_path: Path) -> None:
     paths = _written(tmp_path, TENSORS)
     assert [path.name for path in paths] == ["model.safetensors"] == [path.name for path in tmp_path.iterdir()]
-    _equal(load_file(paths[0]), TENSORS)
+    _require_equal(load_file(paths[0]), TENSORS)
     with safe_open(paths[0], framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
 
@@ -79,16 +79,16 @@ def test_several_files(tmp_path: Path, limit: int) -> None:
     count = len(paths)
     assert count > 1 and paths[0].name == f"model-00001-of-{count:05d}.safetensors"
     for path in paths:
-        held = [each for each in load_file(path).values() if each.numel()]
-        assert len(held) <= 1 or sum(each.numel() * each.element_size() for each in held) <= limit
+        tensors = [tensor for tensor in load_file(path).values() if tensor.numel()]
+        assert len(tensors) <= 1 or sum(tensor.nbytes for tensor in tensors) <= limit
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    assert index["metadata"]["total_size"] == sum(each.numel() * each.element_size() for each in TENSORS.values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
     assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     assert weight_files(tmp_path) == paths
-    _equal(_read(paths), TENSORS)
+    _require_equal(_read(paths), TENSORS)
 
 
-def test_a_name_in_two_files(tmp_path: Path) -> None:
+def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"x": torch.ones(1)}, tmp_path / name)
     with pytest.raises(ArtifactError, match="tensor x"):
@@ -96,7 +96,7 @@ def test_a_name_in_two_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
-def test_a_damaged_file(tmp_path: Path, keep: int) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:keep])
@@ -104,8 +104,8 @@ def test_a_damaged_file(tmp_path: Path, keep: int) -> None:
         MappedTensors([path])
 
 
-def test_what_was_written_need_not_be_read_again(tmp_path: Path) -> None:
-    """The hash is known from writing, and forgotten as soon as the file changes."""
+def test_the_hash_is_known_from_writing(tmp_path: Path) -> None:
+    """It is forgotten as soon as the file changes."""
     target = tmp_path / "model"
     with files.replacing(target) as partial:
         partial.mkdir()
@@ -122,29 +122,29 @@ def test_what_was_written_need_not_be_read_again(tmp_path: Path) -> None:
         assert files.Hasher().of(path) == files.hash_file(path)
 
 
-def test_what_another_program_wrote_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_program_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with files.replacing(tmp_path / "a") as partial:
         partial.write_bytes(b"abc")
         files.hash_and_flush(partial)
-    wanted = files.hash_file(tmp_path / "a")
-    monkeypatch.setattr(files, "hash_file", lambda _: pytest.fail("it is read again"))
-    assert files.Hasher().of(tmp_path / "a") == wanted
+    expected = files.hash_file(tmp_path / "a")
+    monkeypatch.setattr(files, "hash_file", lambda _: pytest.fail("read again"))
+    assert files.Hasher().of(tmp_path / "a") == expected
 
 
-def test_the_hash_of_a_file_that_never_got_its_name_is_no_one_else_s(tmp_path: Path) -> None:
+def test_the_hash_of_an_abandoned_file_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x"), files.replacing(tmp_path / "a") as partial:
         with files.Stream(partial) as stream:
             stream.write(b"abc")
         raise ValueError("x")
-    for _ in range(20):  # inodes are used again
+    for _ in range(20):  # inodes are reused
         with files.replacing(tmp_path / "a") as partial:
             partial.write_bytes(b"xyz")
         assert files.Hasher().of(tmp_path / "a") == files.hash_file(tmp_path / "a")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_conversions_are_torch_s(dtype: torch.dtype) -> None:
-    """All 16-bit patterns to fp32 and back, and random fp32 values with ties, rounded as torch rounds."""
+def test_conversions_agree_with_torch(dtype: torch.dtype) -> None:
+    """All 16-bit patterns to fp32 and back, and random fp32 values with ties."""
     name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
     if name != "F64":
         bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
@@ -156,9 +156,9 @@ def test_conversions_are_torch_s(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(100_000, generator=generator) * torch.tensor([1e-7, 1.0, 3e4]).repeat(33_334)[:100_000]
     wide[::7] = wide[::7].view(torch.int32).bitwise_and(-4096).view(torch.float32)  # ties
-    wanted = wide.to(dtype)
-    found = from_f32(wide.numpy(), name)
-    assert torch.equal(torch.from_numpy(found.view("<i2") if name != "F64" else found).view(dtype), wanted)
+    narrow = from_f32(wide.numpy(), name)
+    narrow = narrow if name == "F64" else narrow.view("<i2")
+    assert torch.equal(torch.from_numpy(narrow).view(dtype), wide.to(dtype))
 
 
 def test_transformers_loads_a_sharded_model(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
@@ -168,6 +168,6 @@ def test_transformers_loads_a_sharded_model(tmp_path: Path, tiny_model: Callable
     state = {name: each.clone() for name, each in model.state_dict().items()}
     (tmp_path / "model.safetensors").unlink()
     assert len(_written(tmp_path, state, shard_bytes=50_000)) > 3
-    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(told.values())
-    _equal(loaded.state_dict(), state)
+    loaded, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    _require_equal(loaded.state_dict(), state)
