@@ -151,13 +151,13 @@ class _Handler(BaseHTTPRequestHandler):
         assert header["key"] == "header" and header["value"]["summary"]
         new: dict[str, bytes] = {}
         large = set()
-        for each in operations:
-            value = each["value"]
-            if each["key"] == "file":
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
                 assert value["encoding"] == "base64"
                 new[value["path"]] = base64.b64decode(value["content"], validate=True)
             else:
-                assert each["key"] == "lfsFile" and value["algo"] == "sha256"
+                assert operation["key"] == "lfsFile" and value["algo"] == "sha256"
                 if value["oid"] not in self.hub.verified:
                     return self._answer(400, {"error": "LFS pointer to a file that was not uploaded"})
                 assert len(self.hub.objects[value["oid"]]) == value["size"]

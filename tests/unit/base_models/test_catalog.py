@@ -45,13 +45,13 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         type(self).seen.append((self.command, self.path, self.headers.get("Authorization")))
         path = self.path.split("?")[0]
-        if found := re.fullmatch(r"/api/models/(t/[^/]+)(/revision/[^/]+)?", path):
-            self.info(found[1])
+        if match := re.fullmatch(r"/api/models/(t/[^/]+)(/revision/[^/]+)?", path):
+            self.info(match[1])
         elif re.fullmatch(r"/api/models/(t/[^/]+)/tree/[^/]+", path):
             listed = [{"type": "file", "path": each, "size": len(FILES.get(each, b"")), "oid": each} for each in NAMES]
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
-        elif found := re.fullmatch(r"/(t/[^/]+)/resolve/[^/]+/(.+)", path):
-            self.file(found[1], found[2])
+        elif match := re.fullmatch(r"/(t/[^/]+)/resolve/[^/]+/(.+)", path):
+            self.file(match[1], match[2])
         else:
             self.answer(404)
 
@@ -135,14 +135,14 @@ def answers(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     ],
 )
 def test_each_answer_of_the_hub_has_its_own_error(answers: Any, name: str, kind: str, words: str) -> None:
-    found = answers[0][name]
-    assert found.get("kind") == kind, found
-    assert found["code"] == getattr(errors, kind).exit_code
-    assert found["cause"].startswith(f"{name}: ")
-    assert words in found["cause"]
-    assert found["hint"]
-    assert "\n" not in found["cause"] + found["hint"]
-    assert found["seconds"] < 10
+    answer = answers[0][name]
+    assert answer.get("kind") == kind, answer
+    assert answer["code"] == getattr(errors, kind).exit_code
+    assert answer["cause"].startswith(f"{name}: ")
+    assert words in answer["cause"]
+    assert answer["hint"]
+    assert "\n" not in answer["cause"] + answer["hint"]
+    assert answer["seconds"] < 10
 
 
 def test_messages_contain_neither_the_token_nor_the_hubs_text(answers: Any) -> None:
@@ -153,17 +153,17 @@ def test_messages_contain_neither_the_token_nor_the_hubs_text(answers: Any) -> N
 
 
 def test_without_a_token_a_401_asks_for_a_login(hub: str, tmp_path: Path) -> None:
-    found, _ = ask(hub, tmp_path, "t/login")
-    assert found["t/login"]["code"] == 6
-    assert "login (401)" in found["t/login"]["cause"]
-    assert "HF_TOKEN" in found["t/login"]["hint"]
+    answer, _ = ask(hub, tmp_path, "t/login")
+    assert answer["t/login"]["code"] == 6
+    assert "login (401)" in answer["t/login"]["cause"]
+    assert "HF_TOKEN" in answer["t/login"]["hint"]
 
 
 def test_a_token_from_a_file_is_used_and_not_repeated(hub: str, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(f" {TOKEN}2 \n")
-    found, output = ask(hub, tmp_path, "t/gated", token_file=str(tmp_path / "token"))
+    answer, output = ask(hub, tmp_path, "t/gated", token_file=str(tmp_path / "token"))
     assert any(authorization == f"Bearer {TOKEN}2" for _, _, authorization in Hub.seen)
-    assert found["t/gated"]["code"] == 6
+    assert answer["t/gated"]["code"] == 6
     assert TOKEN not in output
 
 
@@ -172,11 +172,11 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t/file429", "t/
 
 @pytest.mark.parametrize("name", ["t/code429", "t/code500", "t/code503", *SLOW])
 def test_an_error_answer_is_in_the_message(hub: str, tmp_path: Path, name: str) -> None:
-    found, _ = ask(hub, tmp_path, name)
-    assert found[name]["code"] == 7, found
-    assert f"the hub answered {name[-3:]}" in found[name]["cause"]
-    assert "later" in found[name]["hint"]
-    assert found[name]["seconds"] < 60
+    answer, _ = ask(hub, tmp_path, name)
+    assert answer[name]["code"] == 7, answer
+    assert f"the hub answered {name[-3:]}" in answer[name]["cause"]
+    assert "later" in answer[name]["hint"]
+    assert answer[name]["seconds"] < 60
 
 
 def test_a_model_is_downloaded_once_and_later_needs_no_hub(hub: str, tmp_path: Path) -> None:
@@ -191,23 +191,23 @@ def test_a_model_is_downloaded_once_and_later_needs_no_hub(hub: str, tmp_path: P
 
 
 def test_long_waits_are_refused(hub: str, tmp_path: Path) -> None:
-    found, output = ask(hub, tmp_path, "t/wait429", "t/waitlimit")
+    answer, output = ask(hub, tmp_path, "t/wait429", "t/waitlimit")
     for name, hint in (("t/wait429", "24.0 h"), ("t/waitlimit", "60 min")):
-        assert found[name].get("code") == 7, found
-        assert "answered 429 and asks to wait" in found[name]["cause"]
-        assert hint in found[name]["hint"]
-        assert found[name]["seconds"] < 30
+        assert answer[name].get("code") == 7, answer
+        assert "answered 429 and asks to wait" in answer[name]["cause"]
+        assert hint in answer[name]["hint"]
+        assert answer[name]["seconds"] < 30
     assert "Traceback" not in output
 
 
 def test_a_lost_connection_and_an_unknown_host(hub: str, tmp_path: Path) -> None:
-    found, output = ask(hub, tmp_path, "t/drop")
+    answer, output = ask(hub, tmp_path, "t/drop")
     nowhere, _ = ask("http://hub.invalid", tmp_path, "t/any")
-    assert "the connection to the hub was lost" in found["t/drop"]["cause"]
+    assert "the connection to the hub was lost" in answer["t/drop"]["cause"]
     assert "can't be reached: the name hub.invalid can't be resolved" in nowhere["t/any"]["cause"]
-    for each in (found["t/drop"], nowhere["t/any"]):
-        assert each["code"] == 7 and each["hint"]
-        assert each["seconds"] < 60
+    for result in (answer["t/drop"], nowhere["t/any"]):
+        assert result["code"] == 7 and result["hint"]
+        assert result["seconds"] < 60
     assert "Traceback" not in output
 
 
@@ -224,8 +224,8 @@ def test_complete_files_are_kept_when_a_download_is_truncated(hub: str, tmp_path
 
 @pytest.mark.slow
 def test_a_truncated_download_is_an_error(hub: str, tmp_path: Path) -> None:
-    found, output = ask(hub, tmp_path, "t/cut")
-    assert found["t/cut"].get("code") == 7, found
+    answer, output = ask(hub, tmp_path, "t/cut")
+    assert answer["t/cut"].get("code") == 7, answer
     assert "Traceback" not in output
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
 
@@ -234,10 +234,10 @@ def test_a_truncated_download_is_an_error(hub: str, tmp_path: Path) -> None:
     ("env", "words"), [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"), ({}, "the connection is refused")]
 )
 def test_offline_has_its_own_message(tmp_path: Path, env: dict[str, str], words: str) -> None:
-    found, _ = ask("http://127.0.0.1:9", tmp_path, "t/any", **env)
-    assert found["t/any"]["code"] == 7
-    assert f"can't be reached: {words}" in found["t/any"]["cause"]
-    assert found["t/any"]["seconds"] < 30
+    answer, _ = ask("http://127.0.0.1:9", tmp_path, "t/any", **env)
+    assert answer["t/any"]["code"] == 7
+    assert f"can't be reached: {words}" in answer["t/any"]["cause"]
+    assert answer["t/any"]["seconds"] < 30
 
 
 @pytest.mark.parametrize(

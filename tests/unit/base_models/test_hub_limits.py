@@ -36,10 +36,10 @@ class Hub(bad_server.Handler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         type(self).seen.append((self.command, path))
-        if found := re.fullmatch(r"/api/models/t/([^/]+)(/revision/[^/]+)?", path):
+        if match := re.fullmatch(r"/api/models/t/([^/]+)(/revision/[^/]+)?", path):
             named = [{"rfilename": each} for each in FILES]
-            described = {"id": f"t/{found[1]}", "modelId": f"t/{found[1]}", "sha": SHA, "siblings": named}
-            return self.describe(found[1], json.dumps(described).encode())
+            described = {"id": f"t/{match[1]}", "modelId": f"t/{match[1]}", "sha": SHA, "siblings": named}
+            return self.describe(match[1], json.dumps(described).encode())
         if re.fullmatch(r"/api/models/t/[^/]+/tree/[^/]+", path):
             listed = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in FILES.items()]
             body = json.dumps(listed).encode()
@@ -68,11 +68,11 @@ class Hub(bad_server.Handler):
             body = body[:-1] + b"\x01"
         if kind == "short":
             body = body[:-1]
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if kind == "resumes" and asked:
-            headers["Content_Range"] = f"bytes {asked[1]}-{len(body) - 1}/{len(body)}"
-            self.begin(206, len(body) - int(asked[1]), **headers)
-            self.wfile.write(body[int(asked[1]) :])
+        resumed = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if kind == "resumes" and resumed:
+            headers["Content_Range"] = f"bytes {resumed[1]}-{len(body) - 1}/{len(body)}"
+            self.begin(206, len(body) - int(resumed[1]), **headers)
+            self.wfile.write(body[int(resumed[1]) :])
             return None
         self.begin(200, len(body), **headers)
         if kind == "no-body":
@@ -156,8 +156,8 @@ def test_retries_are_limited_and_complete_files_are_kept(kind: str, outcomes: An
     Hub.repaired.add(kind)
     answer, _ = ask(hub, cache, f"t/{kind}", **IMPATIENT)
     assert fetched()[len(before) :] == ["model.safetensors"]
-    found = Path(answer[f"t/{kind}"]["folder"])
-    assert {path.name: path.read_bytes() for path in found.iterdir()} == FILES
+    folder = Path(answer[f"t/{kind}"]["folder"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
 
 
 def test_an_interrupted_file_is_resumed(hub: str, tmp_path: Path) -> None:

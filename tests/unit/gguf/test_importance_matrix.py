@@ -80,7 +80,9 @@ def test_it_holds_the_mean_squares_of_each_weights_inputs(model: Path, matrix: P
     recorded: dict[str, list[torch.Tensor]] = {}
     for path, module in loaded.named_modules():
         if path.endswith(tuple(NAMES)):
-            module.register_forward_pre_hook(lambda _, args, path=path: inputs.setdefault(path, []).append(args[0][0]))
+            module.register_forward_pre_hook(
+                lambda _, args, path=path: recorded.setdefault(path, []).append(args[0][0])
+            )
     with torch.no_grad():
         for chat in CHATS:
             loaded(input_ids=torch.tensor([chat]))
@@ -132,17 +134,17 @@ def test_some_quantizations_need_a_matrix(plain: Path, matrix: Path, tmp_path: P
 
 
 def test_each_expert_has_its_own_sums() -> None:
-    found = importance_matrix.Matrix()
-    found.add("blk.0.ffn_up_exps.weight", 3, np.array([0, 2, 2]), np.array([[1.0, 2.0], [3.0, 0.0], [1.0, 4.0]]))
-    found.add("blk.0.ffn_up_exps.weight", 3, np.array([0]), np.array([[1.0, 0.0]]))
-    assert found.sums["blk.0.ffn_up_exps.weight"].tolist() == [[2, 4], [0, 0], [10, 16]]
-    assert found.counts["blk.0.ffn_up_exps.weight"].tolist() == [2, 0, 2]
+    matrix = importance_matrix.Matrix()
+    matrix.add("blk.0.ffn_up_exps.weight", 3, np.array([0, 2, 2]), np.array([[1.0, 2.0], [3.0, 0.0], [1.0, 4.0]]))
+    matrix.add("blk.0.ffn_up_exps.weight", 3, np.array([0]), np.array([[1.0, 0.0]]))
+    assert matrix.sums["blk.0.ffn_up_exps.weight"].tolist() == [[2, 4], [0, 0], [10, 16]]
+    assert matrix.counts["blk.0.ffn_up_exps.weight"].tolist() == [2, 0, 2]
 
 
 def test_an_expert_without_inputs_has_equal_columns(tmp_path: Path) -> None:
-    made = importance_matrix.Matrix()
-    made.add("blk.0.ffn_up_exps.weight", 2, np.array([0, 0]), np.array([[1.0, 2.0], [3.0, 0.0]]))
-    made.write(tmp_path / "matrix", 1)
+    matrix = importance_matrix.Matrix()
+    matrix.add("blk.0.ffn_up_exps.weight", 2, np.array([0, 0]), np.array([[1.0, 2.0], [3.0, 0.0]]))
+    matrix.write(tmp_path / "matrix", 1)
     assert importance_matrix.read(tmp_path / "matrix")["blk.0.ffn_up_exps.weight"].tolist() == [5, 2, 1, 1]
 
 
@@ -159,12 +161,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "junk", tmp_path / "other.gguf"):
         with pytest.raises(ArtifactError, match="not an importance matrix"):
             importance_matrix.read(path)
-    made = importance_matrix.Matrix()
+    matrix = importance_matrix.Matrix()
     with pytest.raises(ArtifactError, match="nothing finite"):
-        made.write(tmp_path / "nothing", 1)
-    made.add("blk.0.attn_q.weight", 1, np.array([0]), np.array([[np.nan]]))
+        matrix.write(tmp_path / "nothing", 1)
+    matrix.add("blk.0.attn_q.weight", 1, np.array([0]), np.array([[np.nan]]))
     with pytest.raises(ArtifactError, match="nothing finite"):
-        made.write(tmp_path / "nothing", 1)
+        matrix.write(tmp_path / "nothing", 1)
 
 
 def test_chats_are_chosen_evenly_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:

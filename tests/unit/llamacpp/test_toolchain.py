@@ -24,13 +24,13 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ToolchainError, match="convert_hf_to_gguf"):
         llamacpp.find()
     (tmp_path / "convert_hf_to_gguf.py").write_text("", encoding="utf-8")
-    found = llamacpp.find()
-    assert found is not None and found.version == "own" and found.quantizer is None
+    own = llamacpp.find()
+    assert own is not None and own.version == "own" and own.quantizer is None
     program = tmp_path / "build" / "bin" / "llama-quantize"
     program.parent.mkdir(parents=True)
     program.write_text("", encoding="utf-8")
-    found = llamacpp.find()
-    assert found is not None and found.quantizer == program
+    own = llamacpp.find()
+    assert own is not None and own.quantizer == program
 
 
 def test_nothing_downloaded_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
