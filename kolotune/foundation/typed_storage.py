@@ -51,6 +51,14 @@ def read(kind: type[T], path: Path) -> T:
     return parse(kind, _text_of(path))
 
 
+def read_or_none(kind: type[T], path: Path) -> T | None:
+    """Read a file that `write` made; None when it is missing or damaged."""
+    try:
+        return read(kind, path)
+    except (OSError, StorageError):
+        return None
+
+
 def read_lines(kind: type[T], path: Path) -> Iterator[T]:
     """Read a file of JSON lines, one `kind` a line; empty lines are skipped.
 

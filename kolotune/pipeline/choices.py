@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAM
     Returns:
         The options, and all choices of the folder, for `write_choices`.
     """
-    choices = _read_choices(folder)
+    choices = typed_storage.read_or_none(Choices, folder.choices) or Choices()
     if choices.template_date is None:
         choices = dataclasses.replace(choices, template_date=now()[:10])
     if choices.dtype is None and config.dtype == "auto":
@@ -64,9 +63,3 @@ def write_choices(folder: RunFolder, choices: Choices) -> None:
     """Keep the choices for later runs in the folder."""
     chosen = {name: value for name, value in dataclasses.asdict(choices).items() if value is not None}
     typed_storage.write(folder.choices, chosen)
-
-
-def _read_choices(folder: RunFolder) -> Choices:
-    with contextlib.suppress(OSError, typed_storage.StorageError):
-        return typed_storage.read(Choices, folder.choices)
-    return Choices()

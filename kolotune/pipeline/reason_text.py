@@ -6,29 +6,27 @@ from collections.abc import Sequence
 
 from kolotune.run_folder.reasons import Reason, ReasonKind
 
+_SENTENCES = {
+    ReasonKind.NEVER_RAN: "it has not run yet",
+    ReasonKind.OPTION_CHANGED: "{name} changed from {before} to {after}",
+    ReasonKind.INPUT_CHANGED: "{name} changed",
+    ReasonKind.INPUT_NOT_GIVEN: "{name} is no longer given",
+    ReasonKind.VERSION_CHANGED: "{name} changed from {before} to {after}",
+    ReasonKind.OUTPUT_MISSING: "{name} is missing",
+    ReasonKind.OUTPUT_ALTERED: "{name} was changed since it was made",
+}
 # Labels are part of records and stay as they are; these read badly.
 _LABELS = {"what training measured": "metrics.jsonl"}
 
 
 def format_reason(reason: Reason) -> str:
     """Return a reason as a sentence without its full stop."""
-    name = _LABELS.get(reason.name, reason.name)
-    match reason.kind:
-        case ReasonKind.NEVER_RAN:
-            return "it has not run yet"
-        case ReasonKind.OPTION_CHANGED:
-            before, after = _format_value(reason.before), _format_value(reason.after)
-            return f"{name.replace('_', '-')} changed from {before} to {after}"
-        case ReasonKind.INPUT_CHANGED:
-            return f"{name} changed"
-        case ReasonKind.INPUT_NOT_GIVEN:
-            return f"{name} is no longer given"
-        case ReasonKind.VERSION_CHANGED:
-            return f"{name} changed from {reason.before} to {reason.after}"
-        case ReasonKind.OUTPUT_MISSING:
-            return f"{name} is missing"
-        case ReasonKind.OUTPUT_ALTERED:
-            return f"{name} was changed since it was made"
+    is_option = reason.kind is ReasonKind.OPTION_CHANGED
+    return _SENTENCES[reason.kind].format(
+        name=reason.name.replace("_", "-") if is_option else _LABELS.get(reason.name, reason.name),
+        before=_format_value(reason.before),
+        after=_format_value(reason.after),
+    )
 
 
 def format_cleaned(names: Sequence[str]) -> str:

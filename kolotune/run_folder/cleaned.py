@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from .layout import RunFolder
 
 def read_cleaned(run: RunFolder) -> dict[str, str]:
     """Return the SHA-256 of each cleaned output by its name in the run folder; without those that exist again."""
-    with contextlib.suppress(OSError, typed_storage.StorageError):
-        hashes = typed_storage.read(dict[str, str], run.cleaned)
-        return {name: digest for name, digest in hashes.items() if not (run.root / name).exists()}
-    return {}
+    hashes = typed_storage.read_or_none(dict[str, str], run.cleaned) or {}
+    return {name: digest for name, digest in hashes.items() if not (run.root / name).exists()}
 
 
 def add_cleaned(run: RunFolder, hashes: dict[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 from kolotune.foundation import typed_storage
@@ -25,6 +24,4 @@ def write_installed(run: RunFolder, model: InstalledModel) -> None:
 
 def read_installed(run: RunFolder) -> InstalledModel | None:
     """Return what was installed last; None when the run was never installed."""
-    with contextlib.suppress(OSError, typed_storage.StorageError):
-        return typed_storage.read(InstalledModel, run.installed)
-    return None
+    return typed_storage.read_or_none(InstalledModel, run.installed)

@@ -148,7 +148,7 @@ def write_manifest(stages: Sequence[Stage], context: Context) -> Manifest | None
     if done is None:
         remove(target)
         return None
-    previous = _previous(target)
+    previous = typed_storage.read_or_none(Manifest, target)
     manifest = _manifest_of(done, stages, context, previous)
     if manifest != previous:
         typed_storage.write(target, manifest)
@@ -174,13 +174,6 @@ def hash_files(path: Path, hasher: Hasher) -> dict[str, FileHash]:
         each.relative_to(path).as_posix() if path.is_dir() else "": FileHash(size_of(each), hasher.of(each))
         for each in files_of(path)
     }
-
-
-def _previous(target: Path) -> Manifest | None:
-    try:
-        return read_manifest(target)
-    except ManifestError:
-        return None
 
 
 def _matching_records(stages: Sequence[Stage], context: Context) -> dict[str, Record] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -49,9 +48,7 @@ def remove_mark(run: RunFolder, stage: str) -> None:
 
 def read_mark(run: RunFolder, stage: str) -> Mark | None:
     """Read the mark of a stage; None when the stage is done, was never started, or the file is damaged."""
-    with contextlib.suppress(OSError, typed_storage.StorageError):
-        return typed_storage.read(Mark, _file_of(run, stage))
-    return None
+    return typed_storage.read_or_none(Mark, _file_of(run, stage))
 
 
 def _file_of(run: RunFolder, stage: str) -> Path:

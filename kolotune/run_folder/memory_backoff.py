@@ -6,7 +6,6 @@ not run out again.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,8 +36,5 @@ def write_memory_backoff(run: RunFolder, steps: Sequence[int], identity: JsonObj
 
 def read_memory_backoff(run: RunFolder, identity: JsonObject) -> list[int]:
     """Return the recorded steps for a job of that identity; none when there are none for it."""
-    with contextlib.suppress(OSError, typed_storage.StorageError):
-        backoff = typed_storage.read(_MemoryBackoff, run.memory_backoff)
-        if backoff.identity in (None, identity):
-            return backoff.halvings
-    return []
+    backoff = typed_storage.read_or_none(_MemoryBackoff, run.memory_backoff)
+    return backoff.halvings if backoff and backoff.identity in (None, identity) else []

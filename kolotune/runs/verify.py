@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from enum import Enum, auto
+from enum import Enum
 from pathlib import Path
 
 from kolotune.foundation import config as configs
@@ -15,7 +15,6 @@ from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import (
     PATH_OPTIONS,
-    Artifact,
     Manifest,
     StageEntry,
     entry_of,
@@ -27,18 +26,18 @@ from kolotune.run_folder.stage import Context
 
 
 class DifferenceKind(Enum):
-    """How something differs from the manifest."""
+    """How something differs from the manifest; the value is its sentence."""
 
-    MISSING = auto()
-    UNEXPECTED_FILE = auto()
-    SIZE = auto()
-    CONTENT = auto()
-    MANIFEST_HASHES = auto()
-    OPTION = auto()
-    RECORD_MISSING = auto()
-    RECORD = auto()
-    STAGE_INPUT = auto()
-    SOURCE = auto()
+    MISSING = "{name} is missing"
+    UNEXPECTED_FILE = "{name} was not made by the run"
+    SIZE = "{name} has {actual} bytes, not {expected}"
+    CONTENT = "{name} was changed since it was made (sha256 {actual:.12}…, not {expected:.12}…)"
+    MANIFEST_HASHES = "{name}: the manifest's hash of the whole does not match its hashes of the files"
+    OPTION = "config.yaml: {name} is {actual}, not {expected}"
+    RECORD_MISSING = "{name} is missing or can't be read"
+    RECORD = "{name}: {expected} differs from the manifest"
+    STAGE_INPUT = "{name}: the manifest has a different file for its input, {expected}"
+    SOURCE = "{name} is not the one that the run was made from"
 
 
 @dataclass(frozen=True)
@@ -57,28 +56,7 @@ class Difference:
     actual: str = ""
 
     def __str__(self) -> str:
-        name, expected, actual = self.name, self.expected, self.actual
-        match self.kind:
-            case DifferenceKind.MISSING:
-                return f"{name} is missing"
-            case DifferenceKind.UNEXPECTED_FILE:
-                return f"{name} was not made by the run"
-            case DifferenceKind.SIZE:
-                return f"{name} has {actual} bytes, not {expected}"
-            case DifferenceKind.CONTENT:
-                return f"{name} was changed since it was made (sha256 {actual[:12]}…, not {expected[:12]}…)"
-            case DifferenceKind.MANIFEST_HASHES:
-                return f"{name}: the manifest's hash of the whole does not match its hashes of the files"
-            case DifferenceKind.OPTION:
-                return f"config.yaml: {name} is {actual}, not {expected}"
-            case DifferenceKind.RECORD_MISSING:
-                return f"{name} is missing or can't be read"
-            case DifferenceKind.RECORD:
-                return f"{name}: {expected} differs from the manifest"
-            case DifferenceKind.STAGE_INPUT:
-                return f"{name} read a different {expected.removeprefix('the ')} than the manifest has"
-            case DifferenceKind.SOURCE:
-                return f"{name} is not the one that the run was made from"
+        return self.kind.value.format(name=self.name, expected=self.expected, actual=self.actual)
 
 
 @dataclass(frozen=True)
@@ -180,16 +158,12 @@ def _compare_records(manifest: Manifest, context: Context) -> Iterator[Differenc
         for field in fields(StageEntry):
             if getattr(actual, field.name) != getattr(expected, field.name):
                 yield Difference(DifferenceKind.RECORD, file, field.name)
-        artifacts = {name: artifact for name, artifact in manifest.artifacts.items() if artifact.stage == stage}
-        for name in sorted({*artifacts, *record.outputs}):
-            if not _is_same(artifacts.get(name), record.outputs.get(name)):
+        outputs = {
+            name: FileHash(each.size, each.sha256) for name, each in manifest.artifacts.items() if each.stage == stage
+        }
+        for name in sorted({*outputs, *record.outputs}):
+            if outputs.get(name) != record.outputs.get(name):
                 yield Difference(DifferenceKind.RECORD, file, name)
-
-
-def _is_same(artifact: Artifact | None, output: FileHash | None) -> bool:
-    if artifact is None or output is None:
-        return False
-    return (artifact.size, artifact.sha256) == (output.size, output.sha256)
 
 
 def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[Difference]:

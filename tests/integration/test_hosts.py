@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -17,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.hosts import Host, skip_reason, two_hosts
+from support.runs import losses
 from support.training import random_chats
 
 from kolotune.engines.job import TrainJob, event_of
 from kolotune.engines.native import training
 from kolotune.planning import network
+from kolotune.run_folder.metrics import read_metrics
 from kolotune.weights.model_shape import AdapterShape, read_shape
 
 pytestmark = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
@@ -51,11 +52,6 @@ def log(job: TrainJob) -> str:
     return (Path(job.metrics).parent / "log").read_text(encoding="utf-8")
 
 
-def losses(job: TrainJob) -> dict[int, float]:
-    lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
 def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
     return dict(load_file(Path(job.adapter) / "adapter_model.safetensors"))
 
@@ -77,14 +73,16 @@ def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], trainin
     training.train(alone)
     jobs = jobs_for(folder, hosts)
     children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
-    _wait_for(lambda: bool(losses(jobs[0])), Path(jobs[0].metrics))
+    _wait_for(lambda: bool(losses(Path(jobs[0].metrics))), Path(jobs[0].metrics))
     connections = hosts[0].run("ss", "-Htn", "state", "established")
     finish(*children, jobs=jobs)
     assert hosts[1].address in connections, "the ranks of the two hosts are connected"
     gradients = 4 * sum(each.numel() for each in adapter(alone).values())
-    assert all(host.sent() > gradients * len(losses(alone)) for host in hosts), "each step sends its gradients"
+    assert all(host.sent() > gradients * len(losses(Path(alone.metrics))) for host in hosts), (
+        "each step sends its gradients"
+    )
     for job in jobs:
-        assert losses(job) == pytest.approx(losses(alone), abs=1e-4)
+        assert losses(Path(job.metrics)) == pytest.approx(losses(Path(alone.metrics)), abs=1e-4)
         assert '"processes": 4' in log(job)
     first, second = map(adapter, jobs)
     assert all(torch.equal(first[name], second[name]) for name in first), "both hosts have the result"
@@ -98,7 +96,7 @@ def test_a_sharded_base_sends_what_the_formula_says(
     children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
     finish(*children, jobs=jobs)
     shape = read_shape(folder.root / "base")
-    steps = len(losses(jobs[0]))
+    steps = len(losses(Path(jobs[0].metrics)))
     base = network.sharded_base_bytes(4 * shape.layer_weight_count, 4, 1)
     gradients = network.gradient_bytes(AdapterShape.of(shape, jobs[0].lora_rank, ["all-linear"]).weight_count, 4)
     expected = steps * (base + gradients)
@@ -116,14 +114,14 @@ def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
     training.train(alone)
     jobs = jobs_for(folder, hosts)
     first, second = (start(host, job) for host, job in zip(hosts, jobs, strict=True))
-    _wait_for(lambda: max(losses(jobs[1]), default=0) >= 3, Path(jobs[1].metrics))
+    _wait_for(lambda: max(losses(Path(jobs[1].metrics)), default=0) >= 3, Path(jobs[1].metrics))
     hosts[1].lose()
     second.wait()
-    assert max(losses(jobs[0])) < len(losses(alone)), "it was lost in the middle"
+    assert max(losses(Path(jobs[0].metrics))) < len(losses(Path(alone.metrics))), "it was lost in the middle"
     second = start(hosts[1], jobs[1])
     finish(first, second, jobs=jobs)
     assert "going on from step" in log(jobs[0])
-    assert losses(jobs[0]) == pytest.approx(losses(alone), abs=1e-4)
+    assert losses(Path(jobs[0].metrics)) == pytest.approx(losses(Path(alone.metrics)), abs=1e-4)
     events = [event for line in log(jobs[0]).splitlines() if (event := event_of(line))]
     steps = [event["step"] for event in events if event["event"] == "step"]
     assert len(steps) - len(set(steps)) <= 1, "checkpoints are one step apart here"
@@ -179,9 +177,8 @@ def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], train
 
 def _times(job: TrainJob) -> list[float]:
     """Return when each step ended."""
-    file = Path(job.metrics)
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [line["time"] for line in lines if "loss" in line]
+    lines = read_metrics(Path(job.metrics), skip_damaged=True) if Path(job.metrics).is_file() else []
+    return [line.time for line in lines if line.loss is not None and line.time is not None]
 
 
 def _wait_for(condition: Callable[[], bool], file: Path) -> None:

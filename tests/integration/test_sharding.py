@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.runs import losses
 from support.training import TrainingFolder, random_chats, write_tokens
 
 from kolotune.engines.job import TrainJob
@@ -74,8 +74,5 @@ def test_each_process_holds_little_more_than_half_of_a_1b(llama3_1b_base: Path, 
     planned = planned_bytes(jobs[1]) - idle
     print(f"the plan's formula says {planned / 1e6:.0f} MB")
     assert planned == pytest.approx(max(sharded), rel=0.25)
-    curves = []
-    for job in jobs:
-        lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
-        curves.append([line["loss"] for line in lines if "loss" in line])
+    curves = [losses(Path(job.metrics)) for job in jobs]
     assert curves[0] == pytest.approx(curves[1], rel=0.01), "bf16, computed in two ways"
