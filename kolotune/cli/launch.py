@@ -40,13 +40,13 @@ def launch(
     say = reporter(json)
     place = taken(flags)
     launcher = place.launcher()
-    wanted = resolved("launch", flags, data, config, machines=len(place.hosts))
-    place = place.with_token_of(wanted, say)
+    options = resolved("launch", flags, data, config, machines=len(place.hosts))
+    place = place.with_token_of(options, say)
     if not in_place:
-        hints.require_files((*wanted.train_data, *wanted.eval_data))
-    spec = place.job_spec(wanted, name or name_for(wanted.output_dir), in_place=in_place)
+        hints.require_files((*options.train_data, *options.eval_data))
+    spec = place.job_spec(options, name or name_for(options.output_dir), in_place=in_place)
     if not place.submit:
-        show(wanted, say)
+        show(options, say)
         show_plan(launcher.plan(spec), say)
         return 0
     return submit(launcher, spec, say, detach=detach)

@@ -4,7 +4,7 @@ A worker is this module, started by `local`. It reads the function and then one 
 standard input, and answers on its standard output. It exits at the end of its input, so a killed parent leaves none.
 
 `concurrent.futures.ProcessPoolExecutor` does not do this. Its workers survive a killed parent, because they hold both
-ends of their queue. A broken pool does not tell which exit code a worker had, which is how `limits` reports a chat
+ends of their queue. A broken pool does not report the exit code of a worker, by which `limits` recognizes a chat
 template that ran too long. And before Python 3.14, `map` consumes all tasks at once.
 """
 
