@@ -9,16 +9,15 @@ import shutil
 import socket
 import subprocess
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.docker_engine import Client, require_error
+from support.waiting import free_port, wait_until
 
 pytestmark = pytest.mark.container
-_START_SECONDS = 30.0
 
 
 @pytest.fixture
@@ -27,19 +26,14 @@ def registry(tmp_path: Path) -> Iterator[str]:
     if shutil.which("docker-registry") is None:
         needed = os.environ.get("KOLOTUNE_NEEDS_DOCKER") == "1"
         (pytest.fail if needed else pytest.skip)("needs docker-registry: apt-get install docker-registry")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     config = tmp_path / "registry.yml"
     storage = f"storage:\n  filesystem:\n    rootdirectory: {tmp_path}/registry\n"
     config.write_text(f"version: 0.1\n{storage}http:\n  addr: 127.0.0.1:{port}\n")
     child = subprocess.Popen(
         ["docker-registry", "serve", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + _START_SECONDS
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "the registry did not start", 30)
     yield f"127.0.0.1:{port}"
     child.kill()
     child.wait()

@@ -71,7 +71,7 @@ def main() -> int:
 
 
 @contextmanager
-def _room() -> Iterator[Workspace]:
+def _workspace() -> Iterator[Workspace]:
     """Make a workspace, in memory if possible: a killed process loses nothing that it has handed to the system."""
     memory = Path("/dev/shm")
     with _folder(memory if memory.is_dir() else None) as root:
@@ -101,7 +101,7 @@ def _kills(file: Path, count: int) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         print(f"{now} {tally.kills} kills, {tally.runs} runs finished", flush=True)
 
-    with _room() as workspace:
+    with _workspace() as workspace:
         campaign(workspace, tally, count, keep)
 
 
@@ -123,9 +123,9 @@ def _container(file: Path, count: int) -> None:
 
 def _calls(file: Path, names: list[str], every: int) -> None:
     results = figures.read(file)
-    with _room() as workspace:
+    with _workspace() as workspace:
         for name in names:
-            points, killed = stages.at_every_call(workspace, name, every)
+            points, killed = stages.kill_at_each_call(workspace, name, every)
             results[name] = {"points": points, "killed": killed, "every": every}
             figures.write(file, results)
             print(f"{name}: {points} calls, killed at {killed}", flush=True)

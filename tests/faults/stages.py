@@ -99,11 +99,11 @@ def _undo(run: RunFolder, name: str) -> None:
 
 
 def _wait_to_be_traced(reports: bool) -> None:
-    from kolotune.stages import train
+    from kolotune.runners import memory_kills
 
     _without_report(reports)
     # Here a killed engine does not mean that memory ran out.
-    train._KILLED = ()  # type: ignore[assignment]
+    memory_kills._KILLED = ()  # type: ignore[assignment]
     while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
         time.sleep(0.002)
 

@@ -8,12 +8,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .hosts import Host
+from .waiting import free_port, wait_until
 
 
 def skip_reason() -> str:
@@ -73,7 +73,7 @@ def _running(folder: Path, hosts: Sequence[Host]) -> Iterator[Cluster]:
             "munged", "--force", "--foreground", f"--socket={folder}/run/munge", f"--key-file={folder}/munge.key",
             f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed",
         ])  # fmt: skip
-        _wait(lambda: (folder / "run" / "munge").exists())
+        wait_until((folder / "run" / "munge").exists, "munge did not start")
         start("slurmctld", [*first, "slurmctld", "-D", "-f", str(config)])
         for at, name in enumerate(named):
             start(
@@ -81,15 +81,22 @@ def _running(folder: Path, hosts: Sequence[Host]) -> Iterator[Cluster]:
                 [*(_inside(hosts[at]) if hosts else ()), "slurmd", "-D", "-N", name, "-f", str(config)],
             )
         cluster = Cluster(folder, {"SLURM_CONF": str(config)}, first)
-        _wait(lambda: cluster.run("sinfo", "--noheader", "--format=%D", "--states=idle").split() == [str(len(named))])
+        wait_until(lambda: _idle(cluster) == len(named), "Slurm did not start")
         try:
             yield cluster
         finally:
             cluster.run("scancel", "--user=root")
 
 
+def _idle(cluster: Cluster) -> int:
+    """Return the number of idle machines; 0 while Slurm does not answer."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        return sum(map(int, cluster.run("sinfo", "--noheader", "--format=%D", "--states=idle").split()))
+    return 0
+
+
 def _settings(folder: Path, named: Sequence[str]) -> str:
-    ports = [_free_port(), _free_port()] if len(named) == 1 else [16817, 16818]
+    ports = [free_port(), free_port()] if len(named) == 1 else [16817, 16818]
     lines = [
         "ClusterName=tests", f"SlurmctldHost={socket.gethostname()}({named[0]})", "SlurmUser=root", "SlurmdUser=root",
         "AuthType=auth/munge", f"AuthInfo=socket={folder}/run/munge", "CredType=cred/munge",
@@ -125,19 +132,3 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            if condition():
-                return
-        assert time.monotonic() < deadline, "Slurm did not start"
-        time.sleep(0.2)

@@ -6,14 +6,14 @@ import contextlib
 import getpass
 import os
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import kolotune
+
+from .waiting import free_port, wait_until
 
 _SOURCE = Path(kolotune.__file__).parents[1]
 ALIAS = "the-same"
@@ -61,7 +61,7 @@ def ssh_server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str
         if not (folder / name).exists():
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copyfile(folder / "user_key.pub", folder / "authorized")
-    port = _free_port() if not inside else 2222
+    port = free_port() if not inside else 2222
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its privileges
     variables = {"PYTHONPATH": str(_SOURCE), **{name: os.environ[name] for name in _KEPT if name in os.environ}}
@@ -84,24 +84,14 @@ def ssh_server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str
     with (folder / f"log_{address}").open("ab") as log:
         server = subprocess.Popen([*inside, "/usr/sbin/sshd", "-D", "-e", "-f", settings], stderr=log, stdout=log)
     try:
-        _wait(address, port, server, inside)
+        wait_until(lambda: server.poll() is not None or _answers(address, port, inside), "sshd did not start")
+        assert server.poll() is None, "sshd has ended"
         yield Server(folder / "config", address, server.pid)
     finally:
         server.terminate()
         server.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(address: str, port: int, server: subprocess.Popen[bytes], inside: Sequence[str]) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        assert server.poll() is None and time.monotonic() < deadline, "sshd did not start"
-        scan = subprocess.run([*inside, "ssh-keyscan", "-p", str(port), "-t", "ed25519", address], capture_output=True)
-        if scan.stdout.strip():
-            return
-        time.sleep(0.1)
+def _answers(address: str, port: int, inside: Sequence[str]) -> bool:
+    argv = [*inside, "ssh-keyscan", "-p", str(port), "-t", "ed25519", address]
+    return bool(subprocess.run(argv, capture_output=True).stdout.strip())

@@ -8,24 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.jobs import Notebook
 
-from kolotune.foundation.reporter import PlainReporter
 from kolotune.launching.job_output import JobOutput
 from kolotune.runners.container.path_map import PathMap
-
-
-class Notebook(PlainReporter):
-    """Keeps the lines that are shown."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def _line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def failure(self, cause: str, hint: str, exit_code: int = 1) -> None:
-        self.lines.append(f"{exit_code} {cause}")
-
 
 EVENTS = [
     {"event": "doing", "text": "reading /far/chäts.jsonl"},

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from support.jobs import Notebook, job_spec
 from support.kubernetes_api import Cluster, kubernetes_api, skip_reason
 
-from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, LaunchError, RunFolderError
 from kolotune.launching import kubernetes, kubernetes_manifests
 from kolotune.launching.job_output import SilentReporter
 from kolotune.launching.kubernetes import Kubernetes
-from kolotune.launching.launcher import LATER, JobSpec, LaunchedJob, LaunchPlan
+from kolotune.launching.launcher import LaunchedJob, LaunchPlan
 
 DOCKERFILE = Path(kubernetes.__file__).parents[1] / "runners" / "container" / "image" / "Dockerfile"
 VERSIONS = ["1.27", "1.30", "1.33"]
 CLUSTER = {"image": "registry.example/kolotune:1", "claim": "runs"}
-
-
-def spec(folder: Path, machines: int = 1, **more: Any) -> JobSpec:
-    (folder / "chats.jsonl").write_text("{}\n")
-    options = {"train_data": "chats.jsonl", "nnodes": machines, "rdzv": LATER, "output_dir": folder / "out"}
-    return JobSpec(configs.resolve((options, "test", folder)), "job-1", 2.5, **more)
 
 
 def files(plan: LaunchPlan) -> dict[str, list[Any]]:
@@ -39,7 +33,7 @@ def files(plan: LaunchPlan) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("machines", [1, 3])
 def test_manifests_are_valid(version: str, machines: int, tmp_path: Path) -> None:
     plan = Kubernetes(**CLUSTER, token_secret="hub/token").plan(
-        spec(tmp_path, machines, gpus=4, cpus=8, memory_gb=1.5, token_file="/runs/token")
+        job_spec(tmp_path, machines, gpus=4, cpus=8, memory_gb=1.5, token_file="/runs/token")
     )
     manifests = [*files(plan)["job-1.yaml"], *files(plan)["job-1-files.yaml"]]
     kinds = [manifest["kind"] for manifest in manifests]
@@ -49,14 +43,14 @@ def test_manifests_are_valid(version: str, machines: int, tmp_path: Path) -> Non
 
 
 def test_the_schemas_refuse_an_unknown_field(tmp_path: Path) -> None:
-    job = files(Kubernetes(**CLUSTER).plan(spec(tmp_path)))["job-1.yaml"][0]
+    job = files(Kubernetes(**CLUSTER).plan(job_spec(tmp_path)))["job-1.yaml"][0]
     job["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, VERSIONS[0], strict=True)
 
 
 def test_pods_meet_at_the_first_one_and_know_their_numbers(tmp_path: Path) -> None:
-    service, job = files(Kubernetes(**CLUSTER).plan(spec(tmp_path, 3)))["job-1.yaml"]
+    service, job = files(Kubernetes(**CLUSTER).plan(job_spec(tmp_path, 3)))["job-1.yaml"]
     fields, pod = job["spec"], job["spec"]["template"]["spec"]
     assert (fields["completionMode"], fields["completions"], fields["parallelism"]) == ("Indexed", 3, 3)
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": "job-1"}
@@ -65,7 +59,7 @@ def test_pods_meet_at_the_first_one_and_know_their_numbers(tmp_path: Path) -> No
     assert "--rdzv=job-1-0.job-1:29500" in arguments and "--number=$(KOLOTUNE_MACHINE)" in arguments
     paths = {entry["name"]: entry["valueFrom"]["fieldRef"]["fieldPath"] for entry in pod["containers"][0]["env"]}
     assert paths["KOLOTUNE_MACHINE"].endswith("job-completion-index']")
-    assert fields["activeDeadlineSeconds"] == 9000
+    assert fields["activeDeadlineSeconds"] == 5400
 
 
 def test_the_script_is_that_of_the_image() -> None:
@@ -74,12 +68,12 @@ def test_the_script_is_that_of_the_image() -> None:
 
 def test_a_manifest_never_contains_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_Planted")
-    plan = Kubernetes(**CLUSTER, token_secret="hub/token").plan(spec(tmp_path))
+    plan = Kubernetes(**CLUSTER, token_secret="hub/token").plan(job_spec(tmp_path))
     assert "hf_Planted" not in str(plan)
     env = files(plan)["job-1.yaml"][0]["spec"]["template"]["spec"]["containers"][0]["env"]
     assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}} in env
     with pytest.raises(ConfigError) as raised:
-        Kubernetes(**CLUSTER, token_secret="hf_TheTokenItself").plan(spec(tmp_path))
+        Kubernetes(**CLUSTER, token_secret="hf_TheTokenItself").plan(job_spec(tmp_path))
     assert "hf_TheTokenItself" not in str(raised.value)
 
 
@@ -96,11 +90,11 @@ def test_a_manifest_never_contains_the_token(tmp_path: Path, monkeypatch: pytest
 )
 def test_invalid_names(wrong: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        Kubernetes(**{**CLUSTER, **wrong}).plan(spec(tmp_path))
+        Kubernetes(**{**CLUSTER, **wrong}).plan(job_spec(tmp_path))
 
 
 def test_files_are_sent_through_a_pod_before_the_job_starts(tmp_path: Path) -> None:
-    plan = Kubernetes(**CLUSTER, context="it's mine", namespace="ml").plan(spec(tmp_path))
+    plan = Kubernetes(**CLUSTER, context="it's mine", namespace="ml").plan(job_spec(tmp_path))
     commands = [shlex.split(step.partition(" < ")[0]) for step in plan.steps if step.startswith("kubectl")]
     assert all(command[1:3] == ["--context=it's mine", "--namespace=ml"] for command in commands)
     verbs = [command[3] for command in commands]
@@ -113,28 +107,13 @@ def test_files_are_sent_through_a_pod_before_the_job_starts(tmp_path: Path) -> N
 def test_kubectl_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no kubectl"):
-        Kubernetes(**CLUSTER).submit(spec(tmp_path), SilentReporter())
+        Kubernetes(**CLUSTER).submit(job_spec(tmp_path), SilentReporter())
 
 
 def test_exit_codes_that_are_not_retried() -> None:
     codes = kubernetes_manifests.final_codes()
     assert 2 in codes and 3 in codes and 28 in codes
     assert not {9, 7, 130, 137} & set(codes)
-
-
-class Notebook(SilentReporter):
-    """Keeps the lines that are shown, and calls a function with each."""
-
-    def __init__(self, at: Callable[[str], None] = lambda text: None) -> None:
-        self.lines: list[str] = []
-        self._at = at
-
-    def _line(self, text: str) -> None:
-        self.lines.append(text.strip())
-        self._at(text)
-
-    def failure(self, cause: str, hint: str, exit_code: int = 1) -> None:
-        self._line(f"{exit_code} {cause}")
 
 
 @pytest.fixture
@@ -226,7 +205,7 @@ def test_a_job_that_ended_without_output(cluster: Cluster, condition: str, messa
 def test_one_job_at_a_time_and_it_can_be_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     cluster.job("job-1")
     with pytest.raises(RunFolderError, match="job-1"):
-        Kubernetes(**CLUSTER).submit(spec(tmp_path), SilentReporter())
+        Kubernetes(**CLUSTER).submit(job_spec(tmp_path), SilentReporter())
     assert not cluster.deleted
     Kubernetes(**CLUSTER).cancel(LAUNCHED, SilentReporter())
     assert cluster.deleted == ["jobs/job-1"]

@@ -16,24 +16,18 @@ import pytest
 import submitit
 from support import hosts
 from support import slurm_cluster as cluster_support
+from support.jobs import job_spec
 from support.runs import losses
 from support.slurm_cluster import slurm_cluster
 
-from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, LaunchError
 from kolotune.launching.job_output import SilentReporter
-from kolotune.launching.launcher import LATER, JobSpec, LaunchedJob
+from kolotune.launching.launcher import JobSpec, LaunchedJob
 from kolotune.launching.slurm import Slurm, SlurmTask, _task, _without_secrets
 from kolotune.run_folder.layout import RunFolder
 
 Call = Callable[..., tuple[int, str]]
 WHY_NOT = cluster_support.skip_reason() or hosts.skip_reason()
-
-
-def spec(folder: Path, machines: int = 1, name: str = "job-1", **more: Any) -> JobSpec:
-    (folder / "chats.jsonl").write_text("{}\n")
-    options = {"train_data": "chats.jsonl", "nnodes": machines, "rdzv": LATER, "output_dir": folder / "out"}
-    return JobSpec(configs.resolve((options, "test", folder)), name, 1.5, **more)
 
 
 def script(slurm: Slurm, job: JobSpec) -> str:
@@ -49,14 +43,14 @@ def flags(text: str) -> dict[str, str]:
 
 def test_the_script_requests_the_resources(tmp_path: Path) -> None:
     slurm = Slurm(partition="gpu", account="lab", qos="high", more=("constraint=a100",))
-    options = flags(script(slurm, spec(tmp_path, 4, gpus=8, cpus=16, memory_gb=1.5)))
+    options = flags(script(slurm, job_spec(tmp_path, 4, gpus=8, cpus=16, memory_gb=1.5)))
     expected = {
         "job-name": "job-1", "nodes": "4", "ntasks-per-node": "1", "time": "90", "gpus-per-node": "8",
         "cpus-per-task": "16", "mem": "1536MB", "partition": "gpu", "account": "lab", "qos": "high",
         "constraint": "a100",
     }  # fmt: skip
     assert expected.items() <= options.items()
-    assert "gpus-per-node" not in flags(script(Slurm(), spec(tmp_path)))
+    assert "gpus-per-node" not in flags(script(Slurm(), job_spec(tmp_path)))
 
 
 def test_the_planned_script_is_the_submitted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +59,7 @@ def test_the_planned_script_is_the_submitted_one(tmp_path: Path, monkeypatch: py
         (tmp_path / "bin" / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    job = spec(tmp_path, 2, gpus=1)
+    job = job_spec(tmp_path, 2, gpus=1)
     launched = Slurm().submit(job, SilentReporter())
     assert (launched.job, launched.machines) == ("7", 2)
     folder = RunFolder(job.config.output_dir).launching
@@ -76,7 +70,7 @@ def test_the_planned_script_is_the_submitted_one(tmp_path: Path, monkeypatch: py
 def test_a_folder_with_a_space_and_quotes_is_one_word(tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s a "$(touch owned)" folder'
     folder.mkdir()
-    text = script(Slurm(), spec(folder))
+    text = script(Slurm(), job_spec(folder))
     command = next(line for line in text.splitlines() if line.startswith("srun "))
     assert shlex.split(command)[-1] == str(folder / "out/.kolotune/launching")
     assert flags(text)["output"].startswith(str(folder))
@@ -95,14 +89,14 @@ def test_a_folder_with_a_space_and_quotes_is_one_word(tmp_path: Path) -> None:
 )
 def test_words_that_sbatch_would_misread(slurm: Slurm, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        slurm.plan(spec(tmp_path))
+        slurm.plan(job_spec(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a%jb", "a\nb"])
 def test_folders_that_slurm_would_misread(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match="output-dir"):
-        Slurm().plan(spec(tmp_path / name))
+        Slurm().plan(job_spec(tmp_path / name))
 
 
 def test_secrets_are_exported_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +113,7 @@ def test_secrets_are_exported_only_on_request(monkeypatch: pytest.MonkeyPatch) -
 def test_slurm_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no sbatch"):
-        Slurm().submit(spec(tmp_path), SilentReporter())
+        Slurm().submit(job_spec(tmp_path), SilentReporter())
 
 
 def test_a_job_that_ended_without_output_is_an_error(tmp_path: Path) -> None:
@@ -221,5 +215,5 @@ def test_the_hint_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch: p
     from kolotune.foundation.errors import ToolchainError
 
     with pytest.raises(ToolchainError) as raised:
-        Slurm().plan(spec(tmp_path))
+        Slurm().plan(job_spec(tmp_path))
     assert "kolotune[cluster]" in raised.value.hint

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import yaml
 from support import hosts
+from support.jobs import job_spec
 from support.runs import losses
 from support.ssh_server import ALIAS, Server, skip_reason, ssh_server
 
-from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, DataError, LaunchError
 from kolotune.launching import remote, ssh
 from kolotune.launching.job_output import SilentReporter
-from kolotune.launching.launcher import LATER, JobSpec, LaunchedJob
+from kolotune.launching.launcher import JobSpec, LaunchedJob
 from kolotune.launching.ssh import Ssh
 from kolotune.run_folder.layout import RunFolder
 
@@ -83,10 +83,8 @@ def test_a_remote_failure_is_shown_with_local_paths(kolotune: Call, line: list[A
 @pytest.fixture
 def waiting(server: Server, tmp_path: Path) -> Iterator[tuple[Ssh, JobSpec]]:
     """A job of two machines that never ends: it waits for a machine that does not exist."""
-    (tmp_path / "chats.jsonl").write_text("{}\n")
-    options = {"train_data": "chats.jsonl", "nnodes": 2, "rdzv": "nobody.invalid:1", "output_dir": "out"}
     launcher = Ssh((server.name, ALIAS), str(tmp_path / "far"), sys.executable, str(server.config))
-    spec = JobSpec(configs.resolve((options, "test", tmp_path)), "job-1", 1)
+    spec = job_spec(tmp_path, 2, "nobody.invalid:1")
     launched = launcher.submit(spec, SilentReporter())
     launched.write(RunFolder(spec.config.output_dir))
     yield launcher, spec
@@ -130,7 +128,8 @@ def connected(server: Server, count: int, lost: set[int]) -> set[int]:
 
 @needs_sshd
 def test_a_failing_machine_stops_the_others(server: Server, tmp_path: Path, write_chats: Any) -> None:
-    launcher, spec = two_machines(server, tmp_path, write_chats(6))
+    write_chats(6)
+    launcher, spec = two_machines(server, tmp_path)
     in_the_way = RunFolder(tmp_path / "far" / "job-1").machines
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("")
@@ -142,19 +141,17 @@ def test_a_failing_machine_stops_the_others(server: Server, tmp_path: Path, writ
 
 @needs_sshd
 def test_a_failure_of_the_first_machine_stops_the_others(server: Server, tmp_path: Path) -> None:
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("{}\n")  # only the first reads them: the second waits for it
-    launcher, spec = two_machines(server, tmp_path, chats)
+    # Only the first machine reads the chats, which are bad: the second one waits for it.
+    launcher, spec = two_machines(server, tmp_path)
     launched = launcher.submit(spec, SilentReporter())
     assert launcher.follow(launched, SilentReporter()) == DataError.exit_code
     assert ended(tmp_path) == ["0.end", "1.end"], "the job was stopped on both"
 
 
-def two_machines(server: Server, folder: Path, chats: Path) -> tuple[Ssh, JobSpec]:
+def two_machines(server: Server, folder: Path) -> tuple[Ssh, JobSpec]:
     """Return a job of two machines, which are one with two names; their meeting point does not answer."""
-    options = {"train_data": chats.name, "nnodes": 2, "rdzv": "127.0.0.1:1", "output_dir": "out"}
     launcher = Ssh((server.name, ALIAS), str(folder / "far"), sys.executable, str(server.config))
-    return launcher, JobSpec(configs.resolve((options, "test", folder)), "job-1", 1)
+    return launcher, job_spec(folder, 2, "127.0.0.1:1")
 
 
 def ended(folder: Path) -> list[str]:
@@ -166,7 +163,7 @@ def test_another_version_is_refused(server: Server, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(remote, "VERSION", "0.0.1")
     launcher = Ssh((server.name,), str(tmp_path / "far"), sys.executable, str(server.config))
     with pytest.raises(LaunchError, match=r"0\.0\.1"):
-        launcher.submit(spec_of(tmp_path), SilentReporter())
+        launcher.submit(job_spec(tmp_path), SilentReporter())
 
 
 @needs_sshd
@@ -181,13 +178,7 @@ def test_another_version_is_refused(server: Server, tmp_path: Path, monkeypatch:
 def test_unusable_machines(change: dict[str, Any], message: str, server: Server, tmp_path: Path) -> None:
     fields = {"hosts": (server.name,), "folder": str(tmp_path / "far"), "python": sys.executable, **change}
     with pytest.raises(LaunchError, match=message):
-        Ssh(**fields, ssh_config=str(server.config)).submit(spec_of(tmp_path), SilentReporter())
-
-
-def spec_of(folder: Path, machines: int = 1) -> JobSpec:
-    (folder / "chats.jsonl").write_text("{}\n")
-    options = {"train_data": "chats.jsonl", "nnodes": machines, "rdzv": LATER, "output_dir": "out"}
-    return JobSpec(configs.resolve((options, "test", folder)), "job-1", 1)
+        Ssh(**fields, ssh_config=str(server.config)).submit(job_spec(tmp_path), SilentReporter())
 
 
 @pytest.mark.parametrize(
@@ -208,12 +199,12 @@ def spec_of(folder: Path, machines: int = 1) -> JobSpec:
 )
 def test_names_that_ssh_or_a_shell_would_misread(launcher: Ssh, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        launcher.plan(spec_of(tmp_path))
+        launcher.plan(job_spec(tmp_path))
 
 
 def test_a_plan_contacts_nobody_and_shows_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # there is no ssh
-    plan = Ssh(("me@a", "b")).plan(spec_of(tmp_path, 2))
+    plan = Ssh(("me@a", "b")).plan(job_spec(tmp_path, 2))
     text = "\n".join(plan.steps)
     assert "(me@a:) python3 -P -m kolotune run" in text and "(b:) python3 -P -m kolotune train" in text
     assert text.count("--rdzv=a:29500") == 2 and "a tar of chats.jsonl" in text
