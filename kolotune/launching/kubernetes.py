@@ -29,7 +29,8 @@ from .job_output import JobOutput, SilentReporter
 from .kubectl import JobState, JobStatus, Kubectl, Pod, newest_pod
 from .kubernetes_manifests import GPUS, Manifests
 from .launcher import LATER, MEETING_PORT, JobSpec, LaunchedJob, LaunchPlan
-from .node import About, NodeTask
+from .node import About
+from .node_task import NodeTask
 from .remote import DryRun, Execute, SentConfig, connect, execute, send_inputs
 
 T = TypeVar("T")
@@ -130,8 +131,8 @@ class Kubernetes:
         Raises:
             LaunchError: the failure was not in the first machine's run.
         """
-        if output.code not in (None, Interrupted.exit_code):
-            return int(output.code or 0)
+        if output.code is not None and output.code != Interrupted.exit_code:
+            return output.code
         for number in range(1, job.machines):
             pod = newest_pod(pods, number)
             if pod and pod.has_log:

@@ -14,7 +14,8 @@ from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners.container import names
 
 from .launcher import MEETING_PORT, JobSpec
-from .node import MODULE, NodeTask
+from .node import MODULE
+from .node_task import NodeTask
 
 GPUS = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"

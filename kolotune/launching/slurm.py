@@ -32,7 +32,7 @@ from kolotune.runners.container.path_map import PathMap
 from .job_names import require_word
 from .job_output import JobOutput, last_line
 from .launcher import JobSpec, LaunchedJob, LaunchPlan
-from .node import NodeTask, run_task
+from .node_task import NodeTask, run_task
 
 HERE, CLUSTER = "local", "slurm"
 _CONFIG = "kolotune.yaml"

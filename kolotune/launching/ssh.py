@@ -30,7 +30,8 @@ from kolotune.version import VERSION
 from .job_names import require_word
 from .job_output import JobOutput, SilentReporter
 from .launcher import LATER, MEETING_PORT, JobSpec, LaunchedJob, LaunchPlan
-from .node import MODULE, About, NodeTask
+from .node import MODULE, About
+from .node_task import NodeTask
 from .remote import DryRun, Execute, RemoteFolder, SentConfig, connect, execute, send_inputs
 
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")

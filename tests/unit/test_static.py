@@ -156,6 +156,7 @@ PRINTING = (
     "kolotune/engines/torchtune/environment.py",
     "kolotune/engines/torchtune/inside/kolotune_recipe/events.py",
     "kolotune/launching/node.py",
+    "kolotune/launching/node_task.py",
     "kolotune/llamacpp/log.py",
     "kolotune/runners/container/inside.py",
     "kolotune/runners/container/verb.py",

@@ -15,7 +15,8 @@ import pytest
 
 import kolotune
 from kolotune.foundation.errors import RunFolderError
-from kolotune.launching.node import MODULE, NodeTask, _run_verb, _was_started
+from kolotune.launching.node import MODULE
+from kolotune.launching.node_task import NodeTask, _run_verb, _was_started
 from kolotune.run_folder.layout import RunFolder
 from kolotune.version import VERSION
 
