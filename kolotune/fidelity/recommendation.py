@@ -12,7 +12,7 @@ from .comparison import QuantizationFigures
 _LOSS_LOST, _LOSS_UNNOTICED = 0.05, 0.01
 
 
-class Reason(Enum):
+class RecommendationReason(Enum):
     """Why a quantization is recommended."""
 
     SMALLEST_GOOD = "smallest good"
@@ -24,7 +24,7 @@ class Recommendation:
     """A recommended quantization, and the loss of the tuned model it was judged by."""
 
     quantization: QuantizationFigures
-    reason: Reason
+    reason: RecommendationReason
     tuned_loss: float
 
 
@@ -38,15 +38,15 @@ def recommend(
     good = [figures for figures in quantizations if figures.loss <= allowed]
     if good:
         smallest = min(good, key=lambda figures: figures.size_bytes)
-        return Recommendation(smallest, Reason.SMALLEST_GOOD, tuned_loss)
+        return Recommendation(smallest, RecommendationReason.SMALLEST_GOOD, tuned_loss)
     best = min(quantizations, key=lambda figures: figures.loss)
-    return Recommendation(best, Reason.SMALLEST_LOSS, tuned_loss)
+    return Recommendation(best, RecommendationReason.SMALLEST_LOSS, tuned_loss)
 
 
 def describe_recommendation(recommendation: Recommendation) -> str:
     """Return why a quantization is recommended, and how to make it where it is not kept."""
     figures = recommendation.quantization
-    if recommendation.reason is Reason.SMALLEST_GOOD:
+    if recommendation.reason is RecommendationReason.SMALLEST_GOOD:
         sentence = (
             f"the smallest whose loss ({figures.loss:.4f}) is close to that of the tuned model "
             f"({recommendation.tuned_loss:.4f})"

@@ -30,7 +30,7 @@ from .choices import choose, write_choices
 from .lock import locked
 from .preflight import check_stages, check_training
 from .reason_text import format_cleaned, format_reason
-from .selection import Selection, cleaned_outputs, select_stages
+from .selection import StageSelection, cleaned_outputs, select_stages
 from .stages import STAGE_NAMES, STAGES, stages_of
 
 
@@ -77,7 +77,7 @@ def run_pipeline(
     return folder
 
 
-def _run_selected(selection: Selection, is_settled: bool, context: Context, reporter: Reporter) -> None:
+def _run_selected(selection: StageSelection, is_settled: bool, context: Context, reporter: Reporter) -> None:
     """Run the stages in order.
 
     Args:

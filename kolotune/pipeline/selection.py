@@ -14,7 +14,7 @@ from .stages import STAGES, skipped_stages
 
 
 @dataclass(frozen=True)
-class Selection:
+class StageSelection:
     """The stages of a run.
 
     Attributes:
@@ -36,7 +36,7 @@ class Selection:
         return []
 
 
-def select_stages(names: Iterable[str], context: Context, restore: Sequence[str] = ()) -> Selection:
+def select_stages(names: Iterable[str], context: Context, restore: Sequence[str] = ()) -> StageSelection:
     """Select the stages of a run.
 
     Args:
@@ -51,7 +51,7 @@ def select_stages(names: Iterable[str], context: Context, restore: Sequence[str]
     restored = _stages_to_restore(requested, reasons, context, restore)
     reasons |= {stage.NAME: find_reasons(stage, context) for stage in restored if stage.NAME not in reasons}
     stages = [stage for stage in STAGES if stage in requested or stage in restored]
-    return Selection(stages, reasons, restored)
+    return StageSelection(stages, reasons, restored)
 
 
 def cleaned_outputs(stage: Stage, context: Context) -> list[str]:

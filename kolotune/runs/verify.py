@@ -41,7 +41,7 @@ class DifferenceKind(Enum):
 
 
 @dataclass(frozen=True)
-class Difference:
+class ManifestDifference:
     """One difference between a run folder and its manifest.
 
     Attributes:
@@ -69,7 +69,7 @@ class Findings:
         files, bytes: number and size of the files of the run that were read.
     """
 
-    differences: list[Difference]
+    differences: list[ManifestDifference]
     unchecked: list[str]
     files: int
     bytes: int
@@ -104,69 +104,75 @@ def verify(folder: RunFolder) -> Findings:
     return Findings(differences + of_sources, unchecked, len(sizes), sum(sizes))
 
 
-def compare_artifacts(manifest: Manifest, folder: RunFolder, names: Iterable[str], hasher: Hasher) -> list[Difference]:
+def compare_artifacts(
+    manifest: Manifest, folder: RunFolder, names: Iterable[str], hasher: Hasher
+) -> list[ManifestDifference]:
     """Compare the results `names` with the manifest; every byte of them is read."""
-    differences: list[Difference] = []
+    differences: list[ManifestDifference] = []
     for name in names:
         artifact, path = manifest.artifacts[name], folder.root / name
         of_files = list(_compare_files(name, artifact.files, path, hasher))
         differences += of_files
         if not of_files and hasher.of(path) != artifact.sha256:
-            differences.append(Difference(DifferenceKind.MANIFEST_HASHES, name))
+            differences.append(ManifestDifference(DifferenceKind.MANIFEST_HASHES, name))
     return differences
 
 
-def _compare_notes(manifest: Manifest, context: Context) -> Iterator[Difference]:
+def _compare_notes(manifest: Manifest, context: Context) -> Iterator[ManifestDifference]:
     for name, note in manifest.notes.items():
         yield from _compare_files(name, {"": note}, context.run.root / name, context.hasher)
 
 
-def _compare_files(name: str, expected: dict[str, FileHash], path: Path, hasher: Hasher) -> Iterator[Difference]:
+def _compare_files(
+    name: str, expected: dict[str, FileHash], path: Path, hasher: Hasher
+) -> Iterator[ManifestDifference]:
     if not path.exists():
-        yield Difference(DifferenceKind.MISSING, name)
+        yield ManifestDifference(DifferenceKind.MISSING, name)
         return
     actual = hash_files(path, hasher)
     for part in sorted({*actual, *expected}):
         shown = f"{name}/{part}" if part else name
         was, now = expected.get(part), actual.get(part)
         if was is None:
-            yield Difference(DifferenceKind.UNEXPECTED_FILE, shown)
+            yield ManifestDifference(DifferenceKind.UNEXPECTED_FILE, shown)
         elif now is None:
-            yield Difference(DifferenceKind.MISSING, shown)
+            yield ManifestDifference(DifferenceKind.MISSING, shown)
         elif was.size != now.size:
-            yield Difference(DifferenceKind.SIZE, shown, str(was.size), str(now.size))
+            yield ManifestDifference(DifferenceKind.SIZE, shown, str(was.size), str(now.size))
         elif was.sha256 != now.sha256:
-            yield Difference(DifferenceKind.CONTENT, shown, was.sha256, now.sha256)
+            yield ManifestDifference(DifferenceKind.CONTENT, shown, was.sha256, now.sha256)
 
 
-def _compare_config(manifest: Manifest, folder: RunFolder) -> Iterator[Difference]:
+def _compare_config(manifest: Manifest, folder: RunFolder) -> Iterator[ManifestDifference]:
     """Compare the saved config, except for paths: what they name is compared by hashes."""
     saved = configs.load_file(folder.config)
     for name in sorted({*saved, *manifest.config} - {*PATH_OPTIONS}):
         if saved.get(name) != manifest.config.get(name):
-            yield Difference(DifferenceKind.OPTION, name, repr(manifest.config.get(name)), repr(saved.get(name)))
+            yield ManifestDifference(
+                DifferenceKind.OPTION, name, repr(manifest.config.get(name)), repr(saved.get(name))
+            )
 
 
-def _compare_records(manifest: Manifest, context: Context) -> Iterator[Difference]:
+def _compare_records(manifest: Manifest, context: Context) -> Iterator[ManifestDifference]:
     for stage, expected in manifest.stages.items():
         record = read_record(context.run, stage)
         file = context.run.relative(context.run.record(stage))
         if record is None:
-            yield Difference(DifferenceKind.RECORD_MISSING, file)
+            yield ManifestDifference(DifferenceKind.RECORD_MISSING, file)
             continue
         actual = entry_of(record)
         for field in fields(StageEntry):
             if getattr(actual, field.name) != getattr(expected, field.name):
-                yield Difference(DifferenceKind.RECORD, file, field.name)
+                yield ManifestDifference(DifferenceKind.RECORD, file, field.name)
         outputs = {
             name: FileHash(each.size, each.sha256) for name, each in manifest.artifacts.items() if each.stage == stage
         }
         for name in sorted({*outputs, *record.outputs}):
             if outputs.get(name) != record.outputs.get(name):
-                yield Difference(DifferenceKind.RECORD, file, name)
+                yield ManifestDifference(DifferenceKind.RECORD, file, name)
 
 
-def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[Difference]:
+def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[ManifestDifference]:
     """Check that every stage read what the earlier stages made, according to the manifest."""
     outputs = {context.run.root / name: artifact.sha256 for name, artifact in manifest.artifacts.items()}
     for stage in stages_of(context):
@@ -174,10 +180,10 @@ def _compare_inputs(manifest: Manifest, context: Context) -> Iterator[Difference
             recorded = manifest.stages[stage.NAME].inputs
             for label, path in stage.inputs(context).items():
                 if path in outputs and label in recorded and recorded[label] != outputs[path]:
-                    yield Difference(DifferenceKind.STAGE_INPUT, stage.NAME, label)
+                    yield ManifestDifference(DifferenceKind.STAGE_INPUT, stage.NAME, label)
 
 
-def _compare_sources(manifest: Manifest, context: Context) -> tuple[list[Difference], list[str]]:
+def _compare_sources(manifest: Manifest, context: Context) -> tuple[list[ManifestDifference], list[str]]:
     """Compare data, base and exported model; also return which of them are not on this machine."""
     differences, missing = [], []
     sources = [(Path(file.path), f"the data {file.path}", file.sha256) for file in manifest.data.files]
@@ -188,5 +194,5 @@ def _compare_sources(manifest: Manifest, context: Context) -> tuple[list[Differe
         if not path.exists():
             missing.append(shown)
         elif digest and context.hasher.of(path) != digest:
-            differences.append(Difference(DifferenceKind.SOURCE, shown))
+            differences.append(ManifestDifference(DifferenceKind.SOURCE, shown))
     return differences, missing

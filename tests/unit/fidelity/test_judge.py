@@ -13,7 +13,7 @@ from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.fidelity.judge import judge
 from kolotune.fidelity.likely_cause import Cause, describe_cause
-from kolotune.fidelity.recommendation import Reason, recommend
+from kolotune.fidelity.recommendation import RecommendationReason, recommend
 from kolotune.fidelity.tasks import ComparedChat, Figures, GgufMeasurement, Reference
 
 Q3, Q4, Q8 = (
@@ -25,16 +25,16 @@ Q3, Q4, Q8 = (
 @pytest.mark.parametrize(
     ("quantizations", "base", "name", "reason"),
     [
-        ((Q3, Q4, Q8), 3.0, "Q4", Reason.SMALLEST_GOOD),
-        ((Q3, Q4, Q8), 2.1, "Q8", Reason.SMALLEST_GOOD),
-        ((Q3, Q8), 20.0, "Q3", Reason.SMALLEST_GOOD),
-        ((Q3, dataclasses.replace(Q4, loss=2.4)), 2.2, "Q4", Reason.SMALLEST_LOSS),
+        ((Q3, Q4, Q8), 3.0, "Q4", RecommendationReason.SMALLEST_GOOD),
+        ((Q3, Q4, Q8), 2.1, "Q8", RecommendationReason.SMALLEST_GOOD),
+        ((Q3, Q8), 20.0, "Q3", RecommendationReason.SMALLEST_GOOD),
+        ((Q3, dataclasses.replace(Q4, loss=2.4)), 2.2, "Q4", RecommendationReason.SMALLEST_LOSS),
         ((Q4,), 3.0, "", None),
         ((), 3.0, "", None),
     ],
 )
 def test_loss_against_size(
-    quantizations: tuple[QuantizationFigures, ...], base: float, name: str, reason: Reason | None
+    quantizations: tuple[QuantizationFigures, ...], base: float, name: str, reason: RecommendationReason | None
 ) -> None:
     recommendation = recommend(quantizations, base, 2.0)
     if recommendation is None:

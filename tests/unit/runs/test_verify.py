@@ -21,7 +21,7 @@ from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import read_manifest
 from kolotune.runs import rebuild
-from kolotune.runs.verify import Difference, DifferenceKind, verify
+from kolotune.runs.verify import DifferenceKind, ManifestDifference, verify
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -111,7 +111,7 @@ def test_records_are_compared_with_it(
 ) -> None:
     damaged_record(run_copy, stage, change)
     kind = DifferenceKind.RECORD if part else DifferenceKind.RECORD_MISSING
-    assert Difference(kind, f".kolotune/{stage}.json", part) in verify(run_copy).differences
+    assert ManifestDifference(kind, f".kolotune/{stage}.json", part) in verify(run_copy).differences
 
 
 def test_config_data_base_and_inputs(
@@ -122,7 +122,7 @@ def test_config_data_base_and_inputs(
     assert verify(rewritten).differences == []
     text = rewritten.config.read_text()
     rewritten.config.write_text(text.replace("lora_rank: 2", "lora_rank: 3"))
-    assert Difference(DifferenceKind.OPTION, "lora_rank", "2", "3") in verify(rewritten).differences
+    assert ManifestDifference(DifferenceKind.OPTION, "lora_rank", "2", "3") in verify(rewritten).differences
     rewritten.config.write_text(text)
     flip(tmp_path / "chats.jsonl")
     flip(tmp_path / "base" / "model.safetensors")
@@ -137,7 +137,7 @@ def test_config_data_base_and_inputs(
     values["stages"]["merge"]["inputs"]["the adapter"] = "0" * 64
     rewritten.manifest.write_text(json.dumps(values))
     found = verify(rewritten).differences
-    assert Difference(DifferenceKind.STAGE_INPUT, "merge", "the adapter") in found
+    assert ManifestDifference(DifferenceKind.STAGE_INPUT, "merge", "the adapter") in found
 
 
 def test_rebuild_gives_the_same_bytes(
