@@ -1,8 +1,8 @@
-// Renders Go templates as Ollama does, so that tests can compare with the Jinja template.
+// Render Go templates as Ollama does, so that tests can compare the texts with those of the Jinja template.
 //
-// Reads a JSON list of {"Template", "Chats": [[{"Role", "Content"}]]} and writes, for each, the list of
-// texts. Like Ollama, it merges neighbouring turns of one role, joins all system texts into .System, and
-// keeps the system turns in .Messages.
+// The input is a JSON list of {"Template", "Chats": [[{"Role", "Content"}]]}; the output is a list of texts for
+// each. Like Ollama's collate (template/template.go), it merges neighbouring turns of one role, joins all system
+// texts into .System, and keeps the system turns in .Messages.
 package main
 
 import (

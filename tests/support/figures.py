@@ -1,4 +1,4 @@
-"""Where the programs of `make faults` and `make fuzz` keep what they measured, between calls."""
+"""Figures that `make faults` and `make fuzz` keep between calls."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 
 def folder() -> Path:
-    """In KOLOTUNE_TEST_CACHE or the user's cache; made if it is not there."""
+    """Return the folder in KOLOTUNE_TEST_CACHE or the user's cache; create it if it is missing."""
     root = os.environ.get("KOLOTUNE_TEST_CACHE") or Path("~/.cache/kolotune-tests").expanduser()
-    found = Path(root, "faults")
-    found.mkdir(parents=True, exist_ok=True)
-    return found
+    path = Path(root, "faults")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def read(file: Path) -> dict[str, Any]:
-    """What stands in a file of figures; nothing where there is none."""
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    """Return the figures in a file; none when there is no file."""
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return figures
 
 
 def write(file: Path, figures: dict[str, Any]) -> None:
-    """Keeps figures: the old ones or the new ones, whole."""
+    """Write figures; the file holds the old or the new ones, never parts."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)

@@ -17,7 +17,7 @@ Renderer = Callable[[list[dict[str, Any]]], list[list[str]]]
 
 @pytest.fixture(scope="session")
 def go(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
-    """Renders templates with Go's own text/template."""
+    """A function that renders templates with Go's own text/template."""
     if not shutil.which("go"):
         pytest.skip("needs Go's compiler: `go` is not on PATH")
     program = tmp_path_factory.mktemp("go") / "render"
@@ -25,14 +25,14 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     subprocess.run(["go", "build", "-o", program, source], check=True, env={**os.environ, "GO111MODULE": "off"})
 
     def run(jobs: list[dict[str, Any]]) -> list[list[str]]:
-        done = subprocess.run([program], input=json.dumps(jobs), capture_output=True, encoding="utf-8", check=True)
-        texts: list[list[str]] = json.loads(done.stdout)
+        completed = subprocess.run([program], input=json.dumps(jobs), capture_output=True, encoding="utf-8", check=True)
+        texts: list[list[str]] = json.loads(completed.stdout)
         return texts
 
     return run
 
 
 def job(template: str, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """What the renderer is asked: chats of turns with `role` and `content`."""
+    """Return a job for the renderer; chats are turns with `role` and `content`."""
     go_chats = [[{"Role": turn["role"], "Content": turn["content"]} for turn in turns] for turns in chats]
     return {"Template": template, "Chats": go_chats}

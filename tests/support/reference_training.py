@@ -1,4 +1,4 @@
-"""The judge of what engines compute: PEFT and transformers, in a loop as plain as can be."""
+"""The reference for what engines compute: PEFT and transformers, in the plainest possible loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from kolotune.engines.prepared_tokens import PreparedTokens, epoch_order
 
 
 def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The judge: PEFT's layers, transformers' schedule, a padded batch with an attention mask, all logits."""
+    """Train with PEFT's layers, transformers' schedule, padded batches with an attention mask, and all logits.
+
+    Returns:
+        The loss of each step, and the adapter's weights.
+    """
     base = transformers.AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True).train()
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     size = job.batch_size * job.gradient_accumulation
     steps = -(-len(tokens) // size) * job.epochs
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(steps // 10, 100), steps)
     curve = []
@@ -29,14 +33,16 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
             step = [tokens.chat(index) for index in order[start : start + size]]
             labelled = sum(int((labels[1:] != -100).sum()) for _, labels in step)
             total = 0.0
-            for at in range(0, len(step), job.batch_size):
-                ids, labels = zip(*step[at : at + job.batch_size], strict=True)
-                padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=77)
-                wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-                real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-                logits = model(input_ids=padded, attention_mask=real).logits[:, :-1]
+            for first in range(0, len(step), job.batch_size):
+                ids, labels = zip(*step[first : first + job.batch_size], strict=True)
+                padded_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=77)
+                padded_labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+                attention_mask = torch.nn.utils.rnn.pad_sequence(
+                    [torch.ones_like(chat) for chat in ids], batch_first=True
+                )
+                logits = model(input_ids=padded_ids, attention_mask=attention_mask).logits[:, :-1]
                 summed = torch.nn.functional.cross_entropy(
-                    logits.reshape(-1, logits.shape[-1]), wanted[:, 1:].reshape(-1), reduction="sum"
+                    logits.reshape(-1, logits.shape[-1]), padded_labels[:, 1:].reshape(-1), reduction="sum"
                 )
                 (summed / labelled).backward()
                 total += float(summed.detach()) / labelled
@@ -50,7 +56,7 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
 
 @torch.no_grad()
 def held_out_loss(base: Path, adapter: Path, prepared: Path) -> float:
-    """The mean loss of the held-out chats' labelled tokens, in fp32, one chat at a time."""
+    """Return the mean loss of the held-out chats' trained tokens, in fp32, one chat at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     tokens = PreparedTokens.load(prepared / "held_out.safetensors")

@@ -1,4 +1,4 @@
-"""A run with a tiny model that has learnt something, so that what is lost on the road can be seen."""
+"""A run with a tiny model that has learned something, so that losses on the way to the GGUF are measurable."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _THINGS = ("boat", "house", "lamp", "door", "hat", "cup", "coat", "road")
 
 
 def chats(tuned: bool) -> list[list[dict[str, str]]]:
-    """Short chats, every other one with a system turn; base and tuned model answer otherwise."""
-    made = []
+    """Return short chats, every other one with a system turn; base and tuned model answer differently."""
+    conversations = []
     for number in range(len(_COLOURS) * len(_THINGS)):
         colour, thing = _COLOURS[number % len(_COLOURS)], _THINGS[number // len(_COLOURS)]
         answer = f"Aye, the {thing} is {colour}." if tuned else f"I can see that it is {colour}"
@@ -34,12 +34,12 @@ def chats(tuned: bool) -> list[list[dict[str, str]]]:
             {"role": "user", "content": f"Here is a {colour} {thing}. Which colour?"},
             {"role": "assistant", "content": answer},
         ]
-        made.append([{"role": "system", "content": f"Look at the {thing}."}, *turns] if number % 2 else turns)
-    return made
+        conversations.append([{"role": "system", "content": f"Look at the {thing}."}, *turns] if number % 2 else turns)
+    return conversations
 
 
 def _train_bases(folders: tuple[Path, Path], source: Path) -> None:
-    """A Llama of 2 layers with the tokenizer in `source`, trained as a whole on the base's answers; saved twice."""
+    """Train all weights of a Llama of 2 layers on the base's answers, with the tokenizer in `source`; save it twice."""
     import torch
 
     model = tiny_llama(seed=0, initializer_range=0.12)
@@ -59,7 +59,7 @@ def _train_bases(folders: tuple[Path, Path], source: Path) -> None:
 
 
 def _train_on(model: Any, batch: list[EncodedChat]) -> None:
-    """The gradients of some chats, added to those that the model has."""
+    """Add the gradients of some chats to those of the model."""
     import torch
 
     pad = torch.nn.utils.rnn.pad_sequence
@@ -71,28 +71,28 @@ def _train_on(model: Any, batch: list[EncodedChat]) -> None:
 
 
 @pytest.fixture(scope="session")
-def learnt_bases(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Path]:
-    """A base model, and another of the same shape that learnt a little longer."""
-    room = tmp_path_factory.mktemp("learnt")
-    folders = room / "base", room / "other"
+def learned_bases(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Path]:
+    """A base model, and a different one of the same shape, which was trained for fewer steps."""
+    folder = tmp_path_factory.mktemp("learned")
+    folders = folder / "base", folder / "other"
     _train_bases(folders, tiny_base)
     return folders
 
 
 @pytest.fixture(scope="session")
-def learnt(
-    tmp_path_factory: pytest.TempPathFactory, learnt_bases: tuple[Path, Path], reporter: PlainReporter
+def learned_run(
+    tmp_path_factory: pytest.TempPathFactory, learned_bases: tuple[Path, Path], reporter: PlainReporter
 ) -> Config:
-    """The config of a finished run that was not compared; read its folder only."""
-    room = tmp_path_factory.mktemp("run")
+    """The config of a finished run that was not compared; tests must not change its folder."""
+    folder = tmp_path_factory.mktemp("run")
     lines = [json.dumps({"messages": turns}) + "\n" for turns in chats(True)]
-    (room / "train.jsonl").write_text("".join(lines[6:]), encoding="utf-8")
-    (room / "held_out.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
+    (folder / "train.jsonl").write_text("".join(lines[6:]), encoding="utf-8")
+    (folder / "held_out.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
     options = {
-        "train_data": room / "train.jsonl",
-        "eval_data": room / "held_out.jsonl",
-        "base_model": str(learnt_bases[0]),
-        "output_dir": room / "run",
+        "train_data": folder / "train.jsonl",
+        "eval_data": folder / "held_out.jsonl",
+        "base_model": str(learned_bases[0]),
+        "output_dir": folder / "run",
         "epochs": 6,
         "learning_rate": 1e-2,
         "lora_rank": 4,
@@ -104,6 +104,6 @@ def learnt(
         "compare": False,
         "compare_answers": 2,
     }
-    config = configs.resolve((options, "test", room))
+    config = configs.resolve((options, "test", folder))
     run_pipeline(config, reporter)
     return config

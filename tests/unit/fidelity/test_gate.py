@@ -43,10 +43,10 @@ def measured_here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.fixture
-def run_config(learnt: Config, tmp_path: Path) -> Config:
+def run_config(learned_run: Config, tmp_path: Path) -> Config:
     """A copy of the finished run, to plant faults in."""
-    shutil.copytree(learnt.output_dir, tmp_path / "run")
-    return dataclasses.replace(learnt, output_dir=tmp_path / "run")
+    shutil.copytree(learned_run.output_dir, tmp_path / "run")
+    return dataclasses.replace(learned_run, output_dir=tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)
@@ -83,19 +83,19 @@ def compare_run(config: Config, reporter: PlainReporter) -> Comparison:
 
 
 def assert_fails(
-    failures: list[FirstFailure | None], stage: str, kind: DefectKind | None, cause: Cause | None = None
+    failures: list[FirstFailure | None], stage: str, kind: DefectKind | None, causes: set[Cause] | None = None
 ) -> None:
-    """The last comparison fails first at `stage`, with a defect of that kind and that cause; None: any."""
+    """Check where the last comparison fails first, with a defect of which kind and which cause; None: any."""
     failure = failures[-1]
     assert failure is not None, "the fault was not noticed"
     assert failure.judged.check.stage == stage
     assert kind in (None, failure.judged.defects[0].kind)
-    assert cause in (None, failure.cause)
+    assert causes is None or failure.cause in causes
 
 
 def test_an_intact_run_passes(run_config: Config, reporter: PlainReporter) -> None:
-    found = compare_run(run_config, reporter)
-    assert [(each.name, each.stage) for each in found.checked] == [
+    comparison = compare_run(run_config, reporter)
+    assert [(check.name, check.stage) for check in comparison.checked] == [
         ("prepared chats", "prepare"),
         ("adapter on base", "train"),
         ("merged", "merge"),
@@ -104,32 +104,32 @@ def test_an_intact_run_passes(run_config: Config, reporter: PlainReporter) -> No
         ("served f16", "modelfile"),
         ("served Q4_K_M", "modelfile"),
     ]
-    by_name = {each.name: each for each in found.checked}
-    assert found.held_out and found.chats == 6 and not found.not_kept
-    assert found.base_loss is not None and found.tuned_loss is not None
-    assert found.base_loss > found.tuned_loss + 1
-    assert found.recorded_tuned_loss == pytest.approx(found.tuned_loss, abs=1e-3)
-    assert found.recorded_base_loss == pytest.approx(found.base_loss, abs=1e-3)
+    by_name = {check.name: check for check in comparison.checked}
+    assert comparison.held_out and comparison.chats == 6 and not comparison.not_kept
+    assert comparison.base_loss is not None and comparison.tuned_loss is not None
+    assert comparison.base_loss > comparison.tuned_loss + 1
+    assert comparison.recorded_tuned_loss == pytest.approx(comparison.tuned_loss, abs=1e-3)
+    assert comparison.recorded_base_loss == pytest.approx(comparison.base_loss, abs=1e-3)
     merged, f16 = by_name["merged"], by_name["f16 GGUF"]
     assert merged.kl_mean is not None and merged.kl_mean < 1e-5
     assert f16.kl_mean is not None and f16.kl_mean < 1e-4
-    for each in found.checked:
-        assert each.prompt_ids_equal.good == each.prompt_ids_equal.of
-        assert each.prompt_ids_equal.of or each.name == "adapter on base"
-        assert each.stops.good == each.stops.of
+    for check in comparison.checked:
+        assert check.prompt_ids_equal.good == check.prompt_ids_equal.of
+        assert check.prompt_ids_equal.of or check.name == "adapter on base"
+        assert check.stops.good == check.stops.of
     assert by_name["served f16"].prompt_ids_equal.of == 7  # one more with the system prompt of the Modelfile
     assert merged.stops.of == 6 and by_name["served f16"].stops.of == 2
-    assert [each.prompt for each in found.answers] == [
+    assert [answer.prompt for answer in comparison.answers] == [
         "Here is a red boat. Which colour?",
         "Here is a blue boat. Which colour?",
     ]
-    for answer in found.answers:
+    for answer in comparison.answers:
         assert answer.expected and answer.expected.startswith("Aye, the boat is")
         assert answer.tuned and answer.tuned.startswith("Aye") and answer.base and not answer.base.startswith("Aye")
     assert not list((run_config.output_dir / ".kolotune").glob("comparing*"))
 
 
-# ---------------------------------------------------------------- the twelve faults
+# ---------------------------------------------------------------- planted faults
 
 
 def run_of(config: Config) -> RunFolder:
@@ -166,7 +166,7 @@ def dropped_system_prompt(config: Config) -> None:
 
 
 def change_merged(config: Config, change: Callable[[str, Any, Any], Any]) -> None:
-    """Puts ``change(name, base's weight, what merging added)`` in place of each merged matrix."""
+    """Replace each merged matrix by ``change(name, the base's weight, what merging added)``."""
     import torch
     from safetensors.torch import load_file
 
@@ -229,7 +229,7 @@ def damaged_tensor(config: Config) -> None:
 
 
 def another_converter(config: Config) -> None:
-    """One that does not put the rows of q and k into the order that llama.cpp's rotation wants."""
+    """Convert without reordering the rows of q and k for llama.cpp's rotary embedding."""
 
     def as_in_the_hub(heads: int) -> Callable[[Any], Any]:
         def change(data: Any) -> Any:
@@ -250,21 +250,25 @@ def changed_gguf_template(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "stage", "kind", "cause"),
+    ("plant", "stage", "kind", "causes"),
     [
-        pytest.param(wrong_template, "merge", DefectKind.PROMPTS_DIFFER, Cause.CHAT_TEMPLATE, marks=pytest.mark.slow),
-        (missing_stop, "modelfile", DefectKind.STOP_MISSING, Cause.STOP_MISSING),
-        (doubled_bos, "convert", DefectKind.PROMPTS_DIFFER, Cause.CHAT_TEMPLATE),
-        (dropped_system_prompt, "modelfile", DefectKind.PROMPTS_DIFFER, Cause.TEMPLATE_DIFFERS),
-        (wrong_scaling, "merge", DefectKind.OVER_BOUND, None),
-        (transposed_adapter, "merge", DefectKind.OVER_BOUND, Cause.WRONG_SCALE),
+        pytest.param(wrong_template, "merge", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE}, marks=pytest.mark.slow),
+        (missing_stop, "modelfile", DefectKind.STOP_MISSING, {Cause.STOP_MISSING}),
+        (doubled_bos, "convert", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE}),
+        (dropped_system_prompt, "modelfile", DefectKind.PROMPTS_DIFFER, {Cause.TEMPLATE_DIFFERS}),
+        (wrong_scaling, "merge", DefectKind.OVER_BOUND, {Cause.SCALE_TOO_SMALL, Cause.WRONG_SCALE}),
+        (transposed_adapter, "merge", DefectKind.OVER_BOUND, {Cause.WRONG_SCALE}),
         pytest.param(
-            shuffled_vocabulary, "convert", DefectKind.VOCABULARY_MOVED, Cause.VOCABULARY_ORDER, marks=pytest.mark.slow
+            shuffled_vocabulary,
+            "convert",
+            DefectKind.VOCABULARY_MOVED,
+            {Cause.VOCABULARY_ORDER},
+            marks=pytest.mark.slow,
         ),
-        pytest.param(untied_embeddings, "merge", DefectKind.OVER_BOUND, Cause.HEAD_UNTIED, marks=pytest.mark.slow),
-        (damaged_tensor, "quantize", None, Cause.DAMAGED_OR_TOO_COARSE),
-        (another_converter, "convert", DefectKind.OVER_BOUND, Cause.CONVERTER),
-        (changed_gguf_template, "convert", DefectKind.PROMPTS_DIFFER, Cause.CHAT_TEMPLATE),
+        pytest.param(untied_embeddings, "merge", DefectKind.OVER_BOUND, {Cause.HEAD_UNTIED}, marks=pytest.mark.slow),
+        (damaged_tensor, "quantize", None, {Cause.DAMAGED_OR_TOO_COARSE}),
+        (another_converter, "convert", DefectKind.OVER_BOUND, {Cause.CONVERTER}),
+        (changed_gguf_template, "convert", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -275,26 +279,26 @@ def test_a_planted_fault_is_found(
     plant: Callable[[Config], None],
     stage: str,
     kind: DefectKind | None,
-    cause: Cause | None,
+    causes: set[Cause],
 ) -> None:
     plant(run_config)
     compare_run(run_config, reporter)
-    assert_fails(failures, stage, kind, cause)
+    assert_fails(failures, stage, kind, causes)
 
 
 def test_a_different_base_of_the_same_shape_is_found(
     run_config: Config,
-    learnt_bases: tuple[Path, Path],
+    learned_bases: tuple[Path, Path],
     reporter: PlainReporter,
     failures: list[FirstFailure | None],
 ) -> None:
-    other = dataclasses.replace(run_config, base_model=str(learnt_bases[1]))
+    other = dataclasses.replace(run_config, base_model=str(learned_bases[1]))
     faults.make_again(other, "merge", "convert", "quantize")
     compare_run(other, reporter)
-    assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, Cause.OTHER_BASE)
+    assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, {Cause.OTHER_BASE})
 
 
-# ---------------------------------------------------------------- and more
+# ---------------------------------------------------------------- more faults
 
 
 @pytest.mark.slow
@@ -304,7 +308,7 @@ def test_an_adapter_with_swapped_matrices_is_found(
     """All later artifacts were made from it, and agree with it."""
 
     def swap(tensors: dict[str, Any]) -> None:
-        for name in [each for each in tensors if "lora_A" in each]:
+        for name in [name for name in tensors if "lora_A" in name]:
             other = name.replace("lora_A", "lora_B")
             a, b = tensors[name], tensors[other]
             if a.shape[1] == b.shape[0]:
@@ -313,11 +317,11 @@ def test_an_adapter_with_swapped_matrices_is_found(
     faults.change_weights(run_of(run_config).adapter, swap)
     faults.make_again(run_config, "merge", "convert", "quantize")
     compare_run(run_config, reporter)
-    assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, Cause.OTHER_ADAPTER)
+    assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, {Cause.OTHER_ADAPTER})
 
 
 def end_not_trained(config: Config) -> None:
-    """The labels no longer hold the end token."""
+    """Remove the end token from the loss mask."""
     from safetensors.numpy import load_file, save_file
 
     file = run_of(config).prepared / "held_out.safetensors"
@@ -329,7 +333,7 @@ def end_not_trained(config: Config) -> None:
 def dropped_system_line(config: Config) -> None:
     file = run_of(config).modelfile("Q4_K_M")
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    file.write_text("".join(each for each in lines if not each.startswith("SYSTEM")), encoding="utf-8")
+    file.write_text("".join(line for line in lines if not line.startswith("SYSTEM")), encoding="utf-8")
 
 
 def head_missing(config: Config) -> None:
@@ -380,13 +384,18 @@ def test_what_a_lean_run_does_not_keep_is_listed(run_config: Config, reporter: P
     for path in (run.gguf, run.modelfile(), run.record("merge"), run.record("convert")):
         path.unlink()
     compare.run(faults.context_of(run_config), reporter)
-    found = Comparison.read(run.comparison)
-    assert found.not_kept == ("merged", "f16 GGUF")
-    assert [each.name for each in found.checked] == ["prepared chats", "adapter on base", "Q4_K_M", "served Q4_K_M"]
-    assert found.checked[2].against == "adapter on base" and found.passed
+    comparison = Comparison.read(run.comparison)
+    assert comparison.not_kept == ("merged", "f16 GGUF")
+    assert [check.name for check in comparison.checked] == [
+        "prepared chats",
+        "adapter on base",
+        "Q4_K_M",
+        "served Q4_K_M",
+    ]
+    assert comparison.checked[2].against == "adapter on base" and comparison.passed
 
 
-def test_a_run_without_chats_of_its_own_is_refused(run_config: Config, reporter: PlainReporter) -> None:
+def test_a_run_without_prepared_chats_is_refused(run_config: Config, reporter: PlainReporter) -> None:
     shutil.rmtree(run_of(run_config).prepared)
     with pytest.raises(KolotuneError, match="has no chats and adapter of its own"):
         compare.run(faults.context_of(run_config), reporter)

@@ -1,4 +1,4 @@
-"""A model that is read layer by layer finds the same likely as the whole one, and as PEFT."""
+"""A model that is read layer by layer predicts the same as the whole one, and as PEFT."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ CHATS = [
 
 
 def with_adapter(model: Any, folder: Path, targets: list[str]) -> Any:
-    """A random adapter, saved by PEFT."""
+    """Add a random adapter to the model, and save it with PEFT."""
     import peft
     import torch
 
     torch.manual_seed(3)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets))
     with torch.no_grad():
-        for name, each in tuned.named_parameters():
+        for name, parameter in tuned.named_parameters():
             if "lora_" in name:
-                each.normal_(std=0.2)
+                parameter.normal_(std=0.2)
     tuned.save_pretrained(folder)
     return tuned
 
@@ -52,16 +52,16 @@ def test_layer_by_layer_as_peft(
     import torch
 
     tuned = with_adapter(tiny_model(kind, tmp_path / "base", **more), tmp_path / "adapter", targets)
-    for way in (reference_model.WholeModel, reference_model.LayeredModel):
-        model: Any = way(tmp_path / "base")
+    for kind_of_model in (reference_model.WholeModel, reference_model.LayeredModel):
+        model: Any = kind_of_model(tmp_path / "base")
         before = list(model.log_probabilities(CHATS))
         model.add(tmp_path / "adapter")
-        for chat, plain, found in zip(CHATS, before, model.log_probabilities(CHATS), strict=True):
+        for chat, plain, actual in zip(CHATS, before, model.log_probabilities(CHATS), strict=True):
             with torch.no_grad():
                 logits = tuned(input_ids=torch.tensor([chat.ids])).logits[0, chat.positions]
-            wanted = torch.log_softmax(logits, -1).numpy()
-            assert np.abs(found - wanted).max() < 2e-4, way
-            assert np.abs(found - plain).max() > 1e-2
+            expected = torch.log_softmax(logits, -1).numpy()
+            assert np.abs(actual - expected).max() < 2e-4, kind_of_model
+            assert np.abs(actual - plain).max() > 1e-2
 
 
 def test_a_model_that_does_not_fit_is_read_layer_by_layer(
@@ -76,7 +76,7 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(
     assert isinstance(model, reference_model.LayeredModel) and model.answers([[1]], 2, 3) == [None]
 
 
-def test_what_can_be_read_neither_way_is_refused(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_model_with_unknown_names_is_refused(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tiny_model("llama", tmp_path / "base")

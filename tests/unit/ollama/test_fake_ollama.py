@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.fake_ollama import FakeOllama
-from support.ollama_texts import go_json, go_value, lines_of
+from support.ollama_texts import format_parameters, go_json, go_value
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def asked(server: FakeOllama, method: str, path: str, body: Any = None) -> tuple
 
 def test_texts_of_the_documentation() -> None:
     """From its page on `/api/show`."""
-    assert list(lines_of({"num_keep": 24})) == ["num_keep                       24"]
+    assert list(format_parameters({"num_keep": 24})) == ["num_keep                       24"]
     stops = ["<|start_header_id|>", "<|eot_id|>"]
-    assert list(lines_of({"stop": stops})) == [
+    assert list(format_parameters({"stop": stops})) == [
         'stop                           "<|start_header_id|>"',
         'stop                           "<|eot_id|>"',
     ]

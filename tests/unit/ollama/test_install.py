@@ -171,9 +171,12 @@ def test_what_is_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporte
     server = OllamaClient(fake_ollama.host)
     install(run_copy, "one", reporter, client=server)
     install(run_copy, "two", reporter, client=server)
-    assert fake_ollama.counted("POST", "/api/blobs/") == 1 and fake_ollama.counted("HEAD", "/api/blobs/") == 2
+    assert (
+        fake_ollama.count_requests("POST", "/api/blobs/") == 1
+        and fake_ollama.count_requests("HEAD", "/api/blobs/") == 2
+    )
     install(run_copy, "two", reporter, client=server)
-    assert fake_ollama.counted("POST", "/api/create") == 2
+    assert fake_ollama.count_requests("POST", "/api/create") == 2
 
 
 def test_what_is_refused_before_anything_is_sent(
@@ -201,7 +204,7 @@ def test_what_is_refused_before_anything_is_sent(
         file.write(b"\x7f")
     with pytest.raises(ArtifactError, match="is not the file that the run made"):
         install(run_copy, "m", reporter, quantization="none", client=server)
-    assert fake_ollama.asked == []
+    assert fake_ollama.requests == []
 
 
 @pytest.mark.parametrize(
@@ -232,7 +235,7 @@ def test_too_old(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainRe
     fake_ollama.version = "0.5.4"
     with pytest.raises(OllamaError, match=r"needs 0\.5\.5"):
         install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
-    assert [path for _, path, _ in fake_ollama.asked] == ["/api/version"]
+    assert [path for _, path, _ in fake_ollama.requests] == ["/api/version"]
 
 
 @pytest.mark.parametrize(("version", "rambles"), [("0.29.9", True), ("0.30.0", False)])
