@@ -1,9 +1,9 @@
-"""All measurements, one after the other, and what they found as `bench/RESULTS.md`.
+"""Run all measurements one after the other, and write the results to `bench/RESULTS.md`.
 
     python bench [--quick] [--only NAME ...] [--results FOLDER]
 
-Each script writes a JSON file to the folder of results; RESULTS.md is made of those that are there, and says of each
-when and at which commit it was measured. With --quick it is printed and not written: too little was measured.
+Each script writes a JSON file to the results folder. RESULTS.md is made from the files that exist, and says when and at
+which commit each was measured. With --quick it is only printed, because too little was measured.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ SCRIPTS = (
 _FOLDER = Path(__file__).resolve().parent
 _HEAD = """# Measurements
 
-Made by `make bench`; see the scripts beside this file for what exactly is measured. Within a script the contenders take
-turns, and medians are compared: an absolute figure moves from day to day, the ratio is what counts. Memory is the whole
-process tree's, as `measuring.py` says. Whoever repeats this needs no account: the chats are the standard library's
-docstrings, the model comes from the package index."""
+Made by `make bench`. The scripts beside this file define what is measured. Within a script the programs take turns, and
+their medians are compared: absolute figures vary from day to day, so look at the ratios. Memory is that of the whole
+process tree; see `measuring.py`. You need no account to repeat this: the chats are docstrings of the standard library,
+and the model comes from the package index."""
 
 
 def main() -> int:
-    """Runs the scripts and writes what they found."""
+    """Run the scripts and write their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="everything really, but little of it")
+    parser.add_argument("--quick", action="store_true", help="run every measurement, but only briefly")
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME", help=", ".join(SCRIPTS))
-    parser.add_argument("--results", type=Path, default=_FOLDER / "results", help="folder of what each script found")
+    parser.add_argument("--results", type=Path, default=_FOLDER / "results", help="folder for the results")
     arguments = parser.parse_args()
     folder = arguments.results / "quick" if arguments.quick else arguments.results
     failed = []
@@ -48,12 +48,13 @@ def main() -> int:
         if name in arguments.only:
             print(f"\n# {name}", flush=True)
             result = folder / f"{name}.json"
-            result.unlink(missing_ok=True)  # what is told must not be older than what was asked for
+            result.unlink(missing_ok=True)  # never report an old result
             argv = [sys.executable, str(_FOLDER / f"{name}.py"), "--json", str(result)]
             if subprocess.run([*argv, *(["--quick"] if arguments.quick else [])], cwd=ROOT, check=False).returncode:
                 failed.append(name)
     files = [folder / f"{name}.json" for name in SCRIPTS]
-    text = told([read_result(file) for file in files if file.is_file()], [f.stem for f in files if not f.is_file()])
+    results = [read_result(file) for file in files if file.is_file()]
+    text = format_results(results, missing=[file.stem for file in files if not file.is_file()])
     if arguments.quick:
         print(text)
     else:
@@ -64,19 +65,19 @@ def main() -> int:
     return len(failed)
 
 
-def told(results: list[Result], missing: list[str]) -> str:
-    """RESULTS.md."""
+def format_results(results: list[Result], missing: list[str]) -> str:
+    """Return the text of RESULTS.md."""
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in machine().items())]
     figures: list[Figure] = [figure for result in results for figure in result.figures]
     passed = sum(figure.passed is True for figure in figures)
-    parts = [_HEAD, "## The machine", "\n".join(lines), "## What must be shown", figures_table(figures)]
-    parts.append(f"{passed} of {len(figures)} figures pass.")
+    parts = [_HEAD, "## The machine", "\n".join(lines), "## Targets", figures_table(figures)]
+    parts.append(f"{passed} of {len(figures)} targets are met.")
     if missing:
         parts.append(f"Not measured: {', '.join(missing)}.")
     for result in results:
-        against = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-        when = f"`{result.command}`, {result.date}, commit {result.commit}, load before {result.load_before}; {against}"
-        parts += [f"## {result.title}", when, result.markdown()]
+        packages = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+        origin = f"`{result.command}`, {result.date}, commit {result.commit}, load before {result.load_before}"
+        parts += [f"## {result.title}", f"{origin}; {packages}", result.markdown()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,8 +1,8 @@
-"""Chats to measure with, made from the standard library's docstrings: anyone with a Python can make them again.
+"""Make chats to measure with from the docstrings of the standard library, so that anyone can repeat the measurements.
 
     python bench/docstring_chats.py FILE COUNT [--seed N]
 
-The same count and seed give the same bytes on one version of Python; another version has other docstrings.
+The same count and seed give the same bytes on one version of Python; other versions have different docstrings.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 
 SYSTEM = "You answer questions about Python's standard library, briefly and exactly."
-# These open a browser, print, draw or belong to an editor when they are imported.
-_LEFT_OUT = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "lib2to3"}
+# Importing these opens a browser, prints or draws, or they belong to an editor.
+_SKIPPED = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "tkinter", "lib2to3"}
 _LONGEST_ANSWER = 1_200
-"""Characters; with the rest of the chat that is at most some 500 tokens of SmolLM2."""
+"""Characters; with the rest of the chat, at most about 500 tokens of SmolLM2."""
 _OPENINGS = (
     "What does {} do?", "What is {} for?", "Explain {}.", "Describe {}.", "What should I know about {}?",
     "How is {} documented?", "Tell me about {}.", "When would I use {}?", "Give me the documentation of {}.",
@@ -40,19 +40,19 @@ _CLOSINGS = ("", " Be exact.", " Thank you.", " Keep it short.")
 
 
 def docstrings() -> list[tuple[str, str]]:
-    """(name, docstring) of the public functions, classes and methods; of equal docstrings the first one."""
-    found: dict[str, str] = {}
+    """Return (name, docstring) of public functions, classes and methods, without duplicate docstrings."""
+    names: dict[str, str] = {}
     with warnings.catch_warnings(action="ignore"):
-        for name in sorted(sys.stdlib_module_names - _LEFT_OUT):
+        for name in sorted(sys.stdlib_module_names - _SKIPPED):
             if name.startswith("_"):
                 continue
             try:
                 module = importlib.import_module(name)
-            except ImportError:  # of another system
+            except ImportError:  # of another operating system
                 continue
             for path, text in _members(module):
-                found.setdefault(_short(text), path)
-    return [(path, text) for text, path in found.items() if len(text) > 20]
+                names.setdefault(_shorten(text), path)
+    return [(path, text) for text, path in names.items() if len(text) > 20]
 
 
 def _members(module: ModuleType) -> Iterator[tuple[str, str]]:
@@ -68,41 +68,43 @@ def _members(module: ModuleType) -> Iterator[tuple[str, str]]:
                 yield f"{module.__name__}.{name}.{inner}", text
 
 
-def _short(text: str) -> str:
-    """A docstring without its indentation; of a long one, the whole lines that fit."""
+def _shorten(text: str) -> str:
+    """Return a docstring without indentation, cut after the last whole line that fits."""
     text = inspect.cleandoc(text)
     return text if len(text) <= _LONGEST_ANSWER else text[: text.rfind("\n", 0, _LONGEST_ANSWER)].rstrip()
 
 
 def write_chats(path: Path, count: int, seed: int = 0) -> None:
-    """Writes chats as JSON Lines: a system prompt that all share, a question, and a docstring as the answer.
+    """Write chats as JSON Lines: a shared system prompt, a question, and a docstring as the answer.
 
-    Every docstring is asked for once before one is asked for again, then in other words; no two chats are alike. Those
-    of few chats are spread over all lengths, the longest among them: few and many chats are alike in length.
+    Every docstring is used once before any is used again with a different question, so no two chats are equal. A small
+    number of chats is spread over all lengths, including the longest, so that few and many chats have similar lengths.
 
     Raises:
-        ValueError: there are not so many different chats.
+        ValueError: there are not that many different chats.
     """
     order = random.Random(seed)
     known = docstrings()
     words = ["".join(parts) for parts in product(_OPENINGS, _SETTINGS, _CLOSINGS)]
     if count > len(known) * len(words):
-        raise ValueError(f"{count} chats: at most {len(known) * len(words)} differ")
+        raise ValueError(f"{count} chats: only {len(known) * len(words)} different ones exist")
     order.shuffle(words)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for start in range(0, count, len(known)):
             chosen = _spread(known, count - start)
             order.shuffle(chosen)
             for name, text in chosen:
-                # Each name goes through the wordings in their order, from a place of its own: none comes twice.
-                question = words[(start // len(known) + _place(name)) % len(words)].format(name)
+                # Each name goes through the wordings in order, from its own start, so no wording repeats.
+                question = words[(start // len(known) + _offset(name)) % len(words)].format(name)
                 roles = ("system", SYSTEM), ("user", question), ("assistant", text)
-                file.write(json.dumps({"messages": [{"role": role, "content": each} for role, each in roles]}) + "\n")
+                file.write(
+                    json.dumps({"messages": [{"role": role, "content": content} for role, content in roles]}) + "\n"
+                )
 
 
 def _spread(known: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """At most `count` docstrings, evenly from the shortest to the longest."""
-    by_length = sorted(known, key=lambda each: (len(each[1]), each[0]))
+    """Return at most `count` docstrings, evenly spaced from the shortest to the longest."""
+    by_length = sorted(known, key=lambda item: (len(item[1]), item[0]))
     if count >= len(known):
         return by_length
     if count < 2:
@@ -110,12 +112,12 @@ def _spread(known: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     return [by_length[number * (len(known) - 1) // (count - 1)] for number in range(count)]
 
 
-def _place(name: str) -> int:
+def _offset(name: str) -> int:
     return sum(name.encode())
 
 
 def main() -> int:
-    """Writes a file of chats."""
+    """Write a file of chats."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("count", type=int)

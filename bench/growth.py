@@ -1,10 +1,10 @@
-"""How speed and memory change as chats become many, and long.
+"""How speed and memory change with the number and the length of chats.
 
     python bench/growth.py [--rounds N] [--steps N] [--quick] [--json FILE]
 
-`kolotune train` on 100 to 10,000 chats of the same kind, prepared beforehand, with the same batch; it is ended after
-so many steps (an epoch of 10,000 would take an hour), the first of which are left out. And on chats of 128 to 8,192
-tokens. Memory is that of the whole process tree.
+`kolotune train` runs on 100 to 10,000 similar chats, prepared beforehand, with the same batch size. It is stopped after
+a number of steps (an epoch of 10,000 would take an hour), and the first steps are not counted. The same is done with
+chats of 128 to 8,192 tokens. Memory is that of the whole process tree.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from kolotune.run_folder.layout import RunFolder
 
 _COUNTS, _LENGTHS = (100, 1_000, 10_000), (128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 _BATCH = 8
-_TOKENS_A_STEP = 2_048
+_TOKENS_PER_STEP = 2_048
 _SKIPPED = 2
-_LEAST = 100  # per cent
-_WANTED_GB = 6
-_SPECIAL_TOKENS = 30  # more than roles, marks and the question of a long chat take
+_TARGET_PERCENT = 100
+_TARGET_GB = 6
+_SPECIAL_TOKENS = 30  # at least what roles, special tokens and the question of a long chat take
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A training that was ended: real tokens a second after the first steps, and the tree's memory."""
+class StoppedTraining:
+    """A training that was stopped: real tokens per second after the first steps, and the memory of the process tree."""
 
     tokens_per_second: float
     measured: Measured
 
 
-def prepared(folder: Path, data: Path, longest: int) -> RunFolder:
-    """A run folder with prepared chats."""
+def prepare_run(folder: Path, data: Path, longest: int) -> RunFolder:
+    """Return a run folder with prepared chats."""
     run = RunFolder(folder)
     argv = [
         *KOLOTUNE, "prepare", data, "--eval-split", "0", "--max-seq-length", str(longest), "--output-dir", run.root,
@@ -49,15 +49,17 @@ def prepared(folder: Path, data: Path, longest: int) -> RunFolder:
     return run
 
 
-def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0, memory: bool = True) -> Trained:
-    """`kolotune train` until it has made `steps` steps, from the start.
+def train_steps(
+    run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0, memory: bool = True
+) -> StoppedTraining:
+    """Run `kolotune train` from scratch until it has made `steps` steps.
 
     Args:
-        run: with prepared chats.
-        batch: chats of a step.
-        steps: that are made.
+        run: a run folder with prepared chats.
+        batch: chats per step.
+        steps: when to stop.
         more: options.
-        threads: of each process; 0: as `material.THREADS` says.
+        threads: per process; 0 for `material.THREADS`.
         memory: see `measuring.measure`.
     """
     run.metrics.unlink(missing_ok=True)
@@ -67,14 +69,14 @@ def trained(run: RunFolder, batch: int, steps: int, *more: str, threads: int = 0
     ]  # fmt: skip
     env = {**material.OFFLINE, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     log = run.root.with_suffix(".log")
-    found = measure(argv, log, env=env, until=lambda: len(_steps(run)) >= steps, memory=memory)
+    measured = measure(argv, log, env=env, until=lambda: len(_steps(run)) >= steps, memory=memory)
     speeds = [line["tokens_per_second"] for line in _steps(run)[_SKIPPED:steps]]
-    # Batches are of like length, so the mean time of a token is that of the steps' speeds, taken harmonically.
-    return Trained(len(speeds) / sum(1 / speed for speed in speeds), found)
+    # Batches are about equally long, so the harmonic mean of the speeds is right.
+    return StoppedTraining(len(speeds) / sum(1 / speed for speed in speeds), measured)
 
 
 def _steps(run: RunFolder) -> list[dict[str, Any]]:
-    """The metrics of whole steps; a line that is being written is none yet."""
+    """Return the metrics of finished steps, without a line that is still being written."""
     try:
         text = run.metrics.read_text(encoding="utf-8")
     except OSError:
@@ -84,62 +86,62 @@ def _steps(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def long_chats(path: Path, count: int, length: int) -> None:
-    """Chats of nearly `length` tokens: docstrings behind each other as the answer."""
+    """Write chats of nearly `length` tokens, with concatenated docstrings as the answers."""
     tokenizer = Tokenizer.from_file(str(material.base() / "tokenizer.json"))
     texts = [text for _, text in docstrings()]
-    room = length - len(tokenizer.encode(SYSTEM).ids) - _SPECIAL_TOKENS
+    budget = length - len(tokenizer.encode(SYSTEM).ids) - _SPECIAL_TOKENS
     text = "\n\n".join(texts * (1 + count * length // 100_000))
     start = 0
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            answer = text[start : start + 6 * room]
+            answer = text[start : start + 6 * budget]
             start += len(answer)
-            while (tokens := len(tokenizer.encode(answer).ids)) > room:
-                answer = answer[: min(len(answer) - 1, len(answer) * room // tokens)]
+            while (tokens := len(tokenizer.encode(answer).ids)) > budget:
+                answer = answer[: min(len(answer) - 1, len(answer) * budget // tokens)]
             question = f"Part {number}, please."
             roles = ("system", SYSTEM), ("user", question), ("assistant", answer)
-            file.write(json.dumps({"messages": [{"role": role, "content": each} for role, each in roles]}) + "\n")
+            file.write(json.dumps({"messages": [{"role": role, "content": content} for role, content in roles]}) + "\n")
 
 
-def many(root: Path, counts: tuple[int, ...], rounds: int, steps: int, result: Result) -> None:
-    """As chats become many."""
+def measure_many(root: Path, counts: tuple[int, ...], rounds: int, steps: int, result: Result) -> None:
+    """Measure more and more chats."""
     runs = {}
     for count in counts:
-        runs[count] = prepared(root / f"many-{count}", material.chats(root / f"chats-{count}", count).train, 2_048)
-    found: dict[int, list[Trained]] = {count: [] for count in counts}
+        runs[count] = prepare_run(root / f"many-{count}", material.chats(root / f"chats-{count}", count).train, 2_048)
+    trainings: dict[int, list[StoppedTraining]] = {count: [] for count in counts}
     for number in range(rounds):
         for count, run in runs.items():
-            found[count].append(trained(run, _BATCH, steps))
-            speed = found[count][-1].tokens_per_second
+            trainings[count].append(train_steps(run, _BATCH, steps))
+            speed = trainings[count][-1].tokens_per_second
             print(f"round {number + 1}, {count} chats: {speed:.0f} tokens/s", flush=True)
-    speeds = {count: median(each.tokens_per_second for each in found[count]) for count in counts}
-    peaks = {count: median(each.measured.peak_mb for each in found[count]) for count in counts}
+    speeds = {count: median(training.tokens_per_second for training in trainings[count]) for count in counts}
+    peaks = {count: median(training.measured.peak_mb for training in trainings[count]) for count in counts}
     rows = [[f"{count:,}", speeds[count], peaks[count]] for count in counts]
     result.tables.append(Table(f"Batches of {_BATCH}, {steps} steps, medians", ["chats", "tokens/s", "peak MB"], rows))
     first, last = counts[0], counts[-1]
-    what = f"tokens/s at {last:,} chats, of those at {first:,}"
-    result.at_least(what, 100 * speeds[last] / speeds[first], _LEAST, "%")
+    what = f"tokens/s at {last:,} chats, relative to {first:,}"
+    result.at_least(what, 100 * speeds[last] / speeds[first], _TARGET_PERCENT, "%")
 
 
-def long(root: Path, lengths: tuple[int, ...], steps: int, result: Result) -> None:
-    """As chats become long."""
+def measure_long(root: Path, lengths: tuple[int, ...], steps: int, result: Result) -> None:
+    """Measure longer and longer chats."""
     rows, peak = [], 0.0
     for length in lengths:
-        batch = max(1, _TOKENS_A_STEP // length)
+        batch = max(1, _TOKENS_PER_STEP // length)
         data = root / f"long-{length}.jsonl"
         long_chats(data, batch * 4, length)
-        run = trained(prepared(root / f"long-{length}", data, length), batch, steps)
+        run = train_steps(prepare_run(root / f"long-{length}", data, length), batch, steps)
         rows.append([f"{length:,}", batch, run.tokens_per_second, run.measured.peak_mb, run.measured.anonymous_mb])
         print(f"{length} tokens: {run.tokens_per_second:.0f} tokens/s, {run.measured.peak_mb:.0f} MB", flush=True)
         peak = run.measured.peak_mb
-    columns = ["tokens of a chat", "batch", "tokens/s", "peak MB", "anonymous MB"]
+    columns = ["tokens per chat", "batch", "tokens/s", "peak MB", "anonymous MB"]
     result.tables.append(Table(f"Long chats, {steps} steps", columns, rows))
-    what = f"{lengths[-1]:,}-token sequences of the 135M model, the whole tree's memory"
-    result.at_most(what, peak / 1000, _WANTED_GB, " GB")
+    what = f"{lengths[-1]:,}-token sequences of the 135M model, memory of the process tree"
+    result.at_most(what, peak / 1000, _TARGET_GB, " GB")
 
 
 def main() -> int:
-    """Measures and tells."""
+    """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=22)
@@ -150,8 +152,8 @@ def main() -> int:
         counts, lengths, long_steps = (20, 200), (128, 1_024), 3
     result = Result("growth", "Growth", versions("torch"), quick=arguments.quick)
     with tempfile.TemporaryDirectory() as name:
-        many(Path(name), counts, arguments.rounds, arguments.steps, result)
-        long(Path(name), lengths, long_steps, result)
+        measure_many(Path(name), counts, arguments.rounds, arguments.steps, result)
+        measure_long(Path(name), lengths, long_steps, result)
     result.finish(arguments.json)
     return 0
 

@@ -1,4 +1,4 @@
-"""The chats and the base model that all contenders get."""
+"""The chats, the base model and the settings that all programs get."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from docstring_chats import write_chats
 from kolotune.base_models import packaged_model
 from kolotune.foundation.reporter import PlainReporter
 
-# One training, in the words of `kolotune run`; every contender gets the same in its own words.
+# One training as `kolotune run` names its options; every program gets the same settings under its own names.
 BATCH_SIZE = 4
 LEARNING_RATE = 2e-4
 RANK, ALPHA = 16, 32
@@ -24,7 +24,7 @@ OFFLINE = {"OMP_NUM_THREADS": THREADS, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLI
 
 @dataclass(frozen=True)
 class Chats:
-    """Files of chats: what is trained on, and others to judge the result with."""
+    """Files of chats: for training, and held out to evaluate the result."""
 
     train: Path
     held_out: Path
@@ -32,23 +32,23 @@ class Chats:
 
 
 def base() -> Path:
-    """SmolLM2's folder."""
+    """Return the folder of SmolLM2."""
     return packaged_model.unpack(PlainReporter())
 
 
 def chats(folder: Path, count: int, held_out: int = 40) -> Chats:
-    """`count` chats, and others held out, in `folder`."""
+    """Write `count` training chats and some held-out chats into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_chats(folder / "all.jsonl", count + held_out)
     lines = (folder / "all.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    found = Chats(folder / "train.jsonl", folder / "held_out.jsonl", count)
-    found.train.write_text("".join(lines[:count]), encoding="utf-8")
-    found.held_out.write_text("".join(lines[count:]), encoding="utf-8")
-    return found
+    chats = Chats(folder / "train.jsonl", folder / "held_out.jsonl", count)
+    chats.train.write_text("".join(lines[:count]), encoding="utf-8")
+    chats.held_out.write_text("".join(lines[count:]), encoding="utf-8")
+    return chats
 
 
 def values() -> dict[str, object]:
-    """The training as options of kolotune."""
+    """Return the settings as options of kolotune."""
     return {
         "epochs": 1, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "lora_rank": RANK, "lora_alpha": ALPHA,
         "target_modules": ",".join(TARGETS), "max_seq_length": MAX_SEQUENCE, "seed": SEED, "dtype": "bf16",
@@ -57,5 +57,5 @@ def values() -> dict[str, object]:
 
 
 def settings() -> list[str]:
-    """The training as flags of kolotune."""
+    """Return the settings as flags of kolotune."""
     return [text for name, value in values().items() for text in (f"--{name.replace('_', '-')}", str(value))]

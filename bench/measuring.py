@@ -1,9 +1,9 @@
-"""What all measurements share: a child's wall time and memory, medians, the machine, and results as tables and JSON.
+"""Shared by all measurements: wall time and memory of a child, medians, the machine, results as tables and JSON.
 
-Memory is the whole process tree's: every 50 ms the anonymous and shared memory of all its processes (`RssAnon` and
-`RssShmem`, which the kernel counts anyway), and every half second also the part of mapped files that falls to them
-(`Pss_File`: a page that several processes map is divided among them; finding that out walks all page tables, and done
-more often it would slow down what is measured). The peak is that of the sum. Anonymous memory's own peak stands beside.
+Memory is that of the whole process tree. Every 50 ms it is sampled as the anonymous and shared memory of all processes
+(`RssAnon` and `RssShmem`, which the kernel counts anyway), and every half second also as their share of mapped files
+(`Pss_File`, which divides a page among the processes that map it). Reading that walks all page tables; doing it more
+often would slow down the measured program. The peak is that of the sum; anonymous memory has a separate peak.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = 1.03
-"""By how much two runs of one program differ."""
+"""The ratio by which two runs of one program may differ."""
 KOLOTUNE = (sys.executable, "-P", "-m", "kolotune")
 _SAMPLE_SECONDS = 0.05
 _FILES_EVERY = 10  # samples
@@ -38,7 +37,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a command: wall seconds, peak memory of its process tree in MB (10^6 bytes), its exit code."""
+    """One run of a command: wall seconds, peak memory of its process tree in MB (10^6 bytes), exit code."""
 
     seconds: float
     peak_mb: float
@@ -53,22 +52,22 @@ def measure(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     until: Callable[[], bool] | None = None,
-    fine: tuple[int, ...] = (0,),
+    accepted: tuple[int, ...] = (0,),
     memory: bool = True,
 ) -> Measured:
-    """Runs a command as a child and watches it.
+    """Run a command and measure it.
 
     Args:
         argv: the command.
-        log: file that its output is appended to.
-        env: variables in addition to this process's own.
-        cwd: folder it is started in.
-        until: asked now and then; once it says True, the child is ended, and its code counts as 0.
-        fine: exit codes that are no failure.
-        memory: watch it; looking takes a tenth of a core, which a child that uses all of them lacks. False: it is 0.
+        log: file to append the output to.
+        env: extra environment variables.
+        cwd: working directory.
+        until: called regularly; once it returns True, the child is ended, and its exit code counts as 0.
+        accepted: exit codes that are not failures.
+        memory: whether to measure memory, which takes a tenth of a core that the child may need. If not, it is 0.
 
     Raises:
-        RuntimeError: it failed; the message has the end of its log.
+        RuntimeError: the command failed; the message contains the end of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     peak = anonymous = files = 0
@@ -76,7 +75,7 @@ def measure(
     with log.open("a", encoding="utf-8") as output:
         started = time.perf_counter()
         child = subprocess.Popen(
-            [str(each) for each in argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            [str(part) for part in argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})}, cwd=cwd,
         )  # fmt: skip
         sample = 0
@@ -100,21 +99,21 @@ def measure(
             anonymous, peak = max(anonymous, now), max(peak, now + files)
         seconds = time.perf_counter() - started
     code = 0 if stopped else child.returncode
-    if code not in fine:
+    if code not in accepted:
         last = log.read_text(encoding="utf-8", errors="replace")[-2_000:]
-        raise RuntimeError(f"{' '.join(str(each) for each in argv)}: exit code {code}\n{last}")
+        raise RuntimeError(f"{' '.join(map(str, argv))}: exit code {code}\n{last}")
     return Measured(seconds, peak * 1024 / 1e6, anonymous * 1024 / 1e6, code)
 
 
 def _tree(pid: int) -> list[int]:
     try:
-        return [pid, *(each.pid for each in psutil.Process(pid).children(recursive=True))]
+        return [pid, *(process.pid for process in psutil.Process(pid).children(recursive=True))]
     except psutil.Error:
         return []
 
 
 def _kilobytes(pid: int, file: str, keys: tuple[str, ...]) -> int:
-    """The sum of the lines `keys` in a process's file of counts; 0 when it has ended."""
+    """Return the sum of the lines `keys` in a file of ``/proc``; 0 if the process has ended."""
     try:
         lines = Path("/proc", str(pid), file).read_text(encoding="ascii").splitlines()
     except OSError:
@@ -122,12 +121,12 @@ def _kilobytes(pid: int, file: str, keys: tuple[str, ...]) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(keys))
 
 
-def _end(child: subprocess.Popen[Any], tree: Sequence[int]) -> None:
-    """Ends our child, and its children if they outlive it."""
-    rest = []
+def _end(child: subprocess.Popen[bytes], tree: Sequence[int]) -> None:
+    """End the child, and its descendants if they outlive it."""
+    descendants = []
     for pid in tree[1:]:
         try:
-            rest.append(psutil.Process(pid))
+            descendants.append(psutil.Process(pid))
         except psutil.Error:
             continue
     child.terminate()
@@ -136,61 +135,60 @@ def _end(child: subprocess.Popen[Any], tree: Sequence[int]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    for each in rest:
+    for process in descendants:
         with contextlib.suppress(psutil.Error):
-            each.kill()
-    psutil.wait_procs(rest, timeout=10)
+            process.kill()
+    psutil.wait_procs(descendants, timeout=10)
 
 
 def median(values: Iterable[float]) -> float:
-    """The median."""
     return statistics.median(values)
 
 
 def medians(runs: Sequence[Measured]) -> Measured:
-    """Several runs of one command as one: the median of each number."""
+    """Combine several runs of a command: the median of each number."""
     return Measured(
-        median(each.seconds for each in runs),
-        median(each.peak_mb for each in runs),
-        median(each.anonymous_mb for each in runs),
+        median(run.seconds for run in runs),
+        median(run.peak_mb for run in runs),
+        median(run.anonymous_mb for run in runs),
         0,
     )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of what must be shown.
+    """A measured quantity with its target.
 
     Attributes:
         what: the measured quantity.
-        wanted: the threshold in words, such as "at least 10 x".
-        measured: the value in words.
-        passed: None when it could not be measured.
+        target: as text, such as "at least 10 x".
+        measured: the value as text.
+        passed: None if it could not be measured.
     """
 
     what: str
-    wanted: str
+    target: str
     measured: str
     passed: bool | None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a title; cells are text or numbers."""
+    """A titled table; cells are text or numbers."""
 
     title: str
     columns: list[str]
-    rows: list[list[Any]]
+    rows: list[list[object]]
 
     def markdown(self) -> str:
-        """The table as Markdown, numbers with three or four digits that matter."""
-        lines = [self.columns, ["---"] * len(self.columns), *([shown(each) for each in row] for row in self.rows)]
+        """Return the table as Markdown, with three or four significant digits."""
+        lines = [self.columns, ["---"] * len(self.columns), *([format_cell(cell) for cell in row] for row in self.rows)]
         return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 @dataclass
 class Result:
-    """What one script found."""
+    """The result of one script."""
 
     name: str
     title: str
@@ -204,28 +202,28 @@ class Result:
     commit: str = field(default_factory=lambda: _commit())
     load_before: float = field(default_factory=lambda: round(os.getloadavg()[0], 2))
 
-    def at_least(self, what: str, value: float, wanted: float, unit: str = " x") -> None:
-        """Notes a figure that must not be smaller."""
+    def at_least(self, what: str, value: float, target: float, unit: str = " x") -> None:
+        """Add a figure with a lower bound."""
         self.figures.append(
-            Figure(what, f"at least {shown(wanted)}{unit}", f"{shown(value)}{unit}", bool(value >= wanted))
+            Figure(what, f"at least {format_cell(target)}{unit}", f"{format_cell(value)}{unit}", bool(value >= target))
         )
 
-    def at_most(self, what: str, value: float, wanted: float, unit: str) -> None:
-        """Notes a figure that must not be larger."""
+    def at_most(self, what: str, value: float, target: float, unit: str) -> None:
+        """Add a figure with an upper bound."""
         self.figures.append(
-            Figure(what, f"at most {shown(wanted)}{unit}", f"{shown(value)}{unit}", bool(value <= wanted))
+            Figure(what, f"at most {format_cell(target)}{unit}", f"{format_cell(value)}{unit}", bool(value <= target))
         )
 
     def markdown(self) -> str:
-        """Tables, figures and notes."""
-        parts = [each.markdown() for each in self.tables]
+        """Return tables, figures and notes as Markdown."""
+        parts = [table.markdown() for table in self.tables]
         if self.figures:
             parts.append(figures_table(self.figures))
         parts += self.notes
         return "\n\n".join(parts)
 
     def finish(self, path: Path | None) -> None:
-        """Prints the result, and writes it as JSON."""
+        """Print the result, and write it as JSON."""
         print(f"\n## {self.title}\n\n{self.markdown()}\n", flush=True)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,23 +231,23 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """A result that `Result.finish` wrote."""
+    """Read a result that `Result.finish` wrote."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    values["tables"] = [Table(**each) for each in values["tables"]]
-    values["figures"] = [Figure(**each) for each in values["figures"]]
+    values["tables"] = [Table(**table) for table in values["tables"]]
+    values["figures"] = [Figure(**figure) for figure in values["figures"]]
     return Result(**values)
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
-    """Figures as Markdown."""
-    words = {True: "pass", False: "**fail**", None: "not measured"}
-    lines = ["| what | wanted | measured | |", "|---|---|---|---|"]
-    lines += [f"| {each.what} | {each.wanted} | {each.measured} | {words[each.passed]} |" for each in figures]
+    """Return figures as a Markdown table."""
+    verdicts = {True: "pass", False: "**fail**", None: "not measured"}
+    lines = ["| what | target | measured | |", "|---|---|---|---|"]
+    lines += [f"| {each.what} | {each.target} | {each.measured} | {verdicts[each.passed]} |" for each in figures]
     return "\n".join(lines)
 
 
-def shown(value: Any) -> str:
-    """A number in as many digits as matter; anything else as it is."""
+def format_cell(value: object) -> str:
+    """Format a number with its significant digits; return anything else as text."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return str(value)
     if isinstance(value, int) or abs(value) >= 100:
@@ -258,20 +256,20 @@ def shown(value: Any) -> str:
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The options that every script has."""
+    """Return a parser with the options of every script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    parser.add_argument("--quick", action="store_true", help="everything really, but little of it: a minute or two")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--quick", action="store_true", help="measure everything, but only briefly: a minute or two")
     return parser
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of packages of this environment."""
+    """Return the versions of packages in this environment."""
     return {name: importlib.metadata.version(name) for name in packages}
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.is_file() else ""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -280,7 +278,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": fields.get("model name", platform.processor() or platform.machine()),
         "cores": str(os.cpu_count()),
-        "instructions": ", ".join(each for each in _FLAGS if each in flags) or "none of those looked for",
+        "instructions": ", ".join(flag for flag in _FLAGS if flag in flags) or "none of the listed ones",
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "system": platform.platform(),
         "Python": platform.python_version(),
@@ -295,7 +293,7 @@ def _own_command() -> list[str]:
 
 
 def _commit() -> str:
-    found = subprocess.run(
+    described = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"

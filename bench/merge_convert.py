@@ -1,11 +1,11 @@
-"""From adapter to GGUF, against the original's steps, on random models in the shape of Llama 3.2, in turns.
+"""From adapter to GGUF, in turns with the steps of the original pipeline, on random models shaped like Llama 3.2.
 
     python bench/merge_convert.py [--sizes 1b,3b] [--rounds N] [--folder DIR] [--json FILE] [--quick]
 
-The original's steps: transformers loads and saves, llama.cpp's converter runs as a child, llama.cpp's quantizer. Ours:
-the stages merge, convert and quantize as `kolotune run` runs them, with hashes, records and everything brought to the
-disk; and the same with --lean. All of them warm but for one cold run, whose outline has to be drawn. Models and results
-lie in a temporary folder of --folder; a size takes some six times its bytes there.
+The original's steps: transformers loads and saves, llama.cpp's converter runs as a child, then llama.cpp's quantizer.
+kolotune's: the stages merge, convert and quantize as `kolotune run` runs them, with hashes and records, and everything
+flushed to disk; and the same with --lean. One run is cold: it has to make the conversion plan. Models and results are
+in a temporary folder inside --folder, which needs about six times the size of a model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 RANK, QUANTIZATION = 16, "Q4_K_M"
 TIMED = "1b"
-WANTED_SECONDS, WANTED_SHARE, ROOM_MB = 10.0, 1 / 3, 350.0
+TARGET_SECONDS, TARGET_SHARE, BASE_MEMORY_MB = 10.0, 1 / 3, 350.0
 _ORIGINAL_MERGE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,7 +64,7 @@ run_pipeline(config.resolve((options, "bench", Path.cwd())), PlainReporter(), na
 
 
 def make_model(folder: Path, size: str) -> float:
-    """A random model and an adapter beside it, a tensor at a time; returns MB of the largest tensor."""
+    """Make a random model and an adapter, a tensor at a time; return the MB of the largest tensor."""
     import torch
     from safetensors.torch import save_file
     from support import llama3
@@ -79,7 +79,7 @@ def make_model(folder: Path, size: str) -> float:
     shape = llama3.shape(**SHAPES[size])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-    shapes = {name: tuple(each.shape) for name, each in sorted(model.named_parameters())}
+    shapes = {name: tuple(parameter.shape) for name, parameter in sorted(model.named_parameters())}
     generator = torch.Generator().manual_seed(3)
 
     def values(entry: Entry) -> Any:
@@ -89,105 +89,107 @@ def make_model(folder: Path, size: str) -> float:
             part = part.fill_(1) if norm else part.normal_(0, 0.02, generator=generator)
             yield part.view(torch.int16).numpy()
 
-    entries = [Entry(name, "BF16", each) for name, each in shapes.items()]
+    entries = [Entry(name, "BF16", size) for name, size in shapes.items()]
     write_shards(base, split_into_shards(entries), values)
-    halves = {}
-    for name, each in shapes.items():
+    adapter_weights = {}
+    for name, (outputs, *inputs) in shapes.items():
         if name.endswith("proj.weight"):
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            halves[f"{module}.lora_A.weight"] = torch.randn(RANK, each[1], generator=generator) * 0.02
-            halves[f"{module}.lora_B.weight"] = torch.randn(each[0], RANK, generator=generator) * 0.02
-    save_file(halves, adapter / "adapter_model.safetensors")
-    told = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": str(base)}
-    (adapter / "adapter_config.json").write_text(json.dumps(told), encoding="utf-8")
+            adapter_weights[f"{module}.lora_A.weight"] = torch.randn(RANK, inputs[0], generator=generator) * 0.02
+            adapter_weights[f"{module}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator) * 0.02
+    save_file(adapter_weights, adapter / "adapter_model.safetensors")
+    peft_config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(peft_config), encoding="utf-8")
     shape.architectures, shape.dtype = ["LlamaForCausalLM"], torch.bfloat16
     shape.save_pretrained(base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config["made_for"] = f"a measurement at {time.time()}"  # so that no outline of it is known yet
+    config["made_for"] = f"a measurement at {time.time()}"  # so that it has no conversion plan yet
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     llama3.tokenizer().save_pretrained(base)
     shutil.copyfile(llamacpp.templates_folder() / llama3.TEMPLATE, base / TEMPLATE_FILE)
     return max(entry.size for entry in entries) / 1e6
 
 
-def ours(folder: Path, names: str, log: Path, **options: Any) -> tuple[Measured, dict[str, float]]:
-    """Runs stages; returns what was measured, and the seconds that each stage told."""
+def run_stages(folder: Path, names: str, log: Path, **options: Any) -> tuple[Measured, dict[str, float]]:
+    """Run stages of kolotune; return the measurement, and the seconds that each stage reported."""
     values = {"base_model": str(folder / "base"), "output_dir": str(folder / "run"), "dtype": "bf16"}
     values |= {"quantization": [QUANTIZATION], **options}
-    begun = log.stat().st_size if log.exists() else 0
-    found = measure([sys.executable, "-P", "-c", _STAGES, json.dumps(values), names, folder / "adapter"], log)
-    text = log.read_bytes()[begun:].decode("utf-8", errors="replace")
-    return found, {name: float(seconds) for name, seconds in re.findall(r"ok  (\w+): .* in ([\d.]+) s", text)}
+    log_start = log.stat().st_size if log.exists() else 0
+    measured = measure([sys.executable, "-P", "-c", _STAGES, json.dumps(values), names, folder / "adapter"], log)
+    text = log.read_bytes()[log_start:].decode("utf-8", errors="replace")
+    return measured, {name: float(seconds) for name, seconds in re.findall(r"ok  (\w+): .* in ([\d.]+) s", text)}
 
 
 def one_round(folder: Path, quantize: bool) -> dict[str, Measured]:
-    """Each step once, the original's and ours in turns."""
+    """Run each step once, the original's and kolotune's in turns."""
     from kolotune.foundation.quantization_types import FILE_TYPES
 
     toolchain, log = llamacpp.ensure(PlainReporter()), folder / "log"
     python = [sys.executable, "-P", "-c"]
-    base, merged, gguf, small = (folder / name for name in ("base", "its_merged", "its.gguf", "its_small.gguf"))
+    base, merged, gguf, small = (
+        folder / name for name in ("base", "original_merged", "original.gguf", "original_quantized.gguf")
+    )
     run = folder / "run"
-    found = {}
-    found["merge"] = measure([*python, _ORIGINAL_MERGE, base, merged], log)
-    found["convert"] = measure(
+    steps = {}
+    steps["merge"] = measure([*python, _ORIGINAL_MERGE, base, merged], log)
+    steps["convert"] = measure(
         [sys.executable, toolchain.converter, "--outtype", "f16", "--outfile", gguf, merged], log
     )
     shutil.rmtree(merged)
     shutil.rmtree(run, ignore_errors=True)
-    found["ours: merge, convert"], _ = ours(folder, "merge,convert", log)
+    steps["kolotune: merge, convert"], _ = run_stages(folder, "merge,convert", log)
     if quantize:
         argv = [*python, _ORIGINAL_QUANTIZE, gguf, small, str(FILE_TYPES[QUANTIZATION])]
-        found["quantize"] = measure(argv, log)
-        whole, told = ours(folder, "merge,convert,quantize", log)
-        found["ours: quantize"] = Measured(told["quantize"], whole.peak_mb, whole.anonymous_mb, 0)
+        steps["quantize"] = measure(argv, log)
+        total, seconds = run_stages(folder, "merge,convert,quantize", log)
+        steps["kolotune: quantize"] = Measured(seconds["quantize"], total.peak_mb, total.anonymous_mb, 0)
         small.unlink()
     gguf.unlink()
     shutil.rmtree(run)
-    found["ours, lean: f16 only"], _ = ours(folder, "merge,convert", log, lean=True, quantization=["none"])
+    steps["kolotune, lean: f16 only"], _ = run_stages(folder, "merge,convert", log, lean=True, quantization=["none"])
     shutil.rmtree(run)
-    return found
+    return steps
 
 
 def measure_size(size: str, folder: Path, rounds: int, quantize: bool, result: Result) -> None:
-    """All rounds of one size, into the result."""
+    """Measure all rounds of one size."""
     largest = make_model(folder, size)
-    cold, _ = ours(folder, "merge,convert", folder / "log", lean=True, quantization=["none"])
+    cold, _ = run_stages(folder, "merge,convert", folder / "log", lean=True, quantization=["none"])
     shutil.rmtree(folder / "run")
     runs: dict[str, list[Measured]] = {}
     for number in range(rounds):
-        for name, each in one_round(folder, quantize).items():
-            runs.setdefault(name, []).append(each)
-        told = ", ".join(f"{name} {each[-1].seconds:.1f}" for name, each in runs.items())
-        print(f"{size}, round {number + 1}, seconds: {told}", flush=True)
-    found = {name: medians(each) for name, each in runs.items()}
-    its = found["merge"].seconds + found["convert"].seconds
-    rows: list[list[Any]] = [[name, each.seconds, each.anonymous_mb] for name, each in found.items()]
-    rows.append(["ours, lean, cold: its outline is drawn", cold.seconds, cold.anonymous_mb])
-    result.tables.append(Table(f"{size}, medians of {rounds}", ["step", "seconds", "anonymous MB at most"], rows))
-    room = ROOM_MB + 2 * largest
-    for name in ("ours: merge, convert", "ours, lean: f16 only"):
-        mine = found[name]
-        share = its / mine.seconds
-        if size == TIMED:  # a larger one takes longer than that on any disk
-            told = f"{mine.seconds:.1f} s, the original {its:.1f} s: {share:.1f} x"
-            passed = mine.seconds <= WANTED_SECONDS or share >= 1 / WANTED_SHARE
-            wanted = f"{WANTED_SECONDS:.0f} s or a third of the original's"
-            result.figures.append(measuring.Figure(f"{size}: {name}", wanted, told, passed))
-        result.at_most(f"{size}: {name}, anonymous memory", mine.anonymous_mb, room, " MB")
+        for name, measured in one_round(folder, quantize).items():
+            runs.setdefault(name, []).append(measured)
+        seconds = ", ".join(f"{name} {step_runs[-1].seconds:.1f}" for name, step_runs in runs.items())
+        print(f"{size}, round {number + 1}, seconds: {seconds}", flush=True)
+    steps = {name: medians(step_runs) for name, step_runs in runs.items()}
+    original = steps["merge"].seconds + steps["convert"].seconds
+    rows: list[list[object]] = [[name, step.seconds, step.anonymous_mb] for name, step in steps.items()]
+    rows.append(["kolotune, lean, cold: makes the conversion plan", cold.seconds, cold.anonymous_mb])
+    result.tables.append(Table(f"{size}, medians of {rounds}", ["step", "seconds", "peak anonymous MB"], rows))
+    memory_limit = BASE_MEMORY_MB + 2 * largest
+    for name in ("kolotune: merge, convert", "kolotune, lean: f16 only"):
+        measured = steps[name]
+        speedup = original / measured.seconds
+        if size == TIMED:  # larger models take longer than that on any disk
+            times = f"{measured.seconds:.1f} s, the original {original:.1f} s: {speedup:.1f} x"
+            passed = measured.seconds <= TARGET_SECONDS or speedup >= 1 / TARGET_SHARE
+            target = f"{TARGET_SECONDS:.0f} s, or a third of the original's time"
+            result.figures.append(measuring.Figure(f"{size}: {name}", target, times, passed))
+        result.at_most(f"{size}: {name}, anonymous memory", measured.anonymous_mb, memory_limit, " MB")
     if quantize:
-        ratio = found["ours: quantize"].seconds / found["quantize"].seconds
-        what = f"{size}: quantize against llama.cpp's own, no slower but for noise"
+        ratio = steps["kolotune: quantize"].seconds / steps["quantize"].seconds
+        what = f"{size}: time of quantize relative to llama.cpp's own, within noise"
         result.at_most(what, ratio, measuring.NOISE, " x")
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measure and report."""
     parser = measuring.options(__doc__)
     parser.add_argument("--sizes", default="1b,3b", help="1b, 3b or both, as 1b,3b; quantizing is measured at 1b")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-quantize", action="store_true", help="leave the quantizer out, which takes longest")
-    parser.add_argument("--folder", type=Path, help="where the models lie meanwhile")
+    parser.add_argument("--no-quantize", action="store_true", help="skip the quantizer, which takes longest")
+    parser.add_argument("--folder", type=Path, help="where to make the temporary models")
     arguments = parser.parse_args()
     result = Result("merge_convert", "From adapter to GGUF", quick=arguments.quick)
     result.versions = measuring.versions("torch", "transformers", "llama-cpp-python", "numpy")

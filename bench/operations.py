@@ -1,12 +1,12 @@
-"""How many operations the exact result of training steps needs, and how fast the machine multiplies at their shapes.
+"""How many operations the exact result of a training step needs, and how fast the machine multiplies at its shapes.
 
-Counted are, of every step, 4 for each weight outside the head and token, 4 for each head weight and labelled token,
-6 for each adapter weight and token, and attention as it is computed exactly: 12 for each layer, query head, element of
-a head, and pair of a token and one that it sees (two products forwards, four backwards, 2 each). A beginning that all
-chats of a step share is counted once. Tokens behind a chat's last labelled place can't change the result: not counted.
+A step counts 4 operations per token and weight outside the head, 4 per labelled token and weight of the head, 6 per
+token and adapter weight, and exact attention: 12 per layer, query head, element of a head, and pair of a token and one
+that it sees (two products forward, four backward, 2 each). A prefix that all chats of a step share counts once. Tokens
+after a chat's last label don't count, because they can't change the result.
 
-That is the rule, and a little of what it counts is not needed either: in the last layer nobody reads what is not about
-to predict a label (its keys and values apart), and the first layer's input needs no gradient. `Needed.spared` is that.
+A little of that is not needed either: in the last layer, positions that predict no label need only keys and values, and
+the first layer's input needs no gradient. `Operations.unneeded` counts these.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from kolotune.engines.prepared_tokens import PreparedTokens
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes, and the adapters' rank and places."""
+    """Sizes of a model and its adapters."""
 
     width: int
     hidden: int
@@ -39,7 +40,7 @@ class Shape:
 
     @classmethod
     def read(cls, folder: Path, rank: int, targets: Sequence[str]) -> Shape:
-        """That of a model folder of the Llama family."""
+        """Read the shape of a model folder of the Llama family."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         queries = config["num_attention_heads"]
         return cls(
@@ -50,7 +51,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """A layer's linear parts: (inputs, outputs)."""
+        """The linear layers of a decoder layer, as (inputs, outputs)."""
         query, key = self.queries * self.head, self.keys * self.head
         return {
             "q_proj": (self.width, query), "k_proj": (self.width, key), "v_proj": (self.width, key),
@@ -60,7 +61,7 @@ class Shape:
 
     @property
     def products(self) -> list[tuple[int, int]]:
-        """A layer's matrices (inputs, outputs), those of one input side by side."""
+        """The matrices of a decoder layer, as (inputs, outputs); those with the same input are joined."""
         query, key = self.queries * self.head, self.keys * self.head
         return [
             (self.width, query + 2 * key),
@@ -71,42 +72,42 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Needed:
-    """Operations of one step, by what they are for, and the rows that its products have."""
+class Operations:
+    """Operations of one step by purpose, and the rows of its matrix products."""
 
     weights: int
     head: int
     adapters: int
     attention: int
-    spared: int
+    unneeded: int
     rows: int
     labels: int
 
     @property
     def all(self) -> int:
-        """By the rule."""
+        """All counted operations."""
         return self.weights + self.head + self.adapters + self.attention
 
 
 def chats_of(tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
-    """Of these chats, ids and whether each is labelled."""
+    """Return the chats' token ids, and whether each token is labelled."""
     return [(ids.tolist(), (labels >= 0).tolist()) for ids, labels in map(tokens.chat, indices)]
 
 
-def needed(shape: Shape, chats: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Needed:
-    """The operations of one step.
+def count_operations(shape: Shape, chats: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Operations:
+    """Count the operations of one step.
 
     Args:
-        shape: the model's.
-        chats: of each, ids and whether each is labelled.
+        shape: of the model.
+        chats: token ids, and whether each token is labelled.
     """
     ends, labels, label_pairs = [], 0, 0
     for _, labelled in chats:
-        places = [place for place in range(1, len(labelled)) if labelled[place]]
-        ends.append(places[-1] if places else 0)  # the last labelled token itself is only predicted
-        labels += len(places)
-        label_pairs += sum(places)  # the token before place p sees p tokens
-    shared = shared_beginning([ids[:end] for (ids, _), end in zip(chats, ends, strict=True)])
+        positions = [position for position in range(1, len(labelled)) if labelled[position]]
+        ends.append(positions[-1] if positions else 0)  # the last labelled token itself is only predicted
+        labels += len(positions)
+        label_pairs += sum(positions)  # the token before position p sees p tokens
+    shared = shared_prefix([ids[:end] for (ids, _), end in zip(chats, ends, strict=True)])
     rows = shared + sum(end - shared for end in ends)
     pairs = sum(end * (end + 1) // 2 for end in ends) - (len(chats) - 1) * (shared * (shared + 1) // 2)
     linear = sum(inputs * outputs for inputs, outputs in shape.linears.values())
@@ -116,59 +117,54 @@ def needed(shape: Shape, chats: Sequence[tuple[Sequence[int], Sequence[bool]]]) 
     unread += 6 * sum(size for name, size in adapters.items() if name not in keys)
     first = 2 * sum(shape.linears[name][0] * shape.linears[name][1] for name in ("q_proj", "k_proj", "v_proj"))
     by_pair = 12 * shape.queries * shape.head
-    return Needed(
+    return Operations(
         weights=4 * shape.layers * linear * rows,
         head=4 * shape.width * shape.vocabulary * labels,
         adapters=6 * shape.layers * sum(adapters.values()) * rows,
         attention=by_pair * shape.layers * pairs,
-        spared=unread * (rows - labels) + by_pair * (pairs - label_pairs) + first * rows,
+        unneeded=unread * (rows - labels) + by_pair * (pairs - label_pairs) + first * rows,
         rows=rows,
         labels=labels,
     )
 
 
-def shared_beginning(chats: Sequence[Sequence[int]]) -> int:
-    """Tokens that all of several chats begin with; 0 for a chat that is alone."""
+def shared_prefix(chats: Sequence[Sequence[int]]) -> int:
+    """Return the length of the prefix that several chats share; 0 for a single chat."""
     if len(chats) < 2:
         return 0
-    length = 0
-    for tokens in zip(*chats, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*chats, strict=False)))
 
 
-class Probe:
-    """The bare products of one training step at the model's own shapes, forwards and backwards, and nothing else.
+class MatrixProbe:
+    """Only the matrix products of a training step, forward and backward, at the model's own shapes.
 
-    Every layer has matrices of its own, as in the model, so that none waits in the processor's cache. Each product is
-    computed in two ways, PyTorch's own and oneDNN's with the weight packed beforehand; the faster way counts.
+    Every layer has separate matrices, as in the model, so that none stays in the processor's cache. Each product is
+    computed in two ways, by PyTorch and by oneDNN with packed weights; the faster way counts.
 
     Args:
-        shape: the model's.
-        rows, labels: rows of a step's products, and of its head's.
-        dtype: what is computed in.
+        shape: of the model.
+        rows, labels: rows of a step's products, and of those of the head.
+        dtype: of the matrices.
     """
 
     def __init__(self, shape: Shape, rows: int, labels: int, dtype: torch.dtype) -> None:
-        draw = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
 
         def matrix(height: int, width: int) -> Tensor:
-            return torch.randn(height, width, generator=draw).to(dtype)
+            return torch.randn(height, width, generator=generator).to(dtype)
 
         sizes = shape.products * shape.layers
         self._jobs: list[tuple[Tensor, Tensor]] = []
         for (inputs, outputs), count in [*((size, rows) for size in sizes), ((shape.width, shape.vocabulary), labels)]:
             weight = matrix(outputs, inputs)
-            self._jobs.append((matrix(count, inputs), weight))  # forwards: x Wᵀ
-            self._jobs.append((matrix(count, outputs), weight.t().contiguous()))  # backwards: d W
+            self._jobs.append((matrix(count, inputs), weight))  # forward: x Wᵀ
+            self._jobs.append((matrix(count, outputs), weight.t().contiguous()))  # backward: d W
         self.operations = sum(2 * len(x) * weight.numel() for x, weight in self._jobs)
         self._packed = [torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for x, weight in self._jobs]
 
     @torch.no_grad()
     def rate(self) -> float:
-        """Operations a second, of the faster of the two ways."""
+        """Return the operations per second of the faster way."""
         started = time.perf_counter()
         for x, weight in self._jobs:
             torch.nn.functional.linear(x, weight)
@@ -181,7 +177,7 @@ class Probe:
 
 @torch.no_grad()
 def square_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations a second of one large square product, for comparison."""
+    """Return the operations per second of one large square product, for comparison."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     torch.mm(left, right)
     started = time.perf_counter()

@@ -1,10 +1,10 @@
-"""What `kolotune plan` foretells against what then happens in `kolotune run`, for three very different jobs.
+"""What `kolotune plan` predicts, compared with what `kolotune run` then needs, for three very different jobs.
 
     python bench/plan_accuracy.py [--json FILE] [--quick] [--rounds N] [--jobs A,B,C]
 
-Memory is that of `measuring`: the whole process tree's, with its part of mapped files. Disk is the run folder's
-largest sum of file sizes, looked at every half second. The plan with measured steps is made before each run; memory and
-disk of the plan without them are shown too. Every round has all jobs; what counts is the median of planned / happened.
+Memory is measured by `measuring`, for the whole process tree with its share of mapped files. Disk is the largest sum of
+file sizes in the run folder, sampled every half second. A plan with measured steps is made before each run; memory and
+disk of a plan without them are shown too. Every round runs all jobs. The median of planned / actual counts.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from kolotune.foundation.reporter import PlainReporter
 
 @dataclass(frozen=True)
 class Job:
-    """Something to plan and to run: its letter, what it is, and the arguments behind the verb."""
+    """Something to plan and to run: its letter, a description, and the arguments after the verb."""
 
     letter: str
     what: str
     arguments: tuple[str, ...]
 
 
-def jobs(room: Path, quick: bool) -> list[Job]:
-    """The three; their data and a random model are made in `room`."""
-    short, long, few = room / "short.jsonl", room / "long.jsonl", room / "few.jsonl"
+def make_jobs(folder: Path, quick: bool) -> list[Job]:
+    """Return the three jobs; their chats and a random model are made in `folder`."""
+    short, long, few = folder / "short.jsonl", folder / "long.jsonl", folder / "few.jsonl"
     write_chats(short, 12 if quick else 40)
     _write_long(long, 3 if quick else 6)
     write_chats(few, 6 if quick else 16, seed=1)
-    other = _random_model(room / "random-250m")
+    random_model = _make_random_model(folder / "random-250m")
     once = ("--epochs", "1")
     return [
         Job("A", "SmolLM2-135M, 40 short chats in batches of 4, Q4_K_M", (str(short), "--batch-size", "4", *once)),
         Job(
             "B",
-            "SmolLM2-135M, chats of some 2,000 tokens, Q8_0 and Q5_K_M, lean",
+            "SmolLM2-135M, chats of about 2,000 tokens, Q8_0 and Q5_K_M, lean",
             (str(long), "--quantization", "Q8_0,Q5_K_M", "--lean", "--batch-size", "1", "--eval-split", "0", *once),
         ),
         Job(
             "C",
-            "a random Llama of 250 M weights in fp32, rank 64, two epochs, Q6_K",
+            "a random Llama with 250M weights in fp32, rank 64, two epochs, Q6_K",
             (
-                str(few), "--base-model", str(other), "--dtype", "fp32", "--lora-rank", "64", "--quantization", "Q6_K",
-                "--epochs", "2", "--eval-split", "0",
+                str(few), "--base-model", str(random_model), "--dtype", "fp32", "--lora-rank", "64",
+                "--quantization", "Q6_K", "--epochs", "2", "--eval-split", "0",
             ),
         ),
     ]  # fmt: skip
@@ -68,13 +68,13 @@ def _write_long(path: Path, count: int) -> None:
             answer = ""
             for text in texts[number * 97 :]:
                 answer += text + "\n\n"
-                if len(answer) > 6_300:  # characters: of SmolLM2 some 1,900 tokens
+                if len(answer) > 6_300:  # characters, about 1,900 tokens of SmolLM2
                     break
             turns = [{"role": "user", "content": f"Part {number}?"}, {"role": "assistant", "content": answer[:6_300]}]
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-def _random_model(folder: Path) -> Path:
+def _make_random_model(folder: Path) -> Path:
     import torch
     import transformers
 
@@ -92,30 +92,30 @@ def _random_model(folder: Path) -> Path:
     return folder
 
 
-def planned(job: Job, out: Path, log: Path, *more: str) -> dict[str, Any]:
-    """What `plan` says, as its event has it."""
+def make_plan(job: Job, out: Path, log: Path, *more: str) -> dict[str, Any]:
+    """Return the fields of the event of `kolotune plan`."""
     log.unlink(missing_ok=True)
     measure([*KOLOTUNE, "plan", *job.arguments, *_common(out), "--json", *more], log)
     events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith('{"event"')]
-    found: dict[str, Any] = next(event["plan"] for event in events if "plan" in event)
-    return found
+    plan: dict[str, Any] = next(event["plan"] for event in events if "plan" in event)
+    return plan
 
 
 def _common(out: Path) -> list[str]:
     return ["--output-dir", str(out), "--no-compare"]
 
 
-def happened(job: Job, out: Path, log: Path) -> tuple[float, float, float]:
-    """Memory in bytes, disk in bytes and seconds of the real run."""
-    most = 0
+def measure_run(job: Job, out: Path, log: Path) -> tuple[float, float, float]:
+    """Return the memory in bytes, disk in bytes and seconds of a run."""
+    peak = 0
 
-    def look() -> bool:
-        nonlocal most
-        most = max(most, _bytes_in(out))
+    def sample_disk() -> bool:
+        nonlocal peak
+        peak = max(peak, _bytes_in(out))
         return False
 
-    took = measure([*KOLOTUNE, "run", *job.arguments, *_common(out)], log, until=look)
-    return took.peak_mb * 1e6, max(most, _bytes_in(out)), took.seconds
+    measured = measure([*KOLOTUNE, "run", *job.arguments, *_common(out)], log, until=sample_disk)
+    return measured.peak_mb * 1e6, max(peak, _bytes_in(out)), measured.seconds
 
 
 def _bytes_in(folder: Path) -> int:
@@ -124,57 +124,59 @@ def _bytes_in(folder: Path) -> int:
         for name in names:
             try:
                 total += os.lstat(os.path.join(path, name)).st_size
-            except OSError:  # it was renamed in the meantime
+            except OSError:  # renamed in the meantime
                 continue
     return total
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", default="A,B,C")
     arguments = parser.parse_args()
-    result = Result("plan_accuracy", "What plan foretells, against what happens", versions("torch", "transformers"))
+    result = Result("plan_accuracy", "Accuracy of plan", versions("torch", "transformers"))
     result.quick = arguments.quick
-    rows: list[list[Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        chosen = [job for job in jobs(room, arguments.quick) if job.letter in arguments.jobs.split(",")]
+    rows: list[list[object]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = [job for job in make_jobs(folder, arguments.quick) if job.letter in arguments.jobs.split(",")]
         ratios: dict[tuple[str, str], list[float]] = {}
         for number in range(1 if arguments.quick else arguments.rounds):
             for job in chosen:
-                rows += [[job.letter, number + 1, *row] for row in _round(job, room, ratios)]
+                rows += [[job.letter, number + 1, *row] for row in _run_round(job, folder, ratios)]
                 print(rows[-3:], flush=True)
-    result.tables.append(Table("Rounds", ["job", "round", "what", "planned", "unmeasured plan", "happened"], rows))
+    result.tables.append(
+        Table("Rounds", ["job", "round", "what", "planned", "planned without measuring", "actual"], rows)
+    )
     bounds = {"memory": 0.25, "disk": 0.25, "time": 0.40}
     for job in chosen:
         result.notes.append(f"{job.letter}: {job.what}.")
         for what, bound in bounds.items():
             off = abs(median(ratios[job.letter, what]) - 1)
-            result.at_most(f"{job.letter}: {what}, planned against happened", 100 * off, 100 * bound, " %")
+            result.at_most(f"{job.letter}: {what}, planned vs. actual", 100 * off, 100 * bound, " %")
         off = abs(median(ratios[job.letter, "memory without measuring"]) - 1)
-        result.at_most(f"{job.letter}: memory by formulas alone", 100 * off, 25, " %")
+        result.at_most(f"{job.letter}: memory from formulas only", 100 * off, 25, " %")
     result.finish(arguments.json)
-    return 0 if all(each.passed for each in result.figures) else 1
+    return 0 if all(figure.passed for figure in result.figures) else 1
 
 
-def _round(job: Job, room: Path, ratios: dict[tuple[str, str], list[float]]) -> list[list[Any]]:
-    out, log = room / "run", room / "log"
+def _run_round(job: Job, folder: Path, ratios: dict[tuple[str, str], list[float]]) -> list[list[object]]:
+    out, log = folder / "run", folder / "log"
     shutil.rmtree(out, ignore_errors=True)
-    by_formulas = planned(job, out, log, "--no-measure")
-    told = planned(job, out, log)
-    memory, disk, seconds = happened(job, out, room / f"{job.letter}-{time.time_ns()}.log")
+    by_formulas = make_plan(job, out, log, "--no-measure")
+    plan = make_plan(job, out, log)
+    memory, disk, seconds = measure_run(job, out, folder / f"{job.letter}-{time.time_ns()}.log")
     expected = {
-        "memory": (told["memory_peak"], by_formulas["memory_peak"], memory),
-        "disk": (told["disk_peak"], by_formulas["disk_peak"], disk),
+        "memory": (plan["memory_peak"], by_formulas["memory_peak"], memory),
+        "disk": (plan["disk_peak"], by_formulas["disk_peak"], disk),
     }
-    rows: list[list[Any]] = []
-    for what, (planned_bytes, formula, real) in expected.items():
-        ratios.setdefault((job.letter, what), []).append(planned_bytes / real)
-        rows.append([f"{what}, MB", planned_bytes / 1e6, formula / 1e6, real / 1e6])
+    rows: list[list[object]] = []
+    for what, (planned, formula, actual) in expected.items():
+        ratios.setdefault((job.letter, what), []).append(planned / actual)
+        rows.append([f"{what}, MB", planned / 1e6, formula / 1e6, actual / 1e6])
     ratios.setdefault((job.letter, "memory without measuring"), []).append(by_formulas["memory_peak"] / memory)
-    total = sum(told["seconds"].values())
+    total = sum(plan["seconds"].values())
     ratios.setdefault((job.letter, "time"), []).append(total / seconds)
     rows.append(["time, s", total, "-", seconds])
     return rows

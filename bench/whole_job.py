@@ -1,12 +1,12 @@
-"""The whole job, from chats to a quantized GGUF: kolotune, the original pipeline, and soup-cli's train and merge.
+"""The whole job, from chats to a quantized GGUF: kolotune, the original pipeline, and train and merge of soup-cli.
 
     python bench/whole_job.py [--rounds N] [--quick] [--json FILE]
 
-The original pipeline: torchtune 0.6.1 through its own `tune` and recipe, with activation checkpointing; transformers
-loads and saves; llama.cpp's converter; llama.cpp's quantizer. soup-cli ends after merging: it then asks for a llama.cpp
-that the user has built. All train on the same chats, one epoch, with the same settings, in bf16; in turns, each round
-all of them. Warm means that base model, dry conversion and compiled kernels are in the cache. One judge (PEFT, fp32)
-tells the loss of every adapter on the same held-out chats.
+The original pipeline is torchtune 0.6.1 with its own `tune` command and recipe, with activation checkpointing; then
+transformers loads and saves, and llama.cpp converts and quantizes. soup-cli stops after merging, because it then needs
+a llama.cpp that the user has built. All train on the same chats for one epoch in bf16, with the same settings, and take
+turns. Warm means that the base model, the dry conversion and compiled kernels are in the cache. PEFT computes the loss
+of every adapter in fp32 on the same held-out chats.
 """
 
 from __future__ import annotations
@@ -36,32 +36,36 @@ PYTHON = Path(sys.executable)
 
 @dataclass
 class Job:
-    """One contender's job: its steps by name, and where its adapter is."""
+    """The job of one program: its steps by name, and its adapter."""
 
     steps: dict[str, Measured] = field(default_factory=dict)
     adapter: Path = Path()
 
     @property
     def seconds(self) -> float:
-        return sum(each.seconds for each in self.steps.values())
+        return sum(step.seconds for step in self.steps.values())
 
     @property
     def peak_mb(self) -> float:
-        return max(each.peak_mb for each in self.steps.values())
+        return max(step.peak_mb for step in self.steps.values())
 
 
 def kolotune(
-    chats: material.Chats, folder: Path, *flags: str, env: dict[str, str] | None = None, fine: tuple[int, ...] = (0,)
+    chats: material.Chats,
+    folder: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    accepted: tuple[int, ...] = (0,),
 ) -> Job:
-    """`kolotune run`; `fine` are the exit codes that it may end with."""
+    """Measure `kolotune run`; `accepted` lists the exit codes that are not failures."""
     run = folder / "run"
     argv = [*KOLOTUNE, "run", chats.train, *material.settings(), "--output-dir", run, *(flags or ("--no-compare",))]
-    measured = measure(argv, folder / "log", env=material.OFFLINE | (env or {}), fine=fine)
+    measured = measure(argv, folder / "log", env=material.OFFLINE | (env or {}), accepted=accepted)
     return Job({"run": measured}, RunFolder(run).adapter)
 
 
 def original(chats: material.Chats, folder: Path) -> Job:
-    """The steps of the original scripts, each a process."""
+    """Measure the steps of the original scripts, each in a process."""
     folder.mkdir(parents=True)
     log, merged, gguf = folder / "log", folder / "merged", folder / "model.gguf"
     config = folder / "recipe.yaml"
@@ -86,7 +90,7 @@ def original(chats: material.Chats, folder: Path) -> Job:
 
 
 def as_peft(trained: Path, folder: Path) -> Path:
-    """torchtune's adapter as a folder of its own, for the judge."""
+    """Copy torchtune's adapter into a PEFT folder, to compute its loss."""
     adapter = folder / "adapter"
     adapter.mkdir()
     config = json.loads((folder / "peft.json").read_text(encoding="utf-8"))
@@ -97,7 +101,7 @@ def as_peft(trained: Path, folder: Path) -> Path:
 
 
 def torchtune_config(chats: material.Chats, folder: Path) -> dict[str, object]:
-    """The config of torchtune's recipe, as the original scripts fill it in, but for SmolLM2's shape."""
+    """Return the config of torchtune's recipe as in the original scripts, with SmolLM2's shape."""
     base = json.loads((material.base() / "config.json").read_text(encoding="utf-8"))
     steps = -(-chats.count // material.BATCH_SIZE)
     return {
@@ -147,7 +151,7 @@ def torchtune_config(chats: material.Chats, folder: Path) -> dict[str, object]:
 
 
 def soup(chats: material.Chats, folder: Path) -> Job:
-    """soup-cli's train and merge."""
+    """Measure train and merge of soup-cli."""
     folder.mkdir(parents=True)
     log, adapter = folder / "log", folder / "adapter"
     config = {
@@ -175,9 +179,9 @@ def soup(chats: material.Chats, folder: Path) -> Job:
     return job
 
 
-def judged(jobs: dict[str, Job], chats: material.Chats, folder: Path) -> dict[str, float]:
-    """Each adapter's loss on the held-out chats."""
-    run = folder / "judge"
+def evaluate(jobs: dict[str, Job], chats: material.Chats, folder: Path) -> dict[str, float]:
+    """Return the loss of each adapter on the held-out chats."""
+    run = folder / "evaluation"
     argv = [*KOLOTUNE, "prepare", chats.train, "--eval-data", chats.held_out, "--output-dir", run]
     measure(argv, folder / "log", env=material.OFFLINE)
     prepared = RunFolder(run).prepared
@@ -185,7 +189,7 @@ def judged(jobs: dict[str, Job], chats: material.Chats, folder: Path) -> dict[st
 
 
 def main() -> int:
-    """Measures and tells."""
+    """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -198,67 +202,75 @@ def main() -> int:
         root = Path(name)
         chats = material.chats(root / "few", few)
         kolotune(chats, root / "warm")
-        contenders: dict[str, Callable[[material.Chats, Path], Job]] = {
+        programs: dict[str, Callable[[material.Chats, Path], Job]] = {
             "kolotune": kolotune, "original": original, "soup-cli": soup,
         }  # fmt: skip
-        jobs: dict[str, list[Job]] = {each: [] for each in contenders}
+        jobs: dict[str, list[Job]] = {program: [] for program in programs}
         for number in range(rounds):
-            for who, job in contenders.items():
-                jobs[who].append(job(chats, root / f"{who}-{number}"))
-                print(f"round {number + 1}, {who}: {jobs[who][-1].seconds:.1f} s", flush=True)
-        losses = judged({who: each[-1] for who, each in jobs.items()}, chats, root)
-        _tell(result, jobs, losses, few)
-        _beside(result, chats, root)
+            for program, job in programs.items():
+                jobs[program].append(job(chats, root / f"{program}-{number}"))
+                print(f"round {number + 1}, {program}: {jobs[program][-1].seconds:.1f} s", flush=True)
+        losses = evaluate({program: runs[-1] for program, runs in jobs.items()}, chats, root)
+        _add_rounds(result, jobs, losses, few)
+        _add_other_modes(result, chats, root)
         large = material.chats(root / "many", many)
         ours, theirs = kolotune(large, root / "ours-many"), original(large, root / "original-many")
-        losses = judged({"kolotune": ours, "original": theirs}, large, root / "many")
-        _tell_large(result, ours, theirs, losses, many)
+        losses = evaluate({"kolotune": ours, "original": theirs}, large, root / "many")
+        _add_large(result, ours, theirs, losses, many)
     result.finish(arguments.json)
     return 0
 
 
-def _tell(result: Result, jobs: dict[str, list[Job]], losses: dict[str, float], count: int) -> None:
-    seconds = {who: median(each.seconds for each in runs) for who, runs in jobs.items()}
-    peaks = {who: median(each.peak_mb for each in runs) for who, runs in jobs.items()}
+def _add_rounds(result: Result, jobs: dict[str, list[Job]], losses: dict[str, float], count: int) -> None:
+    seconds = {program: median(run.seconds for run in runs) for program, runs in jobs.items()}
+    peaks = {program: median(run.peak_mb for run in runs) for program, runs in jobs.items()}
     rows = []
-    for who, runs in jobs.items():
+    for program, runs in jobs.items():
         for step in runs[0].steps:
             measured = [run.steps[step] for run in runs]
-            rows.append([who, step, median(e.seconds for e in measured), median(e.peak_mb for e in measured), ""])
-        rows.append([f"**{who}**", "all", seconds[who], peaks[who], f"{losses[who]:.4f}"])
+            rows.append([program, step, median(m.seconds for m in measured), median(m.peak_mb for m in measured), ""])
+        rows.append([f"**{program}**", "all", seconds[program], peaks[program], f"{losses[program]:.4f}"])
     result.tables.append(
-        Table(f"{count} chats, one epoch, medians", ["who", "step", "s", "peak MB", "held-out loss"], rows)
+        Table(f"{count} chats, one epoch, medians", ["program", "step", "s", "peak MB", "held-out loss"], rows)
     )
     what = f"whole job, {count} chats"
-    result.at_least(f"{what}, against the original pipeline", seconds["original"] / seconds["kolotune"], 6)
-    result.at_most(f"{what}, peak memory of the original's", 100 * peaks["kolotune"] / peaks["original"], 70, "%")
-    result.at_least(f"{what}, against soup-cli's train and merge", seconds["soup-cli"] / seconds["kolotune"], 4)
-    result.at_most(f"{what}, peak memory of soup-cli's", 100 * peaks["kolotune"] / peaks["soup-cli"], 25, "%")
-    for who in ("original", "soup-cli"):
-        off = 100 * abs(losses["kolotune"] / losses[who] - 1)
-        result.at_most(f"{what}, held-out loss off {who}'s", off, 1, "%")
+    result.at_least(f"{what}, speedup over the original pipeline", seconds["original"] / seconds["kolotune"], 6)
+    result.at_most(
+        f"{what}, peak memory relative to the original pipeline", 100 * peaks["kolotune"] / peaks["original"], 70, "%"
+    )
+    result.at_least(f"{what}, speedup over train and merge of soup-cli", seconds["soup-cli"] / seconds["kolotune"], 4)
+    result.at_most(f"{what}, peak memory relative to soup-cli", 100 * peaks["kolotune"] / peaks["soup-cli"], 25, "%")
+    for program, name in (("original", "the original pipeline"), ("soup-cli", "soup-cli")):
+        difference = 100 * abs(losses["kolotune"] / losses[program] - 1)
+        result.at_most(f"{what}, difference in held-out loss from {name}", difference, 1, "%")
 
 
-def _beside(result: Result, chats: material.Chats, root: Path) -> None:
-    """The cold job, with an empty cache, and the job with its comparison at the end."""
-    # It compares on the held-out chats; what it finds of a model that has seen so little is no matter of its time.
+def _add_other_modes(result: Result, chats: material.Chats, root: Path) -> None:
+    """Add the job with an empty cache, and the job with a comparison at the end."""
+    # It compares on the held-out chats. A model with so little training may fail; only the time matters here.
     flags = ("--compare", "--eval-data", str(chats.held_out))
-    gated = kolotune(chats, root / "gated", *flags, fine=(0, FidelityError.exit_code))
+    compared = kolotune(chats, root / "compared", *flags, accepted=(0, FidelityError.exit_code))
     empty = {"KOLOTUNE_CACHE": str(root / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
-    # Not offline for the hub's libraries alone: the base comes from the package index in any case.
+    # OFFLINE applies only to the hub's libraries; the base model comes from the package index.
     cold = kolotune(chats, root / "cold", env=empty)
-    rows = [["with --compare, warm", gated.seconds, gated.peak_mb], ["cold: empty cache", cold.seconds, cold.peak_mb]]
-    result.tables.append(Table(f"kolotune, {chats.count} chats, once each", ["how", "s", "peak MB"], rows))
-
-
-def _tell_large(result: Result, ours: Job, theirs: Job, losses: dict[str, float], count: int) -> None:
     rows = [
-        [who, job.seconds, job.peak_mb, f"{losses[who]:.4f}"] for who, job in (("kolotune", ours), ("original", theirs))
+        ["with --compare, warm", compared.seconds, compared.peak_mb],
+        ["cold: empty cache", cold.seconds, cold.peak_mb],
     ]
-    result.tables.append(Table(f"{count} chats, once", ["who", "s", "peak MB", "held-out loss"], rows))
+    result.tables.append(Table(f"kolotune, {chats.count} chats, once each", ["mode", "s", "peak MB"], rows))
+
+
+def _add_large(result: Result, ours: Job, theirs: Job, losses: dict[str, float], count: int) -> None:
+    rows = [
+        [program, job.seconds, job.peak_mb, f"{losses[program]:.4f}"]
+        for program, job in (("kolotune", ours), ("original", theirs))
+    ]
+    result.tables.append(Table(f"{count} chats, once", ["program", "s", "peak MB", "held-out loss"], rows))
     what = f"whole job, {count} chats, once"
-    result.at_least(f"{what}, against the original pipeline", theirs.seconds / ours.seconds, 8)
-    result.at_most(f"{what}, held-out loss off", 100 * abs(losses["kolotune"] / losses["original"] - 1), 1, "%")
+    result.at_least(f"{what}, speedup over the original pipeline", theirs.seconds / ours.seconds, 8)
+    result.at_most(
+        f"{what}, difference in held-out loss", 100 * abs(losses["kolotune"] / losses["original"] - 1), 1, "%"
+    )
 
 
 if __name__ == "__main__":

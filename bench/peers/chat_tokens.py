@@ -1,6 +1,6 @@
-"""A Hugging Face tokenizer with its chat template, as torchtune 0.6.1 wants a tokenizer. Runs in its environment.
+"""A Hugging Face tokenizer with its chat template, as torchtune 0.6.1 expects one. Runs in torchtune's environment.
 
-torchtune has no component for one; a component may be any dotted path, and this folder is on PYTHONPATH.
+torchtune has no such component, but accepts any dotted path, and this folder is on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from tokenizers import Tokenizer
 
 
 class ChatTokens:
-    """ChatML: ``<|im_start|>role, line break, content<|im_end|>, line break``; a masked message has no labels.
+    """ChatML: ``<|im_start|>role, newline, content<|im_end|>, newline``. A masked message has no labels.
 
     Args:
-        path: the model's folder.
-        max_seq_len: longer chats are cut.
+        path: the model folder.
+        max_seq_len: longer chats are truncated.
     """
 
     def __init__(self, path: str, max_seq_len: int | None = None) -> None:
         self._encode = Tokenizer.from_file(str(Path(path, "tokenizer.json")))
         self.max_seq_len = max_seq_len
         self.eos_id = self._encode.token_to_id("<|im_end|>")
-        self.pad_id = self.eos_id  # padding is masked by its place, never by its id
+        self.pad_id = self.eos_id  # padding is masked by position, never by id
 
     def tokenize_messages(self, messages: list[Any]) -> tuple[list[int], list[bool]]:
-        """Ids, and for each whether it is masked."""
+        """Return the token ids, and whether each is masked."""
         ids: list[int] = []
         mask: list[bool] = []
         for message in messages:
@@ -38,7 +38,7 @@ class ChatTokens:
         return ids[: self.max_seq_len], mask[: self.max_seq_len]
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
-        """A sample with its messages replaced by tokens and mask."""
+        """Replace a sample's messages by tokens and mask."""
         del inference
         sample["tokens"], sample["mask"] = self.tokenize_messages(sample.pop("messages"))
         return sample

@@ -1,9 +1,9 @@
-"""What the original scripts call merging: a trained folder loaded by transformers and saved again.
+"""The merge step of the original scripts: transformers loads the trained folder and saves it again.
 
     python merge_lora.py TRAINED MERGED
 
-torchtune has put whole weights and an adapter into one folder; the adapter's config has to go out of the way, or
-transformers takes the folder for an adapter.
+torchtune saves full weights and an adapter in one folder. The adapter's config has to be renamed, or transformers loads
+the folder as an adapter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(trained: Path, merged: Path) -> int:
-    """Loads and saves."""
+    """Load and save."""
     config = trained / "adapter_config.json"
     if config.is_file():
         config.rename(trained / "adapter_config.json.backup")

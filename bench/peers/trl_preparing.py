@@ -1,9 +1,9 @@
-"""TRL's preparation, with its own environment's Python: a file of chats to token ids with labels on the answers.
+"""TRL's preparation of chats, to token ids with labels on the answers. Runs in TRL's environment.
 
     python trl_preparing.py CHATS MODEL PROCESSES
 
-The trainer's constructor prepares; its model is the smallest one with this vocabulary. TRL labels answers only where a
-template marks them, so it gets the model's ChatML with such marks.
+The trainer's constructor prepares the chats; it gets the smallest model with this vocabulary. TRL labels only answers
+that the template marks, so it gets the model's ChatML template with such marks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 
 def main() -> None:
-    """Prepares, and says how many chats and tokens there are."""
+    """Prepare the chats, and print how many there are."""
     chats, model, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE

@@ -1,4 +1,4 @@
-"""The chats that are measured with."""
+"""The chats used for measuring."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def answers(folder: Path, count: int) -> list[str]:
     file = folder / "chats.jsonl"
     docstring_chats.write_chats(file, count)
     chats = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
-    assert len(chats) == count == len({json.dumps(each) for each in chats}), "no two are alike"
-    return [each[-1]["content"] for each in chats]
+    assert len(chats) == count == len({json.dumps(chat) for chat in chats}), "all differ"
+    return [chat[-1]["content"] for chat in chats]
 
 
 def test_few_chats_are_as_long_as_many(tmp_path: Path) -> None:
