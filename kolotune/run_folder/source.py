@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.foundation import typed_storage
+from kolotune.foundation.errors import RunFolderError
 
 from .layout import RunFolder
 
@@ -16,8 +17,17 @@ class _ExportSource:
 
 
 def read_source(run: RunFolder) -> Path | None:
-    """Return what the run folder exports; None when it trains an adapter of its own."""
-    return Path(typed_storage.read(_ExportSource, run.source).source) if run.source.is_file() else None
+    """Return what the run folder exports; None when it trains an adapter of its own.
+
+    Raises:
+        RunFolderError: the file that names it is damaged.
+    """
+    if not run.source.is_file():
+        return None
+    recorded = typed_storage.read_or_none(_ExportSource, run.source)
+    if recorded is None:
+        raise RunFolderError(f"{run.source}: this file is damaged", "Run the same `kolotune export` again.")
+    return Path(recorded.source)
 
 
 def write_source(run: RunFolder, source: Path | None) -> None:

@@ -102,7 +102,7 @@ def _read_run(run: RunFolder) -> ListedRun:
         stage=stage,
         size=folder_size(run.root),
         age=max(0.0, datetime.datetime.now().timestamp() - _last_change(run, records, marks)),
-        held_out_loss=loss if isinstance(loss, float) else None,
+        held_out_loss=loss if isinstance(loss, (int, float)) else None,
     )
 
 
