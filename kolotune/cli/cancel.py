@@ -6,7 +6,8 @@ from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.run_folder.layout import RunFolder
 
 from .follow import LaunchedRun
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json
 
 
 def cancel(run: LaunchedRun = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:

@@ -19,8 +19,8 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import print_pieces
 from kolotune.run_folder.layout import RunFolder
 
-from .one_stage import Run
-from .options import Quantization, reporter
+from .options import reporter
+from .parameters import Quantization, Run
 
 
 def chat(

@@ -10,12 +10,13 @@ from kolotune.foundation.errors import DataError
 from kolotune.run_folder.layout import TRAIN_TOKENS
 
 from . import hints
-from .options import ConfigFile, Data, Json, config_of, reporter, with_options
+from .options import reporter, resolve_flags, with_options
+from .parameters import ConfigFile, Data, Json
 
 _SHOWN_PROBLEMS = 50
 
 
-@with_options("data", "model", leave_out=("engine", "dtype", "load_in_4bit", "skip_bad"))
+@with_options()
 def check(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Validate chats and show problems with their lines."""
     from kolotune.base_models import lookup
@@ -24,7 +25,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     from kolotune.stages import prepare
 
     say = reporter(json)
-    resolved = config_of(flags, data, config)
+    resolved = resolve_flags(flags, data, config)
     if not resolved.train_data:
         raise hints.no_chats("check")
     hints.require_files((*resolved.train_data, *resolved.eval_data))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,14 +14,15 @@ from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json, Run
 
 if TYPE_CHECKING:
     from kolotune.runs.clean import FreeableFile
 
 
 def clean(
-    run: Annotated[Path, typer.Argument(help="The run folder.")] = DEFAULT_OUTPUT_DIR,
+    run: Run = DEFAULT_OUTPUT_DIR,
     all_but_adapter: Annotated[
         bool,
         typer.Option("--all-but-adapter", help="Also free the quantized GGUFs; `quantize` makes them again."),

@@ -39,7 +39,7 @@ def run_command_line(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal with another encoding must not stop a run
             stream.reconfigure(errors="replace")
-    command = typer.main.get_command(app)
+    command = typer.main.get_group(app)
     try:
         result = in_container.main(command, arguments)
     except _CommandLineError as error:

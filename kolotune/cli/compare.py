@@ -8,12 +8,13 @@ from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.run_folder.layout import RunFolder
 
 from .comparison_table import showing
-from .one_stage import Run, run_one_stage
-from .options import Json, reporter, with_options
+from .one_stage import run_one_stage
+from .options import reporter, with_options
+from .parameters import Json, Run
 from .report import reporting
 
 
-@with_options("comparison")
+@with_options()
 def compare(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
     """Prove on held-out chats that all results are what was trained."""
     folder, say = RunFolder(run.absolute()), reporter(json)

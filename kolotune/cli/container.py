@@ -13,7 +13,8 @@ import typer
 from kolotune.foundation.errors import ConfigError
 from kolotune.runners.container import names
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")  # Docker's own rule
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 
-from .one_stage import Lean, Run, run_one_stage
-from .options import Json, with_options
+from .one_stage import run_one_stage
+from .options import with_options
+from .parameters import Json, Run
 
 
 @with_options()
-def convert(run: Run = DEFAULT_OUTPUT_DIR, lean: Lean = None, json: Json = False) -> int:
+def convert(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: object) -> int:
     """Convert the merged model to an unquantized GGUF."""
-    return run_one_stage("convert", run, json, {"lean": lean})
+    return run_one_stage("convert", run, json, flags)

@@ -17,7 +17,8 @@ from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import HUB_TOKEN
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json
 
 _OLLAMA_SECONDS = 3.0
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "gguf")

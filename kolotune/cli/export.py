@@ -10,13 +10,16 @@ import typer
 from kolotune.foundation.errors import ConfigError
 from kolotune.weights.adapter import is_adapter, read_adapter
 
-from .options import Json, config_of, given, reporter, show, with_options
+from .options import drop_unset, reporter, resolve_flags, show_settings, with_options
+from .parameters import FileRole, Json
 
 
-@with_options("export", leave_out=("compare",))
+@with_options()
 def export(
-    folder: Annotated[Path, typer.Argument(help="An adapter or a merged model, made elsewhere.")],
-    base: Annotated[str | None, typer.Option(help="The adapter's base model; default: the one that it names.")] = None,
+    folder: Annotated[Path, typer.Argument(help="An adapter or a merged model, made elsewhere."), FileRole.INPUT],
+    base: Annotated[
+        str | None, typer.Option(help="The adapter's base model; default: the one that it names."), FileRole.BASE_MODEL
+    ] = None,
     json: Json = False,
     **flags: Any,
 ) -> int:
@@ -25,15 +28,15 @@ def export(
 
     say = reporter(json)
     source = folder.absolute()
-    values = given(flags)
+    values = drop_unset(flags)
     if is_adapter(source):
         values["base_model"] = base or base_named_by(source)
         names = ["merge", "convert", "quantize", "modelfile"]
     else:
         values["base_model"] = str(source)
         names = ["convert", "quantize", "modelfile"]
-    resolved = config_of(values)
-    show(resolved, say)
+    resolved = resolve_flags(values)
+    show_settings(resolved, say)
     run_folder = run_pipeline(resolved, say, names, source)
     say.success(f"Done: {run_folder.root}")
     return 0

@@ -11,12 +11,15 @@ from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import FileRole, Json
 
 if TYPE_CHECKING:
     from kolotune.launching.launcher import LaunchedJob, Launcher
 
-LaunchedRun = Annotated[Path, typer.Argument(help="The run folder that the job was launched from.")]
+LaunchedRun = Annotated[
+    Path, typer.Argument(help="The run folder that the job was launched from."), FileRole.RUN_FOLDER
+]
 
 
 def follow(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kolotune.foundation.config import Config, dump
+from kolotune.foundation.config import OPTIONS, Config, Group, Kind, dump
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
 
 from .hints import CHATS_NAME, CONFIG_NAME
 from .options import reporter
+from .parameters import FileRole
 
 
-def init(folder: Annotated[Path, typer.Argument(help="The folder to create or fill.")] = Path(".")) -> int:
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to create or fill."), FileRole.NEW_FOLDER] = Path("."),
+) -> int:
     """Write starter chats and a commented config into a folder."""
     import importlib.resources
 
@@ -46,21 +48,21 @@ def commented_config() -> str:
         "# Uncomment what you want to change.",
         "",
     ]
-    kind = ""
-    for field in dataclasses.fields(Config):
-        if field.name == "hf_token":
+    group: Group | None = None
+    for name, option in OPTIONS.items():
+        if option.kind is Kind.SECRET_SOURCE:
             continue
-        if field.metadata["kind"] != kind:
-            kind = field.metadata["kind"]
-            lines += [f"# --- {kind}", ""]
-        lines.append(f"# {field.metadata['help']}")
-        for name, entry in ENGINES.items():
-            if field.name in entry.defaults:
-                lines.append(f"# With engine: {name} the default is {_plain(entry.defaults[field.name])}.")
-        if field.name == "train_data":
+        if option.group is not group:
+            group = option.group
+            lines += [f"# --- {group.title}", ""]
+        lines.append(f"# {option.help}")
+        for engine, entry in ENGINES.items():
+            if name in entry.defaults:
+                lines.append(f"# With engine: {engine} the default is {_plain(entry.defaults[name])}.")
+        if name == "train_data":
             lines += [f"train_data: [{CHATS_NAME}]", ""]
             continue
-        lines += [f"#{_example(field.name, field.default, values)}", ""]
+        lines += [f"#{_example(name, option.default, values)}", ""]
     return "\n".join(lines)
 
 

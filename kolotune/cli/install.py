@@ -8,8 +8,8 @@ import typer
 
 from kolotune.run_folder.layout import RunFolder
 
-from .one_stage import Run
-from .options import Json, Quantization, reporter
+from .options import reporter
+from .parameters import Json, Quantization, Run
 
 
 def install(

@@ -11,14 +11,15 @@ from kolotune.run_folder.layout import RunFolder
 
 from . import hints
 from .follow import follow_job
-from .options import ConfigFile, Data, Json, reporter, show, with_options
-from .placement import FLAGS, resolved, show_plan, taken
+from .options import reporter, show_settings, with_options
+from .parameters import ConfigFile, Data, Json
+from .placement import FLAGS, resolve_for_launch, show_plan, take_placement
 
 if TYPE_CHECKING:
     from kolotune.launching.launcher import JobSpec, Launcher
 
 
-@with_options("data", "model", "training", "machines", "export", "comparison", leave_out=("hf_token",), more=FLAGS)
+@with_options(more=FLAGS)
 def launch(
     data: Data = None,
     config: ConfigFile = None,
@@ -38,15 +39,15 @@ def launch(
     from kolotune.launching.job_names import name_for
 
     say = reporter(json)
-    place = taken(flags)
+    place = take_placement(flags)
     launcher = place.launcher()
-    options = resolved("launch", flags, data, config, machines=len(place.hosts))
+    options = resolve_for_launch("launch", flags, data, config, machines=len(place.hosts))
     place = place.with_token_of(options, say)
     if not in_place:
         hints.require_files((*options.train_data, *options.eval_data))
     spec = place.job_spec(options, name or name_for(options.output_dir), in_place=in_place)
     if not place.submit:
-        show(options, say)
+        show_settings(options, say)
         show_plan(launcher.plan(spec), say)
         return 0
     return submit(launcher, spec, say, detach=detach)

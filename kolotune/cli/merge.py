@@ -11,27 +11,30 @@ from kolotune.foundation.config import DEFAULT_OUTPUT_DIR, Config
 from kolotune.foundation.errors import ConfigError
 
 from .export import base_named_by
-from .one_stage import Lean, Run, run_one_stage
-from .options import Json, config_of, reporter, with_options
+from .one_stage import run_one_stage
+from .options import reporter, resolve_flags, with_options
+from .parameters import FileRole, Json, Run
 
 
 @with_options()
 def merge(
     run: Run = DEFAULT_OUTPUT_DIR,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter in PEFT's format, made elsewhere.")] = None,
-    base: Annotated[str | None, typer.Option(help="Its base model; default: the one that it names.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to create.")] = None,
-    merge_dtype: Annotated[str | None, typer.Option(metavar="f16|bf16|fp32", help="How weights are stored.")] = None,
-    lean: Lean = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter in PEFT's format, made elsewhere."), FileRole.INPUT
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Its base model; default: the one that it names."), FileRole.BASE_MODEL
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to create."), FileRole.NEW_FOLDER] = None,
     json: Json = False,
+    **flags: object,
 ) -> int:
     """Merge the adapter into its base model."""
-    flags = {"merge_dtype": merge_dtype, "lean": lean}
     if adapter is None and out is None and base is None:
         return run_one_stage("merge", run, json, flags)
     if adapter is None or out is None:
         raise ConfigError("merge: --adapter and --out need each other", "kolotune merge --adapter A --out M")
-    return _merge_elsewhere(adapter, base, out, config_of(flags), json)
+    return _merge_elsewhere(adapter, base, out, resolve_flags(flags), json)
 
 
 def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config, json: bool) -> int:

@@ -6,11 +6,12 @@ from typing import Any
 
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 
-from .one_stage import Run, run_one_stage
-from .options import Json, with_options
+from .one_stage import run_one_stage
+from .options import with_options
+from .parameters import Json, Run
 
 
-@with_options("export", leave_out=("output_dir", "merge_dtype", "compare"))
+@with_options()
 def modelfile(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
     """Write a Modelfile for each GGUF."""
     return run_one_stage("modelfile", run, json, flags)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json
 
 
 def models(json: Json = False) -> int:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from kolotune.foundation.config import FIELDS
 from kolotune.foundation.errors import ConfigError, RunFolderError
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.retention import stages_skipped_by_lean
 
 from . import hints
-from .options import config_of, reporter
-
-Run = Annotated[Path, typer.Argument(help="The run folder.")]
-Lean = Annotated[bool | None, typer.Option("--lean/--no-lean", help=FIELDS["lean"].metadata["help"])]
+from .options import reporter, resolve_flags
 
 
 def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]) -> int:
@@ -33,7 +26,7 @@ def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]
     from kolotune.run_folder.source import read_source
 
     folder = RunFolder(root.absolute()).require()
-    resolved = config_of(flags, saved=folder.config)
+    resolved = resolve_flags(flags, saved=folder.config)
     if name in stages_skipped_by_lean(resolved):
         raise ConfigError(
             f"{name}: this run is lean and does not keep the output of {name}",

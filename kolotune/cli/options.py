@@ -2,90 +2,77 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import typer
 
 from kolotune.foundation import config as configs
-from kolotune.foundation.config import Config
+from kolotune.foundation.config import OPTIONS, Config, Kind, Layer, Option
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.reporter import Reporter, make_reporter
 from kolotune.foundation.secrets import STARS
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with options; flags win over it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print every message as a line of JSON.")]
-Data = Annotated[
-    list[Path] | None,
-    typer.Argument(help="Files of chats: JSONL, JSON, CSV or Parquet.", show_default=False),
-]
-Quantization = Annotated[
-    str | None, typer.Option(help="Which GGUF: a quantization of the run, or none; default: the run's first.")
-]
+from .parameters import FileRole
+
 _HINTS = get_type_hints(Config, include_extras=True)
-_chosen_reporter: dict[bool, Reporter] = {}
+_ROLES = {
+    Kind.CHAT_FILES: FileRole.CHATS,
+    Kind.BASE_MODEL: FileRole.BASE_MODEL,
+    Kind.FOLDER: FileRole.RUN_FOLDER,
+    Kind.SECRET_SOURCE: FileRole.NOT_SENT,
+}
 
 
+@functools.cache
 def reporter(as_json: bool = False) -> Reporter:
-    """The reporter of this process."""
-    if as_json not in _chosen_reporter:
-        _chosen_reporter[as_json] = make_reporter(as_json)
-    return _chosen_reporter[as_json]
+    """Return the reporter of this process."""
+    return make_reporter(as_json)
 
 
-def with_options(
-    *kinds: str, leave_out: tuple[str, ...] = (), more: Sequence[inspect.Parameter] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a command that takes ``**flags`` one flag for each option of the named kinds, and those of `more`.
+def with_options(*, more: Sequence[inspect.Parameter] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorate a verb that takes ``**flags``: it gets a flag for each of its options, and those of `more`.
 
-    The flags' own default is always None, "not given": defaults stand in `Config`. Values are checked there too,
-    so that all wrong ones are told at once.
+    The verb's options are those whose `Option.verbs` name the function. A flag's own default is always None, "not
+    given": defaults are in `Config`, where values are checked too, so that all wrong ones are reported at once.
     """
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        hints = get_type_hints(command, include_extras=True)
-        signature = inspect.signature(command)
+    def add_flags(verb: Callable[..., int]) -> Callable[..., int]:
+        hints = get_type_hints(verb, include_extras=True)
+        signature = inspect.signature(verb)
         own = [
             each.replace(annotation=hints[each.name])
             for each in signature.parameters.values()
             if each.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        flags = [
-            _flag(field)
-            for field in dataclasses.fields(Config)
-            if field.metadata["kind"] in kinds and field.name not in leave_out
-        ]
-        command.__signature__ = signature.replace(parameters=[*own, *more, *flags])  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in [*own, *more, *flags]}
-        return command
+        flags = [_flag(name, each) for name, each in OPTIONS.items() if verb.__name__ in each.verbs]
+        parameters = [*own, *more, *flags]
+        verb.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        verb.__annotations__ = {each.name: each.annotation for each in parameters}
+        return verb
 
-    return add
+    return add_flags
 
 
-def _flag(field: dataclasses.Field[Any]) -> inspect.Parameter:
-    hint = _HINTS[field.name]
-    name = "--" + field.name.replace("_", "-")
+def _flag(name: str, option: Option) -> inspect.Parameter:
+    hint = _HINTS[name]
+    flag = "--" + name.replace("_", "-")
+    annotation: object
     if hint is bool:
-        kind: Any = bool | None
-        names = [f"{name}/--no-{name[2:]}"]
-        metavar = None
+        shown = typer.Option(f"{flag}/--no-{flag[2:]}", help=_help(name, option), show_default=False)
+        annotation = Annotated[bool | None, shown]
     else:
-        kind = list[str] | None if _is_list(field.name) else str | None
-        names, metavar = [name], _metavar(hint)
-    shown = typer.Option(*names, help=_help(field), metavar=metavar, show_default=False)
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, shown]
-    )
+        shown = typer.Option(flag, help=_help(name, option), metavar=_metavar(hint), show_default=False)
+        role = _ROLES.get(option.kind)
+        is_list = option.kind.is_repeatable
+        annotation = Annotated[list[str] | None, shown, role] if is_list else Annotated[str | None, shown, role]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _is_list(name: str) -> bool:
-    return name in ("train_data", "eval_data", "parameter", "compare_prompt")
-
-
-def _metavar(hint: Any) -> str:
+def _metavar(hint: object) -> str:
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     choices = get_args(hint)
@@ -98,56 +85,65 @@ def _metavar(hint: Any) -> str:
     return "TEXT"
 
 
-def _help(field: dataclasses.Field[Any]) -> str:
-    parts = [str(field.metadata["help"])]
-    if field.default is not None and field.default is not False and field.default != ():
-        parts.append(f"[default: {_in_words(field.default)}]")
-    for name, entry in ENGINES.items():
-        if field.name in entry.defaults:
-            parts.append(f"[with {name}: {_in_words(entry.defaults[field.name])}]")
+def _help(name: str, option: Option) -> str:
+    parts = [option.help]
+    if option.default is not None and option.default is not False and option.default != ():
+        parts.append(f"[default: {_format_default(option.default)}]")
+    for engine, entry in ENGINES.items():
+        if name in entry.defaults:
+            parts.append(f"[with {engine}: {_format_default(entry.defaults[name])}]")
     return " ".join(parts)
 
 
-def _in_words(default: object) -> str:
+def _format_default(default: object) -> str:
     return ",".join(str(each) for each in default) if isinstance(default, tuple) else str(default)
 
 
-def given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that the user gave; an empty list is typer's way to say that there was none."""
+def drop_unset(flags: Mapping[str, object]) -> dict[str, object]:
+    """Return the flags that the user gave; typer marks a list without values by an empty one."""
     return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
-def config_of(
-    flags: Mapping[str, Any],
-    data: list[Path] | None = None,
+def resolve_flags(
+    flags: Mapping[str, object],
+    data: Sequence[Path] | None = None,
     config_file: Path | None = None,
     saved: Path | None = None,
-    beneath: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, object] | None = None,
 ) -> Config:
-    """One config from what lies `beneath`, a run folder's saved one, a file and flags, in rising order of weight.
+    """Resolve, each overriding the one before: `defaults`, a run folder's `saved` config, a file, and flags.
+
+    Args:
+        flags: values by option; None for those not given.
+        data: files of chats given as arguments.
 
     Raises:
-        ConfigError: unknown keys or impossible values, all told at once.
+        ConfigError: unknown options and impossible values, all in one message.
     """
-    layers: list[tuple[Mapping[str, Any], str, Path]] = [(beneath, "launch", Path.cwd())] if beneath else []
+    layers: list[Layer] = [(defaults, "launch", Path.cwd())] if defaults else []
     for file in (saved, config_file):
         if file is not None:
             layers.append((configs.load_file(file), str(file), file.absolute().parent))
-    wanted = given(flags)
+    values = drop_unset(flags)
     if data:
-        wanted["train_data"] = [*data, *wanted.get("train_data", [])]
-    layers.append((wanted, "command line", Path.cwd()))
+        more = values.get("train_data", [])
+        values["train_data"] = [*data, *(more if isinstance(more, list) else [more])]
+    layers.append((values, "command line", Path.cwd()))
     return configs.resolve(*layers)
 
 
-def show(config: Config, say: Reporter) -> None:
-    """Prints the resolved config. It holds no secret: where a token is read from, never the token."""
-    rows = []
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if isinstance(value, tuple):
-            value = ", ".join(str(each) for each in value)
-        if field.name == "hf_token" and value:
-            value = f"{STARS} (from standard input)" if value == "-" else f"{STARS} (from a file)"
-        rows.append((field.metadata["kind"], field.name.replace("_", "-"), "-" if value in (None, "") else str(value)))
-    say.table("Settings", ("of", "option", "value"), rows)
+def show_settings(config: Config, say: Reporter) -> None:
+    """Print the resolved options. They hold no secret, only where one is read."""
+    rows = [
+        (option.group.title, name.replace("_", "-"), _format_value(option, getattr(config, name)))
+        for name, option in OPTIONS.items()
+    ]
+    say.table("Settings", ("group", "option", "value"), rows)
+
+
+def _format_value(option: Option, value: object) -> str:
+    if isinstance(value, tuple):
+        value = ", ".join(str(each) for each in value)
+    if option.kind is Kind.SECRET_SOURCE and value:
+        value = f"{STARS} (from standard input)" if value == "-" else f"{STARS} (from a file)"
+    return "-" if value in (None, "") else str(value)

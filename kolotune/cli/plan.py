@@ -13,13 +13,14 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.planning.gaps import describe_gap
 from kolotune.planning.network import LARGEST_SHARE, Traffic
 
-from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
+from .options import reporter, resolve_flags, show_settings, with_options
+from .parameters import ConfigFile, Data, Json
 
 if TYPE_CHECKING:
     from kolotune.pipeline.plan import RunPlan
 
 
-@with_options("data", "model", "training", "machines", "export")
+@with_options()
 def plan(
     data: Data = None,
     config: ConfigFile = None,
@@ -36,11 +37,11 @@ def plan(
     from kolotune.pipeline.plan import plan_run
 
     say = reporter(json)
-    resolved = config_of(flags, data, config)
+    resolved = resolve_flags(flags, data, config)
     if not resolved.train_data:
         raise ConfigError("no training data was given", "Name a file: kolotune plan chats.jsonl")
     if not json:
-        show(resolved, say)
+        show_settings(resolved, say)
     planned = plan_run(resolved, say, measure=measure, link=link_mbit)
     _show_plan(planned, say)
     if planned.problems:

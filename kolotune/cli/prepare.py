@@ -9,17 +9,18 @@ from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.run_folder.layout import RunFolder
 
 from . import hints
-from .options import ConfigFile, Data, Json, config_of, given, reporter, with_options
+from .options import drop_unset, reporter, resolve_flags, with_options
+from .parameters import ConfigFile, Data, Json
 
 
-@with_options("data", "model", "export", leave_out=("quantization", "system", "parameter", "merge_dtype", "lean"))
+@with_options()
 def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Turn chats into tokens with a loss mask."""
     from kolotune.pipeline.run import run_pipeline
 
-    folder = Path(given(flags).get("output_dir", DEFAULT_OUTPUT_DIR))
+    folder = Path(str(drop_unset(flags).get("output_dir", DEFAULT_OUTPUT_DIR)))
     saved = RunFolder(folder).config
-    resolved = config_of(flags, data, config, saved if saved.is_file() else None)
+    resolved = resolve_flags(flags, data, config, saved if saved.is_file() else None)
     if not resolved.train_data:
         raise hints.no_chats("prepare")
     hints.require_files((*resolved.train_data, *resolved.eval_data))

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from kolotune.foundation import config as configs
+from kolotune.foundation.config import OPTIONS
 from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.layout import RunFolder
 
-from .options import Json, config_of, reporter
+from .options import reporter, resolve_flags
+from .parameters import FileRole, Json, Run
 
 
 def push(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Run,
     repository: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
     what: Annotated[Literal["adapter", "merged", "gguf"], typer.Option(help="What to upload.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the model card and the files; upload nothing.")
     ] = False,
-    hf_token: Annotated[str | None, typer.Option(help=str(configs.FIELDS["hf_token"].metadata["help"]))] = None,
+    hf_token: Annotated[str | None, typer.Option(help=OPTIONS["hf_token"].help), FileRole.NOT_SENT] = None,
     json: Json = False,
 ) -> int:
     """Upload a result to the hub; private unless --public."""
@@ -31,7 +31,7 @@ def push(
     from kolotune.publish.upload import collect_upload
 
     say = reporter(json)
-    source = config_of({"hf_token": hf_token}).hf_token
+    source = resolve_flags({"hf_token": hf_token}).hf_token
     say.doing("reading the files")
     upload = collect_upload(RunFolder(run.absolute()), repository, what)
     if dry_run:

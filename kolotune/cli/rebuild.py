@@ -11,12 +11,15 @@ import typer
 from kolotune.foundation.errors import ManifestError
 from kolotune.run_folder.layout import RunFolder
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import FileRole, Json
 
 
 def rebuild(
-    manifest: Annotated[Path, typer.Argument(help="The manifest.json of a run.")],
-    output_dir: Annotated[Path | None, typer.Option(help="The new run folder.", show_default="RUN-rebuilt")] = None,
+    manifest: Annotated[Path, typer.Argument(help="The manifest.json of a run."), FileRole.INPUT],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="The new run folder.", show_default="RUN-rebuilt"), FileRole.RUN_FOLDER
+    ] = None,
     json: Json = False,
 ) -> int:
     """Repeat a run from its manifest and compare the results."""

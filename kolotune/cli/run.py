@@ -8,21 +8,22 @@ from kolotune.run_folder.layout import RunFolder
 
 from . import hints
 from .comparison_table import showing
-from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
+from .options import reporter, resolve_flags, show_settings, with_options
+from .parameters import ConfigFile, Data, Json
 from .report import reporting
 
 
-@with_options("data", "model", "training", "machines", "export", "comparison")
+@with_options()
 def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Run all stages that have work, from chats to a model."""
     from kolotune.pipeline.run import run_pipeline
 
     say = reporter(json)
-    resolved = config_of(flags, data, config)
+    resolved = resolve_flags(flags, data, config)
     if not resolved.train_data:
         raise hints.no_chats("run")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
-    show(resolved, say)
+    show_settings(resolved, say)
     folder = RunFolder(resolved.output_dir)
     with showing(folder, say, wanted=resolved.compare), reporting(folder, say):
         run_pipeline(resolved, say)

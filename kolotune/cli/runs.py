@@ -9,11 +9,14 @@ import typer
 
 from kolotune.foundation.formatting import format_size
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import FileRole, Json
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="The folder to search, a few levels deep.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="The folder to search, a few levels deep."), FileRole.INPUT] = Path(
+        "."
+    ),
     cache: Annotated[bool, typer.Option("--cache", help="Also show what kolotune keeps in its cache.")] = False,
     json: Json = False,
 ) -> int:

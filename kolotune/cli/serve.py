@@ -13,8 +13,8 @@ from kolotune.foundation.config import (
 )
 from kolotune.run_folder.layout import RunFolder
 
-from .one_stage import Run
-from .options import Json, Quantization, reporter
+from .options import reporter
+from .parameters import Json, Quantization, Run
 
 
 def serve(

@@ -9,8 +9,8 @@ import typer
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.run_folder.layout import RunFolder
 
-from .one_stage import Run
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json, Run
 
 
 def status(

@@ -17,8 +17,9 @@ from kolotune.run_folder.layout import RunFolder
 from . import hints
 from .comparison_table import showing
 from .launch import submit
-from .options import ConfigFile, Data, Json, config_of, reporter, show, with_options
-from .placement import AT_ONCE, FLAGS, Place, resolved, show_plan, taken_if_given
+from .options import reporter, resolve_flags, show_settings, with_options
+from .parameters import ConfigFile, Data, Json
+from .placement import AT_ONCE, FLAGS, Placement, resolve_for_launch, show_plan, take_placement_if_given
 from .report import reporting
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ AtOnce = Annotated[
 Finish = Annotated[bool, typer.Option("--finish/--no-finish", help="Finish the best one, as `run` does.")]
 
 
-@with_options("data", "model", "training", "machines", "export", "comparison", more=FLAGS)
+@with_options(more=FLAGS)
 def sweep(
     data: Data = None,
     config: ConfigFile = None,
@@ -65,22 +66,22 @@ def sweep(
     from kolotune.sweeping import trials as sweeping
 
     say = reporter(json)
-    place = taken_if_given(flags)
+    place = take_placement_if_given(flags)
     if place is None and at_once is not None:
         raise ConfigError("at-once: this machine trains one trial after the other", "Choose another place with --on.")
-    shared = resolved("sweep", flags, data, config) if place else config_of(flags, data, config)
+    shared = resolve_for_launch("sweep", flags, data, config) if place else resolve_flags(flags, data, config)
     if not shared.train_data:
         raise hints.no_chats("sweep")
     hints.require_files((*shared.train_data, *shared.eval_data))
     varied = space.parse(vary or [])
     if place is None:
-        show(shared, say)
+        show_settings(shared, say)
         return _end(shared, sweeping.run(shared, varied, trials, say), say, _finish_here if finish else None)
     return _launch(place.with_token_of(shared, say), shared, varied, trials, at_once, say, finish=finish)
 
 
 def _launch(
-    place: Place,
+    place: Placement,
     shared: Config,
     varied: Sequence[VariedOption],
     trials: int,
@@ -96,12 +97,12 @@ def _launch(
     from kolotune.sweeping import parallel
     from kolotune.sweeping.trials import shared_elsewhere
 
-    launchers = place.side_by_side(shared.nnodes, at_once)
+    launchers = place.launchers(shared.nnodes, at_once)
     if len(launchers) > 1 and shared.rdzv not in (None, LATER):
         raise ConfigError("rdzv: parallel trials can't all meet at one address", "Leave rdzv out, or use --at-once 1.")
     jobs = parallel.TrialLaunchers(launchers, lambda config: place.job_spec(config, name_for(config.output_dir)))
     plan = launchers[0].plan(jobs.first_spec(shared, varied, trials))
-    show(shared, say)
+    show_settings(shared, say)
     if not place.submit:
         say.note(f"{len(launchers)} trials run at a time. The job of the first one:")
         show_plan(plan, say)

@@ -6,11 +6,12 @@ from typing import Any
 
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 
-from .one_stage import Run, run_one_stage
-from .options import Json, with_options
+from .one_stage import run_one_stage
+from .options import with_options
+from .parameters import Json, Run
 
 
-@with_options("model", "training", "machines")
+@with_options()
 def train(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
     """Train an adapter on the prepared tokens."""
     return run_one_stage("train", run, json, flags)

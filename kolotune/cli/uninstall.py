@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json
 
 
 def uninstall(

@@ -7,8 +7,8 @@ from kolotune.foundation.errors import ManifestError
 from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.layout import RunFolder
 
-from .one_stage import Run
-from .options import Json, reporter
+from .options import reporter
+from .parameters import Json, Run
 
 
 def verify(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False) -> int:

@@ -52,6 +52,11 @@ WHOLE_BLOCKS_ONLY: dict[str, int] = {"Q1_0": 128}
 NONE = "NONE"
 
 
+def canonical_name(name: str) -> str:
+    """Return the name of a quantization in capitals; f16 is another name for none."""
+    return NONE if name.upper() == "F16" else name.upper()
+
+
 def made_with_matrix(name: str, choice: str) -> bool:
     """Whether quantization `name` is made with an importance matrix where `Config.importance_matrix` is `choice`."""
     if name not in FILE_TYPES or choice == "never":

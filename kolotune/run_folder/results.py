@@ -10,7 +10,7 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.files import Hasher
-from kolotune.foundation.quantization_types import NONE
+from kolotune.foundation.quantization_types import NONE, canonical_name
 
 from .cleaned import read_cleaned
 from .layout import RunFolder
@@ -75,7 +75,7 @@ def saved_config(run: RunFolder) -> Config:
 def choose_quantization(config: Config, requested: str | None) -> str:
     """Return the requested quantization, or the run's first; NONE where it has none."""
     if requested:
-        return str(configs.normalized("quantization", requested, Path())[0])
+        return canonical_name(requested.partition(",")[0].strip())
     return config.quantization[0] if config.quantization else NONE
 
 

@@ -11,7 +11,7 @@ from kolotune.fidelity import judge, tasks
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.foundation import typed_storage
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
 from kolotune.foundation.files import remove, size_of
 from kolotune.foundation.quantization_types import NONE
@@ -26,15 +26,12 @@ from kolotune.weights.model_config import read_model_config
 
 NAME = "compare"
 DOING = "comparing what was made with what was trained"
-_OPTIONS = (
-    "compare_chats", "compare_length", "compare_answers", "compare_prompt", "quantization", "system", "merge_dtype",
-)  # fmt: skip
 _LONGEST_ANSWER = 96  # tokens
 
 
 def options(config: Config) -> JsonObject:
-    trials = as_record(config, ("compare_quantization", "importance_matrix")) if _trial_quantizations(config) else {}
-    return as_record(config, _OPTIONS) | trials
+    trials = plain_values(config, ("compare_quantization", "importance_matrix")) if _trial_quantizations(config) else {}
+    return stage_options(config, NAME) | trials
 
 
 def inputs(context: Context) -> dict[str, Path]:

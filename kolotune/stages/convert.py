@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, plain_values
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -17,7 +17,7 @@ DOING = "converting to GGUF"
 
 
 def options(config: Config) -> JsonObject:
-    return as_record(config, ("lean", "merge_dtype")) if config.lean else {}
+    return plain_values(config, ("lean", "merge_dtype")) if config.lean else {}
 
 
 def inputs(context: Context) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, stage_options
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -21,7 +21,7 @@ DOING = "merging the adapter into the base model"
 
 
 def options(config: Config) -> JsonObject:
-    return as_record(config, ("merge_dtype",))
+    return stage_options(config, NAME)
 
 
 def inputs(context: Context) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from kolotune.chats.tokens.tokenizer import (
     template_text,
 )
 from kolotune.foundation import typed_storage
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import write_text
 from kolotune.foundation.reporter import Reporter
@@ -45,7 +45,7 @@ _NO_REPEAT_PENALTY = ("repeat_penalty", "1")
 
 
 def options(config: Config) -> JsonObject:
-    return as_record(config, ("system", "parameter", "quantization", *(("lean",) if config.lean else ())))
+    return stage_options(config, NAME) | (plain_values(config, ["lean"]) if config.lean else {})
 
 
 def inputs(context: Context) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, stage_options
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
@@ -35,7 +35,7 @@ CHANGED_CHATS = {
 
 
 def options(config: Config) -> JsonObject:
-    return as_record(config, ("eval_split", "skip_bad", "max_seq_length", "template_date"))
+    return stage_options(config, NAME)
 
 
 def inputs(context: Context) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune import llamacpp
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, plain_values
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import remove
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, made_with_matrix
@@ -30,7 +30,7 @@ def options(config: Config) -> JsonObject:
     kept = kept_models(config)
     names = ("quantization",) if kept.unquantized else ("quantization", "lean", "merge_dtype")
     with_matrix = [name for name in kept.quantized if made_with_matrix(name, config.importance_matrix)]
-    return as_record(config, names) | ({"importance_matrix": with_matrix} if with_matrix else {})
+    return plain_values(config, names) | ({"importance_matrix": with_matrix} if with_matrix else {})
 
 
 def inputs(context: Context) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.torchtune import architecture, environment, plan
 from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import errors, hardware
-from kolotune.foundation.config import Config, as_record
+from kolotune.foundation.config import Config, option_names, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
 from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import Progress, Reporter
@@ -26,18 +26,13 @@ from kolotune.weights.model_shape import DTYPE_BYTES, read_shape
 
 NAME = "train"
 DOING = "training the adapter"
-_OPTIONS = (
-    "engine", "dtype", "compile", "load_in_4bit", "epochs", "learning_rate", "scheduler_type", "warmup_steps",
-    "weight_decay", "batch_size", "gradient_accumulation", "max_grad_norm", "seed", "lora_rank", "lora_alpha",
-    "lora_dropout", "target_modules", "early_stopping",
-)  # fmt: skip
 _FIRST = ("first_held_out_loss",)  # facts that a training which goes on does not tell anew
 _MOST_FOR_THE_BASE = 0.6  # the rest is for adapters, activations and the optimizer
 
 
 def options(config: Config) -> JsonObject:
     """See `records.Stage`; of torchtune's environment what it is made from, which is known before it is made."""
-    chosen = as_record(config, _OPTIONS)
+    chosen = stage_options(config, NAME)
     if config.engine == "torchtune":
         del chosen["compile"]
         chosen["torchtune_environment"] = environment.fingerprint()
@@ -82,7 +77,7 @@ def _check_packages(config: Config) -> None:
 def make_job(context: Context) -> TrainJob:
     """The job for the engine, with the hashes of what it reads."""
     hasher, run, config = Hasher(), context.run, context.config
-    chosen = as_record(config, [name for name in _OPTIONS if name != "engine"])
+    chosen = plain_values(config, [name for name in option_names(stage=NAME) if name != "engine"])
     chosen["compile"] = config.engine == "native" and config.compile == "on"
     if config.batch_size is None:
         chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS)
@@ -101,7 +96,7 @@ def make_job(context: Context) -> TrainJob:
         rdzv=config.rdzv,
         sharded=is_sharded(config, context.base),
         checkpoint_steps=config.checkpoint_steps,
-        **chosen,
+        **chosen,  # type: ignore[arg-type]  # the fields of Config have the types of those of TrainJob
     )
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kolotune.foundation import config as configs
-from kolotune.foundation.config import Config
+from kolotune.foundation.config import OPTIONS, Config, Group, Kind, option_names
 from kolotune.foundation.errors import ConfigError
+from kolotune.stages import train
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 Value = str | int | float
 """The value of a varied option: a choice as text, or a number of a range."""
 _LOGARITHMIC_FROM = 10.0  # a range whose ends differ by this factor is searched on a logarithmic scale
-_NOT_VARIED = ("checkpoint_steps", "use_checkpoint", "target_modules")  # no influence on the result; a list of names
 _EXAMPLE = "--vary learning_rate=1e-4..1e-3 --vary lora_rank=8,16,32"
 
 
@@ -51,13 +51,10 @@ class VariedOption:
         return FloatDistribution(self.low, self.high, log=is_logarithmic)
 
 
-def option_names() -> list[str]:
-    """Return the options that can be varied."""
-    return [
-        field.name
-        for field in dataclasses.fields(Config)
-        if field.metadata["kind"] == "training" and field.name not in _NOT_VARIED
-    ]
+def varied_names() -> list[str]:
+    """Return the options that can be varied: single values that are part of the training's fingerprint."""
+    names = option_names(kind=Kind.VALUE, stage=train.NAME)
+    return [name for name in names if OPTIONS[name].group is Group.TRAINING]
 
 
 def parse(texts: Sequence[str]) -> list[VariedOption]:
@@ -70,10 +67,10 @@ def parse(texts: Sequence[str]) -> list[VariedOption]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
-        if not equals or name not in option_names():
+        if not equals or name not in varied_names():
             raise ConfigError(
                 f"--vary {text}: {name or 'it'} is not an option that can be varied",
-                f"Name one of {', '.join(option_names())}, as in {_EXAMPLE}",
+                f"Name one of {', '.join(varied_names())}, as in {_EXAMPLE}",
             )
         if name in options:
             raise ConfigError(f"--vary {text}: {name} is varied twice", "Give all its values in one --vary.")

@@ -155,10 +155,10 @@ def test_bad_options_are_told_before_any_work(
 
 
 YAML: dict[str, tuple[str | bytes, str]] = {
-    "bad yaml": ("epochs: 1\nlora_rank: [\n", "options.yaml:3: no valid YAML"),
-    "tab": ("epochs: 1\n\tseed: 1\n", "options.yaml:2: no valid YAML"),
+    "bad yaml": ("epochs: 1\nlora_rank: [\n", "options.yaml:3: not valid YAML"),
+    "tab": ("epochs: 1\n\tseed: 1\n", "options.yaml:2: not valid YAML"),
     "list": ("- epochs\n", "holds no options"),
-    "python object": ("system: !!python/object/apply:os.system [touch made]\n", "options.yaml:1: no valid YAML"),
+    "python object": ("system: !!python/object/apply:os.system [touch made]\n", "options.yaml:1: not valid YAML"),
     "component": ("_component_: os.system\n", "unknown option '_component_'"),
     "misspelt": ("learning-rat: 1\n", "did you mean learning_rate?"),
     "wrong kinds": ("quantization: 5\nparameter: 5\ntrain_data: 5\n", "quantization must be a valid tuple, not 5"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import typer
 import yaml
 
-from kolotune.cli import in_container
 from kolotune.cli.app import app
-from kolotune.cli.in_container import Wish, _Call, wish_of
-from kolotune.foundation import config as configs
+from kolotune.cli.container_request import ContainerRequest, parse_request
+from kolotune.cli.in_container import VerbCall, value_options
+from kolotune.cli.parameters import roles_of
 from kolotune.foundation.errors import ConfigError, DataError
 from kolotune.foundation.secrets import Secret
 from kolotune.runners.container import names
@@ -44,16 +46,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def called(*arguments: str) -> tuple[_Call, Notebook, list[str]]:
+def called(*arguments: str) -> tuple[VerbCall, Notebook, list[str]]:
     """The verb as it would be called inside, where its run folder is /runs/R."""
-    verb, *rest = arguments
-    parent = COMMAND.make_context("kolotune", list(arguments))
-    described = COMMAND.commands[verb]
-    call = _Call(verb, described.params, described.make_context(verb, rest, parent=parent))
-    notebook = Notebook()
-    run, out = call._run(), call._out()
-    argv = call._argv(notebook, (run, PurePosixPath("/runs/R")) if run else None, out)  # type: ignore[arg-type]
+    call, notebook = VerbCall(COMMAND, arguments), Notebook()
+    run = call.run_folder()
+    inside = (run[0], PurePosixPath("/runs/R")) if run else None
+    argv = call.argv(notebook, inside, call.new_folder())  # type: ignore[arg-type]
     return call, notebook, argv
+
+
+def run_folder_of(call: VerbCall) -> Path | None:
+    found = call.run_folder()
+    return found[0] if found else None
+
+
+def requested(line: Sequence[str]) -> ContainerRequest | None:
+    return parse_request(line, value_options(COMMAND))
 
 
 @pytest.mark.parametrize(
@@ -75,35 +83,33 @@ def called(*arguments: str) -> tuple[_Call, Notebook, list[str]]:
     ],
 )
 def test_what_the_container_is_called(line: str, name: str, rest: str, here: Path) -> None:
-    assert wish_of(COMMAND, line.split()) == Wish(rest.split(), name, False, False)
+    assert requested(line.split()) == ContainerRequest(rest.split(), name, False, False)
 
 
 @pytest.mark.parametrize(
     "line", ["run chats.jsonl", "run --leave-inside", "check -- --container", "chat --system --container"]
 )
 def test_no_container_is_spoken_of(line: str, here: Path) -> None:
-    assert wish_of(COMMAND, line.split()) is None
+    assert requested(line.split()) is None
 
 
 def test_what_comes_out(here: Path) -> None:
-    found = wish_of(COMMAND, ["run", "--leave-inside", "--container", "--with-checkpoints", "x"])
-    assert found == Wish(["run", "x"], names.DEFAULT_NAME, True, True)
+    found = requested(["run", "--leave-inside", "--container", "--with-checkpoints", "x"])
+    assert found == ContainerRequest(["run", "x"], names.DEFAULT_NAME, True, True)
 
 
-def test_every_path_of_every_verb_is_understood() -> None:
-    """A new parameter with a path must get its place in one of the lists."""
-    known = in_container.CHATS | in_container.FILES | in_container.BASES | in_container.RUNS | in_container.OTHERS
-    hints = get_type_hints(configs.Config)
-    of_config = {name for name, hint in hints.items() if hint is Path or Path in get_args(hint)}
-    assert of_config == {"train_data", "eval_data", "output_dir"} and of_config <= known
-    count = 0
-    for verb in (info.callback for info in app.registered_commands):
-        assert verb is not None
-        for name, hint in verb.__annotations__.items():
-            if "Path" in str(hint):
-                count += 1
-                assert name in known, (verb.__name__, name)
-    assert count >= 15
+def test_every_path_of_every_verb_has_a_role() -> None:
+    """Without one, a new parameter that names a file would not reach the container."""
+    verbs = [info.callback for info in app.registered_commands]
+    paths = {
+        (verb.__name__, name)
+        for verb in map(inspect.unwrap, filter(None, verbs))
+        for name, hint in get_type_hints(verb, include_extras=True).items()
+        if "Path" in str(hint) or name in ("base_model", "train_data", "eval_data", "output_dir")
+    }
+    assert len(paths) > 40 and ("run", "train_data") in paths and ("status", "run") in paths
+    roles = {verb.__name__: roles_of(verb) for verb in map(inspect.unwrap, filter(None, verbs))}
+    assert not [(verb, name) for verb, name in paths if name not in roles[verb]]
 
 
 def test_inputs_run_folder_and_values(here: Path) -> None:
@@ -112,7 +118,7 @@ def test_inputs_run_folder_and_values(here: Path) -> None:
     line = ["run", "chats.jsonl", "--eval-data", "held.jsonl", "--base-model", "base", "--epochs", "2"]
     call, notebook, argv = called(*line, "--system", "-x\n'; rm", "--no-compare", "--eval-split", "0")
     assert notebook.sent == [here / "chats.jsonl", here / "held.jsonl", here / "base"]
-    assert call._run() == here / "outputs"
+    assert run_folder_of(call) == here / "outputs"
     assert set(argv) == {
         "run", "--json", "--eval-data=/runs/.inputs/0/held.jsonl", "--base-model=/runs/.inputs/0/base", "--epochs=2",
         "--system=-x\n'; rm", "--no-compare", "--eval-split=0", "--output-dir=/runs/R", "--",
@@ -130,7 +136,7 @@ def test_a_name_of_a_base_model_stays_a_name(here: Path) -> None:
 def test_verbs_of_a_run_folder(verb: str, here: Path) -> None:
     for arguments, folder in (([verb], "outputs"), ([verb, "run"], "run")):
         call, _, argv = called(*arguments)
-        assert call._run() == here / folder and argv[-2:] == ["--", "/runs/R"]
+        assert run_folder_of(call) == here / folder and argv[-2:] == ["--", "/runs/R"]
 
 
 def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
@@ -142,7 +148,7 @@ def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
         "train-data: c.jsonl\noutput_dir: made\nhf_token: secret\nepochs: 0\nbase_model: ./base\nlora-rank: 2\n"
     )
     call, notebook, argv = called("run", "--config", "conf/k.yaml")
-    assert call._run() == folder / "made" and call._token() == Secret("hf_x")
+    assert run_folder_of(call) == folder / "made" and call.token() == Secret("hf_x")
     assert notebook.sent == [folder / "c.jsonl", folder / "base"]
     assert yaml.safe_load(notebook.texts["kolotune.yaml"]) == {
         "train_data": ["/runs/.inputs/0/c.jsonl"], "epochs": 0, "base_model": "/runs/.inputs/0/base", "lora_rank": 2,
@@ -154,19 +160,19 @@ def test_a_token_is_in_no_argument(here: Path, monkeypatch: pytest.MonkeyPatch) 
     (here / "secret").write_text("hf_secret\n")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     call, _, argv = called("run", "chats.jsonl", "--hf-token", "secret")
-    assert call._token() == Secret("hf_secret") and not [each for each in argv if "secret" in each]
-    assert called("run", "chats.jsonl")[0]._token() == Secret("hf_other")
+    assert call.token() == Secret("hf_secret") and not [each for each in argv if "secret" in each]
+    assert called("run", "chats.jsonl")[0].token() == Secret("hf_other")
     monkeypatch.delenv("HF_TOKEN")
-    assert not called("status")[0]._token()
+    assert not called("status")[0].token()
 
 
 def test_a_merge_elsewhere(here: Path) -> None:
     call, notebook, argv = called("merge", "--adapter", "run", "--out", "made", "--base", "smollm2-135m")
-    assert call._run() is None and notebook.sent == [here / "run"]
+    assert run_folder_of(call) is None and notebook.sent == [here / "run"]
     assert "--base=smollm2-135m" in argv
     made = next(PurePosixPath(each.partition("=")[2]) for each in argv if each.startswith("--out="))
     assert made.is_relative_to(names.OUTSIDE) and made.name.startswith("made-")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists"):
         called("merge", "--adapter", "run", "--out", "run")
 
 
@@ -197,7 +203,7 @@ def test_a_folder_is_no_file_of_chats(here: Path) -> None:
         ("nonsense --container", 2, "there is no verb 'nonsense'"),
         ("run --epochs x --container", 2, "epochs"),
         ("run --help --container", 0, "Usage: kolotune run"),
-        ("container status --container", 2, "takes the name as an argument"),
+        ("container status --container", 2, "container start NAME"),
         ("models --container", 15, "Docker can't be reached"),
         ("container status", 15, "Docker can't be reached"),
         ("container stop", 15, "DOCKER_HOST"),

@@ -183,7 +183,7 @@ def test_damage_is_found_and_named(run_copy: RunFolder, spoil: Any, stage: str, 
 
 def test_a_damaged_saved_config_is_a_config_error_with_its_line(run_copy: RunFolder) -> None:
     run_copy.config.write_text("epochs: 1\nlora_rank: [\n")
-    with pytest.raises(KolotuneError, match=r"config.yaml:3: no valid YAML"):
+    with pytest.raises(KolotuneError, match=r"config.yaml:3: not valid YAML"):
         read_status(run_copy)
 
 

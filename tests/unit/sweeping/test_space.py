@@ -8,7 +8,7 @@ import pytest
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError
-from kolotune.sweeping.space import VariedOption, count_combinations, option_names, parse, with_values
+from kolotune.sweeping.space import VariedOption, count_combinations, parse, varied_names, with_values
 
 
 def test_choices_and_ranges() -> None:
@@ -56,5 +56,5 @@ def test_values_are_validated_like_those_of_the_command_line(tmp_path: Path) -> 
 
 
 def test_only_options_of_the_training_can_be_varied() -> None:
-    assert {"learning_rate", "lora_rank", "epochs", "seed"} <= set(option_names())
-    assert not {"train_data", "dtype", "nproc", "quantization"} & set(option_names())
+    assert {"learning_rate", "lora_rank", "epochs", "seed"} <= set(varied_names())
+    assert not {"train_data", "dtype", "nproc", "quantization"} & set(varied_names())

@@ -1,0 +1,108 @@
+"""Checks that types and bounds cannot make: names, dates, paths, and options that exclude each other."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kolotune.foundation.engine_registry import ENGINES
+from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, problem_with
+
+from .normalize import exists
+from .options import Config, Kind, option_names
+
+
+def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterator[str]:
+    """Return what is wrong with options, a line each.
+
+    Args:
+        config: the options; None if a single value is invalid already.
+        values: what was given, normalised.
+    """
+    yield from _quantization_problems(values)
+    for name in option_names(kind=Kind.DATE):
+        date = values.get(name)
+        if date is not None and not _is_date(str(date)):
+            yield f"{_flag(name)}: {date!r} is not a date in the form YYYY-MM-DD"
+    for name in option_names(kind=Kind.PARAMETERS):
+        for each in _items(values, name):
+            if "=" not in str(each):
+                yield f"{_flag(name)}: {each!r} is not of the form name=value"
+    yield from _path_problems(values)
+    if config is not None:
+        yield from _conflicts(config, values)
+
+
+def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
+    if config.eval_data and "eval_split" in values and config.eval_split > 0:
+        yield "eval-data and eval-split exclude each other"
+    if config.nnodes > 1 and config.rdzv is None:
+        yield "nnodes: several machines need rdzv, the address of one of them as HOST:PORT"
+    processes = config.nnodes * config.nproc
+    if config.sharding == "on" and (processes == 1 or config.load_in_4bit):
+        yield "sharding: needs several processes (nproc, nnodes) and cannot be combined with load-in-4bit"
+    if config.sharding == "off" and ENGINES[config.engine].always_shards and processes > 1:
+        yield f"sharding: several processes of {config.engine} always shard the base; leave sharding out"
+
+
+def _quantization_problems(values: Mapping[str, object]) -> Iterator[str]:
+    without_matrix = values.get("importance_matrix") == "never"
+    for option in option_names(kind=Kind.QUANTIZATIONS):
+        names = [str(name) for name in _items(values, option)]
+        for name in names:
+            if problem := problem_with(name):
+                yield f"{_flag(option)}: {problem}"
+            elif without_matrix and name in NEEDS_IMPORTANCE_MATRIX:
+                yield f"{_flag(option)}: {name} needs an importance matrix, but importance-matrix is never"
+        if NONE in names and option == "compare_quantization":
+            yield f"{_flag(option)}: the unquantized model is always compared; leave none out"
+        elif NONE in names and len(names) > 1:
+            yield f"{_flag(option)}: none cannot be combined with other quantizations"
+
+
+def _path_problems(values: Mapping[str, object]) -> Iterator[str]:
+    for kind in (Kind.CHAT_FILES, Kind.BASE_MODEL, Kind.FOLDER):
+        for name in option_names(kind=kind):
+            value = values.get(name, ())
+            for each in value if isinstance(value, tuple) else (value,):
+                if "\0" in str(each):
+                    yield f"{_flag(name)}: a file name cannot contain a NUL character"
+                elif not _can_be_encoded(str(each)):
+                    yield f"{_flag(name)}: a file name cannot contain half a character"
+    for name in option_names(kind=Kind.SECRET_SOURCE):
+        source = values.get(name)
+        if source not in (None, "-") and not (exists(Path(str(source))) and Path(str(source)).is_file()):
+            # The message does not repeat the value, which may be the token itself.
+            yield (
+                f"{_flag(name)}: takes a file or - for standard input, never the token itself: "
+                "other users can see a command line"
+            )
+
+
+def _can_be_encoded(name: str) -> bool:
+    """Whether the system has bytes for a name. Half a character in a name that the system itself gave is fine."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _items(values: Mapping[str, object], name: str) -> Sequence[object]:
+    """Return the list that an option should be; empty if it is something else, which validation reports."""
+    value = values.get(name, ())
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,79 @@
+"""Flags, a YAML file, a run folder's saved config and the defaults become one `Config`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from kolotune.foundation.engine_registry import ENGINES
+from kolotune.foundation.errors import ConfigError
+
+from .checks import find_problems
+from .normalize import normalize
+from .options import DEFAULT_OUTPUT_DIR, OPTIONS, Config, Kind
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Layer: TypeAlias = tuple[Mapping[str, object], str, Path]
+"""Values, what they are called in messages, and the folder that their relative paths start from."""
+
+
+def resolve(*layers: Layer) -> Config:
+    """Resolve several layers of options; a later layer wins.
+
+    A value of None counts as not given; an explicit 0, empty string or False is kept. An option that no layer gives
+    has the engine's default. A run's saved config gives every option that has a value: so another engine for that run
+    changes only the engine, and the values that were automatic (warmup, batch) become that engine's.
+
+    Raises:
+        ConfigError: unknown options and impossible values, all in one message.
+    """
+    values: dict[str, object] = {"output_dir": DEFAULT_OUTPUT_DIR.absolute()}
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+    for layer, origin, folder in layers:
+        for name, value in layer.items():
+            if name not in OPTIONS:
+                problems.append(f"{origin}: unknown option {name!r}{_suggestion(name)}")
+            elif value is not None:
+                values[name] = normalize(name, value, folder)
+                origins[name] = origin
+    if isinstance(engine := values.get("engine"), str) and engine in ENGINES:
+        values = {**ENGINES[engine].defaults, **values}
+    config, invalid = _validate(values, origins)
+    problems += [*invalid, *find_problems(config, values)]
+    if config is None or problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _validate(values: Mapping[str, object], origins: Mapping[str, str]) -> tuple[Config | None, list[str]]:
+    """Return the config, or None and what is wrong with single values."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Config).validate_python(values), []
+    except ValidationError as error:
+        return None, list(_describe(error.errors(), origins))
+
+
+def _describe(errors: list[ErrorDetails], origins: Mapping[str, str]) -> Iterator[str]:
+    for each in errors:
+        name = str(each["loc"][0]) if each["loc"] else ""
+        message = each["msg"].replace("Input should be", "must be").partition(", unable to")[0]
+        value = each["input"]
+        if name in OPTIONS and OPTIONS[name].kind is Kind.SECRET_SOURCE:
+            shown = message  # the value may be the secret itself
+        elif isinstance(value, Mapping):
+            shown = message
+        else:
+            shown = f"{message[0].lower()}{message[1:]}, not {value!r}"
+        yield f"{origins.get(name, 'config')}: {name.replace('_', '-')} {shown}"
+
+
+def _suggestion(name: str) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), OPTIONS, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

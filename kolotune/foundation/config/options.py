@@ -1,0 +1,354 @@
+"""Every option of a run, once: its name, type, bounds and default, and what the option is.
+
+Flags, YAML files, records and the container all read what an option is from its field; see `Option`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from kolotune.foundation.engine_registry import ENGINES, EngineName
+
+T = TypeVar("T")
+
+DEFAULT_OUTPUT_DIR = Path("outputs")
+# Defaults of the verbs that talk to a model; these are not options of a run.
+DEFAULT_TEMPERATURE, DEFAULT_MAX_TOKENS, DEFAULT_SEED = 0.7, 512, 0
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
+
+
+class Kind(Enum):
+    """What the value of an option stands for. It decides how the value is normalised, checked and sent elsewhere."""
+
+    VALUE = "a number, a word or a text"
+    CHAT_FILES = "files of chats; the flag may be repeated"
+    FOLDER = "a folder to make"
+    BASE_MODEL = "the name or folder of a base model"
+    SECRET_SOURCE = "where a secret is read: a file, or - for standard input"
+    DATE = "a date, as YYYY-MM-DD"
+    NAMES = "names, separated by commas"
+    QUANTIZATIONS = "names of quantizations, separated by commas"
+    TEXTS = "texts; the flag may be repeated"
+    PARAMETERS = "settings as name=value; the flag may be repeated"
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the flag may be given several times."""
+        return self in (Kind.CHAT_FILES, Kind.TEXTS, Kind.PARAMETERS)
+
+
+class Group(Enum):
+    """Options shown together, with the verbs that take them unless a field says otherwise."""
+
+    DATA = "data", "run launch sweep plan check prepare"
+    MODEL = "model", "run launch sweep plan check prepare train"
+    TRAINING = "training", "run launch sweep plan train"
+    MACHINES = "machines", "run launch sweep plan train"
+    EXPORT = "export", "run launch sweep plan prepare modelfile export"
+    COMPARISON = "comparison", "run launch sweep compare"
+
+    def __init__(self, title: str, verbs: str) -> None:
+        self.title = title
+        self.verbs = frozenset(verbs.split())
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option is.
+
+    Attributes:
+        help: one sentence for ``--help`` and the commented config.
+        group: the group in which it is shown.
+        kind: what its value stands for.
+        verbs: the verbs that have a flag for it.
+        stages: the stages whose fingerprint always includes it.
+        is_saved: whether the run folder keeps it. If not, it belongs to one call.
+        default: the value if nobody gives one; `engine_registry` has the defaults that differ under an engine.
+    """
+
+    help: str
+    group: Group
+    kind: Kind
+    verbs: frozenset[str]
+    stages: frozenset[str]
+    is_saved: bool
+    default: object
+
+
+def option(
+    default: T,
+    text: str,
+    group: Group,
+    *,
+    kind: Kind = Kind.VALUE,
+    stages: str = "",
+    more_verbs: str = "",
+    without: str = "",
+    is_saved: bool = True,
+) -> T:
+    """Return a field of `Config`; see `Option`.
+
+    Args:
+        default, text, group, kind, is_saved: as in `Option`.
+        stages: names, separated by spaces.
+        more_verbs: verbs that take it beside those of its group.
+        without: verbs of its group that do not take it.
+    """
+    verbs = (group.verbs | set(more_verbs.split())) - set(without.split())
+    described = Option(text, group, kind, verbs, frozenset(stages.split()), is_saved, default)
+    return field(default=default, metadata={"option": described})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run, resolved. Paths are absolute, names are in their canonical case."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read by pydantic, not a field
+
+    train_data: tuple[Path, ...] = option(
+        (), "Files of chats: JSONL, JSON, CSV or Parquet.", Group.DATA, kind=Kind.CHAT_FILES
+    )
+    eval_data: tuple[Path, ...] = option(
+        (), "Held-out chats, instead of a share of the training data.", Group.DATA, kind=Kind.CHAT_FILES
+    )
+    eval_split: Annotated[float, Ge(0), Lt(1)] = option(
+        0.05, "Share of the chats to hold out, chosen by content.", Group.DATA, stages="prepare"
+    )
+    skip_bad: bool = option(
+        False, "Skip bad chats instead of stopping; they are counted and listed.", Group.DATA, stages="prepare",
+        without="check",
+    )  # fmt: skip
+    max_seq_length: Annotated[int, Ge(8)] = option(
+        2048,
+        "Longest chat in tokens. Longer chats lose whole turns; the number is reported.",
+        Group.DATA,
+        stages="prepare",
+    )
+    template_date: str | None = option(
+        None,
+        "Date (YYYY-MM-DD) for a chat template that prints today's; default: the date of the first run.",
+        Group.DATA,
+        kind=Kind.DATE,
+        stages="prepare",
+    )
+
+    base_model: str = option(
+        "smollm2-135m", "Name from `kolotune models`, hub id or folder.", Group.MODEL, kind=Kind.BASE_MODEL
+    )
+    hf_token: str | None = option(
+        None,
+        "Where to read the hub token: a file, or - for standard input. Never the token itself.",
+        Group.MODEL,
+        kind=Kind.SECRET_SOURCE,
+        without="launch",
+        is_saved=False,
+    )
+    engine: EngineName = option(
+        "native",
+        f"Training engine: {'; '.join(f'{name}, {entry.summary}' for name, entry in ENGINES.items())}.",
+        Group.MODEL,
+        stages="train",
+        without="check",
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto",
+        "Arithmetic of the frozen weights in training; auto: bf16 where the processor is fast at it.",
+        Group.MODEL,
+        stages="train",
+        without="check",
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Compile parts of the training step for this processor; auto: where possible (C++ compiler, no GPU).",
+        Group.MODEL,
+        stages="train",
+    )
+    load_in_4bit: bool = option(
+        False, "Keep the base in 4 bits while training (bitsandbytes).", Group.MODEL, stages="train", without="check"
+    )
+
+    epochs: Annotated[int, Ge(0)] = option(3, "Passes over the training data.", Group.TRAINING, stages="train")
+    learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.", Group.TRAINING, stages="train")
+    scheduler_type: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "How the learning rate decays.", Group.TRAINING, stages="train"
+    )
+    warmup_steps: Annotated[int, Ge(0)] | None = option(
+        None,
+        "Steps in which the learning rate rises; default: a tenth of all, at most 100.",
+        Group.TRAINING,
+        stages="train",
+    )
+    weight_decay: Annotated[float, Ge(0), Le(1)] = option(0.01, "AdamW's weight decay.", Group.TRAINING, stages="train")
+    batch_size: Annotated[int, Ge(1)] | None = option(
+        None,
+        "Chats in a batch; default: 4, or more if they are short, up to 1,000 tokens.",
+        Group.TRAINING,
+        stages="train",
+    )
+    gradient_accumulation: Annotated[int, Ge(1)] = option(1, "Batches in a step.", Group.TRAINING, stages="train")
+    max_grad_norm: Annotated[float, Ge(0)] = option(
+        1.0,
+        "Clip gradients to this norm; 0: never.",
+        Group.TRAINING,
+        stages="train",
+    )
+    seed: Annotated[int, Ge(0), Lt(2**32)] = option(
+        42, "Seed of initial weights, order and dropout.", Group.TRAINING, stages="train"
+    )
+    lora_rank: Annotated[int, Ge(1), Le(4096)] = option(16, "Rank of the adapter.", Group.TRAINING, stages="train")
+    lora_alpha: Annotated[float, Gt(0)] = option(
+        32.0,
+        "Scale of the adapter, which is multiplied by alpha / rank.",
+        Group.TRAINING,
+        stages="train",
+    )
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(
+        0.0, "Dropout before the adapter.", Group.TRAINING, stages="train"
+    )
+    target_modules: tuple[str, ...] = option(
+        ("all-linear",),
+        "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head.",
+        Group.TRAINING,
+        kind=Kind.NAMES,
+        stages="train",
+    )
+    early_stopping: Annotated[int, Ge(0)] = option(
+        0,
+        "Stop if the held-out loss has not improved for this many epochs, and keep the best; 0: never.",
+        Group.TRAINING,
+        stages="train",
+    )
+    checkpoint_steps: Annotated[int, Ge(0)] = option(
+        100,
+        "Write a checkpoint every so many steps and after each epoch; 0: after each epoch only.",
+        Group.TRAINING,
+    )
+    use_checkpoint: bool = option(
+        False, "Resume from the newest intact checkpoint, if there is one.", Group.TRAINING, is_saved=False
+    )
+
+    nproc: Annotated[int, Ge(1)] = option(
+        1, "Processes on this machine that train together; the result does not depend on it.", Group.MACHINES
+    )
+    nnodes: Annotated[int, Ge(1)] = option(
+        1, "Machines that train together; start the same command on each.", Group.MACHINES
+    )
+    rdzv: str | None = option(
+        None, "HOST:PORT where several machines meet: the address of one of them, the same for all.", Group.MACHINES
+    )
+    sharding: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Shard the base over the processes instead of copying it into each; auto: if it does not fit otherwise.",
+        Group.MACHINES,
+    )
+
+    merge_dtype: Literal["f16", "bf16", "fp32"] = option(
+        "f16",
+        "How merged weights are stored. If a value is too large for f16, fp32 is used and reported.",
+        Group.EXPORT,
+        stages="merge compare",
+        more_verbs="merge",
+        without="prepare modelfile",
+    )
+    quantization: tuple[str, ...] = option(
+        ("Q4_K_M",),
+        "One or several of llama.cpp's, as Q4_K_M,Q8_0; none: f16 only.",
+        Group.EXPORT,
+        kind=Kind.QUANTIZATIONS,
+        stages="quantize modelfile compare",
+        more_verbs="quantize",
+        without="prepare",
+    )
+    importance_matrix: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Weigh quantization by the training chats; auto: for quantizations that need it or have under 4 bits.",
+        Group.EXPORT,
+    )
+    system: str | None = option(
+        None, "System prompt for the Modelfile.", Group.EXPORT, stages="modelfile compare", without="prepare"
+    )
+    parameter: tuple[str, ...] = option(
+        (),
+        "PARAMETER for the Modelfile, as temperature=0.7; may be repeated.",
+        Group.EXPORT,
+        kind=Kind.PARAMETERS,
+        stages="modelfile",
+        without="prepare",
+    )
+    lean: bool = option(
+        False,
+        "Keep no merged folder, and no unquantized GGUF unless nothing else is made.",
+        Group.EXPORT,
+        more_verbs="merge convert quantize",
+        without="prepare",
+    )
+    compare: bool = option(
+        True, "Prove at the end that the exported model is the trained one.", Group.EXPORT, without="modelfile export"
+    )
+    compare_chats: Annotated[int, Ge(1)] = option(
+        32,
+        "Most held-out chats to compare on (training chats if none are held out).",
+        Group.COMPARISON,
+        stages="compare",
+    )
+    compare_length: Annotated[int, Ge(1)] = option(
+        4096, "Most tokens in them; at least one chat is compared.", Group.COMPARISON, stages="compare"
+    )
+    compare_answers: Annotated[int, Ge(0)] = option(
+        3,
+        "Prompts of held-out chats that base and tuned model answer side by side.",
+        Group.COMPARISON,
+        stages="compare",
+    )
+    compare_prompt: tuple[str, ...] = option(
+        (),
+        "A prompt of your own to answer instead; may be repeated.",
+        Group.COMPARISON,
+        kind=Kind.TEXTS,
+        stages="compare",
+    )
+    compare_quantization: tuple[str, ...] = option(
+        (),
+        "Other quantizations to make, measure and remove again, as Q5_K_M,IQ3_M.",
+        Group.COMPARISON,
+        kind=Kind.QUANTIZATIONS,
+    )
+    output_dir: Path = option(
+        DEFAULT_OUTPUT_DIR, "The run folder.", Group.EXPORT, kind=Kind.FOLDER, without="modelfile"
+    )
+
+
+OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in dataclasses.fields(Config)}
+"""What each option is, by name, in the order of the fields."""
+
+
+def option_names(*, kind: Kind | None = None, stage: str | None = None) -> list[str]:
+    """Return the names of all options, of a kind or in a stage's fingerprint where one is given."""
+    return [
+        name for name, each in OPTIONS.items() if kind in (None, each.kind) and (stage is None or stage in each.stages)
+    ]
+
+
+def stage_options(config: Config, stage: str) -> dict[str, object]:
+    """Return the options that are always part of a stage's fingerprint, as plain values."""
+    return plain_values(config, option_names(stage=stage))
+
+
+def plain_values(config: Config, names: Iterable[str]) -> dict[str, object]:
+    """Return some options as JSON and YAML write them."""
+    return {name: _plain(getattr(config, name)) for name in names}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return value
