@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .version import VERSION
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 __all__ = ["Config", "RunFolder", "load_run", "resolve", "run"]
-_HOMES = {"Config": "foundation.config", "resolve": "foundation.config", "RunFolder": "run_folder.layout"}
+_PUBLIC = {"Config": "foundation.config", "resolve": "foundation.config", "RunFolder": "run_folder.layout"}
 
 
 def run(config: Config, reporter: Reporter | None = None) -> RunFolder:
@@ -34,18 +34,18 @@ def run(config: Config, reporter: Reporter | None = None) -> RunFolder:
 
 
 def load_run(folder: Path | str) -> RunFolder:
-    """The run folder at a path.
+    """Return the run folder at a path.
 
     Raises:
-        RunFolderError: it is none.
+        RunFolderError: it is not a run folder.
     """
     from .run_folder.layout import RunFolder as Folder
 
     return Folder(Path(folder).absolute()).require()
 
 
-def __getattr__(name: str) -> Any:
-    """Loads the rest of the public names when they are asked for."""
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+def __getattr__(name: str) -> object:
+    """Load the other public names on first use."""
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""What everything else stands on; imports nothing else of kolotune."""
+"""What every other package uses; imports nothing else of kolotune."""

@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or a number, is this machine and nothing that others can reach."""
+    """Whether `host`, a name or a number, is this machine and cannot be reached from others."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

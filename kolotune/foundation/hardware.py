@@ -1,4 +1,4 @@
-"""What this machine is good at."""
+"""What this machine has: devices, fast dtypes, memory, and what the last bits of a result depend on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Literal
 from kolotune.version import VERSION
 
 _DEVICES = Path("/dev")
-# Where the kernel counts whom it killed because memory ran out: in this container (control groups v2), or everywhere.
+# The kernel's counters of processes killed because memory ran out: of this container (control groups v2), or of all.
 _KILL_COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
-# What changes the order or the kind of a processor's sums, and with it the last bits of a result.
+# Instructions and variables that change the order of sums, and with it the last bits of a result.
 _INSTRUCTIONS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimd", "asimdhp", "bf16", "i8mm", "sve",
@@ -27,8 +27,8 @@ _VARIABLES = (
 
 
 def best_device() -> str:
-    """ "cuda", "mps" or "cpu": the first that PyTorch can use here."""
-    if not _may_have_gpu():  # PyTorch need not be loaded to know that
+    """Return the first of "cuda", "mps" and "cpu" that PyTorch can use here."""
+    if not _may_have_gpu():  # saves loading PyTorch
         return "cpu"
     import torch
 
@@ -38,9 +38,9 @@ def best_device() -> str:
 
 
 def best_dtype() -> Literal["bf16", "fp32"]:
-    """ "bf16" where products of bf16 matrices are fast, else "fp32".
+    """Return "bf16" if products of bf16 matrices are fast here, else "fp32".
 
-    Without bf16 instructions a processor computes bf16 by way of fp32, slower than fp32 itself.
+    A processor without bf16 instructions converts to fp32 and back, which is slower than fp32 itself.
     """
     if importlib.util.find_spec("torch") is None:
         return "fp32"
@@ -53,17 +53,17 @@ def best_dtype() -> Literal["bf16", "fp32"]:
 
 
 def machine() -> dict[str, str]:
-    """What a result's last bits may depend on besides its inputs: versions, processor, cores, thread settings."""
-    has = getattr(os, "sched_getaffinity", None)
-    found = {
+    """Return what the last bits of a result may depend on besides inputs: versions, processor, cores, settings."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    facts = {
         "kolotune": VERSION,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "instructions": " ".join(each for each in _INSTRUCTIONS if each in _cpu_words()),
-        "cores": str(len(has(0)) if has else os.cpu_count() or 1),
+        "cores": str(len(affinity(0)) if affinity else os.cpu_count() or 1),
     }
-    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return facts | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _processor() -> str:
@@ -74,7 +74,7 @@ def _processor() -> str:
 
 
 def _may_have_gpu() -> bool:
-    """Whether a driver of NVIDIA's or AMD's is here; elsewhere than on Linux nothing tells without PyTorch."""
+    """Whether a driver of NVIDIA or AMD is loaded. On other systems than Linux only PyTorch knows."""
     if platform.system() != "Linux":
         return True
     return any(any(_DEVICES.glob(name)) for name in ("nvidia*", "kfd", "dxg"))
@@ -89,7 +89,7 @@ def _cpu_words() -> set[str]:
 
 
 def _cpu_text() -> str:
-    """What Linux says about its processors; "" elsewhere."""
+    """Return Linux's description of the processors; "" on other systems."""
     if platform.system() != "Linux":
         return ""
     try:
@@ -99,7 +99,7 @@ def _cpu_text() -> str:
 
 
 def free_memory() -> int:
-    """Bytes of memory that a new process can have: what the machine has, and the container it runs in."""
+    """Return the bytes that a new process can allocate, within the limits of the machine and of its container."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -108,17 +108,17 @@ def free_memory() -> int:
 
 
 def free_on(device: str) -> int:
-    """Bytes that tensors of this process can still get on a device: its own, or the machine's memory."""
+    """Return the bytes that this process can still allocate for tensors on a device."""
     if device != "cuda":
         return free_memory()
     import torch
 
-    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's own, and free
-    return int(torch.cuda.mem_get_info()[0]) + kept
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # held by PyTorch, and free
+    return int(torch.cuda.mem_get_info()[0]) + cached
 
 
 def memory_for_processes(count: int) -> int:
-    """Bytes that `count` processes of this machine have for models: its free memory, or that of a GPU for each."""
+    """Return the bytes for models in `count` processes together: the free memory, or that of a GPU for each."""
     if best_device() != "cuda":
         return free_memory()
     import torch
@@ -127,7 +127,7 @@ def memory_for_processes(count: int) -> int:
 
 
 def _left_of_limit(group: Path) -> int | None:
-    """What a control group leaves; files that it holds in memory can be dropped. None: there is no limit."""
+    """Return what a control group's limit leaves, with its cached files counted as free; None if it has no limit."""
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         used = int((group / "memory.current").read_text(encoding="ascii"))
@@ -141,10 +141,10 @@ def _left_of_limit(group: Path) -> int | None:
 
 
 def kills_for_memory(*, own: bool = False) -> int | None:
-    """How many processes the kernel has killed so far because memory ran out; None where it does not say.
+    """Return how many processes the kernel has killed because memory ran out; None if it does not count them.
 
     Args:
-        own: only those of this process's control group, where it is in one.
+        own: count only those of this process's control group, if it is in one.
     """
     for counter in [*(_own_counters() if own else ()), *_KILL_COUNTERS]:
         with contextlib.suppress(OSError, ValueError):
@@ -155,20 +155,20 @@ def kills_for_memory(*, own: bool = False) -> int | None:
 
 
 def _own_counters() -> list[Path]:
-    """Where the kills of this process's control group are counted, of version 1 or 2."""
-    found = []
+    """Return the counters of this process's control group, of version 1 or 2."""
+    counters = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
             if not controllers:
-                found.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
+                counters.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
             elif "memory" in controllers.split(","):
-                found.append(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
-    return found
+                counters.append(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
+    return counters
 
 
 def peak_memory() -> tuple[int, int]:
-    """Bytes that this process has held at most, and how many of those it holds are of files."""
+    """Return the peak memory of this process, and how much of its memory now is of mapped files, in bytes."""
     import psutil
 
     now = psutil.Process().memory_info()

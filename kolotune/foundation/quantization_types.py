@@ -1,6 +1,8 @@
-"""The quantizations that the pinned llama.cpp makes: name → number of its file type and whether it needs an
-importance matrix. Kept as a literal so that a config is checked without loading the library; a test holds it
-against the library's own constants. NVFP4 (39) is missing: the library names it, but can't quantize to it."""
+"""The quantizations of the pinned llama.cpp: their file types, and which of them use an importance matrix.
+
+The table is a literal so that options are checked without loading the library; a test compares it with the library's
+constants. NVFP4 (39) is missing: the library names it but cannot quantize to it.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +41,15 @@ FILE_TYPES: dict[str, int] = {
     "Q1_0": 40,
     "Q2_0": 41,
 }
-# Tried on rows of whole blocks; on narrow models llama.cpp takes other types for some of them, and they get by.
+# Tested with rows of whole blocks. In narrow models llama.cpp replaces some of these types, and no matrix is needed.
 NEEDS_IMPORTANCE_MATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
-# Of fewer than four bits a weight: which weights matter decides a good part of what is lost.
+# Under four bits a weight, the matrix reduces the loss of quality noticeably.
 GAINS_FROM_IMPORTANCE_MATRIX = frozenset({"Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ3_S", "IQ3_M"})
-# Whose numbers come of the weights alone.
+# llama.cpp computes these from the weights alone.
 _IGNORES_IMPORTANCE_MATRIX = frozenset({"BF16", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q1_0", "Q2_0"})
-# Where a row of weights is no whole number of blocks llama.cpp takes a wider type, but for these it knows none.
+# Block size, in weights. Other types are replaced by a wider one if a row is not whole blocks; for these there is none.
 WHOLE_BLOCKS_ONLY: dict[str, int] = {"Q1_0": 128}
 NONE = "NONE"
 
@@ -58,7 +60,7 @@ def canonical_name(name: str) -> str:
 
 
 def made_with_matrix(name: str, choice: str) -> bool:
-    """Whether quantization `name` is made with an importance matrix where `Config.importance_matrix` is `choice`."""
+    """Whether quantization `name` is made with an importance matrix if `Config.importance_matrix` is `choice`."""
     if name not in FILE_TYPES or choice == "never":
         return False
     if choice == "always":
@@ -67,7 +69,7 @@ def made_with_matrix(name: str, choice: str) -> bool:
 
 
 def problem_with(name: str) -> str:
-    """Why `name` (in capitals) can't be a quantization here; an empty string when it can."""
+    """Return why `name` (in capitals) is not a quantization; an empty string if it is one."""
     if name == NONE or name in FILE_TYPES:
         return ""
-    return f"{name!r} is no quantization that llama.cpp knows; known: none, {', '.join(sorted(FILE_TYPES))}"
+    return f"{name!r} is not a quantization of llama.cpp; choose none or one of {', '.join(sorted(FILE_TYPES))}"

@@ -1,4 +1,4 @@
-"""Texts that nobody may see: the hub's token."""
+"""Texts that nobody may see, such as the hub token, and the environment variables that hold them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def is_secret_variable(name: str) -> bool:
 
 
 class Secret:
-    """A text that is stars wherever it is printed, formatted or written; false when it is empty.
+    """A text that prints as stars; false if it is empty.
 
-    It can be neither pickled nor made JSON of, so that it comes into no file and into no other process by mistake.
+    It can be neither pickled nor written as JSON, so that it cannot reach a file or another process by mistake.
     """
 
     __slots__ = ("_text",)
@@ -30,11 +30,11 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """The text itself, for the one call that sends it."""
+        """Return the text, for the one call that sends it."""
         return self._text
 
     def masked(self, text: str) -> str:
-        """`text` with stars in the secret's place."""
+        """Return `text` with stars instead of the secret."""
         return text.replace(self._text, STARS) if self._text else text
 
     def __bool__(self) -> bool:
@@ -50,4 +50,4 @@ class Secret:
         return STARS
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret can't be pickled")
+        raise TypeError("a secret cannot be pickled")

@@ -114,7 +114,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "rank 0": (["c.jsonl", "--lora-rank", "0"], 2, "lora-rank must be"),
     "unknown dtype": (["c.jsonl", "--dtype", "int3"], 2, "'auto', 'bf16' or 'fp32'"),
     "unknown engine": (["c.jsonl", "--engine", "os.system"], 2, "engine must be 'native'"),
-    "unknown quantization": (["c.jsonl", "--quantization", "Q4"], 2, "no quantization that llama.cpp knows"),
+    "unknown quantization": (["c.jsonl", "--quantization", "Q4"], 2, "Q4_K_M"),
     "matrix": (["c.jsonl", "--quantization", "iq1_s", "--importance-matrix", "never"], 2, "IQ1_S needs an importance"),
     "none and more": (["c.jsonl", "--quantization", "none,Q8_0"], 2, "none does not go with another"),
     "parameter": (["c.jsonl", "--parameter", "hot"], 2, "'hot' is not of the form name=value"),

@@ -35,7 +35,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run none.jsonl", 3, "none.jsonl: no such file"),
         ("check none.jsonl --base-model ./none", 3, "none.jsonl: no such file"),
         ("status", 12, "not a run folder (it does not exist)"),
-        ("chat", 12, "`kolotune runs` lists those that are here"),
+        ("chat", 12, "`kolotune runs`"),
         ("runs", 0, "there are no runs in"),
     ],
 )
