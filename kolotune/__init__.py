@@ -26,7 +26,7 @@ _PUBLIC = {"Config": "foundation.config", "resolve": "foundation.config", "RunFo
 
 
 def run(config: Config, reporter: Reporter | None = None) -> RunFolder:
-    """Runs all stages that have work; see `pipeline.run.run_pipeline`."""
+    """Run all stages that have work; see `pipeline.run.run_pipeline`."""
     from .foundation.reporter import make_reporter
     from .pipeline.run import run_pipeline
 
