@@ -13,7 +13,6 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import material
 from docstring_chats import SYSTEM, docstrings
@@ -21,6 +20,7 @@ from measuring import KOLOTUNE, Measured, Result, Table, measure, median, option
 from tokenizers import Tokenizer
 
 from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.metrics import MetricsLine, parse_line
 
 _COUNTS, _LENGTHS = (100, 1_000, 10_000), (128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 _BATCH = 8
@@ -70,19 +70,19 @@ def train_steps(
     env = {**material.OFFLINE, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     log = run.root.with_suffix(".log")
     measured = measure(argv, log, env=env, until=lambda: len(_steps(run)) >= steps, memory=memory)
-    speeds = [line["tokens_per_second"] for line in _steps(run)[_SKIPPED:steps]]
+    speeds = [line.tokens_per_second for line in _steps(run)[_SKIPPED:steps]]
     # Batches are about equally long, so the harmonic mean of the speeds is right.
     return StoppedTraining(len(speeds) / sum(1 / speed for speed in speeds), measured)
 
 
-def _steps(run: RunFolder) -> list[dict[str, Any]]:
+def _steps(run: RunFolder) -> list[MetricsLine]:
     """Return the metrics of finished steps, without a line that is still being written."""
     try:
         text = run.metrics.read_text(encoding="utf-8")
     except OSError:
         return []
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if "loss" in line]
+    lines = [parse_line(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if line is not None and line.loss is not None]
 
 
 def long_chats(path: Path, count: int, length: int) -> None:

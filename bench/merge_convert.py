@@ -16,8 +16,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import measuring
 from measuring import Measured, Result, Table, measure, medians
@@ -26,8 +27,11 @@ from kolotune import llamacpp
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE
 from kolotune.foundation.reporter import PlainReporter
 
+if TYPE_CHECKING:
+    import numpy as np
+
 sys.path.append(str(measuring.ROOT / "tests"))
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
              "num_key_value_heads": 2},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -82,7 +86,7 @@ def make_model(folder: Path, size: str) -> float:
     shapes = {name: tuple(parameter.shape) for name, parameter in sorted(model.named_parameters())}
     generator = torch.Generator().manual_seed(3)
 
-    def values(entry: Entry) -> Any:
+    def values(entry: Entry) -> Iterator[np.ndarray]:
         norm = "norm" in entry.name
         for row in range(0, entry.shape[0], 4096):
             part = torch.empty((min(4096, entry.shape[0] - row), *entry.shape[1:]), dtype=torch.bfloat16)
@@ -110,9 +114,9 @@ def make_model(folder: Path, size: str) -> float:
     return max(entry.size for entry in entries) / 1e6
 
 
-def run_stages(folder: Path, names: str, log: Path, **options: Any) -> tuple[Measured, dict[str, float]]:
+def run_stages(folder: Path, names: str, log: Path, **options: object) -> tuple[Measured, dict[str, float]]:
     """Run stages of kolotune; return the measurement, and the seconds that each stage reported."""
-    values = {"base_model": str(folder / "base"), "output_dir": str(folder / "run"), "dtype": "bf16"}
+    values: dict[str, object] = {"base_model": str(folder / "base"), "output_dir": str(folder / "run"), "dtype": "bf16"}
     values |= {"quantization": [QUANTIZATION], **options}
     log_start = log.stat().st_size if log.exists() else 0
     measured = measure([sys.executable, "-P", "-c", _STAGES, json.dumps(values), names, folder / "adapter"], log)

@@ -16,13 +16,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from docstring_chats import docstrings, write_chats
 from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
 
 from kolotune.base_models import packaged_model
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
+from kolotune.foundation import typed_storage
 from kolotune.foundation.reporter import PlainReporter
 
 
@@ -92,13 +92,21 @@ def _make_random_model(folder: Path) -> Path:
     return folder
 
 
-def make_plan(job: Job, out: Path, log: Path, *more: str) -> dict[str, Any]:
-    """Return the fields of the event of `kolotune plan`."""
+@dataclass(frozen=True)
+class Plan:
+    """Fields of the event of `kolotune plan`, in bytes and seconds."""
+
+    memory_peak: int
+    disk_peak: int
+    seconds: dict[str, float]
+
+
+def make_plan(job: Job, out: Path, log: Path, *more: str) -> Plan:
+    """Run `kolotune plan`."""
     log.unlink(missing_ok=True)
     measure([*KOLOTUNE, "plan", *job.arguments, *_common(out), "--json", *more], log)
     events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith('{"event"')]
-    plan: dict[str, Any] = next(event["plan"] for event in events if "plan" in event)
-    return plan
+    return typed_storage.convert(Plan, next(event["plan"] for event in events if "plan" in event))
 
 
 def _common(out: Path) -> list[str]:
@@ -168,15 +176,15 @@ def _run_round(job: Job, folder: Path, ratios: dict[tuple[str, str], list[float]
     plan = make_plan(job, out, log)
     memory, disk, seconds = measure_run(job, out, folder / f"{job.letter}-{time.time_ns()}.log")
     expected = {
-        "memory": (plan["memory_peak"], by_formulas["memory_peak"], memory),
-        "disk": (plan["disk_peak"], by_formulas["disk_peak"], disk),
+        "memory": (plan.memory_peak, by_formulas.memory_peak, memory),
+        "disk": (plan.disk_peak, by_formulas.disk_peak, disk),
     }
     rows: list[list[object]] = []
     for what, (planned, formula, actual) in expected.items():
         ratios.setdefault((job.letter, what), []).append(planned / actual)
         rows.append([f"{what}, MB", planned / 1e6, formula / 1e6, actual / 1e6])
-    ratios.setdefault((job.letter, "memory without measuring"), []).append(by_formulas["memory_peak"] / memory)
-    total = sum(plan["seconds"].values())
+    ratios.setdefault((job.letter, "memory without measuring"), []).append(by_formulas.memory_peak / memory)
+    total = sum(plan.seconds.values())
     ratios.setdefault((job.letter, "time"), []).append(total / seconds)
     rows.append(["time, s", total, "-", seconds])
     return rows

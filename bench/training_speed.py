@@ -16,7 +16,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import environments
 import material
@@ -28,6 +27,7 @@ from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.native.kernels import build
 from kolotune.engines.prepared_tokens import PreparedTokens, epoch_steps
 from kolotune.foundation import config as configs
+from kolotune.foundation import typed_storage
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.runners import local
@@ -85,8 +85,16 @@ def speed_of(metrics: Path, job: TrainJob, skipped: int = 1) -> float:
     return sum(count for count, _ in pairs) / sum(count / speed for count, speed in pairs)
 
 
-def trl(chats: Path, mode: str, size: int, folder: Path) -> dict[str, Any]:
-    """Return the result of `peers/trl_training.py`."""
+@dataclasses.dataclass(frozen=True)
+class TrlSpeed:
+    """The result of `peers/trl_training.py`."""
+
+    tokens_per_second: float
+    exact: bool
+
+
+def trl(chats: Path, mode: str, size: int, folder: Path) -> TrlSpeed:
+    """Train with TRL in one of its modes."""
     folder.mkdir(parents=True)
     task = {
         "base": str(material.base()), "train": str(chats), "seed": material.SEED, "rank": material.RANK,
@@ -97,8 +105,7 @@ def trl(chats: Path, mode: str, size: int, folder: Path) -> dict[str, Any]:
     python = environments.ensure("trl") / "python"
     argv = [python, environments.PEERS / "trl_training.py", folder / "task.json", folder / "result.json"]
     measure(argv, folder / "log", env=material.OFFLINE, cwd=folder)
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return result
+    return typed_storage.read(TrlSpeed, folder / "result.json")
 
 
 def best_of_trl(chats: Path, root: Path, quick: bool) -> tuple[Table, tuple[str, int]]:
@@ -106,10 +113,10 @@ def best_of_trl(chats: Path, root: Path, quick: bool) -> tuple[Table, tuple[str,
     rows, best, fastest = [], ("plain", 4), 0.0
     for mode, size in _FEW_MODES if quick else _MODES:
         trained = trl(chats, mode, size, root / f"trl-{mode}-{size}")
-        speed = trained["tokens_per_second"]
-        rows.append([mode, size, speed, "yes" if trained["exact"] else "no: it mixes chats"])
-        print(f"TRL, {mode}, batch {size}: {speed:.0f} tokens/s, exact: {trained['exact']}", flush=True)
-        if trained["exact"] and speed > fastest:
+        speed = trained.tokens_per_second
+        rows.append([mode, size, speed, "yes" if trained.exact else "no: it mixes chats"])
+        print(f"TRL, {mode}, batch {size}: {speed:.0f} tokens/s, exact: {trained.exact}", flush=True)
+        if trained.exact and speed > fastest:
             best, fastest = (mode, size), speed
     return Table("Modes of TRL, once each", ["mode", "batch", "tokens/s", "loss as for separate chats"], rows), best
 
@@ -139,7 +146,7 @@ def main() -> int:
             "kolotune, batch 4": lambda folder: engine_speed(NATIVE, four, folder),
             "torchtune, batch 4": lambda folder: engine_speed(TORCHTUNE, four, folder),
             f"torchtune, batch {BATCH_OF_MANY}": lambda folder: engine_speed(TORCHTUNE, job, folder),
-            best: lambda folder: float(trl(chats, mode, size, folder)["tokens_per_second"]),
+            best: lambda folder: trl(chats, mode, size, folder).tokens_per_second,
         }
         speeds: dict[str, list[float]] = {program: [] for program in runs}
         for number in range(arguments.rounds):

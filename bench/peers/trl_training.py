@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 _TOLERANCE = 0.02  # relative, for losses in bf16
-_MODES: dict[str, dict[str, Any]] = {
+_MODES: dict[str, dict[str, object]] = {
     "plain": {},
     "grouped": {"train_sampling_strategy": "group_by_length"},
     "padding-free": {"padding_free": True},
@@ -40,7 +40,7 @@ class StepTimes(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **others: object) -> None:
         self.ends.append(time.perf_counter())
 
 
@@ -51,7 +51,9 @@ class CountingTrainer(SFTTrainer):
         super().__init__(*arguments, **options)
         self.tokens: list[int] = []
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], *others: object, **options: object
+    ) -> torch.Tensor:
         mask = inputs.get("attention_mask")
         self.tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
         return super().training_step(model, inputs, *others, **options)
@@ -104,7 +106,7 @@ def losses(trainer: CountingTrainer) -> tuple[float, float]:
     return together, alone
 
 
-def _summed(model: Any, batch: dict[str, Any]) -> float:
+def _summed(model: Any, batch: dict[str, torch.Tensor]) -> float:
     labels = batch["labels"]
     kept = {name: each for name, each in batch.items() if name in ("input_ids", "attention_mask", "position_ids")}
     logits = model(**kept, use_cache=False).logits[:, :-1].float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,7 +31,7 @@ def plan(
         float | None, typer.Option(min=0.001, help="Megabits per second of the network between machines.")
     ] = None,
     json: Json = False,
-    **flags: Any,
+    **flags: object,
 ) -> int:
     """Estimate the steps, memory, disk space and time of a run."""
     from kolotune.pipeline.plan import plan_run

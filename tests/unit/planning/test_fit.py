@@ -164,7 +164,7 @@ def _huge_base(folder: Path, tiny: Path, layers: int) -> Path:
         shapes |= {f"{prefix}.self_attn.{name}_proj.weight": [width, width] for name in "qo"}
         shapes |= {f"{prefix}.mlp.{name}_proj.weight": [middle, width] for name in ("gate", "up")}
         shapes[f"{prefix}.mlp.down_proj.weight"] = [width, middle]
-    header: dict[str, Any] = {}
+    header: dict[str, object] = {}
     at = 0
     for name, shape in shapes.items():
         size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -228,7 +228,12 @@ def test_memory_advice_names_the_option_that_makes_it_fit(
     ],
 )
 def test_disk_advice_names_the_option_that_makes_it_fit(
-    finished: Config, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, advice: str
+    finished: Config,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    advice: str,
 ) -> None:
     config = dataclasses.replace(finished, output_dir=tmp_path / "run", **options)
     context = Context(config, RunFolder(tmp_path / "run"), tiny_base)

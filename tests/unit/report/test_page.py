@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
@@ -203,7 +202,7 @@ def test_a_comparison_that_fails_is_on_the_page(run_copy: RunFolder, kolotune: C
 
 
 def test_many_steps_are_thinned_out_but_the_last_one_is_kept(hostile_run: RunFolder) -> None:
-    lines: list[dict[str, Any]] = [{"step": step, "loss": 1.0} for step in range(1, 10_001)]
+    lines: list[dict[str, float]] = [{"step": step, "loss": 1.0} for step in range(1, 10_001)]
     lines[-1]["loss"] = 0.5
     hostile_run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     curve = facts.gather_facts(hostile_run).curve
