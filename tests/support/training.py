@@ -1,4 +1,4 @@
-"""Small trainings: chats of random tokens, and a folder with jobs."""
+"""Small training jobs, and chats of random tokens for them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ VOCABULARY = 96
 
 
 def write_tokens(path: Path, chats: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Chats (ids, flags) as the prepare stage writes them."""
+    """Write chats (ids, loss mask) as the prepare stage does."""
     import numpy as np
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {
-            "ids": np.array([each for ids, _ in chats for each in ids], np.int32),
-            "labelled": np.array([each for _, flags in chats for each in flags], np.uint8),
+            "ids": np.array([token for ids, _ in chats for token in ids], np.int32),
+            "labelled": np.array([flag for _, mask in chats for flag in mask], np.uint8),
             "offsets": np.cumsum([0, *(len(ids) for ids, _ in chats)], dtype=np.int64),
         },
         path,
@@ -29,7 +29,10 @@ def write_tokens(path: Path, chats: Sequence[tuple[Sequence[int], Sequence[int]]
 
 
 def random_chats(count: int, seed: int, shortest: int = 5, longest: int = 20) -> list[tuple[list[int], list[int]]]:
-    """Chats of random tokens that follow a rule (each answer token is its predecessor plus 3), partly labelled."""
+    """Return chats of random tokens with a rule to learn: each answer token is its predecessor plus 3.
+
+    About nine tenths of the answer tokens are in the loss mask.
+    """
     import random
 
     dice = random.Random(seed)
@@ -40,20 +43,20 @@ def random_chats(count: int, seed: int, shortest: int = 5, longest: int = 20) ->
         ids = [dice.randrange(VOCABULARY) for _ in range(start)]
         while len(ids) < length:
             ids.append((ids[-1] + 3) % VOCABULARY)
-        chats.append((ids, [int(at >= start and dice.random() < 0.9) for at in range(length)]))
+        chats.append((ids, [int(index >= start and dice.random() < 0.9) for index in range(length)]))
         chats[-1][1][-1] = 1
     return chats
 
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """A folder with a base model and data, and the jobs that train there."""
+    """A folder with a base model and data, for training jobs."""
 
     root: Path
 
     def job(self, name: str = "run", **options: Any) -> TrainJob:
-        """A job whose outputs stand in the folder `name`; the options are those of `TrainJob`."""
-        chosen: dict[str, Any] = {
+        """Return a job that writes into the folder `name`; the options are fields of `TrainJob`."""
+        defaults: dict[str, Any] = {
             "resume": False,
             "nproc": 1,
             "nnodes": 1,
@@ -87,4 +90,4 @@ class TrainingFolder:
             "metrics": str(self.root / name / "metrics.jsonl"),
         }
         (self.root / name).mkdir(exist_ok=True)
-        return TrainJob(**{**chosen, **options})
+        return TrainJob(**{**defaults, **options})

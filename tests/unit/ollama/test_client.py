@@ -1,4 +1,4 @@
-"""The connection to Ollama: addresses, answers, faults."""
+"""The client of Ollama: addresses, responses, faults."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -45,30 +45,32 @@ def test_addresses(spelling: str, ollama: FakeOllama, monkeypatch: pytest.Monkey
     assert server.url.startswith("http://") and "0.0.0.0" not in server.url
 
 
-def test_without_a_word_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OLLAMA_HOST", raising=False)
     assert OllamaClient().url == "http://127.0.0.1:11434"
     assert OllamaClient("https://example.com/ollama").url == "https://example.com/ollama"
 
 
 @pytest.mark.parametrize("spelling", ["127.0.0.1:port", "http://[::1", "127.0.0.1:99999"])
-def test_what_is_no_address(spelling: str) -> None:
+def test_invalid_addresses(spelling: str) -> None:
     with pytest.raises(OllamaError) as error:
         OllamaClient(spelling).version()
     assert "OLLAMA_HOST" in error.value.hint
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-def test_a_proxy_does_not_come_between(variable: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_are_not_used_for_this_machine(
+    variable: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
     assert OllamaClient(ollama.host).version() == "0.33.0"
-    with pytest.raises(OllamaError):  # the variable does what it says, where another machine is meant
+    with pytest.raises(OllamaError):  # for another machine the proxy is used
         OllamaClient("http://192.0.2.1:11434", patience=5).version()
 
 
-def test_nobody_there() -> None:
+def test_no_server() -> None:
     with pytest.raises(OllamaDownError) as error:
         OllamaClient(f"127.0.0.1:{free_port()}").version()
     assert error.value.exit_code == 25 and "ollama serve" in error.value.hint and "OLLAMA_HOST" in error.value.hint
@@ -94,23 +96,23 @@ def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: FakeOllama) -> 
     with path.open("wb") as file:
         file.truncate(size)
     sha256 = hashlib.sha256(bytes(size)).hexdigest()
-    server, told = OllamaClient(ollama.host), []
+    server, reported = OllamaClient(ollama.host), []
     assert not server.has_blob(sha256)
     tracemalloc.start()
-    server.send_blob(path, sha256, told.append)
+    server.send_blob(path, sha256, reported.append)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 << 20
-    assert told[-1] == size and told == sorted(told) and len(told) > 10
+    assert reported[-1] == size and reported == sorted(reported) and len(reported) > 10
     assert server.has_blob(sha256)
     assert ollama.blob(f"sha256:{sha256}").stat().st_size == size
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "words"),
     [("down in blob", "connection"), ("damage in blob", "digest mismatch"), ("full disk", "")],
 )
-def test_a_blob_that_does_not_arrive(fault: str, said: str, tmp_path: Path, ollama: FakeOllama) -> None:
+def test_a_blob_that_does_not_arrive(fault: str, words: str, tmp_path: Path, ollama: FakeOllama) -> None:
     path = tmp_path / "some.gguf"
     path.write_bytes(os.urandom(4 << 20))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -118,19 +120,19 @@ def test_a_blob_that_does_not_arrive(fault: str, said: str, tmp_path: Path, olla
     server = OllamaClient(ollama.host)
     with pytest.raises(OllamaError) as error:
         server.send_blob(path, sha256, lambda sent: None)
-    assert said in error.value.cause and "some.gguf" in error.value.cause
+    assert words in error.value.cause and "some.gguf" in error.value.cause
     assert not server.has_blob(sha256)
     ollama.fault = ""
     server.send_blob(path, sha256, lambda sent: None)
     assert server.has_blob(sha256)
 
 
-def test_a_hash_that_is_none(ollama: FakeOllama) -> None:
+def test_an_invalid_hash(ollama: FakeOllama) -> None:
     with pytest.raises(OllamaError):
         OllamaClient(ollama.host).has_blob("no hash")
 
 
-def test_nothing_of_that_name(ollama: FakeOllama) -> None:
+def test_an_unknown_model(ollama: FakeOllama) -> None:
     server = OllamaClient(ollama.host)
     assert server.show("nothing") is None and server.digest("nothing") == "" and not server.delete("nothing")
     with pytest.raises(OllamaError) as error:
@@ -149,7 +151,7 @@ def test_versions(text: str, numbers: tuple[int, ...]) -> None:
     assert not numbers or numbers < (1, 0, 0)
 
 
-# ---------------------------------------------------------------- what show says
+# ---------------------------------------------------------------- confirming a model
 
 SENT = ModelDescription(
     "./x.gguf",
@@ -167,7 +169,7 @@ SENT = ModelDescription(
 )
 
 
-def test_what_was_sent_is_what_is_shown(ollama: FakeOllama, finished_gguf: tuple[Path, str]) -> None:
+def test_a_model_is_shown_as_it_was_sent(ollama: FakeOllama, finished_gguf: tuple[Path, str]) -> None:
     path, sha256 = finished_gguf
     server = OllamaClient(ollama.host)
     server.send_blob(path, sha256, lambda sent: None)
@@ -192,7 +194,7 @@ def test_what_was_sent_is_what_is_shown(ollama: FakeOllama, finished_gguf: tuple
         assert only.part == name
 
 
-def test_what_show_may_not_have() -> None:
+def test_missing_fields_are_no_difference() -> None:
     bare = {"modelfile": f"FROM C:\\Users\\me\\blobs\\sha256-{'a' * 64}\r\nTEMPLATE x\n", "template": "theirs"}
     assert find_differences(bare, ModelDescription("./x"), "a" * 64) == []
     assert find_differences({}, ModelDescription("./x"), "a" * 64) == [Difference("weights", "unnamed", "a" * 12)]

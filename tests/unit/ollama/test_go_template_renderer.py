@@ -18,7 +18,7 @@ from kolotune.ollama.template_proof import battery
 
 Go = Callable[[list[dict[str, Any]]], list[list[str]]]
 CHATS = battery(system=True)
-# As people write them by hand, and Ollama's own library has them.
+# As people write them by hand, and as Ollama's library has them.
 BY_HAND = [
     """{{- range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|end|>
@@ -42,7 +42,8 @@ BY_HAND = [
 
 
 def derived(templates: Path) -> list[str]:
-    found = []
+    """Return the Go templates of all chat templates in a folder."""
+    go_templates = []
     for path in sorted(templates.glob("*.jinja")):
         source = path.read_text(encoding="utf-8")
 
@@ -57,19 +58,19 @@ def derived(templates: Path) -> list[str]:
 
         turns = derive(write, "<s>")
         if not isinstance(turns, NotDerivable):
-            found += [write_go_template(turns, include_bos) for include_bos in (True, False)]
-    return found
+            go_templates += [write_go_template(turns, include_bos) for include_bos in (True, False)]
+    return go_templates
 
 
-def test_as_go_does(go: Go, templates_folder: Path) -> None:
+def test_templates_are_rendered_as_by_go(go: Go, templates_folder: Path) -> None:
     templates = list(dict.fromkeys([*BY_HAND, *derived(templates_folder)]))
     assert len(templates) > 30
-    for template, texts in zip(templates, go([job(each, CHATS) for each in templates]), strict=True):
+    for template, texts in zip(templates, go([job(template, CHATS) for template in templates]), strict=True):
         for chat, text in zip(CHATS, texts, strict=True):
             assert render_go_template(template, chat) == text, template
 
 
-def test_the_system_of_the_modelfile_is_for_conversations_without() -> None:
+def test_the_modelfiles_system_prompt_is_used_where_a_chat_has_none() -> None:
     template = "{{ .System }}|{{ range .Messages }}{{ .Role }} {{ end }}"
     assert render_go_template(template, [{"role": "user", "content": "a"}], "S") == "S|system user "
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "a"}]
@@ -94,6 +95,6 @@ def test_the_system_of_the_modelfile_is_for_conversations_without() -> None:
         "{{ range .System }}{{ end }}{{ .Messages }}",
     ],
 )
-def test_more_of_the_language_is_refused(template: str) -> None:
+def test_unsupported_templates_are_refused(template: str) -> None:
     with pytest.raises(ArtifactError, match="TEMPLATE"):
         render_go_template(template, [{"role": "user", "content": "a"}])

@@ -1,6 +1,6 @@
-"""A run's model in Ollama: what arrives, what is refused, and what happens when things break.
+"""Installing a run's model in Ollama: what arrives, what is refused, and what happens when something fails.
 
-With OLLAMA_HOST set, those that need no faults run against that server, under names of their own.
+With OLLAMA_HOST set, the tests that need no faults run against that server, with random model names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kolotune.ollama.install import install, installed_name, uninstall
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.terminal_chat import open_chat
 
-# How `chat` takes tokens, so that the same seed gives the same answer in both.
+# The sampling of `chat`, so that the same seed gives the same answer in both.
 PLAIN = ("repeat_penalty=1", "min_p=0.05", "top_p=0.95")
 QUESTIONS = ("What is 2 plus 1?", 'He said "{{ .System }}" 🙂 <|im_end|>\n\n.')
 REAL = bool(os.environ.get("OLLAMA_HOST"))
@@ -30,13 +30,13 @@ REAL = bool(os.environ.get("OLLAMA_HOST"))
 
 @pytest.fixture
 def name(any_ollama: str) -> Iterator[str]:
-    chosen = f"kolotune-test-{os.urandom(4).hex()}"
-    yield chosen
-    OllamaClient(any_ollama).delete(chosen)
+    name = f"kolotune-test-{os.urandom(4).hex()}"
+    yield name
+    OllamaClient(any_ollama).delete(name)
 
 
-def text_of(talk: Any, question: str, **more: Any) -> str:
-    return "".join(talk.ask(question, temperature=1.5, max_tokens=24, seed=7, **more))
+def answer_of(chat: Any, question: str, **more: Any) -> str:
+    return "".join(chat.ask(question, temperature=1.5, max_tokens=24, seed=7, **more))
 
 
 def edit(run: RunFolder, more: str, quantization: str = "Q4_K_M") -> None:
@@ -44,25 +44,25 @@ def edit(run: RunFolder, more: str, quantization: str = "Q4_K_M") -> None:
         file.write(more)
 
 
-def test_the_model_in_ollama_is_the_model_of_the_run(
+def test_ollama_answers_as_the_run_does(
     any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
     import ollama
 
     install(run_copy, name, reporter, parameters=PLAIN, client=OllamaClient(any_ollama))
-    talk, here = OllamaChat(name, client=OllamaClient(any_ollama)), open_chat(run_copy, reporter)
+    chat, here = OllamaChat(name, client=OllamaClient(any_ollama)), open_chat(run_copy, reporter)
     for question in QUESTIONS:  # the second one with the first in its history
-        answer = text_of(talk, question)
+        answer = answer_of(chat, question)
         assert len(set(answer)) > 10
-        assert answer == text_of(here, question) or REAL  # another generator of random numbers
-    # As many tokens there as here: the template is the trained one, and there is one BOS or none.
+        assert answer == answer_of(here, question) or REAL  # a real server has a different random generator
+    # The prompt has the same length: the template is the trained one, and there is one BOS or none.
     turns = [{"role": "user", "content": QUESTIONS[1]}]
-    there = ollama.Client(any_ollama, trust_env=False).chat(name, turns, options={"num_predict": 1})
-    assert there.prompt_eval_count == len(here._model.tokens(here._template.render(turns, None, True)))
+    response = ollama.Client(any_ollama, trust_env=False).chat(name, turns, options={"num_predict": 1})
+    assert response.prompt_eval_count == len(here._model.tokens(here._template.render(turns, None, True)))
     assert installed_name(run_copy) == name
 
 
-def test_again_sends_nothing_and_another_is_not_replaced(
+def test_the_same_model_is_not_sent_twice_and_a_different_one_not_replaced(
     any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = OllamaClient(any_ollama)
@@ -79,7 +79,7 @@ def test_again_sends_nothing_and_another_is_not_replaced(
     assert server.digest(name) != first and "Merged.gguf" in capsys.readouterr().out
 
 
-def test_what_the_user_edited_counts(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_edits_of_the_modelfile_apply(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
     edit(run_copy, 'SYSTEM """You are\n"terse"."""\nPARAMETER stop "xyz"\nPARAMETER num_ctx 512\n')
     edit(run_copy, "LICENSE mine\nMESSAGE user Hello: you\nMESSAGE assistant Hi.\n")
     server = OllamaClient(any_ollama)
@@ -87,7 +87,7 @@ def test_what_the_user_edited_counts(any_ollama: str, name: str, run_copy: RunFo
     shown = server.show(name)
     assert shown is not None
     assert shown["system"] == 'You are\n"terse".' and shown["license"] == "mine"
-    assert [(each["role"], each["content"]) for each in shown["messages"]] == [
+    assert [(turn["role"], turn["content"]) for turn in shown["messages"]] == [
         ("user", "Hello: you"),
         ("assistant", "Hi."),
     ]
@@ -95,11 +95,13 @@ def test_what_the_user_edited_counts(any_ollama: str, name: str, run_copy: RunFo
     assert {'stop "xyz"', 'stop "<|im_end|>"', "num_ctx 512"} <= lines
 
 
-def test_what_no_modelfile_can_carry(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_texts_that_no_modelfile_can_carry(
+    any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter
+) -> None:
     hard = 'x"""\nADAPTER /etc/shadow\u200d\x1b\u00a0end\n'
     server = OllamaClient(any_ollama)
-    wanted = ("stop=a\u200db", "temperature=0.25")
-    install(run_copy, name, reporter, system=hard, parameters=wanted, client=server)
+    parameters = ("stop=a\u200db", "temperature=0.25")
+    install(run_copy, name, reporter, system=hard, parameters=parameters, client=server)
     shown = server.show(name)
     assert shown is not None and shown["system"] == hard
     lines = [line.split(None, 1) for line in shown["parameters"].splitlines()]
@@ -107,7 +109,7 @@ def test_what_no_modelfile_can_carry(any_ollama: str, name: str, run_copy: RunFo
     assert [value for key, value in lines if key == "stop"] == ['"a\\u200db"']
 
 
-def test_out_again(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_uninstall(any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter) -> None:
     server = OllamaClient(any_ollama)
     install(run_copy, name, reporter, client=server)
     uninstall(name, reporter, server)
@@ -115,30 +117,30 @@ def test_out_again(any_ollama: str, name: str, run_copy: RunFolder, reporter: Pl
     with pytest.raises(ConfigError, match="no model"):
         uninstall(name, reporter, server)
     with pytest.raises(OllamaError, match="not found"):
-        text_of(OllamaChat(name, client=server), "Hello?")
+        answer_of(OllamaChat(name, client=server), "Hello?")
 
 
 @only_real
 def test_a_template_that_ollama_chooses(
     any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
-    """Without TEMPLATE, a server from 0.30 on takes the GGUF's: as many tokens as here."""
+    """Without TEMPLATE, a server from 0.30 on uses the GGUF's: the prompt has the same length."""
     import ollama
 
     lines = run_copy.modelfile("Q4_K_M").read_text(encoding="utf-8").split("\n")
     run_copy.modelfile("Q4_K_M").write_text("\n".join([lines[0], *(x for x in lines if x.startswith("PARAMETER"))]))
     install(run_copy, name, reporter, client=OllamaClient(any_ollama))
     turns = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hello?"}]
-    there = ollama.Client(any_ollama).chat(name, turns, options={"num_predict": 1})
+    response = ollama.Client(any_ollama).chat(name, turns, options={"num_predict": 1})
     here = open_chat(run_copy, reporter)
-    assert there.prompt_eval_count == len(here._model.tokens(here._template.render(turns, None, True)))
+    assert response.prompt_eval_count == len(here._model.tokens(here._template.render(turns, None, True)))
 
 
-# ---------------------------------------------------------------- faults, which only ours can have
+# ---------------------------------------------------------------- faults, which only the fake server has
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "words"),
     [
         ("down in blob", "connection"),
         ("damage in blob", "digest mismatch"),
@@ -154,20 +156,20 @@ def test_a_template_that_ollama_chooses(
     ],
 )
 def test_faults(
-    fault: str, said: str, fake_ollama: FakeOllama, finished: Config, reporter: PlainReporter, tmp_path: Path
+    fault: str, words: str, fake_ollama: FakeOllama, finished: Config, reporter: PlainReporter, tmp_path: Path
 ) -> None:
     run, server = RunFolder(finished.output_dir), OllamaClient(fake_ollama.host, patience=2)
     fake_ollama.fault = fault
     with pytest.raises(OllamaError) as error:
         install(run, "m", reporter, client=server, force=True)
-    assert said in error.value.cause and error.value.exit_code == 24 and error.value.hint
+    assert words in error.value.cause and error.value.exit_code == 24 and error.value.hint
     assert not run.installed.exists()
     fake_ollama.fault = ""
     install(run, "m", reporter, client=server, force=True)
     run.installed.unlink()
 
 
-def test_what_is_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
+def test_weights_are_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
     server = OllamaClient(fake_ollama.host)
     install(run_copy, "one", reporter, client=server)
     install(run_copy, "two", reporter, client=server)
@@ -179,7 +181,7 @@ def test_what_is_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporte
     assert fake_ollama.count_requests("POST", "/api/create") == 2
 
 
-def test_what_is_refused_before_anything_is_sent(
+def test_bad_requests_are_refused_before_anything_is_sent(
     fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter, tmp_path: Path
 ) -> None:
     server = OllamaClient(fake_ollama.host)
@@ -208,7 +210,7 @@ def test_what_is_refused_before_anything_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("version", "said", "left_out"),
+    ("version", "words", "other_words"),
     [
         ("0.33.0", "", "warning: "),
         ("0.17.1", "", "warning: "),
@@ -218,8 +220,8 @@ def test_what_is_refused_before_anything_is_sent(
 )
 def test_versions(
     version: str,
-    said: str,
-    left_out: str,
+    words: str,
+    other_words: str,
     fake_ollama: FakeOllama,
     run_copy: RunFolder,
     reporter: PlainReporter,
@@ -228,7 +230,7 @@ def test_versions(
     fake_ollama.version = version
     install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
     output = capsys.readouterr().out
-    assert said in output and left_out not in output
+    assert words in output and other_words not in output
 
 
 def test_too_old(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
@@ -254,20 +256,20 @@ def test_no_template(
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("error in chat", "the model fell over"), ("chat breaks off", "interrupted")]
+    ("fault", "words"), [("error in chat", "the model fell over"), ("chat breaks off", "interrupted")]
 )
-def test_a_talk_that_breaks_off(
-    fault: str, said: str, fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
+def test_an_interrupted_chat(
+    fault: str, words: str, fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
     server = OllamaClient(fake_ollama.host)
     install(run_copy, "m", reporter, client=server)
-    talk = OllamaChat("m", client=server)
+    chat = OllamaChat("m", client=server)
     fake_ollama.fault = fault
-    with pytest.raises(OllamaError, match=said):
-        text_of(talk, "Hello?")
+    with pytest.raises(OllamaError, match=words):
+        answer_of(chat, "Hello?")
     fake_ollama.fault = ""
-    text_of(talk, "Again?")
-    assert fake_ollama.prompts[-1].count("<|im_start|>user") == 1  # what failed is not part of the talk
+    answer_of(chat, "Again?")
+    assert fake_ollama.prompts[-1].count("<|im_start|>user") == 1  # the failed turn is not part of the chat
 
 
 def test_the_system_prompt_is_the_models_own(
@@ -275,8 +277,8 @@ def test_the_system_prompt_is_the_models_own(
 ) -> None:
     server = OllamaClient(fake_ollama.host)
     install(run_copy, "m", reporter, system="Be terse.", client=server)
-    text_of(OllamaChat("m", client=server), "Hello?")
-    text_of(OllamaChat("m", "Be loud.", client=server), "Hello?")
+    answer_of(OllamaChat("m", client=server), "Hello?")
+    answer_of(OllamaChat("m", "Be loud.", client=server), "Hello?")
     begin = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
     assert fake_ollama.prompts == [begin.format("Be terse."), begin.format("Be loud.")]
 
@@ -300,13 +302,13 @@ def test_from_the_command_line(
         kolotune("chat", run_copy.root, "--ollama", *ask),
         kolotune("chat", run_copy.root, "--ollama", "my-model", *ask),
         kolotune("chat", "--ollama", "my-model", *ask),
-        kolotune("chat", run_copy.root, "--ollama", *ask, "--container"),  # the server is here all the same
+        kolotune("chat", run_copy.root, "--ollama", *ask, "--container"),  # it uses this machine's server nevertheless
     ]
     assert answers[0][0] == 0 and answers[0][1] and answers == [answers[0]] * 4
     assert f"0.33.0 at http://{fake_ollama.host}" in kolotune("doctor")[1]
     assert kolotune("chat", run_copy.root, "my-model", *ask)[0] == 2
     assert kolotune("chat", run_copy.root, "--ollama", "--base", *ask)[0] == 2
-    assert kolotune("install", run_copy.root, "my-model")[0] == 2  # another temperature: another model
+    assert kolotune("install", run_copy.root, "my-model")[0] == 2  # a different temperature: a different model
     assert kolotune("install", run_copy.root, "my-model", "--force", "--container")[0] == 0
     assert kolotune("uninstall", "my-model")[0] == 0 and fake_ollama.models == {}
     assert kolotune("chat", run_copy.root, "--ollama", *ask)[0] == 24

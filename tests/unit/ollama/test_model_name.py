@@ -1,4 +1,4 @@
-"""Names that Ollama takes, and names that it doesn't."""
+"""Names that Ollama accepts, and names that it refuses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_bad(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model:cloud", "me/model:7b-Cloud", "model:LOCAL"])
-def test_tags_that_mean_a_place(name: str) -> None:
+def test_tags_that_say_where_a_model_runs(name: str) -> None:
     with pytest.raises(ConfigError, match="where a model runs"):
         check_name(name)
     assert check_name(name.partition(":")[0] + ":cloudy")

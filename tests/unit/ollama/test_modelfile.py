@@ -1,4 +1,4 @@
-"""A Modelfile says what was meant, or is refused: never something else."""
+"""A Modelfile says what was meant, or is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kolotune.ollama.modelfile_parser import parse_modelfile, read_commands
 from kolotune.ollama.modelfile_writer import render_modelfile
 from kolotune.ollama.parameters import IGNORED, KNOWN, validate
 
-# Mostly what the parser treats in a way of its own, put together at random.
+# Mostly texts that the parser treats specially, combined at random.
 PIECES = [
     *(
         '"',
@@ -62,7 +62,7 @@ MODELFILES = st.builds(
 
 
 def check_round_trip(count: int) -> dict[str, int]:
-    """Any text is carried exactly or refused; gives how often each of the two happened."""
+    """Check that any text is carried exactly or refused; return how often each happened."""
     seen = {"carried": 0, "refused": 0}
 
     @settings(max_examples=count, deadline=None, database=None)
@@ -75,7 +75,7 @@ def check_round_trip(count: int) -> dict[str, int]:
             seen["refused"] += 1
             return
         assert parse_modelfile(text) == modelfile
-        # As it goes through a file on any system.
+        # As it passes through a file on any system.
         assert parse_modelfile(text.encode().decode()) == modelfile
         allowed = {"model", "template", "system", "license"} | set(KNOWN)
         assert {command.name for command in read_commands(text)} <= allowed
@@ -91,7 +91,7 @@ def test_round_trip(count: int) -> None:
     assert min(seen.values()) > count / 20
 
 
-def test_what_it_looks_like() -> None:
+def test_the_format() -> None:
     modelfile = Modelfile(
         from_="./MergedQ4_K_M.gguf",
         template='{{ "x\\n" }}',
@@ -292,7 +292,7 @@ def test_parameters_are_typed() -> None:
     )
 
 
-def test_all_wrong_parameters_are_told_at_once() -> None:
+def test_all_wrong_parameters_are_reported_at_once() -> None:
     pairs: list[tuple[str, object]] = [
         ("temprature", 1),
         ("foo", 1),
@@ -318,5 +318,5 @@ def test_all_wrong_parameters_are_told_at_once() -> None:
     assert problems[-1] == "top_k is set twice"
 
 
-def test_known_and_ignored_are_apart() -> None:
+def test_no_known_parameter_is_ignored() -> None:
     assert not IGNORED & set(KNOWN)

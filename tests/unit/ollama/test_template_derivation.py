@@ -87,7 +87,7 @@ FAMILIES: dict[str, tuple[str, str, set[str]]] = {
 SPECIAL = {"<unk>", "<pad>", "<s>", "<bos>", "<|begin_of_text|>", "<|channel|>", "<|message|>", " "}.union(
     *(stops for _, _, stops in FAMILIES.values())
 )
-# Templates for calls of tools, which fail without a list of tools, as transformers renders them too.
+# Templates for tool calls, which fail without a list of tools, also in transformers.
 NOT_DERIVABLE = {
     "CohereForAI-c4ai-command-r-plus-tool_use",
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
@@ -97,12 +97,12 @@ NOT_DERIVABLE = {
 
 
 def templates_folder() -> Path:
-    """llama.cpp's chat templates; a function, since the cases are named by them when tests are collected."""
+    """Return the folder of llama.cpp's chat templates; no fixture, because they name cases when tests are collected."""
     return llamacpp.ensure(PlainReporter()).root / "models" / "templates"
 
 
 def jinja(source: str, bos: str = "<s>", eos: str = "</s>") -> Render:
-    """The chat template as transformers renders it, on one and the same day."""
+    """Return the chat template as transformers renders it, always on the same day."""
     source = source.replace("strftime_now(", "'26 Jul 2024'.format(")
 
     def render_messages(messages: list[dict[str, Any]], open: bool) -> str:
@@ -134,7 +134,7 @@ def family(name: str) -> tuple[Render, TurnFormat]:
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
-    """A chat from "role: content" lines."""
+    """Return a chat from "role: content" lines."""
     parts = (turn.partition(": ") for turn in turns)
     return [{"role": part[0], "content": part[2]} for part in parts]
 
@@ -308,7 +308,7 @@ def test_go_renders_what_jinja_renders(go: Callable[[list[dict[str, Any]]], list
 
 
 def test_go_renders_any_chat_as_the_proof_does(go: Callable[[list[dict[str, Any]]], list[list[str]]]) -> None:
-    """Also what servers send besides: neighbours of one role, answers to go on with, no user turn at all."""
+    """Include what else servers send: neighbours of one role, answers to be continued, no user turn at all."""
     chance = random.Random(0)
     roles, contents = ("system", "user", "assistant", "tool"), ("", "a", "{{ .System }}", "two\n lines ")
     chats = [

@@ -1,4 +1,4 @@
-"""The server, asked by OpenAI's own client: the answers are those of `chat`, and the Modelfile counts."""
+"""The server, called by OpenAI's own client: it answers as `chat` does, and the Modelfile applies."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from kolotune.serving.served_model import ServedModel
 from kolotune.serving.terminal_chat import TerminalChat, open_chat
 
 QUESTION = [{"role": "user", "content": 'What is "2" plus 1? 🙂'}]
-TAKEN: dict[str, Any] = {"temperature": 1.5, "seed": 7, "max_tokens": 24}
+SAMPLING: dict[str, Any] = {"temperature": 1.5, "seed": 7, "max_tokens": 24}
 Client = Callable[[ServedModel], openai.OpenAI]
 
 
 @pytest.fixture
 def client_of() -> Iterator[Client]:
-    """Serves a model in this process: ``client = client_of(model)``."""
+    """A function that serves a model in this process and returns a client."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(model: ServedModel) -> openai.OpenAI:
@@ -61,7 +61,7 @@ def model(finished: Config) -> ServedModel:
 
 
 @pytest.fixture(scope="module")
-def talk(finished: Config) -> TerminalChat:
+def chat(finished: Config) -> TerminalChat:
     return open_chat(RunFolder(finished.output_dir), PlainReporter())
 
 
@@ -70,11 +70,11 @@ def ids_of(model: ServedModel, *turns: dict[str, str]) -> list[int]:
 
 
 def whole(client: openai.OpenAI, **more: Any) -> Any:
-    return client.chat.completions.create(**{"model": "any", "messages": QUESTION, **TAKEN, **more})
+    return client.chat.completions.create(**{"model": "any", "messages": QUESTION, **SAMPLING, **more})
 
 
 def streamed(client: openai.OpenAI, **more: Any) -> tuple[str, Any, int]:
-    """The text, the reason and the tokens of a streamed answer."""
+    """Return text, finish reason and number of tokens of a streamed answer."""
     text, reason, tokens = "", None, 0
     for event in whole(client, stream=True, stream_options={"include_usage": True}, **more):
         if event.usage:
@@ -86,25 +86,25 @@ def streamed(client: openai.OpenAI, **more: Any) -> tuple[str, Any, int]:
     return text, reason, tokens
 
 
-def test_the_answers_are_those_of_chat(
+def test_the_server_answers_as_chat_does(
     model: ServedModel, finished: Config, client_of: Client, reporter: PlainReporter
 ) -> None:
-    talk = open_chat(RunFolder(finished.output_dir), reporter)
-    wanted = "".join(talk.ask(str(QUESTION[0]["content"]), **TAKEN))
+    chat = open_chat(RunFolder(finished.output_dir), reporter)
+    wanted = "".join(chat.ask(str(QUESTION[0]["content"]), **SAMPLING))
     assert len(set(wanted)) > 10
     client = client_of(model)
     answer = whole(client)
     assert answer.choices[0].message.content == wanted and answer.model == "run"
     assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 24
     assert streamed(client) == (wanted, "length", 24)
-    # The second turn of a talk.
+    # The second turn of a chat.
     more = [*QUESTION, {"role": "assistant", "content": wanted}, {"role": "user", "content": "And?"}]
-    assert whole(client, messages=more).choices[0].message.content == "".join(talk.ask("And?", **TAKEN))
-    assert [each.id for each in client.models.list()] == ["run"] and client.models.retrieve("any").id == "run"
+    assert whole(client, messages=more).choices[0].message.content == "".join(chat.ask("And?", **SAMPLING))
+    assert [entry.id for entry in client.models.list()] == ["run"] and client.models.retrieve("any").id == "run"
 
 
-def test_the_prompt_is_the_trained_one(model: ServedModel, talk: TerminalChat, finished: Config) -> None:
-    """Token by token as transformers encodes what the trained template writes: no BOS more, none less."""
+def test_the_prompt_is_the_trained_one(model: ServedModel, chat: TerminalChat, finished: Config) -> None:
+    """The tokens are those of transformers for the text of the trained template, with the same number of BOS."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(RunFolder(finished.output_dir).tokenizer)
@@ -112,14 +112,14 @@ def test_the_prompt_is_the_trained_one(model: ServedModel, talk: TerminalChat, f
     for turns in ([QUESTION[0]], [system, QUESTION[0]], [QUESTION[0], {"role": "assistant", "content": "3"}, system]):
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert ids_of(model, *turns) == tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids_of(model, *turns) == talk._model.tokens(talk._template.render(list(turns), None, True))
+        assert ids_of(model, *turns) == chat._model.tokens(chat._template.render(list(turns), None, True))
 
 
-def test_it_stops_where_it_should(model: ServedModel, client_of: Client) -> None:
+def test_answers_end_at_stop_strings_and_limits(model: ServedModel, client_of: Client) -> None:
     client = client_of(model)
     text = str(whole(client).choices[0].message.content)
-    at = len(text) // 2
-    stop = text[at : at + 3]
+    middle = len(text) // 2
+    stop = text[middle : middle + 3]
     before = text[: text.index(stop)]
     for wanted in (stop, ["never written", stop]):
         answer = whole(client, stop=wanted).choices[0]
@@ -130,7 +130,7 @@ def test_it_stops_where_it_should(model: ServedModel, client_of: Client) -> None
     assert len(different) == 4 and text not in different
 
 
-def test_the_modelfile_counts(run_copy: RunFolder, client_of: Client, model: ServedModel) -> None:
+def test_the_modelfile_applies(run_copy: RunFolder, client_of: Client, model: ServedModel) -> None:
     plain = str(whole(client_of(model)).choices[0].message.content)
     stop = plain[10:13]
     with run_copy.modelfile("Q4_K_M").open("a", encoding="utf-8", newline="") as file:
@@ -146,14 +146,14 @@ def test_the_modelfile_counts(run_copy: RunFolder, client_of: Client, model: Ser
     client = client_of(edited)
     answer = whole(client, temperature=None, seed=None, max_tokens=None)
     assert answer.usage.completion_tokens <= 4
-    same = whole(client, temperature=0, max_tokens=4)  # only the likeliest token is left, at any temperature
+    same = whole(client, temperature=0, max_tokens=4)  # top_k 1 leaves only the most likely token
     assert answer.choices[0].message.content == same.choices[0].message.content
     with pytest.raises(openai.BadRequestError) as error:
         whole(client, messages=[{"role": "user", "content": "word " * 200}])
     assert error.value.code == "context_length_exceeded"
 
 
-def test_what_the_client_is_told(model: ServedModel, client_of: Client) -> None:
+def test_errors_for_clients(model: ServedModel, client_of: Client) -> None:
     client = client_of(model)
     with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         whole(client, tools=[{"type": "function", "function": {"name": "f"}}])
@@ -170,19 +170,19 @@ def test_what_the_client_is_told(model: ServedModel, client_of: Client) -> None:
         assert "access-control-allow-origin" not in web_page.get(f"{client.base_url}models").headers
 
 
-def test_several_at_once_and_one_that_goes_away(model: ServedModel, client_of: Client) -> None:
+def test_several_clients_at_once_and_one_that_disconnects(model: ServedModel, client_of: Client) -> None:
     client = client_of(model)
     wanted = {seed: str(whole(client, seed=seed).choices[0].message.content) for seed in range(4)}
-    gone = whole(client, stream=True, max_tokens=1500)
-    next(iter(gone))
-    gone.close()
+    interrupted = whole(client, stream=True, max_tokens=1500)
+    next(iter(interrupted))
+    interrupted.close()
     with ThreadPoolExecutor(4) as pool:
         got = dict(zip(wanted, pool.map(lambda seed: streamed(client, seed=seed)[0], wanted), strict=True))
     assert got == wanted
 
 
 @pytest.mark.parametrize(("host", "sign"), [(DEFAULT_HOST, signal.SIGINT), ("0.0.0.0", signal.SIGTERM)])
-def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: Config) -> None:
+def test_signals_stop_the_server(host: str, sign: signal.Signals, finished: Config) -> None:
     argv = [sys.executable, "-m", "kolotune", "serve", str(finished.output_dir), "--port=0", f"--host={host}", "--json"]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -191,8 +191,8 @@ def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: C
         events.append(json.loads(line))
         if events[-1]["event"] == "result":
             break
-    warned = [each["text"] for each in events if each["event"] == "warning"]
-    assert ("no password" in warned[0]) if host != DEFAULT_HOST else not warned
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    assert ("no password" in warnings[0]) if host != DEFAULT_HOST else not warnings
     http = httpx.Client(trust_env=False)
     url = events[-1]["url"].replace("0.0.0.0", "127.0.0.1")
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=http)
@@ -206,10 +206,10 @@ def test_it_ends_when_it_is_told_to(host: str, sign: signal.Signals, finished: C
         client.models.list()
 
 
-def test_where_nothing_can_listen(model: ServedModel, reporter: PlainReporter, tmp_path: Path) -> None:
+def test_unusable_addresses(model: ServedModel, reporter: PlainReporter, tmp_path: Path) -> None:
     import socket
 
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="can't listen"):
-        serve(model, "127.0.0.1", taken.getsockname()[1], reporter)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ConfigError, match="can't listen"):
+        serve(model, "127.0.0.1", listener.getsockname()[1], reporter)
     with pytest.raises(ConfigError, match="can't listen"):
         serve(model, "no such host.example", 0, reporter)

@@ -1,4 +1,4 @@
-"""What may be asked for, and what is refused with the reason."""
+"""Requests that are accepted, and requests that are refused with a reason."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def body(**more: Any) -> bytes:
     return json.dumps({"model": "any", "messages": HELLO, **more}).encode()
 
 
-def test_what_is_read() -> None:
+def test_accepted_requests() -> None:
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "terse."}]
     turns = [{"role": "developer", "content": parts}, {"role": "user", "content": "Hi", "name": "me"}]
-    found = read_request(
+    request = read_request(
         body(messages=turns, stop="a", max_tokens=3, max_completion_tokens=5, user="me", n=1, tools=[])
     )
-    assert [each.as_turn() for each in found.messages] == [
+    assert [message.as_turn() for message in request.messages] == [
         {"role": "system", "content": "Be terse."},
         {"role": "user", "content": "Hi"},
     ]
-    assert found.stops == ("a",) and found.longest == 5
+    assert request.stops == ("a",) and request.longest == 5
     assert read_request(body(stop=["a", "", "b"])).stops == ("a", "b")
     assert read_request(body(stop=None)).stops == () and read_request(body()).longest is None
     assert read_request(body(response_format={"type": "text"})).messages[0].content == "Hello"
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "field"),
     [
         ({"messages": []}, "messages"),
         ({"messages": "Hello"}, "messages"),
@@ -51,12 +51,12 @@ def test_what_is_read() -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
-def test_what_is_refused(more: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadRequest, match=f"^{said}"):
+def test_refused_requests(more: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest, match=f"^{field}"):
         read_request(body(**more))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"{}", b"\xff"])
-def test_what_is_no_request(data: bytes) -> None:
+def test_other_bodies_are_refused(data: bytes) -> None:
     with pytest.raises(BadRequest):
         read_request(data)
