@@ -69,11 +69,6 @@ class Chat:
     line: int = field(default=0, compare=False)
     tools: tuple[JsonObject, ...] = ()
 
-    @property
-    def where(self) -> str:
-        """The location as ``file:line``."""
-        return f"{self.source}:{self.line}"
-
     def message_dicts(self) -> list[JsonObject]:
         """Return the messages as chat templates expect them."""
         return [message.as_dict() for message in self.messages]

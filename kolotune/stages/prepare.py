@@ -17,7 +17,7 @@ from kolotune.run_folder.stage import Context
 from kolotune.weights.model_config import read_model_config
 
 if TYPE_CHECKING:
-    from kolotune.chats.dataset.prepare import Places, Prepared
+    from kolotune.chats.dataset.prepared import AffectedChats, Prepared
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
@@ -68,7 +68,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
     """Write the tokens and the tokenizer; return the counts, see `Prepared.summary`."""
-    from kolotune.chats.dataset.prepare import prepare_chats, require_good
+    from kolotune.chats.dataset.prepare import prepare_chats
+    from kolotune.chats.dataset.prepared import require_good
 
     with replacing(context.run.prepared) as partial:
         partial.mkdir(parents=True)
@@ -81,7 +82,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
 
 def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
     """Report what was read, what is trained on, and every chat that was changed or left out."""
-    from kolotune.chats.dataset.prepare import Places
+    from kolotune.chats.dataset.prepared import AffectedChats
 
     for name, shape in prepared.shapes.items():
         reporter.note(f"{name}: {shape}")
@@ -100,10 +101,10 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
     for name, sentence in CHANGED_CHATS.items():
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
-            _report_locations(locations.get(name, Places()), reporter)
+            _report_locations(locations.get(name, AffectedChats()), reporter)
     for finding in prepared.findings:
         reporter.warning(finding.text)
-        _report_locations(Places(len(finding.places), finding.places[:_SHOWN_LOCATIONS]), reporter)
+        _report_locations(AffectedChats(len(finding.locations), finding.locations[:_SHOWN_LOCATIONS]), reporter)
     if prepared.not_compared:
         reporter.note(
             f"{prepared.not_compared} chats were not searched for near-duplicates; `kolotune check` searches all"
@@ -114,11 +115,11 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
             reporter.note(str(problem))
 
 
-def _report_locations(places: Places, reporter: Reporter) -> None:
-    for location in places.shown:
+def _report_locations(affected: AffectedChats, reporter: Reporter) -> None:
+    for location in affected.locations:
         reporter.note(f"  {location}")
-    if places.count > len(places.shown) > 0:
-        reporter.note(f"  … and {places.count - len(places.shown)} more")
+    if affected.count > len(affected.locations) > 0:
+        reporter.note(f"  … and {affected.count - len(affected.locations)} more")
 
 
 def _write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""`make fuzz`: each parser in a process of its own, for its share of the minutes.
+"""`make fuzz`: run each parser on damaged inputs in a separate process, for its share of the minutes.
 
-Where atheris is installed, guided by coverage; else by mutation alone. No crash, no hang over 5 seconds, no more than
-1 GB: a finding is kept as a file, and the exit code is 1. Figures are kept for docs/reliability.md, which
-`python tests/faults report` writes.
+Inputs are guided by coverage if atheris is installed, otherwise mutated at random. A crash, a hang of more than 5
+seconds or the use of more than 1 GB is a finding: it is kept as a file, and the exit code is 1. The figures are kept
+for docs/reliability.md, which `python tests/faults report` writes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=30)
     arguments.add_argument("--only", help="one parser")
     arguments.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
-    given = arguments.parse_args()
+    options = arguments.parse_args()
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
     from support import figures
 
     from fuzz.targets import TARGETS
 
-    wanted = [given.only] if given.only else list(TARGETS)
-    given.findings.mkdir(exist_ok=True)
+    parsers = [options.only] if options.only else list(TARGETS)
+    options.findings.mkdir(exist_ok=True)
     inputs, failed = {}, []
-    for name in wanted:
-        code, inputs[name] = _child(name, given.minutes * 60 / len(wanted), given.findings.absolute())
-        print(f"{name}: {inputs[name]} inputs, {'ok' if code == 0 else f'FAILED, see {given.findings}'}", flush=True)
+    for name in parsers:
+        code, inputs[name] = _child(name, options.minutes * 60 / len(parsers), options.findings.absolute())
+        print(f"{name}: {inputs[name]} inputs, {'ok' if code == 0 else f'FAILED, see {options.findings}'}", flush=True)
         failed += [name] * (code != 0)
-    if not given.only:
+    if not options.only:
         counts = _round_trips()
         print(f"modelfile: {TEXTS} texts: {counts}", flush=True)
-        found = {"minutes": given.minutes, "guided": _GUIDED, "inputs": inputs, "failed": failed, "texts": counts}
-        figures.write(figures.folder() / "fuzz.json", found)
+        summary = {"minutes": options.minutes, "guided": _GUIDED, "inputs": inputs, "failed": failed, "texts": counts}
+        figures.write(figures.folder() / "fuzz.json", summary)
     return int(bool(failed))
 
 
 def _child(name: str, seconds: float, findings: Path) -> tuple[int, int]:
-    """A parser's exit code, and the number of inputs that it had."""
+    """Run one parser; return its exit code and the number of its inputs."""
     code = (
         f"from fuzz import loops; loops.{'guided' if _GUIDED else 'mutated'}({name!r}, {seconds!r}, {str(findings)!r})"
     )
@@ -64,7 +64,7 @@ def _child(name: str, seconds: float, findings: Path) -> tuple[int, int]:
 
 
 def _round_trips() -> dict[str, int]:
-    """The ordinary test of the Modelfile's round trip, but for 100,000 texts."""
+    """Run the ordinary test of the Modelfile's round trip with 100,000 texts."""
     from unit.ollama.test_modelfile import check_round_trip
 
     return check_round_trip(TEXTS)

@@ -1,4 +1,4 @@
-"""The two ways to look for inputs that break a parser."""
+"""Look for inputs that break a parser: by mutation alone, or guided by coverage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORDS = (
 
 
 def inputs(name: str, seed: int) -> Iterator[bytes]:
-    """Inputs without end, the same ones for a seed: a parser's good ones, changed in one to eight places."""
+    """Yield endless inputs, the same for a seed: a parser's good inputs with one to eight changes."""
     dice = random.Random(f"{name} {seed}")
     good = seeds()[name]
     yield from good
@@ -44,22 +44,22 @@ def inputs(name: str, seed: int) -> Iterator[bytes]:
             elif kind == 5:
                 data[at:at] = data[at : at + length]
             else:
-                other = dice.choice(good)
-                data[at:] = other[dice.randrange(len(other)) :]
+                second = dice.choice(good)
+                data[at:] = second[dice.randrange(len(second)) :]
         yield bytes(data)
 
 
-def tried(name: str, seed: int, seconds: float) -> tuple[int, float]:
-    """Runs a parser for so many seconds of processor time.
+def try_inputs(name: str, seed: int, seconds: float) -> tuple[int, float]:
+    """Run a parser for some seconds of processor time.
 
     Returns:
-        How many inputs it had, and the seconds of processor time that the slowest took.
+        The number of inputs, and the seconds of processor time that the slowest took.
     """
-    from fuzz.targets import run  # not before: `guided` instruments what is imported
+    from fuzz.targets import run  # not earlier: `guided` instruments what is imported
 
     slowest, end = 0.0, float("inf")
     for count, data in enumerate(inputs(name, seed)):
-        if count == len(seeds()[name]):  # what the first ones load is no part of it
+        if count == len(seeds()[name]):  # the first ones include the loading of libraries
             slowest, end = 0.0, time.process_time() + seconds
         clock = time.process_time()
         try:
@@ -70,22 +70,22 @@ def tried(name: str, seed: int, seconds: float) -> tuple[int, float]:
         slowest = max(slowest, time.process_time() - clock)
         if time.process_time() > end:
             return count, slowest
-    raise AssertionError  # there is no end of inputs
+    raise AssertionError  # the inputs never end
 
 
 def mutated(name: str, seconds: float, findings: str) -> None:
-    """Mutation alone, in a process of its own, with a new seed each time."""
+    """Run a parser with mutated inputs, with a new seed each time."""
     limit = MEGABYTES << 20
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     faulthandler.dump_traceback_later(seconds + 60, exit=True)
-    count, slowest = tried(name, random.SystemRandom().randrange(1 << 30), seconds)
+    count, slowest = try_inputs(name, random.SystemRandom().randrange(1 << 30), seconds)
     print(f"{name}: {count} inputs, the slowest {slowest:.2f} s", flush=True)
     assert slowest < SECONDS
     del findings
 
 
 def guided(name: str, seconds: float, findings: str) -> None:
-    """Guided by coverage."""
+    """Run a parser with inputs that are guided by coverage."""
     import atheris
 
     with atheris.instrument_imports(include=["kolotune"]):

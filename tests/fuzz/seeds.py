@@ -1,4 +1,4 @@
-"""Good inputs, from which the parsers' bad ones are made."""
+"""Good inputs of the parsers, from which damaged ones are made."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _parquet() -> bytes:
     import pyarrow
     from pyarrow import parquet
 
-    held = io.BytesIO()
-    parquet.write_table(pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"]}), held)
-    return held.getvalue()
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"]}), file)
+    return file.getvalue()
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """For each parser some inputs that it takes."""
-    lines = [each.encode() for each in (_CHAT, _CALLS, _SHAREGPT, _ALPACA)]
+    """Return some good inputs of each parser."""
+    lines = [record.encode() for record in (_CHAT, _CALLS, _SHAREGPT, _ALPACA)]
     tensors = _tensors(
         {
             "__metadata__": {"format": "pt"},

@@ -1,4 +1,4 @@
-"""What reads bytes that strangers wrote: functions of bytes that may raise a `KolotuneError` and nothing else."""
+"""The parsers of strangers' bytes: functions that may raise a `KolotuneError` and nothing else."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kolotune.weights.weight_files import weight_files
 
 Target = Callable[[bytes], None]
 
-_room = tempfile.TemporaryDirectory(prefix="kolotune-fuzz-")
-ROOM = Path(_room.name)
+_directory = tempfile.TemporaryDirectory(prefix="kolotune-fuzz-")
+FOLDER = Path(_directory.name)
 
 
 def _chats(suffix: str) -> Target:
     def read(data: bytes) -> None:
-        path = ROOM / f"chats.{suffix}"
+        path = FOLDER / f"chats.{suffix}"
         path.write_bytes(data)
         for problem in read_chats([path]).problems:
             assert str(problem).isprintable()
@@ -38,15 +38,15 @@ def _chats(suffix: str) -> Target:
 
 
 def _config(data: bytes) -> None:
-    path = ROOM / "config.yaml"
+    path = FOLDER / "config.yaml"
     path.write_bytes(data)
-    found = config.resolve((config.load_file(path), "config.yaml", ROOM))
-    path.write_text(config.dump(found), encoding="utf-8", newline="")
-    config.resolve((config.load_file(path), "config.yaml", ROOM))
+    resolved = config.resolve((config.load_file(path), "config.yaml", FOLDER))
+    path.write_text(config.dump(resolved), encoding="utf-8", newline="")
+    config.resolve((config.load_file(path), "config.yaml", FOLDER))
 
 
 def _safetensors(data: bytes) -> None:
-    path = ROOM / "model" / "model.safetensors"
+    path = FOLDER / "model" / "model.safetensors"
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # what is mapped must not be cut
     path.write_bytes(data)
@@ -54,15 +54,15 @@ def _safetensors(data: bytes) -> None:
 
 
 def _headers(data: bytes) -> None:
-    """Without the library's own look at the header before."""
-    path = ROOM / "header.safetensors"
+    """Parse the header without the library's own check before it."""
+    path = FOLDER / "header.safetensors"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     MappedTensors([path])
 
 
 def _adapter(data: bytes) -> None:
-    folder = ROOM / "adapter"
+    folder = FOLDER / "adapter"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_bytes(data)
     file = folder / "adapter_model.safetensors"
@@ -76,18 +76,18 @@ def _adapter(data: bytes) -> None:
 
 
 def _folder(data: bytes) -> None:
-    """A model's config and index: two JSON files, in two lines."""
-    folder = ROOM / "base"
+    """Read a model's config and index: two JSON files, in two lines."""
+    folder = FOLDER / "base"
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text("{}")
-    one, _, other = data.partition(b"\n")
-    (folder / "config.json").write_bytes(one)
-    (folder / "model.safetensors.index.json").write_bytes(other)
+    config_json, _, index_json = data.partition(b"\n")
+    (folder / "config.json").write_bytes(config_json)
+    (folder / "model.safetensors.index.json").write_bytes(index_json)
     model_folder.check_model_folder(folder)
 
 
 def _gguf(data: bytes) -> None:
-    path = ROOM / "model.gguf"
+    path = FOLDER / "model.gguf"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     header.read(path)
@@ -102,16 +102,16 @@ def _modelfile(data: bytes) -> None:
 
 
 def _written(data: bytes) -> None:
-    """Any text as each of the texts of a Modelfile."""
+    """Write a text as each of the texts of a Modelfile."""
     text = data.decode("utf-8", errors="replace")
-    for wanted in (
+    for file in (
         Modelfile("./m.gguf", template=text),
         Modelfile("./m.gguf", system=text, license=text),
         Modelfile("./m.gguf", parameters=(("stop", text),)),
         Modelfile(text, system="x"),
     ):
         with contextlib.suppress(KolotuneError):
-            assert parse_modelfile(render_modelfile(wanted)) == wanted
+            assert parse_modelfile(render_modelfile(file)) == file
 
 
 def _names(data: bytes) -> None:
@@ -139,7 +139,7 @@ TARGETS: dict[str, Target] = {
 
 
 def run(name: str, data: bytes) -> None:
-    """Gives `data` to a parser; what it expects to be wrong is no finding."""
+    """Run a parser on `data`; an error of the tree is not a finding."""
     try:
         TARGETS[name](data)
     except KolotuneError as error:

@@ -41,7 +41,7 @@ def seal(config: Config) -> None:
         write_record(stage, context, facts, record.started)
 
 
-def make_again(config: Config, *names: str) -> None:
+def rerun_stages(config: Config, *names: str) -> None:
     """Seal the records, and run later stages with what was planted."""
     seal(config)
     for name in names:
@@ -56,7 +56,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     change(tensors)
-    save_file({name: each.contiguous() for name, each in tensors.items()}, file, metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:

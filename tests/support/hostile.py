@@ -1,4 +1,4 @@
-"""Texts that were written to be taken for something else."""
+"""Texts that are written to be mistaken for something else: commands, paths, formats, terminal escapes."""
 
 # ruff: noqa: E501
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 
 _SHELL = ("; touch made", "| touch made", "&& touch made", "$(touch made)", "`touch made`", "> made", "<(touch made)")
-_AROUND = ("{}", "'{}'", '"{}"', "a{}", "\n{}", "--x={}", "a b {}", "${{IFS}}{}", "\\{}")
+_FRAMES = ("{}", "'{}'", '"{}"', "a{}", "\n{}", "--x={}", "a b {}", "${{IFS}}{}", "\\{}")
 _PATHS = (
     "..", "../..", "../made", "../../../../tmp/made", "/made-at-the-root", "./../made", "a/../../made", "..\\made",
     "C:\\made", "\\\\host\\made", "~", "~root", "~/made", "/proc/self/environ", "/dev/stdin/x", "a/./..//../made",
@@ -36,7 +36,7 @@ _LETTERS = (
 TEXTS: tuple[str, ...] = tuple(
     dict.fromkeys(
         [
-            *(around.format(text) for around, text in itertools.product(_AROUND, _SHELL)),
+            *(frame.format(text) for frame, text in itertools.product(_FRAMES, _SHELL)),
             *_PATHS,
             *_FORMATS,
             *_TERMINAL,
@@ -44,9 +44,9 @@ TEXTS: tuple[str, ...] = tuple(
         ]
     )
 )
-"""Two hundred and more, no two alike."""
+"""More than two hundred different texts."""
 
 STEERING = {chr(code) for code in (*range(9), 11, 12, 13, *range(14, 32), *range(127, 160))} | set(
     "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\u200e\u200f\u061c"
 )
-"""Characters that steer a terminal, or turn what it shows around."""
+"""Characters that control a terminal, or reverse what it shows."""

@@ -1,1 +1,1 @@
-"""The prepared data set: chunks, held-out split, near-duplicates, and the row store on disk."""
+"""The prepared data set: chunks of chats, held-out split, near-duplicates, and the row store on disk."""

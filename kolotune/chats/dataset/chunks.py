@@ -1,4 +1,4 @@
-"""One step of preparing: some records of a file, read, checked and encoded. Runs in worker processes too."""
+"""Chunks of records: each is read, checked and encoded by itself, in a worker process if there are many."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.errors import DataError, TemplateError
+from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import Chat
 from ..reading.faults import Fault, FaultKind, Problem
@@ -19,20 +19,13 @@ from ..reading.files import read_chat
 from ..reading.records import AnyRecord, RawRecord
 from ..tokens.encoded_chat import EncodedChat
 from ..tokens.encoder import Encoder
+from ..tokens.strategies import Encoding
 from .holdout import is_held_out
-from .near_duplicates import Look
+from .rows import HELD_OUT, MERGED, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
+from .shingles import ChatFeatures
 
 _RECORDS = 512
 _BYTES = 256 << 10
-
-USED, TOO_LONG, REFUSED = range(3)
-SPECIAL, MERGED, HELD_OUT = 1, 2, 4
-COLUMNS = (
-    ("hash", "<u8"), ("hash_too", "<u8"), ("line", "<u8"), ("source", "<u4"), ("turns", "<u4"), ("state", "u1"),
-    ("flags", "u1"), ("tokens", "<u4"), ("record", "<u4"), ("look", "<u4"),
-)  # fmt: skip
-"""What is kept of each chat as a row of numbers: 16 bytes of its hash; where it stands; how many turns were
-left out; whether it is used; what it has; and how long its parts in the other columns are."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +33,11 @@ class Chunk:
     """Some records of a file.
 
     Attributes:
-        source: the number of the file; `path`: its path.
-        share: the share of its chats that is held out.
-        records: the records.
-        compared: of how many, the first ones, that is kept which is compared.
+        source: The number of the file.
+        path: Its path.
+        share: The share of its chats to hold out.
+        records: The records.
+        compared: How many of the first records are searched for near-duplicates.
     """
 
     source: int
@@ -54,34 +48,36 @@ class Chunk:
 
 
 @dataclass
-class Outcome:
+class ChunkResult:
     """What became of a chunk.
 
     Attributes:
-        source: the number of its file.
-        shapes: how many of each shape.
-        problems: of records that are no chats.
-        rows: for each chat a row of `COLUMNS`.
-        ids: the tokens of all used chats, as int32 in memory; `labelled`: a byte for each of them.
-        records: of chats that may be held out, as lines of JSON; `looks`: pickled, of those that are compared.
-        refused: problems of chats, by their number in the chunk.
-        lowest: the lowest hash, and its chat's number in the chunk; None without chats.
+        source: The number of its file.
+        shapes: The number of records of each shape.
+        problems: Problems of records that are not chats.
+        rows: One for each chat.
+        ids: The tokens of all used chats, as int32 in memory.
+        labelled: A byte for each of them.
+        records: The chats that may be held out, as lines of JSON.
+        features: Pickled `ChatFeatures` of the chats that are searched for near-duplicates.
+        refused: Problems of chats, by the chat's number in the chunk.
+        lowest: The lowest hash, and its chat's number in the chunk; None without chats.
     """
 
     source: int
     shapes: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    rows: list[ChatRow] = field(default_factory=list)
     ids: bytearray = field(default_factory=bytearray)
     labelled: bytearray = field(default_factory=bytearray)
     records: list[bytes] = field(default_factory=list)
-    looks: list[bytes] = field(default_factory=list)
+    features: list[bytes] = field(default_factory=list)
     refused: dict[int, Problem] = field(default_factory=dict)
     lowest: tuple[bytes, int] | None = None
 
 
 def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], compared: int) -> Iterator[Chunk]:
-    """The records of a file in parts of bounded size; the first `compared` of them are compared."""
+    """Yield the records of a file in chunks of bounded size; the first `compared` are searched for near-duplicates."""
     part: list[AnyRecord] = []
     size = 0
     for record in records:
@@ -96,97 +92,102 @@ def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], 
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A chat's number and hash, what the hash says, and whether its text and its look are kept."""
+class _ChatEntry:
+    """A chat of a chunk: its number, its hash, what the hash decides, and what the row store needs of it."""
 
+    chat: Chat
     number: int
     digest: bytes
     held_out: bool
-    record: bool
-    look: bool
+    needs_record: bool
+    needs_features: bool
 
 
 @dataclass(frozen=True)
-class Work:
+class ChunkEncoder:
     """Reads and encodes chunks.
 
     Attributes:
-        encoder: what makes tokens.
-        longest: the most tokens of a chat.
+        encoder: Makes the tokens.
+        longest: The most tokens of a chat.
     """
 
     encoder: Encoder
     longest: int
 
-    def __call__(self, chunk: Chunk) -> Outcome:
-        out = Outcome(chunk.source)
+    def __call__(self, chunk: Chunk) -> ChunkResult:
+        result = ChunkResult(chunk.source)
         chats: list[Chat] = []
         compared = 0
         for number, record in enumerate(chunk.records):
             shape, chat = read_chat(chunk.path, record)
-            out.shapes[shape] += bool(shape)
+            result.shapes[shape] += bool(shape)
             if isinstance(chat, Chat):
                 chats.append(chat)
                 compared += number < chunk.compared
             else:
-                out.problems += chat
+                result.problems += chat
         digests = [chat.content_hash() for chat in chats]
         if digests:
             lowest = min(range(len(digests)), key=digests.__getitem__)
-            out.lowest = digests[lowest], lowest
-        encoded = self.encoder.encode_all(chats)
-        for number, (chat, digest, each) in enumerate(zip(chats, digests, encoded, strict=True)):
+            result.lowest = digests[lowest], lowest
+        encodings = self.encoder.encode_all(chats)
+        for number, (chat, digest, encoding) in enumerate(zip(chats, digests, encodings, strict=True)):
             held_out = is_held_out(digest, chunk.share)
-            may_be = held_out or (chunk.share > 0 and out.lowest == (digest, number))
-            kept = _Kept(number, digest, held_out, may_be, number < compared)
-            self._add(out, chat, each, kept)
-        return out
+            may_be_held_out = held_out or (chunk.share > 0 and result.lowest == (digest, number))
+            entry = _ChatEntry(chat, number, digest, held_out, may_be_held_out, number < compared)
+            self._add(result, entry, encoding)
+        return result
 
-    def _add(self, out: Outcome, chat: Chat, encoded: EncodedChat | TemplateError | DataError, kept: _Kept) -> None:
-        state, flags, turns, tokens = REFUSED, kept.held_out * HELD_OUT, 0, 0
-        record, look = b"", b""
+    def _add(self, result: ChunkResult, entry: _ChatEntry, encoding: Encoding) -> None:
+        chat = entry.chat
+        state, flags, turns, tokens = REFUSED, entry.held_out * HELD_OUT, 0, 0
+        record, features = b"", b""
         try:
-            fitting, found = self._fit(chat, encoded)
+            fitting, encoded = self._fit(chat, encoding)
         except (TemplateError, DataError) as error:
-            out.refused[kept.number] = Problem(chat.source, chat.line, Fault(FaultKind.TEMPLATE, error.cause))
+            fault = Fault(FaultKind.TEMPLATE, error.cause)
+            result.refused[entry.number] = Problem(chat.source, chat.line, fault)
         else:
-            if found is None:
+            if encoded is None:
                 state = TOO_LONG
-            elif 1 not in found.packed_labels:
-                cause = "no token of it would be trained on"
-                out.refused[kept.number] = Problem(chat.source, chat.line, Fault(FaultKind.NO_LABEL, cause))
+            elif 1 not in encoded.packed_labels:
+                fault = Fault(FaultKind.NO_LABEL, "none of its tokens would be trained on")
+                result.refused[entry.number] = Problem(chat.source, chat.line, fault)
             else:
-                state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(found)
-                flags |= found.special_in_content * SPECIAL | found.boundary_merge * MERGED
-                out.ids += found.packed_ids
-                out.labelled += found.packed_labels
-                record = _record(fitting) if kept.record else b""
-                look = pickle.dumps(Look.at(fitting), pickle.HIGHEST_PROTOCOL) if kept.look else b""
-                out.records.append(record)
-                out.looks.append(look)
-        hashes = int.from_bytes(kept.digest[:8]), int.from_bytes(kept.digest[8:16])
-        out.rows.append((*hashes, chat.line, out.source, turns, state, flags, tokens, len(record), len(look)))
+                state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(encoded)
+                flags |= encoded.special_in_content * SPECIAL | encoded.boundary_merge * MERGED
+                result.ids += encoded.packed_ids
+                result.labelled += encoded.packed_labels
+                record = _json_line(fitting) if entry.needs_record else b""
+                if entry.needs_features:
+                    features = pickle.dumps(ChatFeatures.of(fitting), pickle.HIGHEST_PROTOCOL)
+                result.records.append(record)
+                result.features.append(features)
+        digest = entry.digest
+        hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
+        sizes = len(record), len(features)
+        result.rows.append(ChatRow(*hashes, chat.line, result.source, turns, state, flags, tokens, *sizes))
 
-    def _fit(self, chat: Chat, encoded: EncodedChat | TemplateError | DataError) -> tuple[Chat, EncodedChat | None]:
-        """The chat, or as many whole turns of its beginning as fit, ending with an answer; None when none do."""
-        if not isinstance(encoded, EncodedChat):
-            raise encoded
-        if len(encoded) <= self.longest:
-            return chat, encoded
+    def _fit(self, chat: Chat, encoding: Encoding) -> tuple[Chat, EncodedChat | None]:
+        """Return the chat, or as many of its first turns as fit, ending with an answer; None if not even one fits."""
+        if not isinstance(encoding, EncodedChat):
+            raise encoding
+        if len(encoding) <= self.longest:
+            return chat, encoding
         answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
         for last in reversed(answers[:-1]):
             if chat.messages[last].tool_calls:
-                continue  # a call without its result is no end of a chat
+                continue  # a chat can't end with a call without its result
             shorter = dataclasses.replace(chat, messages=chat.messages[: last + 1])
-            encoded = self.encoder.encode(shorter)
-            if len(encoded) <= self.longest:
-                return shorter, encoded
+            encoding = self.encoder.encode(shorter)
+            if len(encoding) <= self.longest:
+                return shorter, encoding
         return chat, None
 
 
-def _record(chat: Chat) -> bytes:
-    """The chat as a line of JSON."""
-    record: dict[str, Any] = {"messages": chat.message_dicts()}
+def _json_line(chat: Chat) -> bytes:
+    record: JsonObject = {"messages": chat.message_dicts()}
     if chat.tools:
         record["tools"] = list(chat.tools)
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# From so many chats on, at least one is held out.
+# With this many chats, at least one is held out.
 _ENOUGH_TO_HOLD_OUT = 20
 
 
@@ -16,16 +13,16 @@ def is_held_out(digest: bytes, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**256
 
 
-def settled(held_out: np.ndarray, lowest: int, share: float) -> np.ndarray:
-    """The chats that are held out, when all are known.
+def final_split(held_out: np.ndarray, lowest: int, share: float) -> np.ndarray:
+    """Decide which chats are held out, once all are known.
 
-    When `is_held_out` leaves none and there are at least 20 chats, the one with the lowest hash is held out; when it
-    leaves none to train on, none is.
+    If `is_held_out` selects none and there are at least 20 chats, the chat with the lowest hash is held out. If it
+    leaves none to train on, none is held out.
 
     Args:
-        held_out: bool ``[chats]``: what `is_held_out` says of each.
-        lowest: the chat with the lowest hash.
-        share: the share that is wanted.
+        held_out: bool ``[chats]``: `is_held_out` of each.
+        lowest: The chat with the lowest hash.
+        share: The share to hold out.
 
     Returns:
         bool ``[chats]``.

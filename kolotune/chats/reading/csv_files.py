@@ -17,8 +17,8 @@ from .records import ParsedRecord
 class _TextLines:
     """Lines as text for `csv.reader`, with the faults of those that are damaged.
 
-    The CSV reader needs damaged lines too, since their quotes decide where records end. The fault is taken out once
-    the record is complete.
+    The CSV reader needs damaged lines too, since their quotes decide where records end. The fault is reported
+    once the record is complete.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:

@@ -13,15 +13,9 @@ from .printable import printable, quoted
 from .strict_json import parse_text
 
 ROLE_NAMES = {
-    **{role: role for role in ROLES},
-    "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
+    **{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant",
+    "model": "assistant", "function_call": "assistant", "function": "tool", "observation": "tool",
+}  # fmt: skip
 """Every known name of a role, and the role that it means."""
 
 # Training on a turn that its author excluded would be worse than rejecting the chat.
@@ -36,7 +30,7 @@ def read_turns(raw: object, first: int = 1) -> tuple[list[Message], list[Fault]]
     """Read a list of turns with OpenAI's keys (role, content) or ShareGPT's (from, value).
 
     Args:
-        raw: What the record has in place of the turns.
+        raw: The value that should be the turns.
         first: The number of the first turn in messages to the user.
 
     Returns:

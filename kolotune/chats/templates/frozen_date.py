@@ -88,34 +88,14 @@ def _string(literal: str) -> str:
 
 def _strftime(date: datetime.date, pattern: str) -> str:
     """Format a date like ``date.strftime``, with English names in every locale and the same on every system."""
+    weekday, month = _WEEKDAYS[date.weekday()], _MONTHS[date.month - 1]
     values = {
-        "a": _WEEKDAYS[date.weekday()][:3],
-        "A": _WEEKDAYS[date.weekday()],
-        "b": _MONTHS[date.month - 1][:3],
-        "h": _MONTHS[date.month - 1][:3],
-        "B": _MONTHS[date.month - 1],
-        "d": f"{date.day:02}",
-        "e": f"{date.day:2}",
-        "m": f"{date.month:02}",
-        "y": f"{date.year % 100:02}",
-        "Y": f"{date.year:04}",
-        "j": f"{date.timetuple().tm_yday:03}",
-        "u": str(date.isoweekday()),
-        "w": str(date.isoweekday() % 7),
-        "D": f"{date.month:02}/{date.day:02}/{date.year % 100:02}",
-        "F": date.isoformat(),
-        "H": "00",
-        "I": "12",
-        "M": "00",
-        "S": "00",
-        "f": "000000",
-        "p": "AM",
-        "R": "00:00",
-        "T": "00:00:00",
-        "z": "",
-        "Z": "",
-        "%": "%",
-    }
+        "a": weekday[:3], "A": weekday, "b": month[:3], "h": month[:3], "B": month, "d": f"{date.day:02}",
+        "e": f"{date.day:2}", "m": f"{date.month:02}", "y": f"{date.year % 100:02}", "Y": f"{date.year:04}",
+        "j": f"{date.timetuple().tm_yday:03}", "u": str(date.isoweekday()), "w": str(date.isoweekday() % 7),
+        "D": f"{date.month:02}/{date.day:02}/{date.year % 100:02}", "F": date.isoformat(), "H": "00", "I": "12",
+        "M": "00", "S": "00", "f": "000000", "p": "AM", "R": "00:00", "T": "00:00:00", "z": "", "Z": "", "%": "%",
+    }  # fmt: skip
 
     def value(match: re.Match[str]) -> str:
         if match["name"] not in values:

@@ -31,11 +31,7 @@ _FREE, _FACTOR = 1 << 20, 16
 
 
 def uses_of_date(jinja: str) -> int:
-    """Count ``strftime_now`` in the template's expressions.
-
-    Raises:
-        TemplateError: The template is not valid Jinja, or too expensive to parse.
-    """
+    """See `sandbox.uses_of_date`."""
 
     def count() -> int:
         tree = _compiled(jinja).environment.parse(jinja)
@@ -50,11 +46,7 @@ def render(
     tools: Sequence[Mapping[str, object]] | None,
     variables: Mapping[str, object],
 ) -> str:
-    """Render a chat; `variables` are the template's other variables.
-
-    Raises:
-        TemplateError: The template fails on these messages, or takes too much.
-    """
+    """See `sandbox.render`."""
 
     def text() -> str:
         turns = [_with_reasoning(message) for message in messages]
@@ -62,18 +54,14 @@ def render(
 
     rendered = _limited(text, "refuses these messages")
     if len(rendered) > _FREE:
-        given = len(json.dumps([messages, tools], ensure_ascii=False))
-        if len(rendered) > _FREE + _FACTOR * given:
+        chat_length = len(json.dumps([messages, tools], ensure_ascii=False))
+        if len(rendered) > _FREE + _FACTOR * chat_length:
             raise TemplateError(_TOO_LARGE)
     return rendered
 
 
 def signature(jinja: str, roles: Sequence[str], variables: Mapping[str, object]) -> TemplateSignature | None:
-    """Return the template's signature for turns with these roles; see `find_signature`.
-
-    Raises:
-        TemplateError: The template fails on these turns, or takes too much.
-    """
+    """See `sandbox.signature`."""
     result = _limited(
         lambda: find_signature(_compiled(jinja).environment, jinja, roles, variables), "refuses these messages"
     )

@@ -46,7 +46,7 @@ class LocatedChat(MaskedChat):
 
     Attributes:
         slots: The spans of the chat's own texts; None if not all of them could be located.
-        skeleton: The rendering with marks in place of the texts.
+        skeleton: The rendering with marks instead of the texts.
     """
 
     slots: tuple[Span, ...] | None
@@ -109,17 +109,17 @@ class AnswerLocator:
                 token, so that the model would never learn to stop.
         """
         question, answer = "\ue0010\ue001", "\ue0011\ue001"
-        asked = [{"role": "user", "content": question}]
-        answered = [*asked, {"role": "assistant", "content": answer}]
+        first = [{"role": "user", "content": question}]
+        both = [*first, {"role": "assistant", "content": answer}]
         tools = None
         try:
-            whole = self.template.render(answered)
+            whole = self.template.render(both)
         except TemplateError:
             # The second template of some models is only for chats with tools.
             tools = [{"type": "function", "function": {"name": "a", "description": "a", "parameters": {}}}]
-            whole = self.template.render(answered, tools)
-        prompt = self.template.render(asked, tools, add_generation_prompt=True)
-        plain = self.template.render(asked, tools)
+            whole = self.template.render(both, tools)
+        prompt = self.template.render(first, tools, add_generation_prompt=True)
+        plain = self.template.render(first, tools)
         if whole.count(answer) != 1 or question not in whole:
             raise TemplateError("the chat template does not write a question and its answer once each")
         before, behind = whole.split(answer)

@@ -1,6 +1,6 @@
-"""Render one chat, and tell what the template wrote from what the chat contains.
+"""Render one chat, and distinguish what the template wrote from what the chat contains.
 
-The chat is rendered a second time with a mark in place of each text. The result is the skeleton: what the template
+The chat is rendered a second time with a mark instead of each text. The result is the skeleton: what the template
 wrote, with slots for the texts. Example: for a question "Hi" and the answer "Hello", ChatML's skeleton is
 ``<|im_start|>user\\n▢<|im_end|>\\n<|im_start|>assistant\\n▢<|im_end|>\\n``. If the real rendering is the skeleton with
 the texts in its slots, the position of every text is proven.
@@ -26,12 +26,12 @@ _Path = tuple["_Path", Span] | None
 
 @dataclass(frozen=True)
 class FilledSkeleton:
-    """A rendering with marks in place of texts, and the texts.
+    """A rendering with marks instead of texts, and the texts.
 
     Attributes:
         text: The rendering, marks included.
         pieces: What the template wrote before, between and behind the marks; one more than `slots`.
-        slots: The text that each mark stands for, in the order of the rendering.
+        slots: The text that each mark replaces, in the order of the rendering.
         values: The chat's text for each slot, including those that the template left out.
     """
 
@@ -110,7 +110,7 @@ class Rendering:
     def skeleton(
         self, only: Collection[int] | None = None, upto: int | None = None, prompt: bool = False
     ) -> FilledSkeleton:
-        """Render the chat with marks in place of its texts.
+        """Render the chat with marks instead of its texts.
 
         Args:
             only: The numbers of the messages to mark; None for all.
@@ -150,7 +150,7 @@ def texts_of(message: Message) -> dict[str, str]:
 
     Returns:
         Of ``content``, ``reasoning`` (also if the content has it as ``<think>…</think>``) and ``call`` (the name of
-        the last tool called) those that are not blank: templates ask whether a text is empty, so a mark in its place
+        the last tool called) those that are not blank: templates ask whether a text is empty, so a mark instead
         would change what they do.
     """
     inline = _inline_reasoning(message)
@@ -174,7 +174,7 @@ def check_shown(chat: Chat, rendering: Rendering, skeleton: FilledSkeleton) -> N
         TemplateError: Tools, a tool call, a result, a content, or the reasoning of the last answer is missing.
     """
     if chat.tools and not rendering.shows_tools():
-        raise TemplateError("this base model's template has no place for tools")
+        raise TemplateError("this base model's template does not write tools")
     last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
     last_answer = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=-1)
     for index, message in enumerate(chat.messages):
@@ -182,10 +182,10 @@ def check_shown(chat: Chat, rendering: Rendering, skeleton: FilledSkeleton) -> N
         if "content" in missing and not rendering.shows(index):
             raise TemplateError(f"this base model's template leaves out {_describe(message)}")
         if "call" in missing:
-            raise TemplateError("this base model's template has no place for tool calls")
+            raise TemplateError("this base model's template does not write tool calls")
         # The reasoning of earlier exchanges may be dropped: these models are served that way.
         if "reasoning" in missing and index == last_answer > last_user:
-            raise TemplateError("this base model's template has no place for reasoning")
+            raise TemplateError("this base model's template does not write reasoning")
 
 
 def _describe(message: Message) -> str:

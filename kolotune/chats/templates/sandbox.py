@@ -96,11 +96,7 @@ def uses_of_date(jinja: str) -> int:
     Raises:
         TemplateError: The template is not valid Jinja, or too expensive to parse.
     """
-    if limits.is_confined():
-        from . import jinja as here
-
-        return here.uses_of_date(jinja)
-    return int(cast(int, shared.ask("uses_of_date", jinja)))
+    return int(cast(int, _call("uses_of_date", jinja)))
 
 
 def render(
@@ -120,11 +116,7 @@ def render(
     Raises:
         TemplateError: The template fails on these messages, or takes too much time, memory or space.
     """
-    if limits.is_confined():
-        from . import jinja as here
-
-        return here.render(jinja, messages, tools, variables)
-    return str(shared.ask("render", jinja, messages, tools, variables))
+    return str(_call("render", jinja, messages, tools, variables))
 
 
 def signature(jinja: str, roles: Sequence[str], variables: Mapping[str, object]) -> TemplateSignature | None:
@@ -133,12 +125,19 @@ def signature(jinja: str, roles: Sequence[str], variables: Mapping[str, object])
     Raises:
         TemplateError: The template fails on these turns, or takes too much.
     """
-    if limits.is_confined():
-        from . import jinja as here
+    answer = _call("signature", jinja, roles, variables)
+    if answer is None or isinstance(answer, TemplateSignature):
+        return answer
+    return typed_storage.convert(TemplateSignature, answer)
 
-        return here.signature(jinja, roles, variables)
-    answer = shared.ask("signature", jinja, roles, variables)
-    return None if answer is None else typed_storage.convert(TemplateSignature, answer)
+
+def _call(function: str, jinja: str, *arguments: object) -> object:
+    """Call a function of the module `jinja`: here if this process is confined, else in the child."""
+    if limits.is_confined():
+        from . import jinja as module
+
+        return getattr(module, function)(jinja, *arguments)
+    return shared.ask(function, jinja, *arguments)
 
 
 def _send(stream: IO[bytes], value: object) -> None:

@@ -123,7 +123,7 @@ class SignatureCache:
 
 
 def _is_covered(message: Message) -> bool:
-    """Whether the signature holds for the message, as it does for the sample's."""
+    """Whether the template treats the message as it treated the sample's."""
     text = message.content
     return (
         message.is_plain

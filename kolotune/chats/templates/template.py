@@ -15,7 +15,7 @@ from .signature import TemplateSignature
 Slot: TypeAlias = tuple[int, str]
 """A text in a chat: the number of its message, and "content", "reasoning" or "call" (the name of a tool)."""
 Skeleton: TypeAlias = tuple[str, list[str], list[Slot]]
-"""A rendering with marks in place of texts, the pieces around the marks, and the slots that the marks stand for."""
+"""A rendering with marks instead of texts, the pieces around the marks, and the slots of the marks."""
 
 _MOST_SKELETONS = 1_000
 _MOST_CHARACTERS = 1 << 20  # the longest known template has 30,000

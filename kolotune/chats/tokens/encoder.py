@@ -16,15 +16,7 @@ from ..templates.signature_cache import SignatureCache
 from ..templates.template import ChatTemplate
 from .backend import SpecialToken, bare, special_tokens_of
 from .encoded_chat import EncodedChat
-from .strategies import (
-    ByOffsets,
-    ByTokenBytes,
-    ByWordCache,
-    ChatToEncode,
-    Encoding,
-    SpecialTextAsPlain,
-    Strategy,
-)
+from .strategies import ByOffsets, ByTokenBytes, ByWordCache, ChatToEncode, Encoding, SpecialTextAsPlain, Strategy
 from .token_bytes import TokenBytes
 from .word_cache import find_word_cache
 

@@ -26,7 +26,7 @@ def contains_special_text(chat: Chat, pattern: re.Pattern[str]) -> bool:
     """Whether a text of the chat contains the text of a special token.
 
     Raises:
-        DataError: One is in a tool call or a tool definition, where it can't be told from what the template writes.
+        DataError: One is in a tool call or a tool definition, so it can't be distinguished from the template's own.
     """
     for message in chat.messages:
         if not (message.tool_calls or message.name or message.tool_call_id):
@@ -48,7 +48,7 @@ def encode_as_plain_text(chat: LocatedChat, backend: Tokenizer, special: Mapping
     """
     reason, pattern = "a message contains the text of a special token", token_pattern(frozenset(special))
     if chat.slots is None:
-        raise DataError(f"{reason}, which can't be told from those that the chat template writes")
+        raise DataError(f"{reason}, which can't be distinguished from those that the chat template writes")
     # This must be exactly what the tokenizer itself does. Checked with the skeleton, in which all special tokens are
     # the template's.
     sample = _encode_fragments(backend, chat.skeleton, (), special)

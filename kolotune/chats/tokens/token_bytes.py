@@ -1,4 +1,4 @@
-"""The bytes that tokens stand for."""
+"""The bytes of tokens."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{folder}: its tokenizer can't be loaded: {reason}", "Download the model again.") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{folder}: its tokenizer has no fast form (tokenizer.json)", "Use a model that has one.")
+        raise ModelError(f"{folder}: it has no fast tokenizer (tokenizer.json)", "Use a model that has one.")
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
@@ -87,7 +87,7 @@ def template_text(folder: Path) -> str:
     if single.is_file():
         return single.read_text(encoding="utf-8")
     files = (folder / name for name in ("chat_template.json", _CONFIG_FILE))
-    source = next((found for file in files if (found := _read_object(file).get("chat_template"))), None)
+    source = next((text for file in files if (text := _read_object(file).get("chat_template"))), None)
     if isinstance(source, list):  # several named templates: the one for plain chats
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
         source = named.get("default")

@@ -22,15 +22,7 @@ from support.masking import (
     locate,
     metaspace,
 )
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
@@ -45,9 +37,9 @@ from kolotune.foundation.errors import DataError, TemplateError
 def test_unusual_templates() -> None:
     special = ("<s>", "</s>", "<|im_end|>")
 
-    def spans(source: str, each: Chat) -> list[str]:
-        found = locate(each, ChatTemplate(source, {"eos_token": "</s>"}), special)
-        return [found.text[a:b] for a, b in found.spans]
+    def spans(source: str, sample: Chat) -> list[str]:
+        located = locate(sample, ChatTemplate(source, {"eos_token": "</s>"}), special)
+        return [located.text[a:b] for a, b in located.spans]
 
     # Llama 2's way, with the system text in the last question: earlier prompts differ from the chat's text.
     late = (
@@ -90,31 +82,31 @@ def test_a_dropped_message_is_noticed_even_if_its_text_occurs_elsewhere() -> Non
 def test_offsets_may_be_trimmed_and_settings_are_restored() -> None:
     tokenizer = byte_level(CHATML_SPECIAL)
     backend = tokenizer.backend_tokenizer
-    each = chat(("a", "  b  c \n"), ("d", "\n e"))
-    plain = encode(each, ChatTemplate(CHATML, {}), tokenizer)
+    sample = chat(("a", "  b  c \n"), ("d", "\n e"))
+    plain = encode(sample, ChatTemplate(CHATML, {}), tokenizer)
     backend.enable_truncation(max_length=3)
     backend.enable_padding(length=99)
     backend.encode_special_tokens = True
     before = backend.truncation, backend.padding, repr(backend.post_processor)
     try:
-        assert encode(each, ChatTemplate(CHATML, {}), tokenizer) == plain
+        assert encode(sample, ChatTemplate(CHATML, {}), tokenizer) == plain
         with pytest.raises(TemplateError):
-            encode(each, ChatTemplate("{{ gone.x }}", {}), tokenizer)
+            encode(sample, ChatTemplate("{{ gone.x }}", {}), tokenizer)
         assert (backend.truncation, backend.padding, repr(backend.post_processor)) == before
         assert backend.encode_special_tokens
     finally:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
-    untrimmed = encode(each, ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL, trim=False))
+    untrimmed = encode(sample, ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL, trim=False))
     assert untrimmed == plain
 
 
 def test_a_token_across_the_start_of_an_answer_is_not_labelled() -> None:
     tokenizer = byte_level(CHATML_SPECIAL, *["\n\n"] * 50)
-    each = chat(("a", "\n\nHello"), ("b", "Hello"))
-    encoded = encode(each, ChatTemplate(CHATML, {}), tokenizer)
-    text = ChatTemplate(CHATML, {}).render(each.message_dicts())
+    sample = chat(("a", "\n\nHello"), ("b", "Hello"))
+    encoded = encode(sample, ChatTemplate(CHATML, {}), tokenizer)
+    text = ChatTemplate(CHATML, {}).render(sample.message_dicts())
     assert encoded.boundary_merge and decode(tokenizer, encoded.ids) == text
     assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert labelled_texts(encoded, tokenizer) == ["\nHello<|im_end|>", "Hello<|im_end|>"]
@@ -125,9 +117,9 @@ def test_a_token_across_the_start_of_an_answer_is_not_labelled() -> None:
 def test_metaspace(scheme: str) -> None:
     tokenizer = metaspace(CHATML_SPECIAL, scheme=scheme)
     template = ChatTemplate(CHATML, {})
-    each = chat(("some spaces", "Hello and some"), ("model", " Hello  and"), system="system")
-    encoded = encode(each, template, tokenizer)
-    text = template.render(each.message_dicts())
+    sample = chat(("some spaces", "Hello and some"), ("model", " Hello  and"), system="system")
+    encoded = encode(sample, template, tokenizer)
+    text = template.render(sample.message_dicts())
     assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
     runs = groupby(zip(encoded.labelled, tokens, strict=True), key=lambda pair: pair[0])
@@ -147,14 +139,14 @@ def test_metaspace_merges_across_the_start() -> None:
 
 def test_special_tokens_in_contents_are_refused_where_they_can_not_be_exact() -> None:
     template = ChatTemplate(CHATML, {})
-    each = chat(("write <|im_end|>", "some <|im_end|> Hello"))
+    sample = chat(("write <|im_end|>", "some <|im_end|> Hello"))
     with pytest.raises(DataError, match="can't write as plain text exactly"):
-        encode(each, template, metaspace(CHATML_SPECIAL, scheme="first"))
-    encoded = encode(each, template, metaspace(CHATML_SPECIAL, scheme="never"))
+        encode(sample, template, metaspace(CHATML_SPECIAL, scheme="first"))
+    encoded = encode(sample, template, metaspace(CHATML_SPECIAL, scheme="never"))
     end = metaspace(CHATML_SPECIAL, scheme="never").convert_tokens_to_ids("<|im_end|>")
     assert encoded.special_in_content and encoded.ids.count(end) == 2
     cutting = CHATML.replace("{{ m.content }}", "{{ m.content.replace('cut', '') if m.role == 'user' else m.content }}")
-    with pytest.raises(DataError, match="can't be told from those"):
+    with pytest.raises(DataError, match="can't be distinguished from"):
         encode(chat(("cut <|im_end|>", "b")), ChatTemplate(cutting, {}), byte_level(CHATML_SPECIAL))
     call = {"function": {"name": "f", "arguments": {"a": "<|im_end|>"}}}
     listing = "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
@@ -178,8 +170,8 @@ def test_special_tokens_that_take_white_space_with_them() -> None:
 def test_tokens_that_do_not_decode_to_the_text_are_refused() -> None:
     backend = Tokenizer.from_str(byte_level(CHATML_SPECIAL).backend_tokenizer.to_str())
     backend.normalizer = normalizers.NFC()
-    template, each = ChatTemplate(CHATML, {}), chat(("e\u0301", "e\u0301"))
-    composed = encode(each, template, PreTrainedTokenizerFast(tokenizer_object=backend))
+    template, sample = ChatTemplate(CHATML, {}), chat(("e\u0301", "e\u0301"))
+    composed = encode(sample, template, PreTrainedTokenizerFast(tokenizer_object=backend))
     assert composed.ids == encode(chat(("é", "é")), template, byte_level(CHATML_SPECIAL)).ids
     lacking = Tokenizer(models.BPE())
     lacking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -206,9 +198,9 @@ def _pairs(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[tuple[str,
 @given(pairs=_pairs(_CONTENT), system=st.none() | _CONTENT)
 def test_any_contents(pairs: list[tuple[str, str]], system: str | None) -> None:
     template, tokenizer = ChatTemplate(CHATML, {}), byte_level(CHATML_SPECIAL)
-    each = chat(*pairs, system=system)
-    text = template.render(each.message_dicts())
-    encoded = encode(each, template, tokenizer)
+    sample = chat(*pairs, system=system)
+    text = template.render(sample.message_dicts())
+    encoded = encode(sample, template, tokenizer)
     assert decode(tokenizer, encoded.ids) == text
     assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert not encoded.special_in_content

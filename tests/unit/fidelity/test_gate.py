@@ -141,7 +141,7 @@ def wrong_template(config: Config) -> None:
     text = file.read_text(encoding="utf-8")
     assert "<|im_end|>' + '\n'" in text
     file.write_text(text.replace("<|im_end|>' + '\n'", "<|im_end|>' + ' '"), encoding="utf-8")
-    faults.make_again(config, "convert", "quantize")
+    faults.rerun_stages(config, "convert", "quantize")
 
 
 def missing_stop(config: Config) -> None:
@@ -178,7 +178,7 @@ def change_merged(config: Config, change: Callable[[str, Any, Any], Any]) -> Non
             tensors[name] = change(name, weight, merged.float() - weight).to(torch.float16)
 
     faults.change_weights(run_of(config).merged_model, every)
-    faults.make_again(config, "convert", "quantize")
+    faults.rerun_stages(config, "convert", "quantize")
 
 
 def wrong_scaling(config: Config) -> None:
@@ -203,7 +203,7 @@ def shuffled_vocabulary(config: Config) -> None:
 
     faults.change_json(folder / "tokenizer.json", swap)
     convert_folder(folder, run_of(config).gguf, run_of(config).log("convert"), PlainReporter())
-    faults.make_again(config, "quantize")
+    faults.rerun_stages(config, "quantize")
 
 
 def untied_embeddings(config: Config) -> None:
@@ -214,7 +214,7 @@ def untied_embeddings(config: Config) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, dims=1)
 
     faults.change_weights(folder, head)
-    faults.make_again(config, "convert", "quantize")
+    faults.rerun_stages(config, "convert", "quantize")
 
 
 def damaged_tensor(config: Config) -> None:
@@ -241,7 +241,7 @@ def another_converter(config: Config) -> None:
     heads = {"attn_q": 4, "attn_k": 2}
     changes = {f"blk.{layer}.{name}.weight": as_in_the_hub(heads[name]) for layer in range(2) for name in heads}
     faults.change_tensors(run_of(config).gguf, changes)
-    faults.make_again(config, "quantize")
+    faults.rerun_stages(config, "quantize")
 
 
 def changed_gguf_template(config: Config) -> None:
@@ -293,7 +293,7 @@ def test_a_different_base_of_the_same_shape_is_found(
     failures: list[FirstFailure | None],
 ) -> None:
     other = dataclasses.replace(run_config, base_model=str(learned_bases[1]))
-    faults.make_again(other, "merge", "convert", "quantize")
+    faults.rerun_stages(other, "merge", "convert", "quantize")
     compare_run(other, reporter)
     assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, {Cause.OTHER_BASE})
 
@@ -315,7 +315,7 @@ def test_an_adapter_with_swapped_matrices_is_found(
                 tensors[name], tensors[other] = b.T.contiguous(), a.T.contiguous()
 
     faults.change_weights(run_of(run_config).adapter, swap)
-    faults.make_again(run_config, "merge", "convert", "quantize")
+    faults.rerun_stages(run_config, "merge", "convert", "quantize")
     compare_run(run_config, reporter)
     assert_fails(failures, "train", DefectKind.LOSS_DIFFERS, {Cause.OTHER_ADAPTER})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.chats.dataset.prepare import Places, Prepared
+from kolotune.chats.dataset.prepared import AffectedChats, Prepared
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import prepare
 
@@ -14,10 +14,10 @@ from kolotune.stages import prepare
 def test_locations_of_left_out_chats_are_reported(reporter: PlainReporter, capsys: pytest.CaptureFixture[str]) -> None:
     nothing: Any = None
     prepared = Prepared(nothing, nothing, "")
-    prepared.duplicates = Places(1, ("a.jsonl:9 is a.jsonl:2 again",))
-    prepared.in_both = Places(1, ("held.jsonl:4",))
-    prepared.shortened = Places(1, ("a.jsonl:5: 2 turns",))
-    prepared.too_long = Places(25, tuple(f"a.jsonl:{line}" for line in range(100, 120)))
+    prepared.duplicates = AffectedChats(1, ("a.jsonl:9 is a.jsonl:2 again",))
+    prepared.in_both = AffectedChats(1, ("held.jsonl:4",))
+    prepared.shortened = AffectedChats(1, ("a.jsonl:5: 2 turns",))
+    prepared.too_long = AffectedChats(25, tuple(f"a.jsonl:{line}" for line in range(100, 120)))
     prepare.report_prepared(prepared, reporter)
     printed = capsys.readouterr().out
     for location in (

@@ -19,12 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from kolotune.base_models import packaged_model
-from kolotune.chats.dataset.prepare import (
-    Places,
-    Prepared,
-    prepare_chats,
-    require_good,
-)
+from kolotune.chats.dataset.prepare import prepare_chats
+from kolotune.chats.dataset.prepared import AffectedChats, Prepared, require_good
 from kolotune.chats.reading.files import read_chats
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.foundation import config as configs
@@ -53,14 +49,14 @@ def prepare(base: Path, tmp_path: Path) -> Preparer:
 
 
 def new_folder(tmp_path: Path) -> Path:
-    """An empty folder for the prepared files: ``prepared`` in `tmp_path`."""
+    """Return an empty folder for the prepared files: ``prepared`` in `tmp_path`."""
     shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
     (tmp_path / "prepared").mkdir()
     return tmp_path / "prepared"
 
 
 def encoded(file: Path) -> list[tuple[list[int], list[int]]]:
-    """Of each chat of a prepared file the ids, and those of them that are labelled."""
+    """Return the ids of each chat in a prepared file, and those of them that are labelled."""
     tokens = load_file(file)
     spans = list(pairwise(tokens["offsets"].tolist()))
     ids = [tokens["ids"][start:end] for start, end in spans]
@@ -84,9 +80,9 @@ def test_too_long_chats_lose_whole_turns_and_never_half_an_answer(prepare: Prepa
     long = [*chat(1), *chat(2, "word " * 60), *chat(3)]
     prepared = prepare([long, chat(4), chat(5, "word " * 100)], max_seq_length=64, eval_split=0)
     assert prepared.train.chats == 2
-    assert prepared.shortened == Places(1, (f"{tmp_path / 'chats.jsonl'}:1: 4 turns",))
-    assert prepared.turns_left_out == 4
-    assert prepared.too_long == Places(1, (f"{tmp_path / 'chats.jsonl'}:3",))
+    assert prepared.shortened == AffectedChats(1, (f"{tmp_path / 'chats.jsonl'}:1: 4 turns",))
+    assert prepared.dropped_turns == 4
+    assert prepared.too_long == AffectedChats(1, (f"{tmp_path / 'chats.jsonl'}:3",))
     for ids, labelled in encoded(tmp_path / "prepared" / TRAIN_TOKENS):
         text = prepared.tokenizer.decode(labelled)
         assert text.startswith("Yes.") and text.endswith("<|im_end|>")
@@ -110,29 +106,29 @@ def test_counts_add_up(prepare: Preparer, tmp_path: Path) -> None:
     )
 
 
-def test_chats_in_both_parts_are_taken_out_of_the_held_out_one(prepare: Preparer, tmp_path: Path) -> None:
+def test_held_out_chats_that_are_trained_on_are_dropped(prepare: Preparer, tmp_path: Path) -> None:
     prepared = prepare([chat(1), chat(2)], held_out=[chat(2), chat(3), chat(2), chat(3)])
     file = tmp_path / "held_out.jsonl"
-    assert prepared.in_both == Places(1, (f"{file}:1",))
-    assert prepared.duplicates == Places(2, (f"{file}:3 is {file}:1 again", f"{file}:4 is {file}:2 again"))
+    assert prepared.in_both == AffectedChats(1, (f"{file}:1",))
+    assert prepared.duplicates == AffectedChats(2, (f"{file}:3 is {file}:1 again", f"{file}:4 is {file}:2 again"))
     (line,) = (tmp_path / "prepared" / HELD_OUT_CHATS).read_text().splitlines()
     assert json.loads(line)["messages"][0]["content"] == "Question 3?"
     assert (prepared.train.chats, prepared.held_out.chats) == (2, 1)
 
 
-def test_copies_are_found_across_files_and_kinds_of_files(base: Path, tmp_path: Path) -> None:
+def test_copies_are_found_across_files_and_formats(base: Path, tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", [chat(1), chat(2), chat(1)])
-    again = tmp_path / "b.json"
-    again.write_text(json.dumps([{"id": 3, "prompt": "Question 2?", "completion": "Yes. 2"}]))
-    values = {"train_data": [first, again, first], "eval_split": 0}
+    second = tmp_path / "b.json"
+    second.write_text(json.dumps([{"id": 3, "prompt": "Question 2?", "completion": "Yes. 2"}]))
+    values = {"train_data": [first, second, first], "eval_split": 0}
     prepared = prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path))
     assert prepared.train.chats == 2
     assert prepared.duplicates.count == 5
-    assert prepared.duplicates.shown[:2] == (f"{first}:3 is {first}:1 again", f"{again}:1 is {first}:2 again")
+    assert prepared.duplicates.locations[:2] == (f"{first}:3 is {first}:1 again", f"{second}:1 is {first}:2 again")
 
 
 def mixed(path: Path, count: int) -> Path:
-    """Good chats, copies, damaged lines, special tokens, and chats that are too long or become shorter."""
+    """Write good chats, copies, damaged lines, special tokens, and chats that are too long or lose turns."""
     lines = []
     for number in range(count):
         turns = chat(number, ["Yes.", "A <|im_end|> B", "é 日本 🎉"][number % 3])
@@ -149,16 +145,16 @@ def mixed(path: Path, count: int) -> Path:
     return path
 
 
-def test_any_number_of_processes_makes_the_same_files_and_words(base: Path, tmp_path: Path) -> None:
+def test_any_number_of_processes_gives_the_same_result(base: Path, tmp_path: Path) -> None:
     data = mixed(tmp_path / "chats.jsonl", 1500)
     config = configs.resolve(({"train_data": [data], "max_seq_length": 96}, "test", tmp_path))
-    made, told = [], []
+    files, results = [], []
     for processes in (1, 2, 3):
         prepared = prepare_chats(config, base, new_folder(tmp_path), processes=processes)
-        made.append({path.name: path.read_bytes() for path in (tmp_path / "prepared").iterdir()})
-        told.append(dataclasses.replace(prepared, template=None, tokenizer=None))
-    assert made[0] == made[1] == made[2] and told[0] == told[1] == told[2]
-    facts = told[0].summary()
+        files.append({path.name: path.read_bytes() for path in (tmp_path / "prepared").iterdir()})
+        results.append(dataclasses.replace(prepared, template=None, tokenizer=None))
+    assert files[0] == files[1] == files[2] and results[0] == results[1] == results[2]
+    facts = results[0].summary()
     assert len(facts["bad"]) == 15 and facts["special_tokens_in_content"] > 300
     assert min(facts[name] for name in ("duplicates", "shortened", "too_long", "held_out_chats")) > 5
 
@@ -187,7 +183,7 @@ def test_ten_times_the_chats_take_no_more_memory(base: Path, tmp_path: Path) -> 
 
 
 def peak_memory(folder: Path, values: dict[str, Any], base: Path) -> float:
-    """Bytes that preparing takes in its own process and its workers, what they share left out."""
+    """Return the bytes that preparing takes in its own process and its workers, without what they share."""
     config = configs.resolve((values, "test", folder))
     (folder / "prepared").mkdir(exist_ok=True)
     program = (
@@ -216,7 +212,7 @@ def unshared(pid: int) -> float:
     return total
 
 
-def test_no_data_is_refused(base: Path, tmp_path: Path) -> None:
+def test_no_data_is_an_error(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file of chats"):
         prepare_chats(configs.resolve(({}, "test", tmp_path)), base, new_folder(tmp_path))
 
@@ -230,7 +226,7 @@ def test_special_tokens_in_content_are_counted_and_stay_text(prepare: Preparer, 
     assert ids.count(end) == system_user_and_answer
 
 
-def test_bad_chats_stop_with_their_lines_unless_they_may_be_skipped(prepare: Preparer) -> None:
+def test_bad_chats_are_an_error_unless_they_may_be_skipped(prepare: Preparer) -> None:
     prepared = prepare([chat(1), [("user", "no answer")], chat(2)], eval_split=0)
     with pytest.raises(DataError, match=r"chats\.jsonl:2"):
         require_good(prepared, skip_bad=False)
@@ -238,12 +234,12 @@ def test_bad_chats_stop_with_their_lines_unless_they_may_be_skipped(prepare: Pre
     assert prepared.train.chats == 2
 
 
-def test_nothing_left_is_refused(prepare: Preparer) -> None:
+def test_nothing_to_train_on_is_an_error(prepare: Preparer) -> None:
     with pytest.raises(DataError, match="too long"):
         require_good(prepare([chat(1, "word " * 100)], max_seq_length=16, eval_split=0), skip_bad=True)
 
 
-def test_likeness_is_told_with_lines_and_counted(
+def test_findings_are_reported_with_lines_and_counted(
     prepare: Preparer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kolotune.stages.prepare import report_prepared
@@ -262,4 +258,4 @@ def test_likeness_is_told_with_lines_and_counted(
     few = prepare_chats(config, base, new_folder(tmp_path), compared=3)
     assert few.summary()["not_compared"] == 4
     report_prepared(few, PlainReporter())
-    assert "4 chats were not compared" in capsys.readouterr().out
+    assert "4 chats were not" in capsys.readouterr().out

@@ -65,30 +65,15 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
         ({"messages": [turn("user", "q", weight=1, train=True), QA[1]]}, "messages", SPOKEN),
         ({"messages": [turn("user", "q", colour="red"), QA[1]]}, "messages", SPOKEN),
         (
-            {
-                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
-                "system": "s",
-            },
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
             "conversations",
             [("system", "s"), *SPOKEN],
         ),
-        (
-            {"conversations": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]},
-            "conversations",
-            SPOKEN,
-        ),
+        ({"conversations": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]}, "conversations", SPOKEN),
         ({"conversations": QA}, "conversations", SPOKEN),
         ({"instruction": "q", "output": "a"}, "alpaca", SPOKEN),
-        (
-            {"instruction": "q", "input": "", "output": "a", "system": "s"},
-            "alpaca",
-            [("system", "s"), *SPOKEN],
-        ),
-        (
-            {"instruction": "q", "input": "i", "output": "a"},
-            "alpaca",
-            [("user", "q\n\ni"), ("assistant", "a")],
-        ),
+        ({"instruction": "q", "input": "", "output": "a", "system": "s"}, "alpaca", [("system", "s"), *SPOKEN]),
+        ({"instruction": "q", "input": "i", "output": "a"}, "alpaca", [("user", "q\n\ni"), ("assistant", "a")]),
         (
             {"instruction": "q", "output": "a", "history": [["p", "b"]]},
             "alpaca",
@@ -139,24 +124,11 @@ def test_arguments_as_text_and_legacy_calls_are_read_alike(tmp_path: Path) -> No
 
 
 def test_sharegpt_calls(tmp_path: Path) -> None:
-    turns = [
-        ("human", "q"),
-        ("function_call", '{"name": "add", "arguments": {}}'),
-        ("observation", "2"),
-        ("gpt", "a"),
-    ]
-    record = {
-        "conversations": [{"from": who, "value": text} for who, text in turns],
-        "tools": '[{"name": "add"}]',
-    }
+    turns = [("human", "q"), ("function_call", '{"name": "add", "arguments": {}}'), ("observation", "2"), ("gpt", "a")]
+    record = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": '[{"name": "add"}]'}
     result = read(tmp_path, "chats.jsonl", json.dumps(record))
     assert result.problems == ()
-    assert [message.role for message in result.chats[0].messages] == [
-        "user",
-        "assistant",
-        "tool",
-        "assistant",
-    ]
+    assert [message.role for message in result.chats[0].messages] == ["user", "assistant", "tool", "assistant"]
     assert result.chats[0].tools == ({"name": "add"},)
 
 
@@ -225,10 +197,7 @@ def test_brackets_and_quotes_inside_texts(tmp_path: Path) -> None:
         ("chats.csv", 'instruction,input,output\nq,,a\n"two\nlines","a ""b""",c\n\nx,y,z\n'),
         ("chats.csv", 'instruction;input;output\nq;;a\n"two\nlines";"a ""b""";c\n\nx;y;z\n'),
         ("chats.tsv", 'instruction\tinput\toutput\nq\t\ta\n"two\nlines"\t"a ""b"""\tc\n\nx\ty\tz\n'),
-        (
-            "chats.CSV",
-            '\ufeffinstruction,input,output\r\nq,,a\r\n"two\r\nlines","a ""b""",c\r\n\r\nx,y,z\r\n',
-        ),
+        ("chats.CSV", '\ufeffinstruction,input,output\r\nq,,a\r\n"two\r\nlines","a ""b""",c\r\n\r\nx,y,z\r\n'),
     ],
 )
 def test_csv(tmp_path: Path, name: str, data: str) -> None:
@@ -269,8 +238,7 @@ def test_parquet(tmp_path: Path) -> None:
 def test_parquet_with_json_text_and_alpaca(tmp_path: Path) -> None:
     text = write_parquet(tmp_path / "text.parquet", {"conversations": [json.dumps(QA), "[{]"]})
     alpaca = write_parquet(
-        tmp_path / "alpaca.parquet",
-        {"instruction": ["x"] * 300, "input": [None] * 300, "output": map_range(300)},
+        tmp_path / "alpaca.parquet", {"instruction": ["x"] * 300, "input": [None] * 300, "output": map_range(300)}
     )
     result = read_chats([text, alpaca])
     assert [(problem.source, problem.line, problem.kind) for problem in result.problems] == [(text, 2, "bad-json")]

@@ -34,14 +34,14 @@ from kolotune.foundation.errors import TemplateError
 def test_answers_of_real_templates(name: str, templates_folder: Path) -> None:
     family = FAMILIES[name]
     template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
-    for each in CHATS + (SYSTEM_CHATS if family.system else []):
-        text = template.render(each.message_dicts())
+    for sample in CHATS + (SYSTEM_CHATS if family.system else []):
+        text = template.render(sample.message_dicts())
         matches = list(re.compile(family.answer, re.DOTALL).finditer(text))
-        assert len(matches) == sum(message.role == ANSWER for message in each.messages)
-        found = locate(each, template, family.special)
-        assert found.text == text
-        assert list(found.spans) == [match.span(1) for match in matches]
-        encoded = encode(each, template, tokenizer)
+        assert len(matches) == sum(message.role == ANSWER for message in sample.messages)
+        located = locate(sample, template, family.special)
+        assert located.text == text
+        assert list(located.spans) == [match.span(1) for match in matches]
+        encoded = encode(sample, template, tokenizer)
         assert len(encoded.ids) == len(encoded.labelled)
         assert decode(tokenizer, encoded.ids) == text
         assert not encoded.special_in_content and not encoded.boundary_merge
@@ -54,16 +54,12 @@ def test_special_tokens_in_contents_are_plain_text(name: str, templates_folder: 
     family = FAMILIES[name]
     template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
     special = " and ".join(family.special)
-    hard = [
-        (f"Say {special}", f"{special}!"),
-        ("again", f"  {family.special[0]} x {special}"),
-        (special, special),
-    ]
+    hard = [(f"Say {special}", f"{special}!"), ("again", f"  {family.special[0]} x {special}"), (special, special)]
     harmless = [tuple(re.sub(r"[<\[]([^<\[]*)[>\]]", r"(\1)", text) for text in pair) for pair in hard]
-    each = chat(*hard)
-    encoded = encode(each, template, tokenizer)
+    sample = chat(*hard)
+    encoded = encode(sample, template, tokenizer)
     assert encoded.special_in_content
-    text = template.render(each.message_dicts())
+    text = template.render(sample.message_dicts())
     assert decode(tokenizer, encoded.ids) == text
     # Independent: the same chat with brackets that make no tokens has its answers at the same offsets.
     plain = template.render(chat(*harmless).message_dicts())
@@ -107,9 +103,9 @@ def test_thinking_that_the_prompt_opens_is_trained_on_where_the_chat_has_it(temp
     template, special = ChatTemplate(source, {}), ("]~b]", "]~!b[", "[e~[")
     with pytest.raises(TemplateError, match="training and serving would differ"):
         locate(chat(("Hi", "Hello")), template, special)
-    each = Chat((Message(USER, "Hi"), Message(ANSWER, "Hello", reasoning="They greet.")))
-    found = locate(each, template, special)
-    assert [found.text[a:b] for a, b in found.spans] == ["They greet.\n</think>\n\nHello[e~["]
+    sample = Chat((Message(USER, "Hi"), Message(ANSWER, "Hello", reasoning="They greet.")))
+    located = locate(sample, template, special)
+    assert [located.text[a:b] for a, b in located.spans] == ["They greet.\n</think>\n\nHello[e~["]
 
 
 QWEN3_CASES = [
@@ -132,12 +128,12 @@ QWEN3_CASES = [
 def test_thinking_in_qwen3(turns: tuple[Message, ...], answers: list[str] | None, templates_folder: Path) -> None:
     family = FAMILIES["qwen3"]
     template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
-    each = Chat((Message(USER, "Is it?"), *turns))
+    sample = Chat((Message(USER, "Is it?"), *turns))
     if answers is None:
         with pytest.raises(TemplateError, match="changes the text"):
-            encode(each, template, tokenizer)
+            encode(sample, template, tokenizer)
         return
-    encoded = encode(each, template, tokenizer)
+    encoded = encode(sample, template, tokenizer)
     assert labelled_texts(encoded, tokenizer) == answers
     if "<think>" in answers[-1]:
         assert tokenizer.convert_tokens_to_ids("<think>") in encoded.ids
@@ -145,17 +141,9 @@ def test_thinking_in_qwen3(turns: tuple[Message, ...], answers: list[str] | None
 
 TOOL = {
     "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "d",
-        "parameters": {"type": "object", "properties": {}},
-    },
+    "function": {"name": "get_weather", "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
-CALL = {
-    "id": "abcdefghi",
-    "type": "function",
-    "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
-}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
 TOOL_CHAT = Chat(
     (
         Message(USER, "Weather?"),
@@ -198,47 +186,35 @@ def test_calls_of_tools_are_answers(name: str, templates_folder: Path) -> None:
     encoded = encode(TOOL_CHAT, template, tokenizer)
     assert labelled_texts(encoded, tokenizer) == TOOL_ANSWERS[name]
     last_call = Chat(TOOL_CHAT.messages[:2], tools=TOOL_CHAT.tools)
-    found = locate(last_call, template, family.special)
-    assert found.text[slice(*found.spans[0])].endswith(TOOL_ANSWERS[name][0])
+    located = locate(last_call, template, family.special)
+    assert located.text[slice(*located.spans[0])].endswith(TOOL_ANSWERS[name][0])
 
 
 @pytest.mark.parametrize(
-    ("name", "each", "reason"),
+    ("name", "sample", "reason"),
     [
-        ("phi3.5", Chat(chat(("Hi", "Ho")).messages, tools=(TOOL,)), "no place for tools"),
-        ("granite3.3", TOOL_CHAT, "no place for tool calls"),
+        ("phi3.5", Chat(chat(("Hi", "Ho")).messages, tools=(TOOL,)), "does not write tools"),
+        ("granite3.3", TOOL_CHAT, "does not write tool calls"),
         (
             "phi3.5",
             Chat((*chat(("Hi", "Ho")).messages, Message("tool", "7"), Message(ANSWER, "x"))),
             "results of tools",
         ),
-        (
-            "llama3.1",
-            Chat((Message(USER, "a"), Message(ANSWER, "b", tool_calls=(CALL,)))),
-            "text beside a tool call",
-        ),
-        (
-            "llama3.1",
-            Chat((Message(USER, "a"), Message(ANSWER, "b", reasoning="c"))),
-            "no place for reasoning",
-        ),
+        ("llama3.1", Chat((Message(USER, "a"), Message(ANSWER, "b", tool_calls=(CALL,)))), "text beside a tool call"),
+        ("llama3.1", Chat((Message(USER, "a"), Message(ANSWER, "b", reasoning="c"))), "does not write reasoning"),
         ("nemo", chat(("Hi", "Ho"), system="Be kind."), "leaves out system messages"),
         ("gemma2", chat(("Hi", "Ho"), system="Be kind."), "System role not supported"),
         ("gemma2", Chat((Message(USER, "a"), Message(USER, "b"), Message(ANSWER, "c"))), "must alternate"),
-        (
-            "deepseek-v3.1",
-            Chat((Message(USER, "a"), Message(ANSWER, "<think>b</think>c"))),
-            "no place for reasoning",
-        ),
+        ("deepseek-v3.1", Chat((Message(USER, "a"), Message(ANSWER, "<think>b</think>c"))), "does not write reasoning"),
         ("qwen2.5", Chat((Message(USER, "a"), Message(ANSWER, "  "))), "no text that could be trained on"),
     ],
 )
 def test_what_a_template_has_no_place_for_is_refused(
-    name: str, each: Chat, reason: str, templates_folder: Path
+    name: str, sample: Chat, reason: str, templates_folder: Path
 ) -> None:
     family = FAMILIES[name]
     with pytest.raises(TemplateError, match=reason):
-        locate(each, template_of(family, templates_folder), family.special)
+        locate(sample, template_of(family, templates_folder), family.special)
 
 
 def test_gpt_oss_learns_to_stop_with_one_token(templates_folder: Path) -> None:
@@ -246,8 +222,8 @@ def test_gpt_oss_learns_to_stop_with_one_token(templates_folder: Path) -> None:
     special = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
     template = ChatTemplate(source, {})
     assert end_token(template, special) == "<|return|>"
-    found = locate(chat(("Hi", "Hello"), ("Why?", "So.")), template, special)
-    assert [found.text[a:b] for a, b in found.spans] == [
+    located = locate(chat(("Hi", "Hello"), ("Why?", "So.")), template, special)
+    assert [located.text[a:b] for a, b in located.spans] == [
         "<|channel|>final<|message|>Hello",
         "<|channel|>final<|message|>So.<|return|>",
     ]

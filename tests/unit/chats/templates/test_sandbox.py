@@ -1,4 +1,4 @@
-"""Templates that are bombs: each is told in a line, in time, and nothing but the child that ran it is lost."""
+"""Templates that are bombs: each fails in time with one line, and only the child that ran it is lost."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_bomb_that_goes_off_for_long_chats_only(name: str) -> None:
     ("bomb", "words"), [("{{ 10 ** (10 ** 9) }}", TIME), (BOMBS["a long word"][0], MEMORY), (NESTED, TIME)]
 )
 def test_a_bomb_that_goes_off_before_any_chat(bomb: str, words: str) -> None:
-    """Jinja works out what is constant when it reads a template."""
+    """Jinja computes constants when it parses a template."""
     with pytest.raises(TemplateError) as error:
         ChatTemplate(bomb, {}).render(turns(SHORT))
     assert words in error.value.cause
@@ -126,7 +126,7 @@ def test_no_way_out_of_the_sandbox(way_out: str) -> None:
 
 
 def test_the_child_can_open_nothing_and_start_nothing() -> None:
-    """Asked of a process that has done what the child does at its start."""
+    """Check a process that gave up its files as the child does."""
     import subprocess
 
     tries = (
@@ -168,10 +168,10 @@ def test_workers_keep_the_same_limits() -> None:
         template = ChatTemplate("{% if messages[0].content | length > 999 %}" + BOMBS[name][0] + "{% endif %}a", {})
         return [(template, SHORT), (template, LONG), (template, SHORT)]
 
-    wanted = ["loops", "a long word", "much text"]
+    names = ["loops", "a long word", "much text"]
     with workers.pool(2) as pool:
-        found = list(pool.map(_rendered, [each for name in wanted for each in tasks(name)]))
-    assert found[::3] == found[2::3] == ["a", "a", "a"]
-    assert all(BOMBS[name][1] in cause for name, cause in zip(wanted, found[1::3], strict=True))
+        causes = list(pool.map(_rendered, [task for name in names for task in tasks(name)]))
+    assert causes[::3] == causes[2::3] == ["a", "a", "a"]
+    assert all(BOMBS[name][1] in cause for name, cause in zip(names, causes[1::3], strict=True))
     with pytest.raises(TemplateError, match=TIME), workers.pool(2) as pool:
         list(pool.map(_rendered_deaf, tasks("loops")))

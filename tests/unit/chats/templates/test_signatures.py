@@ -28,12 +28,12 @@ def _cache(template: ChatTemplate, special: tuple[str, ...] = CHATML_SPECIAL) ->
     return SignatureCache(AnswerLocator(template, special), frozenset(special), frozenset())
 
 
-def _is_same(each: Chat, cache: SignatureCache, template: ChatTemplate, special: tuple[str, ...]) -> bool:
+def _is_same(sample: Chat, cache: SignatureCache, template: ChatTemplate, special: tuple[str, ...]) -> bool:
     """Return whether a chat has a signature; check that the signature then gives what rendering gives."""
-    signed = cache.render(each)
+    signed = cache.render(sample)
     if signed is None:
         return False
-    located = locate(each, template, special)
+    located = locate(sample, template, special)
     assert (signed.text, signed.spans) == (located.text, located.spans)
     assert "".join(signed.parts) == signed.text and set(signed.parts[1::2]) <= set(special)
     return True
@@ -45,11 +45,11 @@ def _is_same(each: Chat, cache: SignatureCache, template: ChatTemplate, special:
 def test_a_signature_gives_what_rendering_gives(jinja: str, pairs: list[tuple[str, str]], system: str | None) -> None:
     template = ChatTemplate(jinja, {})
     cache = _cache(template)
-    each = chat(*pairs, system=system)
-    plain = all(message.content.strip() for message in each.messages)
-    if any(token in message.content for message in each.messages for token in (*CHATML_SPECIAL, "</think>")):
+    sample = chat(*pairs, system=system)
+    plain = all(message.content.strip() for message in sample.messages)
+    if any(token in message.content for message in sample.messages for token in (*CHATML_SPECIAL, "</think>")):
         return
-    assert (_is_same(each, cache, template, CHATML_SPECIAL) if plain else cache.render(each) is not None) == plain
+    assert (_is_same(sample, cache, template, CHATML_SPECIAL) if plain else cache.render(sample) is not None) == plain
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -57,8 +57,8 @@ def test_real_templates(name: str, templates_folder: Path) -> None:
     family = FAMILIES[name]
     template = template_of(family, templates_folder)
     cache = _cache(template, family.special)
-    for each in [*CHATS, chat(*[("q", "a")] * 3), *(SYSTEM_CHATS if family.system else [])]:
-        _is_same(each, cache, template, family.special)
+    for sample in [*CHATS, chat(*[("q", "a")] * 3), *(SYSTEM_CHATS if family.system else [])]:
+        _is_same(sample, cache, template, family.special)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3.1", "llama3.2", "llama3.3", "gemma2"])

@@ -1,4 +1,4 @@
-"""The tokenizer that is loaded without PyTorch is the one that AutoTokenizer finds."""
+"""The tokenizer loaded without PyTorch equals the one that AutoTokenizer loads."""
 
 from __future__ import annotations
 
@@ -44,16 +44,17 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_is_the_same(folder: Path) -> None:
-    found, wanted = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    assert type(found) is type(wanted)
-    assert found.special_tokens_map == wanted.special_tokens_map and found.get_vocab() == wanted.get_vocab()
+def test_it_equals_autotokenizers(folder: Path) -> None:
+    loaded, expected = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(loaded) is type(expected)
+    assert loaded.special_tokens_map == expected.special_tokens_map and loaded.get_vocab() == expected.get_vocab()
     dice = random.Random(0)
     for _ in range(300):
         text = "".join(dice.choices(PIECES, k=dice.randint(1, 12)))
         for special in (True, False):
             assert (
-                found(text, add_special_tokens=special).input_ids == wanted(text, add_special_tokens=special).input_ids
+                loaded(text, add_special_tokens=special).input_ids
+                == expected(text, add_special_tokens=special).input_ids
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,9 +48,9 @@ def test_words_are_the_tokenizers(splitting: str, texts: list[str]) -> None:
     assert words is not None
     for _ in range(3):  # new, known, kept
         parts = [part for text in texts for part in (text, CHATML_SPECIAL[0])]
-        found = words.ids(parts)
-        assert found in (None, packed(backend.encode("".join(parts), add_special_tokens=False).ids))
-        assert found is not None or not "".join(texts).isascii()
+        ids = words.ids(parts)
+        assert ids in (None, packed(backend.encode("".join(parts), add_special_tokens=False).ids))
+        assert ids is not None or not "".join(texts).isascii()
 
 
 def test_composed_characters_are_left_to_the_tokenizer() -> None:
@@ -60,47 +62,25 @@ def test_composed_characters_are_left_to_the_tokenizer() -> None:
     assert words.ids(["e\u0301"]) is None
 
 
-def _other_normalizer(backend: Tokenizer) -> None:
-    backend.normalizer = normalizers.Lowercase()
+def _split_by(*steps: pre_tokenizers.PreTokenizer) -> Callable[[Tokenizer], None]:
+    return lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Sequence(list(steps)))
 
 
-def _prefix_space(backend: Tokenizer) -> None:
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+_UNKNOWN: dict[str, Callable[[Tokenizer], object]] = {
+    "normalizer": lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()),
+    "prefix space": _split_by(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "splitting": _split_by(pre_tokenizers.Whitespace(), _BYTES),
+    "syntax": _split_by(pre_tokenizers.Split(Regex(r"\p{Lu}?\w+|\W"), "isolated"), _BYTES),
+    "decoder": lambda backend: setattr(backend, "decoder", decoders.Fuse()),
+    "dropout": lambda backend: setattr(backend.model, "dropout", 0.5),
+    "trimming": lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]),
+    "no pairs": lambda backend: setattr(backend, "model", models.WordLevel({"a": 0}, "a")),
+}
 
 
-def _other_splitting(backend: Tokenizer) -> None:
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), _BYTES])
-
-
-def _other_syntax(backend: Tokenizer) -> None:
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{Lu}?\w+|\W"), "isolated"), _BYTES])
-
-
-def _other_decoder(backend: Tokenizer) -> None:
-    backend.decoder = decoders.Fuse()
-
-
-def _dropout(backend: Tokenizer) -> None:
-    backend.model.dropout = 0.5
-
-
-def _trimming(backend: Tokenizer) -> None:
-    backend.add_tokens([AddedToken("<x>", lstrip=True)])
-
-
-def _no_pairs(backend: Tokenizer) -> None:
-    backend.model = models.WordLevel({"a": 0}, "a")
-
-
-_UNKNOWN = (
-    _other_normalizer, _prefix_space, _other_splitting, _other_syntax, _other_decoder, _dropout, _trimming, _no_pairs,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("change", _UNKNOWN)
-def test_tokenizers_that_split_differently_have_no_cache(change: object) -> None:
+@pytest.mark.parametrize("change", _UNKNOWN.values(), ids=_UNKNOWN)
+def test_tokenizers_that_split_differently_have_no_cache(change: Callable[[Tokenizer], object]) -> None:
     backend = _backend("gpt2")
-    assert callable(change)
     change(backend)
     assert find_word_cache(backend) is None
 

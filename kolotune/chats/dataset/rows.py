@@ -1,0 +1,43 @@
+"""What is kept of each chat while a data set is prepared: a row of numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+USED, TOO_LONG, REFUSED = range(3)
+"""States of a chat."""
+SPECIAL, MERGED, HELD_OUT = 1, 2, 4
+"""Flags of a chat: special tokens in its text, a token across the start of an answer, selected to be held out."""
+
+
+class ChatRow(NamedTuple):
+    """One chat in numbers.
+
+    Attributes:
+        hash, hash_too: The first 16 bytes of its hash.
+        line, source: Its line, and the number of its file.
+        turns: The turns that were dropped since it is too long.
+        state: `USED`, `TOO_LONG` or `REFUSED`.
+        flags: `SPECIAL`, `MERGED` and `HELD_OUT`, added up.
+        tokens: The number of its tokens.
+        record, features: The bytes that it has in these columns of the row store.
+    """
+
+    hash: int
+    hash_too: int
+    line: int
+    source: int
+    turns: int
+    state: int
+    flags: int
+    tokens: int
+    record: int
+    features: int
+
+
+def row_type() -> np.dtype:
+    """Return the type of a row on disk."""
+    types = ("<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4")
+    return np.dtype(list(zip(ChatRow._fields, types, strict=True)))
