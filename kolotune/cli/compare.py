@@ -7,7 +7,7 @@ from typing import Any
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR
 from kolotune.run_folder.layout import RunFolder
 
-from .comparison_table import showing
+from .comparison_table import show_when_done
 from .one_stage import run_one_stage
 from .options import reporter, with_options
 from .parameters import Json, Run
@@ -18,5 +18,5 @@ from .report import reporting
 def compare(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
     """Prove on held-out chats that all results are what was trained."""
     folder, say = RunFolder(run.absolute()), reporter(json)
-    with showing(folder, say), reporting(folder, say):
+    with show_when_done(folder, say), reporting(folder, say):
         return run_one_stage("compare", run, json, {**flags, "compare": True})

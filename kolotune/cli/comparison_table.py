@@ -16,14 +16,14 @@ _QUANTIZATIONS = ("quantization", "size", "loss", "KL mean", "top-1", "importanc
 
 
 @contextmanager
-def showing(run: RunFolder, reporter: Reporter, wanted: bool = True) -> Iterator[None]:
+def show_when_done(run: RunFolder, reporter: Reporter, enabled: bool = True) -> Iterator[None]:
     """Show the comparison when the block ends, also when it ends because the comparison failed."""
     try:
         yield
     except FidelityError:
         show(Comparison.read(run.comparison), reporter)
         raise
-    if wanted:
+    if enabled:
         show(Comparison.read(run.comparison), reporter)
 
 

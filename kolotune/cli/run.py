@@ -7,7 +7,7 @@ from typing import Any
 from kolotune.run_folder.layout import RunFolder
 
 from . import hints
-from .comparison_table import showing
+from .comparison_table import show_when_done
 from .options import reporter, resolve_flags, show_settings, with_options
 from .parameters import ConfigFile, Data, Json
 from .report import reporting
@@ -25,7 +25,7 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     hints.require_files((*resolved.train_data, *resolved.eval_data))
     show_settings(resolved, say)
     folder = RunFolder(resolved.output_dir)
-    with showing(folder, say, wanted=resolved.compare), reporting(folder, say):
+    with show_when_done(folder, say, enabled=resolved.compare), reporting(folder, say):
         run_pipeline(resolved, say)
     say.success(f"Done: {folder.root}")
     shown = hints.as_typed(folder.root)

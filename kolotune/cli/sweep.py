@@ -15,7 +15,7 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 from . import hints
-from .comparison_table import showing
+from .comparison_table import show_when_done
 from .launch import submit
 from .options import reporter, resolve_flags, show_settings, with_options
 from .parameters import ConfigFile, Data, Json
@@ -124,7 +124,7 @@ def _finish_here(best: Config, say: Reporter) -> int:
     from kolotune.pipeline.run import run_pipeline
 
     folder = RunFolder(best.output_dir)
-    with showing(folder, say, wanted=best.compare), reporting(folder, say):
+    with show_when_done(folder, say, enabled=best.compare), reporting(folder, say):
         run_pipeline(best, say)
     return 0
 

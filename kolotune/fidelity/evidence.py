@@ -1,4 +1,4 @@
-"""What the judge is given: the measurements of a run, and where the measured files are."""
+"""The input of the judge: the measurements of a run, and where the measured files are."""
 
 from __future__ import annotations
 

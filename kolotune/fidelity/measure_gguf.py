@@ -92,7 +92,7 @@ def _measure_served(
     servable = [prompt for prompt in reference.prompts if prompt.plain or not has_template]
     probes = [prompt for prompt in reference.probes if prompt.plain and has_template]
     equal, defects = compare_prompts([*servable, *probes], lambda prompt: _served_ids(model, modelfile, prompt))
-    others = len(reference.prompts) - len(servable)
+    not_servable = len(reference.prompts) - len(servable)
     ending = [answer for answer in reference.answers if answer.ended]
     ended = sum(model.answer(answer.ids, tuple(modelfile.stops), task.longest_answer)[1] for answer in ending)
     return dataclasses.replace(
@@ -102,7 +102,7 @@ def _measure_served(
         served_ended=ended,
         served_answers=len(ending),
         served_defects=[*_modelfile_defects(modelfile, task, reference), *defects],
-        notes=[note(NoteKind.TURNS_NOT_SERVABLE, count=others)] if others else [],
+        notes=[note(NoteKind.TURNS_NOT_SERVABLE, count=not_servable)] if not_servable else [],
     )
 
 

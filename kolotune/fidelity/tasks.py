@@ -1,4 +1,4 @@
-"""What the measuring processes are asked, and what they answer.
+"""The tasks of the measuring processes, and their results.
 
 A `ModelsTask` covers everything that transformers computes: the base, the adapter on it, the merged model. It leaves a
 `Reference`, which every `GgufTask` reads, and log-probabilities in ``.npy`` files.

@@ -30,8 +30,8 @@ class OllamaChat:
         Raises:
             OllamaDownError, OllamaError: there is no server or no such model, or the answer is interrupted.
         """
-        given = {"temperature": temperature, "num_predict": max_tokens, "seed": seed}
-        options: Options = {name: value for name, value in given.items() if value is not None}
+        values = {"temperature": temperature, "num_predict": max_tokens, "seed": seed}
+        options: Options = {name: value for name, value in values.items() if value is not None}
         messages = [*self._messages, {"role": "user", "content": text}]
         pieces: list[str] = []
         for piece in self._client.chat(self._name, messages, options):

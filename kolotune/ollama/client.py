@@ -30,7 +30,7 @@ class OllamaClient:
     """The connection to one server.
 
     Args:
-        host: its address, in any form that Ollama documents; None: OLLAMA_HOST, else this machine.
+        host: its address, in any notation that Ollama documents; None: OLLAMA_HOST, else this machine.
         patience: seconds without data after which a long request fails.
 
     Attributes:

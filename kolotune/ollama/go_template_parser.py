@@ -41,7 +41,7 @@ class TemplateNode:
         text: of a text.
         words: of an action, or of a block's head.
         body, otherwise: the nodes in a block, and those after its else.
-        is_chained: the block is the `if` of an `else if`, which has no end of its own.
+        is_chained: the block is the `if` of an `else if`, which has no separate end.
     """
 
     kind: Literal["root", "text", "action", "if", "range"]

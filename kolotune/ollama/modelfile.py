@@ -12,7 +12,7 @@ class Modelfile:
     """What kolotune says to Ollama about a model.
 
     Attributes:
-        from_: the GGUF file, as a relative path that begins with `./`. Other forms are refused: Ollama takes a path
+        from_: the GGUF file, as a relative path that begins with `./`. Other paths are refused: Ollama takes a path
             that it does not find for the name of a model.
         template: the Go template, or None for what Ollama chooses.
         system: the system prompt.
