@@ -10,8 +10,9 @@ import typer
 from kolotune.foundation.errors import ConfigError
 from kolotune.weights.adapter import is_adapter, read_adapter
 
-from .options import drop_unset, reporter, resolve_flags, show_settings, with_options
+from .options import drop_unset, reporter, resolve_flags, with_options
 from .parameters import FileRole, Json
+from .settings import Verbose, show_settings
 
 
 @with_options()
@@ -20,6 +21,7 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="The adapter's base model; default: the one that it names."), FileRole.BASE_MODEL
     ] = None,
+    verbose: Verbose = False,
     json: Json = False,
     **flags: Any,
 ) -> int:
@@ -36,7 +38,7 @@ def export(
         values["base_model"] = str(source)
         names = ["convert", "quantize", "modelfile"]
     resolved = resolve_flags(values)
-    show_settings(resolved, say)
+    show_settings(resolved, say, values, verbose=verbose or json)
     run_folder = run_pipeline(resolved, say, names, source)
     say.success(f"Done: {run_folder.root}")
     return 0

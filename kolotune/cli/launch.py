@@ -11,9 +11,10 @@ from kolotune.run_folder.layout import RunFolder
 
 from . import hints
 from .follow import follow_job
-from .options import reporter, show_settings, with_options
+from .options import drop_unset, reporter, with_options
 from .parameters import ConfigFile, Data, Json
 from .placement import FLAGS, resolve_for_launch, show_plan, take_placement
+from .settings import Verbose, show_settings
 
 if TYPE_CHECKING:
     from kolotune.launching.launcher import JobSpec, Launcher
@@ -32,6 +33,7 @@ def launch(
         bool,
         typer.Option("--in-place", help="Chats and base model are there already; send only options."),
     ] = False,
+    verbose: Verbose = False,
     json: Json = False,
     **flags: Any,
 ) -> int:
@@ -47,7 +49,7 @@ def launch(
         hints.require_files((*options.train_data, *options.eval_data))
     spec = place.job_spec(options, name or name_for(options.output_dir), in_place=in_place)
     if not place.submit:
-        show_settings(options, say)
+        show_settings(options, say, drop_unset(flags), verbose=verbose or json)
         show_plan(launcher.plan(spec), say)
         return 0
     return submit(launcher, spec, say, detach=detach)

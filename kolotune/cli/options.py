@@ -14,7 +14,6 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.config import OPTIONS, Config, Kind, Layer, Option
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.reporter import Reporter, make_reporter
-from kolotune.foundation.secrets import STARS
 
 from .parameters import FileRole
 
@@ -130,20 +129,3 @@ def resolve_flags(
         values["train_data"] = [*data, *(more if isinstance(more, list) else [more])]
     layers.append((values, "command line", Path.cwd()))
     return configs.resolve(*layers)
-
-
-def show_settings(config: Config, say: Reporter) -> None:
-    """Print the resolved options. They hold no secret, only where one is read."""
-    rows = [
-        (option.group.title, name.replace("_", "-"), _format_value(option, getattr(config, name)))
-        for name, option in OPTIONS.items()
-    ]
-    say.table("Settings", ("group", "option", "value"), rows)
-
-
-def _format_value(option: Option, value: object) -> str:
-    if isinstance(value, tuple):
-        value = ", ".join(str(each) for each in value)
-    if option.kind is Kind.SECRET_SOURCE and value:
-        value = f"{STARS} (from standard input)" if value == "-" else f"{STARS} (from a file)"
-    return "-" if value in (None, "") else str(value)

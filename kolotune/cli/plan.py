@@ -13,8 +13,9 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.planning.gaps import describe_gap
 from kolotune.planning.network import LARGEST_SHARE, Traffic
 
-from .options import reporter, resolve_flags, show_settings, with_options
+from .options import drop_unset, reporter, resolve_flags, with_options
 from .parameters import ConfigFile, Data, Json
+from .settings import Verbose, show_settings
 
 if TYPE_CHECKING:
     from kolotune.pipeline.plan import RunPlan
@@ -30,6 +31,7 @@ def plan(
     link_mbit: Annotated[
         float | None, typer.Option(min=0.001, help="Megabits per second of the network between machines.")
     ] = None,
+    verbose: Verbose = False,
     json: Json = False,
     **flags: object,
 ) -> int:
@@ -41,7 +43,7 @@ def plan(
     if not resolved.train_data:
         raise ConfigError("no training data was given", "Name a file: kolotune plan chats.jsonl")
     if not json:
-        show_settings(resolved, say)
+        show_settings(resolved, say, drop_unset(flags), verbose=verbose)
     planned = plan_run(resolved, say, measure=measure, link=link_mbit)
     _show_plan(planned, say)
     if planned.problems:

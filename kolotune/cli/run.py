@@ -8,14 +8,18 @@ from kolotune.run_folder.layout import RunFolder
 
 from . import hints
 from .comparison_table import show_when_done
-from .options import reporter, resolve_flags, show_settings, with_options
+from .options import drop_unset, reporter, resolve_flags, with_options
 from .parameters import ConfigFile, Data, Json
 from .report import reporting
+from .settings import Verbose, show_settings
 
 
 @with_options()
-def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
+def run(
+    data: Data = None, config: ConfigFile = None, verbose: Verbose = False, json: Json = False, **flags: Any
+) -> int:
     """Run all stages that have work, from chats to a model."""
+    from kolotune.pipeline.choices import choose
     from kolotune.pipeline.run import run_pipeline
 
     say = reporter(json)
@@ -23,8 +27,8 @@ def run(data: Data = None, config: ConfigFile = None, json: Json = False, **flag
     if not resolved.train_data:
         raise hints.no_chats("run")
     hints.require_files((*resolved.train_data, *resolved.eval_data))
-    show_settings(resolved, say)
     folder = RunFolder(resolved.output_dir)
+    show_settings(choose(resolved, folder)[0], say, drop_unset(flags), verbose=verbose or json)
     with show_when_done(folder, say, enabled=resolved.compare), reporting(folder, say):
         run_pipeline(resolved, say)
     say.success(f"Done: {folder.root}")

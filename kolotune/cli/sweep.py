@@ -17,10 +17,11 @@ from kolotune.run_folder.layout import RunFolder
 from . import hints
 from .comparison_table import show_when_done
 from .launch import submit
-from .options import reporter, resolve_flags, show_settings, with_options
+from .options import drop_unset, reporter, resolve_flags, with_options
 from .parameters import ConfigFile, Data, Json
 from .placement import AT_ONCE, FLAGS, Placement, resolve_for_launch, show_plan, take_placement_if_given
 from .report import reporting
+from .settings import Verbose, show_settings
 
 if TYPE_CHECKING:
     from kolotune.foundation.typed_storage import JsonObject
@@ -55,6 +56,7 @@ def sweep(
     trials: Trials = _TRIALS,
     at_once: AtOnce = None,
     finish: Finish = True,
+    verbose: Verbose = False,
     json: Json = False,
     **flags: Any,
 ) -> int:
@@ -74,8 +76,8 @@ def sweep(
         raise hints.no_chats("sweep")
     hints.require_files((*shared.train_data, *shared.eval_data))
     varied = space.parse(vary or [])
+    show_settings(shared, say, drop_unset(flags), verbose=verbose or json)
     if place is None:
-        show_settings(shared, say)
         return _end(shared, sweeping.run(shared, varied, trials, say), say, _finish_here if finish else None)
     return _launch(place.with_token_of(shared, say), shared, varied, trials, at_once, say, finish=finish)
 
@@ -102,7 +104,6 @@ def _launch(
         raise ConfigError("rdzv: parallel trials can't all meet at one address", "Leave rdzv out, or use --at-once 1.")
     jobs = parallel.TrialLaunchers(launchers, lambda config: place.job_spec(config, name_for(config.output_dir)))
     plan = launchers[0].plan(jobs.first_spec(shared, varied, trials))
-    show_settings(shared, say)
     if not place.submit:
         say.note(f"{len(launchers)} trials run at a time. The job of the first one:")
         show_plan(plan, say)
