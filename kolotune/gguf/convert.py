@@ -155,7 +155,7 @@ def prove(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter
 def _exact_type(entries: Mapping[str, Entry], reporter: Reporter) -> str:
     gguf_type = conversion_plan.exact_type(entries)
     if gguf_type == "f32":
-        reporter.warning("some weights don't fit f16: the unquantized GGUF is written in f32, which holds all of them")
+        reporter.warning("weights of several types: the unquantized GGUF is written in f32, which holds all exactly")
     return gguf_type
 
 

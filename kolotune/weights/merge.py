@@ -138,7 +138,10 @@ class MergedModel:
         except _OutOfRange:
             self.stored_wider = [entry.name for entry in self.entries if not self._fits(entry)]
         first, count = self.stored_wider[0], len(self.stored_wider)
-        reporter.warning(f"{count} weights are out of f16's range and are stored in a wider type: {first} …")
+        weights = f"1 weight is out of f16's range: {first}"
+        if count > 1:
+            weights = f"{count} weights are out of f16's range: {first}, …"
+        reporter.warning(f"{weights}; stored in a wider type")
         return write()
 
     def _fits(self, entry: Entry) -> bool:

