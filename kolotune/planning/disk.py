@@ -39,7 +39,7 @@ def stage_disk_use(
 ) -> dict[str, DiskUse]:
     """Return what each stage writes, by the stage's name; `workload` is None before the chats have been read."""
     config, run = context.config, context.run
-    quantized = sum(each.size for each in sizes.quantized.values())
+    quantized = sum(size.size for size in sizes.quantized.values())
     replaced = sum(_existing_bytes(run.quantized(name)) for name in sizes.quantized)
     keeps_unquantized = kept_models(config).unquantized
     if with_matrix(context, sizes.quantized):

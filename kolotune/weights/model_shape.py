@@ -111,13 +111,13 @@ def read_shape(folder: Path) -> ModelShape:
 
 def _linears_in_layers(entries: Sequence[Entry]) -> tuple[Linear, ...]:
     """Return the matrices whose name has a layer's number, in the order of the layers."""
-    found = []
+    linears = []
     for entry in entries:
         numbers = [int(part) for part in entry.name.split(".") if part.isdecimal()]
         if numbers and len(entry.shape) == 2 and entry.name.endswith(".weight"):
-            found.append((numbers[0], Linear(entry.name.removesuffix(".weight"), *entry.shape)))
-    found.sort(key=lambda numbered: numbered[0])
-    return tuple(linear for _, linear in found)
+            linears.append((numbers[0], Linear(entry.name.removesuffix(".weight"), *entry.shape)))
+    linears.sort(key=lambda numbered: numbered[0])
+    return tuple(linear for _, linear in linears)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class AdapterShape:
             targets: the last parts of the linear layers' names, or ``["all-linear"]``.
         """
         all_linear = list(targets) == [_ALL_LINEAR]
-        chosen = [each for each in shape.linears if all_linear or each.name.rpartition(".")[2] in targets]
+        chosen = [linear for linear in shape.linears if all_linear or linear.name.rpartition(".")[2] in targets]
         return cls(
             weight_count=sum(rank * (linear.inputs + linear.outputs) for linear in chosen),
             matrices=2 * len(chosen),

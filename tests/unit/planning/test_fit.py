@@ -91,12 +91,12 @@ def test_a_plan_predicts_the_run_and_leaves_no_files(
     assert kolotune("run", *arguments)[0] == 0
     run = RunFolder(tmp_path / "run")
     metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert plan["work"]["steps"] == max(each["step"] for each in metrics)
+    assert plan["work"]["steps"] == max(line["step"] for line in metrics)
     assert plan["facts"] == json.loads(run.record("prepare").read_text())["facts"]
     assert plan["conversion"] is True
     assert plan["disk_end"] == pytest.approx(size_of(run.root), rel=0.05)
     assert set(plan["seconds"]) >= {"prepare", "train", "merge", "convert", "quantize"}
-    assert all(each >= 0 for each in plan["seconds"].values())
+    assert all(seconds >= 0 for seconds in plan["seconds"].values())
     assert plan["memory_peak"] > 2e8
     code, output = kolotune("plan", *arguments, "--no-measure")
     assert code == 0
@@ -140,7 +140,7 @@ def test_a_plan_counts_memory_and_traffic_of_a_sharded_base(
     assert plan["traffic"]["step"] == gradients + plan["traffic"]["base"]
     assert plan["traffic"]["enough"] is None, "more batches would send the base more often"
     assert plan["memory"]["train"]["own"] > 0
-    assert any(each.startswith("time: ") for each in plan["unknown"])
+    assert any(gap.startswith("time: ") for gap in plan["unknown"])
 
 
 def _huge_base(folder: Path, tiny: Path, layers: int) -> Path:

@@ -64,7 +64,7 @@ def test_every_kind_arrives_complete(push: Callable[..., tuple[int, str]], hub: 
         assert code == 0 and f"{hub.address}/{REPOSITORY}/commit/" in output, output
     repository = hub.repositories[REPOSITORY]
     assert repository.private and repository.commits == [
-        f"{each}, by kolotune" for each in ("adapter", "merged", "gguf")
+        f"{kind}, by kolotune" for kind in ("adapter", "merged", "gguf")
     ]
     for name in ("Merged.gguf", "MergedQ4_K_M.gguf", "Modelfile", "ModelfileQ4_K_M"):
         assert repository.files[name] == (run.root / name).read_bytes()
@@ -143,8 +143,8 @@ def test_base_and_license_of_the_card(
 ) -> None:
     import dataclasses
 
-    found = read_manifest(RunFolder(finished.output_dir).manifest)
-    card = model_card.make_model_card(dataclasses.replace(found, base=BaseModel(name, "")), "a/b", what, {})
+    loaded = read_manifest(RunFolder(finished.output_dir).manifest)
+    card = model_card.make_model_card(dataclasses.replace(loaded, base=BaseModel(name, "")), "a/b", what, {})
     front = front_of(card.encode())
     assert (front["base_model"], front["base_model_relation"], front["library_name"]) == (base, relation, library)
     assert front.get("license") == license
@@ -232,13 +232,13 @@ def test_the_program_itself_finds_the_hub_and_keeps_the_token(finished: Config) 
     with serving() as hub:
         env = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
         argv = [sys.executable, "-m", "kolotune", "push", str(finished.output_dir), REPOSITORY, "--what", "adapter"]
-        found = subprocess.run(
+        completed = subprocess.run(
             [*argv, "--hf-token", "-"], input=TOKEN + "\n", env=env, capture_output=True, text=True, timeout=120
         )
-        assert found.returncode == 0, found.stderr
+        assert completed.returncode == 0, completed.stderr
         assert "adapter_model.safetensors" in hub.repositories[REPOSITORY].files
-        assert TOKEN not in found.stdout + found.stderr
-    found = subprocess.run(
+        assert TOKEN not in completed.stdout + completed.stderr
+    completed = subprocess.run(
         [*argv, "--hf-token", "-"], input=TOKEN + "\n", env=env, capture_output=True, text=True, timeout=120
     )
-    assert found.returncode == OfflineError.exit_code and "can't be reached" in found.stderr
+    assert completed.returncode == OfflineError.exit_code and "can't be reached" in completed.stderr

@@ -73,5 +73,5 @@ def hostile_run(run_copy: RunFolder, tmp_path: Path) -> RunFolder:
     return run
 
 
-def with_options(found: Comparison, **changes: object) -> Comparison:
-    return dataclasses.replace(found, **changes)  # type: ignore[arg-type]
+def with_changes(comparison: Comparison, **changes: object) -> Comparison:
+    return dataclasses.replace(comparison, **changes)  # type: ignore[arg-type]

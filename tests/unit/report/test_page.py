@@ -18,7 +18,7 @@ from kolotune.report import facts, page
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.marks import MarkState, write_mark
 
-from .conftest import HOSTILE, comparison, with_options
+from .conftest import HOSTILE, comparison, with_changes
 
 _VOID = {"meta", "br"}
 
@@ -81,7 +81,7 @@ def test_an_up_to_date_page_is_left_alone(run_copy: RunFolder) -> None:
     written = run_copy.report.stat().st_mtime_ns
     page.write(run_copy)
     assert run_copy.report.stat().st_mtime_ns == written
-    run_copy.report.write_text("another", encoding="utf-8")
+    run_copy.report.write_text("an old page", encoding="utf-8")
     page.write(run_copy)
     assert run_copy.report.read_text(encoding="utf-8").startswith("<!doctype html>")
 
@@ -103,7 +103,7 @@ def test_nothing_in_the_run_becomes_markup(hostile_run: RunFolder) -> None:
     assert links and all(value and value.startswith("#") for value in links)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
     assert "␛[31mred␇ ⟨U+202E⟩abc⟨U+2066⟩ 日本 🎉" in parsed.text
-    # It is shown as text in each place: chat, answers, failure, findings, bad chats, options, versions and more.
+    # It is shown as text everywhere: chat, answers, failure, findings, bad chats, options, versions and more.
     assert parsed.text.count("<script>window.hurt = 1</script>") > 20
     assert "{{ 7 * 7 }}" in parsed.text
     for sentence in ("2 exact copies of other chats were left out", "4 whole turns at their ends", "3 bad chats"):
@@ -112,24 +112,24 @@ def test_nothing_in_the_run_becomes_markup(hostile_run: RunFolder) -> None:
 
 def test_the_policy_allows_the_one_style_sheet_and_nothing_else(hostile_run: RunFolder) -> None:
     html = page.render(facts.gather_facts(hostile_run))
-    policy = next(each["content"] for _, each in Elements(html).elements if "http-equiv" in each)
+    policy = next(attributes["content"] for _, attributes in Elements(html).elements if "http-equiv" in attributes)
     style = html[html.index("<style>") + 7 : html.index("</style>")]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     assert html.count("<style") == 1
     assert "url(" not in style and "@import" not in style
     assert set(re.findall(r"https?://[^\"'<> ]+", html)) <= {"http://www.w3.org/2000/svg"}
-    # No picture has a colour of its own: each is a property that both schemes set.
+    # Charts have no fixed colours, only properties that both colour schemes set.
     assert not re.search(r"(fill|stroke): #", style)
     assert not re.search(r'(fill|stroke)="#', html)
 
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_comparison(passed: bool, hostile_run: RunFolder) -> None:
-    found = comparison("words")
+    result = comparison("words")
     if passed:
-        found = with_options(found, failure=None)
-    found.write(hostile_run.comparison)
+        result = with_changes(result, failure=None)
+    result.write(hostile_run.comparison)
     text = " ".join(Elements(page.render(facts.gather_facts(hostile_run))).text.split())
     assert ("every stage is within its bounds" in text) == passed
     assert ("The first stage that fails is quantize" in text) == (not passed)
@@ -153,10 +153,10 @@ def test_a_comparison_is_shown_when_it_is_of_these_results(hostile_run: RunFolde
     values = json.loads(hostile_run.manifest.read_text())
     del values["artifacts"][hostile_run.relative(hostile_run.comparison)]
     hostile_run.manifest.write_text(json.dumps(values))
-    assert facts.gather_facts(hostile_run).comparison is None  # it may be of another training
+    assert facts.gather_facts(hostile_run).comparison is None  # it may belong to another training
     write_mark(hostile_run, "compare", MarkState.FAILED, "words")
-    found = facts.gather_facts(hostile_run).comparison
-    assert found is not None and found.failure is not None
+    shown = facts.gather_facts(hostile_run).comparison
+    assert shown is not None and shown.failure is not None
     values["stages"]["train"]["finished"] = "2999-01-01T00:00:00+00:00"  # trained again since
     hostile_run.manifest.write_text(json.dumps(values))
     assert facts.gather_facts(hostile_run).comparison is None
@@ -186,7 +186,7 @@ def test_a_run_ends_with_its_page(run_copy: RunFolder, kolotune: Callable[..., t
 
 @pytest.mark.slow
 def test_a_comparison_that_fails_is_on_the_page(run_copy: RunFolder, kolotune: Callable[..., tuple[int, str]]) -> None:
-    """A Modelfile with another template, sealed again as if it had been made so."""
+    """A Modelfile has a different template, and the record says that it was made so."""
     for file in (run_copy.modelfile(), run_copy.modelfile("Q4_K_M")):
         file.write_text(file.read_text().replace("<|im_start|>user", "<|im_start|>someone"))
         record = json.loads(run_copy.record("modelfile").read_text())
