@@ -48,18 +48,24 @@ class NoteKind(StrEnum):
 
 @dataclass(frozen=True)
 class Defect:
-    """One thing that is wrong; `facts` are the values in its sentence."""
+    """One thing that is wrong; `facts` are the values in its sentence, which `str` makes, without a full stop."""
 
     kind: DefectKind
     facts: dict[str, Fact] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return _DEFECTS[self.kind].format(**self.facts)
+
 
 @dataclass(frozen=True)
 class Note:
-    """One thing that was not compared; `facts` are the values in its sentence."""
+    """One thing that was not compared; see `Defect` for its facts and its sentence."""
 
     kind: NoteKind
     facts: dict[str, Fact] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return _NOTES[self.kind].format(**self.facts)
 
 
 def defect(kind: DefectKind, **facts: Fact) -> Defect:
@@ -70,16 +76,6 @@ def defect(kind: DefectKind, **facts: Fact) -> Defect:
 def note(kind: NoteKind, **facts: Fact) -> Note:
     """Return a note with the facts that its sentence needs."""
     return Note(kind, facts)
-
-
-def describe_defect(value: Defect) -> str:
-    """Return the sentence for a defect, without a full stop."""
-    return _DEFECTS[value.kind].format(**value.facts)
-
-
-def describe_note(value: Note) -> str:
-    """Return the sentence for a note, without a full stop."""
-    return _NOTES[value.kind].format(**value.facts)
 
 
 _DEFECTS = {

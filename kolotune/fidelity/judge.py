@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
-from .defects import Defect, DefectKind, NoteKind, defect, describe_defect, describe_note, note
+from .defects import Defect, DefectKind, NoteKind, defect, note
 from .evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from .likely_cause import Cause, describe_cause, likely_cause
 from .recommendation import describe_recommendation, recommend
@@ -63,7 +63,7 @@ def judge(evidence: Evidence) -> Comparison:
         tuned_loss=reference.tuned_loss,
         recorded_base_loss=recorded_base,
         recorded_tuned_loss=recorded_tuned,
-        checked=tuple(replace(judged.check, failed=tuple(map(describe_defect, judged.defects))) for judged in checks),
+        checked=tuple(replace(judged.check, failed=tuple(map(str, judged.defects))) for judged in checks),
         answers=tuple(map(_compared_answer, reference.answers)),
         not_kept=evidence.not_kept,
         notes=tuple(_notes(evidence)),
@@ -84,7 +84,7 @@ def first_failure(checks: Sequence[JudgedCheck], evidence: Evidence) -> FirstFai
 
 def _describe_failure(failure: FirstFailure) -> Failure:
     check = failure.judged.check
-    what = f"{check.name}: {describe_defect(failure.judged.defects[0])}"
+    what = f"{check.name}: {failure.judged.defects[0]}"
     return Failure(check.stage, what, describe_cause(failure.cause, check.stage))
 
 
@@ -99,9 +99,8 @@ def _notes(evidence: Evidence) -> Iterator[str]:
         notes.append(note(NoteKind.NO_RECORDED_LOSS))
     for trial in evidence.trials:
         for wrong in trial.measurement.figures.defects[:1]:
-            reason = describe_defect(wrong)
-            notes.append(note(NoteKind.QUANTIZATION_NOT_MEASURED, name=trial.gguf.name, reason=reason))
-    yield from dict.fromkeys(map(describe_note, notes))
+            notes.append(note(NoteKind.QUANTIZATION_NOT_MEASURED, name=trial.gguf.name, reason=str(wrong)))
+    yield from dict.fromkeys(map(str, notes))
 
 
 def _compared_answer(answer: GreedyAnswer) -> ComparedAnswer:

@@ -106,9 +106,7 @@ def _with_changes(description: ModelDescription, system: str | None, parameters:
     names = {name for name, _ in own}
     kept = tuple(pair for pair in description.parameters if pair[0] not in names)
     return replace(
-        description,
-        system=description.system if system is None else system or None,
-        parameters=(*kept, *own),
+        description, system=description.system if system is None else system or None, parameters=(*kept, *own)
     )
 
 

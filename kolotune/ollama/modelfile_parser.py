@@ -16,19 +16,10 @@ from .parameters import IGNORED, KNOWN, Value, typed_value
 
 COMMANDS = frozenset(
     [
-        "from",
-        "license",
-        "template",
-        "system",
-        "adapter",
-        "draft",
-        "renderer",
-        "parser",
-        "parameter",
-        "message",
+        "from", "license", "template", "system", "adapter", "draft", "renderer", "parser", "parameter", "message",
         "requires",
     ]
-)
+)  # fmt: skip
 _ROLES = ("system", "user", "assistant")
 
 

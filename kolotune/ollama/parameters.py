@@ -43,17 +43,10 @@ KNOWN: dict[str, type] = {
 
 IGNORED = frozenset(
     [
-        "penalize_newline",
-        "low_vram",
-        "f16_kv",
-        "logits_all",
-        "vocab_only",
-        "use_mlock",
-        "mirostat",
-        "mirostat_tau",
-        "mirostat_eta",
+        "penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "mirostat",
+        "mirostat_tau", "mirostat_eta",
     ]
-)
+)  # fmt: skip
 """Ollama still reads these, warns and drops them. A user who sets one should learn that it has no effect."""
 
 _INT = re.compile(r"[+-]?[0-9]+")

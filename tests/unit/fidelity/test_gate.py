@@ -287,10 +287,7 @@ def test_a_planted_fault_is_found(
 
 
 def test_a_different_base_of_the_same_shape_is_found(
-    run_config: Config,
-    learned_bases: tuple[Path, Path],
-    reporter: PlainReporter,
-    failures: list[FirstFailure | None],
+    run_config: Config, learned_bases: tuple[Path, Path], reporter: PlainReporter, failures: list[FirstFailure | None]
 ) -> None:
     other = dataclasses.replace(run_config, base_model=str(learned_bases[1]))
     faults.rerun_stages(other, "merge", "convert", "quantize")

@@ -35,8 +35,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "spelling",
-    ["127.0.0.1:{port}", "http://127.0.0.1:{port}", "http://localhost:{port}/", ":{port}", "0.0.0.0:{port}"],
+    "spelling", ["127.0.0.1:{port}", "http://127.0.0.1:{port}", "http://localhost:{port}/", ":{port}", "0.0.0.0:{port}"]
 )
 def test_addresses(spelling: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", spelling.format(port=ollama.host.partition(":")[2]))
@@ -109,8 +108,7 @@ def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: FakeOllama) -> 
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
-    [("down in blob", "connection"), ("damage in blob", "digest mismatch"), ("full disk", "")],
+    ("fault", "words"), [("down in blob", "connection"), ("damage in blob", "digest mismatch"), ("full disk", "")]
 )
 def test_a_blob_that_does_not_arrive(fault: str, words: str, tmp_path: Path, ollama: FakeOllama) -> None:
     path = tmp_path / "some.gguf"

@@ -80,21 +80,14 @@ def test_the_modelfiles_system_prompt_is_used_where_a_chat_has_none() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ .Prompt }}",
-        "{{ range .Messages }}",
-        "{{ range .Messages }}{{ end }}{{ end }}",
-        "{{ range .Messages }}{{ else if true }}{{ end }}",
-        "{{ if .Messages }}{{ else }}{{ else }}{{ end }}",
-        "{{ .Messages",
-        '{{ template "x" .Messages }}',
-        "{{ json .Messages }}",
-        "{{ range $m := .Messages }}{{ $x }}{{ end }}",
-        "{{ .Messages | len }}",
-        "{{ range .Messages }}{{ .Role.Name }}{{ end }}",
-        "{{ index .Messages 99 }}",
+        "{{ .Prompt }}", "{{ range .Messages }}", "{{ range .Messages }}{{ end }}{{ end }}",
+        "{{ range .Messages }}{{ else if true }}{{ end }}", "{{ if .Messages }}{{ else }}{{ else }}{{ end }}",
+        "{{ .Messages", '{{ template "x" .Messages }}', "{{ json .Messages }}",
+        "{{ range $m := .Messages }}{{ $x }}{{ end }}", "{{ .Messages | len }}",
+        "{{ range .Messages }}{{ .Role.Name }}{{ end }}", "{{ index .Messages 99 }}",
         "{{ range .System }}{{ end }}{{ .Messages }}",
     ],
-)
+)  # fmt: skip
 def test_unsupported_templates_are_refused(template: str) -> None:
     with pytest.raises(ArtifactError, match="TEMPLATE"):
         render_go_template(template, [{"role": "user", "content": "a"}])

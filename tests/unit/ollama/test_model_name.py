@@ -13,19 +13,10 @@ LONG = "a" * 80
 @pytest.mark.parametrize(
     "name",
     [
-        "my-model",
-        "m",
-        "_m",
-        "0",
-        "Model.v1",
-        "me/model",
-        "me/model:q8_0",
-        "model:latest",
-        "example.com/me/model:7b",
-        "localhost:5000/me/model:7b-q4",
-        f"{LONG}/{LONG}:{LONG}",
+        "my-model", "m", "_m", "0", "Model.v1", "me/model", "me/model:q8_0", "model:latest",
+        "example.com/me/model:7b", "localhost:5000/me/model:7b-q4", f"{LONG}/{LONG}:{LONG}",
     ],
-)
+)  # fmt: skip
 def test_good(name: str) -> None:
     assert check_name(name) == name
 
@@ -33,29 +24,11 @@ def test_good(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "",
-        " ",
-        "-m",
-        ".m",
-        "my model",
-        "model:",
-        ":tag",
-        "/model",
-        "me/",
-        "a/b/c/d",
-        "m.e/model",
-        "model:a:b",
-        "model:-a",
-        "model@sha256:00",
-        "../../etc",
-        "me/../model",
-        "model\n",
-        "modèle",
-        f"{LONG}a",
-        f"model:{LONG}a",
-        "http://localhost/me/model",
+        "", " ", "-m", ".m", "my model", "model:", ":tag", "/model", "me/", "a/b/c/d", "m.e/model", "model:a:b",
+        "model:-a", "model@sha256:00", "../../etc", "me/../model", "model\n", "modèle", f"{LONG}a",
+        f"model:{LONG}a", "http://localhost/me/model",
     ],
-)
+)  # fmt: skip
 def test_bad(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_name(name)

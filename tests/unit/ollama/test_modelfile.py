@@ -16,24 +16,7 @@ from kolotune.ollama.parameters import IGNORED, KNOWN, validate
 
 # Mostly texts that the parser treats specially, combined at random.
 PIECES = [
-    *(
-        '"',
-        '""',
-        '"""',
-        "\n",
-        "\r",
-        "\r\n",
-        " ",
-        "\t",
-        "#",
-        "\\",
-        "{{ .System }}",
-        "SYSTEM ",
-        "FROM x",
-        "a",
-        "é",
-        "🙂",
-    ),
+    *('"', '""', '"""', "\n", "\r", "\r\n", " ", "\t", "#", "\\", "{{ .System }}", "SYSTEM ", "FROM x", "a", "é", "🙂"),
     *("\nADAPTER /etc/shadow\n", "\nPARAMETER stop x"),
     *("\u200d", "\u00a0", "\x00", "\x1b", "\ufeff", "\u2028"),
 ]
@@ -142,20 +125,10 @@ def test_injection_is_refused(field: str, system: str) -> None:
 @pytest.mark.parametrize(
     "system",
     [
-        'x"""',
-        '"',
-        '""""',
-        'say """ twice """ here',
-        '"""\n',
-        "",
-        "\n",
-        " x ",
-        "#\n# no comment\n",
-        "a\r\nb\tc",
-        '"x"',
-        "PARAMETER\n",
+        'x"""', '"', '""""', 'say """ twice """ here', '"""\n', "", "\n", " x ", "#\n# no comment\n", "a\r\nb\tc",
+        '"x"', "PARAMETER\n",
     ],
-)
+)  # fmt: skip
 def test_odd_texts_are_carried_or_refused(system: str) -> None:
     modelfile = Modelfile("./m.gguf", system=system, parameters=(("stop", system or "x"),))
     if '"""\n' in system:
@@ -175,19 +148,10 @@ def test_dropped_characters_are_refused(character: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "Merged.gguf",
-        "/m.gguf",
-        "./../m.gguf",
-        "./",
-        "./a//b",
-        ".\\m",
-        "./m.gguf ",
-        "./a\nADAPTER x",
-        "./a\\b",
-        "~/x",
-        "",
+        "Merged.gguf", "/m.gguf", "./../m.gguf", "./", "./a//b", ".\\m", "./m.gguf ", "./a\nADAPTER x", "./a\\b",
+        "~/x", "",
     ],
-)
+)  # fmt: skip
 def test_paths_are_checked(path: str) -> None:
     with pytest.raises(ConfigError, match="FROM"):
         render_modelfile(Modelfile(path))
@@ -210,10 +174,7 @@ def test_comments_are_one_line() -> None:
         ("FROM x\r\nSYSTEM a\r\n", Modelfile("x", system="a")),
         ("FROM x\nSYSTEM \n", Modelfile("x", system="")),
         ('FROM x\nSYSTEM say "hi"', Modelfile("x", system='say "hi"')),
-        (
-            'FROM x\nPARAMETER stop a\nPARAMETER stop "b c"',
-            Modelfile("x", parameters=(("stop", "a"), ("stop", "b c"))),
-        ),
+        ('FROM x\nPARAMETER stop a\nPARAMETER stop "b c"', Modelfile("x", parameters=(("stop", "a"), ("stop", "b c")))),
         (
             "FROM x\nPARAMETER use_mmap F\nPARAMETER top_p .5",
             Modelfile("x", parameters=(("use_mmap", False), ("top_p", 0.5))),

@@ -73,11 +73,7 @@ FAMILIES: dict[str, tuple[str, str, set[str]]] = {
     "meta-llama-Llama-3.2-3B-Instruct": ("<|begin_of_text|>", "<|eot_id|>", LLAMA3),
     "meta-llama-Llama-3.3-70B-Instruct": ("<|begin_of_text|>", "<|eot_id|>", LLAMA3),
     "google-gemma-2-2b-it": ("<bos>", "<end_of_turn>", {"<start_of_turn>", "<end_of_turn>"}),
-    "microsoft-Phi-3.5-mini-instruct": (
-        "<s>",
-        "<|end|>",
-        {"<|end|>", "<|system|>", "<|user|>", "<|assistant|>"},
-    ),
+    "microsoft-Phi-3.5-mini-instruct": ("<s>", "<|end|>", {"<|end|>", "<|system|>", "<|user|>", "<|assistant|>"}),
     "mistralai-Mistral-Nemo-Instruct-2407": ("<s>", "</s>", {"</s>", "[INST]", "[/INST]"}),
     "openai-gpt-oss-120b": ("", "<|return|>", {"<|return|>", "<|start|>", "<|end|>"}),
     "SmolLM2": ("<|im_start|>", "<|im_end|>", CHATML),
@@ -108,11 +104,7 @@ def jinja(source: str, bos: str = "<s>", eos: str = "</s>") -> Render:
     def render_messages(messages: list[dict[str, Any]], open: bool) -> str:
         try:
             rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=source,
-                add_generation_prompt=open,
-                bos_token=bos,
-                eos_token=eos,
+                [messages], chat_template=source, add_generation_prompt=open, bos_token=bos, eos_token=eos
             )
         except Exception as error:
             raise TemplateError(str(error)) from error
@@ -230,11 +222,7 @@ def test_ignored_system_turns_are_a_caveat() -> None:
         ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", Obstacle.TEXTS_CHANGED, "user"),
         ("{{ messages[-1].content }}", Obstacle.TEXTS_CHANGED, "user"),
         ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", Obstacle.LATER_TURNS_DIFFER, ""),
-        (
-            "{{ messages|length }}{% for m in messages %}|{{ m.content }}{% endfor %}",
-            Obstacle.SINGLE_TURN_DIFFERS,
-            "",
-        ),
+        ("{{ messages|length }}{% for m in messages %}|{{ m.content }}{% endfor %}", Obstacle.SINGLE_TURN_DIFFERS, ""),
         ("{% for m in messages %}|{{ m.content|replace('>', '&gt;') }}{% endfor %}", Obstacle.NOT_PROVEN, "&gt;"),
         ("{% for m in messages[:6] %}|{{ m.role }}{{ m.content }}{% endfor %}", Obstacle.NOT_PROVEN, "user"),
         (
