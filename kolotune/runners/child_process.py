@@ -8,12 +8,13 @@ The parent calls `run`, gets the events, and sees the child's `KolotuneError` ra
 from __future__ import annotations
 
 import json
+import signal
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kolotune.foundation import errors, typed_storage
-from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.errors import KolotuneError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
 
 from . import local
@@ -21,6 +22,8 @@ from .watchdog import end_with_parent
 
 EventHandler = Callable[[str, JsonObject], None]
 """Called with an event's name and its fields."""
+# Of a child that a signal ended, and what Windows says.
+_ILLEGAL_INSTRUCTION = (-signal.SIGILL, 0xC000001D)
 _PREFIX = '{"event": '
 
 
@@ -92,6 +95,7 @@ def run(
 
     Raises:
         KolotuneError: the error that the child reported.
+        ToolchainError: a library in it was built for another processor.
         SpaceError: the disk is full.
     """
     reported: list[KolotuneError] = []
@@ -110,4 +114,9 @@ def run(
     code = local.run(local.python(module, *arguments), log=log, env=env, on_line=on_line, ends_with_parent=True)
     if reported:
         raise reported[0]
+    if code in _ILLEGAL_INSTRUCTION:
+        raise ToolchainError(
+            f"{module} used an instruction that this processor does not have: a library was built for another one",
+            f"The log is {log}. If it is llama.cpp, build it again on this machine: README.md, section Limits.",
+        )
     return code

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kolotune.foundation.errors import ArtifactError, ConfigError, KolotuneError, SpaceError
+from kolotune.foundation.errors import ArtifactError, ConfigError, KolotuneError, SpaceError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import child_process
 
@@ -134,3 +134,9 @@ def test_a_child_ends_when_its_parent_is_killed(child: Child) -> None:
         parent.kill()
     _, alive = psutil.wait_procs([process], timeout=20)
     assert not alive
+
+
+def test_an_illegal_instruction_is_the_toolchains_fault_and_not_the_files(child: Child) -> None:
+    with pytest.raises(ToolchainError, match="kolotune_child") as error:
+        child.run("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert str(child.log) in error.value.hint
