@@ -143,7 +143,7 @@ def _tested() -> list[Row]:
     """Return the rows of ordinary tests, with the figures that those use."""
     from support.hostile import TEXTS
     from unit import test_corruption
-    from unit.chats import test_damage
+    from unit.chats.reading import test_damage
 
     corrupted = len(test_corruption.ARTIFACTS)
     bad = len(test_damage.BAD_LINES) + len(test_damage.FILES)
@@ -168,7 +168,7 @@ def _tested() -> list[Row]:
         (
             "chats",
             f"{bad} bad lines and files: the exact line is reported, without a traceback, and the good chats are read",
-            "pytest tests/unit/chats/test_damage.py",
+            "pytest tests/unit/chats/reading/test_damage.py",
         ),
         (
             "hostile text",

@@ -48,6 +48,22 @@ class SimilarChats:
         return f"{self.location} {self.part} {same} {self.earlier}"
 
 
+_SENTENCES = {
+    FindingKind.LEAKS: "held-out chats whose question or answer is trained on, or nearly: {count}; the held-out loss "
+    "will look better than it is, so keep such chats on one side only",
+    FindingKind.NEAR_DUPLICATES: "training chats that are nearly the same as an earlier one: {count}; they count "
+    "double in training, so keep one of each",
+    FindingKind.FEW_ANSWERS: "there are only {count} different answers in {total}: right for a model that sorts or "
+    "rates; otherwise add chats with other answers",
+    FindingKind.SAME_ANSWERS: "{count} of {total} answers ({share}) are the same, “{example}”: the model will tend to "
+    "give this answer always; remove most of them, unless that is what it should learn",
+    FindingKind.SAME_OPENINGS: "{count} of {total} answers ({share}) start with the same words, as “{example}”: the "
+    "model will always start like this; vary them, unless that is what it should learn",
+    FindingKind.PHRASED_ALIKE: "the answers of {count} of {total} chats consist almost entirely of the same phrases: "
+    "the model will repeat them; add chats with other answers",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something about the chats as a whole that the user should look at.
@@ -74,39 +90,5 @@ class Finding:
     @property
     def text(self) -> str:
         """What it is and what to do, as a sentence."""
-        count, total, share = self.count, self.total, f"{self.count / max(1, self.total):.0%}"
-        is_one = count == 1
-        match self.kind:
-            case FindingKind.LEAKS:
-                return (
-                    f"{count} held-out chat{'' if is_one else 's'} {'has' if is_one else 'have'} a question or an "
-                    "answer that is trained on, or nearly: the held-out loss will look better than it is; keep such "
-                    "chats on one side only"
-                )
-            case FindingKind.NEAR_DUPLICATES:
-                verbs = (
-                    "chat is nearly the same as an earlier one and counts"
-                    if is_one
-                    else ("chats are nearly the same as an earlier one and count")
-                )
-                return f"{count} {verbs} double in training; keep one of each"
-            case FindingKind.FEW_ANSWERS:
-                return (
-                    f"there are only {count} different answers in {total}: right for a model that sorts or rates; "
-                    "otherwise add chats with other answers"
-                )
-            case FindingKind.SAME_ANSWERS:
-                return (
-                    f"{count} of {total} answers ({share}) are the same, “{self.example}”: the model will tend to "
-                    "give this answer always; remove most of them, unless that is what it should learn"
-                )
-            case FindingKind.SAME_OPENINGS:
-                return (
-                    f"{count} of {total} answers ({share}) start with the same words, as “{self.example}”: the model "
-                    "will always start like this; vary them, unless that is what it should learn"
-                )
-            case FindingKind.PHRASED_ALIKE:
-                return (
-                    f"the answers of {count} of {total} chats consist almost entirely of the same phrases: the model "
-                    "will repeat them; add chats with other answers"
-                )
+        share = f"{self.count / max(1, self.total):.0%}"
+        return _SENTENCES[self.kind].format(count=self.count, total=self.total, share=share, example=self.example)

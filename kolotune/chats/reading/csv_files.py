@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from .columns import columns_fault, table_record
 from .faults import Fault, FaultKind
 from .lines import BOM, MAX_LINE_BYTES, Line, bounded_lines, foreign_encoding, too_long
 from .printable import printable
 from .records import ParsedRecord
+from .shapes import columns_fault
+from .value_checks import value_fault
 
 
 class _TextLines:
@@ -110,4 +111,5 @@ def _record(line: int, columns: list[str], cells: list[str]) -> ParsedRecord:
     if len(cells) != len(columns):
         cause = f"{len(cells)} fields where the header has {len(columns)}; quote fields that contain commas"
         return ParsedRecord(line, fault=Fault(FaultKind.FIELD_COUNT, cause))
-    return table_record(line, dict(zip(columns, cells, strict=True)))
+    record = dict(zip(columns, cells, strict=True))
+    return ParsedRecord(line, record, value_fault(record))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import DataError, ToolchainError
 
-from .columns import columns_fault, table_record
 from .faults import Fault, FaultKind
 from .printable import printable
 from .records import ParsedRecord
-from .shapes import KNOWN_COLUMNS
+from .shapes import KNOWN_COLUMNS, columns_fault
+from .value_checks import value_fault
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,7 +61,8 @@ def _records(file: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[
 def _record(number: int, one: pyarrow.RecordBatch) -> ParsedRecord:
     try:
         # A map column comes as a list of pairs, a dictionary column as its values; the rest as in JSON.
-        return table_record(number, one.to_pylist()[0])
+        record = one.to_pylist()[0]
     except UnicodeDecodeError:
         fault = Fault(FaultKind.BAD_UTF_8, "a text of this record is not UTF-8; write the file again")
         return ParsedRecord(number, fault=fault)
+    return ParsedRecord(number, record, value_fault(record))

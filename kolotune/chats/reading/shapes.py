@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,19 @@ def unknown_shape(keys: Sequence[str]) -> Fault:
     """Return the fault of a record, or of a table's columns, that fit no shape."""
     shown = ", ".join(quoted(str(key), 20) for key in keys[:8]) + (", …" if len(keys) > 8 else "")
     return Fault(FaultKind.UNKNOWN_SHAPE, f"no shape recognised in the keys {shown or '(none)'}; known: {_KNOWN}")
+
+
+def columns_fault(columns: Sequence[str]) -> Fault | None:
+    """Return the fault of columns that fit no shape; it is reported once, not for each record."""
+    twin = next((name for name, count in Counter(columns).items() if count > 1), None)
+    if twin is not None:
+        return Fault(
+            FaultKind.DUPLICATE_KEY, f"two columns are named {quoted(twin)}, so no record was read; rename one"
+        )
+    if not recognise(dict.fromkeys(columns)):
+        fault = unknown_shape(columns)
+        return Fault(fault.kind, f"{fault.detail}; no record was read")
+    return None
 
 
 def _shape_of(keys: set[str]) -> str:
