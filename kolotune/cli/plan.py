@@ -54,7 +54,7 @@ def plan(
 
 
 def _show_plan(planned: RunPlan, say: Reporter) -> None:
-    say.table("What the run does", ("what", "how much", "why"), _workload_rows(planned))
+    say.table("What the run does", ("quantity", "value", "details"), _workload_rows(planned))
     if not planned.stages:
         say.success("everything is done: nothing it depends on has changed")
         return
