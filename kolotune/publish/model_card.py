@@ -14,11 +14,7 @@ ResultKind = Literal["adapter", "merged", "gguf"]
 _KINDS: dict[ResultKind, tuple[str, str, str]] = {
     "adapter": ("peft", "adapter", "A LoRA adapter in PEFT format"),
     "merged": ("transformers", "finetune", "Base model and adapter merged, in transformers format"),
-    "gguf": (
-        "gguf",
-        "quantized",
-        "Base model and adapter merged, as GGUF for llama.cpp and Ollama, with Modelfiles",
-    ),
+    "gguf": ("gguf", "quantized", "Base model and adapter merged, as GGUF for llama.cpp and Ollama, with Modelfiles"),
 }
 
 

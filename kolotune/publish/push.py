@@ -41,8 +41,7 @@ def push(
         api.create_repo(repository, private=not public, exist_ok=True)
         if not public and not api.model_info(repository).private:
             raise HubError(
-                f"{repository}: the repository is public",
-                "Push with --public, or make it private on the hub.",
+                f"{repository}: the repository is public", "Push with --public, or make it private on the hub."
             )
         reporter.doing(f"uploading {len(upload.files)} files, {format_size(upload.size)}")
         operations = [CommitOperationAdd(name, file) for name, file in upload.files.items()]
