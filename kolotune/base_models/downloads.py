@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from kolotune.foundation.errors import KolotuneError, OfflineError, ToolchainError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.runners import local
 
 _NETWORK_HINT = "Check the network and pip's settings, then run the same command again."

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune.foundation.errors import AccessError, ConfigError, ModelError, ModelNotFoundError, OfflineError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.foundation.secrets import HUB_TOKEN, Secret
 
 from . import hub_errors, hub_limits

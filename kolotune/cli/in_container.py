@@ -110,7 +110,7 @@ class VerbCall:
     def carry_out(self, request: ContainerRequest) -> int:
         """Send the files in, run the verb in the container, bring results out; return the verb's exit code."""
         from kolotune.foundation.cache import cache_folder
-        from kolotune.foundation.files import Hasher
+        from kolotune.foundation.hashing import Hasher
         from kolotune.runners.container.docker import Docker
 
         say = reporter("json" in self.given)

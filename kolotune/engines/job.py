@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TrainingError
-from kolotune.foundation.files import write_json
 
 # A resumed training must agree in all but these.
 _MAY_DIFFER_ON_RESUME = frozenset(
@@ -88,7 +88,7 @@ class TrainJob:
 
     def write(self, path: Path) -> None:
         """Writes the job as JSON."""
-        write_json(path, dataclasses.asdict(self))
+        typed_storage.write(path, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> TrainJob:

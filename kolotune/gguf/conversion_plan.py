@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kolotune.foundation.files import Stream, in_order
+from kolotune.foundation.hashing import Hasher
+from kolotune.foundation.ordered_tasks import run_in_order
 from kolotune.weights.dtypes import as_f32, from_f32
 from kolotune.weights.safetensors_header import Entry
 
@@ -81,6 +82,7 @@ def write_gguf(
     target: Path,
     entries: Mapping[str, Entry],
     blocks: Callable[[Entry], Iterator[np.ndarray]],
+    hasher: Hasher | None = None,
 ) -> None:
     """Stream weights into a GGUF.
 
@@ -89,8 +91,9 @@ def write_gguf(
         target: the file to write.
         entries: the model's tensors by name, as in the skeleton that the plan was traced from.
         blocks: yields the values of one of them in its dtype, some rows at a time.
+        hasher: learns the hash of the file.
     """
-    with Stream(target) as stream:
+    with (hasher or Hasher()).create(target) as stream:
         stream.write(plan.header)
         for tensor in plan.tensors:
             if tensor.source is None:
@@ -110,7 +113,7 @@ def _values(tensor: TensorPlan, entry: Entry, blocks: Callable[[Entry], Iterator
         values = iter([whole[np.array(tensor.order)]])
     if tensor.dtype == entry.dtype and not tensor.added:
         return values
-    return in_order(partial(_converted, block, entry.dtype, tensor) for block in values)
+    return run_in_order(partial(_converted, block, entry.dtype, tensor) for block in values)
 
 
 def _converted(values: np.ndarray, dtype: str, tensor: TensorPlan) -> np.ndarray:

@@ -58,7 +58,7 @@ def make_gguf(context: Context, target: Path, log: Path, reporter: Reporter) -> 
     """Make the unquantized GGUF of a run; see `convert.convert_folder` and `convert.convert_adapter`."""
     folder = source_folder(context)
     if folder is not None:
-        return convert.convert_folder(folder, target, log, reporter)
+        return convert.convert_folder(folder, target, log, reporter, hasher=context.hasher)
     for path in tokenizer_outputs(context):
         with replacing(path) as partial:
             partial.mkdir()
@@ -73,6 +73,7 @@ def make_gguf(context: Context, target: Path, log: Path, reporter: Reporter) -> 
         target=target,
         log=log,
         reporter=reporter,
+        hasher=context.hasher,
     )
 
 

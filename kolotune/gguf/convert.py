@@ -14,7 +14,8 @@ from kolotune import llamacpp
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
-from kolotune.foundation.files import remove, replacing
+from kolotune.foundation.files import remove
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import local
@@ -55,7 +56,9 @@ class _Conversion:
         return plan_cache.find_plan(self.skeleton, self.gguf_type, self.toolchain, self.log)
 
 
-def convert_folder(model: Path, target: Path, log: Path, reporter: Reporter, *, exact: bool = True) -> JsonObject:
+def convert_folder(
+    model: Path, target: Path, log: Path, reporter: Reporter, *, exact: bool = True, hasher: Hasher | None = None
+) -> JsonObject:
     """Convert a model folder to a GGUF, read it back and compare it with the folder.
 
     Args:
@@ -64,6 +67,7 @@ def convert_folder(model: Path, target: Path, log: Path, reporter: Reporter, *, 
         log: receives the converter's output.
         reporter: warned when the GGUF takes more than 16 bits a weight.
         exact: keep every weight's value; False: f16, whatever the weights are.
+        hasher: learns the hash of the GGUF.
 
     Returns:
         Facts for the record: architecture, number of tensors, type, version of the toolchain, and whether the weights
@@ -73,7 +77,7 @@ def convert_folder(model: Path, target: Path, log: Path, reporter: Reporter, *, 
         ToolchainError: the converter failed.
         ArtifactError: the result is not whole, or its template or BOS differs from the folder's.
     """
-    toolchain = llamacpp.ensure(reporter)
+    toolchain, hasher = llamacpp.ensure(reporter), hasher or Hasher()
     tensors = MappedTensors(weight_files(model))
     gguf_type = _exact_type(tensors.entries, reporter) if exact else "f16"
     conversion = _Conversion(read_skeleton(model), gguf_type, target, toolchain, log)
@@ -83,16 +87,25 @@ def convert_folder(model: Path, target: Path, log: Path, reporter: Reporter, *, 
         values = tensors[entry.name]
         return (values[rows] if values.ndim else values for rows in row_blocks(entry))
 
-    with replacing(target) as partial:
+    with hasher.replacing(target) as partial:
         if plan is not None:
-            conversion_plan.write_gguf(_with_bos(plan, conversion.skeleton), partial, tensors.entries, blocks)
+            conversion_plan.write_gguf(_with_bos(plan, conversion.skeleton), partial, tensors.entries, blocks, hasher)
         else:
             _run_converter(conversion, model, partial)
         return _checked(conversion, partial, streamed=plan is not None)
 
 
 def convert_adapter(
-    adapter: Path, base: Path, tokenizer: Path, *, dtype: str, name: str, target: Path, log: Path, reporter: Reporter
+    adapter: Path,
+    base: Path,
+    tokenizer: Path,
+    *,
+    dtype: str,
+    name: str,
+    target: Path,
+    log: Path,
+    reporter: Reporter,
+    hasher: Hasher | None = None,
 ) -> JsonObject:
     """Merge and convert at once: the GGUF that a merged folder called `name` would give, without making the folder.
 
@@ -104,7 +117,7 @@ def convert_adapter(
     Raises:
         ArtifactError, ModelError, ToolchainError: as for merging and converting.
     """
-    toolchain = llamacpp.ensure(reporter)
+    toolchain, hasher = llamacpp.ensure(reporter), hasher or Hasher()
     model = MergedModel(adapter, base, dtype)
 
     def write(partial: Path) -> JsonObject:
@@ -113,13 +126,13 @@ def convert_adapter(
         conversion = _Conversion(skeleton, _exact_type(entries, reporter), target, toolchain, log)
         result = conversion.find_plan()
         if result.plan is not None:
-            conversion_plan.write_gguf(_with_bos(result.plan, skeleton), partial, entries, model.blocks)
+            conversion_plan.write_gguf(_with_bos(result.plan, skeleton), partial, entries, model.blocks, hasher)
         else:
             reporter.note(f"writing a temporary merged folder: {result.reason}")
             _convert_temporary_folder(conversion, model, partial)
         return _checked(conversion, partial, streamed=result.plan is not None)
 
-    with replacing(target) as partial:
+    with hasher.replacing(target) as partial:
         facts = model.write(lambda: write(partial), reporter)
     return {**facts, "adapted": model.adapted, "stored_wider": model.stored_wider}
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.weights.safetensors_header import read_header
 from kolotune.weights.shards import Shard
 from kolotune.weights.weight_files import weight_files

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kolotune import llamacpp
 from kolotune.foundation.errors import ArtifactError, ConfigError, ToolchainError
-from kolotune.foundation.files import hash_and_flush, replacing
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.quantization_types import FILE_TYPES, WHOLE_BLOCKS_ONLY
 from kolotune.foundation.reporter import Reporter
 from kolotune.runners import child_process, local
@@ -36,7 +36,13 @@ def check_blocks(model: Path, names: Iterable[str]) -> None:
 
 
 def quantize_file(
-    source: Path, target: Path, name: str, log: Path, reporter: Reporter, matrix: Path | None = None
+    source: Path,
+    target: Path,
+    name: str,
+    log: Path,
+    reporter: Reporter,
+    matrix: Path | None = None,
+    hasher: Hasher | None = None,
 ) -> None:
     """Quantize one GGUF, and check the result before it gets its name.
 
@@ -47,13 +53,14 @@ def quantize_file(
         log: receives the quantizer's output.
         reporter: shows progress.
         matrix: the importance matrix; None: without one.
+        hasher: learns the hash of the GGUF.
 
     Raises:
         ToolchainError: the quantizer failed.
         ArtifactError: the result is not whole or has other tensors.
     """
-    toolchain = llamacpp.ensure(reporter)
-    with replacing(target) as partial:
+    toolchain, hasher = llamacpp.ensure(reporter), hasher or Hasher()
+    with hasher.replacing(target) as partial:
         files = [str(source.absolute()), str(partial.absolute())]
         matrix_file = [] if matrix is None else [str(matrix.absolute())]
         if toolchain.quantizer is not None:
@@ -70,4 +77,4 @@ def quantize_file(
             raise ArtifactError(f"{target}: its tensors are not those of {source.name}")
         if summary.integer("general.file_type", -1) != FILE_TYPES[name]:
             raise ArtifactError(f"{target}: not of type {name}")
-        hash_and_flush(partial)
+        hasher.flush(partial)

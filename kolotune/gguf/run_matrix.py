@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import hash_and_flush, replacing
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.quantization_types import made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import TRAIN_TOKENS
@@ -25,7 +25,9 @@ def with_matrix(context: Context, names: Iterable[str]) -> list[str]:
     return [name for name in names if made_with_matrix(name, context.config.importance_matrix)]
 
 
-def make_matrix(source: Path, prepared: Path, target: Path, log: Path, reporter: Reporter) -> None:
+def make_matrix(
+    source: Path, prepared: Path, target: Path, log: Path, reporter: Reporter, hasher: Hasher | None = None
+) -> None:
     """Let an unquantized GGUF read prepared training chats, and write the matrix of its inputs.
 
     Raises:
@@ -39,13 +41,14 @@ def make_matrix(source: Path, prepared: Path, target: Path, log: Path, reporter:
         )
     reporter.doing("importance matrix: the model reads training chats")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as partial:
+    hasher = hasher or Hasher()
+    with hasher.replacing(target) as partial:
         arguments = (str(source), str(tokens), str(partial))
         module = "kolotune.gguf.matrix_computation"
         code = child_process.run(module, *arguments, log=log, otherwise=ArtifactError)
         if code != 0 or not partial.is_file():
             raise ArtifactError(f"the importance matrix failed: {local.last_lines(log)}", f"The log is {log}.")
-        hash_and_flush(partial)
+        hasher.flush(partial)
 
 
 def find_matrix(
@@ -66,7 +69,7 @@ def find_matrix(
     known = record.facts.get("importance_matrix") if record else None
     if matrix.is_file() and known == matrix_facts(context, source, hasher.of(matrix)):
         return matrix
-    make_matrix(source, context.run.prepared, target, log, reporter)
+    make_matrix(source, context.run.prepared, target, log, reporter, hasher)
     return target
 
 

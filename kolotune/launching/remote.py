@@ -17,7 +17,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError, LaunchError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter, parse_event
 from kolotune.runners import local
 from kolotune.runners.container import archive

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kolotune.base_models import lookup
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import saved_config
 from kolotune.run_folder.source import read_source

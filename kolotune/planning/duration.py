@@ -13,7 +13,8 @@ from kolotune.engines.memory import Memory
 from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TrainingError
-from kolotune.foundation.files import Stream, hash_file, replacing
+from kolotune.foundation.files import replacing
+from kolotune.foundation.hashing import HashedFile, hash_file
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf.importance_matrix import tokens_read
 from kolotune.gguf.run_matrix import with_matrix
@@ -120,7 +121,7 @@ def measure_rates(context: Context) -> Rates:
 
     size = 0
     started = time.perf_counter()
-    with replacing(file) as partial, Stream(partial) as stream:
+    with replacing(file) as partial, HashedFile(partial) as stream:
         for block in blocks():
             stream.write(block)
             size += block.nbytes

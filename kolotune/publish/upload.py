@@ -11,7 +11,7 @@ from pathlib import Path
 from kolotune.base_models import catalog, hub
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ConfigError, ManifestError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import Manifest, read_manifest
 from kolotune.run_folder.records import FileHash

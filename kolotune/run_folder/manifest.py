@@ -14,7 +14,8 @@ from typing import Literal
 from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ManifestError
-from kolotune.foundation.files import Hasher, files_of, remove, size_of
+from kolotune.foundation.files import files_of, remove, size_of
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.typed_storage import JsonObject
 
 from .records import FileHash, Record, read_record

@@ -9,7 +9,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.quantization_types import NONE, canonical_name
 
 from .cleaned import read_cleaned

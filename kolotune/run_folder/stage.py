@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from typing import BinaryIO, TypeVar, cast
 
 from kolotune.foundation.errors import KolotuneError, TemplateError
-from kolotune.foundation.files import results
+from kolotune.foundation.ordered_tasks import results_in_order
 
 from . import limits, local
 
@@ -80,7 +80,7 @@ class Pool:
 
         count = len(self._workers)
         with ThreadPoolExecutor(count) as threads:  # they only wait for the processes
-            yield from results(threads, (partial(do, task) for task in tasks), count * _LOOK_AHEAD)
+            yield from results_in_order(threads, (partial(do, task) for task in tasks), count * _LOOK_AHEAD)
 
 
 @contextmanager

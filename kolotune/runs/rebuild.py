@@ -12,7 +12,7 @@ from kolotune.base_models import lookup
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, DataError, ModelError, ModelNotFoundError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder

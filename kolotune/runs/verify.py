@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from kolotune.foundation import config as configs
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.pipeline.context import open_context
 from kolotune.pipeline.stages import stages_of
 from kolotune.run_folder.cleaned import read_cleaned

@@ -10,7 +10,7 @@ from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import convert, quantize

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kolotune.foundation.config import Config, stage_options
-from kolotune.foundation.files import replacing
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.stage import Context
@@ -50,7 +50,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
     """Write the merged model; see `merge_adapter`."""
-    with replacing(context.run.merged_model) as partial:
+    with context.hasher.replacing(context.run.merged_model) as partial:
         partial.mkdir()
         return merge_adapter(
             _adapter_folder(context),
@@ -59,6 +59,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
             tokenizer=_tokenizer_folder(context),
             dtype=context.config.merge_dtype,
             reporter=reporter,
+            hasher=context.hasher,
         )
 
 
@@ -74,7 +75,14 @@ def _tokenizer_folder(context: Context) -> Path:
 
 
 def merge_adapter(
-    adapter_folder: Path, base: Path, target: Path, *, tokenizer: Path, dtype: str, reporter: Reporter
+    adapter_folder: Path,
+    base: Path,
+    target: Path,
+    *,
+    tokenizer: Path,
+    dtype: str,
+    reporter: Reporter,
+    hasher: Hasher | None = None,
 ) -> JsonObject:
     """Merge an adapter into its base model.
 
@@ -85,6 +93,7 @@ def merge_adapter(
         tokenizer: folder with the tokenizer and template for the merged model.
         dtype: "f16", "bf16" or "fp32".
         reporter: shows a warning about weights that f16 can't represent.
+        hasher: learns the hashes of the weight files.
 
     Returns:
         Facts for the record: number of tensors, bytes, adapted weights, and weights stored in a wider type.
@@ -93,7 +102,7 @@ def merge_adapter(
         ArtifactError, ModelError: the adapter does not belong to the base model, or a file is damaged.
     """
     model = MergedModel(adapter_folder, base, dtype)
-    model.write(lambda: write_shards(target, split_into_shards(model.entries), model.blocks), reporter)
+    model.write(lambda: write_shards(target, split_into_shards(model.entries), model.blocks, hasher), reporter)
     (target / "config.json").write_text(model.config_text(), encoding="utf-8", newline="")
     for name, source in companion_files(base, tokenizer).items():
         shutil.copyfile(source, target / name)

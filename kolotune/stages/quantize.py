@@ -95,7 +95,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
                 reporter.doing(f"quantizing to {name}")
                 target = folder.quantized(name)
                 imatrix = folder.importance_matrix if name in matrices else None
-                quantize.quantize_file(folder.gguf, target, name, folder.log(NAME), reporter, imatrix)
+                quantize.quantize_file(folder.gguf, target, name, folder.log(NAME), reporter, imatrix, hasher)
                 files[name] = QuantizedFile(source, hasher.of(target), matrices.get(name))
     return {
         "made": {name: _as_fact(file) for name, file in files.items()},
@@ -140,7 +140,7 @@ def _importance_matrix(context: Context, previous: Mapping[str, str], reporter: 
         remove(path)
         return {}
     if {**previous} != run_matrix.matrix_facts(context, context.run.gguf, hasher.of(path)):
-        run_matrix.make_matrix(context.run.gguf, context.run.prepared, path, context.run.log(NAME), reporter)
+        run_matrix.make_matrix(context.run.gguf, context.run.prepared, path, context.run.log(NAME), reporter, hasher)
     return run_matrix.matrix_facts(context, context.run.gguf, hasher.of(path))
 
 

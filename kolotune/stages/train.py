@@ -15,7 +15,6 @@ from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import errors, hardware
 from kolotune.foundation.config import Config, option_names, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
-from kolotune.foundation.files import Hasher
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import TRAIN_TOKENS
@@ -76,7 +75,7 @@ def _check_packages(config: Config) -> None:
 
 def make_job(context: Context) -> TrainJob:
     """The job for the engine, with the hashes of what it reads."""
-    hasher, run, config = Hasher(), context.run, context.config
+    hasher, run, config = context.hasher, context.run, context.config
     chosen = plain_values(config, [name for name in option_names(stage=NAME) if name != "engine"])
     chosen["compile"] = config.engine == "native" and config.compile == "on"
     if config.batch_size is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import in_order
+from kolotune.foundation.ordered_tasks import run_in_order
 from kolotune.foundation.reporter import Reporter
 
 from .adapter import LoraAdapter, read_adapter
@@ -154,7 +154,7 @@ class MergedModel:
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
         """Yield the values of one of the `entries` in its dtype, some rows at a time; only inside `write`."""
-        return in_order(partial(self._block, entry, rows) for rows in row_blocks(entry))
+        return run_in_order(partial(self._block, entry, rows) for rows in row_blocks(entry))
 
     def _block(self, entry: Entry, rows: slice) -> np.ndarray:
         import numpy as np

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kolotune.foundation.files import Stream
+from kolotune.foundation.hashing import Hasher
 
 from .safetensors_header import Entry, make_header
 from .weight_files import INDEX
@@ -55,20 +55,27 @@ def split_into_shards(entries: Sequence[Entry], shard_bytes: int = _SHARD_BYTES)
     return [Shard(name, make_header(group), tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], blocks: Callable[[Entry], Iterator[np.ndarray]]) -> None:
+def write_shards(
+    folder: Path,
+    shards: Sequence[Shard],
+    blocks: Callable[[Entry], Iterator[np.ndarray]],
+    hasher: Hasher | None = None,
+) -> None:
     """Write files, and their index when there are several.
 
     Args:
         folder: an existing folder.
         shards: see `split_into_shards`.
         blocks: yields the values of a tensor in its dtype, from first to last, in portions of any size.
+        hasher: learns the hashes of the files.
     """
+    hasher = hasher or Hasher()
     for shard in shards:
-        with Stream(folder / shard.name) as stream:
-            stream.write(shard.header)
+        with hasher.create(folder / shard.name) as file:
+            file.write(shard.header)
             for entry in shard.entries:
                 for block in blocks(entry):
-                    stream.write(block)
+                    file.write(block)
     for name, text in index_file(shards).items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
 

@@ -23,7 +23,6 @@ from typing import IO, Any, NoReturn
 import psutil
 
 from kolotune.chats.templates import sandbox
-from kolotune.foundation import files
 
 _LOADED = (
     "kolotune.cli", "kolotune.pipeline.run", "kolotune.engines.native.training", "kolotune.engines.native.model",
@@ -168,8 +167,6 @@ def _become(work: Callable[[], object], descriptors: list[int], env: Mapping[str
         )
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for remembered in (files._written, files._settled):  # a new process knows no file
-            remembered.clear()
         _inherited.append(sandbox.shared)  # kept, because its end would end the parent's child
         sandbox.shared = sandbox.Sandbox(sandbox.shared.argv)
         if env is not None:

@@ -20,22 +20,23 @@ pytestmark = pytest.mark.skipif(bool(calls.skip_reason()), reason=calls.skip_rea
 _WRITER = """
 import hashlib, os, sys, time
 from pathlib import Path
-from kolotune.foundation import files
+from kolotune.foundation import files, typed_storage
+from kolotune.foundation.hashing import Hasher
 from kolotune.run_folder import layout, marks
 folder, text = Path(sys.argv[1]), sys.argv[2]
 while sys.argv[3:] and "TracerPid:\\t0\\n" in Path("/proc/self/status").read_text():
     time.sleep(0.002)
 run = layout.RunFolder(folder)
 marks.write_mark(run, "train", marks.MarkState.RUNNING)
-with files.replacing(run.gguf) as partial, files.Stream(partial) as stream:
+hasher = Hasher()
+with hasher.replacing(run.gguf) as partial, hasher.create(partial) as stream:
     for _ in range(3):
         stream.write(text.encode())
 with files.replacing(run.adapter) as partial:
     partial.mkdir()
     files.write_text(partial / "weights", text)
-hasher = files.Hasher()
 outputs = {each.name: {"sha256": hasher.of(each)} for each in (run.gguf, run.adapter)}
-files.write_json(run.record("train"), {"outputs": outputs, "text": text})
+typed_storage.write(run.record("train"), {"outputs": outputs, "text": text})
 marks.remove_mark(run, "train")
 """
 

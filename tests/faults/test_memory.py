@@ -22,7 +22,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import TrainingError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder

@@ -8,7 +8,7 @@ from typing import Any
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import Hasher, hash_file
+from kolotune.foundation.hashing import Hasher, hash_file
 from kolotune.pipeline.stages import STAGE_NAMES
 from kolotune.pipeline.status import read_status
 from kolotune.run_folder.layout import RunFolder

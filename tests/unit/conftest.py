@@ -14,7 +14,7 @@ from support.tiny import chat_line, tiny_model, tiny_weights
 from kolotune.cli import run_command_line
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder

@@ -20,7 +20,7 @@ from kolotune.engines.native import checkpoints
 from kolotune.engines.native.checkpoints import State
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.gguf import header
 from kolotune.ollama.modelfile import Modelfile
 from kolotune.ollama.modelfile_parser import parse_modelfile

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kolotune.foundation.files import hash_file, remove, replacing
+from kolotune.foundation.files import remove, replacing
+from kolotune.foundation.hashing import hash_file
 
 from ..job import TrainJob
 

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import KolotuneError, OfflineError, ToolchainError
-from kolotune.foundation.files import explained, remove, write_json
+from kolotune.foundation.files import explained, remove
 from kolotune.runners import local
 
 MODULE = "kolotune.engines.torchtune.environment"
@@ -106,7 +107,7 @@ def make(folder: Path, doing: Callable[[str], None]) -> Environment:
             with contextlib.suppress(OSError):
                 remove(folder)
             raise
-        write_json(folder / _MARKER, {"requirements": pinned()})
+        typed_storage.write(folder / _MARKER, {"requirements": pinned()})
         return Environment(folder, pinned())
     finally:
         lock.release()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kolotune.foundation import hardware
+from kolotune.foundation import hardware, typed_storage
 from kolotune.foundation.errors import KolotuneError, TrainingError
-from kolotune.foundation.files import write_json
 from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.runners import local, memory_kills
 from kolotune.weights.weight_files import weight_files
@@ -133,7 +132,7 @@ def _are_several(job: TrainJob) -> bool:
 def _run_recipe(job: TrainJob, task: dict[str, Any], place: Environment, answers: _Answers) -> None:
     folder = _work_folder(job)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(_task_file(job), task)
+    typed_storage.write(_task_file(job), task)
     _log(job).unlink(missing_ok=True)
     kills_before = hardware.kills_for_memory()
     # Of kolotune it sees that one folder; it needs no network, and progress bars would fill the log.

@@ -6,8 +6,9 @@ import hashlib
 import uuid
 from pathlib import Path, PurePosixPath
 
-from kolotune.foundation.files import Hasher, files_of, size_of
+from kolotune.foundation.files import files_of, size_of
 from kolotune.foundation.formatting import format_size
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 
 from . import names

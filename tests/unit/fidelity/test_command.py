@@ -14,7 +14,8 @@ import pytest
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
-from kolotune.foundation.files import Hasher, size_of
+from kolotune.foundation.files import size_of
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder

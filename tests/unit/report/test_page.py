@@ -13,7 +13,7 @@ import pytest
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, FidelityError, ManifestError, RunFolderError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.report import facts, page
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.marks import MarkState, write_mark

@@ -15,7 +15,8 @@ from support.runs import STAGES_WITHOUT_COMPARE, config_of
 from kolotune.base_models import lookup
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ManifestError
-from kolotune.foundation.files import Hasher, hash_file, size_of
+from kolotune.foundation.files import size_of
+from kolotune.foundation.hashing import Hasher, hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.pipeline.status import read_status

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.fake_stage import FakeStage
 
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.pipeline.reason_text import format_reason
 from kolotune.run_folder.reasons import Reason, ReasonKind, find_reasons
 from kolotune.run_folder.records import now, package_versions, write_record

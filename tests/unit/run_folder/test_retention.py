@@ -18,7 +18,7 @@ from support.runs import config_of, partials, states
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.gguf import conversion_source, convert, plan_cache, quantize
 from kolotune.gguf.model_skeleton import read_skeleton

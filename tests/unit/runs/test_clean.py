@@ -11,7 +11,7 @@ import pytest
 from support.runs import config_of, states
 
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import Hasher
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.lock import locked
 from kolotune.pipeline.run import run_pipeline

@@ -15,7 +15,8 @@ from support.runs import config_of
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, DataError, KolotuneError, ModelError, ModelNotFoundError
-from kolotune.foundation.files import Hasher, files_of
+from kolotune.foundation.files import files_of
+from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder

@@ -12,7 +12,7 @@ import pytest
 from kolotune import llamacpp
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder

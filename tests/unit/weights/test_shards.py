@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kolotune.foundation import files
 from kolotune.foundation.errors import ArtifactError
 from kolotune.weights.dtypes import as_f32, from_f32
 from kolotune.weights.mapped_tensors import MappedTensors, row_blocks
@@ -102,44 +100,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"x\.safetensors"):
         MappedTensors([path])
-
-
-def test_the_hash_is_known_from_writing(tmp_path: Path) -> None:
-    """It is forgotten as soon as the file changes."""
-    target = tmp_path / "model"
-    with files.replacing(target) as partial:
-        partial.mkdir()
-        _written(partial, TENSORS, shard_bytes=100)
-    paths = sorted(target.glob("*.safetensors"))
-    assert len(paths) > 1
-    for path in paths:
-        assert files._settled[str(path)][-1] == files.hash_file(path) == files.Hasher().of(path)
-        changed = bytearray(path.read_bytes())
-        changed[-1] ^= 1
-        status = path.stat()
-        path.write_bytes(changed)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert files.Hasher().of(path) == files.hash_file(path)
-
-
-def test_a_file_of_another_program_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with files.replacing(tmp_path / "a") as partial:
-        partial.write_bytes(b"abc")
-        files.hash_and_flush(partial)
-    expected = files.hash_file(tmp_path / "a")
-    monkeypatch.setattr(files, "hash_file", lambda _: pytest.fail("read again"))
-    assert files.Hasher().of(tmp_path / "a") == expected
-
-
-def test_the_hash_of_an_abandoned_file_is_not_used(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="x"), files.replacing(tmp_path / "a") as partial:
-        with files.Stream(partial) as stream:
-            stream.write(b"abc")
-        raise ValueError("x")
-    for _ in range(20):  # inodes are reused
-        with files.replacing(tmp_path / "a") as partial:
-            partial.write_bytes(b"xyz")
-        assert files.Hasher().of(tmp_path / "a") == files.hash_file(tmp_path / "a")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

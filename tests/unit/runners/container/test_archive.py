@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kolotune.foundation.errors import ArtifactError
-from kolotune.foundation.files import hash_file
+from kolotune.foundation.hashing import hash_file
 from kolotune.runners.container.archive import ArchiveFile, pack, unpack
 
 
