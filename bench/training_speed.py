@@ -23,9 +23,9 @@ from measuring import KOLOTUNE, Result, Table, measure, median, options, version
 from operations import Shape, chats_of, count_operations
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native.environment import ENVIRONMENT
 from kolotune.engines.native.kernels import build
 from kolotune.engines.prepared_tokens import PreparedTokens, epoch_steps
+from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
 from kolotune.run_folder.layout import RunFolder

@@ -6,12 +6,14 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kolotune.foundation import installation
+from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
@@ -39,7 +41,7 @@ def doctor(
         *map(_package, _PACKAGES),
         _library(),
         _converter(),
-        _torchtune(),
+        *_engine_environments(),
         _default_model(),
         _device(),
         ("hub token", _OK if os.environ.get(HUB_TOKEN) else _NONE, "only for gated models (HF_TOKEN)"),
@@ -93,16 +95,22 @@ def _converter() -> Row:
     return name, _OK, f"{converter.version} in {converter.root}"
 
 
-def _torchtune() -> Row:
-    from kolotune.engines.torchtune import environment
+def _engine_environments() -> Iterator[Row]:
+    """Yield a row for each engine with a separate environment."""
+    from kolotune.engines.engine import get_engine
 
-    try:
-        installed = environment.find()
-    except KolotuneError as error:
-        return "torchtune", _MISSING, f"{error.cause}. {error.hint}"
-    if installed is None:  # not part of --fix: most runs do not need it, and it is large
-        return "torchtune", _NONE, f"installed on first use, or now with: python -m {environment.MODULE}"
-    return "torchtune", _OK, str(installed.folder)
+    for name in ENGINES:
+        try:
+            status = get_engine(name).environment_status()
+        except KolotuneError as error:
+            yield name, _MISSING, f"{error.cause}. {error.hint}"
+            continue
+        if status is None:
+            continue
+        if status.folder is None:  # not part of --fix: most runs do not need it, and it is large
+            yield name, _NONE, f"installed on first use, or now with: {status.install}"
+        else:
+            yield name, _OK, str(status.folder)
 
 
 def _ollama() -> Row:

@@ -1,1 +1,1 @@
-"""What trains. Engines meet the rest of kolotune only through a `TrainJob` and files."""
+"""Training engines, found by `get_engine`. They meet the rest of kolotune through a `TrainJob`, events and files."""

@@ -1,35 +1,22 @@
-"""What an engine is asked to do, as a file, and how it answers, as lines of JSON on its standard output."""
+"""The training that an engine's process is started for, as a file."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.typed_storage import JsonObject, StorageError
 
 # A resumed training must agree in all but these.
 _MAY_DIFFER_ON_RESUME = frozenset(
     {
-        "base_model",
-        "data",
-        "adapter",
-        "checkpoints",
-        "metrics",
-        "epochs",
-        "checkpoint_steps",
-        "early_stopping",
-        "resume",
-        "nproc",
-        "nnodes",
-        "rdzv",
-        "halvings",
-        "sharded",
+        "base_model", "data", "adapter", "checkpoints", "metrics", "epochs", "checkpoint_steps", "early_stopping",
+        "resume", "nproc", "nnodes", "rdzv", "halvings", "sharded",
     }
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,17 +26,17 @@ class TrainJob:
     Attributes:
         base_model, data: folders of the base model and of the prepared tokens.
         base_sha256, data_sha256: hashes of their content.
-        base_name: what the adapter's config names as its base.
-        adapter: folder to make, in PEFT's format.
-        checkpoints: folder that checkpoints are kept in.
-        metrics: JSON lines, one a step and one an evaluation.
-        resume: go on from the newest whole checkpoint, if there is one.
+        base_name: the base's name in the adapter's config.
+        adapter: folder to write, in PEFT's format.
+        checkpoints: folder of the checkpoints.
+        metrics: JSON lines, one for each step and each evaluation.
+        resume: resume from the newest whole checkpoint, if there is one.
         dtype: "bf16" or "fp32", of the frozen weights; the adapter is always fp32.
-        nproc, nnodes, rdzv: processes on this machine, machines, and where they meet; the result is the same.
-        sharded: whether each process holds only a part of the base.
-        compile: whether the native engine's step uses its compiled parts.
-        halvings: steps from which on half as many chats are computed at once as before, each time that memory ran out;
-            those that no checkpoint knows of count from where the training goes on. A step has the same chats as ever.
+        nproc, nnodes, rdzv: processes on this machine, machines, and their rendezvous; the result is the same.
+        sharded: whether the base is sharded over the processes.
+        compile: whether the step uses compiled kernels, where the engine has some.
+        halvings: steps at which memory ran out, so that micro-batches are half as large from there on. Entries that
+            no checkpoint knows yet count from the step at which the training resumes. A step has the same chats anyway.
         The rest are the options of the same names in `Config`.
     """
 
@@ -86,28 +73,37 @@ class TrainJob:
     checkpoint_steps: int
     halvings: list[int] = field(default_factory=list)
 
+    @property
+    def processes(self) -> int:
+        """Processes on all machines."""
+        return self.nproc * self.nnodes
+
     def write(self, path: Path) -> None:
-        """Writes the job as JSON."""
-        typed_storage.write(path, dataclasses.asdict(self))
+        """Write the job as JSON."""
+        typed_storage.write(path, self)
 
     @classmethod
     def read(cls, path: Path) -> TrainJob:
-        """The job in a file that `write` made.
+        """Read a job that `write` wrote.
 
         Raises:
             TrainingError: it can't be read.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise TrainingError(f"{path}: is no training job: {error}") from None
+            return typed_storage.read(cls, path)
+        except (OSError, StorageError) as error:
+            raise TrainingError(f"{path}: not a training job: {error}") from None
 
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to belong to this job."""
+    def identity(self) -> JsonObject:
+        """Return the settings that a checkpoint of this job must agree with."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _MAY_DIFFER_ON_RESUME}
 
-    def require_same(self, identity: dict[str, Any], checkpoint: str) -> None:
-        """Checks that the checkpoint of that name, made by a job with that `identity`, belongs to this job.
+    def require_same(self, identity: JsonObject, checkpoint: str) -> None:
+        """Refuse a checkpoint of another training.
+
+        Args:
+            identity: of the job that wrote it.
+            checkpoint: its name, for the message.
 
         Raises:
             TrainingError: it belongs to other data, another base or other settings.
@@ -115,22 +111,6 @@ class TrainJob:
         differing = sorted(name for name, value in self.identity().items() if identity.get(name) != value)
         if differing:
             raise TrainingError(
-                f"{checkpoint}: the checkpoint belongs to a training with other {', '.join(differing)}",
-                "Give the settings it was made with, or leave --use-checkpoint out to train anew.",
+                f"{checkpoint}: the checkpoint belongs to a training with different {', '.join(differing)}",
+                "Give the settings it was made with, or train from scratch without --use-checkpoint.",
             )
-
-
-def emit(event: str, **fields: Any) -> None:
-    """Tells the process that started the engine something."""
-    print(json.dumps({"event": event, **fields}), flush=True)
-
-
-def event_of(line: str) -> dict[str, Any] | None:
-    """The event in a line of an engine's output; None when the line is something else."""
-    if not line.startswith('{"event"'):
-        return None
-    try:
-        loaded: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,33 @@ class BatchShape:
     prefix: int
     labels: int
     padded: bool
+
+
+class MemoryGap(Enum):
+    """Why an engine can't estimate its memory."""
+
+    ENGINE = "there are no formulas for the engine"
+    FOUR_BIT = "it depends on bitsandbytes"
+    DEVICE = "there are no formulas for the device"
+    TRANSFORMERS = "transformers computes the model"
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Estimated memory of an engine's processes on one machine.
+
+    Attributes:
+        memory: None when it is unknown; `gap` then says why.
+        recomputes: whether activations are recomputed in the backward pass to save memory.
+        gap: why the memory is unknown.
+        detail: the engine, device or reason that belongs to the gap.
+    """
+
+    memory: Memory | None
+    recomputes: bool = False
+    gap: MemoryGap | None = None
+    detail: str = ""
+
+
+SMALLEST_BATCH = BatchShape(tokens=8, chats=1, longest=8, prefix=0, labels=1, padded=False)
+"""What is assumed before the chats have been read."""

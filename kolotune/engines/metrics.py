@@ -1,35 +1,34 @@
-"""What every engine writes while it trains."""
+"""The writer of `metrics.jsonl`; `run_folder.metrics` reads it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.files import replacing
 from kolotune.run_folder.metrics import parse_line
 
 
-class Metrics:
-    """`metrics.jsonl`: one JSON object a line, for each step and each evaluation."""
+class MetricsWriter:
+    """Appends JSON lines, one for each step and each evaluation.
+
+    Args:
+        path: the file.
+        steps_done: steps up to which earlier lines are kept; see `keep_metrics`.
+    """
 
     def __init__(self, path: Path, steps_done: int) -> None:
-        """See `begin`."""
-        begin(path, steps_done)
+        keep_metrics(path, steps_done)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, **fields: Any) -> None:
+    def write(self, **fields: float) -> None:
         self._file.write(json.dumps(fields) + "\n")
         self._file.flush()
 
 
-def begin(path: Path, steps_done: int) -> None:
-    """Keeps what an earlier process wrote up to step `steps_done` and drops the rest."""
-    kept: list[str] = []
-    if steps_done and path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            found = parse_line(line)  # None: a crash cut the line off
-            if found is not None and found.step <= steps_done:
-                kept.append(line + "\n")
+def keep_metrics(path: Path, steps_done: int) -> None:
+    """Keep the lines that an earlier process wrote up to step `steps_done`, and drop the others and damaged ones."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if steps_done and path.is_file() else []
+    kept = [text + "\n" for text in lines if (line := parse_line(text)) is not None and line.step <= steps_done]
     with replacing(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")

@@ -1,6 +1,6 @@
 """The training engines: their names, and what `Config` needs to know of each before its package is imported.
 
-Adding or removing an engine means editing this file; `kolotune.engines.get_engine` loads the package. The table is
+Adding or removing an engine means editing this file; `engines.engine.get_engine` loads the package. The table is
 part of `foundation` because options are resolved here, and imports point one way.
 """
 

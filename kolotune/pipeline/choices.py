@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from kolotune.engines.native.kernels import build
+from kolotune.engines.engine import get_engine
 from kolotune.foundation import hardware, typed_storage
 from kolotune.foundation.config import Config
 from kolotune.run_folder.layout import RunFolder
@@ -48,8 +48,9 @@ def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAM
         choices = dataclasses.replace(choices, template_date=now()[:10])
     if choices.dtype is None and config.dtype == "auto":
         choices = dataclasses.replace(choices, dtype=hardware.best_dtype())
-    if choices.compile is None and config.compile == "auto" and train.NAME in names and config.engine == "native":
-        choices = dataclasses.replace(choices, compile="on" if build.usable() else "off")
+    engine = get_engine(config.engine)
+    if choices.compile is None and config.compile == "auto" and train.NAME in names and engine.has_compiled_step:
+        choices = dataclasses.replace(choices, compile="on" if engine.can_compile() else "off")
     if config.template_date is None:
         config = dataclasses.replace(config, template_date=choices.template_date)
     if config.dtype == "auto":

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kolotune.base_models import lookup
-from kolotune.engines.torchtune import architecture
-from kolotune.engines.torchtune import plan as torchtune
+from kolotune.engines.engine import CalibrationGap, get_engine
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import Reporter
@@ -149,8 +148,8 @@ def _run_preflights(
             continue
         exports = stage.NAME in ("convert", "quantize")
         try:
-            if stage is train and trial.config.engine == "torchtune":
-                torchtune.check(trial.config, architecture.read(trial.base))  # a plan does not make its environment
+            if stage is train:
+                train.check(trial)  # a plan does not install the engine's environment
             else:
                 stage.preflight(trial, reporter)
             if exports:
@@ -164,12 +163,13 @@ def _run_preflights(
 
 def _measure(plan: RunPlan, trial: Context, reporter: Reporter, known_seconds: dict[str, float]) -> None:
     """Add the time of each stage, and the training memory if no formula gives it."""
-    if plan.config.engine != "native":
-        plan.gaps.append(Gap(GapKind.TIME_OF_ENGINE, plan.config.engine))
-        return
-    if train.is_sharded(plan.config, trial.base):
-        plan.gaps.append(Gap(GapKind.TIME_WHEN_SHARDED))
-        return
+    match get_engine(plan.config.engine).calibration_gap(plan.config, trial.base):
+        case CalibrationGap.UNSUPPORTED:
+            plan.gaps.append(Gap(GapKind.TIME_OF_ENGINE, plan.config.engine))
+            return
+        case CalibrationGap.SHARDED:
+            plan.gaps.append(Gap(GapKind.TIME_WHEN_SHARDED))
+            return
     reporter.doing("trying some training steps, to estimate the time (--no-measure skips this)")
     steps = duration.measure_steps(trial)
     rates = duration.measure_rates(trial)
@@ -188,9 +188,11 @@ def _estimate_traffic(plan: RunPlan, trial: Context, link: float | None) -> Traf
     shape, processes = read_shape(trial.base), config.nproc * config.nnodes
     weights = AdapterShape.of(shape, config.lora_rank, config.target_modules).weight_count
     gradients, base = network.gradient_bytes(weights, processes), 0
-    if config.engine == "torchtune":
-        plan.gaps.append(Gap(GapKind.TRAFFIC_WHEN_SHARDED))
-    elif train.is_sharded(config, trial.base):
+    engine = get_engine(config.engine)
+    is_sharded = engine.is_sharded(config, trial.base)
+    if is_sharded and not engine.knows_shard_traffic:
+        plan.gaps.append(Gap(GapKind.TRAFFIC_WHEN_SHARDED, engine.name))
+    elif is_sharded:
         batches = -(-config.gradient_accumulation // processes)
         layers = shape.layer_weight_count * DTYPE_BYTES[config.dtype]
         base = network.sharded_base_bytes(layers, processes, batches)

@@ -9,8 +9,8 @@ from enum import Enum, auto
 from pathlib import Path
 
 from kolotune.base_models import catalog
-from kolotune.engines.memory import BatchShape
-from kolotune.engines.native import memory as native
+from kolotune.engines.engine import get_engine
+from kolotune.engines.memory import SMALLEST_BATCH, BatchShape
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
@@ -19,7 +19,7 @@ from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import read_shape
 
-from .memory import MAIN_PROCESS, SMALLEST_BATCH, training_memory
+from .memory import MAIN_PROCESS, training_memory
 from .needs import Needs, estimate_needs
 from .workload import Workload
 
@@ -102,7 +102,7 @@ def advise_memory(needs: Needs, context: Context, workload: Workload | None) -> 
         if training is not None and (MAIN_PROCESS + training).own <= needs.free_memory:
             return Advice(AdviceKind.GIVE_OPTIONS, options, (MAIN_PROCESS + training).own)
     dtype_bytes = 2 if hardware.best_dtype() == "bf16" else 4
-    for_weights = needs.free_memory - MAIN_PROCESS.own - native.PROCESS.own
+    for_weights = needs.free_memory - MAIN_PROCESS.own - get_engine(context.config.engine).process_memory.own
     fitting = [model.name for model in catalog.KNOWN if model.parameters * dtype_bytes * 1.3 < for_weights]
     if fitting:
         return Advice(AdviceKind.SMALLER_BASE_MODEL, f"--base-model {fitting[-1]}")

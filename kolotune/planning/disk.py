@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
+from kolotune.engines.engine import get_engine
 from kolotune.foundation.files import size_of
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.retention import kept_models
@@ -61,7 +62,7 @@ def stage_disk_use(
 def _training_disk_use(context: Context, shape: ModelShape, workload: Workload | None) -> DiskUse:
     config, run = context.config, context.run
     adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules)
-    dtype_bytes = FP32_BYTES if config.engine == "native" else DTYPE_BYTES[config.dtype]
+    dtype_bytes = DTYPE_BYTES[get_engine(config.engine).checkpoint_dtype(config)]
     checkpoint = adapter.checkpoint_bytes(config.early_stopping > 0, dtype_bytes)
     if workload is None:
         checkpoints = min(config.epochs, 3)

@@ -9,17 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kolotune.engines.memory import Memory
-from kolotune.engines.native.environment import ENVIRONMENT
-from kolotune.foundation import typed_storage
-from kolotune.foundation.errors import TrainingError
+from kolotune.engines.engine import get_engine
+from kolotune.engines.events import Calibration
 from kolotune.foundation.files import replacing
 from kolotune.foundation.hashing import HashedFile, hash_file
-from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf.importance_matrix import tokens_read
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.stage import Context
-from kolotune.runners import child_process, local
 from kolotune.stages import train
 from kolotune.weights.merge import MergedModel
 
@@ -38,24 +34,6 @@ _READING_FACTOR = 1.0
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What `engines.native.calibration` measured: seconds and bytes."""
-
-    start: float
-    first: float
-    per_token: float
-    per_held_out_token: float
-    checkpoint: float
-    device: str
-    memory: int
-    mapped: int
-
-    @property
-    def process_memory(self) -> Memory:
-        return Memory(self.memory - self.mapped, self.mapped)
-
-
-@dataclass(frozen=True)
 class MeasuredSteps:
     """A calibration, and the seconds that hashing its inputs took before it started."""
 
@@ -64,7 +42,7 @@ class MeasuredSteps:
 
 
 def measure_steps(context: Context) -> MeasuredSteps:
-    """Train a few steps with the native engine in `context.run`, a temporary run folder.
+    """Train a few steps in `context.run`, a temporary run folder.
 
     Raises:
         TrainingError: the steps failed.
@@ -73,28 +51,9 @@ def measure_steps(context: Context) -> MeasuredSteps:
     job = train.make_job(context)
     hashing = time.perf_counter() - started
     # One process is enough: the others do the same at the same time, and network.py knows what they send each other.
-    dataclasses.replace(job, resume=False, nproc=1, nnodes=1, rdzv=None).write(context.run.job)
-    measured: list[Calibration] = []
-
-    def on_event(name: str, fields: JsonObject) -> None:
-        if name == "measured":
-            measured.append(typed_storage.convert(Calibration, fields))
-
-    log = context.run.log("plan")
-    code = child_process.run(
-        "kolotune.engines.native.calibration",
-        str(context.run.job),
-        log=log,
-        otherwise=TrainingError,
-        on_event=on_event,
-        env=ENVIRONMENT,
-    )
-    if code != 0 or not measured:
-        raise TrainingError(
-            f"the measured steps ended with code {code}: {local.last_lines(log)}",
-            "Most likely memory ran out. `kolotune plan --no-measure` says how much is needed.",
-        )
-    return MeasuredSteps(measured[0], hashing)
+    job = dataclasses.replace(job, resume=False, nproc=1, nnodes=1, rdzv=None)
+    engine = get_engine(context.config.engine)
+    return MeasuredSteps(engine.calibrate(job, context.run.job, context.run.log("plan")), hashing)
 
 
 @dataclass(frozen=True)

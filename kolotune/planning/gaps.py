@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from kolotune.engines.memory import MemoryGap
+
 
 class GapKind(Enum):
     """A quantity that is missing from a plan."""
@@ -39,6 +41,13 @@ class Gap:
         return self.kind.name.startswith("MEMORY_")
 
 
+OF_ENGINE_MEMORY = {
+    MemoryGap.ENGINE: GapKind.MEMORY_OF_ENGINE,
+    MemoryGap.FOUR_BIT: GapKind.MEMORY_IN_4BIT,
+    MemoryGap.DEVICE: GapKind.MEMORY_ON_DEVICE,
+    MemoryGap.TRANSFORMERS: GapKind.MEMORY_OF_TRANSFORMERS,
+}
+"""The gaps that an engine reports."""
 _SENTENCES = {
     GapKind.MEMORY_OF_ENGINE: "memory at train: there are no formulas for {detail}",
     GapKind.MEMORY_IN_4BIT: "memory at train: it depends on bitsandbytes (--load-in-4bit)",
@@ -47,7 +56,7 @@ _SENTENCES = {
     GapKind.QUANTIZED_SIZES: "sizes of quantizations: llama.cpp did not report them, so upper bounds are shown",
     GapKind.TIME_OF_ENGINE: "time: {detail} can't be measured",
     GapKind.TIME_WHEN_SHARDED: "time: a single process can't try a base that is sharded over several (--sharding)",
-    GapKind.TRAFFIC_WHEN_SHARDED: "network: what torchtune sends per step for a base sharded over machines",
+    GapKind.TRAFFIC_WHEN_SHARDED: "network: what {detail} sends per step for a base sharded over machines",
     GapKind.NETWORK_TIME: "time on the network between machines: give its speed with --link-mbit",
     GapKind.COMPARISON: "memory and time of the comparison at the end (--no-compare skips it)",
 }

@@ -17,7 +17,7 @@ from kolotune.weights.model_shape import read_shape
 
 from .disk import DiskUse, peak_and_end, stage_disk_use
 from .export_sizes import ExportSizes, measure_exports
-from .gaps import Gap, GapKind
+from .gaps import OF_ENGINE_MEMORY, Gap, GapKind
 from .memory import stage_memory
 from .workload import Workload
 
@@ -68,7 +68,7 @@ def estimate_needs(context: Context, stages: Collection[str], log: Path, workloa
     memory, training = stage_memory(context, shape, workload, free)
     exports = not {"convert", "quantize", "merge"}.isdisjoint(stages)
     sizes = measure_exports(context, log) if exports else ExportSizes(0, 0, {}, is_exact=True)
-    gaps = [training.gap] if training.gap is not None else []
+    gaps = [Gap(OF_ENGINE_MEMORY[training.gap], training.detail)] if training.gap is not None else []
     if not sizes.is_exact:
         gaps.append(Gap(GapKind.QUANTIZED_SIZES))
     disk = {name: use for name, use in stage_disk_use(context, shape, sizes, workload).items() if name in stages}

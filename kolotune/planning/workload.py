@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kolotune.engines.engine import get_engine
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.training_length import TrainingLength, automatic_batch_size
 from kolotune.foundation.config import Config
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
-
-if TYPE_CHECKING:
-    from kolotune.engines.prepared_tokens import PreparedTokens
-
-_SEARCHED_STEPS = 300  # of the first epoch, for the largest batch
 
 
 @dataclass(frozen=True)
@@ -63,28 +56,8 @@ def read_workload(prepared: Path, config: Config) -> Workload:
         steps_in_epoch=length.steps_in_epoch,
         steps=length.steps,
         warmup=length.warmup_steps,
-        largest=_largest_batch(tokens, config, batch_size),
+        largest=get_engine(config.engine).largest_batch(tokens, config, batch_size),
     )
-
-
-def _largest_batch(tokens: PreparedTokens, config: Config, batch_size: int) -> BatchShape:
-    """Return the batch that keeps most for the backward pass, among those of the first steps and the longest chat."""
-    from kolotune.engines.native import packing
-    from kolotune.engines.native.kernels import build
-    from kolotune.engines.prepared_tokens import epoch_steps, longest_first
-
-    compiled = config.compile != "off" and not build.why_not()
-
-    def batches() -> Iterator[BatchShape]:
-        steps = epoch_steps(len(tokens), 0, config.seed, batch_size * config.gradient_accumulation)
-        for step in [*islice(steps, _SEARCHED_STEPS), longest_first(tokens)[:1]]:
-            for group in packing.grouped(tokens, step):
-                packed = packing.pack(tokens, group, not config.lora_dropout)
-                lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-                padded = not compiled and max(lengths) <= packing.LONG
-                yield BatchShape(len(packed.ids), len(lengths), max(lengths), packed.prefix, packed.labels, padded)
-
-    return max(batches(), key=lambda batch: (batch.tokens, batch.chats * batch.longest**2 * batch.padded))
 
 
 def describe_workload(workload: Workload, config: Config) -> str:

@@ -79,6 +79,7 @@ def run(
     otherwise: type[KolotuneError],
     on_event: EventHandler | None = None,
     env: Mapping[str, str] | None = None,
+    ends_at_error: bool = False,
 ) -> int:
     """Run a module of ours to its end.
 
@@ -88,6 +89,7 @@ def run(
         otherwise: class of an error that this version does not know.
         on_event: called for each event but ``error``; what it raises ends the child.
         env: variables set for the child.
+        ends_at_error: end the child at its first error, rather than wait for its end.
 
     Returns:
         The exit code of a child that reported no error; negative when a signal ended it. What another code than 0
@@ -107,6 +109,8 @@ def run(
         name, fields = event
         if name == "error":
             reported.append(error_in(fields, otherwise))
+            if ends_at_error:
+                raise reported[0]
         elif on_event is not None:
             on_event(name, fields)
         return True

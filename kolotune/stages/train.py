@@ -1,72 +1,67 @@
-"""train: tokens → adapter, by an engine that is started as a process of its own."""
+"""train: tokens → adapter, by an engine that runs as a process of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kolotune.base_models.catalog import canonical_name
-from kolotune.engines.job import TrainJob, event_of
-from kolotune.engines.native.environment import ENVIRONMENT
-from kolotune.engines.torchtune import architecture, environment, plan
+from kolotune.engines import events
+from kolotune.engines.engine import get_engine
+from kolotune.engines.events import EvaluationDone, Note, OutOfMemory, StepDone, TrainingBegins, TrainingResult
+from kolotune.engines.job import TrainJob
+from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.engines.training_length import automatic_batch_size
-from kolotune.foundation import errors, hardware
+from kolotune.foundation import hardware
 from kolotune.foundation.config import Config, option_names, plain_values, stage_options
-from kolotune.foundation.errors import ArtifactError, KolotuneError, TrainingError
+from kolotune.foundation.errors import ArtifactError, TrainingError
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.run_folder.memory_backoff import read_memory_backoff, write_memory_backoff
 from kolotune.run_folder.stage import Context
-from kolotune.runners import local, memory_kills
-from kolotune.weights.model_shape import DTYPE_BYTES, read_shape
+from kolotune.runners import child_process, local, memory_kills
 
 NAME = "train"
 DOING = "training the adapter"
-_FIRST = ("first_held_out_loss",)  # facts that a training which goes on does not tell anew
-_MOST_FOR_THE_BASE = 0.6  # the rest is for adapters, activations and the optimizer
+_FACTS_OF_THE_START = ("first_held_out_loss",)  # a resumed training does not replace them
 
 
 def options(config: Config) -> JsonObject:
-    """See `records.Stage`; of torchtune's environment what it is made from, which is known before it is made."""
-    chosen = stage_options(config, NAME)
-    if config.engine == "torchtune":
-        del chosen["compile"]
-        chosen["torchtune_environment"] = environment.fingerprint()
-    return chosen
+    return get_engine(config.engine).record_options(stage_options(config, NAME))
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    """See `records.Stage`."""
     return {"the prepared chats": context.run.prepared, "the base model": context.base}
 
 
 def outputs(context: Context) -> list[Path]:
-    """See `records.Stage`."""
     return [context.run.adapter]
 
 
 def packages() -> Sequence[str]:
-    """See `records.Stage`."""
     return ("torch", "transformers")
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """The engine must be there, and torchtune able to do what is asked."""
-    if context.config.engine == "torchtune":
-        plan.check(context.config, architecture.read(context.base))
-    _check_packages(context.config)
-    if context.config.engine == "torchtune":
-        environment.ensure(reporter.doing)
+    """Check that the engine can train as configured, and install it where that is needed."""
+    check(context)
+    get_engine(context.config.engine).install(reporter.doing)
 
 
-def _check_packages(config: Config) -> None:
-    import importlib.util
+def check(context: Context) -> None:
+    """Check that the engine can train as configured, without installing anything.
 
-    bitsandbytes = config.load_in_4bit and config.engine == "native"
-    needed = ["torch", "transformers"] + (["bitsandbytes"] if bitsandbytes else [])
+    Raises:
+        ConfigError, ModelError: the engine can't do it.
+        TrainingError: a package is missing.
+    """
+    engine = get_engine(context.config.engine)
+    engine.check(context.config, context.base)
+    needed = engine.required_packages(context.config)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "four-bit" if missing == ["bitsandbytes"] else "local"
@@ -74,10 +69,11 @@ def _check_packages(config: Config) -> None:
 
 
 def make_job(context: Context) -> TrainJob:
-    """The job for the engine, with the hashes of what it reads."""
+    """Return the job for the engine, with the hashes of what it reads."""
     hasher, run, config = context.hasher, context.run, context.config
+    engine = get_engine(config.engine)
     chosen = plain_values(config, [name for name in option_names(stage=NAME) if name != "engine"])
-    chosen["compile"] = config.engine == "native" and config.compile == "on"
+    chosen["compile"] = engine.has_compiled_step and config.compile == "on"
     if config.batch_size is None:
         chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS)
     return TrainJob(
@@ -93,28 +89,21 @@ def make_job(context: Context) -> TrainJob:
         nproc=config.nproc,
         nnodes=config.nnodes,
         rdzv=config.rdzv,
-        sharded=is_sharded(config, context.base),
+        sharded=engine.is_sharded(config, context.base),
         checkpoint_steps=config.checkpoint_steps,
         **chosen,  # type: ignore[arg-type]  # the fields of Config have the types of those of TrainJob
     )
 
 
-def is_sharded(config: Config, base: Path) -> bool:
-    """Whether the base is parted over the processes: as asked for, or where one in each would not fit.
-
-    Several processes of torchtune always part it.
-    """
-    several = config.nproc * config.nnodes > 1
-    if config.engine == "torchtune":
-        return several
-    if config.sharding != "auto" or config.load_in_4bit or not several:
-        return config.sharding == "on"
-    size = read_shape(base).weight_count * DTYPE_BYTES[config.dtype]
-    return size * config.nproc > hardware.memory_for_processes(config.nproc) * _MOST_FOR_THE_BASE
-
-
 def run(context: Context, reporter: Reporter) -> JsonObject:
-    """Starts the engine and shows its progress; raises its errors in its words."""
+    """Train the adapter; return the facts that the engine reports.
+
+    Where memory runs out, the training resumes with half as many chats at once.
+
+    Raises:
+        ArtifactError: the chats are not prepared.
+        KolotuneError: the engine's error.
+    """
     if not context.run.prepared.is_dir():
         raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")
     job = make_job(context)
@@ -122,120 +111,127 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     if context.config.batch_size is None:
         reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
     if job.sharded:
-        reporter.note(f"the base is parted over {job.nproc * job.nnodes} processes (--sharding)")
-    facts: dict[str, Any] = {}
+        reporter.note(f"the base model is sharded over {job.processes} processes (--sharding)")
+    facts: JsonObject = {}
     while True:
-        events, shortage = _train(job, context, reporter)
-        facts |= {name: value for name, value in events.facts.items() if name not in _FIRST or name not in facts}
+        progress, shortage = _start_engine(job, context, reporter)
+        facts |= progress.facts | {name: facts[name] for name in _FACTS_OF_THE_START if name in facts}
         if not shortage:
             break
-        job = _with_less_memory(job, events, shortage, context.config, reporter)
-    if events.halvings:
-        facts["halved_from"] = ",".join(map(str, events.halvings))
+        job = _with_less_memory(job, progress, shortage, context.config, reporter)
+    if progress.backoff_steps:
+        facts["halved_from"] = ",".join(map(str, progress.backoff_steps))
     return facts
 
 
-def _train(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_Events, str]:
-    """Starts the engine once; returns what it told, and how memory ran out, if that is what ended it."""
+@dataclass
+class _TrainingProgress:
+    """What the engine has reported so far.
+
+    Attributes:
+        has_begun: whether training has started or resumed.
+        step: steps done.
+        backoff_steps: steps at which memory ran out.
+        out_of_memory: whether it ran out again.
+        facts: for the record.
+    """
+
+    has_begun: bool = False
+    step: int = 0
+    backoff_steps: list[int] = field(default_factory=list)
+    out_of_memory: bool = False
+    facts: JsonObject = field(default_factory=dict)
+
+
+class _StopTrainingError(Exception):
+    """Ends several processes at once: torchrun would restart them with as many chats as before."""
+
+
+def _start_engine(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_TrainingProgress, str]:
+    """Run the engine once; return its progress, and how memory ran out ("" if it did not)."""
     job.write(context.run.job)
     log, kills_before = context.run.log(NAME), hardware.kills_for_memory()
-    with reporter.progress("training") as progress:
-        events = _Events(
-            reporter,
-            progress,
-            lambda halvings: write_memory_backoff(context.run, halvings, job.identity()),
-            several=job.nproc * job.nnodes > 1,
-        )
-        argv = local.python(f"kolotune.engines.{context.config.engine}", str(context.run.job))
+    progress = _TrainingProgress()
+    with reporter.progress("training") as bar:
+
+        def on_event(name: str, fields: JsonObject) -> None:
+            event = events.parse_event(name, fields)
+            if isinstance(event, TrainingBegins) and event.halvings:
+                write_memory_backoff(context.run, event.halvings, job.identity())
+            _show_event(event, reporter, bar)
+            _update(progress, event)
+            if progress.out_of_memory and job.processes > 1:
+                raise _StopTrainingError
+
         try:
-            code = local.run(argv, log=log, env=ENVIRONMENT, on_line=events, ends_with_parent=True)
-        except _MemoryRanOut:
-            return events, "memory ran out"
-    if events.error is not None:
-        raise events.error
-    if events.out_of_memory:
-        return events, "memory ran out"
+            code = child_process.run(
+                get_engine(context.config.engine).module,
+                str(context.run.job),
+                log=log,
+                otherwise=TrainingError,
+                on_event=on_event,
+                env=ENVIRONMENT,
+                ends_at_error=job.processes > 1,  # torchrun would restart the processes, which would fail again
+            )
+        except _StopTrainingError:
+            return progress, "memory ran out"
+    if progress.out_of_memory:
+        return progress, "memory ran out"
     if shortage := memory_kills.out_of_memory_reason(code, kills_before):
-        return events, shortage
+        return progress, shortage
     if code != 0:
         raise TrainingError(f"the training process ended with code {code}: {local.last_lines(log)}", f"See {log}.")
-    return events, ""
+    return progress, ""
 
 
-def _with_less_memory(job: TrainJob, events: _Events, shortage: str, config: Config, reporter: Reporter) -> TrainJob:
-    """The job that goes on from the last checkpoint with half as many chats at once.
+def _show_event(event: events.TrainingEvent | None, reporter: Reporter, bar: Progress) -> None:
+    match event:
+        case StepDone():
+            speed = round(event.tokens_per_second)
+            bar.update(event.step, event.steps, loss=round(event.loss, 4), tokens_per_second=speed)
+        case EvaluationDone():
+            reporter.note(f"held-out loss after step {event.step}: {event.held_out_loss:.4f}")
+        case Note():
+            reporter.note(event.text)
+
+
+def _update(progress: _TrainingProgress, event: events.TrainingEvent | None) -> None:
+    match event:
+        case TrainingBegins():
+            progress.has_begun, progress.step, progress.backoff_steps = True, event.step, event.halvings
+        case StepDone():
+            progress.step = event.step
+            progress.facts["final_loss"] = event.loss
+        case EvaluationDone():
+            progress.facts.setdefault("first_held_out_loss", event.held_out_loss)
+            progress.facts["held_out_loss"] = event.held_out_loss
+        case TrainingResult():
+            progress.facts |= event.facts()
+        case OutOfMemory():
+            progress.out_of_memory = True
+
+
+def _with_less_memory(
+    job: TrainJob, progress: _TrainingProgress, shortage: str, config: Config, reporter: Reporter
+) -> TrainJob:
+    """Return the job that resumes from the last checkpoint with half as many chats at once.
 
     Raises:
-        TrainingError: there is nothing to halve, or it would not help: what to change is told.
+        TrainingError: there is nothing to halve, or it would not help; the hint says what to change.
     """
-    batch = job.batch_size >> len(events.halvings)
-    if not events.begun or batch <= 1:
-        changes = ["lower --max-seq-length or --lora-rank", "take a smaller --base-model"]
+    batch = job.batch_size >> len(progress.backoff_steps)
+    if not progress.has_begun or batch <= 1:
+        changes = ["lower --max-seq-length or --lora-rank", "choose a smaller --base-model"]
         if not config.load_in_4bit:
             changes.insert(1, "add --load-in-4bit (on a GPU)")
         if batch > 1:
             changes.insert(0, "halve --batch-size and double --gradient-accumulation (same result)")
         raise TrainingError(
-            shortage, f"Free some memory and go on with --use-checkpoint; or train anew: {', '.join(changes)}."
+            shortage,
+            f"Free some memory and resume with --use-checkpoint, or train from scratch: {', '.join(changes)}.",
         )
     reporter.warning(
-        f"{shortage} in step {events.step + 1}: the batch is halved from {batch} to {batch // 2} and the accumulation "
-        "doubled, so that a step stays what it is; going on from the last checkpoint"
+        f"{shortage} in step {progress.step + 1}: resuming from the last checkpoint with micro-batches of "
+        f"{batch // 2} chats instead of {batch}, and twice as many of them, so that the result stays the same"
     )
-    return dataclasses.replace(job, resume=True, halvings=[*events.halvings, 0])
-
-
-class _MemoryRanOut(Exception):
-    """Ends several processes at once: they would start each other again, with as many chats as before."""
-
-
-class _Events:
-    """Takes the engine's events out of its output."""
-
-    def __init__(
-        self, reporter: Reporter, progress: Progress, on_halvings: Callable[[list[int]], None], *, several: bool
-    ) -> None:
-        self._reporter, self._progress, self._several = reporter, progress, several
-        self._on_halvings = on_halvings
-        self.error: KolotuneError | None = None
-        self.facts: dict[str, Any] = {}
-        self.begun = self.out_of_memory = False
-        self.step = 0
-        self.halvings: list[int] = []
-
-    def __call__(self, line: str) -> bool:
-        event = event_of(line)
-        if event is None:
-            return False
-        kind = event.pop("event")
-        if kind == "begins":
-            self.begun, self.step, self.halvings = True, int(event["step"]), list(event["halvings"])
-            if self.halvings:
-                self._on_halvings(self.halvings)
-        elif kind == "out_of_memory":
-            self.out_of_memory = True
-            if self._several:
-                raise _MemoryRanOut
-        elif kind == "step":
-            self.step = int(event["step"])
-            self.facts["final_loss"] = event["loss"]
-            self._progress.update(
-                event["step"],
-                event["steps"],
-                loss=round(float(event["loss"]), 4),
-                tokens_per_second=round(event["tokens_per_second"]),
-            )
-        elif kind == "evaluation":
-            self.facts.setdefault("first_held_out_loss", event["held_out_loss"])
-            self.facts["held_out_loss"] = event["held_out_loss"]
-            self._reporter.note(f"held-out loss after step {event['step']}: {event['held_out_loss']:.4f}")
-        elif kind == "note":
-            self._reporter.note(str(event["text"]))
-        elif kind == "result":
-            self.facts |= event
-        elif kind == "error":
-            raised = getattr(errors, str(event["kind"]), TrainingError)
-            self.error = raised(str(event["cause"]), str(event["hint"]))
-            if self._several:  # or they would be started again, to fail again
-                raise self.error
-        return True
+    return dataclasses.replace(job, resume=True, halvings=[*progress.backoff_steps, 0])

@@ -117,7 +117,7 @@ def test_the_same_command_finishes_the_run(
     assert code == 0, output
     assert "prepare: done before" in output, output
     # When Docker is killed the container keeps running, so the training may have finished.
-    assert "going on from step" in output or (how == "docker is killed" and "train: done before" in output), output
+    assert "resuming from step" in output or (how == "docker is killed" and "train: done before" in output), output
     assert results(tmp_path / "outputs") == undisturbed
     assert image.idle_within(1, other)
 

@@ -58,7 +58,7 @@ def test_the_disk_fills_up_during_a_stage(small_volume: str, image: Client, smal
     image.inside("rm", "/runs/filler", name=small_volume)
     code, output = image(*command, cwd=tmp_path)
     assert code == 0, output
-    assert "prepare: done before" in output and "going on from step" in output, output
+    assert "prepare: done before" in output and "resuming from step" in output, output
     finished = results(tmp_path / "outputs")
     command = ["run", "chats.jsonl", *options, "--output-dir", "undisturbed", f"--container={small_volume}"]
     code, output = image(*command, cwd=tmp_path)

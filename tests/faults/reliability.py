@@ -157,7 +157,7 @@ def _tested() -> list[Row]:
         (
             "the same with torchtune",
             "after each epoch",
-            f"pytest {engines}/torchtune/test_training.py -k 'bit or killed'",
+            f"pytest {engines}/torchtune/test_driver.py -k 'bit or killed'",
         ),
         (
             "corruption",

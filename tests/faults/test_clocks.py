@@ -110,7 +110,7 @@ def resumed(clock: Clock) -> tuple[Path, int, str]:
 
 def test_a_clock_that_jumps_changes_nothing(clock: Clock, resumed: tuple[Path, int, str]) -> None:
     run, step, output = resumed
-    assert f"going on from step {step}" in output
+    assert f"resuming from step {step}" in output
     assert "prepare" not in reported_stages(output)[0]
     clock.set(0)
     whole = clock.root / "whole"

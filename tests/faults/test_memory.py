@@ -17,7 +17,7 @@ from support.control_groups import MemoryGroup
 from support.runs import losses, states
 from support.training import random_chats, write_tokens
 
-from kolotune.engines.job import event_of
+from kolotune.engines.events import StepDone, event_in
 from kolotune.foundation import config as configs
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
@@ -52,11 +52,11 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
         def watched(argv: Any, *, on_line: Any = None, **more: Any) -> int:
             def look(line: str) -> bool:
-                event = event_of(line) or {}
-                if event.get("event") == "step" and len(killed) < len(steps) and event["step"] >= steps[len(killed)]:
+                event = event_in(line)
+                if isinstance(event, StepDone) and len(killed) < len(steps) and event.step >= steps[len(killed)]:
                     for child in psutil.Process().children():
                         if any("kolotune.engines" in word for word in child.cmdline()):
-                            killed.append(event["step"])
+                            killed.append(event.step)
                             child.kill()
                 return bool(on_line(line))
 
@@ -88,8 +88,8 @@ def test_a_killed_training_resumes_with_half_the_batch(
     run_pipeline(broken, reporter)
     assert killed == [5]
     printed = capsys.readouterr().out
-    assert "the batch is halved from 4 to 2 and the accumulation doubled" in printed
-    assert "going on from step" in printed
+    assert "micro-batches of 2 chats instead of 4" in printed
+    assert "resuming from step" in printed
     curve, facts = of_training(broken)
     expected, undisturbed = of_training(whole)
     assert "halved_from" not in undisturbed
@@ -114,7 +114,7 @@ def test_a_kill_by_somebody_is_an_error_and_halves_nothing(
     assert killed == [5] and "--use-checkpoint" in raised.value.hint
     assert not RunFolder(config.output_dir).memory_backoff.exists()
     run_pipeline(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
-    assert "going on from step" in capsys.readouterr().out
+    assert "resuming from step" in capsys.readouterr().out
     assert "halved_from" not in of_training(config)[1]
 
 
@@ -134,7 +134,7 @@ def test_with_a_batch_of_one_the_hint_names_options(
     assert states(RunFolder(config.output_dir))["train"] == "failed"
     # The halvings are remembered: a second call does not start with a larger micro-batch.
     run_pipeline(dataclasses.replace(config, use_checkpoint=True), reporter, ["train"])
-    assert "going on from step" in capsys.readouterr().out
+    assert "resuming from step" in capsys.readouterr().out
     assert len(of_training(config)[1]["halved_from"].split(",")) == 1
     assert list(of_training(config)[0]) == list(range(1, 31))
 
@@ -202,14 +202,14 @@ def test_a_kill_by_the_kernel_itself(
 def test_an_allocation_that_fails(wide_head: Train, monkeypatch: Any) -> None:
     """The engine gets less address space than eight long chats at once take, and more than one does."""
     peaks: list[int] = []
-    real = train._Events.__call__
+    show = train._show_event
 
-    def watched(events: Any, line: str) -> bool:
-        if (event_of(line) or {}).get("event") == "step":
+    def watched(event: Any, *others: Any) -> None:
+        if isinstance(event, StepDone):
             peaks.extend(child.memory_info().vms for child in psutil.Process().children())
-        return real(events, line)
+        show(event, *others)
 
-    monkeypatch.setattr(train._Events, "__call__", watched)
+    monkeypatch.setattr(train, "_show_event", watched)
     whole, _, _ = wide_head("whole")
     peaks.clear()
     wide_head("small", halvings=[0, 0, 0])

@@ -19,7 +19,8 @@ from support.hosts import Host, skip_reason, two_hosts
 from support.runs import losses
 from support.training import random_chats
 
-from kolotune.engines.job import TrainJob, event_of
+from kolotune.engines.events import StepDone, event_in
+from kolotune.engines.job import TrainJob
 from kolotune.engines.native import training
 from kolotune.planning import network
 from kolotune.run_folder.metrics import read_metrics
@@ -120,10 +121,9 @@ def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
     assert max(losses(Path(jobs[0].metrics))) < len(losses(Path(alone.metrics))), "it was lost in the middle"
     second = start(hosts[1], jobs[1])
     finish(first, second, jobs=jobs)
-    assert "going on from step" in log(jobs[0])
+    assert "resuming from step" in log(jobs[0])
     assert losses(Path(jobs[0].metrics)) == pytest.approx(losses(Path(alone.metrics)), abs=1e-4)
-    events = [event for line in log(jobs[0]).splitlines() if (event := event_of(line))]
-    steps = [event["step"] for event in events if event["event"] == "step"]
+    steps = [event.step for event in map(event_in, log(jobs[0]).splitlines()) if isinstance(event, StepDone)]
     assert len(steps) - len(set(steps)) <= 1, "checkpoints are one step apart here"
 
 

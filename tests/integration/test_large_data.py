@@ -16,7 +16,8 @@ import psutil
 import pytest
 from support.training import VOCABULARY
 
-from kolotune.engines.job import TrainJob, event_of
+from kolotune.engines.events import StepDone, event_in
+from kolotune.engines.job import TrainJob
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,7 +60,7 @@ def _peak_megabytes(job: TrainJob) -> list[float]:
     try:
         for line in child.stdout:
             output.append(line)
-            if (event := event_of(line)) and event["event"] == "step" and event["step"] == STEPS:
+            if isinstance(event := event_in(line), StepDone) and event.step == STEPS:
                 break
         else:
             raise AssertionError("".join(output[-20:]))

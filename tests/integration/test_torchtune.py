@@ -15,7 +15,7 @@ from support.hosts import skip_reason, two_hosts
 from support.reference_training import held_out_loss
 from support.runs import STAGES_WITHOUT_COMPARE, losses
 
-from kolotune.engines.torchtune import training
+from kolotune.engines.torchtune import driver
 from kolotune.gguf import header
 from kolotune.run_folder.metrics import held_out_losses, read_metrics
 from kolotune.serving.terminal_chat import open_chat
@@ -115,7 +115,7 @@ def test_two_hosts_make_what_one_process_makes(training_room: Callable[..., Any]
     folder = training_room("llama", chats=19, held_out=6)
     options = {"epochs": 2, "batch_size": 4}
     alone = folder.job("alone", **options)
-    training.train(alone)
+    driver.train(alone)
 
     with two_hosts() as hosts:
         meeting = {"nproc": 2, "nnodes": 2, "rdzv": f"{hosts[0].address}:29533"}

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +14,11 @@ from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.hardware import best_device
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
 
+from .. import events
 from ..adapter_folder import save_adapter
-from ..job import TrainJob, emit
-from ..metrics import Metrics
+from ..events import EvaluationDone, Note, StepDone, TrainingBegins, TrainingEvent, TrainingResult
+from ..job import TrainJob
+from ..metrics import MetricsWriter
 from ..prepared_tokens import PreparedTokens, epoch_steps, longest_first
 from ..training_length import TrainingLength
 from . import checkpoints, lora
@@ -145,17 +146,17 @@ class _Journal:
 
     def __init__(self, trainer: Trainer) -> None:
         self._writes = trainer.world.writes
-        self._metrics = Metrics(Path(trainer.job.metrics), trainer.state.step) if self._writes else None
+        self._metrics = MetricsWriter(Path(trainer.job.metrics), trainer.state.step) if self._writes else None
 
-    def metrics(self, **fields: Any) -> None:
+    def metrics(self, **fields: float) -> None:
         """A line of the metrics file."""
         if self._metrics is not None:
             self._metrics.write(**fields)
 
-    def tell(self, event: str, **fields: Any) -> None:
-        """An event for the process that started the engine."""
+    def report(self, event: TrainingEvent) -> None:
+        """Report an event to the process that started the engine."""
         if self._writes:
-            emit(event, **fields)
+            events.emit(event)
 
     def checkpoint(self, job: TrainJob, state: State) -> None:
         """A checkpoint, on the disk of each machine."""
@@ -188,14 +189,13 @@ def train(job: TrainJob) -> None:
     more = world.longest(job.halvings)[len(known) :]  # memory may have run out on one machine of several
     trainer.state.halvings = [*known, *(max(each, trainer.state.step) for each in more)]
     journal = _Journal(trainer)
-    journal.tell("begins", step=trainer.state.step, halvings=trainer.state.halvings)
+    journal.report(TrainingBegins(trainer.state.step, trainer.state.halvings))
     if state is not None:
-        journal.tell("note", text=f"going on from step {state.step}")
+        journal.report(Note(f"resuming from step {state.step}"))
     stopped = _run(trainer, journal)
     if world.writes:
         _save(trainer)
-    journal.tell(
-        "result",
+    result = TrainingResult(
         steps=trainer.state.step,
         stopped_early=stopped,
         device=trainer.device,
@@ -204,6 +204,7 @@ def train(job: TrainJob) -> None:
         instructions=torch.backends.cpu.get_cpu_capability(),
         kernels=trainer.model.kernels,
     )
+    journal.report(result)
     world.close()
 
 
@@ -228,7 +229,7 @@ def _run(trainer: Trainer, journal: _Journal) -> bool:
         journal.checkpoint(job, trainer.snapshot())
         stopped = _has_stopped(trainer)
         if stopped:
-            journal.tell("note", text=f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves")
+            journal.report(Note(f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves"))
             break
     return stopped
 
@@ -280,7 +281,7 @@ def _train_epoch(trainer: Trainer, journal: _Journal, epoch: int, first: int) ->
             memory_mb=_memory_mb(trainer.device),
             time=round(time.time(), 3),
         )
-        journal.tell("step", step=trainer.state.step, steps=trainer.length.steps, loss=loss, tokens_per_second=speed)
+        journal.report(StepDone(trainer.state.step, trainer.length.steps, loss, speed))
         in_epoch = trainer.state.step % trainer.length.steps_in_epoch
         if job.checkpoint_steps and trainer.state.step % job.checkpoint_steps == 0 and in_epoch:
             journal.checkpoint(job, trainer.snapshot())
@@ -292,7 +293,7 @@ def _evaluate(trainer: Trainer, journal: _Journal) -> None:
         return
     state = trainer.state
     journal.metrics(step=state.step, held_out_loss=loss, time=round(time.time(), 3))
-    journal.tell("evaluation", step=state.step, held_out_loss=loss)
+    journal.report(EvaluationDone(state.step, loss))
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.evaluations_since_best = loss, 0
         if trainer.job.early_stopping:

@@ -1,4 +1,4 @@
-"""``python -m kolotune.engines.torchtune JOB``: trains, and answers with events on standard output."""
+"""``python -m kolotune.engines.torchtune JOB``: train, and report events on standard output."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from kolotune.foundation.errors import Interrupted, KolotuneError, TrainingError
-from kolotune.runners.watchdog import end_with_parent
+from kolotune.foundation.errors import Interrupted, TrainingError
+from kolotune.runners.child_process import carry_out
 
-from ..job import TrainJob, emit
+from .. import events
+from ..job import TrainJob
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the job in the file `arguments[0]`; returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop)
-    end_with_parent()
+    """Train the job in the file `arguments[0]`; return the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        job = TrainJob.read(Path(arguments[0]))
-        from .training import train
-
-        train(job)
-    except KolotuneError as error:
-        traceback.print_exc()
-        emit("error", kind=type(error).__name__, cause=error.cause, hint=error.hint)
-        return error.exit_code
+        return carry_out(lambda: _train(Path(arguments[0])))
     except MemoryError:
         traceback.print_exc()
-        emit("out_of_memory")
+        events.emit(events.OutOfMemory())
         return TrainingError.exit_code
     except KeyboardInterrupt:
         return Interrupted.exit_code
-    return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """A request to stop ends like Ctrl-C, so that torchtune's process is ended too."""
+def _train(job_file: Path) -> None:
+    job = TrainJob.read(job_file)
+    from .driver import train
+
+    train(job)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a request to stop like Ctrl-C, so that torchtune's process is ended too."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""What torchtune makes of a base model: the numbers of a Llama, from its ``config.json``."""
+"""The base models that torchtune can train: Llamas, described by their ``config.json``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 @dataclass(frozen=True)
 class Llama:
-    """The shape of a Llama, in torchtune's words.
+    """The shape of a Llama, in torchtune's terms.
 
     Attributes:
-        tied: whether the head is the embedding.
-        rope_scale: Llama 3.1's factor of the rotary embedding; 1: none.
+        tied: whether the output head is the embedding.
+        rope_scale: Llama 3.1's scaling factor of the rotary embedding; 1 without scaling.
     """
 
     vocab_size: int
@@ -39,7 +39,7 @@ class Llama:
         return self.embed_dim // self.num_heads
 
     def linear_sizes(self) -> dict[str, int]:
-        """Weights of each kind of linear layer."""
+        """Return the number of weights of each kind of linear layer."""
         square, narrow = self.embed_dim**2, self.embed_dim * self.num_kv_heads * self.head_dim
         mlp = self.embed_dim * self.intermediate_dim
         return {"q_proj, o_proj": square, "k_proj, v_proj": narrow, "gate_proj, up_proj, down_proj": mlp}
@@ -50,14 +50,14 @@ CONFIGS = {
     Llama(128256, 28, 24, 8, 3072, 8192, 131072, 1e-5, 500000.0, 32.0, True): "llama3_2/3B_qlora_single_device",
     Llama(128256, 16, 32, 8, 2048, 8192, 131072, 1e-5, 500000.0, 32.0, True): "llama3_2/1B_qlora_single_device",
 }
-"""torchtune's own configs, by the exact shape that they are for: its name in any spelling, or a local copy of it."""
+"""torchtune's own configs by the exact shape they are for, whatever the model's folder is called."""
 
 
 def read(folder: Path) -> Llama:
-    """The shape of the model in `folder`.
+    """Read the shape of the model in `folder`.
 
     Raises:
-        ModelError: it is none that torchtune's Llama builders can represent.
+        ModelError: torchtune's Llama builders can't represent it.
     """
     config = read_model_config(folder)
     if config.architectures != ("LlamaForCausalLM",):
@@ -69,9 +69,9 @@ def read(folder: Path) -> Llama:
     try:
         shape = _shape(config, scale)
     except ModelError as error:
-        raise _unknown(folder, f"a number is missing or wrong in its config.json ({error.cause})") from None
+        raise _unknown(folder, f"a setting is missing or wrong: {error.cause}") from None
     if shape.embed_dim % shape.num_heads or config.head_size != shape.head_dim:
-        raise _unknown(folder, f"its heads have {config.head_size} columns, not hidden size / heads")
+        raise _unknown(folder, f"its heads are {config.head_size} wide, not hidden size / heads")
     if shape.num_heads % shape.num_kv_heads:
         raise _unknown(folder, f"{shape.num_heads} heads can't share {shape.num_kv_heads} keys and values")
     return shape
@@ -94,21 +94,21 @@ def _shape(config: ModelConfig, rope_scale: float) -> Llama:
 
 
 def _rope_scale(folder: Path, rotary: RotaryEmbedding) -> float:
-    """Factor by which the rotary embedding is scaled."""
+    """Return the factor by which the rotary embedding is scaled."""
     if rotary.kind == "default":
         return 1.0
     if rotary.kind != "llama3":
-        raise _unknown(folder, f"its rotary embedding is scaled by {rotary.kind!r}, and torchtune knows Llama 3's only")
+        raise _unknown(folder, f"its rotary embedding is scaled by {rotary.kind!r}, and torchtune knows only llama3")
     for name, fixed in _LLAMA3_SCALING.items():
         value = rotary.values.get(name)
         if value != fixed:
-            raise _unknown(folder, f"its rotary embedding has {name} {value}, torchtune's has {fixed}")
+            raise _unknown(folder, f"its rotary embedding has {name} {value}, and torchtune's has {fixed}")
     return rotary.number("factor")
 
 
 def _unknown(folder: Path, reason: str) -> ModelError:
     names = ", ".join(known.name for known in KNOWN)
     return ModelError(
-        f"torchtune can't tune {folder.name}: {reason}",
-        f"It tunes {names}, and folders of other Llamas without biases; or train with --engine native.",
+        f"torchtune can't train {folder.name}: {reason}",
+        f"It trains {names}, and folders of other Llamas without biases. Or train with --engine native.",
     )

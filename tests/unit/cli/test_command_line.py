@@ -252,13 +252,13 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
 
 def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -> None:
     """Not there yet is nothing missing; a variable that names nothing is."""
-    from kolotune.cli.doctor import _torchtune
+    from kolotune.cli.doctor import _engine_environments
 
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
-    name, state, what = _torchtune()
+    ((name, state, what),) = _engine_environments()
     assert (name, state) == ("torchtune", "none") and "python -m kolotune.engines.torchtune.environment" in what
     monkeypatch.setenv("KOLOTUNE_TORCHTUNE", str(tmp_path / "nowhere"))
-    assert _torchtune()[1] == "missing"
+    assert [state for _, state, _ in _engine_environments()] == ["missing"]
 
 
 def test_modelfile_rewrites_only_the_modelfiles(kolotune: Call, run_copy: RunFolder) -> None:

@@ -147,7 +147,7 @@ def test_submitits_executor_for_this_machine_trains(
     _preempt(int(launched.job))
     code, output = kolotune("follow", run.root)
     assert code == 0, output
-    assert "going on from step" in (run.log("launched").read_text() + run.log("train").read_text())
+    assert "resuming from step" in (run.log("launched").read_text() + run.log("train").read_text())
     assert run.gguf.is_file() and "will run" not in kolotune("status", run.root)[1]
     assert not planted(run.root)
 

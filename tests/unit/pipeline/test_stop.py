@@ -63,7 +63,7 @@ def test_a_stopped_training_is_shown_and_resumes(run_copy: RunFolder, kolotune: 
     done = json.loads(run_copy.metrics.read_text().splitlines()[-1])["step"]
     code, output = kolotune("train", run_copy.root, "--epochs", str(done + 3), "--use-checkpoint")
     assert code == 0, output
-    assert "going on from step" in output
+    assert "resuming from step" in output
     steps = [json.loads(line)["step"] for line in run_copy.metrics.read_text().splitlines()]
     assert steps == list(range(1, done + 4))
     assert states(run_copy)["train"] == "done"

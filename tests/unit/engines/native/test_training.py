@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.reference_training import plain_loop
 
-from kolotune.engines.job import TrainJob, event_of
+from kolotune.engines.events import Note, StepDone, event_in
+from kolotune.engines.job import TrainJob
 from kolotune.engines.native import checkpoints, training
 from kolotune.engines.native.checkpoints import TENSORS
 from kolotune.engines.native.model import PackedModel
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError, TrainingError
+from kolotune.runners import child_process
 
 Room = Callable[..., Any]
 
@@ -125,7 +127,7 @@ def test_interrupted_at_any_step_gives_the_same_bits(
         capsys.readouterr()
         training.train(dataclasses.replace(broken, resume=True))
         before = max([each for each in saved if each < step], default=0)
-        assert (f"going on from step {before}" in capsys.readouterr().out) == bool(before)
+        assert (f"resuming from step {before}" in capsys.readouterr().out) == bool(before)
         assert same(adapter(broken), adapter(whole))
         assert losses(broken) == losses(whole) and len(losses(broken)) == 15
         assert losses(broken, "held_out_loss") == losses(whole, "held_out_loss")
@@ -147,8 +149,8 @@ def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
         child = start(dataclasses.replace(broken, resume=True))
         assert child.stdout is not None
         for line in child.stdout:
-            event = event_of(line)
-            if event and event["event"] == "step" and event["step"] >= step:
+            event = event_in(line)
+            if isinstance(event, StepDone) and event.step >= step:
                 child.kill()
                 break
         child.stdout.close()
@@ -156,7 +158,8 @@ def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
     last = start(dataclasses.replace(broken, resume=True))
     output, _ = last.communicate(timeout=120)
     assert last.returncode == 0
-    assert any((event_of(line) or {}).get("event") == "note" and "going on" in line for line in output.splitlines())
+    notes = [event.text for event in map(event_in, output.splitlines()) if isinstance(event, Note)]
+    assert any("resuming" in text for text in notes)
     assert same(adapter(broken), adapter(whole))
     assert losses(broken) == losses(whole)
     assert losses(broken, "held_out_loss") == losses(whole, "held_out_loss")
@@ -174,7 +177,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_only(
     file.write_bytes(file.read_bytes()[:-20])
     capsys.readouterr()
     training.train(dataclasses.replace(broken, resume=True))
-    assert "going on from step 5" in capsys.readouterr().out
+    assert "resuming from step 5" in capsys.readouterr().out
     assert same(adapter(broken), adapter(whole)) and losses(broken) == losses(whole)
 
 
@@ -271,8 +274,8 @@ def test_poisoned_weights(training_room: Room) -> None:
     child = start(job)
     output, _ = child.communicate(timeout=120)
     assert child.returncode == TrainingError.exit_code
-    error = [event for line in output.splitlines() if (event := event_of(line)) and event["event"] == "error"]
-    assert error[0]["kind"] == "TrainingError" and "at step 1 " in error[0]["cause"]
+    errors = [event for line in output.splitlines() if (event := child_process.event_in(line)) and event[0] == "error"]
+    assert errors[0][1]["kind"] == "TrainingError" and "at step 1 " in str(errors[0][1]["cause"])
     assert not Path(job.adapter).exists()
 
 

@@ -113,7 +113,7 @@ SCALING = LLAMA_1B["rope_scaling"]
 )
 def test_what_torchtune_cannot_represent_is_refused(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "mine", {**LLAMA_1B, **change})
-    with pytest.raises(ModelError, match="torchtune can't tune mine") as raised:
+    with pytest.raises(ModelError, match="torchtune can't train mine") as raised:
         read(folder)
     assert reason in raised.value.cause
     assert "smollm2-135m" in raised.value.hint and "meta-llama/Llama-3.1-8B-Instruct" in raised.value.hint

@@ -1,4 +1,4 @@
-"""``python -m kolotune_recipe TASK``: trains as the JSON file TASK says, and answers in lines of JSON."""
+"""``python -m kolotune_recipe TASK``: train as the JSON file TASK says, and report events as lines of JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from .events import DisagreementError, NotFiniteError, emit
 
 _WATCH_STDIN = "KOLOTUNE_WATCH_STDIN"
 _STDIN = 0
-_ENDINGS = ("ChildFailedError", "RendezvousTimeoutError", "RendezvousConnectionError", "SignalException")
+_TORCHRUN_FAILURES = (
+    "ChildFailedError", "RendezvousTimeoutError", "RendezvousConnectionError", "SignalException"
+)  # fmt: skip
 
 
 def main(task_file: str) -> int:
-    """Runs the task; returns the exit code. What goes wrong is told as an event of kind `error`."""
+    """Run the task; return the exit code. An error is reported as an event."""
     watched = _end_with_parent()
     try:
         task = json.loads(Path(task_file).read_text(encoding="utf-8"))
@@ -25,26 +27,26 @@ def main(task_file: str) -> int:
             return _start_processes(task["torchrun"], watched)
         if os.environ.get("LOCAL_RANK") == "0" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             emit("again")
-        from .recipe import run
+        from .run import run
 
         run(task)
     except Exception as error:
         traceback.print_exc()
-        if not _lost_another(error):  # else torchrun starts all of them again
+        if not _is_lost_peer(error):  # after a lost peer torchrun restarts all processes
             emit("error", kind=_kind_of(error), text=(str(error).splitlines() or [type(error).__name__])[0])
         return 1
     return 0
 
 
 def _start_processes(arguments: list[str], watched: bool) -> int:
-    """Starts this machine's processes by torchrun, and waits for them; returns the exit code."""
+    """Start this machine's processes with torchrun and wait for them; return the exit code."""
     os.environ[_WATCH_STDIN] = str(int(watched))
     from torch.distributed import run
 
     try:
         run.main(arguments)
     except Exception as error:
-        if type(error).__name__ not in _ENDINGS:
+        if type(error).__name__ not in _TORCHRUN_FAILURES:
             raise
         emit("lost", text=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return 1
@@ -62,8 +64,8 @@ def _kind_of(error: Exception) -> str:
     return "other"
 
 
-def _lost_another(error: Exception) -> bool:
-    """Whether it says that another process is gone. PyTorch has its own classes for that with NCCL; gloo has words."""
+def _is_lost_peer(error: Exception) -> bool:
+    """Return whether another process is gone. PyTorch has classes for that with NCCL; gloo only says so in words."""
     if "RANK" not in os.environ:
         return False
     from torch.distributed import DistError
@@ -72,17 +74,17 @@ def _lost_another(error: Exception) -> bool:
 
 
 def _end_with_parent() -> bool:
-    """Ends this process when the driver is gone: its end of the pipe on standard input closes then.
+    """End this process when the driver is gone, which closes the pipe on standard input.
 
-    Returns whether the driver asks for that: children that get the same standard input may watch it too.
+    Returns whether the driver asks for that: children with the same standard input may watch it too.
     """
-    asked = os.environ.pop(_WATCH_STDIN, "") == "1"
-    if asked:
-        threading.Thread(target=_wait_for_the_end, daemon=True).start()
-    return asked
+    watched = os.environ.pop(_WATCH_STDIN, "") == "1"
+    if watched:
+        threading.Thread(target=_exit_when_stdin_closes, daemon=True).start()
+    return watched
 
 
-def _wait_for_the_end() -> None:
+def _exit_when_stdin_closes() -> None:
     while os.read(_STDIN, 65536):
         pass
     os._exit(1)  # at once: checkpoints are whole or invisible at every moment

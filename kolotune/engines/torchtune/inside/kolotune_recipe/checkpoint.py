@@ -1,7 +1,7 @@
 """Checkpoints: adapter, optimizer and random state of one moment in one folder, whole or invisible.
 
-A folder gets its name by a rename when everything in it is on the disk, and the hashes of its files stand in it
-together: an adapter can't be taken for that of another epoch than its optimizer.
+A folder gets its name by a rename when its files are on the disk, and one file holds the hashes of the others: adapter
+and optimizer can't come from different epochs.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import found
-from .found import ADAPTER, FACTS, STATE
+from . import checkpoint_files
+from .checkpoint_files import ADAPTER, FACTS, STATE
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a training stands after an epoch.
+class RecipeState:
+    """The state of a training after an epoch.
 
     Attributes:
         epoch: epochs done.
         step: steps done.
-        adapter: weights under torchtune's names, in the dtype they are trained in.
-        optimizer: moments and step by the name of the weight they belong to.
-        random: the states of the generators that dropout draws from, by device.
-        halvings: the steps at which memory ran out.
+        adapter: weights under torchtune's names, in the dtype in which they are trained.
+        optimizer: moments and step, by the name of the weight.
+        random: states of the random generators that dropout uses, by device.
+        halvings: steps at which memory ran out.
     """
 
     epoch: int
@@ -43,16 +42,16 @@ class State:
     halvings: list[int]
 
 
-def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, Any]) -> None:
-    """Writes a checkpoint below `root`.
+def save(root: Path, state: RecipeState, peft: dict[str, Tensor], identity: dict[str, object]) -> None:
+    """Write a checkpoint.
 
     Args:
         root: the folder of all checkpoints.
-        state: to go on from.
-        peft: the same adapter under PEFT's names, fp32, for who takes the adapter out.
-        identity: the settings that a training which goes on must share.
+        state: to resume from.
+        peft: the same adapter under PEFT's names, fp32, for the driver.
+        identity: the settings that a resumed training must share.
     """
-    target = found.folder_of(root, state.epoch)
+    target = checkpoint_files.folder_of(root, state.epoch)
     partial = root / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -68,15 +67,15 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         "epoch": state.epoch,
         "step": state.step,
         "halvings": state.halvings,
-        "sha256": {file: found.hash_of(partial / file) for file in (ADAPTER, STATE)},
+        "sha256": {file: checkpoint_files.hash_of(partial / file) for file in (ADAPTER, STATE)},
     }
     text = json.dumps(facts, indent=1)
-    # The facts' own hash stands before them: a damaged setting must not be told as another setting.
+    # The first line is the hash of the facts: a damaged setting must not be reported as a different setting.
     (partial / FACTS).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
     for path in partial.iterdir():
         with path.open("rb+") as handle:
             os.fsync(handle.fileno())
-    shutil.rmtree(target, ignore_errors=True)  # one that was not whole, or the driver would have gone on from it
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one, or the driver would have resumed from it
     partial.rename(target)
     if os.name != "nt":  # Windows can't open folders; its rename is already ordered
         descriptor = os.open(root, os.O_RDONLY)
@@ -84,8 +83,8 @@ def save(root: Path, state: State, peft: dict[str, Tensor], identity: dict[str, 
         os.close(descriptor)
 
 
-def load(folder: Path) -> State:
-    """What `save` wrote; the driver has checked the hashes."""
+def load(folder: Path) -> RecipeState:
+    """Read what `save` wrote; `checkpoint_files` has checked the hashes."""
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8").partition("\n")[2])
     adapter: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Tensor]] = {}
@@ -99,11 +98,11 @@ def load(folder: Path) -> State:
             optimizer.setdefault(weight, {})[value] = tensor
         else:
             random[rest] = tensor
-    return State(facts["epoch"], facts["step"], adapter, optimizer, random, facts.get("halvings", []))
+    return RecipeState(facts["epoch"], facts["step"], adapter, optimizer, random, facts.get("halvings", []))
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from."""
+    """Return the states of the random generators that dropout uses."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -111,7 +110,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Puts back what `random_state` gave."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

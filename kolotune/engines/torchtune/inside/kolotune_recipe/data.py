@@ -1,4 +1,4 @@
-"""Prepared tokens as torchtune's recipe reads them: the same ids, labels and order as in the native engine."""
+"""Prepared tokens as torchtune's recipe reads them: the same ids, labels and order as in kolotune's own engine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ IGNORED = -100
 
 
 class PadId:
-    """All that the recipe asks a tokenizer for; the chats are encoded already."""
+    """All that the recipe needs of a tokenizer; the chats are encoded already."""
 
-    pad_id = 0  # what stands in the padding is never seen: attention is causal, and labels there are ignored
+    pad_id = 0  # nothing reads the padding: attention is causal, and its labels are ignored
 
 
 @dataclass(frozen=True)
-class Chats:
-    """Chats as one flat row of tokens, mapped from their file: ids and flags ``[tokens]``, offsets ``[chats + 1]``."""
+class TokenizedChats:
+    """All chats end to end, mapped from their file: ids and loss mask ``[tokens]``, offsets ``[chats + 1]``."""
 
     ids: Tensor
     labelled: Tensor
     offsets: Tensor
 
     @classmethod
-    def load(cls, path: Path) -> Chats:
-        """The chats of a file that kolotune prepared."""
+    def load(cls, path: Path) -> TokenizedChats:
+        """Map a file that kolotune prepared."""
         loaded = load_file(path)
         return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"])
 
@@ -37,11 +37,11 @@ class Chats:
         return len(self.offsets) - 1
 
     def length(self, index: int) -> int:
-        """Tokens of chat `index`."""
+        """Return the number of tokens of a chat."""
         return int(self.offsets[index + 1] - self.offsets[index])
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """Chats side by side, padded on the right: ``tokens`` and ``labels``, int64 ``[chats, longest]``."""
+        """Return chats side by side, padded on the right: ``tokens`` and ``labels``, int64 ``[chats, longest]``."""
         longest = max(self.length(index) for index in indices)
         tokens = torch.full((len(indices), longest), PadId.pad_id)
         labels = torch.full((len(indices), longest), IGNORED)
@@ -49,49 +49,49 @@ class Chats:
             span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
             tokens[row, : self.length(index)] = self.ids[span]
             labels[row, : self.length(index)] = torch.where(self.labelled[span], self.ids[span].long(), IGNORED)
-        labels[:, 0] = IGNORED  # nothing stands before the first token that could predict it
+        labels[:, 0] = IGNORED  # no token precedes the first one that could predict it
         return {"tokens": tokens, "labels": labels}
 
 
 class Loader:
-    """The recipe's dataloader, in which no chat is ever dropped.
+    """The recipe's dataloader, which drops no chat.
 
-    torchtune's own drops the last batch when it is not full, and its loop drops the last batches when they don't
-    make a whole step. Here the last batch may be smaller, and a step that lacks batches is filled up with ones
-    that hold a single token and no label: they add nothing to the loss, which is a mean over labels.
+    torchtune's own drops the last batch if it is not full, and its loop drops the last batches if they don't make a
+    whole step. Here the last batch may be smaller, and a step that lacks batches gets fillers of a single token
+    without a label. They add nothing to the loss, which is a mean over labels.
 
-    Where memory ran out, a batch comes in parts; where several processes train, each has its share of a step's chats,
-    in batches of its own. So a step has the same chats as ever.
+    Where memory ran out, a batch is split. Where several processes train, each has a share of a step's chats, in
+    separate batches. A step always has the same chats.
 
     Args:
         chats: what is trained on.
         batch_size: chats of a batch.
         accumulation: batches of a step.
         seed: decides, with the epoch, the order.
-        halvings: the steps from which on a batch has half as many chats as before.
-        rank, size: this process's number among those that train together, from 0, and how many there are.
+        backoff_steps: steps from which on a batch has half as many chats as before.
+        rank, size: this process's number, from 0, and the number of processes.
     """
 
     def __init__(
         self,
-        chats: Chats,
+        chats: TokenizedChats,
         batch_size: int,
         accumulation: int,
         seed: int,
-        halvings: Sequence[int] = (),
+        backoff_steps: Sequence[int] = (),
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        self._chats, self._batch_size, self._seed, self._halvings = chats, batch_size, seed, halvings
+        self._chats, self._batch_size, self._seed, self._backoff_steps = chats, batch_size, seed, backoff_steps
         self._rank, self._size = rank, size
         self._chats_of_step = batch_size * accumulation
-        self._batches = batches_of_step(batch_size, accumulation, halvings, size)
+        self._batches = batches_of_step(batch_size, accumulation, backoff_steps, size)
         self._epoch = 0
-        self.sampler = self  # the recipe says `dataloader.sampler.set_epoch(n)`
+        self.sampler = self  # the recipe calls `dataloader.sampler.set_epoch(n)`
         self.tokens_read = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is number `epoch`, from 0."""
+        """Set the number of the next epoch, from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -106,46 +106,50 @@ class Loader:
         for number in range(self._steps()):
             indices = order[number * self._chats_of_step : (number + 1) * self._chats_of_step]
             self.tokens_read += sum(self._chats.length(index) for index in indices)
-            batches = self._batches_of(indices, at_once(self._batch_size, self._halvings, self._of_all(number)))
+            batches = self._batches_of(
+                indices, micro_batch_size(self._batch_size, self._backoff_steps, self._global_step(number))
+            )
             yield from (self._chats.batch(each) for each in batches)
             yield from (_filler() for _ in range(self._batches - len(batches)))
 
-    def _of_all(self, number: int) -> int:
-        """The number of a step of this epoch among all steps."""
+    def _global_step(self, number: int) -> int:
+        """Return the number of a step of this epoch among all steps."""
         return self._epoch * self._steps() + number
 
     def _batches_of(self, indices: list[int], size: int) -> list[list[int]]:
-        """This process's batches of a step, of at most `size` chats."""
+        """Return this process's batches of a step, of at most `size` chats."""
         if self._size > 1:
             return _cut(share(self._chats, indices, self._rank, self._size), size)
         return [part for batch in _cut(indices, self._batch_size) for part in _cut(batch, size)]
 
 
-def batches_of_step(batch_size: int, accumulation: int, halvings: Sequence[int], size: int = 1) -> int:
-    """The batches of a step in each of `size` processes: as many as when they were halved for the last time."""
-    smallest = max(1, batch_size >> len(halvings))
+def batches_of_step(batch_size: int, accumulation: int, backoff_steps: Sequence[int], size: int = 1) -> int:
+    """Return the number of batches of a step in each of `size` processes, at the smallest size of a batch."""
+    smallest = max(1, batch_size >> len(backoff_steps))
     if size == 1:
         return accumulation * -(-batch_size // smallest)
     return -(-batch_size * accumulation // (size * smallest))
 
 
-def share(chats: Chats, indices: Sequence[int], rank: int, size: int) -> list[int]:
-    """This process's part of the chats `indices`: as many as others have, or one more, and about as many tokens.
+def share(chats: TokenizedChats, indices: Sequence[int], rank: int, size: int) -> list[int]:
+    """Return this process's share of the chats `indices`: equal numbers of chats and about equal numbers of tokens.
 
-    Longest first; dealt to and fro, so that nobody always gets the longest.
+    The longest comes first. Ranks take turns forwards, then backwards, so that no rank always gets the longest.
     """
     order = sorted(indices, key=lambda index: (-chats.length(index), index))
     turns = [*range(size), *reversed(range(size))]
-    return [index for place, index in enumerate(order) if turns[place % len(turns)] == rank]
+    return [index for position, index in enumerate(order) if turns[position % len(turns)] == rank]
 
 
-def at_once(batch_size: int, halvings: Sequence[int], step: int) -> int:
-    """The chats that are computed at once at a step."""
-    return max(1, batch_size >> sum(first <= step for first in halvings))
+def micro_batch_size(batch_size: int, backoff_steps: Sequence[int], step: int) -> int:
+    """Return how many chats are computed at once at a step."""
+    return max(1, batch_size >> sum(first <= step for first in backoff_steps))
 
 
-def in_order(chats: Chats, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[dict[str, Tensor]]:
-    """This process's part of all chats, longest first, for evaluation; with fillers where others have a batch more."""
+def evaluation_batches(
+    chats: TokenizedChats, batch_size: int, rank: int = 0, size: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this process's share of all chats, longest first, with a filler where other processes have a batch more."""
     batches = _cut(share(chats, range(len(chats)), rank, size), batch_size)
     most = -(-len(chats) // (size * batch_size))
     yield from (chats.batch(each) for each in batches)

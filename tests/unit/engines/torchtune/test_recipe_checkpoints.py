@@ -11,9 +11,9 @@ import pytest
 import torch
 from support.training import TrainingFolder
 
-from kolotune.engines.torchtune import checkpoints
+from kolotune.engines.torchtune import recipe_checkpoints
 from kolotune.engines.torchtune.inside.kolotune_recipe import checkpoint as recipe
-from kolotune.engines.torchtune.inside.kolotune_recipe import found as found_files
+from kolotune.engines.torchtune.inside.kolotune_recipe import checkpoint_files
 from kolotune.foundation.errors import TrainingError
 
 FILES = ("adapter_model.safetensors", "state.safetensors", "checkpoint.txt")
@@ -25,7 +25,7 @@ def job(tmp_path: Path) -> Any:
 
 
 def write(job: Any, epoch: int, **identity: Any) -> Path:
-    state = recipe.State(
+    state = recipe.RecipeState(
         epoch=epoch,
         step=epoch * 5,
         adapter={"layers.0.attn.q_proj.lora_a.weight": torch.full((2, 3), float(epoch))},
@@ -38,14 +38,14 @@ def write(job: Any, epoch: int, **identity: Any) -> Path:
     return Path(job.checkpoints) / f"epoch-{epoch:06d}"
 
 
-def epoch_of(found: checkpoints.Checkpoint | None) -> int | None:
+def epoch_of(found: recipe_checkpoints.RecipeCheckpoint | None) -> int | None:
     return found and found.epoch
 
 
 def test_what_is_written_is_read(job: Any) -> None:
     folder = write(job, 3)
-    found = checkpoints.newest(job)
-    assert found == checkpoints.Checkpoint(folder, 3, 15, [0, 5])
+    found = recipe_checkpoints.newest(job)
+    assert found == recipe_checkpoints.RecipeCheckpoint(folder, 3, 15, [0, 5])
     (tensor,) = found.adapter().values()
     assert torch.equal(tensor, torch.full((2, 3), 3.0))
     state = recipe.load(folder)
@@ -55,7 +55,7 @@ def test_what_is_written_is_read(job: Any) -> None:
 
 
 def test_none_there(job: Any) -> None:
-    assert checkpoints.newest(job) is None
+    assert recipe_checkpoints.newest(job) is None
 
 
 def test_the_number_decides_not_the_time(job: Any) -> None:
@@ -63,7 +63,7 @@ def test_the_number_decides_not_the_time(job: Any) -> None:
         write(job, epoch)
     for number, path in enumerate(sorted(Path(job.checkpoints).iterdir(), reverse=True)):
         os.utime(path, (number, number))
-    assert epoch_of(checkpoints.newest(job)) == 10
+    assert epoch_of(recipe_checkpoints.newest(job)) == 10
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -79,19 +79,19 @@ def test_a_damaged_one_is_passed_over(job: Any, file: str, damage: str) -> None:
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    assert epoch_of(checkpoints.newest(job)) == 1
+    assert epoch_of(recipe_checkpoints.newest(job)) == 1
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_halves_of_two_epochs_are_never_one(job: Any, file: str) -> None:
     older, newer = write(job, 1), write(job, 2)
     shutil.copyfile(older / file, newer / file)
-    assert epoch_of(checkpoints.newest(job)) == 1
+    assert epoch_of(recipe_checkpoints.newest(job)) == 1
 
 
 def test_one_under_anothers_number(job: Any) -> None:
     write(job, 1).rename(Path(job.checkpoints) / "epoch-000007")
-    assert checkpoints.newest(job) is None
+    assert recipe_checkpoints.newest(job) is None
 
 
 def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPat
 
         with monkeypatch.context() as patched:
             patched.setattr(recipe, "save_file", step(recipe.save_file))
-            patched.setattr(found_files, "hash_of", step(found_files.hash_of))
+            patched.setattr(checkpoint_files, "hash_of", step(checkpoint_files.hash_of))
             patched.setattr(os, "fsync", step(os.fsync))
             patched.setattr(Path, "write_text", step(Path.write_text))
             patched.setattr(Path, "rename", step(Path.rename))
@@ -125,33 +125,33 @@ def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPat
                 write(job, 2)
             except Killed:
                 stops += 1
-                found = checkpoints.newest(job)
+                found = recipe_checkpoints.newest(job)
                 renamed = (Path(job.checkpoints) / "epoch-000002").exists()
                 assert epoch_of(found) == (2 if renamed else 1)
                 continue
         break
-    assert stops >= 8 and epoch_of(checkpoints.newest(job)) == 2
+    assert stops >= 8 and epoch_of(recipe_checkpoints.newest(job)) == 2
 
 
 def test_other_settings_are_refused(job: Any) -> None:
     write(job, 1, lora_rank=99, seed=98)
     with pytest.raises(TrainingError, match="other lora_rank, seed"):
-        checkpoints.newest(job)
+        recipe_checkpoints.newest(job)
 
 
 def test_more_epochs_are_not_other_settings(job: Any) -> None:
     write(job, 1, epochs=99)
-    assert epoch_of(checkpoints.newest(job)) == 1
+    assert epoch_of(recipe_checkpoints.newest(job)) == 1
 
 
 def test_the_oldest_go_only_behind_a_whole_one(job: Any) -> None:
     for epoch in (1, 2, 3):
         write(job, epoch)
     (write(job, 4) / FILES[0]).write_bytes(b"")
-    checkpoints.prune(job)
+    recipe_checkpoints.prune(job)
     assert len(list(Path(job.checkpoints).iterdir())) == 4
     write(job, 4)
-    checkpoints.prune(job)
+    recipe_checkpoints.prune(job)
     assert sorted(path.name for path in Path(job.checkpoints).iterdir()) == ["epoch-000003", "epoch-000004"]
 
 
@@ -159,6 +159,6 @@ def test_what_is_no_checkpoint_is_left_alone(job: Any) -> None:
     write(job, 1)
     for name in ("epoch-last", "step-00000005"):
         (Path(job.checkpoints) / name).mkdir()
-    assert epoch_of(checkpoints.newest(job)) == 1
-    checkpoints.prune(job)
+    assert epoch_of(recipe_checkpoints.newest(job)) == 1
+    recipe_checkpoints.prune(job)
     assert {path.name for path in Path(job.checkpoints).iterdir()} == {"epoch-000001", "epoch-last", "step-00000005"}

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.torchtune import training
+from kolotune.engines.torchtune import driver
 from kolotune.engines.torchtune.environment import ensure
 from kolotune.foundation.errors import TrainingError
 from kolotune.runners.watchdog import WATCH_STDIN
@@ -86,9 +86,9 @@ def test_two_make_the_steps_of_one_and_one_goes_on_for_them(tied: bool, training
     targets = ["all-linear"] if tied else ["q_proj", "lm_head"]
     alone = room.job("alone", epochs=2, target_modules=targets, **OPTIONS)
     two = room.job("two", **{**options_of(alone), "nproc": 2})
-    training.train(alone)
+    driver.train(alone)
     capfd.readouterr()
-    training.train(two)
+    driver.train(two)
     told = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [each["step"] for each in told if each["event"] == "step"] == [1, 2, 3, 4], "one process tells"
     assert told[-1]["processes"] == 2
@@ -99,7 +99,7 @@ def test_two_make_the_steps_of_one_and_one_goes_on_for_them(tied: bool, training
         if not name.startswith("random"):  # sums of gradients too: AdamW's steps alone don't tell how long they are
             torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-6)
     one_goes_on = goes_on(room, two, "one-goes-on", nproc=1)
-    training.train(one_goes_on)
+    driver.train(one_goes_on)
     agree(one_goes_on, alone)
 
 
@@ -107,14 +107,14 @@ def test_two_make_the_steps_of_one_and_one_goes_on_for_them(tied: bool, training
 def test_two_go_on_for_one_and_for_themselves(training_room: Room) -> None:
     room = training_room("llama", chats=11, held_out=5)
     alone = room.job("alone", epochs=2, **OPTIONS)
-    training.train(alone)
+    driver.train(alone)
     two_go_on = goes_on(room, alone, "two-go-on", nproc=2)
-    training.train(two_go_on)
+    driver.train(two_go_on)
     agree(two_go_on, alone)
     two = room.job("two", epochs=3, nproc=2, lora_dropout=0.2, **OPTIONS)
-    training.train(two)
+    driver.train(two)
     again = goes_on(room, two, "again")
-    training.train(again)
+    driver.train(again)
     assert same(again, two) and figures(again) == figures(two), "bit for bit, with dropout too"
 
 
@@ -125,8 +125,8 @@ def test_more_processes_than_chats_and_halved_batches(training_room: Room) -> No
         name = str(options["batch_size"])
         alone = room.job(f"alone-{name}", epochs=3, **options)
         three = room.job(f"three-{name}", epochs=3, nproc=3, halvings=[1], **options)
-        training.train(alone)
-        training.train(three)
+        driver.train(alone)
+        driver.train(three)
         assert figures(three) == pytest.approx(figures(alone), rel=1e-3)
         assert figures(three, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
 
@@ -137,8 +137,8 @@ def test_a_base_in_4_bits_is_parted(training_room: Room) -> None:
     room = training_room("llama", chats=11, held_out=5, **sizes)
     alone = room.job("alone", dtype="bf16", load_in_4bit=True, **OPTIONS)
     two = room.job("two", dtype="bf16", load_in_4bit=True, nproc=2, **OPTIONS)
-    training.train(alone)
-    training.train(two)
+    driver.train(alone)
+    driver.train(two)
     assert figures(two) == pytest.approx(figures(alone), rel=0.01)
     assert figures(two, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=0.01)
 
@@ -154,7 +154,7 @@ def test_a_loss_that_is_no_number_stops_all(training_room: Room) -> None:
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(TrainingError, match="not finite at step 1"):
-        training.train(job)
+        driver.train(job)
     assert not Path(job.adapter).exists()
 
 
@@ -164,7 +164,7 @@ def test_memory_that_is_not_there_is_told_and_not_tried_again(training_room: Roo
     room = training_room("llama", chats=4, max_position_embeddings=10**13)
     job = room.job(nproc=2)
     with pytest.raises(MemoryError, match="allocate memory"):
-        training.train(job)
+        driver.train(job)
     assert (Path(job.metrics).parent / "torchtune" / "torchtune.log").read_text().count("Traceback") <= 2
 
 
@@ -188,9 +188,9 @@ def test_who_is_lost(how: str, training_room: Room) -> None:
     if how == "a process is killed":
         workers[1].send_signal(signal.SIGKILL)
         output = process.stdout.read()  # its standard input stays open: that is how it knows that we live
-        assert process.wait() == 0 and "going on from step" in output
+        assert process.wait() == 0 and "resuming from step" in output
         whole = room.job("whole", **{**options_of(job), "nproc": 2})
-        training.train(whole)
+        driver.train(whole)
         assert same(job, whole) and figures(job) == figures(whole)
         return
     if how == "the driver is killed":

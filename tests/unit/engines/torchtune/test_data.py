@@ -9,7 +9,13 @@ import torch
 from support.training import random_chats, write_tokens
 
 from kolotune.engines import prepared_tokens
-from kolotune.engines.torchtune.inside.kolotune_recipe.chats import IGNORED, Chats, Loader, in_order, share
+from kolotune.engines.torchtune.inside.kolotune_recipe.data import (
+    IGNORED,
+    Loader,
+    TokenizedChats,
+    evaluation_batches,
+    share,
+)
 
 CHATS = 11
 
@@ -32,7 +38,7 @@ def agrees(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedToken
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (3, 2), (4, 5), (20, 1)])
 def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, accumulation: int) -> None:
-    ours = Loader(Chats.load(file), batch_size, accumulation, seed=7)
+    ours = Loader(TokenizedChats.load(file), batch_size, accumulation, seed=7)
     theirs = prepared_tokens.PreparedTokens.load(file)
     for epoch in (0, 1):
         ours.set_epoch(epoch)
@@ -52,9 +58,9 @@ def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, a
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (3, 2), (5, 1)])
 def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
-    halvings, theirs = [1, 4], prepared_tokens.PreparedTokens.load(file)
+    backoff_steps, theirs = [1, 4], prepared_tokens.PreparedTokens.load(file)
     parts = -(-batch_size // (batch_size >> 2 or 1))
-    loader = Loader(Chats.load(file), batch_size, accumulation, 7, halvings)
+    loader = Loader(TokenizedChats.load(file), batch_size, accumulation, 7, backoff_steps)
     step = 0
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -84,12 +90,15 @@ def labels_of(batches_of_it: list[dict[str, torch.Tensor]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "size"), [(4, 1, 2), (1, 3, 2), (3, 2, 4), (1, 1, 3)])
-@pytest.mark.parametrize("halvings", [[], [1, 4]])
+@pytest.mark.parametrize("backoff_steps", [[], [1, 4]])
 def test_several_processes_part_each_step(
-    file: Path, batch_size: int, accumulation: int, size: int, halvings: list[int]
+    file: Path, batch_size: int, accumulation: int, size: int, backoff_steps: list[int]
 ) -> None:
-    alone = Loader(Chats.load(file), batch_size, accumulation, 7, halvings)
-    parts = [Loader(Chats.load(file), batch_size, accumulation, 7, halvings, rank, size) for rank in range(size)]
+    alone = Loader(TokenizedChats.load(file), batch_size, accumulation, 7, backoff_steps)
+    parts = [
+        Loader(TokenizedChats.load(file), batch_size, accumulation, 7, backoff_steps, rank, size)
+        for rank in range(size)
+    ]
     steps = -(-CHATS // (batch_size * accumulation))
     for epoch in (0, 1):
         found = []
@@ -101,7 +110,7 @@ def test_several_processes_part_each_step(
             of_a_step = len(read) // steps
             found.append([read[number * of_a_step : (number + 1) * of_a_step] for number in range(steps)])
         assert len({len(each[0]) for each in found[1:]}) == 1, "all must compute as many batches"
-        if not halvings:
+        if not backoff_steps:
             assert len(found[1][0]) == -(-batch_size * accumulation // (size * batch_size))
         for number in range(steps):
             together = [batch for each in found[1:] for batch in each[number]]
@@ -110,7 +119,7 @@ def test_several_processes_part_each_step(
 
 
 def test_shares_are_alike(file: Path) -> None:
-    chats = Chats.load(file)
+    chats = TokenizedChats.load(file)
     shares = [share(chats, range(CHATS), rank, 3) for rank in range(3)]
     assert sorted(each for part in shares for each in part) == list(range(CHATS))
     assert {len(part) for part in shares} == {3, 4}
@@ -118,14 +127,14 @@ def test_shares_are_alike(file: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 4, 12])
 def test_evaluation_is_parted_too(file: Path, size: int) -> None:
-    alone = list(in_order(Chats.load(file), 2))
-    parts = [list(in_order(Chats.load(file), 2, rank, size)) for rank in range(size)]
+    alone = list(evaluation_batches(TokenizedChats.load(file), 2))
+    parts = [list(evaluation_batches(TokenizedChats.load(file), 2, rank, size)) for rank in range(size)]
     assert len({len(part) for part in parts}) == 1
     assert labels_of([batch for part in parts for batch in part]) == labels_of(alone)
 
 
 def test_tokens_are_counted_without_padding(file: Path) -> None:
-    loader = Loader(Chats.load(file), 4, 2, seed=7)
+    loader = Loader(TokenizedChats.load(file), 4, 2, seed=7)
     list(loader)
     assert loader.tokens_read == len(prepared_tokens.PreparedTokens.load(file).ids)
 
@@ -134,12 +143,12 @@ def test_evaluation_reads_every_chat_once(file: Path) -> None:
     theirs = prepared_tokens.PreparedTokens.load(file)
     order = prepared_tokens.longest_first(theirs)
     assert sorted(order) == list(range(CHATS))
-    for number, batch in enumerate(in_order(Chats.load(file), 4)):
+    for number, batch in enumerate(evaluation_batches(TokenizedChats.load(file), 4)):
         agrees(batch, theirs, order[number * 4 : (number + 1) * 4])
     assert number == 2
 
 
 def test_a_label_on_the_first_token_does_not_count(tmp_path: Path) -> None:
     write_tokens(tmp_path / "train.safetensors", [([5, 6, 7], [1, 0, 1])])
-    (batch,) = Loader(Chats.load(tmp_path / "train.safetensors"), 1, 1, seed=0)
+    (batch,) = Loader(TokenizedChats.load(tmp_path / "train.safetensors"), 1, 1, seed=0)
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7]]

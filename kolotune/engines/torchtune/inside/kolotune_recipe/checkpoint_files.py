@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which there are, and which is whole. Read by the driver too: it imports nothing."""
+"""Checkpoints on the disk: their names, and whether one is whole. The driver imports this too, without PyTorch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CHUNK = 4 << 20
 
 
 def folder_of(root: Path, epoch: int) -> Path:
-    """The folder of the checkpoint that was made after so many epochs."""
+    """Return the folder of the checkpoint after `epoch` epochs."""
     return root / f"{_NAME}{epoch:06d}"
 
 
 def by_epoch(root: Path) -> list[Path]:
-    """The checkpoints, newest first; by the number in their name, never by time."""
+    """Return the checkpoints, newest first, by the number in their name, never by time."""
     if not root.is_dir():
         return []
     found = [path for path in root.glob(f"{_NAME}*") if path.is_dir() and path.name.removeprefix(_NAME).isdecimal()]
@@ -26,16 +26,16 @@ def by_epoch(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The whole checkpoint with the highest number of epochs, and its facts; None when there is none."""
+    """Return the newest whole checkpoint and its facts; None when there is none."""
     for folder in by_epoch(root):
-        facts = whole(folder)
+        facts = facts_if_whole(folder)
         if facts is not None:
             return folder, facts
     return None
 
 
-def whole(folder: Path) -> dict[str, Any] | None:
-    """The facts of a checkpoint whose files are those that were written together; None when it is damaged."""
+def facts_if_whole(folder: Path) -> dict[str, Any] | None:
+    """Return the facts of a checkpoint whose files were written together; None when it is damaged."""
     try:
         digest_of_facts, _, text = (folder / FACTS).read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(text.encode()).hexdigest() != digest_of_facts:
@@ -50,7 +50,7 @@ def whole(folder: Path) -> dict[str, Any] | None:
 
 
 def hash_of(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK):

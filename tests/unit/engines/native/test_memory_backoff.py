@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from support.runs import losses
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native import __main__ as engine
 from kolotune.engines.native import checkpoints, model, training
+from kolotune.engines.native.memory_errors import is_out_of_memory
 
 Room = Callable[..., Any]
 JOB = {"epochs": 2, "batch_size": 4, "checkpoint_steps": 2}
@@ -97,10 +97,10 @@ def test_where_memory_ran_out_is_repeated_to_the_bit(training_room: Room) -> Non
     ],
 )
 def test_what_is_said_when_memory_runs_out(error: Exception, expected: bool) -> None:
-    assert engine._ran_out_of_memory(error) is expected
+    assert is_out_of_memory(error) is expected
 
 
 def test_pytorch_on_the_cpu_says_it_so() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert engine._ran_out_of_memory(raised.value)
+    assert is_out_of_memory(raised.value)

@@ -23,7 +23,7 @@ from support.reference_training import held_out_loss, plain_loop
 from support.training import random_chats
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.torchtune import training
+from kolotune.engines.torchtune import driver
 from kolotune.engines.torchtune.environment import ensure
 from kolotune.foundation.errors import ConfigError, TrainingError
 from kolotune.runners.watchdog import WATCH_STDIN
@@ -69,8 +69,8 @@ def test_it_computes_what_a_plain_loop_computes(tied: bool, options: dict[str, A
     chats = options.pop("chats")
     room = training_room("llama", chats=chats, held_out=3, tie_word_embeddings=tied)
     initial, job = room.job("initial", epochs=0, **options), room.job(epochs=3, **options)
-    training.train(initial)
-    training.train(job)
+    driver.train(initial)
+    driver.train(job)
     curve, weights = plain_loop(job, Path(initial.adapter))
     ours = list(losses(job).values())
     assert len(ours) == len(curve) == 3 * -(-chats // (job.batch_size * job.gradient_accumulation))
@@ -89,7 +89,7 @@ def test_the_head_in_bf16_and_the_base_in_4_bits(training_room: Room) -> None:
     room = training_room("llama", held_out=3, hidden_size=128, intermediate_size=128, num_key_value_heads=4)
     targets = ["q_proj", "k_proj", "lm_head"]
     job = room.job(dtype="bf16", load_in_4bit=True, target_modules=targets)
-    training.train(job)
+    driver.train(job)
     config = json.loads((Path(job.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["target_modules"] == sorted(targets)
     found = adapter(job)
@@ -107,19 +107,19 @@ def test_it_goes_on_bit_for_bit(training_room: Room) -> None:
     """Adapter, optimizer, schedule and dropout's random numbers; torchtune 0.6.1 alone begins the schedule anew."""
     room = training_room("llama", held_out=2)
     whole = room.job("whole", epochs=3, lora_dropout=0.2)
-    training.train(whole)
+    driver.train(whole)
     cut = room.job("cut", epochs=3, lora_dropout=0.2, resume=True)
     kept = sorted(Path(whole.checkpoints).iterdir())
     assert [path.name for path in kept] == ["epoch-000002", "epoch-000003"]
     shutil.copytree(kept[0], Path(cut.checkpoints) / kept[0].name)
     shutil.copyfile(whole.metrics, cut.metrics)
-    training.train(cut)
+    driver.train(cut)
     assert same(adapter(cut), adapter(whole))
     for key in ("loss", "learning_rate", "held_out_loss"):
         assert losses(cut, key) == losses(whole, key)
     before = Path(cut.metrics).read_text(encoding="utf-8")
     shutil.rmtree(cut.adapter)
-    training.train(cut)  # nothing is left to train
+    driver.train(cut)  # nothing is left to train
     assert same(adapter(cut), adapter(whole)) and Path(cut.metrics).read_text(encoding="utf-8") == before
 
 
@@ -129,27 +129,27 @@ def test_half_the_chats_at_once_make_the_same_steps_and_are_repeated_to_the_bit(
     room = training_room("llama", chats=11, held_out=3)
     options = {"epochs": 3, "batch_size": 5, "lora_dropout": 0.0}
     whole, halved = room.job("whole", **options), room.job("halved", **options, halvings=[0, 3])
-    training.train(whole)
-    training.train(halved)
+    driver.train(whole)
+    driver.train(halved)
     assert list(losses(halved).values()) == pytest.approx(list(losses(whole).values()), abs=1e-5)
     assert losses(halved, "held_out_loss")[9] == pytest.approx(losses(whole, "held_out_loss")[9], abs=1e-5)
     # Memory ran out in the third epoch, of three steps; dropout's draws for smaller batches are others.
     options["lora_dropout"] = 0.2
     undisturbed, cut = room.job("undisturbed", **options), room.job("cut", **options, resume=True, halvings=[0])
-    training.train(undisturbed)
+    driver.train(undisturbed)
     shutil.copytree(Path(undisturbed.checkpoints) / "epoch-000002", Path(cut.checkpoints) / "epoch-000002")
     shutil.copyfile(undisturbed.metrics, cut.metrics)
     capfd.readouterr()
-    training.train(cut)
+    driver.train(cut)
     assert '"begins", "step": 6, "halvings": [6]' in capfd.readouterr().out
     told = room.job("told", **options, halvings=[6])
-    training.train(told)
+    driver.train(told)
     assert same(adapter(told), adapter(cut)) and losses(told) == losses(cut)
     assert {step: loss for step, loss in losses(told).items() if step <= 6}.items() <= losses(undisturbed).items()
     assert not same(adapter(told), adapter(undisturbed))
     shutil.rmtree(cut.adapter)
     shutil.rmtree(Path(cut.checkpoints) / "epoch-000003")
-    training.train(dataclasses.replace(cut, halvings=[]))  # the checkpoint of the second epoch knows of none
+    driver.train(dataclasses.replace(cut, halvings=[]))  # the checkpoint of the second epoch knows of none
     assert same(adapter(cut), adapter(undisturbed))
 
 
@@ -158,16 +158,18 @@ def test_half_the_chats_at_once_make_the_same_steps_and_are_repeated_to_the_bit(
 )
 def test_what_cannot_be_gone_on_with(changes: dict[str, Any], reason: str, training_room: Room) -> None:
     job = training_room("llama", chats=4).job(epochs=1)
-    training.train(job)
+    driver.train(job)
     with pytest.raises(TrainingError, match=reason):
-        training.train(dataclasses.replace(job, resume=True, **changes))
+        driver.train(dataclasses.replace(job, resume=True, **changes))
 
 
 # --- killed, and what it sees of us
 
 
 @pytest.fixture
-def driver(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TrainJob, subprocess.Popen[str]]]:
+def running_driver(
+    training_room: Room, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TrainJob, subprocess.Popen[str]]]:
     """A training that takes long, as its own process, with torchtune's already at work."""
     monkeypatch.setenv("HF_TOKEN", f"hf_{PLANTED}")
     job = training_room("llama", chats=40, held_out=2).job(epochs=400, lora_dropout=0.1, batch_size=4)
@@ -196,9 +198,9 @@ def gone(process: psutil.Process) -> bool:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("how", ["killed", "asked to stop", "its parent is gone"])
 def test_torchtune_ends_with_its_driver_and_the_run_is_finished_later(
-    how: str, driver: tuple[TrainJob, subprocess.Popen[str]]
+    how: str, running_driver: tuple[TrainJob, subprocess.Popen[str]]
 ) -> None:
-    job, process = driver
+    job, process = running_driver
     (child,) = psutil.Process(process.pid).children()
     assert "kolotune_recipe" in child.cmdline()
     assert "HF_TOKEN" not in child.environ() and PLANTED not in str(child.environ()) + str(child.cmdline())
@@ -210,7 +212,7 @@ def test_torchtune_ends_with_its_driver_and_the_run_is_finished_later(
     assert process.wait(20) == (-signal.SIGKILL if how == "killed" else 130)
     assert gone(child)
     done = max(int(path.name[-6:]) for path in Path(job.checkpoints).glob("epoch-*"))
-    training.train(dataclasses.replace(job, epochs=done + 1, resume=True))
+    driver.train(dataclasses.replace(job, epochs=done + 1, resume=True))
     assert max(losses(job)) == (done + 1) * 10 and Path(job.adapter).is_dir()
 
 
@@ -221,7 +223,7 @@ def test_killed_again_and_again_it_ends_with_the_same_adapter(training_room: Roo
     room = training_room("llama", held_out=2)
     options = {"epochs": 60, "lora_dropout": 0.2, "batch_size": 2}
     whole, job = room.job("whole", **options), room.job("cut", **options, resume=True)
-    training.train(whole)
+    driver.train(whole)
     job.write(Path(job.metrics).with_name("job.json"))
     dice, kills, going_on = random.Random(5), 0, set()
     while kills < 12:
@@ -230,7 +232,7 @@ def test_killed_again_and_again_it_ends_with_the_same_adapter(training_room: Roo
         assert process.stdout is not None
         steps_left = dice.randint(1, 60)
         for line in process.stdout:
-            if "going on from" in line:
+            if "resuming from" in line:
                 going_on.add(line)
             steps_left -= '"step"' in line
             if steps_left == 0:
@@ -243,7 +245,7 @@ def test_killed_again_and_again_it_ends_with_the_same_adapter(training_room: Roo
         if process.wait() == 0:
             break
     else:
-        training.train(job)
+        driver.train(job)
     assert kills >= 5 and len(going_on) >= 3
     assert same(adapter(job), adapter(whole))
     for key in ("loss", "held_out_loss"):
@@ -271,7 +273,7 @@ def test_names_come_through_literally(
         data=str(root / "data"),
         **{name: str(root / "run" / name) for name in ("adapter", "checkpoints", "metrics")},
     )
-    training.train(job)
+    driver.train(job)
     config = json.loads((Path(job.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == hostile
     used = (root / "run" / "torchtune" / "torchtune.yaml").read_text(encoding="utf-8")
@@ -289,7 +291,7 @@ def test_a_loss_that_is_no_number_stops_it(training_room: Room) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     job = room.job()
     with pytest.raises(TrainingError, match="not finite at step 1") as raised:
-        training.train(job)
+        driver.train(job)
     assert "--learning-rate" in raised.value.hint
     assert not Path(job.adapter).exists() and not losses(job)
 
@@ -298,7 +300,7 @@ def test_memory_that_is_not_there(training_room: Room) -> None:
     # torchtune keeps the rotary embedding of every position: 10**13 of them are terabytes.
     room = training_room("llama", chats=4, max_position_embeddings=10**13)
     with pytest.raises(MemoryError, match="allocate memory"):
-        training.train(room.job())
+        driver.train(room.job())
 
 
 def test_another_error_names_the_log(training_room: Room) -> None:
@@ -308,7 +310,7 @@ def test_another_error_names_the_log(training_room: Room) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(TrainingError, match="torchtune stopped: ") as raised:
-        training.train(room.job())
+        driver.train(room.job())
     log = Path(raised.value.hint.removeprefix("See ").removesuffix("."))
     assert "Traceback" in log.read_text(encoding="utf-8")
 
@@ -316,14 +318,14 @@ def test_another_error_names_the_log(training_room: Room) -> None:
 def test_what_it_cannot_do_is_refused_before_work(training_room: Room) -> None:
     job = training_room("llama", chats=4).job(scheduler_type="linear")
     with pytest.raises(ConfigError, match="cosine"):
-        training.train(job)
+        driver.train(job)
     assert not Path(job.metrics).exists() and not Path(job.checkpoints).exists()
 
 
 def test_what_it_does_otherwise_is_said(training_room: Room, capfd: pytest.CaptureFixture[str]) -> None:
     room = training_room("llama", chats=random_chats(6, 3))
     job = room.job(epochs=1, warmup_steps=100, checkpoint_steps=2)
-    training.train(job)
+    driver.train(job)
     assert list(losses(job, "learning_rate").values()) == pytest.approx([5e-3 * step / 100 for step in range(3)])
     said = capfd.readouterr().out
     assert "the warmup of 100 steps is longer than the training (3 steps)" in said

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from support.training import TrainingFolder
 
-from kolotune.engines.torchtune import plan
+from kolotune.engines.torchtune import recipe_config
 from kolotune.engines.torchtune.architecture import CONFIGS, Llama
+from kolotune.engines.torchtune.recipe_config import AdaptedLayers
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError
 
@@ -37,11 +38,11 @@ def config_of(**options: Any) -> Any:
     ],
 )
 def test_targets(names: list[str], attention: list[str], mlp: bool) -> None:
-    assert plan.targets(names, TINY) == plan.Targets(attention, mlp, False)
+    assert recipe_config.adapted_layers(names, TINY) == AdaptedLayers(attention, mlp, False)
 
 
 def test_the_head_of_an_untied_model() -> None:
-    assert plan.targets(["q_proj", "lm_head"], UNTIED) == plan.Targets(["q_proj"], False, True)
+    assert recipe_config.adapted_layers(["q_proj", "lm_head"], UNTIED) == AdaptedLayers(["q_proj"], False, True)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_the_head_of_an_untied_model() -> None:
 )
 def test_what_is_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        plan.check(config_of(**change), TINY)
+        recipe_config.check(config_of(**change), TINY)
     assert reason in raised.value.cause and raised.value.hint
 
 
@@ -70,15 +71,15 @@ def test_several_processes_part_the_base_and_cannot_be_told_not_to() -> None:
 
 
 def test_a_base_in_4_bits_is_parted_in_whole_blocks() -> None:
-    plan.check(config_of(nproc=2), ONE_B)
-    plan.check(config_of(nproc=3), TINY)
+    recipe_config.check(config_of(nproc=2), ONE_B)
+    recipe_config.check(config_of(nproc=3), TINY)
     with pytest.raises(ConfigError, match=r"4 bits.* over 3 processes"):
-        plan.check(config_of(nproc=3), ONE_B)
+        recipe_config.check(config_of(nproc=3), ONE_B)
 
 
 @pytest.mark.parametrize("shape", [TINY, UNTIED, ONE_B, THREE_B, EIGHT_B])
 def test_the_defaults_are_accepted(shape: Llama) -> None:
-    plan.check(config_of(), shape)
+    recipe_config.check(config_of(), shape)
 
 
 def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
         epochs=5, learning_rate=3e-4, weight_decay=0.02, batch_size=6, gradient_accumulation=7, max_grad_norm=0.5,
         seed=11, lora_rank=12, lora_alpha=13.5, lora_dropout=0.14, dtype="bf16",
     )  # fmt: skip
-    found = plan.config_of(job, TINY, warmup_steps=15)
+    found = recipe_config.make_config(job, TINY, warmup_steps=15)
     assert {name: found[name] for name in ("epochs", "batch_size", "gradient_accumulation_steps", "seed", "dtype")} == {
         "epochs": 5, "batch_size": 6, "gradient_accumulation_steps": 7, "seed": 11, "dtype": "bf16",
     }  # fmt: skip
@@ -102,16 +103,16 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
 
 
 def test_no_clipping_is_said_as_torchtune_says_it(tmp_path: Path) -> None:
-    assert plan.config_of(TrainingFolder(tmp_path).job(max_grad_norm=0.0), TINY, 0)["clip_grad_norm"] is None
+    assert recipe_config.make_config(TrainingFolder(tmp_path).job(max_grad_norm=0.0), TINY, 0)["clip_grad_norm"] is None
 
 
 def test_where_torchtune_has_a_config_its_model_stands(tmp_path: Path) -> None:
     job = TrainingFolder(tmp_path).job(target_modules=["q_proj", "o_proj"])
     for shape in (ONE_B, THREE_B, EIGHT_B):
-        model = plan.config_of(job, shape, 0)["model"]
+        model = recipe_config.make_config(job, shape, 0)["model"]
         assert model["lora_attn_modules"] == ["q_proj", "output_proj"]
         assert "_component_" not in model and "quantize_base" not in model and "vocab_size" not in model
-    assert plan.config_of(job, UNTIED, 0)["model"]["_component_"].endswith("llama3_1.lora_llama3_1")
+    assert recipe_config.make_config(job, UNTIED, 0)["model"]["_component_"].endswith("llama3_1.lora_llama3_1")
 
 
 def test_no_text_of_the_users_is_in_the_config(tmp_path: Path) -> None:
@@ -119,4 +120,4 @@ def test_no_text_of_the_users_is_in_the_config(tmp_path: Path) -> None:
     names = ("base_model", "base_name", "base_sha256", "data", "data_sha256", "adapter", "checkpoints", "metrics")
     job = TrainingFolder(tmp_path).job(**{name: f"/{planted}/{name}" for name in names})
     for shape in (TINY, UNTIED, ONE_B):
-        assert "${" not in json.dumps(plan.config_of(job, shape, 0))
+        assert "${" not in json.dumps(recipe_config.make_config(job, shape, 0))

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kolotune.engines.job import TrainJob, event_of
-from kolotune.engines.native import elastic, training
+from kolotune.engines.events import StepDone, TrainingResult, event_in
+from kolotune.engines.job import TrainJob
+from kolotune.engines.native import launcher, training
 from kolotune.engines.native.world import World
 from kolotune.foundation import hardware
 
@@ -39,8 +40,8 @@ def train(job: TrainJob) -> dict[str, Any]:
     child = start(job)
     output, _ = child.communicate()
     assert child.returncode == 0, output
-    events = [event for line in output.splitlines() if (event := event_of(line))]
-    results = [event for event in events if event["event"] == "result"]
+    events = map(event_in, output.splitlines())
+    results = [event.facts() for event in events if isinstance(event, TrainingResult)]
     assert len(results) == 1, "one process tells"
     return results[0]
 
@@ -95,11 +96,11 @@ def test_a_process_that_is_killed_costs_one_interval_and_nothing_else(room: Any)
     os.kill(workers[1].pid, signal.SIGKILL)
     output, _ = child.communicate()
     assert child.returncode == 0, output
-    assert "going on from step" in output
+    assert "resuming from step" in output
     assert figures(job, "loss") == figures(whole, "loss")
     ours, theirs = adapter(job), adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    steps = [event["step"] for line in output.splitlines() if (event := event_of(line)) and event["event"] == "step"]
+    steps = [event.step for event in map(event_in, output.splitlines()) if isinstance(event, StepDone)]
     assert len(steps) - len(set(steps)) <= 1, "steps that were made twice"
 
 
@@ -137,8 +138,8 @@ def test_one_that_is_started_anew_knows_whether_memory_ran_out(
     (tmp_path / "vmstat").write_text(f"oom_kill {now}\n")
     monkeypatch.setattr(hardware, "_own_counters", lambda: [tmp_path / "vmstat"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-    monkeypatch.setenv(elastic._KILLS_BEFORE, before)
-    assert elastic.one_was_killed_for_memory() is expected
+    monkeypatch.setenv(launcher._KILLS_BEFORE, before)
+    assert launcher.was_restarted_for_memory() is expected
 
 
 def test_every_chat_is_in_one_part_and_the_parts_are_alike() -> None:

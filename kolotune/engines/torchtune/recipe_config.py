@@ -1,12 +1,12 @@
-"""What torchtune is asked to do: its config for a job, and what it can't do, said before any work."""
+"""torchtune's config for a job, and the check that torchtune can do what is configured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.typed_storage import JsonObject
 
 from ..job import TrainJob
 from .architecture import CONFIGS, Llama
@@ -15,14 +15,14 @@ _ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_pro
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _HEAD = "lm_head"
 _ALL_LINEAR = ("all-linear",)
-_INSTEAD = "or train with --engine native."
-# torchao packs 64 weights to a scale and 256 scales to a block.
+_OTHERWISE = "or train with --engine native."
+# torchao packs 64 weights per scale and 256 scales per block.
 _NF4_BLOCK = 64 * 256
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Which layers get an adapter, in torchtune's words."""
+class AdaptedLayers:
+    """The layers that get an adapter, in torchtune's terms: attention layers by name, the whole MLP, the head."""
 
     attention: list[str]
     mlp: bool
@@ -30,21 +30,22 @@ class Targets:
 
 
 def check(settings: Config | TrainJob, shape: Llama) -> None:
-    """Refuses what torchtune can't do.
+    """Refuse what torchtune can't do.
 
     Raises:
-        ConfigError: an option is of no use under torchtune.
+        ConfigError: an option can't be used with torchtune.
     """
     if settings.scheduler_type != "cosine":
         raise ConfigError(
-            f"scheduler-type {settings.scheduler_type}: torchtune 0.6.1 has the cosine schedule only",
-            f"Leave --scheduler-type out, {_INSTEAD}",
+            f"scheduler-type {settings.scheduler_type}: torchtune 0.6.1 only has the cosine schedule",
+            f"Leave --scheduler-type out, {_OTHERWISE}",
         )
     if settings.early_stopping:
         raise ConfigError(
-            "early-stopping: torchtune trains all epochs and keeps the last", f"Leave --early-stopping out, {_INSTEAD}"
+            "early-stopping: torchtune trains all epochs and keeps the last",
+            f"Leave --early-stopping out, {_OTHERWISE}",
         )
-    targets(settings.target_modules, shape)
+    adapted_layers(settings.target_modules, shape)
     if four_bit(settings, shape):
         _check_four_bit(shape, settings.nproc * settings.nnodes)
 
@@ -53,77 +54,77 @@ def _check_four_bit(shape: Llama, processes: int) -> None:
     odd = [name for name, size in shape.linear_sizes().items() if size % _NF4_BLOCK]
     if odd:
         raise ConfigError(
-            f"load-in-4bit: torchtune packs {_NF4_BLOCK} weights at a time, and {'; '.join(odd)} are no multiple",
-            f"Leave --load-in-4bit out, {_INSTEAD}",
+            f"load-in-4bit: torchtune packs {_NF4_BLOCK} weights at a time, and {'; '.join(odd)} are not multiples",
+            f"Leave --load-in-4bit out, {_OTHERWISE}",
         )
     rows = (shape.embed_dim, shape.num_kv_heads * shape.head_dim, shape.intermediate_dim)
     whole = all(size % (_NF4_BLOCK * processes) == 0 for size in shape.linear_sizes().values())
     if not whole or any(each % processes for each in rows):
         raise ConfigError(
-            f"nproc: torchtune keeps this base in 4 bits, in blocks of {_NF4_BLOCK} weights, and these can't be parted "
+            f"nproc: torchtune keeps this base in 4 bits, in blocks of {_NF4_BLOCK} weights, which can't be sharded "
             f"over {processes} processes",
-            f"Take another number of processes (a power of two), {_INSTEAD}",
+            f"Give a different number of processes (a power of two), {_OTHERWISE}",
         )
 
 
 def four_bit(settings: Config | TrainJob, shape: Llama) -> bool:
-    """Whether the base is kept in 4 bits: on request, and always where torchtune's own config says so."""
+    """Return whether the base is kept in 4 bits: on request, and wherever torchtune's own config says so."""
     return settings.load_in_4bit or shape in CONFIGS
 
 
-def targets(names: list[str] | tuple[str, ...], shape: Llama) -> Targets:
-    """The layers `names` (PEFT's names) in torchtune's words.
+def adapted_layers(names: list[str] | tuple[str, ...], shape: Llama) -> AdaptedLayers:
+    """Translate names of layers, as in PEFT, to torchtune's terms.
 
     Raises:
         ConfigError: torchtune can't put an adapter there.
     """
-    wanted = {*_ATTENTION, *_MLP} if tuple(names) == _ALL_LINEAR else set(names)
-    unknown = sorted(wanted - {*_ATTENTION, *_MLP, _HEAD})
+    chosen = {*_ATTENTION, *_MLP} if tuple(names) == _ALL_LINEAR else set(names)
+    unknown = sorted(chosen - {*_ATTENTION, *_MLP, _HEAD})
     if unknown:
         raise ConfigError(
             f"target-modules: torchtune's Llamas have no layer {', '.join(unknown)}",
             f"Its layers are: {', '.join([*_ATTENTION, *_MLP, _HEAD])}.",
         )
-    attention = [theirs for ours, theirs in _ATTENTION.items() if ours in wanted]
+    attention = [theirs for ours, theirs in _ATTENTION.items() if ours in chosen]
     if not attention:
         raise ConfigError(
-            "target-modules: torchtune wants an adapter on one of q_proj, k_proj, v_proj, o_proj at least",
-            f"Add one, {_INSTEAD}",
+            "target-modules: torchtune needs an adapter on at least one of q_proj, k_proj, v_proj, o_proj",
+            f"Add one, {_OTHERWISE}",
         )
-    mlp = wanted & set(_MLP)
+    mlp = chosen & set(_MLP)
     if mlp and mlp != set(_MLP):
         raise ConfigError(
-            f"target-modules: torchtune adapts {', '.join(_MLP)} together or not at all, not only {', '.join(mlp)}",
-            f"Name all three or none, {_INSTEAD}",
+            f"target-modules: torchtune adapts {', '.join(_MLP)} together or not at all, not {', '.join(mlp)} alone",
+            f"Name all three or none, {_OTHERWISE}",
         )
-    if _HEAD in wanted and shape.tied:
+    if _HEAD in chosen and shape.tied:
         raise ConfigError(
-            f"target-modules: this model's {_HEAD} is its embedding, which torchtune gives no adapter",
+            f"target-modules: this model's {_HEAD} is its embedding, which gets no adapter in torchtune",
             f"Leave {_HEAD} out.",
         )
-    return Targets(attention, bool(mlp), _HEAD in wanted)
+    return AdaptedLayers(attention, bool(mlp), _HEAD in chosen)
 
 
 def config_name(shape: Llama) -> str | None:
-    """torchtune's own config for a model of this shape; None: it has none."""
+    """Return the name of torchtune's own config for a model of this shape; None when it has none."""
     return CONFIGS.get(shape)
 
 
-def config_of(job: TrainJob, shape: Llama, warmup_steps: int) -> dict[str, Any]:
-    """torchtune's config for `job`; where torchtune has one of its own, the values that are put into it.
+def make_config(job: TrainJob, shape: Llama, warmup_steps: int) -> JsonObject:
+    """Return torchtune's config for `job`, or what replaces parts of torchtune's own config for the model.
 
-    How many batches a step has in a process follows from where memory ran out, on any machine: the recipe sees to it.
-    No text of the user's is in it: in it, `_component_` imports what it names and `${…}` reads the environment.
+    The recipe sets the number of batches per step, which depends on where memory ran out on any machine. The config
+    holds no text of the user's: torchtune imports what ``_component_`` names, and ``${…}`` reads the environment.
     """
     return {
         "output_dir": ".",
         "model": _model(job, shape),
-        "tokenizer": {"_component_": "kolotune_recipe.chats.PadId"},
+        "tokenizer": {"_component_": "kolotune_recipe.data.PadId"},
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer",
             "model_type": "LLAMA3_2" if shape.tied else "LLAMA3",
         },
-        "dataset": {"_component_": "kolotune_recipe.chats.Chats", "packed": False},
+        "dataset": {"_component_": "kolotune_recipe.data.TokenizedChats", "packed": False},
         "metric_logger": {"_component_": "kolotune_recipe.events.MetricLogger"},
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "optimizer": {
@@ -145,7 +146,7 @@ def config_of(job: TrainJob, shape: Llama, warmup_steps: int) -> dict[str, Any]:
         "shuffle": True,
         "dtype": job.dtype,
         "compile": False,
-        "resume_from_checkpoint": False,  # the recipe goes on from checkpoints of ours
+        "resume_from_checkpoint": False,  # the recipe has checkpoints of its own
         "save_adapter_weights_only": True,
         "log_every_n_steps": 1,
         "log_peak_memory_stats": False,
@@ -154,9 +155,9 @@ def config_of(job: TrainJob, shape: Llama, warmup_steps: int) -> dict[str, Any]:
     }
 
 
-def _model(job: TrainJob, shape: Llama) -> dict[str, Any]:
-    chosen = targets(job.target_modules, shape)
-    lora: dict[str, Any] = {
+def _model(job: TrainJob, shape: Llama) -> JsonObject:
+    chosen = adapted_layers(job.target_modules, shape)
+    lora: JsonObject = {
         "lora_attn_modules": chosen.attention,
         "apply_lora_to_mlp": chosen.mlp,
         "apply_lora_to_output": chosen.output,

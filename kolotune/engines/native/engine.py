@@ -1,0 +1,149 @@
+"""kolotune's own engine, as `engines.engine.Engine` describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kolotune.foundation import hardware
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.runners import child_process, local
+from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, ModelShape, read_shape
+
+from .. import events
+from ..engine import CalibrationGap, Engine, EnvironmentStatus
+from ..events import Calibration
+from ..job import TrainJob
+from ..memory import SMALLEST_BATCH, BatchShape, Memory, MemoryGap, TrainingMemory
+from ..process_environment import ENVIRONMENT
+from . import families, memory
+from .kernels import build
+
+if TYPE_CHECKING:
+    from ..prepared_tokens import PreparedTokens
+
+_BASE_SHARE = 0.6  # of the memory that the base may fill; adapters, activations and the optimizer need the rest
+_SEARCHED_STEPS = 300  # of the first epoch, for the largest batch
+
+
+class NativeEngine:
+    """The decoder with hand-written backward passes, or transformers where that can't compute a model."""
+
+    name = "native"
+    module = "kolotune.engines.native"
+    has_compiled_step = True
+    knows_shard_traffic = True
+    process_memory: Memory = memory.PROCESS
+
+    def required_packages(self, config: Config) -> tuple[str, ...]:
+        return ("torch", "transformers", *(("bitsandbytes",) if config.load_in_4bit else ()))
+
+    def check(self, config: Config, base: Path) -> None:
+        """Accept everything: the engine has an answer to every option and architecture."""
+
+    def install(self, report: Callable[[str], None]) -> None:
+        """Do nothing: the engine runs in kolotune's own environment."""
+
+    def environment_status(self) -> EnvironmentStatus | None:
+        return None
+
+    def record_options(self, options: JsonObject) -> JsonObject:
+        return options
+
+    def can_compile(self) -> bool:
+        return build.usable()
+
+    def is_sharded(self, config: Config, base: Path) -> bool:
+        """Return whether to shard: as configured, or where a copy in each process would not fit."""
+        several = config.nproc * config.nnodes > 1
+        if config.sharding != "auto" or config.load_in_4bit or not several:
+            return config.sharding == "on"
+        size = read_shape(base).weight_count * DTYPE_BYTES[config.dtype]
+        return size * config.nproc > hardware.memory_for_processes(config.nproc) * _BASE_SHARE
+
+    def checkpoint_dtype(self, config: Config) -> str:
+        return "fp32"
+
+    def largest_batch(self, tokens: PreparedTokens, config: Config, batch_size: int) -> BatchShape:
+        """Return the batch that keeps most for the backward pass, among the first steps and the longest chat."""
+        from ..prepared_tokens import epoch_steps, longest_first
+        from . import packing
+
+        compiled = config.compile != "off" and not build.why_not()
+
+        def batches() -> Iterator[BatchShape]:
+            steps = epoch_steps(len(tokens), 0, config.seed, batch_size * config.gradient_accumulation)
+            for step in [*islice(steps, _SEARCHED_STEPS), longest_first(tokens)[:1]]:
+                for group in packing.grouped(tokens, step):
+                    packed = packing.pack(tokens, group, not config.lora_dropout)
+                    lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
+                    padded = not compiled and max(lengths) <= packing.LONG
+                    yield BatchShape(len(packed.ids), len(lengths), max(lengths), packed.prefix, packed.labels, padded)
+
+        return max(batches(), key=lambda batch: (batch.tokens, batch.chats * batch.longest**2 * batch.padded))
+
+    def training_memory(
+        self, config: Config, base: Path, shape: ModelShape, batch: BatchShape, free: int
+    ) -> TrainingMemory:
+        if config.load_in_4bit:
+            return TrainingMemory(None, gap=MemoryGap.FOUR_BIT)
+        if hardware.best_device() != "cpu":
+            return TrainingMemory(None, gap=MemoryGap.DEVICE, detail=hardware.best_device())
+        adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules)
+        dtype_bytes, keeps_best = DTYPE_BYTES[config.dtype], config.early_stopping > 0
+        if self.is_sharded(config, base):
+            recompute = True
+            process = memory.transformers_training(
+                shape,
+                adapter,
+                batch,
+                dtype_bytes,
+                recompute=True,
+                shards=config.nproc * config.nnodes,
+                gathered=max((linear.weight_count for linear in shape.linears), default=0),
+                keeps_best=keeps_best,
+            )
+        elif reason := families.why_not(base, batch.longest):
+            return TrainingMemory(None, gap=MemoryGap.TRANSFORMERS, detail=reason)
+        else:
+            activations = shape.layers * memory.layer_activation_bytes(shape, adapter, batch, dtype_bytes)
+            without = memory.packed_training(shape, adapter, SMALLEST_BATCH, dtype_bytes, recompute=False).own
+            recompute = activations > max(0, free // config.nproc - without) // 2
+            process = memory.packed_training(
+                shape, adapter, batch, dtype_bytes, recompute=recompute, keeps_best=keeps_best
+            )
+        return TrainingMemory(Memory(process.own * config.nproc, process.mapped * config.nproc), recompute)
+
+    def calibration_gap(self, config: Config, base: Path) -> CalibrationGap | None:
+        return CalibrationGap.SHARDED if self.is_sharded(config, base) else None
+
+    def calibrate(self, job: TrainJob, job_file: Path, log: Path) -> Calibration:
+        job.write(job_file)
+        measured: list[Calibration] = []
+
+        def on_event(name: str, fields: JsonObject) -> None:
+            event = events.parse_event(name, fields)
+            if isinstance(event, Calibration):
+                measured.append(event)
+
+        code = child_process.run(
+            f"{self.module}.calibration",
+            str(job_file),
+            log=log,
+            otherwise=TrainingError,
+            on_event=on_event,
+            env=ENVIRONMENT,
+        )
+        if code != 0 or not measured:
+            raise TrainingError(
+                f"the measured steps ended with code {code}: {local.last_lines(log)}",
+                "Most likely memory ran out. `kolotune plan --no-measure` says how much is needed.",
+            )
+        return measured[0]
+
+
+ENGINE: Engine = NativeEngine()

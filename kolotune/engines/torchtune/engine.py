@@ -1,0 +1,76 @@
+"""torchtune as `engines.engine.Engine` describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.weights.model_shape import ModelShape
+
+from ..engine import CalibrationGap, Engine, EnvironmentStatus
+from ..events import Calibration
+from ..job import TrainJob
+from ..memory import BatchShape, Memory, MemoryGap, TrainingMemory
+from . import architecture, environment, recipe_config
+
+if TYPE_CHECKING:
+    from ..prepared_tokens import PreparedTokens
+
+
+class TorchtuneEngine:
+    """torchtune's recipes, in an environment of their own."""
+
+    name = "torchtune"
+    module = "kolotune.engines.torchtune"
+    has_compiled_step = False
+    knows_shard_traffic = False
+    process_memory = Memory(0, 0)  # not measured
+
+    def required_packages(self, config: Config) -> tuple[str, ...]:
+        return "torch", "transformers"
+
+    def check(self, config: Config, base: Path) -> None:
+        recipe_config.check(config, architecture.read(base))
+
+    def install(self, report: Callable[[str], None]) -> None:
+        environment.ensure(report)
+
+    def environment_status(self) -> EnvironmentStatus | None:
+        installed = environment.find()
+        return EnvironmentStatus(installed.folder if installed else None, f"python -m {environment.MODULE}")
+
+    def record_options(self, options: JsonObject) -> JsonObject:
+        """Leave out what torchtune has not, and add what its environment is made from, installed or not."""
+        adapted = {name: value for name, value in options.items() if name != "compile"}
+        return {**adapted, "torchtune_environment": environment.fingerprint()}
+
+    def can_compile(self) -> bool:
+        return False
+
+    def is_sharded(self, config: Config, base: Path) -> bool:
+        return config.nproc * config.nnodes > 1
+
+    def checkpoint_dtype(self, config: Config) -> str:
+        return config.dtype
+
+    def largest_batch(self, tokens: PreparedTokens, config: Config, batch_size: int) -> BatchShape:
+        size = min(batch_size, len(tokens))
+        return BatchShape(size * tokens.longest, size, tokens.longest, 0, size * tokens.longest, padded=True)
+
+    def training_memory(
+        self, config: Config, base: Path, shape: ModelShape, batch: BatchShape, free: int
+    ) -> TrainingMemory:
+        return TrainingMemory(None, gap=MemoryGap.ENGINE, detail=self.name)
+
+    def calibration_gap(self, config: Config, base: Path) -> CalibrationGap | None:
+        return CalibrationGap.UNSUPPORTED
+
+    def calibrate(self, job: TrainJob, job_file: Path, log: Path) -> Calibration:
+        raise TrainingError(f"{self.name} can't be calibrated", "Plan with --no-measure.")
+
+
+ENGINE: Engine = TorchtuneEngine()
