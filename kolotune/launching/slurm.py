@@ -137,7 +137,7 @@ class Slurm:
             try:
                 job = executor.submit(SlurmTask(task))
             except submitit.core.utils.FailedJobError as error:
-                raise LaunchError(f"slurm: refused: {last_line(str(error))}") from None
+                raise LaunchError(f"slurm: the job was refused: {last_line(str(error))}") from None
         reporter.success(f"submitted: job {job.job_id}")
         return LaunchedJob(self.on, dataclasses.asdict(self), job.job_id, spec.config.nnodes, str(folder.root))
 
@@ -210,7 +210,9 @@ class Slurm:
         for option in self.more:
             key, equals, value = option.partition("=")
             if not equals or not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise ConfigError(f"sbatch: {option!r} is not of the form name=value", "As --sbatch constraint=a100.")
+                raise ConfigError(
+                    f"sbatch: {option!r} is not of the form name=value", "Give it as --sbatch constraint=a100."
+                )
             require_word("sbatch", value)
         root = str(spec.config.output_dir)
         if "%" in root or not root.isprintable():

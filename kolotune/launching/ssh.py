@@ -168,10 +168,12 @@ class Ssh:
 
     def _check(self, spec: JobSpec) -> None:
         if not self.hosts:
-            raise ConfigError("host: ssh needs machines", "Give each with --host, as --host me@gpu1 --host me@gpu2.")
+            raise ConfigError("host: ssh needs machines", "Name each one: --host me@gpu1 --host me@gpu2.")
         for host in self.hosts:
             if not _HOST.fullmatch(host):
-                raise ConfigError(f"host: {host!r} is not the name or address of a machine", "As gpu1 or me@10.0.0.7.")
+                raise ConfigError(
+                    f"host: {host!r} is not the name or address of a machine", "Give it as gpu1 or me@10.0.0.7."
+                )
         if len(set(self.hosts)) != len(self.hosts):
             raise ConfigError("host: a machine is named twice", "For several processes on one machine use --nproc.")
         if spec.config.nnodes != len(self.hosts):

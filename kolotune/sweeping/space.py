@@ -76,14 +76,14 @@ def parse(texts: Sequence[str]) -> list[VariedOption]:
             raise ConfigError(f"--vary {text}: {name} is varied twice", "Give all its values in one --vary.")
         options[name] = _parse_range(name, text, values) if ".." in values else _parse_choices(name, text, values)
     if not options:
-        raise ConfigError("there is nothing to vary", f"Name options: kolotune sweep chats.jsonl {_EXAMPLE}")
+        raise ConfigError("there is nothing to vary", f"Name some options: kolotune sweep chats.jsonl {_EXAMPLE}")
     return list(options.values())
 
 
 def _parse_choices(name: str, text: str, values: str) -> VariedOption:
     choices = tuple(dict.fromkeys(value.strip() for value in values.split(",")))
     if "" in choices:
-        raise ConfigError(f"--vary {text}: a value is missing", f"Give values, as in {_EXAMPLE}")
+        raise ConfigError(f"--vary {text}: a value is missing", f"For example: {_EXAMPLE}")
     return VariedOption(name, choices)
 
 
@@ -95,9 +95,11 @@ def _parse_range(name: str, text: str, values: str) -> VariedOption:
         low, high = (float(int(end)) if is_whole else float(end) for end in ends)
     except ValueError:
         kind = "two whole numbers" if is_whole else "two numbers"
-        raise ConfigError(f"--vary {text}: a range is {kind}", f"As in {_EXAMPLE}") from None
+        raise ConfigError(f"--vary {text}: a range is {kind}", f"For example: {_EXAMPLE}") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"--vary {text}: the first number must be smaller than the second", f"As in {_EXAMPLE}")
+        raise ConfigError(
+            f"--vary {text}: the first number must be smaller than the second", f"For example: {_EXAMPLE}"
+        )
     return VariedOption(name, low=low, high=high, whole=is_whole)
 
 
