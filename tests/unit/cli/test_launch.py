@@ -1,4 +1,4 @@
-"""launch, follow and cancel on the command line: what is refused, and that nothing is done without --submit."""
+"""`launch`, `follow` and `cancel` on the command line: early errors, and nothing is done without --submit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("chats.jsonl", "is none of slurm, kubernetes, ssh, local"),
         ("chats.jsonl --on pbs", "is none of"),
@@ -42,14 +42,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 @pytest.mark.parametrize("submit", [[], ["--submit"]])
-def test_what_is_refused_before_anything_is_asked(
-    kolotune: Call, line: str, words: str, submit: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+def test_early_errors(
+    kolotune: Call, line: str, message: str, submit: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(here))  # there is no scheduler's program, and no ssh
+    monkeypatch.setenv("PATH", str(here))  # without programs of schedulers, and without ssh
     (here / "hub.yaml").write_text("hf_token: '-'\n")
     before = sorted(here.rglob("*"))
     code, output = kolotune("launch", *line.split(), *submit)
-    assert (code, words in output, "Traceback" in output) == (2, True, False), output
+    assert (code, message in output, "Traceback" in output) == (2, True, False), output
     assert sorted(here.rglob("*")) == before
     assert "hf_abc" not in output
 
@@ -65,7 +65,7 @@ def test_a_plan_makes_nothing_and_shows_the_run(kolotune: Call, line: str, here:
     assert sorted(here.rglob("*")) == before
 
 
-def test_a_token_file_of_the_config_is_named_to_slurm_and_not_sent_elsewhere(kolotune: Call, here: Path) -> None:
+def test_only_slurm_gets_the_token_file_of_the_config(kolotune: Call, here: Path) -> None:
     (here / "token").write_text("hf_Planted\n")
     (here / "k.yaml").write_text("train_data: chats.jsonl\nhf_token: token\n")
     output = kolotune("launch", "--config", "k.yaml", "--on", "slurm")[1]
@@ -75,7 +75,7 @@ def test_a_token_file_of_the_config_is_named_to_slurm_and_not_sent_elsewhere(kol
     assert "hf_Planted" not in output
 
 
-def test_chats_that_are_there_need_not_be_here(kolotune: Call) -> None:
+def test_in_place_needs_no_local_chats(kolotune: Call) -> None:
     line = ["launch", "--train-data", "/data/chats.jsonl", "--on", "ssh", "--host", "a"]
     assert kolotune(*line)[0] == 3
     code, output = kolotune(*line, "--in-place")
@@ -91,4 +91,4 @@ def test_a_folder_without_a_job(kolotune: Call, verb: str) -> None:
 def test_a_plan_as_json(kolotune: Call) -> None:
     code, output = kolotune("launch", "chats.jsonl", "--on", "slurm", "--json")
     events = [json.loads(line) for line in output.splitlines()]
-    assert code == 0 and any(each["event"] == "result" and each["text"].startswith("sbatch ") for each in events)
+    assert code == 0 and any(event["event"] == "result" and event["text"].startswith("sbatch ") for event in events)

@@ -1,4 +1,4 @@
-"""sweep on the command line: what is refused before anything is asked, and what is only shown."""
+"""`sweep` on the command line: early errors, and plans."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ VARY = ["--vary", "lora_rank=4,8"]
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))  # there is no scheduler's program, and no ssh
+    monkeypatch.setenv("PATH", str(tmp_path))  # without programs of schedulers, and without ssh
     (tmp_path / "chats.jsonl").write_text("{}\n")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("--submit", "is none of slurm, kubernetes, ssh, local"),
         ("--partition gpu", "is none of"),
@@ -36,19 +36,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 @pytest.mark.parametrize("submit", [[], ["--submit"]])
-def test_what_is_refused(kolotune: Call, line: str, words: str, submit: list[str], here: Path) -> None:
+def test_early_errors(kolotune: Call, line: str, message: str, submit: list[str], here: Path) -> None:
     code, output = kolotune("sweep", "chats.jsonl", *VARY, *line.split(), *submit)
-    assert (code, words in output, "Traceback" in output) == (2, True, False), output
-    assert [each.name for each in here.iterdir()] == ["chats.jsonl"]
+    assert (code, message in output, "Traceback" in output) == (2, True, False), output
+    assert [path.name for path in here.iterdir()] == ["chats.jsonl"]
 
 
-def test_several_at_once_need_a_place(kolotune: Call) -> None:
+def test_parallel_trials_need_a_launcher(kolotune: Call) -> None:
     code, output = kolotune("sweep", "chats.jsonl", *VARY, "--at-once", "2")
     assert (code, "one trial after the other" in output) == (2, True), output
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("--on slurm --at-once 7 --gpus 1", "7 trials run at a time"),
         ("--on local", "4 trials run at a time"),
@@ -57,9 +57,9 @@ def test_several_at_once_need_a_place(kolotune: Call) -> None:
         ("--on kubernetes --image reg/kolotune:1 --claim runs", "4 trials run at a time"),
     ],
 )
-def test_without_submit_the_first_one_s_job_is_shown(kolotune: Call, line: str, words: str, here: Path) -> None:
+def test_without_submit_the_first_job_is_shown(kolotune: Call, line: str, message: str, here: Path) -> None:
     code, output = kolotune("sweep", "chats.jsonl", *VARY, *line.split())
-    assert code == 0 and words in output and "with --submit it is" in output, output
+    assert code == 0 and message in output and "with --submit it is" in output, output
     assert "lora_rank: 4" in output and "kolotune prepare" in output and "kolotune train" in output
     assert "kolotune run " not in output
-    assert [each.name for each in here.iterdir()] == ["chats.jsonl"]
+    assert [path.name for path in here.iterdir()] == ["chats.jsonl"]
