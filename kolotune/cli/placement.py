@@ -151,7 +151,7 @@ class Placement:
 
         Args:
             machines: how many a job needs.
-            at_once: how many jobs; None: for ssh as many as there are machines for, otherwise `AT_ONCE`.
+            at_once: how many jobs; None: for ssh the number that the machines allow, otherwise `AT_ONCE`.
 
         Raises:
             ConfigError: there are not enough machines.

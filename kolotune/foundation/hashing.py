@@ -70,7 +70,7 @@ class Hasher:
             with replacing(target) as temporary:
                 yield temporary
         except BaseException:
-            self._written.clear()  # a later file may have the inode of one that is gone
+            self._written.clear()  # a later file may have the inode of a removed one
             raise
         if self._written:
             time.sleep(_CLOCK_SECONDS)  # so that a later change shows in the time of modification

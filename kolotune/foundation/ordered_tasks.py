@@ -23,7 +23,7 @@ def results_in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]],
 
     Args:
         pool: the threads.
-        tasks: taken as they are needed.
+        tasks: started as their results are needed.
         ahead: how many, at most, are started or done before their result is needed.
     """
     waiting: deque[Future[T]] = deque()

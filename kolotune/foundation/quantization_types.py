@@ -59,7 +59,7 @@ def canonical_name(name: str) -> str:
     return NONE if name.upper() == "F16" else name.upper()
 
 
-def made_with_matrix(name: str, choice: str) -> bool:
+def is_made_with_matrix(name: str, choice: str) -> bool:
     """Whether quantization `name` is made with an importance matrix if `Config.importance_matrix` is `choice`."""
     if name not in FILE_TYPES or choice == "never":
         return False
@@ -68,7 +68,7 @@ def made_with_matrix(name: str, choice: str) -> bool:
     return name in NEEDS_IMPORTANCE_MATRIX | GAINS_FROM_IMPORTANCE_MATRIX
 
 
-def problem_with(name: str) -> str:
+def find_problem(name: str) -> str:
     """Return why `name` (in capitals) is not a quantization; an empty string if it is one."""
     if name == NONE or name in FILE_TYPES:
         return ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.hashing import Hasher
-from kolotune.foundation.quantization_types import made_with_matrix
+from kolotune.foundation.quantization_types import is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.run_folder.records import read_record
@@ -22,7 +22,7 @@ def with_matrix(context: Context, names: Iterable[str]) -> list[str]:
     """Return those quantizations that are made with a matrix; none when there are no training chats."""
     if context.source is not None:
         return []
-    return [name for name in names if made_with_matrix(name, context.config.importance_matrix)]
+    return [name for name in names if is_made_with_matrix(name, context.config.importance_matrix)]
 
 
 def make_matrix(

@@ -11,7 +11,7 @@ from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.hashing import Hasher
-from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, made_with_matrix
+from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import convert, quantize
 from kolotune.gguf.inference import GgufModel
@@ -95,7 +95,7 @@ def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) ->
         convert.convert_folder(base, plain, run.log("base"), reporter, exact=False)
     if name == NONE:
         return plain
-    matrix = run.importance_matrix if made_with_matrix(name, config.importance_matrix) else None
+    matrix = run.importance_matrix if is_made_with_matrix(name, config.importance_matrix) else None
     if matrix is not None and not matrix.is_file():
         if name in NEEDS_IMPORTANCE_MATRIX:
             raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")

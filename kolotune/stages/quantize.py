@@ -13,7 +13,7 @@ from kolotune import llamacpp
 from kolotune.foundation.config import Config, plain_values
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import remove
-from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, made_with_matrix
+from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import conversion_source, quantize, run_matrix
@@ -29,7 +29,7 @@ DOING = "quantizing"
 def options(config: Config) -> JsonObject:
     kept = kept_models(config)
     names = ("quantization",) if kept.unquantized else ("quantization", "lean", "merge_dtype")
-    with_matrix = [name for name in kept.quantized if made_with_matrix(name, config.importance_matrix)]
+    with_matrix = [name for name in kept.quantized if is_made_with_matrix(name, config.importance_matrix)]
     return plain_values(config, names) | ({"importance_matrix": with_matrix} if with_matrix else {})
 
 

@@ -1,4 +1,4 @@
-"""A whole road with a tiny model: SmolLM2's tokenizer, which llama.cpp knows, and random weights."""
+"""A finished run with a tiny model: SmolLM2's tokenizer, which llama.cpp knows, and random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kolotune.run_folder.layout import RunFolder
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Path:
-    """A random Llama of 2 layers with SmolLM2's tokenizer and template; read it only."""
+    """A random Llama of 2 layers with SmolLM2's tokenizer and template; do not change it."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     tiny_model(folder, reporter)
     return folder
@@ -38,7 +38,7 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_chats(tmp_path: Path) -> Callable[..., Path]:
-    """Writes good chats: ``write_chats(count=3, name="chats.jsonl", first=0)``."""
+    """Write good chats: ``write_chats(count=3, name="chats.jsonl", first=0)``."""
 
     def write(count: int = 3, name: str = "chats.jsonl", first: int = 0) -> Path:
         path = tmp_path / name
@@ -50,14 +50,14 @@ def write_chats(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter: PlainReporter) -> Config:
-    """The config of a run that is done, from chats to Modelfiles; read its folder only."""
-    room = tmp_path_factory.mktemp("finished")
-    chats = room / "chats.jsonl"
+    """The config of a finished run, from chats to Modelfiles; do not change its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    chats = folder / "chats.jsonl"
     chats.write_text("".join(chat_line(each) for each in range(3)), encoding="utf-8")
     options = {
         "train_data": chats,
         "base_model": str(tiny_base),
-        "output_dir": room / "run",
+        "output_dir": folder / "run",
         "epochs": 1,
         "lora_rank": 2,
         "checkpoint_steps": 0,
@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter
         "template_date": "2026-01-02",
         "compare": False,
     }
-    config = configs.resolve((options, "test", room))
+    config = configs.resolve((options, "test", folder))
     run_pipeline(config, reporter)
     return config
 
@@ -93,7 +93,7 @@ def run_copy(finished: Config, tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def kolotune(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Calls the command line in this process: ``code, output = kolotune("status", folder)``."""
+    """Call the command line in this process: ``code, output = kolotune("status", folder)``."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def call(*arguments: Any) -> tuple[int, str]:

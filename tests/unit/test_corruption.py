@@ -124,7 +124,7 @@ def test_a_damaged_artifact_makes_its_stage_run_again(name: str, context: Contex
         assert find_reasons(used, fresh) == [Reason(ReasonKind.INPUT_CHANGED, "what was made")]
 
 
-def test_a_damaged_record_is_none_or_says_the_same(context: Context) -> None:
+def test_a_damaged_record_is_ignored_or_reads_the_same(context: Context) -> None:
     stage = FakeStage()
     facts = {"final_loss": 2.25, "chats": 12, "adds_bos": False, "name": "é"}
     written = write_record(stage, context, facts, now())
@@ -139,7 +139,7 @@ def test_a_damaged_record_is_none_or_says_the_same(context: Context) -> None:
     assert same < COUNT / 10  # a blank more or less
 
 
-def test_a_damaged_checkpoint_is_passed_over(training_room: Callable[..., Any]) -> None:
+def test_a_damaged_checkpoint_is_skipped(training_room: Callable[..., Any]) -> None:
     job = training_room().job()
     for step in (4, 8):
         checkpoints.save(job, State(step, 1.5, 2, {"x": torch.full((16, 4), float(step))}))

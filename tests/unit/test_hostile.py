@@ -1,4 +1,4 @@
-"""Two hundred hostile texts in every text input: each is a name, or a text, or refused; no command and no way out."""
+"""Two hundred hostile texts in every text input: each is a name or a text, or refused; none runs or escapes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_there_are_two_hundred() -> None:
 
 
 @pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inner_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder below another one; the current one, and the home."""
     inner = tmp_path / "out" / "in"
     inner.mkdir(parents=True)
@@ -69,7 +69,7 @@ LINES: dict[str, tuple[Callable[[str], list[str]], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("line", LINES)
-def test_on_the_command_line(line: str, every: int, kolotune: Call, room: Path) -> None:
+def test_on_the_command_line(line: str, every: int, kolotune: Call, inner_folder: Path) -> None:
     argv, codes = LINES[line]
     for text in TEXTS[list(LINES).index(line) % every :: every]:
         code, output = kolotune(*argv(text))
@@ -77,9 +77,9 @@ def test_on_the_command_line(line: str, every: int, kolotune: Call, room: Path) 
         assert "Traceback" not in output, (text, output)
         assert not set(output) & STEERING, (text, output)
         # A run folder may have been begun; nothing else is there, and nothing outside.
-        assert {each.split("/")[0] for each in everything_below(room)} <= {"o", "outputs"}, text
-        assert [path.name for path in room.parent.parent.iterdir()] == ["out"], text
-        assert [path.name for path in room.parent.iterdir()] == ["in"], text
+        assert {each.split("/")[0] for each in everything_below(inner_folder)} <= {"o", "outputs"}, text
+        assert [path.name for path in inner_folder.parent.parent.iterdir()] == ["out"], text
+        assert [path.name for path in inner_folder.parent.iterdir()] == ["in"], text
 
 
 def test_as_an_argument_of_a_program(tmp_path: Path) -> None:
@@ -94,26 +94,26 @@ def test_as_an_argument_of_a_program(tmp_path: Path) -> None:
     assert json.loads(seen[0]) == sent
 
 
-def test_in_a_config_file(room: Path) -> None:
+def test_in_a_config_file(inner_folder: Path) -> None:
     """What a text becomes by way of the saved config is that text."""
     for text in TEXTS:
         try:
-            wanted = config.resolve(
-                ({"system": text, "compare_prompt": [text], "parameter": [f"stop={text}"]}, "", room)
+            original = config.resolve(
+                ({"system": text, "compare_prompt": [text], "parameter": [f"stop={text}"]}, "", inner_folder)
             )
-            Path("c.yaml").write_text(config.dump(wanted), encoding="utf-8", newline="")
+            Path("c.yaml").write_text(config.dump(original), encoding="utf-8", newline="")
         except (KolotuneError, UnicodeEncodeError):
             assert "\ud800" in text or "\udcff" in text
             continue
-        again = config.resolve((config.load_file(Path("c.yaml")), "", room))
-        assert dataclasses.asdict(again) == dataclasses.asdict(wanted), text
+        again = config.resolve((config.load_file(Path("c.yaml")), "", inner_folder))
+        assert dataclasses.asdict(again) == dataclasses.asdict(original), text
 
 
 @pytest.mark.parametrize("key", ["output_dir", "train_data", "base_model"])
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_names_that_no_file_can_have(key: str, name: str, room: Path) -> None:
+def test_names_that_no_file_can_have(key: str, name: str, inner_folder: Path) -> None:
     with pytest.raises(KolotuneError, match="no file can have") as error:
-        config.resolve(({key: name}, "c.yaml", room))
+        config.resolve(({key: name}, "c.yaml", inner_folder))
     assert key.replace("_", "-") in error.value.cause
 
 
@@ -121,12 +121,12 @@ def test_in_a_modelfile() -> None:
     for text in TEXTS:
         for field in ({"system": text}, {"template": text}, {"license": text}, {"parameters": (("stop", text),)}):
             try:
-                wanted = Modelfile("./Merged.gguf", **field)  # type: ignore[arg-type]
-                said = render_modelfile(wanted)
+                original = Modelfile("./Merged.gguf", **field)  # type: ignore[arg-type]
+                text_form = render_modelfile(original)
             except KolotuneError as error:
                 assert error.hint
                 continue
-            assert parse_modelfile(said) == wanted
+            assert parse_modelfile(text_form) == original
         try:
             render_modelfile(Modelfile(f"./{text}"))
         except KolotuneError:
@@ -207,7 +207,7 @@ def test_run_folders_keep_their_names_inside(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for text in TEXTS:
         try:
-            wanted: Any = config.resolve(({"quantization": text}, "", tmp_path)).quantization
+            original: Any = config.resolve(({"quantization": text}, "", tmp_path)).quantization
         except KolotuneError:
             continue
-        assert all(run.quantized(name).parent == tmp_path for name in wanted)
+        assert all(run.quantized(name).parent == tmp_path for name in original)

@@ -47,11 +47,11 @@ def events(output: str) -> list[dict[str, Any]]:
 
 
 def test_the_document_names_every_event_and_field() -> None:
-    told: dict[str, set[str]] = {}
+    documented: dict[str, set[str]] = {}
     for part in re.split(r"^## ", DOCS.read_text(encoding="utf-8"), flags=re.M)[1:]:
         kind = part.splitlines()[0].strip("` ")
-        told[kind] = set(re.findall(r"^\| `(\w+)` \|", part, flags=re.M)) | COMMON
-    assert told == {kind: set(typing.get_type_hints(shape)) for kind, shape in EVENTS.items()}
+        documented[kind] = set(re.findall(r"^\| `(\w+)` \|", part, flags=re.M)) | COMMON
+    assert documented == {kind: set(typing.get_type_hints(shape)) for kind, shape in EVENTS.items()}
 
 
 def test_a_wrong_event_would_be_seen() -> None:
@@ -62,7 +62,7 @@ def test_a_wrong_event_would_be_seen() -> None:
             checked(json.dumps(bad))
 
 
-def test_a_training_tells_its_progress_in_numbers(run_copy: RunFolder, capfd: Any, kolotune: Call) -> None:
+def test_training_reports_its_progress_in_numbers(run_copy: RunFolder, capfd: Any, kolotune: Call) -> None:
     code, output = kolotune("train", run_copy.root, "--epochs", "2", "--json")
     assert code == 0
     found = events(output)
@@ -102,9 +102,9 @@ def test_numbers_that_json_does_not_have_are_null(capsys: pytest.CaptureFixture[
     assert event["loss"] is None and event["best"] is None
 
 
-def test_a_replay_gives_the_fields_on_without_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_passes_the_fields_on_except_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     say = JsonReporter()
-    say.failure("it broke", "mend it", 9)
+    say.failure("it broke", "fix it", 9)
     say.result("42", answer=42)
     with say.progress("count") as progress:
         progress.update(1, 1, loss=0.5)

@@ -19,7 +19,7 @@ from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 
 
-def test_too_little_space_is_said_before_any_work(
+def test_too_little_space_is_reported_before_any_work(
     run_copy: RunFolder, mount: Callable[..., Path], reporter: PlainReporter
 ) -> None:
     small = tmpfs(mount, "4m")
@@ -47,7 +47,7 @@ def test_a_disk_that_fills_up_is_a_space_error_and_leaves_nothing_half_made(
     stage: str,
     free: int,
 ) -> None:
-    """The estimate is passed over, as when another program fills the disk in the meantime."""
+    """The estimate is skipped, as if another program had filled the disk in the meantime."""
     small = RunFolder(tmpfs(mount, "60m") / "run")
     before = ["prepare", "train", "merge", "convert", "quantize"]
     results = {"train": "adapter", "merge": "merged_model", "convert": "Merged.gguf"}
@@ -67,23 +67,23 @@ def test_a_disk_that_fills_up_is_a_space_error_and_leaves_nothing_half_made(
     assert partials(small) == []
     ballast.unlink()
     if stage != "prepare":  # the first stage fails in a folder that has no saved config's record yet
-        assert states(small)[stage] in ("failed", "interrupted")  # where even the note had no room
+        assert states(small)[stage] in ("failed", "interrupted")  # where even this mark did not fit
 
 
-def test_a_read_only_folder_is_told(run_copy: RunFolder, mount: Callable[..., Path], kolotune: Any) -> None:
-    place = mount("--bind", str(run_copy.root))
-    done = subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], capture_output=True)
+def test_a_read_only_folder_is_reported(run_copy: RunFolder, mount: Callable[..., Path], kolotune: Any) -> None:
+    mounted = mount("--bind", str(run_copy.root))
+    done = subprocess.run(["mount", "-o", "remount,bind,ro", str(mounted)], capture_output=True)
     if done.returncode:
         pytest.skip("mounting read-only is not allowed here")
-    code, output = kolotune("run", "--config", run_copy.config, "--output-dir", place, "--system", "x")
+    code, output = kolotune("run", "--config", run_copy.config, "--output-dir", mounted, "--system", "x")
     assert code == 11
     assert "Read-only file system" in output
     assert "--output-dir" in output
     assert "Traceback" not in output
-    assert kolotune("status", place)[0] == 0
+    assert kolotune("status", mounted)[0] == 0
 
 
-def test_an_output_folder_that_is_a_file_is_told(run_copy: RunFolder, kolotune: Any, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_reported(run_copy: RunFolder, kolotune: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     code, output = kolotune("run", "--config", run_copy.config, "--output-dir", tmp_path / "file")
     assert code == 11

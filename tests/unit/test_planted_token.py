@@ -17,7 +17,7 @@ CHATS = "".join(
     f'{{"messages": [{{"role": "user", "content": "q{n}"}}, {{"role": "assistant", "content": "a{n}"}}]}}\n'
     for n in range(12)
 )
-# A fault of our own in the middle of a verb: what Python then prints is not ours to word.
+# A bug in the middle of a verb: Python prints the traceback.
 CRASH = """
 import sys
 from kolotune.base_models import catalog
@@ -33,18 +33,18 @@ main()
 
 
 class Watcher(threading.Thread):
-    """Reads arguments and environments of a process's descendants, again and again."""
+    """Read arguments and environments of the descendants of a process, repeatedly."""
 
     def __init__(self, root: int) -> None:
         super().__init__(daemon=True)
-        self.root, self.goes_on = root, True
+        self.root, self.is_running = root, True
         self.arguments: set[bytes] = set()
         self.environments: dict[int, bytes] = {}
 
     def run(self) -> None:
         import psutil
 
-        while self.goes_on:
+        while self.is_running:
             with contextlib.suppress(psutil.Error):
                 for each in psutil.Process(self.root).children(recursive=True):
                     with contextlib.suppress(OSError):
@@ -69,7 +69,7 @@ def watched(argv: list[str], folder: Path, typed: str, **env: str) -> tuple[int,
     watcher = Watcher(started.pid)
     watcher.start()
     output = started.communicate(typed, timeout=550)[0]
-    watcher.goes_on = False
+    watcher.is_running = False
     watcher.join()
     return started.returncode, output, watcher
 
@@ -80,11 +80,11 @@ VERBS = ["prepare", pytest.param("run", marks=pytest.mark.slow), pytest.param("t
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("source", ["environment", pytest.param("standard input", marks=pytest.mark.slow), "file"])
-def test_a_planted_token_is_nowhere(verb: str, source: str, tiny_base: Path, tmp_path: Path) -> None:
-    room = tmp_path / "room"
-    room.mkdir()
+def test_a_planted_token_leaks_nowhere(verb: str, source: str, tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
     (tmp_path / "secret").write_text(TOKEN + "\n")
-    (room / "chats.jsonl").write_text(CHATS)
+    (folder / "chats.jsonl").write_text(CHATS)
     options = ["--base-model", str(tiny_base), "--max-seq-length", "64"]
     options += [] if verb == "prepare" else ["--epochs", "1"]
     options += ["--engine", "torchtune"] if verb == "torchtune" else []
@@ -96,7 +96,7 @@ def test_a_planted_token_is_nowhere(verb: str, source: str, tiny_base: Path, tmp
     base = ["--base-model", str(tiny_base)]
     crash = ["-c", CRASH, "prepare", "chats.jsonl", "--output-dir", "crash", *base, str(tmp_path / "secret")]
     for argv, code in ((["-m", "kolotune", *line], 0), (["-m", "kolotune", *wrong], 3), (crash, 1)):
-        found, output, watcher = watched(argv, room, TOKEN + "\n" if source == "standard input" else "", **env)
+        found, output, watcher = watched(argv, folder, TOKEN + "\n" if source == "standard input" else "", **env)
         assert found == code, output
         assert ("RuntimeError: a bug, with ********" in output) == (argv is crash)
         assert TOKEN not in output
@@ -105,5 +105,5 @@ def test_a_planted_token_is_nowhere(verb: str, source: str, tiny_base: Path, tmp
         if argv is not crash and code == 0:
             assert watcher.environments, "no other program was seen"
         assert not [pid for pid, each in watcher.environments.items() if TOKEN.encode() in each]
-    for path in room.rglob("*"):
+    for path in folder.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path

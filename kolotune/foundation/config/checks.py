@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kolotune.foundation.engine_registry import ENGINES
-from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, problem_with
+from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, find_problem
 
 from .normalize import exists
 from .options import Config, Kind, option_names
@@ -52,7 +52,7 @@ def _quantization_problems(values: Mapping[str, object]) -> Iterator[str]:
     for option in option_names(kind=Kind.QUANTIZATIONS):
         names = [str(name) for name in _items(values, option)]
         for name in names:
-            if problem := problem_with(name):
+            if problem := find_problem(name):
                 yield f"{_flag(option)}: {problem}"
             elif without_matrix and name in NEEDS_IMPORTANCE_MATRIX:
                 yield f"{_flag(option)}: {name} needs an importance matrix, but importance-matrix is never"

@@ -25,7 +25,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 
 
 class Kind(Enum):
-    """What the value of an option stands for. It decides how the value is normalised, checked and sent elsewhere."""
+    """The kind of an option's value. It decides how the value is normalised, checked and sent elsewhere."""
 
     VALUE = "a number, a word or a text"
     CHAT_FILES = "files of chats; the flag may be repeated"
@@ -66,7 +66,7 @@ class Option:
     Attributes:
         help: one sentence for ``--help`` and the commented config.
         group: the group in which it is shown.
-        kind: what its value stands for.
+        kind: of its value.
         verbs: the verbs that have a flag for it.
         stages: the stages whose fingerprint always includes it.
         is_saved: whether the run folder keeps it. If not, it belongs to one call.

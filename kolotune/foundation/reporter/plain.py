@@ -50,10 +50,10 @@ class PlainReporter:
         for row in cells:
             grid.add_row(*row)
         console = Console(width=self.table_width, color_system=None, force_terminal=False)
-        with console.capture() as drawn:
+        with console.capture() as captured:
             console.print(grid, crop=False)
         self._line(title)
-        for line in drawn.get().splitlines():
+        for line in captured.get().splitlines():
             self._line(f"  {line}".rstrip())
 
     def result(self, text: str, **fields: object) -> None:

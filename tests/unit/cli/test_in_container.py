@@ -1,4 +1,4 @@
-"""``--container`` on the command line: what is meant for it, and what the verb gets."""
+"""``--container`` on the command line: the request, and what the verb in the container gets."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kolotune.runners.container import names
 COMMAND: Any = typer.main.get_command(app)
 
 
-class Notebook:
-    """In place of the sender: notes what would go in."""
+class RecordingSender:
+    """Instead of the sender: records what would be sent."""
 
     def __init__(self) -> None:
         self.sent: list[Path] = []
@@ -46,13 +46,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def called(*arguments: str) -> tuple[VerbCall, Notebook, list[str]]:
-    """The verb as it would be called inside, where its run folder is /runs/R."""
-    call, notebook = VerbCall(COMMAND, arguments), Notebook()
+def call_inside(*arguments: str) -> tuple[VerbCall, RecordingSender, list[str]]:
+    """Return the verb as it would be called in the container, where its run folder is /runs/R."""
+    call, sender = VerbCall(COMMAND, arguments), RecordingSender()
     run = call.run_folder()
     inside = (run[0], PurePosixPath("/runs/R")) if run else None
-    argv = call.argv(notebook, inside, call.new_folder())  # type: ignore[arg-type]
-    return call, notebook, argv
+    argv = call.argv(sender, inside, call.new_folder())  # type: ignore[arg-type]
+    return call, sender, argv
 
 
 def run_folder_of(call: VerbCall) -> Path | None:
@@ -82,18 +82,18 @@ def requested(line: Sequence[str]) -> ContainerRequest | None:
         ("chat --base --container box", "box", "chat --base"),
     ],
 )
-def test_what_the_container_is_called(line: str, name: str, rest: str, here: Path) -> None:
+def test_the_name_of_the_container(line: str, name: str, rest: str, here: Path) -> None:
     assert requested(line.split()) == ContainerRequest(rest.split(), name, False, False)
 
 
 @pytest.mark.parametrize(
     "line", ["run chats.jsonl", "run --leave-inside", "check -- --container", "chat --system --container"]
 )
-def test_no_container_is_spoken_of(line: str, here: Path) -> None:
+def test_a_line_without_a_request(line: str, here: Path) -> None:
     assert requested(line.split()) is None
 
 
-def test_what_comes_out(here: Path) -> None:
+def test_options_for_the_results(here: Path) -> None:
     found = requested(["run", "--leave-inside", "--container", "--with-checkpoints", "x"])
     assert found == ContainerRequest(["run", "x"], names.DEFAULT_NAME, True, True)
 
@@ -116,8 +116,8 @@ def test_inputs_run_folder_and_values(here: Path) -> None:
     (here / "held.jsonl").write_text("")
     (here / "base").mkdir()
     line = ["run", "chats.jsonl", "--eval-data", "held.jsonl", "--base-model", "base", "--epochs", "2"]
-    call, notebook, argv = called(*line, "--system", "-x\n'; rm", "--no-compare", "--eval-split", "0")
-    assert notebook.sent == [here / "chats.jsonl", here / "held.jsonl", here / "base"]
+    call, sender, argv = call_inside(*line, "--system", "-x\n'; rm", "--no-compare", "--eval-split", "0")
+    assert sender.sent == [here / "chats.jsonl", here / "held.jsonl", here / "base"]
     assert run_folder_of(call) == here / "outputs"
     assert set(argv) == {
         "run", "--json", "--eval-data=/runs/.inputs/0/held.jsonl", "--base-model=/runs/.inputs/0/base", "--epochs=2",
@@ -128,14 +128,14 @@ def test_inputs_run_folder_and_values(here: Path) -> None:
 
 
 def test_a_name_of_a_base_model_stays_a_name(here: Path) -> None:
-    _, notebook, argv = called("run", "chats.jsonl", "--base-model", "meta-llama/Llama-3.2-1B-Instruct")
-    assert "--base-model=meta-llama/Llama-3.2-1B-Instruct" in argv and notebook.sent == [here / "chats.jsonl"]
+    _, sender, argv = call_inside("run", "chats.jsonl", "--base-model", "meta-llama/Llama-3.2-1B-Instruct")
+    assert "--base-model=meta-llama/Llama-3.2-1B-Instruct" in argv and sender.sent == [here / "chats.jsonl"]
 
 
 @pytest.mark.parametrize("verb", ["status", "train", "merge", "convert", "quantize", "modelfile", "chat"])
 def test_verbs_of_a_run_folder(verb: str, here: Path) -> None:
     for arguments, folder in (([verb], "outputs"), ([verb, "run"], "run")):
-        call, _, argv = called(*arguments)
+        call, _, argv = call_inside(*arguments)
         assert run_folder_of(call) == here / folder and argv[-2:] == ["--", "/runs/R"]
 
 
@@ -147,10 +147,10 @@ def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
     (folder / "k.yaml").write_text(
         "train-data: c.jsonl\noutput_dir: made\nhf_token: secret\nepochs: 0\nbase_model: ./base\nlora-rank: 2\n"
     )
-    call, notebook, argv = called("run", "--config", "conf/k.yaml")
+    call, sender, argv = call_inside("run", "--config", "conf/k.yaml")
     assert run_folder_of(call) == folder / "made" and call.token() == Secret("hf_x")
-    assert notebook.sent == [folder / "c.jsonl", folder / "base"]
-    assert yaml.safe_load(notebook.texts["kolotune.yaml"]) == {
+    assert sender.sent == [folder / "c.jsonl", folder / "base"]
+    assert yaml.safe_load(sender.texts["kolotune.yaml"]) == {
         "train_data": ["/runs/.inputs/0/c.jsonl"], "epochs": 0, "base_model": "/runs/.inputs/0/base", "lora_rank": 2,
     }  # fmt: skip
     assert "--config=/runs/.inputs/1/kolotune.yaml" in argv and not [each for each in argv if "token" in each]
@@ -159,21 +159,21 @@ def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
 def test_a_token_is_in_no_argument(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "secret").write_text("hf_secret\n")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    call, _, argv = called("run", "chats.jsonl", "--hf-token", "secret")
+    call, _, argv = call_inside("run", "chats.jsonl", "--hf-token", "secret")
     assert call.token() == Secret("hf_secret") and not [each for each in argv if "secret" in each]
-    assert called("run", "chats.jsonl")[0].token() == Secret("hf_other")
+    assert call_inside("run", "chats.jsonl")[0].token() == Secret("hf_other")
     monkeypatch.delenv("HF_TOKEN")
-    assert not called("status")[0].token()
+    assert not call_inside("status")[0].token()
 
 
 def test_a_merge_elsewhere(here: Path) -> None:
-    call, notebook, argv = called("merge", "--adapter", "run", "--out", "made", "--base", "smollm2-135m")
-    assert run_folder_of(call) is None and notebook.sent == [here / "run"]
+    call, sender, argv = call_inside("merge", "--adapter", "run", "--out", "made", "--base", "smollm2-135m")
+    assert run_folder_of(call) is None and sender.sent == [here / "run"]
     assert "--base=smollm2-135m" in argv
     made = next(PurePosixPath(each.partition("=")[2]) for each in argv if each.startswith("--out="))
     assert made.is_relative_to(names.OUTSIDE) and made.name.startswith("made-")
     with pytest.raises(ConfigError, match="exists"):
-        called("merge", "--adapter", "run", "--out", "run")
+        call_inside("merge", "--adapter", "run", "--out", "run")
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,14 @@ def test_a_merge_elsewhere(here: Path) -> None:
         (["run", "chats.jsonl", "--hf-token", "hf_abc"], "never the token itself"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_is_sent(arguments: list[str], words: str, here: Path) -> None:
+def test_a_wrong_option_is_reported_before_anything_is_sent(arguments: list[str], words: str, here: Path) -> None:
     with pytest.raises(ConfigError, match=words):
-        called(*arguments)
+        call_inside(*arguments)
 
 
-def test_a_folder_is_no_file_of_chats(here: Path) -> None:
+def test_a_folder_as_chats_is_refused(here: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
-        called("run", "run")
+        call_inside("run", "run")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_without_docker(
     assert (found, words in output, "Traceback" in output) == (code, True, False), output
 
 
-def test_init_is_done_here(kolotune: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_runs_on_this_machine(kolotune: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{here}/none.sock")
     assert kolotune("init", "new", "--container")[0] == 0
     assert (here / "new" / "chats.jsonl").is_file()

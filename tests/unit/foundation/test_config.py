@@ -1,4 +1,4 @@
-"""Config: layers, bounds, names, files. What a user writes is what a run gets, or all of it is refused at once."""
+"""Config: layers, bounds, names, files. A run gets what the user wrote, or all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refusal(*layers: Any) -> str:
     return error.value.cause
 
 
-def written(tmp_path: Path, text: str | bytes) -> Path:
+def write_yaml(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "options.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_class_with_an_absolute_folder(tmp_path: Path,
     assert resolve() == dataclasses.replace(Config(), output_dir=tmp_path / "outputs")
 
 
-def test_a_later_layer_wins_and_none_says_nothing() -> None:
+def test_a_later_layer_overrides_and_none_counts_as_not_given() -> None:
     config = resolve(
         ({"epochs": 5, "seed": 1, "lora_rank": 8}, "saved", HERE),
         ({"epochs": 6, "seed": 2}, "file", HERE),
@@ -67,7 +67,7 @@ def test_a_later_layer_wins_and_none_says_nothing() -> None:
         ("quantization", ()),
     ],
 )
-def test_explicit_nothing_is_kept(name: str, value: Any) -> None:
+def test_explicit_zeros_and_empty_values_are_kept(name: str, value: Any) -> None:
     before = {"warmup_steps": 9, "system": "x", "train_data": ["a"]}
     assert getattr(resolve((before, "file", HERE), flags(**{name: value})), name) == value
 
@@ -111,7 +111,7 @@ def test_out_of_bounds_is_refused_by_name_and_origin(name: str, value: Any) -> N
     assert "\n" not in cause
 
 
-def test_all_errors_at_once_each_with_where_it_stands() -> None:
+def test_all_errors_are_reported_at_once_with_their_origin() -> None:
     cause = refusal(
         ({"epochs": -1, "bach_size": 2}, "options.yaml", HERE),
         flags(lora_rank=0, quantization="Q9", parameter=("x",), template_date="yesterday"),
@@ -134,12 +134,12 @@ def test_an_unknown_key_that_resembles_nothing_has_no_suggestion() -> None:
 
 
 @pytest.mark.parametrize("key", ["_component_", "__class__", "hf-token ", "Epochs "])
-def test_keys_that_are_no_options_are_refused(key: str) -> None:
+def test_unknown_keys_are_refused(key: str) -> None:
     assert "unknown option" in refusal(({key: "os.system"}, "file", HERE))
 
 
 def test_kebab_and_snake_keys(tmp_path: Path) -> None:
-    path = written(tmp_path, "batch-size: 2\nlora_rank: 3\nmax-seq-length: 99\n")
+    path = write_yaml(tmp_path, "batch-size: 2\nlora_rank: 3\nmax-seq-length: 99\n")
     assert load_file(path) == {"batch_size": 2, "lora_rank": 3, "max_seq_length": 99}
 
 
@@ -170,7 +170,7 @@ def test_a_base_model_is_a_folder_when_there_is_one_but_the_default_keeps_its_na
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("value", "expected"),
     [
         ("q4_k_m", ("Q4_K_M",)),
         ("Q4_K_M,q8_0", ("Q4_K_M", "Q8_0")),
@@ -183,26 +183,26 @@ def test_a_base_model_is_a_folder_when_there_is_one_but_the_default_keeps_its_na
         ("bf16", ("BF16",)),
     ],
 )
-def test_quantizations_in_any_case_and_in_lists(given: Any, kept: tuple[str, ...]) -> None:
-    assert resolve(flags(quantization=given)).quantization == kept
+def test_quantizations_in_any_case_and_in_lists(value: Any, expected: tuple[str, ...]) -> None:
+    assert resolve(flags(quantization=value)).quantization == expected
 
 
 @pytest.mark.parametrize("name", sorted(quantization_types.NEEDS_IMPORTANCE_MATRIX))
 def test_quantizations_that_need_a_matrix_say_so(name: str) -> None:
-    given = {"quantization": f"Q8_0,{name.lower()}"}
-    assert resolve(flags(**given)).quantization == ("Q8_0", name)
-    assert f"quantization: {name} needs an importance matrix" in refusal(flags(**given, importance_matrix="never"))
+    values = {"quantization": f"Q8_0,{name.lower()}"}
+    assert resolve(flags(**values)).quantization == ("Q8_0", name)
+    assert f"quantization: {name} needs an importance matrix" in refusal(flags(**values, importance_matrix="never"))
     tried = {"compare_quantization": name.lower(), "importance_matrix": "never"}
     assert f"compare-quantization: {name} needs an importance matrix" in refusal(flags(**tried))
 
 
-@pytest.mark.parametrize("given", ["none", "Q8_0,f16"])
-def test_what_is_not_quantized_need_not_be_tried(given: str) -> None:
-    assert "compare-quantization: " in refusal(flags(compare_quantization=given))
+@pytest.mark.parametrize("name", ["none", "Q8_0,f16"])
+def test_the_unquantized_model_cannot_be_a_trial(name: str) -> None:
+    assert "compare-quantization: " in refusal(flags(compare_quantization=name))
 
 
 @pytest.mark.parametrize("name", ["Q4", "Q4_K_M.gguf", "../Q8_0", "Q8_0;id", "-Q8_0", "Q4 K M"])
-def test_unknown_quantizations_are_listed_against_the_known(name: str) -> None:
+def test_an_unknown_quantization_is_refused_with_the_known_ones(name: str) -> None:
     cause = refusal(flags(quantization=name))
     assert cause.startswith(f"quantization: {name.upper()!r}")
     assert "Q4_K_M" in cause
@@ -219,7 +219,7 @@ def test_unknown_quantizations_are_listed_against_the_known(name: str) -> None:
         ({"base_model": "a\0b"}, "NUL"),
     ],
 )
-def test_options_that_do_not_go_together(values: dict[str, Any], words: str) -> None:
+def test_options_that_exclude_each_other(values: dict[str, Any], words: str) -> None:
     assert words in refusal(flags(**values))
 
 
@@ -245,7 +245,7 @@ def test_a_token_file_is_kept_as_a_path_and_standard_input_as_a_dash(tmp_path: P
     assert resolve(({"hf_token": "-"}, "file", tmp_path)).hf_token == "-"
 
 
-def test_the_dump_says_nothing_of_the_token_nor_of_the_single_call(tmp_path: Path) -> None:
+def test_the_dump_leaves_out_the_token_and_options_of_one_call(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hf_secret")
     config = resolve(({"hf_token": "token", "use_checkpoint": True}, "file", tmp_path))
     text = dump(config)
@@ -280,7 +280,7 @@ configs_ = st.builds(
 
 
 @given(configs_)
-def test_what_is_dumped_is_loaded_again(config: Config) -> None:
+def test_a_dumped_config_loads_unchanged(config: Config) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -290,7 +290,7 @@ def test_what_is_dumped_is_loaded_again(config: Config) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_in_a_file_raise_anything_but_a_config_error(data: bytes) -> None:
+def test_any_bytes_in_a_file_load_or_raise_a_config_error(data: bytes) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -310,7 +310,7 @@ plain = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(OPTIONS)), plain, max_size=5))
-def test_no_value_of_a_yaml_file_raises_anything_but_a_config_error(values: dict[str, Any]) -> None:
+def test_any_yaml_value_resolves_or_raises_a_config_error(values: dict[str, Any]) -> None:
     try:
         config = resolve((values, "file", HERE))
     except ConfigError as error:
@@ -338,7 +338,7 @@ def test_no_value_of_a_yaml_file_raises_anything_but_a_config_error(values: dict
 def test_bad_files_are_refused_with_their_line(tmp_path: Path, text: str | bytes, words: str, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
-        resolve((load_file(written(tmp_path, text)), "file", tmp_path))
+        resolve((load_file(write_yaml(tmp_path, text)), "file", tmp_path))
     assert words in error.value.cause
     assert error.value.hint
     assert not (tmp_path / "made").exists()
@@ -346,20 +346,21 @@ def test_bad_files_are_refused_with_their_line(tmp_path: Path, text: str | bytes
 
 def test_interpolation_is_text(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SECRET", "planted")
-    loaded = load_file(written(tmp_path, "system: ${oc.env:SECRET} $SECRET `id`\n"))
+    loaded = load_file(write_yaml(tmp_path, "system: ${oc.env:SECRET} $SECRET `id`\n"))
     config = resolve((loaded, "file", tmp_path))
     assert config.system == "${oc.env:SECRET} $SECRET `id`"
     assert "planted" not in dump(config)
 
 
 def test_a_byte_order_mark_an_empty_file_and_a_date_are_fine(tmp_path: Path) -> None:
-    assert load_file(written(tmp_path, b"\xef\xbb\xbfepochs: 4\n")) == {"epochs": 4}
-    assert load_file(written(tmp_path, "# nothing\n")) == {}
+    assert load_file(write_yaml(tmp_path, b"\xef\xbb\xbfepochs: 4\n")) == {"epochs": 4}
+    assert load_file(write_yaml(tmp_path, "# nothing\n")) == {}
     assert (
-        resolve((load_file(written(tmp_path, "template_date: 2026-01-02\n")), "", HERE)).template_date == "2026-01-02"
+        resolve((load_file(write_yaml(tmp_path, "template_date: 2026-01-02\n")), "", HERE)).template_date
+        == "2026-01-02"
     )
     # YAML reads this as text, because it has no point.
-    assert resolve((load_file(written(tmp_path, "learning_rate: 2e-4\n")), "", HERE)).learning_rate == 2e-4
+    assert resolve((load_file(write_yaml(tmp_path, "learning_rate: 2e-4\n")), "", HERE)).learning_rate == 2e-4
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
@@ -382,21 +383,21 @@ def test_a_record_holds_plain_values() -> None:
 
 def test_each_line_of_the_commented_config_is_valid_and_is_the_default(tmp_path: Path) -> None:
     text = commented_config()
-    assert resolve((load_file(written(tmp_path, text)), "init", tmp_path)).train_data == (tmp_path / "chats.jsonl",)
+    assert resolve((load_file(write_yaml(tmp_path, text)), "init", tmp_path)).train_data == (tmp_path / "chats.jsonl",)
     named = set()
     for line in text.splitlines():
         if line.startswith("#") and not line.startswith("# "):
-            values = load_file(written(tmp_path, line[1:]))
+            values = load_file(write_yaml(tmp_path, line[1:]))
             named |= set(values)
             config = resolve((values, "init", Path.cwd()))
             assert config == resolve(), line
     assert named == set(OPTIONS) - {"hf_token", "train_data"}
 
 
-# --- the defaults of torchtune
+# --- defaults of an engine
 
 
-def test_under_torchtune_the_originals_defaults_hold() -> None:
+def test_torchtune_has_the_defaults_of_the_scripts_it_replaces() -> None:
     found = resolve(flags(engine="torchtune"))
     original = {
         "epochs": 3, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 16, "lora_alpha": 16.0,
@@ -410,9 +411,9 @@ def test_under_torchtune_the_originals_defaults_hold() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ENGINES["torchtune"].defaults))
-def test_what_is_given_holds_under_torchtune_too(name: str) -> None:
+def test_explicit_values_override_the_defaults_of_an_engine(name: str) -> None:
     native = getattr(Config(), name)
-    if native is not None:  # the native default, said aloud
+    if native is not None:  # the native default, given explicitly
         assert getattr(resolve(flags(engine="torchtune", **{name: native})), name) == native
 
 
@@ -421,17 +422,17 @@ def test_the_engine_may_come_from_any_layer() -> None:
     assert resolve(({"engine": "torchtune"}, "file", HERE), flags(engine="native")).batch_size is None
 
 
-def test_another_engine_for_a_saved_run_changes_the_engine_alone(tmp_path: Path) -> None:
-    """A saved config says every option: who only asks for the other engine wants the rest as it was."""
+def test_changing_the_engine_of_a_saved_run_changes_only_the_engine(tmp_path: Path) -> None:
+    """A saved config has every option, so the rest stays as it was."""
     saved = resolve(flags(engine="native", warmup_steps=7, batch_size=3))
-    layer = (load_file(written(tmp_path, dump(saved))), "saved", tmp_path)
+    layer = (load_file(write_yaml(tmp_path, dump(saved))), "saved", tmp_path)
     changed = resolve(layer, flags(engine="torchtune"))
     assert changed == dataclasses.replace(saved, engine="torchtune")
-    layer = (load_file(written(tmp_path, dump(changed))), "saved", tmp_path)
+    layer = (load_file(write_yaml(tmp_path, dump(changed))), "saved", tmp_path)
     assert resolve(layer) == changed and resolve(layer, flags(engine="native")) == saved
 
 
-def test_an_automatic_warmup_and_batch_become_torchtunes() -> None:
+def test_automatic_values_become_those_of_the_new_engine() -> None:
     """They have no value that a saved config could give."""
     layer = ({"engine": "native", "lora_rank": 4}, "saved", HERE)
     native, torchtune = resolve(layer), resolve(layer, flags(engine="torchtune"))

@@ -17,7 +17,7 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
-def test_a_file_and_a_folder_take_the_place_of_older_ones(tmp_path: Path) -> None:
+def test_a_file_and_a_folder_replace_older_ones(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "thing"
     files.write_text(target, "one")
     files.write_text(target, "two\n")
@@ -45,7 +45,7 @@ def test_an_error_in_the_block_leaves_the_old_one_and_nothing_else(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     (tmp_path / ".thing.partial").mkdir()
     (tmp_path / ".thing.partial" / "half").write_text("half")
     (tmp_path / ".thing.old").mkdir()
@@ -107,7 +107,7 @@ def test_text_keeps_its_newlines(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"one\r\ntwo\n"
 
 
-def test_remove_takes_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
+def test_remove_deletes_a_link_and_not_its_target(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "kept")

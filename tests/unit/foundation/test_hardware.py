@@ -20,7 +20,7 @@ def driver(monkeypatch: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_a_driver_pytorch_is_not_asked(monkeypatch: Any, driver: Path) -> None:
+def test_without_a_driver_pytorch_is_not_loaded(monkeypatch: Any, driver: Path) -> None:
     import torch
 
     monkeypatch.setattr(platform, "system", lambda: "Linux")

@@ -1,4 +1,4 @@
-"""The table of quantizations, held against the library's own constants."""
+"""The table of quantizations, compared with the library's constants."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from kolotune.foundation.quantization_types import (
     FILE_TYPES,
     NEEDS_IMPORTANCE_MATRIX,
     NONE,
-    made_with_matrix,
-    problem_with,
+    find_problem,
+    is_made_with_matrix,
 )
 
 PREFIX = "LLAMA_FTYPE_MOSTLY_"
 CHOICES = ("auto", "always", "never")
 
 
-def test_the_table_is_the_library_s() -> None:
+def test_the_table_equals_the_library_s() -> None:
     library = {name.removeprefix(PREFIX): getattr(llama_cpp, name) for name in dir(llama_cpp) if PREFIX in name}
     assert library.pop("F16") == 1  # that is "none" here: the converter writes it
     assert library.pop("NVFP4") == 39  # has a number, but llama_model_quantize calls it invalid (see the slow test)
@@ -30,11 +30,13 @@ def test_what_needs_a_matrix_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", [NONE, *FILE_TYPES])
 def test_usable(name: str) -> None:
-    assert problem_with(name) == ""
+    assert find_problem(name) == ""
 
 
 def test_which_are_made_with_a_matrix() -> None:
-    by_choice = {choice: {name for name in (NONE, *FILE_TYPES) if made_with_matrix(name, choice)} for choice in CHOICES}
+    by_choice = {
+        choice: {name for name in (NONE, *FILE_TYPES) if is_made_with_matrix(name, choice)} for choice in CHOICES
+    }
     assert by_choice["never"] == set()
     assert set(FILE_TYPES) > by_choice["always"] > by_choice["auto"] > NEEDS_IMPORTANCE_MATRIX
     assert {"Q4_K_M", "IQ4_XS"} <= by_choice["always"] - by_choice["auto"]
@@ -43,5 +45,5 @@ def test_which_are_made_with_a_matrix() -> None:
 
 @pytest.mark.parametrize("name", ["Q4_K_X", "q4_k_m", "", "F16"])
 def test_unknown(name: str) -> None:
-    told = problem_with(name)
-    assert "Q4_K_M" in told and "none" in told and "IQ1_S" in told
+    problem = find_problem(name)
+    assert "Q4_K_M" in problem and "none" in problem and "IQ1_S" in problem

@@ -22,7 +22,7 @@ def speak(say: Reporter) -> None:
     say.table("Stages", ("stage", "state"), [("prepare", "done"), ("train", "will run")])
     say.table("Empty", ("a", "b"), [])
     say.result("42", answer=42)
-    say.failure("it broke", "mend it")
+    say.failure("it broke", "fix it")
 
 
 def test_a_replay_prints_what_the_reporter_would(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def test_a_plain_table_wraps_long_texts_and_keeps_paths_whole(capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines() == ["Empty", "  a  b"]
 
 
-def test_plain_progress_is_not_a_flood_but_tells_the_first_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_progress_prints_the_first_and_the_last_of_fast_updates(capsys: pytest.CaptureFixture[str]) -> None:
     with PlainReporter().progress("count") as progress:
         for done in range(1, 101):
             progress.update(done, 100)
@@ -148,7 +148,7 @@ def rich_output(monkeypatch: pytest.MonkeyPatch) -> tuple[RichReporter, io.Strin
 
 
 @pytest.mark.parametrize("text", ["[bold]x[/bold]", "[/]", "[/red]", "runs[1]/out", "[link=http://evil]x[/link]"])
-def test_rich_takes_brackets_for_brackets(rich_output: tuple[RichReporter, io.StringIO], text: str) -> None:
+def test_rich_prints_brackets_as_text(rich_output: tuple[RichReporter, io.StringIO], text: str) -> None:
     say, out = rich_output
     speak(say, text)
     # doing, success, note, warning, title, column, two cells, result, cause, hint
@@ -173,7 +173,7 @@ def test_rich_is_chosen_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_reporter(), RichReporter)
 
 
-def test_a_log_file_gets_a_line_for_every_tenth_and_when_it_is_silent(
+def test_a_log_file_gets_a_line_for_every_tenth_and_after_silence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]

@@ -1,4 +1,4 @@
-"""A secret is stars wherever it goes, and goes nowhere by itself."""
+"""A secret prints as stars, and nothing writes it by mistake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kolotune.runners.container.verb import ContainerVerb
 TOKEN = "hf_PlantedTokenThatMustNotBeSeen"
 
 
-def test_it_is_stars_in_every_form() -> None:
+def test_a_secret_prints_as_stars_in_every_format() -> None:
     secret = Secret(TOKEN)
     order = ContainerVerb(["run"], paths=PathMap(secret), token=secret)
     shown = [str(secret), repr(secret), f"{secret}", f"{secret!r}", f"{[secret]}", f"{ {'a': secret} }"]
@@ -25,7 +25,7 @@ def test_it_is_stars_in_every_form() -> None:
     assert secret.reveal() == TOKEN
 
 
-def test_it_goes_into_no_file() -> None:
+def test_a_secret_cannot_be_pickled_or_written_as_json() -> None:
     secret = Secret(TOKEN)
     for write in (pickle.dumps, json.dumps, dataclasses.asdict):
         with pytest.raises(TypeError) as error:
@@ -40,8 +40,8 @@ def test_a_crash_does_not_show_it() -> None:
     try:
         fails(Secret(TOKEN))
     except ValueError as error:
-        told = traceback.TracebackException.from_exception(error, capture_locals=True)
-        assert TOKEN not in "".join(told.format()) and STARS in "".join(told.format())
+        shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+        assert TOKEN not in "".join(shown.format()) and STARS in "".join(shown.format())
 
 
 def test_it_compares_and_masks() -> None:
