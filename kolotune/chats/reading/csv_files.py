@@ -49,8 +49,7 @@ class _TextLines:
 def read_csv(path: Path) -> Iterator[ParsedRecord]:
     """Yield the records of a CSV or TSV file. After a broken quote nothing more is read, and the fault says so.
 
-    Args:
-        path: The file. ``.tsv`` means tabs; in other files a semicolon is recognised by the header.
+    The suffix ``.tsv`` means tabs; in other files a semicolon is recognised by the header.
 
     Raises:
         OSError: The file can't be read.

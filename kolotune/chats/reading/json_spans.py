@@ -83,11 +83,7 @@ def list_value(data: bytes, begin: int) -> int:
 
 
 class JsonText:
-    """A JSON text whose spans are parsed one by one. Positions must be asked for in rising order.
-
-    Args:
-        data: The whole text.
-    """
+    """A JSON text whose spans are parsed one by one, in rising order."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

@@ -70,10 +70,7 @@ def json_or_value(value: object) -> object:
 
 
 def read_tools(value: object) -> tuple[JsonObject, ...]:
-    """Read the tool definitions of a record.
-
-    Args:
-        value: A list of objects, the same as JSON text, or nothing.
+    """Read the tool definitions of a record: a list of objects, the same as JSON text, or nothing.
 
     Raises:
         RecordError: The value is something else.

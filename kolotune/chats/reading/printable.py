@@ -16,15 +16,7 @@ _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def printable(text: str, limit: int = 60) -> str:
-    """Return text as one line that is safe to show.
-
-    Args:
-        text: Any text.
-        limit: The most characters to return.
-
-    Returns:
-        The text without terminal escapes, control characters and invisible characters, cut with ``…``.
-    """
+    """Return text as one line without terminal escapes, control and invisible characters, cut with ``…`` at `limit`."""
     # Cut first, so that a line of megabytes costs nothing. The margin is for escapes, which are removed.
     head = text[: limit * 4 + 64]
     clean = _TERMINAL_ESCAPE.sub("", head)

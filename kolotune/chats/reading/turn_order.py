@@ -9,12 +9,7 @@ from .faults import Fault, FaultKind
 
 
 def order_faults(messages: Sequence[Message], first: int = 1) -> list[Fault]:
-    """Return every fault in the order of the turns; an empty list for a good chat.
-
-    Args:
-        messages: The turns in order.
-        first: The number of the first turn in messages to the user.
-    """
+    """Return every fault in the order of the turns, which are numbered from `first` in messages to the user."""
     if _is_orderly(messages):
         return []
     faults: list[Fault] = []

@@ -14,11 +14,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def value_fault(value: object) -> Fault | None:
-    """Return the first fault of a parsed value, or None.
-
-    Args:
-        value: A record or part of one; lists and objects may be nested.
-    """
+    """Return the first fault of a parsed record or part of one, or None."""
     # An explicit stack: the value may be nested deeper than Python can recurse.
     pending: list[tuple[object, int]] = [(value, 0)]
     while pending:

@@ -41,9 +41,7 @@ def depends_on_date(jinja: str) -> bool:
 def freeze_date(jinja: str, date: datetime.date) -> str:
     """Write a date into a template that would otherwise ask for the current one.
 
-    Args:
-        jinja: The template's source.
-        date: The date to write; a time in a format becomes midnight.
+    A time in a format becomes midnight.
 
     Returns:
         The source with every ``strftime_now("…")`` replaced by a string literal and every ``strftime_now is defined``

@@ -40,9 +40,7 @@ def find_signature(
 
     Args:
         environment: The environment in which the template renders real texts.
-        jinja: The template's source.
-        roles: Who speaks.
-        options: The template's other variables.
+        jinja, roles, options: As in `sandbox.signature`.
 
     Returns:
         The signature; None if the template inspects a text, or does something unknown with it.

@@ -68,10 +68,6 @@ class FilledSkeleton:
 class Rendering:
     """One rendered chat.
 
-    Args:
-        chat: The chat.
-        template: The template to render it with.
-
     Attributes:
         messages: The messages as the template got them.
         tools: The tool definitions as the template got them.
@@ -163,12 +159,7 @@ def texts_of(message: Message) -> dict[str, str]:
 
 
 def check_shown(chat: Chat, rendering: Rendering, skeleton: FilledSkeleton) -> None:
-    """Check that the template writes everything that the chat contains.
-
-    Args:
-        chat: The chat.
-        rendering: Its rendering.
-        skeleton: The rendering with all texts marked.
+    """Check with the skeleton of all texts that the template writes everything that the chat contains.
 
     Raises:
         TemplateError: Tools, a tool call, a result, a content, or the reasoning of the last answer is missing.

@@ -29,11 +29,7 @@ _MOST_TEMPLATES = 32  # that a child remembers by number
 
 
 class Sandbox:
-    """The confined child of this process; started when needed, and again after it was lost.
-
-    Args:
-        argv: The command that starts it.
-    """
+    """The confined child of this process; `argv` starts it when needed, and again after it was lost."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         self.argv = list(argv)
@@ -105,13 +101,7 @@ def render(
     tools: Sequence[Mapping[str, object]] | None,
     variables: Mapping[str, object],
 ) -> str:
-    """Render a chat.
-
-    Args:
-        jinja: The template's source.
-        messages: The turns.
-        tools: Tool definitions in the OpenAI format.
-        variables: The template's other variables.
+    """Render a chat; `jinja` is the template's source, `variables` its variables besides messages and tools.
 
     Raises:
         TemplateError: The template fails on these messages, or takes too much time, memory or space.

@@ -28,10 +28,6 @@ class ChatTemplate:
         jinja: The template's source.
         special_tokens: ``bos_token``, ``eos_token``, … as the tokenizer has them; None values are left out.
 
-    Attributes:
-        jinja: The template's source.
-        special_tokens: Name to text.
-
     Raises:
         TemplateError: There is no template, or it is not valid Jinja.
     """
