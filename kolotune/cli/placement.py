@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_type_hints
 
 import typer
 
@@ -32,22 +32,13 @@ _SENDING = ("kubernetes", "ssh")
 _DAY_HOURS = 24.0
 
 
-@dataclass(frozen=True)
-class Only:
-    """Marks a flag that only one kind of launcher has."""
-
-    launcher: str
-
-
-SLURM, KUBERNETES, SSH = Only("slurm"), Only("kubernetes"), Only("ssh")
-
-
 def _option(text: str, *names: str, metavar: str | None = None) -> OptionInfo:
     option: OptionInfo = typer.Option(*names, help=text, metavar=metavar, show_default=False)
     return option
 
 
-def _flags(
+# These functions are never called: their parameters are the flags.
+def _common_flags(
     on: Annotated[
         str, typer.Option(metavar="|".join(LAUNCHERS), help="Where to run; local: here, in the background.")
     ] = "",
@@ -57,46 +48,62 @@ def _flags(
     cpus: Annotated[int | None, _option("Processor cores of each machine.", metavar="N")] = None,
     memory_gb: Annotated[float | None, _option("Memory of each machine.", metavar="GB")] = None,
     token_file: Annotated[str | None, _option("File with the hub token, as the job sees it.")] = None,
-    partition: Annotated[str | None, _option("slurm: as for sbatch."), SLURM] = None,
-    account: Annotated[str | None, _option("slurm: as for sbatch."), SLURM] = None,
-    qos: Annotated[str | None, _option("slurm: as for sbatch."), SLURM] = None,
+) -> None:
+    """Flags for every launcher."""
+
+
+def _slurm_flags(
+    partition: Annotated[str | None, _option("slurm: as for sbatch.")] = None,
+    account: Annotated[str | None, _option("slurm: as for sbatch.")] = None,
+    qos: Annotated[str | None, _option("slurm: as for sbatch.")] = None,
     sbatch: Annotated[
-        list[str] | None, _option("slurm: another option of sbatch, as constraint=a100; may be repeated."), SLURM
+        list[str] | None, _option("slurm: another option of sbatch, as constraint=a100; may be repeated.")
     ] = None,
     keep_secrets: Annotated[
-        bool, typer.Option("--keep-secrets", help="slurm: pass HF_TOKEN and similar variables to the job."), SLURM
+        bool, typer.Option("--keep-secrets", help="slurm: pass HF_TOKEN and similar variables to the job.")
     ] = False,
-    image: Annotated[str | None, _option("kubernetes: the container image, in a registry."), KUBERNETES] = None,
-    claim: Annotated[str | None, _option("kubernetes: the volume claim that files travel through."), KUBERNETES] = None,
-    namespace: Annotated[str | None, _option("kubernetes: as for kubectl."), KUBERNETES] = None,
-    context: Annotated[str | None, _option("kubernetes: as for kubectl."), KUBERNETES] = None,
+) -> None:
+    """Flags for slurm only."""
+
+
+def _kubernetes_flags(
+    image: Annotated[str | None, _option("kubernetes: the container image, in a registry.")] = None,
+    claim: Annotated[str | None, _option("kubernetes: the volume claim that files travel through.")] = None,
+    namespace: Annotated[str | None, _option("kubernetes: as for kubectl.")] = None,
+    context: Annotated[str | None, _option("kubernetes: as for kubectl.")] = None,
     token_secret: Annotated[
-        str | None,
-        _option("kubernetes: the secret in the cluster with the hub token.", metavar="NAME/KEY"),
-        KUBERNETES,
+        str | None, _option("kubernetes: the secret in the cluster with the hub token.", metavar="NAME/KEY")
     ] = None,
-    gpu_kind: Annotated[str | None, _option("kubernetes: default nvidia.", metavar="nvidia|amd"), KUBERNETES] = None,
-    host: Annotated[
-        list[str] | None, _option("ssh: a machine; repeat for each. They meet at the first one."), SSH
-    ] = None,
-    remote_folder: Annotated[str | None, _option("ssh: folder there; default kolotune-runs."), SSH] = None,
-    python: Annotated[str | None, _option("ssh: a Python there that has kolotune; default python3."), SSH] = None,
+    gpu_kind: Annotated[str | None, _option("kubernetes: default nvidia.", metavar="nvidia|amd")] = None,
+) -> None:
+    """Flags for kubernetes only."""
+
+
+def _ssh_flags(
+    host: Annotated[list[str] | None, _option("ssh: a machine; repeat for each. They meet at the first one.")] = None,
+    remote_folder: Annotated[str | None, _option("ssh: folder there; default kolotune-runs.")] = None,
+    python: Annotated[str | None, _option("ssh: a Python there that has kolotune; default python3.")] = None,
     ssh_config: Annotated[
-        Path | None, _option("ssh: a configuration file instead of your own."), SSH, FileRole.NOT_SENT
+        Path | None, _option("ssh: a configuration file instead of your own."), FileRole.NOT_SENT
     ] = None,
 ) -> None:
-    """Never called: its parameters are the flags."""
+    """Flags for ssh only."""
 
 
-_HINTS = get_type_hints(_flags, include_extras=True)
-FLAGS = tuple(
-    each.replace(annotation=_HINTS[each.name], kind=inspect.Parameter.KEYWORD_ONLY)
-    for each in inspect.signature(_flags).parameters.values()
-)
+def _flags_of(function: Callable[..., None]) -> list[inspect.Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    return [
+        each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for each in inspect.signature(function).parameters.values()
+    ]
+
+
+_OWN_FLAGS = {
+    "slurm": _flags_of(_slurm_flags), "kubernetes": _flags_of(_kubernetes_flags), "ssh": _flags_of(_ssh_flags)
+}  # fmt: skip
+FLAGS = (*_flags_of(_common_flags), *(flag for flags in _OWN_FLAGS.values() for flag in flags))
 """For `options.with_options`; a verb gets them among its ``**flags``, and `take_placement` removes them."""
-_LAUNCHER_OF = {
-    name: marker.launcher for name, hint in _HINTS.items() for marker in get_args(hint) if isinstance(marker, Only)
-}
+_LAUNCHER_OF = {flag.name: launcher for launcher, flags in _OWN_FLAGS.items() for flag in flags}
 
 
 @dataclass(frozen=True)
