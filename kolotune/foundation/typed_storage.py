@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -57,21 +56,6 @@ def read_or_none(kind: type[T], path: Path) -> T | None:
         return read(kind, path)
     except (OSError, StorageError):
         return None
-
-
-def read_lines(kind: type[T], path: Path) -> Iterator[T]:
-    """Read a file of JSON lines, one `kind` a line; empty lines are skipped.
-
-    Raises:
-        OSError, StorageError: as in `read`, with the line's number.
-    """
-    with path.open(encoding="utf-8", errors="strict") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield parse(kind, line)
-                except StorageError as error:
-                    raise StorageError(f"line {number}: {error}") from None
 
 
 def parse(kind: type[T], text: str | bytes) -> T:

@@ -73,15 +73,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         typed_storage.write(tmp_path / "bytes.json" / "below.json", FACT)
 
 
-def test_lines_are_read_one_by_one_and_a_wrong_one_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    path.write_text('{"name": "a"}\n\n{"name": "b"}\n{"name": 3}\n')
-    lines = typed_storage.read_lines(Part, path)
-    assert [next(lines), next(lines)] == [Part("a"), Part("b")]
-    with pytest.raises(StorageError, match="line 4: name"):
-        next(lines)
-
-
 @pytest.mark.parametrize("text", ["[]", "1", "null", "{"])
 def test_only_an_object_is_an_object(text: str) -> None:
     with pytest.raises(StorageError):
