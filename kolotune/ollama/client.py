@@ -63,14 +63,14 @@ class OllamaClient:
 
     def version(self) -> str:
         """Return the server's version, as "0.17.1"; "" when it does not report one."""
-        with self._explained("asking for its version"):
+        with self._translate_errors("asking for its version"):
             response = self._http.get("/api/version", timeout=self._quick)
             self._check(response)
             return str(_object(response.json()).get("version", ""))
 
     def show(self, name: str) -> JsonObject | None:
         """Return all that the server reports about a model; None when there is no model of that name."""
-        with self._explained(f"asking for {name}"):
+        with self._translate_errors(f"asking for {name}"):
             response = self._http.post("/api/show", json={"model": name}, timeout=self._quick)
             if response.status_code == _NOT_FOUND:
                 return None
@@ -79,7 +79,7 @@ class OllamaClient:
 
     def digest(self, name: str) -> str:
         """Return the digest of a model's manifest, as `ollama list` shows it; "" when there is no such model."""
-        with self._explained("asking for its models"):
+        with self._translate_errors("asking for its models"):
             for model in self._api.list().models:
                 # Ollama keeps the case of a name, but ignores it when it looks a name up.
                 if (model.model or "").lower() in (name.lower(), f"{name}:latest".lower()):
@@ -88,7 +88,7 @@ class OllamaClient:
 
     def has_blob(self, sha256: str) -> bool:
         """Return whether the server has a file with that hash."""
-        with self._explained("asking for a blob"):
+        with self._translate_errors("asking for a blob"):
             response = self._http.head(f"/api/blobs/sha256:{sha256}", timeout=self._quick)
             if response.status_code == _NOT_FOUND:
                 return False
@@ -104,7 +104,7 @@ class OllamaClient:
             progress: called with the number of bytes sent so far.
         """
         size = path.stat().st_size
-        with self._explained(f"sending {path.name}"), path.open("rb") as file:
+        with self._translate_errors(f"sending {path.name}"), path.open("rb") as file:
             response = self._http.post(
                 f"/api/blobs/sha256:{sha256}",
                 content=_pieces(file, progress),
@@ -124,7 +124,7 @@ class OllamaClient:
             OllamaError: the server fails, or stops before it has finished.
         """
         last = ""
-        with self._explained(f"creating {name}"):
+        with self._translate_errors(f"creating {name}"):
             for event in self._api.create(
                 name,
                 files={file: f"sha256:{sha256}" for file, sha256 in files.items()},
@@ -147,7 +147,7 @@ class OllamaClient:
         """Delete a model; return False when there is no model of that name."""
         import ollama
 
-        with self._explained(f"deleting {name}"):
+        with self._translate_errors(f"deleting {name}"):
             try:
                 self._api.delete(name)
             except ollama.ResponseError as error:
@@ -168,7 +168,7 @@ class OllamaClient:
             OllamaError: there is no such model, or the server fails.
         """
         done = False
-        with self._explained(f"talking to {name}"):
+        with self._translate_errors(f"talking to {name}"):
             for event in self._api.chat(name, list(messages), stream=True, options=dict(options) or None):
                 done = bool(event.done)
                 if event.message.content:
@@ -183,7 +183,7 @@ class OllamaClient:
             raise ollama.ResponseError(response.text, response.status_code)
 
     @contextlib.contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
+    def _translate_errors(self, doing: str) -> Iterator[None]:
         """Raise the errors of the client as errors of the tree."""
         import httpx
         import ollama
