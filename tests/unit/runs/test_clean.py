@@ -164,7 +164,7 @@ def test_the_cache_is_shown_and_freed(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / "cache" / kind).mkdir(parents=True)
         (tmp_path / "cache" / kind / "file").write_bytes(os.urandom(2000))
     code, output = kolotune("runs", tmp_path, "--cache")
-    assert code == 0 and "base_ggufs  2.0 kB" in output and "there are no runs in" in output
+    assert code == 0 and "base_ggufs  2.0 kB" in output and "No runs in" in output
     assert kolotune("clean", "--cache", "base_ggufs")[0] == 2
     code, output = kolotune("clean", "--cache", "base_ggufs", "--yes")
     assert code == 0 and "freed 2.0 kB" in output
