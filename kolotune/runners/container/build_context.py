@@ -25,6 +25,7 @@ _DOWNLOADING = (
     "base_models/__init__.py",
     "base_models/downloads.py",
     "foundation/__init__.py",
+    "foundation/cache.py",
     "foundation/errors.py",
     "foundation/files.py",
     "foundation/hashing.py",
