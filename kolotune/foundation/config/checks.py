@@ -27,9 +27,9 @@ def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterat
         if date is not None and not _is_date(str(date)):
             yield f"{_flag(name)}: {date!r} is not a date in the form YYYY-MM-DD"
     for name in option_names(kind=Kind.PARAMETERS):
-        for each in _items(values, name):
-            if "=" not in str(each):
-                yield f"{_flag(name)}: {each!r} is not of the form name=value"
+        for setting in _items(values, name):
+            if "=" not in str(setting):
+                yield f"{_flag(name)}: {setting!r} is not of the form name=value"
     yield from _path_problems(values)
     if config is not None:
         yield from _conflicts(config, values)
@@ -66,10 +66,10 @@ def _path_problems(values: Mapping[str, object]) -> Iterator[str]:
     for kind in (Kind.CHAT_FILES, Kind.BASE_MODEL, Kind.FOLDER):
         for name in option_names(kind=kind):
             value = values.get(name, ())
-            for each in value if isinstance(value, tuple) else (value,):
-                if "\0" in str(each):
+            for path in value if isinstance(value, tuple) else (value,):
+                if "\0" in str(path):
                     yield f"{_flag(name)}: a file name cannot contain a NUL character"
-                elif not _can_be_encoded(str(each)):
+                elif not _can_be_encoded(str(path)):
                     yield f"{_flag(name)}: a file name cannot contain half a character"
     for name in option_names(kind=Kind.SECRET_SOURCE):
         source = values.get(name)

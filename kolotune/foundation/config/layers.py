@@ -61,10 +61,10 @@ def _validate(values: Mapping[str, object], origins: Mapping[str, str]) -> tuple
 
 
 def _describe(errors: list[ErrorDetails], origins: Mapping[str, str]) -> Iterator[str]:
-    for each in errors:
-        name = str(each["loc"][0]) if each["loc"] else ""
-        message = each["msg"].replace("Input should be", "must be").partition(", unable to")[0]
-        value = each["input"]
+    for error in errors:
+        name = str(error["loc"][0]) if error["loc"] else ""
+        message = error["msg"].replace("Input should be", "must be").partition(", unable to")[0]
+        value = error["input"]
         if name in OPTIONS and OPTIONS[name].kind is Kind.SECRET_SOURCE:
             shown = message  # the value may be the secret itself
         elif isinstance(value, Mapping):
