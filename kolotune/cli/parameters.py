@@ -26,9 +26,7 @@ class FileRole(Enum):
 
 
 ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML file with options; flags override it."),
-    FileRole.CONFIG_FILE,
+    Path | None, typer.Option("--config", help="YAML file with options; flags override it."), FileRole.CONFIG_FILE
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print every message as a line of JSON.")]
 Data = Annotated[

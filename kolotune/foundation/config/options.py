@@ -123,7 +123,7 @@ class Config:
     )
     skip_bad: bool = option(
         False, "Skip bad chats instead of stopping; they are counted and listed.", Group.DATA, stages="prepare",
-        without="check",
+        without="check"
     )  # fmt: skip
     max_seq_length: Annotated[int, Ge(8)] = option(
         2048,
@@ -194,20 +194,14 @@ class Config:
     )
     gradient_accumulation: Annotated[int, Ge(1)] = option(1, "Batches in a step.", Group.TRAINING, stages="train")
     max_grad_norm: Annotated[float, Ge(0)] = option(
-        1.0,
-        "Clip gradients to this norm; 0: never.",
-        Group.TRAINING,
-        stages="train",
+        1.0, "Clip gradients to this norm; 0: never.", Group.TRAINING, stages="train"
     )
     seed: Annotated[int, Ge(0), Lt(2**32)] = option(
         42, "Seed of initial weights, order and dropout.", Group.TRAINING, stages="train"
     )
     lora_rank: Annotated[int, Ge(1), Le(4096)] = option(16, "Rank of the adapter.", Group.TRAINING, stages="train")
     lora_alpha: Annotated[float, Gt(0)] = option(
-        32.0,
-        "Scale of the adapter, which is multiplied by alpha / rank.",
-        Group.TRAINING,
-        stages="train",
+        32.0, "Scale of the adapter, which is multiplied by alpha / rank.", Group.TRAINING, stages="train"
     )
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(
         0.0, "Dropout before the adapter.", Group.TRAINING, stages="train"
@@ -226,9 +220,7 @@ class Config:
         stages="train",
     )
     checkpoint_steps: Annotated[int, Ge(0)] = option(
-        100,
-        "Write a checkpoint every so many steps and after each epoch; 0: after each epoch only.",
-        Group.TRAINING,
+        100, "Write a checkpoint every so many steps and after each epoch; 0: after each epoch only.", Group.TRAINING
     )
     use_checkpoint: bool = option(
         False, "Resume from the newest intact checkpoint, if there is one.", Group.TRAINING, is_saved=False
