@@ -381,7 +381,7 @@ def test_chat_answers_and_is_the_same_each_time(kolotune: Call, finished: Config
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--quantization", "Q8_0"], 11, "there is: Merged.gguf, MergedQ4_K_M.gguf"),
+        (["--quantization", "Q8_0"], 11, "Merged.gguf, MergedQ4_K_M.gguf"),
         (["--quantization", "nonsense"], 11, "no such GGUF"),
     ],
 )
@@ -485,5 +485,5 @@ def test_an_interruption_before_any_stage_is_130_and_said(kolotune: Call, monkey
     monkeypatch.setattr(lookup, "resolve", interrupted)
     code, output = kolotune("check", write_chats())
     assert code == 130
-    assert "error: stopped" in output
+    assert "error: interrupted" in output
     assert "Traceback" not in output
