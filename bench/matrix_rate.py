@@ -20,7 +20,7 @@ from measuring import Result, Table, median, options, versions
 from operations import MatrixProbe, Operations, Shape, chats_of, count_operations, square_rate
 from training_speed import prepared_job
 
-from kolotune.engines.native.training import Trainer
+from kolotune.engines.native.trainer import Trainer
 from kolotune.engines.prepared_tokens import epoch_steps
 from kolotune.engines.process_environment import ENVIRONMENT
 

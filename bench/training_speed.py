@@ -55,7 +55,7 @@ def prepared_job(folder: Path, count: int, chats: Path | None = None) -> TrainJo
     ]  # fmt: skip
     measure(argv, folder / "prepare.log", env=material.OFFLINE)
     own = {"batch_size": BATCH_OF_MANY, "train_data": [data], "output_dir": run.root}
-    values = material.values() | own | {"compile": "off" if build.why_not() else "on"}
+    values = material.values() | own | {"compile": "off" if build.reason_unavailable() else "on"}
     config = configs.resolve((values, "bench", run.root))
     return train.make_job(Context(config, run, material.base()))
 

@@ -40,6 +40,8 @@ class TrainJob:
         The rest are the options of the same names in `Config`.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+
     base_model: str
     base_name: str
     base_sha256: str

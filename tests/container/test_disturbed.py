@@ -16,7 +16,7 @@ from contracts import flags, write_chats
 from support.docker_engine import NAME, Client, read_until, require_error, until_training
 from support.runs import results
 
-from kolotune.engines.native.checkpoints import TENSORS
+from kolotune.engines.native.checkpointer import TENSORS
 from kolotune.foundation.errors import ContainerLostError, ContainerPausedError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.runners.container import archive, names, process

@@ -14,7 +14,7 @@ from contracts import flags, results, write_chats
 from support.docker_engine import Client
 
 from kolotune.base_models import model_folder
-from kolotune.engines.native.checkpoints import TENSORS
+from kolotune.engines.native.checkpointer import TENSORS
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners.container import names
 

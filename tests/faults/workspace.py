@@ -88,9 +88,9 @@ class Workspace:
 
         def count() -> None:
             prelude()
-            from kolotune.engines.native import training
+            from kolotune.engines.native import trainer
 
-            step = training.Trainer.step
+            step = trainer.Trainer.step
 
             def counting(*arguments: object) -> float:
                 loss: float = step(*arguments)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ class Workspace:
                     file.write(b".")
                 return loss
 
-            training.Trainer.step = counting  # type: ignore[method-assign]
+            trainer.Trainer.step = counting  # type: ignore[method-assign]
 
         return forking.kolotune(self.command(folder, compares), self.output(folder), count)
 

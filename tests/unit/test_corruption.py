@@ -16,8 +16,8 @@ import torch
 from safetensors.numpy import save_file
 from support.fake_stage import FakeStage
 
-from kolotune.engines.native import checkpoints
-from kolotune.engines.native.checkpoints import State
+from kolotune.engines.native import checkpointer
+from kolotune.engines.native.checkpointer import TrainingState
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.hashing import Hasher
@@ -142,13 +142,13 @@ def test_a_damaged_record_is_ignored_or_reads_the_same(context: Context) -> None
 def test_a_damaged_checkpoint_is_skipped(training_room: Callable[..., Any]) -> None:
     job = training_room().job()
     for step in (4, 8):
-        checkpoints.save(job, State(step, 1.5, 2, {"x": torch.full((16, 4), float(step))}))
+        checkpointer.save(job, TrainingState(step, 1.5, 2, {"x": torch.full((16, 4), float(step))}))
     newest = Path(job.checkpoints) / "step-00000008"
     for file in newest.iterdir():
         whole = file.read_bytes()
         for _, data in zip(range(COUNT), damaged(whole, 7), strict=False):
             file.write_bytes(data)
-            state = checkpoints.newest(job)
+            state = checkpointer.newest(job)
             assert state is not None
             if state.step == 8:  # a blank more or less in its facts
                 assert file.suffix == ".json" and json.loads(data) == json.loads(whole)

@@ -1,8 +1,8 @@
-"""Causal attention over packed chats, forwards and backwards.
+"""Causal attention over packed sequences, forward and backward.
 
-Short chats: plain batched matrix products, each chat a row of a padded batch, with the shared beginning's keys in
-front; for them PyTorch's own CPU kernel takes several times as long. Long chats: that kernel, chat by chat, because
-the products' memory grows with the square of the length.
+Short chats are computed as a padded batch, by plain batched matrix products, with the shared prefix's keys in front of
+each chat's; PyTorch's own CPU kernel takes several times as long for them. Long chats use that kernel, chat by chat,
+because the memory of the products grows with the square of the length.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import packing
-from .packing import Packed
-from .products import InputGradient
+from . import sequence_packing
+from .matrix_product import InputGradient
 from .rotary import Rotary
+from .sequence_packing import PackedSequence
 
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,7 +26,7 @@ _softmax_backward: Any = torch.ops.aten._softmax_backward_data
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of heads, and the width of one. Query head h reads key head ``h // (queries // keys)``."""
+    """Numbers of heads, and their width. Query head h reads key head ``h // (queries // keys)``."""
 
     queries: int
     keys: int
@@ -34,41 +34,40 @@ class Heads:
 
     @property
     def all(self) -> int:
-        """Heads in a row of queries, keys and values."""
+        """Heads of queries, keys and values together."""
         return self.queries + 2 * self.keys
 
 
 class Attention(Protocol):
-    """Attention for one packed row."""
+    """Attention for one packed sequence."""
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
-        """From queries, keys and values ``[row, heads.all * width]``, not yet turned, to ``[row, queries * width]``.
+        """Compute ``[tokens, queries * width]`` from queries, keys and values ``[tokens, heads.all * width]``.
 
         Args:
-            qkv: by head, one after the other; its memory may be used.
-            into: takes the result.
+            qkv: head after head, before the rotary embedding; its memory may be overwritten.
+            into: receives the result.
 
         Returns:
             What `backward` needs.
         """
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """The gradient of qkv, ``[row, heads.all * width]``, from the output and its gradient."""
+        """Return the gradient of qkv, ``[tokens, heads.all * width]``, from the output and its gradient."""
 
 
-def attention_for(packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
-    """The way of computing that suits the chats' lengths."""
-    if max(packed.lengths) > packing.LONG:
+def attention_for(packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
+    """Return the implementation that suits the lengths of the chats."""
+    if max(packed.lengths) > sequence_packing.LONG:
         return LongAttention(packed.lengths, heads, rotary)
     return ShortAttention(packed, heads, rotary)
 
 
-def padded_places(packed: Packed) -> tuple[Tensor, Tensor, int]:
-    """The padded batch of a row's chats, the shared beginning being its first row.
+def padded_layout(packed: PackedSequence) -> tuple[Tensor, Tensor, int]:
+    """Return the layout of a padded batch of the chats, whose first row is the shared prefix.
 
     Returns:
-        int64 ``[rows]``: their lengths; int64 ``[rows * width]``: which token stands at each place, -1 in the padding;
-        and the width.
+        int64 ``[rows]``: lengths; int64 ``[rows * width]``: the token at each position, -1 in the padding; the width.
     """
     lengths = torch.tensor([*([packed.prefix] if packed.prefix else []), *packed.lengths])
     width = int(lengths.max())
@@ -78,26 +77,27 @@ def padded_places(packed: Packed) -> tuple[Tensor, Tensor, int]:
 
 
 class ShortAttention:
-    """Each chat is a row of a padded batch; a shared beginning is one more row."""
+    """Attention as a padded batch: a row for each chat, and one more for a shared prefix."""
 
-    def __init__(self, packed: Packed, heads: Heads, rotary: Rotary) -> None:
+    def __init__(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> None:
         self.heads, self.prefix, self.rotary = heads, packed.prefix, rotary
-        lengths, source, self.width = padded_places(packed)
+        lengths, source, self.width = padded_layout(packed)
         self.rows = len(lengths)
-        self.grid = source.clamp(min=0)  # in the padding stands anything
-        self.place = (source >= 0).nonzero().squeeze(1)
+        self.grid = source.clamp(min=0)  # the padding may hold anything
+        self.unpadded = (source >= 0).nonzero().squeeze(1)
         hidden = torch.ones(self.width, self.width, dtype=torch.bool).triu(1)
         hidden = torch.cat([torch.zeros(self.width, packed.prefix, dtype=torch.bool), hidden], 1)
         hidden = hidden.repeat(self.rows if packed.prefix else 1, 1, 1)
         if packed.prefix:
-            hidden[0, :, : packed.prefix] = True  # the beginning's own keys stand behind, as every row's
+            hidden[0, :, : packed.prefix] = True  # the prefix's row has its keys behind, like every other row
         mask = torch.zeros(hidden.shape, dtype=rotary.dtype).masked_fill_(hidden, torch.finfo(rotary.dtype).min)
         self.mask = mask[:, None, None]
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
-        """See `Attention.forward`."""
         heads, rows, width = self.heads, self.rows, self.width
-        grid = turned(qkv, heads, self.rotary).index_select(0, self.grid).view(rows, width, heads.all, heads.width)
+        grid = (
+            apply_rotary(qkv, heads, self.rotary).index_select(0, self.grid).view(rows, width, heads.all, heads.width)
+        )
         queries = self._by_head(grid[:, :, : heads.queries])
         keys = self._with_prefix(grid[:, :, heads.queries : heads.queries + heads.keys])
         values = self._with_prefix(grid[:, :, heads.queries + heads.keys :])
@@ -107,16 +107,15 @@ class ShortAttention:
         shares = torch.softmax(scores, -1)
         out = torch.bmm(shares, values).view(rows, heads.keys, -1, width, heads.width)
         out = out.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
-        into.copy_(out.index_select(0, self.place))
+        into.copy_(out.index_select(0, self.unpadded))
         return queries, keys, values, shares
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """See `Attention.backward`."""
         del out
         queries, keys, values, shares = kept
         heads, rows, width = self.heads, self.rows, self.width
         d_mixed = d_out.sum()
-        grid = d_mixed.new_zeros(rows * width, heads.queries * heads.width).index_copy_(0, self.place, d_mixed)
+        grid = d_mixed.new_zeros(rows * width, heads.queries * heads.width).index_copy_(0, self.unpadded, d_mixed)
         d_result = self._by_head(grid.view(rows, width, heads.queries, heads.width))
         d_shares = torch.bmm(d_result, values.transpose(1, 2))
         d_scores = _softmax_backward(d_shares, shares, -1, shares.dtype)
@@ -127,8 +126,8 @@ class ShortAttention:
         d_values = self._without_prefix(torch.bmm(shares.transpose(1, 2), d_result))
         gradient[:, :, heads.queries : heads.queries + heads.keys] = d_keys
         gradient[:, :, heads.queries + heads.keys :] = d_values
-        packed = gradient.view(rows * width, heads.all, heads.width).index_select(0, self.place)
-        return turned_back(packed, heads, self.rotary)
+        packed = gradient.view(rows * width, heads.all, heads.width).index_select(0, self.unpadded)
+        return rotary_backward(packed, heads, self.rotary)
 
     def _by_head(self, grid: Tensor) -> Tensor:
         """``[rows, width, queries, d]`` to ``[rows * keys, queries / keys * width, d]``."""
@@ -143,7 +142,7 @@ class ShortAttention:
         return own.reshape(self.rows * self.heads.keys, -1, self.heads.width)
 
     def _without_prefix(self, gradient: Tensor) -> Tensor:
-        """Back from `_with_prefix`'s shape; what all rows did to the beginning's keys is its own row's."""
+        """Invert `_with_prefix`; the gradients of the prefix's keys from all rows are added to its own row."""
         split = gradient.view(self.rows, self.heads.keys, -1, self.heads.width)
         own = split[:, :, self.prefix :]
         if self.prefix:
@@ -152,14 +151,13 @@ class ShortAttention:
 
 
 class LongAttention:
-    """PyTorch's flash kernel for CPUs, chat by chat: memory grows with the length, not with its square."""
+    """PyTorch's flash attention for CPUs, chat by chat: memory grows with the length, not with its square."""
 
     def __init__(self, lengths: Sequence[int], heads: Heads, rotary: Rotary) -> None:
         self.lengths, self.heads, self.rotary = list(lengths), heads, rotary
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
-        """See `Attention.forward`."""
-        kept = [turned(qkv, self.heads, self.rotary)]
+        kept = [apply_rotary(qkv, self.heads, self.rotary)]
         parts = zip(torch.split(kept[0], self.lengths), torch.split(into, self.lengths), strict=True)
         for part, result in parts:
             out, sums = _flash(*self._split(part), 0.0, True, scale=1.0)
@@ -168,7 +166,6 @@ class LongAttention:
         return tuple(kept)
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """See `Attention.backward`."""
         gradients = []
         of_chats = (torch.split(each, self.lengths) for each in (kept[0], d_out.sum(), out))
         for part, d_part, out_part, sums in zip(*of_chats, kept[1:], strict=True):
@@ -176,15 +173,15 @@ class LongAttention:
             d_shaped, out_shaped = (
                 each.reshape(1, len(part), self.heads.queries, -1).transpose(1, 2) for each in (d_part, out_part)
             )
-            found = _flash_backward(d_shaped, queries, keys, values, out_shaped, sums, 0.0, True, scale=1.0)
+            d_qkv = _flash_backward(d_shaped, queries, keys, values, out_shaped, sums, 0.0, True, scale=1.0)
             d_keys, d_values = (
-                torch.unflatten(each, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for each in found[1:]
+                torch.unflatten(each, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for each in d_qkv[1:]
             )
-            gradients.append(torch.cat([found[0][0].transpose(0, 1), d_keys, d_values], 1))
-        return turned_back(torch.cat(gradients), self.heads, self.rotary)
+            gradients.append(torch.cat([d_qkv[0][0].transpose(0, 1), d_keys, d_values], 1))
+        return rotary_backward(torch.cat(gradients), self.heads, self.rotary)
 
     def _split(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one chat, each ``[1, queries, length, d]``."""
+        """Split one chat into queries, keys and values, each ``[1, queries, length, d]``."""
         heads = self.heads
         by_head = part.view(len(part), heads.all, heads.width).transpose(0, 1)[None]
         queries, keys, values = torch.split(by_head, [heads.queries, heads.keys, heads.keys], 1)
@@ -192,20 +189,20 @@ class LongAttention:
         return queries, keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
 
 
-def turned(qkv: Tensor, heads: Heads, rotary: Rotary) -> Tensor:
-    """``[row, heads.all * width]`` with its queries and keys turned by their positions."""
+def apply_rotary(qkv: Tensor, heads: Heads, rotary: Rotary) -> Tensor:
+    """Apply the rotary embedding to queries and keys of ``[tokens, heads.all * width]``."""
     shaped = qkv.view(len(qkv), heads.all, heads.width)
     both = heads.queries + heads.keys
     result = torch.empty_like(shaped)
     result[:, both:] = shaped[:, both:]
-    rotary.turn(shaped[:, :both], result[:, :both])
+    rotary.rotate(shaped[:, :both], result[:, :both])
     return result.view(len(qkv), -1)
 
 
-def turned_back(gradient: Tensor, heads: Heads, rotary: Rotary) -> Tensor:
-    """The gradient ``[row, heads.all * width]`` of `turned`'s argument, from that of its result, by head."""
+def rotary_backward(gradient: Tensor, heads: Heads, rotary: Rotary) -> Tensor:
+    """Return the gradient of the input of `apply_rotary`, ``[tokens, heads.all * width]``."""
     both = heads.queries + heads.keys
     result = torch.empty_like(gradient)
     result[:, both:] = gradient[:, both:]
-    rotary.turn_back(gradient[:, :both], result[:, :both])
+    rotary.rotate_back(gradient[:, :both], result[:, :both])
     return result.view(len(gradient), -1)

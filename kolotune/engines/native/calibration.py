@@ -21,7 +21,7 @@ from ..events import Calibration
 from ..job import TrainJob
 
 if TYPE_CHECKING:
-    from .training import Trainer
+    from .trainer import Trainer
 
 _SEARCHED_STEPS = 500  # of the first epoch, for typical ones
 _TYPICAL_STEPS = 2
@@ -36,7 +36,7 @@ def calibrate(job: TrainJob) -> Calibration:
     import psutil
 
     from ..prepared_tokens import epoch_steps, longest_first
-    from .training import Trainer
+    from .trainer import Trainer
 
     trainer = Trainer(job)
     tokens, held_out = trainer.tokens, trainer.held_out
@@ -72,9 +72,9 @@ def calibrate(job: TrainJob) -> Calibration:
 
 
 def _save_checkpoint(job: TrainJob, trainer: Trainer) -> None:
-    from . import checkpoints
+    from . import checkpointer
 
-    checkpoints.save(job, trainer.snapshot())
+    checkpointer.save(job, trainer.snapshot())
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,8 +1,14 @@
-"""Decoders of the Llama family, forwards and backwards by hand over packed chats.
+"""Decoders of the Llama family with hand-written forward and backward passes over packed sequences.
 
-Written out because the training step of an adapter needs a third less than what automatic differentiation does: no
-gradients of frozen weights, no padding, one product where transformers makes three, logits only where there is a
-label. It computes what transformers computes; tests hold the two together.
+Notable decisions:
+
+- A training step of an adapter needs a third less work than with autograd, and computes the same; tests compare both.
+- No gradients of frozen weights; the first layer's input has none at all.
+- No padding: chats are packed end to end, and a shared prefix is computed once.
+- One matrix product where transformers has three (queries, keys, values) or two (gate, up), adapters included.
+- Logits only where a label is next, some at a time; the last layer computes its MLP only there.
+- Norms return their fp32 factor, so that the backward pass does not recompute them.
+- Activations are kept, or recomputed layer by layer with the same random numbers when memory is short.
 """
 
 from __future__ import annotations
@@ -13,20 +19,20 @@ import torch
 from torch import Tensor
 
 from .attention import Heads
-from .fused import FusedLinear
+from .fused_linear import FusedLinear
 from .lora import FlatAdapters
+from .matrix_product import InputGradient, Product
 from .memory import LOGITS_AT_ONCE
 from .operations import Norm, Operations
-from .packing import Packed
-from .products import InputGradient, Product
 from .rotary import Rotary
+from .sequence_packing import PackedSequence
 
 
 @dataclass
 class Layer:
     """One decoder layer's frozen weights with their adapters.
 
-    `query_norm` and `key_norm` are there in models that normalise each head (Qwen 3).
+    `query_norm` and `key_norm` exist in models that normalize each head (Qwen 3).
     """
 
     attention_norm: Norm
@@ -51,10 +57,10 @@ class Decoder:
         heads: see `Heads`.
         layers: in order.
         embedding: ``[vocabulary, width]``.
-        head: the product that gives logits.
-        norm: before the head.
-        frequencies: fp32 ``[head width / 2]``, of the rotary position embedding.
-        operations: how the elementwise parts are computed.
+        head: computes the logits.
+        norm: in front of the head.
+        frequencies: fp32 ``[head width / 2]``, of the rotary embedding.
+        operations: computes the elementwise parts.
     """
 
     heads: Heads
@@ -66,62 +72,62 @@ class Decoder:
     operations: Operations
 
     def join(self, flat: FlatAdapters) -> None:
-        """Finds the adapters in the row that they have become parts of."""
+        """Let the linear layers read their adapters from the flat tensor."""
         for layer in self.layers:
             for linear in layer.linears:
                 linear.join(flat)
 
     def refresh(self) -> None:
-        """Takes the adapters as they stand now."""
+        """Take over the current values of the adapters."""
         for layer in self.layers:
             for linear in layer.linears:
                 linear.refresh()
 
     @torch.no_grad()
-    def loss(self, packed: Packed) -> float:
-        """The summed cross-entropy of the labelled tokens, without gradients or dropout."""
+    def loss(self, packed: PackedSequence) -> float:
+        """Return the summed cross-entropy of the labels, without gradients or dropout."""
         if not packed.labels:
             return 0.0
-        row = _Row(self, packed)
+        sequence = _SequencePass(self, packed)
         x, added = self.embedding[packed.ids], None
         for index, layer in enumerate(self.layers):
-            x, added = row.forward(layer, x, added, None, last=index == len(self.layers) - 1)
+            x, added = sequence.forward(layer, x, added, None, last=index == len(self.layers) - 1)
         return self._head(x, added, packed, 0.0)[1]
 
     @torch.no_grad()
-    def backward(self, packed: Packed, factor: float, recompute: bool) -> float:
-        """Adds ``factor`` times the loss's gradient to the adapters' gradients.
+    def backward(self, packed: PackedSequence, factor: float, recompute: bool) -> float:
+        """Add ``factor`` times the loss's gradient to the adapters' gradients.
 
         Args:
             packed: the chats.
-            factor: the loss is multiplied by it.
-            recompute: keep only each layer's input and compute the rest again on the way back.
+            factor: of the loss.
+            recompute: keep only each layer's input, and recompute the rest in the backward pass.
 
         Returns:
-            The summed cross-entropy of the labelled tokens.
+            The summed cross-entropy of the labels.
         """
         if not packed.labels:
             return 0.0
-        row = _Row(self, packed)
+        sequence = _SequencePass(self, packed)
         x, added = self.embedding[packed.ids], None
-        kept: list[_Kept] = []
+        kept: list[_SavedActivations] = []
         for index, layer in enumerate(self.layers):
-            kept.append(_Kept(torch.get_rng_state() if recompute else None))
-            x, added = row.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
+            kept.append(_SavedActivations(torch.get_rng_state() if recompute else None))
+            x, added = sequence.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
         d_x: Tensor | None
         d_x, loss = self._head(x, added, packed, factor)
         for index in reversed(range(len(self.layers))):
             saved = kept.pop()
             if recompute:
-                saved = row.again(self.layers[index], saved, last=index == len(self.layers) - 1)
+                saved = sequence.recompute(self.layers[index], saved, last=index == len(self.layers) - 1)
             assert d_x is not None
-            d_x = row.backward(self.layers[index], d_x, saved, first=index == 0)
+            d_x = sequence.backward(self.layers[index], d_x, saved, first=index == 0)
         return loss
 
-    def _head(self, x: Tensor, added: Tensor | None, packed: Packed, factor: float) -> tuple[Tensor, float]:
-        """The gradient of ``x + added``, the last layer's output where a label is next, and the summed loss.
+    def _head(self, x: Tensor, added: Tensor | None, packed: PackedSequence, factor: float) -> tuple[Tensor, float]:
+        """Return the gradient of ``x + added``, the last layer's output where a label is next, and the summed loss.
 
-        Logits are freed part by part. With a factor of 0 there is no gradient, and what stands for it is of no use.
+        Logits are computed and freed in blocks. With a factor of 0 there is no gradient, and the first value is unused.
         """
         normed = torch.empty_like(x)
         x, norm_factor = self.operations.norm(self.norm, x, added, normed)
@@ -140,57 +146,57 @@ class Decoder:
 
 
 @dataclass
-class _Kept:
+class _SavedActivations:
     """What a layer's backward pass needs of its forward pass."""
 
-    random_state: Tensor | None  # only when all but x is computed again
+    random_state: Tensor | None  # only when everything but x is recomputed
     x: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     attention: tuple[Tensor, ...] = ()
     masks: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
-class _Row:
-    """One packed row on its way through the layers."""
+class _SequencePass:
+    """The passes of one packed sequence through the layers."""
 
-    def __init__(self, decoder: Decoder, packed: Packed) -> None:
+    def __init__(self, decoder: Decoder, packed: PackedSequence) -> None:
         self.heads, self.operations = decoder.heads, decoder.operations
-        self.tokens, self.labelled = len(packed.ids), packed.rows
+        self.tokens, self.labelled = len(packed.ids), packed.label_positions
         rotary = Rotary.of(packed.positions, decoder.frequencies, decoder.embedding.dtype)
         self.attention = self.operations.attention(packed, decoder.heads, rotary)
 
     def forward(
-        self, layer: Layer, x: Tensor, added: Tensor | None, kept: _Kept | None, last: bool
+        self, layer: Layer, x: Tensor, added: Tensor | None, kept: _SavedActivations | None, last: bool
     ) -> tuple[Tensor, Tensor]:
-        """From ``x + added``, both ``[row, width]``, to two such whose sum is the layer's output.
+        """Compute a layer's output as two terms of a sum, from ``x + added``, both ``[tokens, width]``.
 
         Args:
-            layer: which.
-            x: its memory is used for the sum.
-            added: None: nothing.
-            kept: in training, takes what `backward` needs; and dropout draws.
-            last: nobody reads more of the output than where a label is next, and only that is computed.
+            layer: the layer.
+            x: its memory is reused for the sum.
+            added: None stands for zero.
+            kept: in training, receives what `backward` needs, and turns dropout on.
+            last: compute only the positions where a label is next: nothing else is read.
         """
         masks: dict[str, list[Tensor] | None] = {
             name: [] if kept is not None else None for name in ("qkv", "out", "gate_up", "down")
         }
-        normed = layer.qkv.room(self.tokens)
+        normed = layer.qkv.new_input(self.tokens)
         x, factor = self.operations.norm(layer.attention_norm, x, added, normed[:, : layer.qkv.inputs])
         qkv = layer.qkv.forward(normed, masks["qkv"])
         headed, head_kept = self._normed_heads(layer, qkv)
-        attended = layer.out.room(self.tokens)
+        attended = layer.out.new_input(self.tokens)
         mixed = attended[:, : layer.out.inputs]
         attention_kept = self.attention.forward(headed, mixed)
         if last:
             attended, residual = attended[self.labelled], x[self.labelled]
         else:
             residual = x
-        mlp_normed = layer.gate_up.room(len(attended))
+        mlp_normed = layer.gate_up.new_input(len(attended))
         middle, mlp_factor = self.operations.norm(
             layer.mlp_norm, layer.out.forward(attended, masks["out"]), residual, mlp_normed[:, : layer.gate_up.inputs]
         )
         gate_up = layer.gate_up.forward(mlp_normed, masks["gate_up"])
-        product = layer.down.room(len(attended))
+        product = layer.down.new_input(len(attended))
         self.operations.gate(gate_up, product[:, : layer.down.inputs])
         result = layer.down.forward(product, masks["down"])
         if kept is not None:
@@ -204,18 +210,18 @@ class _Row:
                 }  # fmt: skip
         return result, middle
 
-    def again(self, layer: Layer, kept: _Kept, last: bool) -> _Kept:
-        """A layer's forward pass once more, with the same draws, for its backward pass."""
+    def recompute(self, layer: Layer, kept: _SavedActivations, last: bool) -> _SavedActivations:
+        """Repeat a layer's forward pass with the same random numbers, for its backward pass."""
         before = torch.get_rng_state()
         assert kept.random_state is not None and kept.x is not None
         torch.set_rng_state(kept.random_state)
-        whole = _Kept(None)
+        whole = _SavedActivations(None)
         self.forward(layer, kept.x, None, whole, last)
         torch.set_rng_state(before)
         return whole
 
-    def backward(self, layer: Layer, d_out: Tensor, kept: _Kept, first: bool) -> Tensor | None:
-        """The gradient of the layer's input; None for the first layer, whose input is frozen."""
+    def backward(self, layer: Layer, d_out: Tensor, kept: _SavedActivations, first: bool) -> Tensor | None:
+        """Return the gradient of the layer's input; None for the first layer, whose input is frozen."""
         saved, masks, operations = kept.tensors, kept.masks, self.operations
         d_product = layer.down.backward(d_out, saved["product"], masks.get("down"))
         d_gate_up = operations.gate_backward(d_product, saved["gate_up"])
@@ -234,11 +240,11 @@ class _Row:
         return operations.norm_backward(layer.attention_norm, d_normed, kept.x, saved["factor"], d_middle)
 
     def _spread(self, labelled: Tensor) -> Tensor:
-        """``[labels, ...]`` as ``[row, ...]``, 0 elsewhere."""
+        """Expand ``[labels, ...]`` to ``[tokens, ...]``, with 0 elsewhere."""
         return labelled.new_zeros(self.tokens, labelled.shape[1]).index_copy_(0, self.labelled, labelled)
 
     def _normed_heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Queries, keys and values ``[row, heads.all * d]`` with the first two normalised where the model does that."""
+        """Return queries, keys and values ``[tokens, heads.all * d]``, normalized by head where the model does that."""
         if layer.query_norm is None or layer.key_norm is None:
             return qkv, {}
         shaped, split = self._by_head(qkv), self.heads.queries
@@ -248,7 +254,7 @@ class _Row:
         return headed, {"qkv": qkv, "query_factor": query_factor, "key_factor": key_factor}
 
     def _normed_heads_backward(self, layer: Layer, d_headed: Tensor, saved: dict[str, Tensor]) -> Tensor:
-        """The gradient of qkv ``[row, heads.all * d]`` from that of what `_normed_heads` made; in its memory."""
+        """Return the gradient of the input of `_normed_heads` ``[tokens, heads.all * d]``; it replaces `d_headed`."""
         if layer.query_norm is not None and layer.key_norm is not None:
             shaped, gradient = self._by_head(saved["qkv"]), self._by_head(d_headed)
             queries = slice(self.heads.queries)

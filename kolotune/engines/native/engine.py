@@ -20,7 +20,7 @@ from ..events import Calibration
 from ..job import TrainJob
 from ..memory import SMALLEST_BATCH, BatchShape, Memory, MemoryGap, TrainingMemory
 from ..process_environment import ENVIRONMENT
-from . import families, memory
+from . import memory, supported_models
 from .kernels import build
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class NativeEngine:
         return options
 
     def can_compile(self) -> bool:
-        return build.usable()
+        return build.can_compile()
 
     def is_sharded(self, config: Config, base: Path) -> bool:
         """Return whether to shard: as configured, or where a copy in each process would not fit."""
@@ -71,17 +71,17 @@ class NativeEngine:
     def largest_batch(self, tokens: PreparedTokens, config: Config, batch_size: int) -> BatchShape:
         """Return the batch that keeps most for the backward pass, among the first steps and the longest chat."""
         from ..prepared_tokens import epoch_steps, longest_first
-        from . import packing
+        from . import sequence_packing
 
-        compiled = config.compile != "off" and not build.why_not()
+        compiled = config.compile != "off" and not build.reason_unavailable()
 
         def batches() -> Iterator[BatchShape]:
             steps = epoch_steps(len(tokens), 0, config.seed, batch_size * config.gradient_accumulation)
             for step in [*islice(steps, _SEARCHED_STEPS), longest_first(tokens)[:1]]:
-                for group in packing.grouped(tokens, step):
-                    packed = packing.pack(tokens, group, not config.lora_dropout)
+                for group in sequence_packing.group_by_length(tokens, step):
+                    packed = sequence_packing.pack(tokens, group, not config.lora_dropout)
                     lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-                    padded = not compiled and max(lengths) <= packing.LONG
+                    padded = not compiled and max(lengths) <= sequence_packing.LONG
                     yield BatchShape(len(packed.ids), len(lengths), max(lengths), packed.prefix, packed.labels, padded)
 
         return max(batches(), key=lambda batch: (batch.tokens, batch.chats * batch.longest**2 * batch.padded))
@@ -107,7 +107,7 @@ class NativeEngine:
                 gathered=max((linear.weight_count for linear in shape.linears), default=0),
                 keeps_best=keeps_best,
             )
-        elif reason := families.why_not(base, batch.longest):
+        elif reason := supported_models.reason_unsupported(base, batch.longest):
             return TrainingMemory(None, gap=MemoryGap.TRANSFORMERS, detail=reason)
         else:
             activations = shape.layers * memory.layer_activation_bytes(shape, adapter, batch, dtype_bytes)

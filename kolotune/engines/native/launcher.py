@@ -44,10 +44,10 @@ def launch(job: TrainJob, job_file: str, *, watched: bool) -> int:
     Raises:
         TrainingError: the rendezvous address is invalid or unreachable.
     """
-    from . import checkpoints
+    from . import checkpointer
 
     if not job.resume:  # once, here: a restarted process needs the checkpoints written since
-        checkpoints.clear(job)
+        checkpointer.clear(job)
     os.environ.update(torchrun.variables(job))
     if job.sharded:
         os.environ.update(SHARDED_ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Models of the Llama family as a `Decoder`: how their folders are read."""
+"""Reads model folders of the Llama family as a `Decoder`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kolotune.weights.weight_files import weight_files
 from . import lora
 from .attention import Heads
 from .decoder import Decoder, Layer
-from .fused import FusedLinear
+from .fused_linear import FusedLinear
 from .lora import LoraPair
 from .operations import Norm, Operations
 
@@ -27,10 +27,10 @@ _LINEAR = (*_QKV, *_OUT, *_GATE_UP, *_DOWN)
 
 
 def frequencies(rotary: RotaryEmbedding, width: int) -> Tensor:
-    """Angles per position, fp32 ``[width / 2]``.
+    """Return the angles per position, fp32 ``[width / 2]``.
 
-    Sources: Su et al., "RoFormer", 2021; for "llama3" the scaling that Llama 3.1 was released with: long waves are
-    stretched by `factor`, short ones kept, and those between are blended.
+    Sources: Su et al., "RoFormer", 2021. "llama3" is the scaling of Llama 3.1: long waves are stretched by `factor`,
+    short ones kept, and those between are blended.
     """
     plain: Tensor = 1.0 / rotary.theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
     if rotary.kind == "linear":
@@ -52,21 +52,21 @@ def load(
     dropout: float,
     targets: Sequence[str],
 ) -> tuple[Decoder, dict[str, LoraPair]]:
-    """A model's decoder, and its new adapters by the full names of their layers, in the model's order.
+    """Load a model's decoder, and create adapters by the full names of their layers, in the model's order.
 
     Args:
-        folder: a model for which `families.why_not` says nothing.
-        operations: how its elementwise parts are computed.
+        folder: a model that `supported_models` supports.
+        operations: computes the elementwise parts.
         dtype: of the frozen weights and of the arithmetic.
         rank, alpha, dropout: see `LoraPair`.
-        targets: see `lora.targeted`.
+        targets: see `lora.target_leaves`.
 
     Raises:
-        ConfigError: a target is no linear layer.
+        ConfigError: a target is not a linear layer.
         ArtifactError: a weight is missing or damaged.
     """
     config = read_model_config(folder)
-    chosen = lora.targeted({name.rpartition(".")[2] for name in _LINEAR}, targets)
+    chosen = lora.target_leaves({name.rpartition(".")[2] for name in _LINEAR}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
@@ -83,7 +83,7 @@ def load(
 
 @dataclass
 class _Parts:
-    """Makes the parts of a decoder from a model's files, and keeps the adapters it made, by name."""
+    """Reads the parts of a decoder from a model's files, and collects their new adapters by name."""
 
     files: TensorFiles
     dtype: torch.dtype
@@ -93,14 +93,14 @@ class _Parts:
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
-        """A tensor of its own: what stays mapped would hold the whole file in memory."""
+        """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
         return self.files.read(name).to(self.dtype, copy=True)
 
     def norm(self, name: str) -> Norm:
         return Norm(self.read(f"{name}.weight"), self.epsilon)
 
     def fused(self, prefix: str, names: Sequence[str]) -> FusedLinear:
-        """The linear layers of these names as one."""
+        """Read several linear layers as one."""
         full = [f"{prefix}.{name}" for name in names]
         weights = [self.read(f"{name}.weight") for name in full]
         biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]

@@ -17,14 +17,14 @@ ALL_LINEAR = "all-linear"
 
 
 class LoraPair:
-    """The two trained matrices beside one linear layer, in fp32 whatever the layer is in.
+    """The two trained matrices beside one linear layer.
 
-    An adapter's updates are smaller than bf16's steps.
+    They are fp32 whatever the layer's dtype: an adapter's updates are smaller than bf16's steps.
 
     Attributes:
-        lora_A: ``[rank, in]``, begins random.
-        lora_B: ``[out, rank]``, begins as zeros.
-        scale: their product is multiplied by it.
+        lora_A: ``[rank, in]``, initially random.
+        lora_B: ``[out, rank]``, initially zero.
+        scale: factor of their product.
         dropout: probability with which inputs of A are zeroed in training.
     """
 
@@ -69,18 +69,18 @@ class LoraLinear(nn.Module):
 def add_adapters(
     model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]
 ) -> dict[str, LoraLinear]:
-    """Freezes the model and puts an adapter beside each targeted linear layer.
+    """Freeze the model and put an adapter beside each targeted linear layer.
 
     Args:
         model: a causal language model of transformers.
         rank, alpha, dropout: see `LoraLinear`.
-        targets: last parts of layer names, or ``all-linear`` for all but the head.
+        targets: last parts of layer names, or ``all-linear`` for all layers but the head.
 
     Returns:
         The adapters by the layer's full name, in the model's order.
 
     Raises:
-        ConfigError: a target is no linear layer of the model, or it has none (GPT-2 has layers of its own kind).
+        ConfigError: a target is not a linear layer of the model, or it has none (GPT-2 has another kind of layer).
     """
     model.requires_grad_(False)
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
@@ -88,7 +88,7 @@ def add_adapters(
     linear = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
     }
-    leaves = targeted({name.rpartition(".")[2] for name in linear}, targets)
+    leaves = target_leaves({name.rpartition(".")[2] for name in linear}, targets)
     adapters = {}
     for name, layer in linear.items():
         parent_name, _, leaf = name.rpartition(".")
@@ -96,15 +96,17 @@ def add_adapters(
             adapters[name] = LoraLinear(layer, rank, alpha, dropout)
             setattr(model.get_submodule(parent_name), leaf, adapters[name])
     if not adapters:
-        raise ConfigError("base-model: it has no linear layer that could get an adapter", "Tune another model.")
+        raise ConfigError(
+            "base-model: it has no linear layer that could get an adapter", "Choose a different --base-model."
+        )
     return adapters
 
 
-def targeted(leaves: set[str], targets: Sequence[str]) -> set[str]:
-    """Which of a model's linear layers, by the last parts of their names, get an adapter.
+def target_leaves(leaves: set[str], targets: Sequence[str]) -> set[str]:
+    """Return the linear layers that get an adapter, by the last parts of their names.
 
     Raises:
-        ConfigError: a target is none of them.
+        ConfigError: a target is not one of `leaves`.
     """
     if list(targets) == [ALL_LINEAR]:
         return leaves
@@ -118,40 +120,40 @@ def targeted(leaves: set[str], targets: Sequence[str]) -> set[str]:
 
 
 class FlatAdapters:
-    """All adapters' matrices in one row, so that clipping and the optimizer's step are one operation each.
+    """All adapters' matrices in one flat tensor, so that clipping and the optimizer's step are one operation each.
 
-    The adapters' own parameters become parts of it, and their gradients parts of its gradient.
+    The adapters' own parameters become views of it, and their gradients views of its gradient.
 
     Args:
         adapters: by name.
-        order: names and parts, ``("…q_proj", "lora_A")``, in the order in which they stand in the row.
+        order: names and parts, ``("…q_proj", "lora_A")``, in the order of the flat tensor.
 
     Attributes:
-        parameter: fp32 ``[weights of all]``; its gradient is there from the beginning.
+        parameter: fp32 ``[weights]``; its gradient is allocated at once.
     """
 
     def __init__(self, adapters: Mapping[str, LoraPair | LoraLinear], order: Sequence[tuple[str, str]]) -> None:
         matrices = {f"{name}.{part}": getattr(adapters[name], part) for name, part in order}
-        row = torch.cat([each.detach().flatten() for each in matrices.values()])
-        self.parameter = nn.Parameter(row)
-        self.parameter.grad = torch.zeros_like(row)
-        self._places: dict[str, tuple[int, torch.Size]] = {}
+        flat = torch.cat([each.detach().flatten() for each in matrices.values()])
+        self.parameter = nn.Parameter(flat)
+        self.parameter.grad = torch.zeros_like(flat)
+        self._offsets: dict[str, tuple[int, torch.Size]] = {}
         start = 0
         for name, matrix in matrices.items():
-            self._places[name] = (start, matrix.shape)
+            self._offsets[name] = (start, matrix.shape)
             start += matrix.numel()
-        for name, view in self.named(row).items():
+        for name, view in self.named(flat).items():
             matrices[name].data = view
         for name, view in self.named(self.parameter.grad).items():
             matrices[name].grad = view
 
-    def named(self, row: Tensor) -> dict[str, Tensor]:
-        """The parts of a row laid out as `parameter` is, by matrix, each in its shape; they share its memory."""
-        return {name: row[start : start + shape.numel()].view(shape) for name, (start, shape) in self._places.items()}
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of a tensor laid out like `parameter`, one for each matrix, in the matrix's shape."""
+        return {name: flat[start : start + shape.numel()].view(shape) for name, (start, shape) in self._offsets.items()}
 
 
 def adapter_tensors(adapters: Mapping[str, LoraPair | LoraLinear]) -> dict[str, Tensor]:
-    """The adapters' weights under PEFT's names: A ``[rank, in]`` and B ``[out, rank]``, fp32, on the CPU."""
+    """Return the adapters' weights under PEFT's names: A ``[rank, in]`` and B ``[out, rank]``, fp32, on the CPU."""
     tensors = {}
     for name, adapter in adapters.items():
         for part in ("lora_A", "lora_B"):
@@ -161,7 +163,7 @@ def adapter_tensors(adapters: Mapping[str, LoraPair | LoraLinear]) -> dict[str, 
 
 
 def load_tensors(adapters: Mapping[str, LoraPair | LoraLinear], tensors: dict[str, Tensor]) -> None:
-    """Puts weights from `adapter_tensors` back."""
+    """Load weights that `adapter_tensors` returned."""
     with torch.no_grad():
         for name, adapter in adapters.items():
             for part in ("lora_A", "lora_B"):

@@ -1,4 +1,4 @@
-"""The two ways of computing a training step: by hand over packed chats, or by transformers and autograd."""
+"""The two models of a training step: hand-written passes over packed sequences, or transformers with autograd."""
 
 from __future__ import annotations
 
@@ -17,77 +17,77 @@ from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 from ..job import TrainJob
 from ..memory import BatchShape
 from ..prepared_tokens import IGNORED, PreparedTokens
-from . import families, llama, lora, sharded
+from . import llama, lora, sharding, supported_models
 from .kernels import build
-from .kernels.operations import CompiledOperations
+from .kernels.compiled_operations import CompiledOperations
 from .memory import transformers_activation_bytes
 from .operations import Operations, PlainOperations
-from .packing import TOKEN_BUDGET, costs, grouped, pack
 from .padded_batch import pad_batch
+from .sequence_packing import TOKEN_BUDGET, costs, group_by_length, pack
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What a layer keeps of a token for the way back, in rows of the model's width (measured on SmolLM2).
-_ROWS_KEPT = 19
+# Numbers that a layer keeps per token for the backward pass, in multiples of the hidden size (measured on SmolLM2).
+_ACTIVATIONS_KEPT = 19
 
 
 class TrainingModel(Protocol):
-    """A base model with new adapters, and how gradients come about."""
+    """A base model with new adapters, and how its gradients are computed."""
 
-    halvings: int
-    """How many times the number of chats that are computed at once was halved: that takes less memory."""
+    backoffs: int
+    """How many times memory ran out; each time halves the number of chats that are computed at once."""
 
     @property
     def adapters(self) -> Mapping[str, lora.LoraPair | lora.LoraLinear]:
-        """By the full names of their layers, in the model's order."""
+        """Adapters by the full names of their layers, in the model's order."""
 
     @property
     def flat(self) -> lora.FlatAdapters:
-        """The adapters' matrices as one row."""
+        """The adapters' matrices as one flat tensor."""
 
     @property
     def kernels(self) -> str:
-        """Names the compiled parts and all that their machine code depends on; "" where there are none."""
+        """The name of the compiled kernels, which depends on all that their machine code does; "" without kernels."""
 
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
-        """The chats `indices` in groups that are computed at once."""
+        """Split chats into groups that are computed at once."""
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
-        """What each of the chats `indices` takes to compute, in tokens, so that processes get equal parts."""
+        """Return the cost of each chat, in tokens, so that processes get equal shares."""
 
     def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
-        """Adds ``factor`` times the gradient of the chats' summed loss to the adapters'; returns that sum."""
+        """Add ``factor`` times the gradient of the chats' summed loss to the adapters' gradients; return that loss."""
 
     def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
-        """The summed cross-entropy of the chats' labelled tokens, without dropout."""
+        """Return the summed cross-entropy of the chats' labels, without dropout."""
 
     def updated(self) -> None:
-        """Called after each change of the adapters."""
+        """Take over new values of the adapters; called after each change."""
 
 
 def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
-    """The job's base with new adapters, drawn from the job's seed.
+    """Load the job's base model with new adapters, initialized from the job's seed.
 
     Args:
-        job: what is trained.
+        job: the training.
         device: "cpu", "cuda" or "mps".
         longest: tokens of the longest chat.
 
     Raises:
         TrainingError: the base can't be loaded.
-        ConfigError: a target is no linear layer of it.
+        ConfigError: a target is not a linear layer of the base.
     """
     by_hand = device == "cpu" and not job.load_in_4bit and not job.sharded
-    if by_hand and not families.why_not(Path(job.base_model), longest):
+    if by_hand and not supported_models.reason_unsupported(Path(job.base_model), longest):
         return PackedModel(job)
-    return PlainModel(job, device)
+    return TransformersModel(job, device)
 
 
 class PackedModel:
-    """Models of the Llama family on the CPU: see `decoder`."""
+    """Models of the Llama family on the CPU; see `decoder`."""
 
     def __init__(self, job: TrainJob) -> None:
         torch.manual_seed(job.seed)
-        self.halvings, self._size = 0, job.batch_size
+        self.backoffs, self._size = 0, job.batch_size
         dtype = _DTYPES[job.dtype]
         library = build.ensure() if job.compile else None
         operations: Operations = CompiledOperations(library, dtype) if library else PlainOperations()
@@ -110,77 +110,73 @@ class PackedModel:
         self.updated()
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
-        """See `TrainingModel`; a logit costs the head's part of what a token costs in the layers."""
+        """Return the cost of each chat; a logit costs as much as the head's share of the layers' weights."""
         return costs(tokens, indices, self._shares, self._label)
 
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
-        """See `TrainingModel`; by length, within a budget of tokens."""
-        if not self.halvings:
-            return grouped(tokens, indices)
-        most = max(1, self._size >> self.halvings)
-        groups = grouped(tokens, indices, TOKEN_BUDGET >> self.halvings)
+        """Group chats by length, within a budget of tokens."""
+        if not self.backoffs:
+            return group_by_length(tokens, indices)
+        most = max(1, self._size >> self.backoffs)
+        groups = group_by_length(tokens, indices, TOKEN_BUDGET >> self.backoffs)
         return [group[at : at + most] for group in groups for at in range(0, len(group), most)]
 
     def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
-        """See `TrainingModel`."""
         packed = pack(tokens, indices, self._shares)
         return self.decoder.backward(packed, factor, self._recomputes(len(packed.ids)))
 
     def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
-        """See `TrainingModel`."""
         return self.decoder.loss(pack(tokens, indices, True))
 
     def updated(self) -> None:
-        """See `TrainingModel`."""
         self.decoder.refresh()
 
-    def _recomputes(self, row: int) -> bool:
-        """Whether what a row's layers would keep for the way back takes more than half of the free memory, or did."""
+    def _recomputes(self, tokens: int) -> bool:
+        """Return whether to recompute activations: keeping them takes more than half of the free memory, or did."""
         import psutil
 
-        if self.halvings:
+        if self.backoffs:
             return True
         width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
-        needed = row * width * _ROWS_KEPT * len(self.decoder.layers)
+        needed = tokens * width * _ACTIVATIONS_KEPT * len(self.decoder.layers)
         return needed > psutil.virtual_memory().available // 2
 
 
-class PlainModel:
-    """Any causal language model of transformers, with automatic differentiation."""
+class TransformersModel:
+    """Any causal language model of transformers, with autograd."""
 
     kernels = ""
 
     def __init__(self, job: TrainJob, device: str) -> None:
-        self.halvings = 0
+        self.backoffs = 0
         self._device, self._size = device, job.batch_size
         folder = Path(job.base_model)
-        parted = job.sharded
-        self.model = sharded.without_weights(folder, _DTYPES[job.dtype]) if parted else load_model(job, device)
+        is_sharded = job.sharded
+        self.model = sharding.without_weights(folder, _DTYPES[job.dtype]) if is_sharded else load_model(job, device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         torch.manual_seed(job.seed)
         self.adapters = lora.add_adapters(
             self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
         )
-        if parted:
+        if is_sharded:
             trained = [part for each in self.adapters.values() for part in (each.lora_A, each.lora_B)]
-            sharded.part(self.model, folder, trained, device)
-        self._shape, self._width, self._parted = read_shape(folder), DTYPE_BYTES[job.dtype], parted
+            sharding.shard(self.model, folder, trained, device)
+        self._shape, self._width, self._sharded = read_shape(folder), DTYPE_BYTES[job.dtype], is_sharded
         self._adapter = AdapterShape.of(self._shape, job.lora_rank, job.target_modules)
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
-        """See `TrainingModel`; logits and padding are left out."""
+        """Return the length of each chat; logits and padding do not count."""
         return {index: tokens.chat_length(index) for index in indices}
 
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
-        """See `TrainingModel`; of as many chats as the batch size says."""
+        """Group chats in the given order, by the size of a micro-batch."""
         del tokens
-        size = max(1, self._size >> self.halvings)
+        size = max(1, self._size >> self.backoffs)
         return [list(indices[at : at + size]) for at in range(0, len(indices), size)]
 
     def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
-        """See `TrainingModel`."""
         self.model.train()
         self._keep_or_recompute(tokens, indices)
         loss = self._loss(tokens, indices)
@@ -188,9 +184,9 @@ class PlainModel:
         return float(loss.detach())
 
     def _keep_or_recompute(self, tokens: PreparedTokens, indices: Sequence[int]) -> None:
-        """Has activations computed again on the way back where keeping them would take more than half of what is free.
+        """Choose between keeping and recomputing activations; the result is the same.
 
-        So it is, too, where memory is known to be short. Neither changes a result.
+        They are recomputed if keeping them takes more than half of the free memory, or if memory is known to be short.
         """
         model: Any = self.model
         if not getattr(model, "supports_gradient_checkpointing", False):
@@ -198,22 +194,21 @@ class PlainModel:
         longest = max(tokens.chat_length(index) for index in indices)
         row = BatchShape(len(indices) * longest, len(indices), longest, 0, 0, padded=False)
         kept = transformers_activation_bytes(self._shape, self._adapter, row, self._width)
-        if self._parted or self.halvings or kept > hardware.free_on(self._device) // 2:
+        if self._sharded or self.backoffs or kept > hardware.free_on(self._device) // 2:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
-        """See `TrainingModel`."""
         self.model.eval()
         return float(self._loss(tokens, indices))
 
     def updated(self) -> None:
-        """See `TrainingModel`; the layers read their adapters themselves."""
+        """Do nothing: the layers read the adapters themselves."""
 
     def _loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> Tensor:
-        """The summed cross-entropy, fp32 ``[]``; logits only at positions where a chat has a label next."""
+        """Return the summed cross-entropy, fp32 ``[]``; logits are computed only where a chat has a label next."""
         batch = pad_batch(tokens, list(indices)).to(self._device)
         kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
         logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
@@ -225,7 +220,7 @@ class PlainModel:
 
 
 def load_model(job: TrainJob, device: str) -> nn.Module:
-    """The base model with its weights in the job's dtype, frozen later by `lora.add_adapters`.
+    """Load the base model in the job's dtype; `lora.add_adapters` freezes it.
 
     Raises:
         TrainingError: transformers can't load it, or bitsandbytes is missing.

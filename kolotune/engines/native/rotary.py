@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., "RoFormer", 2021) for one packed row."""
+"""Rotary position embedding (Su et al., "RoFormer", 2021) for one packed sequence."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """How far each token's queries and keys are turned.
+    """The rotation of each token's queries and keys.
 
     Attributes:
-        cosine, sine: fp32 ``[row, width / 2]``; scaled, so that the product of a query and a key is the score.
+        cosine, sine: fp32 ``[tokens, width / 2]``, scaled so that the product of a query and a key is the score.
         dtype: of queries and keys.
     """
 
@@ -24,9 +24,9 @@ class Rotary:
 
     @classmethod
     def of(cls, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotary:
-        """The turns at int64 ``positions [row]``, with fp32 ``frequencies [width / 2]``."""
+        """Compute the rotation at int64 ``positions [tokens]``, with fp32 ``frequencies [width / 2]``."""
         angles = positions[:, None].float() * frequencies
-        # Scores are divided by the root of the width; here each of the two factors takes half of that.
+        # Attention divides scores by the root of the width; query and key share that factor equally.
         scale = (2 * len(frequencies)) ** -0.25
         return cls(angles.cos() * scale, angles.sin() * scale, dtype)
 
@@ -34,12 +34,12 @@ class Rotary:
     def _rounded(self) -> tuple[Tensor, Tensor]:
         return self.cosine.to(self.dtype)[:, None], self.sine.to(self.dtype)[:, None]
 
-    def turn(self, x: Tensor, out: Tensor) -> None:
-        """Turns ``x [row, heads, width]`` into `out`."""
+    def rotate(self, x: Tensor, out: Tensor) -> None:
+        """Rotate ``x [tokens, heads, width]`` into `out`."""
         self._rotate(x, out, 1)
 
-    def turn_back(self, gradient: Tensor, out: Tensor) -> None:
-        """The gradient of what `turn` was given, from that of what it made."""
+    def rotate_back(self, gradient: Tensor, out: Tensor) -> None:
+        """Compute the gradient of the input of `rotate` from that of its output."""
         self._rotate(gradient, out, -1)
 
     def _rotate(self, x: Tensor, out: Tensor, direction: int) -> None:

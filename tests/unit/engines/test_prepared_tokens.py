@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from kolotune.engines.native.model import PlainModel
+from kolotune.engines.native.model import TransformersModel
 from kolotune.engines.native.padded_batch import pad_batch
 from kolotune.engines.prepared_tokens import (
     IGNORED,
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_said(tmp_path: Path, tokens: PreparedTokens, damage: 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
 def test_padding_never_changes_the_loss(kind: str, training_room: Callable[..., Any]) -> None:
     job = training_room(kind).job()
-    model, tokens = PlainModel(job, "cpu"), PreparedTokens.load(Path(job.data) / "train.safetensors")
+    model, tokens = TransformersModel(job, "cpu"), PreparedTokens.load(Path(job.data) / "train.safetensors")
     lengths = [tokens.chat_length(index) for index in range(8)]
     assert min(lengths) < max(lengths)
     whole = model.loss(tokens, range(8))

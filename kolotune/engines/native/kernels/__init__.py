@@ -1,4 +1,5 @@
-"""The step's elementwise parts in C++, compiled once on the machine that trains: see `kernels.cpp`.
+"""Compiled kernels: the elementwise parts of a training step in C++, see `kernels.cpp`.
 
-`build.py` compiles and keeps the library; `operations.py` calls it with tensors.
+`build` compiles the library for this machine's processor, `compiled_operations` calls it with tensors, and
+`onednn_layout` keeps frozen matrices in the processor's own layout.
 """

@@ -17,7 +17,7 @@ from kolotune.runners import local
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _SOURCES = (_SOURCE, *sorted(Path(__file__).parent.glob("*.h")))
-# Sums may be reordered, so that they vectorize; NaN and infinity stay what they are, since the loop looks for them.
+# Sums may be reordered, so that they vectorize. NaN and infinity keep their meaning: the training loop checks for them.
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
@@ -25,8 +25,8 @@ _FLAGS = (
 _LINUX = "Linux"
 
 
-def why_not() -> str:
-    """Why the kernels can't be compiled here; "" when nothing stands against it."""
+def reason_unavailable() -> str:
+    """Return why the kernels can't be compiled here; "" when they probably can."""
     if platform.system() != _LINUX:
         return "it is not Linux"
     if _compiler() is None:
@@ -34,8 +34,8 @@ def why_not() -> str:
     return "" if _openmp() else "PyTorch's OpenMP library is not found"
 
 
-def usable() -> bool:
-    """Whether the kernels are compiled, or could be just now, and would be used."""
+def can_compile() -> bool:
+    """Compile the kernels; return whether that works and they would be used."""
     if best_device() != "cpu":
         return False
     try:
@@ -46,12 +46,12 @@ def usable() -> bool:
 
 
 def ensure() -> Path:
-    """The compiled library, made when it is not there yet.
+    """Return the compiled library; compile it when it is missing.
 
     Raises:
         ToolchainError: it can't be compiled.
     """
-    reason, compiler, openmp = why_not(), _compiler(), _openmp()
+    reason, compiler, openmp = reason_unavailable(), _compiler(), _openmp()
     if reason or compiler is None or openmp is None:
         raise ToolchainError(f"the training step can't be compiled: {reason}", "Train with --compile off.")
     library = cache_folder("kernels") / f"{_digest(compiler, openmp)}.so"
@@ -61,7 +61,7 @@ def ensure() -> Path:
     log = library.with_suffix(".log")
     with replacing(library) as partial:
         partial_object = partial.with_suffix(".o")
-        # Linked with PyTorch's own OpenMP: of two in one process, each would spin on the other's cores.
+        # Link PyTorch's own OpenMP: two of them in one process would compete for the cores.
         commands = (
             [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(partial_object)],
             [compiler, "-shared", str(partial_object), str(openmp), "-o", str(partial)],
@@ -71,7 +71,7 @@ def ensure() -> Path:
                 partial_object.unlink(missing_ok=True)
                 raise ToolchainError(
                     f"the training step can't be compiled: {local.last_lines(log)}",
-                    f"Train with --compile off; the compiler's answer is in {log}.",
+                    f"Train with --compile off; the compiler's output is in {log}.",
                 )
         partial_object.unlink()
     log.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def _compiler() -> str | None:
 
 
 def _openmp() -> Path | None:
-    """The OpenMP library that PyTorch brings, found without importing it."""
+    """Find the OpenMP library that PyTorch brings, without importing PyTorch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -95,7 +95,7 @@ def _openmp() -> Path | None:
 
 
 def _digest(compiler: str, openmp: Path) -> str:
-    """Names a library by all that its machine code depends on."""
+    """Return a name for the library that depends on all that its machine code does."""
     about_processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     kept = [line for line in about_processor.splitlines() if line.startswith(("model name", "flags", "Features"))]
     version = Path(compiler).resolve().name, str(Path(compiler).stat().st_mtime_ns), str(openmp)

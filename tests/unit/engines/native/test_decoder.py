@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native import attention, families, llama, packing
+from kolotune.engines.native import attention, llama, sequence_packing, supported_models
 from kolotune.engines.native.kernels import build
-from kolotune.engines.native.model import PackedModel, PlainModel, TrainingModel, open_model
-from kolotune.engines.native.packing import TOKEN_BUDGET, grouped, pack
+from kolotune.engines.native.model import PackedModel, TrainingModel, TransformersModel, open_model
+from kolotune.engines.native.sequence_packing import TOKEN_BUDGET, group_by_length, pack
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.typed_storage import JsonObject
@@ -46,8 +46,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(params=[False, True], ids=["plain", "compiled"])
 def compiled(request: pytest.FixtureRequest) -> bool:
     """Whether the step's elementwise parts are compiled; so every test of it is made twice."""
-    if request.param and build.why_not():
-        pytest.skip(f"can't be compiled: {build.why_not()}")
+    if request.param and build.reason_unavailable():
+        pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
     return bool(request.param)
 
 
@@ -63,9 +63,9 @@ def chats_of(seed: int, count: int, beginning: int, longest: int) -> list[tuple[
     return chats
 
 
-def pair_of(job: TrainJob) -> tuple[PackedModel, PlainModel]:
+def pair_of(job: TrainJob) -> tuple[PackedModel, TransformersModel]:
     """The same model with the same adapters, which are no longer zero, computed in both ways."""
-    packed, plain = PackedModel(job), PlainModel(job, "cpu")
+    packed, plain = PackedModel(job), TransformersModel(job, "cpu")
     assert list(packed.adapters) == list(plain.adapters)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def gradients(
     return loss, found
 
 
-def compare(job: TrainJob, packed: PackedModel, plain: PlainModel, share: bool = True) -> None:
+def compare(job: TrainJob, packed: PackedModel, plain: TransformersModel, share: bool = True) -> None:
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     everything = range(len(tokens))
     labels = max(1, sum(tokens.label_count(index) for index in everything))
@@ -128,7 +128,7 @@ def test_long_chats_take_the_other_attention(
 ) -> None:
     """And share nothing, whatever their beginning. The compiled attention is one for all lengths."""
     job = training_room(chats=chats_of(3, 6, 10, 90)).job(compile=compiled)
-    monkeypatch.setattr(packing, "LONG", 40)
+    monkeypatch.setattr(sequence_packing, "LONG", 40)
     used = []
     forward = attention.LongAttention.forward
     monkeypatch.setattr(attention.LongAttention, "forward", lambda *given: used.append(1) or forward(*given))
@@ -219,23 +219,25 @@ def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
 )
 def test_other_models_go_through_transformers(kind: str, more: Any, reason: str, training_room: Room) -> None:
     room = training_room(kind, **more)
-    assert reason in families.why_not(room.root / "base", 100)
+    assert reason in supported_models.reason_unsupported(room.root / "base", 100)
     model = open_model(room.job(), "cpu", 100)
-    assert isinstance(model, PlainModel)
+    assert isinstance(model, TransformersModel)
     tokens = PreparedTokens.load(Path(room.job().data) / "train.safetensors")
     assert model.loss(tokens, [0]) > 0
 
 
 def test_a_model_without_linear_layers_is_refused(training_room: Room) -> None:
     room = training_room("gpt2")
-    assert "gpt2" in families.why_not(room.root / "base", 100)
+    assert "gpt2" in supported_models.reason_unsupported(room.root / "base", 100)
     with pytest.raises(ConfigError, match="no linear layer"):
         open_model(room.job(), "cpu", 100)
 
 
 def test_a_window_wider_than_the_chats_is_none(training_room: Room) -> None:
     base = training_room("mistral", sliding_window=64).root / "base"
-    assert families.why_not(base, 64) == "" and "window" in families.why_not(base, 65)
+    assert supported_models.reason_unsupported(base, 64) == "" and "window" in supported_models.reason_unsupported(
+        base, 65
+    )
 
 
 @pytest.mark.parametrize("rotary", [LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": 1e6}])
@@ -254,11 +256,11 @@ def test_frequencies_are_those_of_transformers(rotary: Any, tiny_model: Callable
 def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> None:
     job = training_room(chats=chats_of(7, 60, 5, 200)).job()
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-    groups = grouped(tokens, range(60))
+    groups = group_by_length(tokens, range(60))
     assert sorted(index for group in groups for index in group) == list(range(60))
     sums = [sum(tokens.chat_length(index) for index in group) for group in groups]
     assert max(sums) <= TOKEN_BUDGET and min(sums[:-1]) > TOKEN_BUDGET // 2
-    assert [len(group) for group in grouped(tokens, range(4), budget=10)] == [1, 1, 1, 1]
+    assert [len(group) for group in group_by_length(tokens, range(4), budget=10)] == [1, 1, 1, 1]
 
 
 def test_what_is_shared_is_computed_once(training_room: Room) -> None:
@@ -272,7 +274,7 @@ def test_what_is_shared_is_computed_once(training_room: Room) -> None:
     assert packed.tokens == sum(len(ids) for ids, _ in chats)
     assert packed.labels == sum(sum(labels[1:]) for _, labels in chats)
     pairs = [ids[at - 1 : at + 1] for ids, labels in chats for at in range(1, len(ids)) if labels[at]]
-    assert torch.stack([packed.ids[packed.rows], packed.targets], 1).tolist() == pairs
+    assert torch.stack([packed.ids[packed.label_positions], packed.targets], 1).tolist() == pairs
     assert pack(tokens, [2], share=True).prefix == 0
     labelled = dataclasses.replace(tokens, labelled=torch.ones_like(tokens.labelled))
     assert pack(labelled, range(5), share=True).prefix == 0, "a label on the beginning is each chat's own"

@@ -11,10 +11,11 @@ import torch
 from support.training import TrainingFolder, random_chats
 
 from kolotune.engines.memory import BatchShape
-from kolotune.engines.native import decoder, memory, packing
+from kolotune.engines.native import decoder, memory, sequence_packing
 from kolotune.engines.native.kernels import build
-from kolotune.engines.native.model import PlainModel
-from kolotune.engines.native.training import Trainer, train
+from kolotune.engines.native.model import TransformersModel
+from kolotune.engines.native.trainer import Trainer
+from kolotune.engines.native.training import train
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.files import size_of
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
@@ -41,15 +42,15 @@ def test_adapter_and_checkpoint_sizes_match_the_files(training_room: Room, targe
 def test_layer_activations_match_the_formula(training_room: Room, dtype: str, attention: str) -> None:
     """The formula is compared with the bytes of the tensors that a forward pass keeps."""
     compiled = attention == "compiled"
-    if compiled and build.why_not():
-        pytest.skip(f"can't be compiled: {build.why_not()}")
-    lengths = (packing.LONG + 20, packing.LONG + 60) if attention == "long" else (30, 90)
+    if compiled and build.reason_unavailable():
+        pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
+    lengths = (sequence_packing.LONG + 20, sequence_packing.LONG + 60) if attention == "long" else (30, 90)
     room = training_room(
         chats=random_chats(4, 1, *lengths), max_position_embeddings=1024, hidden_size=128, intermediate_size=384
     )
     trainer = Trainer(room.job(dtype=dtype, compile=compiled))
     tokens = PreparedTokens.load(room.root / "data" / "train.safetensors")
-    packed = packing.pack(tokens, range(len(tokens)), True)
+    packed = sequence_packing.pack(tokens, range(len(tokens)), True)
     lengths_of = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
     padded = attention == "padded"
     batch = BatchShape(len(packed.ids), len(lengths_of), max(lengths_of), packed.prefix, packed.labels, padded)
@@ -64,7 +65,7 @@ def test_layer_activations_match_the_formula(training_room: Room, dtype: str, at
 def test_transformers_activations_match_the_formula(training_room: Room, dtype: str, length: int) -> None:
     shape_options = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
     room = training_room(chats=random_chats(4, 1, length, length), max_position_embeddings=512, **shape_options)
-    model = PlainModel(room.job(dtype=dtype, batch_size=4), "cpu")
+    model = TransformersModel(room.job(dtype=dtype, batch_size=4), "cpu")
     three, two = (_saved_bytes(model.model, layers, 4, length) for layers in (3, 2))
     shape = read_shape(room.root / "base")
     batch = BatchShape(4 * length, 4, length, 0, 4, padded=False)
@@ -93,13 +94,13 @@ def _saved_bytes(model: Any, layers: int, chats: int, length: int) -> int:
     return sum(storages.values())
 
 
-def _bytes_kept(model: Any, packed: packing.Packed) -> int:
+def _bytes_kept(model: Any, packed: sequence_packing.PackedSequence) -> int:
     """Return the bytes of the distinct storages that the second layer's forward pass keeps."""
-    row = decoder._Row(model.decoder, packed)
+    sequence = decoder._SequencePass(model.decoder, packed)
     x, added = model.decoder.embedding[packed.ids], None
     for layer in model.decoder.layers:
-        kept = decoder._Kept(None)
-        x, added = row.forward(layer, x, added, kept, False)
+        kept = decoder._SavedActivations(None)
+        x, added = sequence.forward(layer, x, added, kept, False)
     tensors = [kept.x, *kept.tensors.values(), *kept.attention]
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors if each is not None

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from support.runs import losses
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native import checkpoints, model, training
+from kolotune.engines.native import checkpointer, model, training
 from kolotune.engines.native.memory_errors import is_out_of_memory
+from kolotune.engines.native.trainer import Trainer
 
 Room = Callable[..., Any]
 JOB = {"epochs": 2, "batch_size": 4, "checkpoint_steps": 2}
@@ -33,7 +34,7 @@ def test_a_step_is_the_same_however_few_chats_are_computed_at_once(
     way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "plain":
-        monkeypatch.setattr(model.families, "why_not", lambda *_: "this test")
+        monkeypatch.setattr(model.supported_models, "reason_unsupported", lambda *_: "this test")
     room = training_room(chats=12, held_out=3)
     whole = room.job("whole", **JOB)
     training.train(whole)
@@ -49,10 +50,10 @@ def test_a_step_is_the_same_however_few_chats_are_computed_at_once(
 @pytest.mark.parametrize("way", ["packed", "plain"])
 def test_halving_computes_fewer_at_once(way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "plain":
-        monkeypatch.setattr(model.families, "why_not", lambda *_: "this test")
-    trainer = training.Trainer(training_room(chats=8).job(batch_size=8))
+        monkeypatch.setattr(model.supported_models, "reason_unsupported", lambda *_: "this test")
+    trainer = Trainer(training_room(chats=8).job(batch_size=8))
     largest = []
-    for trainer.model.halvings in range(4):
+    for trainer.model.backoffs in range(4):
         groups = trainer.model.groups(trainer.tokens, range(8))
         assert sorted(index for group in groups for index in group) == list(range(8))
         largest.append(max(map(len, groups)))
@@ -65,10 +66,10 @@ def test_where_memory_ran_out_is_repeated_to_the_bit(training_room: Room) -> Non
     options = {**JOB, "lora_dropout": 0.1}
     halved, told = (room.job(name, **options) for name in ("halved", "told"))
     training.train(dataclasses.replace(halved, epochs=1))
-    state = checkpoints.newest(halved)
+    state = checkpointer.newest(halved)
     assert state is not None and state.step == 3 and state.halvings == []
     training.train(dataclasses.replace(halved, resume=True, halvings=[0]))
-    state = checkpoints.newest(halved)
+    state = checkpointer.newest(halved)
     assert state is not None and state.halvings == [3]
     training.train(dataclasses.replace(told, epochs=1))  # whose rate goes down as in the first
     training.train(dataclasses.replace(told, resume=True, halvings=[3]))
@@ -77,7 +78,7 @@ def test_where_memory_ran_out_is_repeated_to_the_bit(training_room: Room) -> Non
     assert all(torch.equal(tensor, adapter(halved)[name]) for name, tensor in adapter(told).items())
     # And once known to the checkpoint, it is what it is, whoever asks.
     training.train(dataclasses.replace(halved, resume=True, epochs=3, halvings=[]))
-    state = checkpoints.newest(halved)
+    state = checkpointer.newest(halved)
     assert state is not None and state.halvings == [3]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.training import TrainingFolder
 
-from kolotune.engines.native.model import PlainModel
+from kolotune.engines.native.model import TransformersModel
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation import hardware
 
@@ -21,11 +21,11 @@ def test_activations_are_computed_again_where_they_would_fill_the_memory(
 ) -> None:
     job = training_room("llama", chats=4).job(lora_dropout=dropout)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-    model: Any = PlainModel(job, "cpu")
+    model: Any = TransformersModel(job, "cpu")
 
     def step(free: int, halvings: int = 0) -> tuple[float, torch.Tensor, bool]:
         monkeypatch.setattr(hardware, "free_memory", lambda: free)
-        model.halvings = halvings
+        model.backoffs = halvings
         model.flat.parameter.grad.zero_()
         torch.manual_seed(5)
         loss = model.backward(tokens, [0, 1, 2], 0.5)

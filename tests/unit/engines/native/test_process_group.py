@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from kolotune.engines.events import StepDone, TrainingResult, event_in
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import launcher, training
-from kolotune.engines.native.world import World
+from kolotune.engines.native.process_group import ProcessGroup
 from kolotune.foundation import hardware
 
 Room = Callable[..., Any]
@@ -147,9 +147,9 @@ def test_every_chat_is_in_one_part_and_the_parts_are_alike() -> None:
     indices = list(range(64))
     parts = []
     for rank in range(4):
-        world = World()
-        world.rank, world.size = rank, 4
-        parts.append(world.share(indices, lengths))
+        group = ProcessGroup()
+        group.rank, group.size = rank, 4
+        parts.append(group.share(indices, lengths))
     assert sorted(each for part in parts for each in part) == indices
     loads = [sum(lengths[each] for each in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths.values())

@@ -18,9 +18,10 @@ from support.reference_training import plain_loop
 
 from kolotune.engines.events import Note, StepDone, event_in
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native import checkpoints, training
-from kolotune.engines.native.checkpoints import TENSORS
+from kolotune.engines.native import checkpointer, training
+from kolotune.engines.native.checkpointer import TENSORS
 from kolotune.engines.native.model import PackedModel
+from kolotune.engines.native.trainer import Trainer
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError, TrainingError
 from kolotune.runners import child_process
@@ -213,7 +214,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(training_room: Room) -> 
     training.train(job)
     with pytest.raises(TrainingError, match="other learning_rate, lora_rank"):
         training.train(dataclasses.replace(job, resume=True, lora_rank=2, learning_rate=1.0))
-    assert checkpoints.newest(job) is not None
+    assert checkpointer.newest(job) is not None
 
 
 def test_without_resume_a_training_begins_anew(training_room: Room) -> None:
@@ -234,7 +235,7 @@ def test_a_rate_too_high_keeps_the_state_before(training_room: Room) -> None:
     with pytest.raises(TrainingError, match="not finite") as caught:
         training.train(job)
     assert "--learning-rate" in caught.value.hint
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     assert state is not None and f"at step {state.step + 1} " in caught.value.cause
     assert list(losses(job)) == list(range(1, state.step + 1))
     assert not Path(job.adapter).exists()
@@ -246,7 +247,7 @@ def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeyp
     options = {**JOB, "checkpoint_steps": 3}
     clean, poisoned = room.job("clean", **options), room.job("poisoned", **options)
     train_until(clean, 4, monkeypatch)
-    wanted = checkpoints.newest(clean)
+    wanted = checkpointer.newest(clean)
     original = PackedModel.backward
     steps = []
 
@@ -258,7 +259,7 @@ def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeyp
         patch.setattr(PackedModel, "backward", backward)
         with pytest.raises(TrainingError, match="at step 4 "):
             training.train(poisoned)
-    kept = checkpoints.newest(poisoned)
+    kept = checkpointer.newest(poisoned)
     assert kept is not None and wanted is not None
     assert kept.step == wanted.step == 3
     assert same(kept.tensors, wanted.tensors)
@@ -332,8 +333,8 @@ def test_early_stopping_keeps_the_best(training_room: Room) -> None:
     best = min(held_out, key=lambda step: held_out[step])
     assert len(held_out) == best // 5 + 3 < 9, "it stops two evaluations behind the best"
     wanted = room.job("wanted", epochs=8, learning_rate=1e-2)
-    fresh = training.Trainer(wanted)
-    checkpoint = checkpoints.newest(job)
+    fresh = Trainer(wanted)
+    checkpoint = checkpointer.newest(job)
     assert checkpoint is not None
     # What was written has the best held-out loss, not the last one.
     from kolotune.engines.native import lora
@@ -386,7 +387,7 @@ def test_positions_of_held_out_batches_do_not_change_the_mean(training_room: Roo
     room = training_room(held_out=7)
     means = []
     for size in (1, 3, 7):
-        trainer = training.Trainer(room.job(f"size{size}", batch_size=size))
+        trainer = Trainer(room.job(f"size{size}", batch_size=size))
         means.append(trainer.evaluate())
     tokens = trainer.held_out
     assert tokens is not None

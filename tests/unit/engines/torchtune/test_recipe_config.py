@@ -48,8 +48,8 @@ def test_the_head_of_an_untied_model() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"scheduler_type": "linear"}, "cosine schedule only"),
-        ({"scheduler_type": "constant"}, "cosine schedule only"),
+        ({"scheduler_type": "linear"}, "cosine"),
+        ({"scheduler_type": "constant"}, "cosine"),
         ({"early_stopping": 2}, "early-stopping"),
         ({"target_modules": "gate_proj,up_proj,down_proj"}, "q_proj, k_proj, v_proj, o_proj"),
         ({"target_modules": "q_proj,gate_proj"}, "together or not at all"),

@@ -19,12 +19,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_compiler_it_is_not_chosen(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
-    assert build.why_not() == "there is no C++ compiler" and not build.usable()
+    assert build.reason_unavailable() == "there is no C++ compiler" and not build.can_compile()
     with pytest.raises(ToolchainError, match="no C\\+\\+ compiler"):
         build.ensure()
 
 
-@pytest.mark.skipif(bool(build.why_not()), reason=f"can't be compiled: {build.why_not()}")
+@pytest.mark.skipif(bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}")
 def test_it_is_compiled_once(empty_cache: Path) -> None:
     library = build.ensure()
     assert sorted(empty_cache.iterdir()) == [library]
@@ -32,7 +32,7 @@ def test_it_is_compiled_once(empty_cache: Path) -> None:
     assert build.ensure() == library and library.stat().st_mtime_ns == made
 
 
-@pytest.mark.skipif(bool(build.why_not()), reason=f"can't be compiled: {build.why_not()}")
+@pytest.mark.skipif(bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}")
 def test_a_compiler_that_fails_leaves_nothing_but_its_answer(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,7 +40,7 @@ def test_a_compiler_that_fails_leaves_nothing_but_its_answer(
     broken.write_text("#!/bin/sh\necho no room for objects\nexit 3\n", encoding="utf-8")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert not build.usable()
+    assert not build.can_compile()
     with pytest.raises(ToolchainError, match="no room for objects"):
         build.ensure()
     assert [each.suffix for each in empty_cache.iterdir()] == [".log"]

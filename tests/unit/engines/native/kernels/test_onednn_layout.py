@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kolotune.engines.native.kernels import build, packed
-from kolotune.engines.native.kernels.operations import CompiledOperations
-from kolotune.engines.native.products import PlainProduct
+from kolotune.engines.native.kernels import build, onednn_layout
+from kolotune.engines.native.kernels.compiled_operations import CompiledOperations
+from kolotune.engines.native.matrix_product import PlainProduct
 
-pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"can't be compiled: {build.why_not()}")
+pytestmark = pytest.mark.skipif(
+    bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}"
+)
 SHAPES = [(960, 624), (72, 48), (31, 45), (130, 17)]
 
 
@@ -43,16 +45,16 @@ def test_where_the_layout_is_known_they_are_really_packed(operations: CompiledOp
     if "avx512_bf16" not in about or "amx_bf16" in about:
         pytest.skip("another kind of processor")
     product = operations.product(torch.randn(64, 32).bfloat16(), 24)
-    assert isinstance(product, packed.PackedProduct)
+    assert isinstance(product, onednn_layout.PackedProduct)
 
 
 def test_an_unknown_layout_is_left_alone(operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 32).bfloat16()
 
     def unknown(rows: int, columns: int) -> None:
-        raise packed.LayoutError("another processor")
+        raise onednn_layout.LayoutError("another processor")
 
-    monkeypatch.setattr(packed, "_layout", unknown)
+    monkeypatch.setattr(onednn_layout, "_layout", unknown)
     assert isinstance(operations.product(weight, 24), PlainProduct)
 
 
@@ -60,5 +62,5 @@ def test_a_layout_that_is_not_the_matrix_s_is_not_believed(
     operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = torch.arange(63, -1, -1) * 32, torch.arange(32)
-    monkeypatch.setattr(packed, "_layout", lambda rows, columns: wrong)
+    monkeypatch.setattr(onednn_layout, "_layout", lambda rows, columns: wrong)
     assert isinstance(operations.product(torch.randn(64, 32).bfloat16(), 24), PlainProduct)

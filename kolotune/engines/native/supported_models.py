@@ -1,4 +1,4 @@
-"""Which models the decoder computes, by their configs. PyTorch need not be loaded to know it."""
+"""The models that the decoder can compute, by their ``config.json``; PyTorch is not needed to find out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from pathlib import Path
 
 from kolotune.weights.model_config import read_model_config
 
-# What a config may hold without changing what is computed; a key that stands nowhere here is one we don't know.
 _KNOWN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
-def why_not(folder: Path, longest: int) -> str:
-    """Why the decoder can't compute a model; "" when it can.
+def reason_unsupported(folder: Path, longest: int) -> str:
+    """Return why the decoder can't compute a model; "" when it can.
 
     Args:
         folder: of the model.
@@ -26,10 +25,10 @@ def why_not(folder: Path, longest: int) -> str:
     if rotary not in ("default", "llama3", "linear"):
         return f"its rotary embedding is {rotary}"
     if values.get("partial_rotary_factor", 1.0) != 1.0 or values.get("pretraining_tp", 1) != 1:
-        return "it turns a part of each head only"
+        return "its rotary embedding covers only a part of each head"
     if any(layer != "full_attention" for layer in config.layer_types):
-        return "some of its layers see a window only"
+        return "some of its layers have sliding window attention"
     window = config.integer("sliding_window")
     if window is not None and values.get("use_sliding_window", kind == "mistral") and window < longest:
-        return f"its layers see a window of {window} tokens"
+        return f"its layers have a sliding window of {window} tokens"
     return ""

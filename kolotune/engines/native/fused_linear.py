@@ -1,8 +1,8 @@
 """Several linear layers over one input, with their adapters, as one matrix product.
 
-The layers' weights stand below each other, and each adapter's B stands beside its layer's rows, so that
-``[x, s A x] · [W, B]ᵀ`` is the whole result: a product with a few columns more in place of three products and two
-sums. Backwards the same product gives the gradient of A x along with that of x.
+The layers' weights are stacked, with each adapter's B beside its layer's rows. ``[x, s A x] · [W, B]ᵀ`` is the whole
+result: one product with a few more columns, instead of three products and two sums. In the backward pass the same
+product yields the gradient of A x along with that of x.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .lora import FlatAdapters, LoraPair
+from .matrix_product import InputGradient
 from .operations import Operations
-from .products import InputGradient
 
 
 class FusedLinear:
     """Frozen linear layers over one input, and the adapters beside them.
 
     Args:
-        operations: how products are computed.
-        weights: each layer's ``[out, in]``, in the dtype that is computed in.
+        operations: computes the products.
+        weights: each layer's ``[out, in]``, in the dtype of the computation.
         biases: each layer's ``[out]``, or None.
         pairs: each layer's adapter, or None.
     """
@@ -60,49 +60,49 @@ class FusedLinear:
         self._product = operations.product(whole, self.inputs)
 
     def join(self, flat: FlatAdapters) -> None:
-        """Finds the adapters in the row that they have become parts of; their A stand there behind each other."""
+        """Read the adapters from the flat tensor, in which their A follow each other."""
         if self.parts:
             first = self.parts[0][0].lora_A
-            place = slice(first.storage_offset(), first.storage_offset() + self.down.numel())
+            span = slice(first.storage_offset(), first.storage_offset() + self.down.numel())
             assert flat.parameter.grad is not None
-            self._a = flat.parameter.detach()[place].view_as(self.down)
-            self._a_gradient = flat.parameter.grad[place].view_as(self.down)
+            self._a = flat.parameter.detach()[span].view_as(self.down)
+            self._a_gradient = flat.parameter.grad[span].view_as(self.down)
 
     def refresh(self) -> None:
-        """Takes the adapters as they stand now; called after each change of them."""
+        """Take over the current values of the adapters; called after each change."""
         if self.parts:
             torch.mul(self._a, self.parts[0][0].scale, out=self.down)
         for pair, rows, columns in self.parts:
-            places = slice(self.inputs + columns.start, self.inputs + columns.stop)
-            self._product.replace(rows, places, pair.lora_B.detach())
+            added = slice(self.inputs + columns.start, self.inputs + columns.stop)
+            self._product.replace(rows, added, pair.lora_B.detach())
 
-    def room(self, tokens: int) -> Tensor:
-        """An input to be filled by the caller in its first `inputs` columns: ``[tokens, inputs + rank]``."""
+    def new_input(self, tokens: int) -> Tensor:
+        """Allocate an input ``[tokens, inputs + rank]``, of which the caller fills the first `inputs` columns."""
         return self.down.new_empty(tokens, self.inputs + self.rank)
 
     def forward(self, x: Tensor, masks: list[Tensor] | None = None) -> Tensor:
-        """``[tokens, inputs + rank]`` to ``[tokens, outputs]``.
+        """Compute ``[tokens, outputs]`` from ``[tokens, inputs + rank]``.
 
         Args:
-            x: from `room`, filled; the rest is filled here.
-            masks: in training with dropout, a list that takes what `backward` needs of it.
+            x: from `new_input`; its last `rank` columns are filled here.
+            masks: in training with dropout, a list that receives the masks for `backward`.
         """
-        given, low = x[:, : self.inputs], x[:, self.inputs :]
+        inputs, low = x[:, : self.inputs], x[:, self.inputs :]
         if masks is None or not self._drops:
-            self._operations.lower(given, self.down, low)
+            self._operations.lower(inputs, self.down, low)
         else:
             for pair, _, columns in self.parts:
-                masks.append(nn.functional.dropout(torch.ones_like(given), pair.dropout))
-                low[:, columns] = (given * masks[-1]) @ self.down[columns].t()
+                masks.append(nn.functional.dropout(torch.ones_like(inputs), pair.dropout))
+                low[:, columns] = (inputs * masks[-1]) @ self.down[columns].t()
         return self._product.forward(x, self.bias)
 
     def backward(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None) -> InputGradient:
-        """Adds to the adapters' gradients; returns the input's.
+        """Add to the adapters' gradients; return the input's.
 
         Args:
             d_out: the output's gradient, ``[tokens, outputs]``.
-            x: what `forward` was given, and has filled.
-            masks: what `forward` noted.
+            x: the input of `forward`.
+            masks: the masks from `forward`.
         """
         d_x = self._product.backward(d_out)
         if not self.parts:
@@ -110,26 +110,26 @@ class FusedLinear:
         self._add_gradients(d_out, d_x[:, self.inputs :], x, masks)
         if not masks:
             return InputGradient(d_x, self.inputs, self.down)
-        d_given, d_low = d_x[:, : self.inputs], d_x[:, self.inputs :]
+        d_inputs, d_low = d_x[:, : self.inputs], d_x[:, self.inputs :]
         for (_, _, columns), mask in zip(self.parts, masks, strict=True):
-            d_given += (d_low[:, columns] @ self.down[columns]) * mask
+            d_inputs += (d_low[:, columns] @ self.down[columns]) * mask
         return InputGradient(d_x, self.inputs, None)
 
     def backward_of_frozen(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None) -> None:
-        """As `backward`, where nobody needs the gradient of the input."""
+        """Like `backward`, without the gradient of the input."""
         if self.parts:
             parts = [d_out[:, rows] @ pair.lora_B.detach().to(d_out.dtype) for pair, rows, _ in self.parts]
             self._add_gradients(d_out, torch.cat(parts, 1), x, masks)
 
     def _add_gradients(self, d_out: Tensor, d_low: Tensor, x: Tensor, masks: list[Tensor] | None) -> None:
-        """Adds to the adapters' gradients; `d_low` is that of ``A x``, ``[tokens, rank]``."""
-        given, low, add = x[:, : self.inputs], x[:, self.inputs :], self._operations.add_product
+        """Add to the adapters' gradients; `d_low` is the gradient of ``A x``, ``[tokens, rank]``."""
+        inputs, low, add = x[:, : self.inputs], x[:, self.inputs :], self._operations.add_product
         for pair, rows, columns in self.parts:
             assert pair.lora_B.grad is not None
             add(pair.lora_B.grad, d_out[:, rows], low[:, columns], 1.0)
         scale = self.parts[0][0].scale
         if not masks:
-            add(self._a_gradient, d_low, given, scale)
+            add(self._a_gradient, d_low, inputs, scale)
             return
         for (_, _, columns), mask in zip(self.parts, masks, strict=True):
-            add(self._a_gradient[columns], d_low[:, columns], given * mask, scale)
+            add(self._a_gradient[columns], d_low[:, columns], inputs * mask, scale)

@@ -1,4 +1,4 @@
-"""The elementwise parts of a decoder's step, compiled: the functions of `kernels.cpp` over tensors."""
+"""The parts of a decoder's step between matrix products, compiled: the functions of `kernels.cpp` on tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..attention import Attention, Heads
+from ..matrix_product import InputGradient, PlainProduct, Product
 from ..operations import Norm
-from ..packing import Packed
-from ..products import InputGradient, PlainProduct, Product
 from ..rotary import Rotary
-from .packed import packed_or_plain
+from ..sequence_packing import PackedSequence
+from .onednn_layout import packed_or_plain
 
 _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -44,7 +44,7 @@ class _Side(ctypes.Structure):
         return cls(row.data_ptr(), row.stride(0), row.shape[1])
 
 
-class _Chats(ctypes.Structure):
+class _ChatLayout(ctypes.Structure):
     """`Chats` of attention.h."""
 
     _fields_ = (
@@ -77,11 +77,11 @@ class _Split(ctypes.Structure):
 
 
 class CompiledOperations:
-    """See `operations.Operations`.
+    """`Operations` by the compiled kernels.
 
     Args:
-        library: what `build.ensure` made.
-        dtype: bf16 or fp32, of all tensors that have no dtype of their own.
+        library: from `build.ensure`.
+        dtype: bf16 or fp32, of all tensors for which no dtype is stated.
 
     Raises:
         OSError: the library can't be loaded.
@@ -98,13 +98,11 @@ class CompiledOperations:
             self.functions[name] = function
 
     def product(self, weight: Tensor, changing: int) -> Product:
-        """See `Operations`."""
         return packed_or_plain(weight, changing, self.functions["place"]) if self._packs else PlainProduct(weight)
 
     def lower(self, x: Tensor, down: Tensor, into: Tensor) -> None:
-        """See `Operations`."""
         tokens, width = x.shape
-        if width % 2:  # the kernel takes bf16 numbers by twos
+        if width % 2:  # the kernel reads bf16 numbers in pairs
             into.copy_(x @ down.t())
             return
         self.functions["lower"](
@@ -112,7 +110,6 @@ class CompiledOperations:
         )
 
     def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-        """See `Operations`."""
         thin, wide = _Side.of(left), _Side.of(right)
         transposed = left.shape[1] > right.shape[1]
         if transposed:
@@ -121,12 +118,10 @@ class CompiledOperations:
             ctypes.byref(thin), ctypes.byref(wide), len(left), gradient.data_ptr(), factor, transposed
         )
 
-    def attention(self, packed: Packed, heads: Heads, rotary: Rotary) -> Attention:
-        """See `Operations`."""
+    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
         return CompiledAttention(self.functions, packed, heads, rotary)
 
     def norm(self, norm: Norm, x: Tensor, added: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operations`."""
         rows, width = x.shape
         factor = torch.empty(rows, 1, dtype=torch.float32)
         self.functions["norm_forward"](
@@ -138,7 +133,6 @@ class CompiledOperations:
     def norm_backward(
         self, norm: Norm, d_out: InputGradient, x: Tensor, factor: Tensor, added: Tensor | None
     ) -> Tensor:
-        """See `Operations`."""
         gradient = torch.empty_like(x)
         self.functions["norm_backward"](
             ctypes.byref(_Split.of(d_out)), x.data_ptr(), norm.weight.data_ptr(), factor.data_ptr(),
@@ -147,11 +141,9 @@ class CompiledOperations:
         return gradient
 
     def gate(self, gate_up: Tensor, into: Tensor) -> None:
-        """See `Operations`."""
         self.functions["swiglu_forward"](gate_up.data_ptr(), into.data_ptr(), *into.shape, into.stride(0))
 
     def gate_backward(self, d_out: InputGradient, gate_up: Tensor) -> Tensor:
-        """See `Operations`."""
         gradient = torch.empty_like(gate_up)
         self.functions["swiglu_backward"](
             ctypes.byref(_Split.of(d_out)), gate_up.data_ptr(), gradient.data_ptr(), len(gate_up)
@@ -159,46 +151,45 @@ class CompiledOperations:
         return gradient
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[float, Tensor]:
-        """See `Operations`."""
         losses = torch.empty(len(logits), dtype=torch.float32)
         self.functions["cross_entropy"](logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *logits.shape, factor)
         return float(losses.sum()), logits
 
 
 class CompiledAttention:
-    """Chats of any length, each with its own; see `attention.Attention`."""
+    """`Attention` by the compiled kernels, for chats of any length."""
 
-    def __init__(self, functions: dict[str, Callable[..., None]], packed: Packed, heads: Heads, rotary: Rotary) -> None:
+    def __init__(
+        self, functions: dict[str, Callable[..., None]], packed: PackedSequence, heads: Heads, rotary: Rotary
+    ) -> None:
         self._functions, self._heads, self._rotary = functions, heads, rotary
         lengths = torch.tensor(packed.lengths)
         starts = packed.prefix + lengths.cumsum(0) - lengths
         if packed.prefix:
             lengths = torch.cat([lengths, torch.tensor([packed.prefix])])
             starts = torch.cat([starts, torch.tensor([0])])
-        self._places = starts, lengths
-        self._chats = _Chats(
+        self._layout = starts, lengths  # kept alive for `_chats`
+        self._chats = _ChatLayout(
             starts.data_ptr(), lengths.data_ptr(), len(lengths), packed.prefix, heads.queries, heads.keys, heads.width
         )
-        self._at = ctypes.addressof(self._chats)
+        self._address = ctypes.addressof(self._chats)
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
-        """See `Attention`."""
-        turns = self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr()
-        self._functions["turn"](self._at, qkv.data_ptr(), *turns, len(qkv))
+        rotation = self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr()
+        self._functions["turn"](self._address, qkv.data_ptr(), *rotation, len(qkv))
         log_sums = torch.empty(len(qkv), self._heads.queries, dtype=torch.float32)
         self._functions["attention_forward"](
-            self._at, qkv.data_ptr(), into.data_ptr(), into.stride(0), log_sums.data_ptr()
+            self._address, qkv.data_ptr(), into.data_ptr(), into.stride(0), log_sums.data_ptr()
         )
         return qkv, log_sums
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """See `Attention`."""
         qkv, log_sums = kept
         gradient, d_mixed = torch.empty_like(qkv), qkv.new_empty(len(qkv), d_out.width)
         self._functions["join"](ctypes.byref(_Split.of(d_out)), d_mixed.data_ptr(), len(qkv))
-        given = _Backward(
+        arguments = _Backward(
             qkv.data_ptr(), out.data_ptr(), d_mixed.data_ptr(), out.stride(0), d_mixed.stride(0),
             log_sums.data_ptr(), self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr(), gradient.data_ptr(),
         )  # fmt: skip
-        self._functions["attention_backward"](self._at, ctypes.byref(given))
+        self._functions["attention_backward"](self._address, ctypes.byref(arguments))
         return gradient

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.training import write_tokens
 
-from kolotune.engines.native.packing import costs
+from kolotune.engines.native.sequence_packing import costs
 from kolotune.engines.prepared_tokens import PreparedTokens
 
 BEGINNING = list(range(10))

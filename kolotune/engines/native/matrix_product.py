@@ -1,4 +1,4 @@
-"""The product of a row of tokens with a frozen matrix that has some changing columns."""
+"""The product of tokens with a frozen matrix of which some columns, those of the adapters, change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class InputGradient:
-    """The gradient of linear layers' input, in the parts that their products give.
+    """The gradient of the input of linear layers, as the sum of two terms.
 
     Attributes:
-        whole: ``[tokens, width + rank]``: the frozen weights' part, and behind it the gradient of the adapters' middle.
+        whole: ``[tokens, width + rank]``: the term of the frozen weights, then the gradient of ``A x``.
         width: of the input.
-        down: ``[rank, width]``: the middle's gradient times this is the other part of the sum. None: `whole` is all.
+        down: ``[rank, width]``: the gradient of ``A x`` times this is the adapters' term; None when there is none.
     """
 
     whole: Tensor
@@ -24,38 +24,35 @@ class InputGradient:
     down: Tensor | None
 
     def sum(self) -> Tensor:
-        """The gradient, ``[tokens, width]``."""
+        """Return the gradient, ``[tokens, width]``."""
         given = self.whole[:, : self.width]
         return given if self.down is None else torch.addmm(given, self.whole[:, self.width :], self.down)
 
 
 class Product(Protocol):
-    """A matrix ``[outputs, inputs]``, made to be multiplied with, forwards and backwards."""
+    """A matrix ``[outputs, inputs]`` in a layout for products in both directions."""
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``[tokens, inputs]`` to ``[tokens, outputs]``."""
+        """Return the product: ``[tokens, inputs]`` to ``[tokens, outputs]``."""
 
     def backward(self, d_out: Tensor) -> Tensor:
-        """The gradient of x, ``[tokens, inputs]``."""
+        """Return the gradient of x, ``[tokens, inputs]``."""
 
     def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
-        """Puts fp32 ``values [rows, columns]`` into the matrix."""
+        """Replace a part of the matrix by fp32 ``values [rows, columns]``."""
 
 
 class PlainProduct:
-    """A matrix as PyTorch has it; see `Product`."""
+    """A matrix in PyTorch's own layout."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Product`."""
         return nn.functional.linear(x, self._weight, bias)
 
     def backward(self, d_out: Tensor) -> Tensor:
-        """See `Product`."""
         return torch.mm(d_out, self._weight)
 
     def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
-        """See `Product`."""
         self._weight[rows, columns] = values

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from kolotune.engines.job import TrainJob
-from kolotune.engines.native import checkpoints
-from kolotune.engines.native.checkpoints import TENSORS, State
+from kolotune.engines.native import checkpointer
+from kolotune.engines.native.checkpointer import TENSORS, TrainingState
 from kolotune.foundation.errors import TrainingError
 
 
@@ -29,7 +29,9 @@ def job(training_room: Callable[..., Any]) -> TrainJob:
 
 def _save(job: TrainJob, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(job, State(step, 1.5, 2, {"x": torch.full((3, 4), float(step)), "best.x": torch.ones(2)}))
+        checkpointer.save(
+            job, TrainingState(step, 1.5, 2, {"x": torch.full((3, 4), float(step)), "best.x": torch.ones(2)})
+        )
 
 
 def _folder(job: TrainJob, step: int) -> Path:
@@ -38,11 +40,11 @@ def _folder(job: TrainJob, step: int) -> Path:
 
 def test_there_and_back(job: TrainJob) -> None:
     _save(job, 7)
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     assert state is not None
     assert (state.step, state.best_loss, state.evaluations_since_best) == (7, 1.5, 2)
     assert torch.equal(state.tensors["x"], torch.full((3, 4), 7.0))
-    assert list(state.part("best.")) == ["x"]
+    assert list(state.tensors_under("best.")) == ["x"]
 
 
 @pytest.fixture
@@ -61,10 +63,10 @@ def test_it_is_pytorch_s_distributed_checkpoint(
         request.getfixturevalue("together")
     tensors = {"a.weight": torch.rand(3, 4), "optimizer.step.": torch.tensor(3.0), "rng.cpu": torch.get_rng_state()}
     tensors |= {"b": torch.rand(2, 2).bfloat16()}
-    checkpoints.save(job, State(1, tensors=tensors))
+    checkpointer.save(job, TrainingState(1, tensors=tensors))
     assert not [each for each in recwarn if "distributed" in str(each.message)], "nothing for the user"
     assert (_folder(job, 1) / "model.safetensors.index.json").is_file() == with_others, "PyTorch's writer makes one"
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     read = {name: torch.zeros_like(each) for name, each in tensors.items()}
     state_dict_loader.load(read, storage_reader=HuggingFaceStorageReader(str(_folder(job, 1))), no_dist=True)
     assert state is not None and state.tensors.keys() == tensors.keys()
@@ -74,17 +76,17 @@ def test_it_is_pytorch_s_distributed_checkpoint(
 def test_what_it_can_not_write_with_others_fails_as_it_does_alone(together: None, tmp_path: Path) -> None:
     (tmp_path / TENSORS).mkdir()
     with pytest.raises(IsADirectoryError):
-        checkpoints._write({"x": torch.ones(2)}, tmp_path)
+        checkpointer._write({"x": torch.ones(2)}, tmp_path)
 
 
 def test_none_at_first(job: TrainJob) -> None:
-    assert checkpoints.newest(job) is None
+    assert checkpointer.newest(job) is None
 
 
 def test_two_are_kept_by_number_not_by_time(job: TrainJob) -> None:
     _save(job, 9, 100, 20, 11)
     assert sorted(each.name for each in Path(job.checkpoints).iterdir()) == ["step-00000020", "step-00000100"]
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     assert state is not None and state.step == 100
 
 
@@ -127,13 +129,13 @@ def test_a_damaged_one_is_passed_over(job: TrainJob, damage: str) -> None:
     _save(job, 4, 8)
     elsewhere.rename(_folder(job, 2))
     DAMAGES[damage](_folder(job, 8))
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     assert state is not None and state.step == 4
     DAMAGES[damage](_folder(job, 4))
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     assert state is not None and state.step == 2
     DAMAGES["facts cut"](_folder(job, 2))
-    assert checkpoints.newest(job) is None
+    assert checkpointer.newest(job) is None
 
 
 def test_a_half_written_one_is_invisible(job: TrainJob) -> None:
@@ -141,7 +143,7 @@ def test_a_half_written_one_is_invisible(job: TrainJob) -> None:
     unfinished = Path(job.checkpoints) / ".step-00000008.partial"
     unfinished.mkdir()
     (unfinished / TENSORS).write_bytes(b"half")
-    state = checkpoints.newest(job)
+    state = checkpointer.newest(job)
     assert state is not None and state.step == 4
 
 
@@ -156,15 +158,15 @@ OTHERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_one_of_other_settings_is_refused_by_name(job: TrainJob, name: str) -> None:
     _save(job, 4)
-    with pytest.raises(TrainingError, match=rf"other {name}$") as caught:
-        checkpoints.newest(dataclasses.replace(job, **{name: OTHERS[name]}))
+    with pytest.raises(TrainingError, match=rf" {name}$") as caught:
+        checkpointer.newest(dataclasses.replace(job, **{name: OTHERS[name]}))
     assert "--use-checkpoint" in caught.value.hint
 
 
 def test_all_that_differs_is_named(job: TrainJob) -> None:
     _save(job, 4)
-    with pytest.raises(TrainingError, match="other lora_rank, seed"):
-        checkpoints.newest(dataclasses.replace(job, seed=1, lora_rank=1))
+    with pytest.raises(TrainingError, match="lora_rank, seed"):
+        checkpointer.newest(dataclasses.replace(job, seed=1, lora_rank=1))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_all_that_differs_is_named(job: TrainJob) -> None:
 )  # fmt: skip
 def test_what_may_differ(job: TrainJob, more: dict[str, Any]) -> None:
     _save(job, 4)
-    assert checkpoints.newest(dataclasses.replace(job, **more)) is not None
+    assert checkpointer.newest(dataclasses.replace(job, **more)) is not None
 
 
 def test_the_job_is_a_file(job: TrainJob, tmp_path: Path) -> None:
@@ -189,6 +191,6 @@ def test_the_job_is_a_file(job: TrainJob, tmp_path: Path) -> None:
 
 def test_clear_removes_all(job: TrainJob) -> None:
     _save(job, 1, 2)
-    checkpoints.clear(job)
-    assert checkpoints.newest(job) is None and not Path(job.checkpoints).exists()
-    checkpoints.clear(job)
+    checkpointer.clear(job)
+    assert checkpointer.newest(job) is None and not Path(job.checkpoints).exists()
+    checkpointer.clear(job)

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from kolotune.engines.native.attention import Heads
 from kolotune.engines.native.kernels import build
-from kolotune.engines.native.kernels.operations import CompiledAttention, CompiledOperations
+from kolotune.engines.native.kernels.compiled_operations import CompiledAttention, CompiledOperations
+from kolotune.engines.native.matrix_product import InputGradient
 from kolotune.engines.native.operations import Norm, PlainOperations
-from kolotune.engines.native.packing import Packed
-from kolotune.engines.native.products import InputGradient
 from kolotune.engines.native.rotary import Rotary
+from kolotune.engines.native.sequence_packing import PackedSequence
 
-pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"can't be compiled: {build.why_not()}")
+pytestmark = pytest.mark.skipif(
+    bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}"
+)
 PLAIN = PlainOperations()
 ROWS, WIDTH, RANK = 13, 150, 6  # neither a multiple of what the processor takes at once
 
@@ -123,7 +125,7 @@ def test_attention(
     row = prefix + sum(lengths)
     places = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + each) for each in lengths)])
     nothing = torch.zeros(0, dtype=torch.int64)
-    packed = Packed(places, places, prefix, lengths, nothing, nothing, row)
+    packed = PackedSequence(places, places, prefix, lengths, nothing, nothing, row)
     rotary = Rotary.of(places, 1.0 / 100.0 ** torch.linspace(0, 1, heads.width // 2), dtype)
     qkv = torch.randn(row, heads.all * heads.width).to(dtype)
     width = heads.queries * heads.width

@@ -1,7 +1,7 @@
-"""A base model whose weights are parted over the processes: each holds its rows of every matrix.
+"""Sharding a base model over processes: each holds its rows of every matrix.
 
-PyTorch's FSDP2 brings a layer's weights together when it is computed, forwards and backwards. The adapters stay whole
-in each process, as everywhere. No process ever holds the whole base: its rows come from the mapped files.
+PyTorch's FSDP2 gathers a layer's weights when it is computed, in the forward and in the backward pass. The adapters are
+whole in each process. No process ever holds the whole base: its rows come from the mapped files.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from kolotune.foundation.errors import TrainingError
 from kolotune.weights.weight_files import weight_files
 
-_ROWS = 8192  # of a matrix, that are in memory twice while they are read or multiplied
+_ROWS = 8192  # rows of a matrix that are in memory twice while they are read or multiplied
 
 
 def without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of a folder; its parameters have shapes and no memory, its buffers are there.
+    """Create the model of a folder: parameters have shapes but no memory, buffers have values.
 
     Raises:
-        TrainingError: transformers can't make it.
+        TrainingError: transformers can't create it.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,32 +35,32 @@ def without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise TrainingError(f"the base model can't be made: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"the base model can't be created: {str(error).splitlines()[0]}") from error
     _tie(model)
     return model.requires_grad_(False)
 
 
 def _tie(model: nn.Module) -> None:
-    """One weight for embedding and head, where the model has it so; two appear when parameters are made anew."""
+    """Tie embedding and head where the model does; replacing parameters unties them."""
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
 
 
-def part(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], device: str) -> None:
-    """Parts the weights of the layers over all processes and fills in this one's.
+def shard(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], device: str) -> None:
+    """Shard the layers' weights over all processes, and load this process's shards.
 
-    What stands outside of the layers stays whole: the embedding, when it is the head too, is used at both ends of a
-    step, so that every process would have it together all the time.
+    Weights outside of the layers stay whole: an embedding that is also the head is used at both ends of a step, so it
+    would be gathered all the time.
 
     Args:
         model: see `without_weights`, with adapters.
-        folder: that the weights are in.
-        adapters: the parameters that are trained.
+        folder: of the weights.
+        adapters: the trained parameters.
         device: "cpu" or "cuda".
 
     Raises:
-        TrainingError: the files lack a weight, or have it in another shape.
+        TrainingError: a weight is missing in the files, or has a different shape.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -68,10 +68,10 @@ def part(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], devic
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     trained = {id(each) for each in adapters}
     layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
-    parted = {id(each) for each in layers.parameters()} - trained
-    whole = {each for each in model.parameters() if id(each) not in parted}
-    # On a GPU a layer comes in one message, while another one is computed. A CPU's memory is what is short: there each
-    # matrix comes by itself, is in memory twice while it comes, and nothing is fetched ahead of its time.
+    sharded = {id(each) for each in layers.parameters()} - trained
+    whole = {each for each in model.parameters() if id(each) not in sharded}
+    # On a GPU a layer is gathered in one message, while the previous one is computed. On a CPU memory is short: each
+    # matrix is gathered alone, as it is in memory twice meanwhile, and nothing is prefetched.
     units = [*layers] if device == "cuda" else [*_matrices(layers), *layers]
     for module in (*units, model):
         fully_shard(module, mesh=mesh, ignored_params=whole)
@@ -89,7 +89,7 @@ def _matrices(layers: nn.Module) -> list[nn.Module]:
 
 
 def _head_in_blocks(model: nn.Module) -> None:
-    """The head some thousand words at a time: a CPU's product has its matrix twice, and this is the largest."""
+    """Compute the head in blocks: a matrix product on a CPU copies its matrix, and this is the largest."""
     find: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
     if type(head) is not nn.Linear or head.bias is not None:
@@ -102,7 +102,7 @@ def _head_in_blocks(model: nn.Module) -> None:
 
 
 def _give_memory(model: nn.Module, device: str) -> None:
-    """Memory for what has none; what has some keeps its values."""
+    """Allocate memory for tensors that have none; the others keep their values."""
     values = {name: each.detach().clone() for name, each in _tensors(model) if not each.is_meta}
     model.to_empty(device=device)
     _tie(model)
@@ -130,9 +130,9 @@ def _fill(model: nn.Module, folder: Path, trained: set[int]) -> None:
                 rows = file.get_slice(name)
                 if rows.get_shape() != list(parameter.shape):
                     raise TrainingError(f"{path.name}: {name} has the shape {rows.get_shape()}, not {parameter.shape}")
-                parted = hasattr(parameter, "to_local")
-                own: Tensor = parameter.to_local() if parted else parameter.data
-                at = rank * -(-parameter.shape[0] // size) if parted else 0
+                is_sharded = hasattr(parameter, "to_local")
+                own: Tensor = parameter.to_local() if is_sharded else parameter.data
+                at = rank * -(-parameter.shape[0] // size) if is_sharded else 0
                 for start in range(0, len(own), _ROWS):
                     end = min(start + _ROWS, len(own))
                     own[start:end].copy_(rows[at + start : at + end])
@@ -144,5 +144,5 @@ def _fill(model: nn.Module, folder: Path, trained: set[int]) -> None:
 
 
 def _base_name(name: str) -> str:
-    """The name that a weight has in the files: an adapter beside a layer puts ``base`` into it."""
+    """Return a weight's name in the files: in a layer with an adapter it has an additional ``base``."""
     return name.replace(".base.", ".")

@@ -1,0 +1,135 @@
+"""The trainer: optimizer steps, evaluation, and the state that a checkpoint stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.hardware import best_device
+from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
+
+from ..job import TrainJob
+from ..prepared_tokens import PreparedTokens, longest_first
+from ..training_length import TrainingLength
+from . import checkpointer, lora
+from .checkpointer import TrainingState
+from .model import open_model
+from .process_group import ProcessGroup
+
+
+class Trainer:
+    """One training: model, adapters, optimizer and state.
+
+    Args:
+        job: the training.
+        group: the processes that train; None for this one alone.
+    """
+
+    def __init__(self, job: TrainJob, group: ProcessGroup | None = None) -> None:
+        self.job = job
+        self.device = best_device()
+        self.group = group or ProcessGroup(self.device)
+        self.tokens = PreparedTokens.load(Path(job.data) / TRAIN_TOKENS)
+        held_out = Path(job.data) / HELD_OUT_TOKENS
+        self.held_out = PreparedTokens.load(held_out) if held_out.is_file() else None
+        longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
+        self.model = open_model(job, self.device, longest)
+        self.adapters = self.model.adapters
+        self.parameter = self.model.flat.parameter
+        # Fused on the CPU only: a GPU's fused step wants its count of steps on the GPU, also after a resume.
+        self.optimizer = torch.optim.AdamW(
+            [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device == "cpu"
+        )
+        self.length = TrainingLength.of(
+            len(self.tokens), job.batch_size, job.gradient_accumulation, job.epochs, job.warmup_steps
+        )
+        self.state = TrainingState()
+
+    def step(self, indices: Sequence[int], rate: float) -> float:
+        """Make an optimizer step on the mean loss of all labels of the chats `indices`; return that loss.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; the weights stay as they were.
+        """
+        self.optimizer.zero_grad(set_to_none=False)
+        self.group.seed_step(self.job.seed, self.state.step)
+        self._apply_backoff()
+        labels = max(1, sum(self.tokens.label_count(index) for index in indices))
+        total = 0.0
+        for group, counts in self._groups(self.tokens, indices):
+            total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
+        assert self.parameter.grad is not None
+        self.group.sum_gradients(self.parameter.grad)
+        total = self.group.sum(total)
+        norm = self._clip()
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
+                "Lower --learning-rate and train from scratch. The state before this step is kept as a checkpoint.",
+            )
+        for group_options in self.optimizer.param_groups:
+            group_options["lr"] = rate
+        self.optimizer.step()
+        self.model.updated()
+        return total
+
+    def _groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
+        """Return this process's share of the chats, in groups that are computed at once, each with a factor."""
+        own = self.group.share(indices, self.model.costs(tokens, indices) if self.group.size > 1 else {})
+        groups = self.model.groups(tokens, own)
+        if self.job.sharded:
+            return self.group.pad_groups(groups, list(indices[-1:]))
+        return [(group, 1.0) for group in groups]
+
+    def _apply_backoff(self) -> None:
+        """Limit how many chats are computed at once, by where memory ran out before this step."""
+        self.model.backoffs = sum(first <= self.state.step for first in self.state.halvings)
+
+    def _clip(self) -> float:
+        """Clip the gradient to the job's maximal norm; return its norm before."""
+        assert self.parameter.grad is not None
+        norm, limit = float(torch.linalg.vector_norm(self.parameter.grad)), self.job.max_grad_norm
+        if limit and norm > limit:
+            self.parameter.grad.mul_(limit / norm)
+        return norm
+
+    def evaluate(self) -> float | None:
+        """Return the mean loss of the held-out chats' labels; None when nothing is held out."""
+        held_out = self.held_out
+        if held_out is None or len(held_out) == 0:
+            return None
+        self._apply_backoff()
+        groups = self._groups(held_out, longest_first(held_out))
+        total = self.group.sum(sum(self.model.loss(held_out, group) * counts for group, counts in groups))
+        return total / max(1, sum(held_out.label_count(index) for index in range(len(held_out))))
+
+    def snapshot(self) -> TrainingState:
+        """Return the whole state, as a checkpoint stores it."""
+        tensors = lora.adapter_tensors(self.adapters)
+        for key, value in self.optimizer.state.get(self.parameter, {}).items():
+            parts = {"": value} if key == "step" else self.model.flat.named(value)
+            for name, part in parts.items():
+                tensors[f"optimizer.{key}.{name}"] = part.detach().to("cpu", copy=True).contiguous()
+        tensors |= checkpointer.random_state()
+        tensors |= {name: each for name, each in self.state.tensors.items() if name.startswith("best.")}
+        return dataclasses.replace(self.state, tensors=tensors)
+
+    def restore(self, state: TrainingState) -> None:
+        """Restore what `snapshot` returned."""
+        lora.load_tensors(self.adapters, state.tensors)
+        self.model.updated()
+        if "optimizer.step." in state.tensors:
+            restored = {"step": state.tensors["optimizer.step."]}
+            for key in ("exp_avg", "exp_avg_sq"):
+                restored[key] = torch.zeros_like(self.parameter)
+                saved = state.tensors_under(f"optimizer.{key}.")
+                for name, part in self.model.flat.named(restored[key]).items():
+                    part.copy_(saved[name])
+            self.optimizer.state[self.parameter] = restored
+        checkpointer.restore_random_state(state)
+        self.state = state
