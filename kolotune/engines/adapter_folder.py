@@ -1,4 +1,4 @@
-"""The adapter that an engine hands on: one form, whichever engine trained it."""
+"""Writes the trained adapter in PEFT's format, the same for every engine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 def save_adapter(
     folder: Path, tensors: dict[str, Tensor], *, base_name: str, rank: int, alpha: float, dropout: float
 ) -> None:
-    """Writes a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all.
+    """Write a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all.
 
     Args:
-        folder: to make, or to replace.
+        folder: to create or replace.
         tensors: A ``[rank, in]`` and B ``[out, rank]`` under PEFT's names, fp32, on the CPU.
-        base_name: what the config names as the adapter's base.
-        rank, alpha, dropout: what it was trained with.
+        base_name: the base model's name in the config.
+        rank, alpha, dropout: of the training.
     """
     from safetensors.torch import save_file
 

@@ -47,7 +47,7 @@ class EvaluationDone:
 
 
 @dataclass(frozen=True)
-class Note:
+class TrainingNote:
     """A sentence for the user."""
 
     text: str
@@ -112,13 +112,13 @@ class Calibration:
 
 
 TrainingEvent: TypeAlias = (
-    TrainingBegins | StepDone | EvaluationDone | Note | TrainingResult | OutOfMemory | Calibration
+    TrainingBegins | StepDone | EvaluationDone | TrainingNote | TrainingResult | OutOfMemory | Calibration
 )
 _KINDS: dict[str, type[TrainingEvent]] = {
     "begins": TrainingBegins,
     "step": StepDone,
     "evaluation": EvaluationDone,
-    "note": Note,
+    "note": TrainingNote,
     "result": TrainingResult,
     "out_of_memory": OutOfMemory,
     "measured": Calibration,

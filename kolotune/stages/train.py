@@ -11,7 +11,7 @@ from pathlib import Path
 from kolotune.base_models.catalog import canonical_name
 from kolotune.engines import events
 from kolotune.engines.engine import get_engine
-from kolotune.engines.events import EvaluationDone, Note, OutOfMemory, StepDone, TrainingBegins, TrainingResult
+from kolotune.engines.events import EvaluationDone, OutOfMemory, StepDone, TrainingBegins, TrainingNote, TrainingResult
 from kolotune.engines.job import TrainJob
 from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.engines.training_length import automatic_batch_size
@@ -191,7 +191,7 @@ def _show_event(event: events.TrainingEvent | None, reporter: Reporter, bar: Pro
             bar.update(event.step, event.steps, loss=round(event.loss, 4), tokens_per_second=speed)
         case EvaluationDone():
             reporter.note(f"held-out loss after step {event.step}: {event.held_out_loss:.4f}")
-        case Note():
+        case TrainingNote():
             reporter.note(event.text)
 
 

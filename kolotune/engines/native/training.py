@@ -12,7 +12,7 @@ from kolotune.foundation.hardware import best_device
 
 from .. import events
 from ..adapter_folder import save_adapter
-from ..events import EvaluationDone, Note, StepDone, TrainingBegins, TrainingEvent, TrainingResult
+from ..events import EvaluationDone, StepDone, TrainingBegins, TrainingEvent, TrainingNote, TrainingResult
 from ..job import TrainJob
 from ..metrics import MetricsWriter
 from ..prepared_tokens import epoch_steps
@@ -73,7 +73,7 @@ def train(job: TrainJob) -> None:
     journal = _TrainingJournal(trainer)
     journal.report(TrainingBegins(trainer.state.step, trainer.state.halvings))
     if state is not None:
-        journal.report(Note(f"resuming from step {state.step}"))
+        journal.report(TrainingNote(f"resuming from step {state.step}"))
     stopped = _run(trainer, journal)
     if group.writes:
         _save(trainer)
@@ -111,7 +111,7 @@ def _run(trainer: Trainer, journal: _TrainingJournal) -> bool:
         journal.checkpoint(job, trainer.snapshot())
         stopped = _has_stopped(trainer)
         if stopped:
-            journal.report(Note(f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves"))
+            journal.report(TrainingNote(f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves"))
             break
     return stopped
 

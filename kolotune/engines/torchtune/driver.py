@@ -13,7 +13,7 @@ from kolotune.weights.weight_files import weight_files
 
 from .. import events, torchrun
 from ..adapter_folder import save_adapter
-from ..events import EvaluationDone, Note, StepDone, TrainingBegins, TrainingResult
+from ..events import EvaluationDone, StepDone, TrainingBegins, TrainingNote, TrainingResult
 from ..job import TrainJob
 from ..metrics import keep_metrics
 from ..training_length import TrainingLength, count_chats
@@ -50,7 +50,7 @@ def train(job: TrainJob) -> None:
             f"the checkpoint is at epoch {checkpoint.epoch}, but --epochs is {job.epochs}",
             "Give more --epochs, or train from scratch without --use-checkpoint.",
         )
-    installed = environment.ensure(lambda text: events.emit(Note(text)))
+    installed = environment.ensure(lambda text: events.emit(TrainingNote(text)))
     if checkpoint is None:
         recipe_checkpoints.clear(job)
     _report_differences(job, shape, length)
@@ -92,18 +92,18 @@ def _report_differences(job: TrainJob, shape: Llama, length: TrainingLength) -> 
     """Report where torchtune does not do what one might expect."""
     name = recipe_config.config_name(shape)
     if name is not None:
-        events.emit(Note(f"torchtune's own config: {name}; it keeps the base in 4 bits while training"))
+        events.emit(TrainingNote(f"torchtune's own config: {name}; it keeps the base in 4 bits while training"))
     else:
-        events.emit(Note("torchtune has no config for this model; one was made from its config.json"))
+        events.emit(TrainingNote("torchtune has no config for this model; one was made from its config.json"))
     if job.checkpoint_steps and length.steps_in_epoch > job.checkpoint_steps:
-        events.emit(Note("torchtune writes a checkpoint after each epoch only; checkpoint-steps has no effect"))
+        events.emit(TrainingNote("torchtune writes a checkpoint after each epoch only; checkpoint-steps has no effect"))
     if job.learning_rate and 0 < length.steps <= length.warmup_steps:
         reached = job.learning_rate * (length.steps - 1) / length.warmup_steps
         text = (
             f"the warmup of {length.warmup_steps} steps is longer than the training ({length.steps} steps): "
             f"the learning rate only reaches {reached:.2g} of {job.learning_rate:.2g}; see --warmup-steps"
         )
-        events.emit(Note(text))
+        events.emit(TrainingNote(text))
 
 
 def resumed_backoff(job: TrainJob, checkpoint: RecipeCheckpoint | None) -> list[int]:
@@ -222,7 +222,7 @@ class _RecipeListener:
         """Report that training starts, or resumes, also after a process was lost."""
         events.emit(TrainingBegins(step, backoff_steps))
         if step:
-            events.emit(Note(f"resuming from step {step} (epoch {epoch})"))
+            events.emit(TrainingNote(f"resuming from step {step} (epoch {epoch})"))
 
     def _as_exception(self, error: RecipeError) -> TrainingError | MemoryError:
         log = _log(self._job)

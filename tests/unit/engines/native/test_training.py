@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.reference_training import plain_loop
 
-from kolotune.engines.events import Note, StepDone, event_in
+from kolotune.engines.events import StepDone, TrainingNote, event_in
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import checkpointer, training
 from kolotune.engines.native.checkpointer import TENSORS
@@ -159,7 +159,7 @@ def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
     last = start(dataclasses.replace(broken, resume=True))
     output, _ = last.communicate(timeout=120)
     assert last.returncode == 0
-    notes = [event.text for event in map(event_in, output.splitlines()) if isinstance(event, Note)]
+    notes = [event.text for event in map(event_in, output.splitlines()) if isinstance(event, TrainingNote)]
     assert any("resuming" in text for text in notes)
     assert same(adapter(broken), adapter(whole))
     assert losses(broken) == losses(whole)
