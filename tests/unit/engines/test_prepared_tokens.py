@@ -1,4 +1,4 @@
-"""Batches: what is in them, in which order, and that padding changes nothing."""
+"""Prepared tokens: their content and order, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_chat_is_what_was_written(tokens: PreparedTokens) -> None:
         assert labels.tolist() == [each if flag else IGNORED for each, flag in zip(ids, flags, strict=True)]
 
 
-def test_each_position_predicts_the_token_behind_it(tokens: PreparedTokens) -> None:
+def test_each_position_predicts_the_next_token(tokens: PreparedTokens) -> None:
     batch = pad_batch(tokens, [0, 2, 3])
     assert batch.tokens == 4 + 6 + 3
     predicted = {
@@ -106,7 +106,7 @@ def test_evaluation_sees_every_chat_longest_first(tokens: PreparedTokens) -> Non
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "another"])
-def test_a_damaged_file_is_said(tmp_path: Path, tokens: PreparedTokens, damage: str) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path, tokens: PreparedTokens, damage: str) -> None:
     path = tmp_path / "tokens.safetensors"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-3])

@@ -1,4 +1,4 @@
-"""The train stage: its fingerprint and its preflight know which engine trains."""
+"""The train stage: fingerprint and preflight depend on the engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_torchtune_cannot_do_is_refused_before_its_environment_is_made(
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_native_engine_asks_nothing_of_torchtune(tmp_path: Path, reporter: Any) -> None:
+def test_the_native_engine_does_not_need_torchtune(tmp_path: Path, reporter: Any) -> None:
     options = {"scheduler_type": "linear", "early_stopping": 1, "target_modules": "up_proj"}
     train.preflight(context_of(tmp_path, {**LLAMA, "attention_bias": True}, **options), reporter)
 

@@ -38,7 +38,7 @@ def _folder(job: TrainJob, step: int) -> Path:
     return Path(job.checkpoints) / f"step-{step:08d}"
 
 
-def test_there_and_back(job: TrainJob) -> None:
+def test_a_checkpoint_survives_a_round_trip(job: TrainJob) -> None:
     _save(job, 7)
     state = checkpointer.newest(job)
     assert state is not None
@@ -49,7 +49,7 @@ def test_there_and_back(job: TrainJob) -> None:
 
 @pytest.fixture
 def together() -> Iterator[None]:
-    """As a process that trains with others, be they none."""
+    """A process group, of one process."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -73,7 +73,7 @@ def test_it_is_pytorch_s_distributed_checkpoint(
     assert all(torch.equal(each[name], tensors[name]) for each in (read, state.tensors) for name in tensors)
 
 
-def test_what_it_can_not_write_with_others_fails_as_it_does_alone(together: None, tmp_path: Path) -> None:
+def test_write_errors_are_the_same_with_several_processes(together: None, tmp_path: Path) -> None:
     (tmp_path / TENSORS).mkdir()
     with pytest.raises(IsADirectoryError):
         checkpointer._write({"x": torch.ones(2)}, tmp_path)
@@ -101,7 +101,7 @@ def _flip(path: Path) -> None:
 
 
 def _copy(folder: Path, *names: str) -> None:
-    """Takes these files from a checkpoint of another step."""
+    """Replace these files by those of a checkpoint of another step."""
     other = folder.with_name("step-00000002")
     for name in names:
         (folder / name).write_bytes((other / name).read_bytes())
@@ -123,7 +123,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_passed_over(job: TrainJob, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(job: TrainJob, damage: str) -> None:
     _save(job, 2)
     elsewhere = _folder(job, 2).rename(Path(job.checkpoints).with_name("kept"))
     _save(job, 4, 8)

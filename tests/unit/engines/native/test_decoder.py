@@ -1,4 +1,4 @@
-"""The step by hand against transformers and automatic differentiation: the same losses, the same gradients."""
+"""The hand-written step and transformers with autograd have the same losses and gradients."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(params=[False, True], ids=["plain", "compiled"])
 def compiled(request: pytest.FixtureRequest) -> bool:
-    """Whether the step's elementwise parts are compiled; so every test of it is made twice."""
+    """Whether the step's elementwise parts are compiled; every test runs with both."""
     if request.param and build.reason_unavailable():
         pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
     return bool(request.param)
 
 
 def chats_of(seed: int, count: int, beginning: int, longest: int) -> list[tuple[list[int], list[int]]]:
-    """Random chats behind a beginning that all of them share, with labels in several places."""
+    """Random chats after a prefix that all of them share, with labels at several positions."""
     dice = random.Random(seed)
     shared = [dice.randrange(96) for _ in range(beginning)]
     chats = []
@@ -64,7 +64,7 @@ def chats_of(seed: int, count: int, beginning: int, longest: int) -> list[tuple[
 
 
 def pair_of(job: TrainJob) -> tuple[PackedModel, TransformersModel]:
-    """The same model with the same adapters, which are no longer zero, computed in both ways."""
+    """The same model with the same nonzero adapters, in both implementations."""
     packed, plain = PackedModel(job), TransformersModel(job, "cpu")
     assert list(packed.adapters) == list(plain.adapters)
     torch.manual_seed(1)
@@ -115,7 +115,7 @@ def test_losses_and_gradients_are_those_of_transformers(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_batches(seed: int, training_room: Room, compiled: bool) -> None:
-    """Shared beginnings, lengths, labels, ranks and targets at random, with and without sharing."""
+    """Random shared prefixes, lengths, labels, ranks and targets, with and without sharing."""
     dice = random.Random(seed)
     chats = chats_of(seed, dice.randint(1, 12), dice.choice([0, 3, 8, 40]), dice.choice([4, 60, 200]))
     targets = dice.choice([["all-linear"], ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj", "k_proj"]])
@@ -126,7 +126,7 @@ def test_random_batches(seed: int, training_room: Room, compiled: bool) -> None:
 def test_long_chats_take_the_other_attention(
     training_room: Room, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
-    """And share nothing, whatever their beginning. The compiled attention is one for all lengths."""
+    """They share no prefix. The compiled attention is the same for all lengths."""
     job = training_room(chats=chats_of(3, 6, 10, 90)).job(compile=compiled)
     monkeypatch.setattr(sequence_packing, "LONG", 40)
     used = []
@@ -137,7 +137,7 @@ def test_long_chats_take_the_other_attention(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_computing_again_changes_no_bit(dropout: float, training_room: Room, compiled: bool) -> None:
+def test_recomputing_activations_changes_no_bit(dropout: float, training_room: Room, compiled: bool) -> None:
     job = training_room(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     results = []
@@ -152,7 +152,7 @@ def test_computing_again_changes_no_bit(dropout: float, training_room: Room, com
 
 
 def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room) -> None:
-    """Averaged over many draws the loss comes near that without dropout; a single draw does not."""
+    """The mean loss over many masks is close to that without dropout; a single one is not."""
     job = training_room(chats=chats_of(5, 4, 0, 20)).job(lora_dropout=0.3)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
@@ -164,8 +164,8 @@ def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room
     assert abs(sum(draws) / 200 - exact) < 3 * spread
 
 
-def test_dropout_gradients_are_those_of_the_same_draws(training_room: Room, compiled: bool) -> None:
-    """A finite difference along a random direction, with the draws held fast."""
+def test_dropout_gradients_match_a_finite_difference(training_room: Room, compiled: bool) -> None:
+    """The finite difference is along a random direction, with fixed random numbers."""
     job = training_room(chats=chats_of(5, 3, 0, 20)).job(compile=compiled, lora_dropout=0.3)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
@@ -217,7 +217,7 @@ def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "window"),
     ],
 )
-def test_other_models_go_through_transformers(kind: str, more: Any, reason: str, training_room: Room) -> None:
+def test_other_models_are_computed_by_transformers(kind: str, more: Any, reason: str, training_room: Room) -> None:
     room = training_room(kind, **more)
     assert reason in supported_models.reason_unsupported(room.root / "base", 100)
     model = open_model(room.job(), "cpu", 100)
@@ -263,7 +263,7 @@ def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> No
     assert [len(group) for group in group_by_length(tokens, range(4), budget=10)] == [1, 1, 1, 1]
 
 
-def test_what_is_shared_is_computed_once(training_room: Room) -> None:
+def test_a_shared_prefix_is_computed_once(training_room: Room) -> None:
     chats = chats_of(8, 5, 20, 10)
     job = training_room(chats=chats).job()
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")

@@ -1,4 +1,4 @@
-"""LoRA layers, and that what is saved is an adapter that PEFT loads and computes the same with."""
+"""LoRA layers; PEFT loads the saved adapter and computes the same with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def _shaken(model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 6.0) -> dict[str, lora.LoraLinear]:
-    """Adapters that are no longer zero."""
+    """Adapters with nonzero weights."""
     adapters = lora.add_adapters(model, rank, alpha, 0.1, targets)
     with torch.no_grad():
         for adapter in adapters.values():
@@ -119,7 +119,7 @@ def test_config_names_the_base_and_the_scale(
     assert not (tmp_path / ".adapter.partial").exists()
 
 
-def test_tensors_go_there_and_back(tiny_model: Callable[..., Any]) -> None:
+def test_tensors_survive_a_round_trip(tiny_model: Callable[..., Any]) -> None:
     tensors = lora.adapter_tensors(_shaken(tiny_model("llama"), ["all-linear"]))
     other = lora.add_adapters(tiny_model("llama"), 4, 6.0, 0.0, ["all-linear"])
     lora.load_tensors(other, tensors)

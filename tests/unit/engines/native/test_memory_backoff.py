@@ -1,4 +1,4 @@
-"""Fewer chats at once: the same steps, and the same bits when they are repeated."""
+"""Out-of-memory backoff: smaller micro-batches make the same steps, and the same bits when they are repeated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_step_is_the_same_however_few_chats_are_computed_at_once(
 
 
 @pytest.mark.parametrize("way", ["packed", "plain"])
-def test_halving_computes_fewer_at_once(way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_halves_the_micro_batch(way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "plain":
         monkeypatch.setattr(model.supported_models, "reason_unsupported", lambda *_: "this test")
     trainer = Trainer(training_room(chats=8).job(batch_size=8))
@@ -60,8 +60,8 @@ def test_halving_computes_fewer_at_once(way: str, training_room: Room, monkeypat
     assert largest == [8, 4, 2, 1]
 
 
-def test_where_memory_ran_out_is_repeated_to_the_bit(training_room: Room) -> None:
-    """What went on from a checkpoint with dropout's other draws is what a training does that is told the step."""
+def test_backoff_is_reproduced_bit_for_bit(training_room: Room) -> None:
+    """A training resumed after out-of-memory equals one that knows the step beforehand, with dropout too."""
     room = training_room(chats=12, held_out=3)
     options = {**JOB, "lora_dropout": 0.1}
     halved, told = (room.job(name, **options) for name in ("halved", "told"))
@@ -97,11 +97,11 @@ def test_where_memory_ran_out_is_repeated_to_the_bit(training_room: Room) -> Non
         (ValueError("out of memory"), False),
     ],
 )
-def test_what_is_said_when_memory_runs_out(error: Exception, expected: bool) -> None:
+def test_errors_that_mean_out_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
-def test_pytorch_on_the_cpu_says_it_so() -> None:
+def test_pytorchs_own_cpu_error_means_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)

@@ -1,4 +1,4 @@
-"""transformers' way of computing a step: activations are kept, or computed again where memory is short."""
+"""Steps computed by transformers: activations are kept, or recomputed when memory is short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kolotune.foundation import hardware
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_are_computed_again_where_they_would_fill_the_memory(
+def test_activations_are_recomputed_when_memory_is_short(
     training_room: Callable[..., TrainingFolder], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = training_room("llama", chats=4).job(lora_dropout=dropout)

@@ -1,4 +1,4 @@
-"""Several processes that train together: the same result as one, also with another number after a stop."""
+"""Several processes have the same result as one, also when another number of them resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def start(job: TrainJob) -> subprocess.Popen[str]:
 
 
 def train(job: TrainJob) -> dict[str, Any]:
-    """Runs the engine; returns the event of its end."""
+    """Run the engine; return the facts of its result."""
     child = start(job)
     output, _ = child.communicate()
     assert child.returncode == 0, output
@@ -65,7 +65,7 @@ OPTIONS = {"batch_size": 6, "epochs": 3, "checkpoint_steps": 1}
 
 @pytest.fixture
 def alone(room: Any) -> TrainJob:
-    """A training by this process."""
+    """A training in this process."""
     job: TrainJob = room.job("alone", **OPTIONS)
     training.train(job)
     return job
@@ -105,9 +105,7 @@ def test_a_process_that_is_killed_costs_one_interval_and_nothing_else(room: Any)
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(
-    first: int, then: int, room: Any, alone: TrainJob
-) -> None:
+def test_another_number_of_processes_resumes_within_an_epoch(first: int, then: int, room: Any, alone: TrainJob) -> None:
     job = room.job(f"from-{first}", nproc=first, **OPTIONS)
     (train if first > 1 else training.train)(job)
     newest, before = sorted(Path(job.checkpoints).glob("step-*"), reverse=True)
@@ -118,7 +116,7 @@ def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
-def test_a_parted_base_makes_the_same_steps(kind: str, training_room: Room) -> None:
+def test_a_sharded_base_makes_the_same_steps(kind: str, training_room: Room) -> None:
     room = training_room(kind, chats=11, held_out=3)
     options = {"batch_size": 5, "epochs": 2, "gradient_accumulation": 2}
     alone, parted = room.job("alone", **options), room.job("parted", nproc=2, sharded=True, **options)
@@ -132,7 +130,7 @@ def test_a_parted_base_makes_the_same_steps(kind: str, training_room: Room) -> N
     ("restarts", "before", "now", "expected"),
     [("1", "2", 3, True), ("1", "2", 2, False), ("0", "2", 3, False), ("2", "None", 3, False), ("1", "", 3, False)],
 )
-def test_one_that_is_started_anew_knows_whether_memory_ran_out(
+def test_a_restarted_process_knows_whether_memory_ran_out(
     restarts: str, before: str, now: int, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "vmstat").write_text(f"oom_kill {now}\n")
@@ -142,7 +140,7 @@ def test_one_that_is_started_anew_knows_whether_memory_ran_out(
     assert launcher.was_restarted_for_memory() is expected
 
 
-def test_every_chat_is_in_one_part_and_the_parts_are_alike() -> None:
+def test_every_chat_is_in_one_share_and_shares_are_balanced() -> None:
     lengths = {index: 5 + (index * 37) % 90 for index in range(64)}
     indices = list(range(64))
     parts = []

@@ -1,4 +1,4 @@
-"""What chats take to compute."""
+"""The cost of chats."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ CHATS = [
 
 
 @pytest.mark.parametrize(("share", "prefix"), [(True, 10), (False, 0)])
-def test_a_shared_beginning_and_what_stands_behind_the_last_label_cost_nothing(
-    tmp_path: Path, share: bool, prefix: int
-) -> None:
+def test_a_shared_prefix_and_tokens_after_the_last_label_cost_nothing(tmp_path: Path, share: bool, prefix: int) -> None:
     file = tmp_path / "train.safetensors"
     write_tokens(file, CHATS)
     # Of each what stands before its last label, and a logit for each label; the third has none.

@@ -1,4 +1,4 @@
-"""The native engine against a plain loop of PEFT and transformers, and against itself interrupted."""
+"""The native engine compared with a plain loop of PEFT and transformers, and with itself after interruptions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Room = Callable[..., Any]
 
 
 def losses(job: TrainJob, key: str = "loss") -> dict[int, float]:
-    """Step → loss, of the metrics file."""
+    """Read step → loss from the metrics file."""
     lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
     found = [(line["step"], line[key]) for line in lines if key in line]
     assert len(dict(found)) == len(found), "a step stands there twice"
@@ -86,7 +86,7 @@ def test_accumulation_is_the_same_as_a_larger_batch(training_room: Room) -> None
     assert list(losses(jobs[0]).values()) == pytest.approx(list(losses(jobs[1]).values()), abs=1e-4)
 
 
-# --- going on
+# --- resuming
 
 
 ROOM = {"chats": 10, "held_out": 4}
@@ -99,7 +99,7 @@ class _Stop(Exception):
 
 
 def train_until(job: TrainJob, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains and stops dead behind step `step`, before its checkpoint is written."""
+    """Train, and crash after step `step`, before its checkpoint is written."""
 
     def emit(event: str, **fields: Any) -> None:
         if event == "step" and fields["step"] == step:
@@ -194,7 +194,7 @@ def test_more_epochs_after_the_end(training_room: Room) -> None:
     assert losses(short) == losses(long)
 
 
-def test_going_on_at_the_end_changes_nothing(training_room: Room) -> None:
+def test_resuming_at_the_end_changes_nothing(training_room: Room) -> None:
     job = training_room(**ROOM).job(**JOB)
     training.train(job)
     before, curve = adapter(job), losses(job)
@@ -217,7 +217,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(training_room: Room) -> 
     assert checkpointer.newest(job) is not None
 
 
-def test_without_resume_a_training_begins_anew(training_room: Room) -> None:
+def test_without_resume_a_training_starts_from_scratch(training_room: Room) -> None:
     job = training_room(**ROOM).job(**JOB)
     training.train(job)
     before = adapter(job)
@@ -242,7 +242,7 @@ def test_a_rate_too_high_keeps_the_state_before(training_room: Room) -> None:
 
 
 def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poisoned behind step 3: the step that fails must leave weights, optimizer and random numbers alone."""
+    """The failing step after step 3 must not change weights, optimizer or random numbers."""
     room = training_room(**ROOM)
     options = {**JOB, "checkpoint_steps": 3}
     clean, poisoned = room.job("clean", **options), room.job("poisoned", **options)
@@ -321,7 +321,7 @@ def test_bf16(training_room: Room) -> None:
 
 
 def unlearnable(count: int) -> list[tuple[list[int], list[int]]]:
-    """Chats that contradict what `random_chats` teaches: each token is its predecessor minus 5."""
+    """Chats that contradict `random_chats`: each token is its predecessor minus 5."""
     return [([(seed * 7 - 5 * at) % 96 for at in range(12)], [0] + [1] * 11) for seed in range(count)]
 
 

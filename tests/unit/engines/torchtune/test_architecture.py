@@ -1,4 +1,4 @@
-"""What torchtune can represent of a base model, read from its config.json; the rest is refused with the reason."""
+"""torchtune can represent a base model, or refuses it with the reason."""
 
 from __future__ import annotations
 

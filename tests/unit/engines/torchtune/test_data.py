@@ -1,4 +1,4 @@
-"""The recipe's dataloader: the native engine's ids, labels and order, and no chat dropped."""
+"""The recipe's dataloader has the native engine's ids, labels and order, and drops no chat."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def agrees(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedTokens, indices: list[int]) -> None:
-    """The batch holds just these chats, with just these labels."""
+    """Assert that the batch holds exactly these chats, with exactly these labels."""
     assert len(batch["tokens"]) == len(indices)
     for ids, labels, index in zip(batch["tokens"], batch["labels"], indices, strict=True):
         wanted_ids, wanted = theirs.chat(index)
@@ -84,14 +84,14 @@ def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumul
 
 
 def labels_of(batches_of_it: list[dict[str, torch.Tensor]]) -> list[list[int]]:
-    """The labels of each chat, without padding; of fillers none."""
+    """Return the labels of each chat, without padding and fillers."""
     rows = [row[row != IGNORED].tolist() for batch in batches_of_it for row in batch["labels"]]
     return sorted(row for row in rows if row)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "size"), [(4, 1, 2), (1, 3, 2), (3, 2, 4), (1, 1, 3)])
 @pytest.mark.parametrize("backoff_steps", [[], [1, 4]])
-def test_several_processes_part_each_step(
+def test_several_processes_share_each_step(
     file: Path, batch_size: int, accumulation: int, size: int, backoff_steps: list[int]
 ) -> None:
     alone = Loader(TokenizedChats.load(file), batch_size, accumulation, 7, backoff_steps)
@@ -118,7 +118,7 @@ def test_several_processes_part_each_step(
     assert alone.tokens_read == parts[0].tokens_read == parts[-1].tokens_read
 
 
-def test_shares_are_alike(file: Path) -> None:
+def test_shares_are_balanced(file: Path) -> None:
     chats = TokenizedChats.load(file)
     shares = [share(chats, range(CHATS), rank, 3) for rank in range(3)]
     assert sorted(each for part in shares for each in part) == list(range(CHATS))
@@ -126,7 +126,7 @@ def test_shares_are_alike(file: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4, 12])
-def test_evaluation_is_parted_too(file: Path, size: int) -> None:
+def test_evaluation_is_shared_too(file: Path, size: int) -> None:
     alone = list(evaluation_batches(TokenizedChats.load(file), 2))
     parts = [list(evaluation_batches(TokenizedChats.load(file), 2, rank, size)) for rank in range(size)]
     assert len({len(part) for part in parts}) == 1

@@ -1,4 +1,4 @@
-"""torchtune's distributed recipe: several processes make the steps of one, and go on for each other."""
+"""torchtune's distributed recipe: several processes make the steps of one, and any number can resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def in_its_environment() -> None:
-    """Made once, in the ordinary cache."""
+    """Installed once, in the user's cache."""
     ensure(print)
 
 
@@ -58,13 +58,13 @@ def same(one: TrainJob, other: TrainJob) -> bool:
 
 
 def options_of(job: TrainJob) -> dict[str, Any]:
-    """What is asked of a job, without its places."""
+    """The settings of a job, without its paths."""
     places = ("adapter", "checkpoints", "metrics")
     return {name: each for name, each in dataclasses.asdict(job).items() if name not in places}
 
 
 def goes_on(room: Any, job: TrainJob, name: str, **options: Any) -> TrainJob:
-    """A job of its own that goes on from the last checkpoint but one of `job`, which has made it to its end."""
+    """A job that resumes from the second to last checkpoint of the finished `job`."""
     other: TrainJob = room.job(name, **{**options_of(job), "resume": True, **options})
     before = sorted(Path(job.checkpoints).iterdir())[-2]
     shutil.copytree(before, Path(other.checkpoints) / before.name)
@@ -80,7 +80,9 @@ def agree(job: TrainJob, alone: TrainJob) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_make_the_steps_of_one_and_one_goes_on_for_them(tied: bool, training_room: Room, capfd: Any) -> None:
+def test_two_processes_make_the_steps_of_one_and_one_resumes_theirs(
+    tied: bool, training_room: Room, capfd: Any
+) -> None:
     """11 chats make no whole steps; a share of 6 is a batch for each."""
     room = training_room("llama", chats=11, held_out=5, tie_word_embeddings=tied)
     targets = ["all-linear"] if tied else ["q_proj", "lm_head"]
@@ -104,7 +106,7 @@ def test_two_make_the_steps_of_one_and_one_goes_on_for_them(tied: bool, training
 
 
 @pytest.mark.slow
-def test_two_go_on_for_one_and_for_themselves(training_room: Room) -> None:
+def test_two_processes_resume_one_and_two(training_room: Room) -> None:
     room = training_room("llama", chats=11, held_out=5)
     alone = room.job("alone", epochs=2, **OPTIONS)
     driver.train(alone)
@@ -132,7 +134,7 @@ def test_more_processes_than_chats_and_halved_batches(training_room: Room) -> No
 
 
 @pytest.mark.slow
-def test_a_base_in_4_bits_is_parted(training_room: Room) -> None:
+def test_a_4_bit_base_is_sharded(training_room: Room) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
     room = training_room("llama", chats=11, held_out=5, **sizes)
     alone = room.job("alone", dtype="bf16", load_in_4bit=True, **OPTIONS)
@@ -144,7 +146,7 @@ def test_a_base_in_4_bits_is_parted(training_room: Room) -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_all(training_room: Room) -> None:
+def test_a_loss_that_is_not_finite_stops_all_processes(training_room: Room) -> None:
     room = training_room("llama", chats=6)
     job = room.job(nproc=2, learning_rate=1.0, warmup_steps=0, weight_decay=0.0, epochs=1, max_grad_norm=0.0)
     from safetensors.torch import save_file
@@ -159,7 +161,7 @@ def test_a_loss_that_is_no_number_stops_all(training_room: Room) -> None:
 
 
 @pytest.mark.slow
-def test_memory_that_is_not_there_is_told_and_not_tried_again(training_room: Room) -> None:
+def test_out_of_memory_is_reported_without_a_restart(training_room: Room) -> None:
     # torchtune keeps the rotary embedding of every position: 10**13 of them are terabytes.
     room = training_room("llama", chats=4, max_position_embeddings=10**13)
     job = room.job(nproc=2)
@@ -171,8 +173,8 @@ def test_memory_that_is_not_there_is_told_and_not_tried_again(training_room: Roo
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("how", ["a process is killed", "the driver is killed", "its parent is gone"])
-def test_who_is_lost(how: str, training_room: Room) -> None:
-    """A process that is lost costs an epoch at most; without their driver none is left."""
+def test_a_lost_process_costs_an_epoch_at_most(how: str, training_room: Room) -> None:
+    """No process outlives the driver."""
     room = training_room("llama", chats=12, held_out=2)
     job = room.job("run", nproc=2, epochs=30, lora_dropout=0.1, batch_size=4)
     job.write(Path(job.metrics).with_name("job.json"))

@@ -1,4 +1,4 @@
-"""torchtune itself on tiny Llamas, against a plain loop of PEFT and transformers, and against itself interrupted."""
+"""torchtune on tiny Llamas, compared with a plain loop of PEFT, and with itself after interruptions."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ PLANTED = "planted-value-8d1f"
 
 @pytest.fixture(scope="module", autouse=True)
 def in_its_environment() -> None:
-    """Made once, in the ordinary cache."""
+    """Installed once, in the user's cache."""
     ensure(print)
 
 
 def losses(job: TrainJob, key: str = "loss") -> dict[int, float]:
-    """Step → loss, of the metrics file."""
+    """Read step → loss from the metrics file."""
     lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
     found = [(line["step"], line[key]) for line in lines if key in line]
     assert len(dict(found)) == len(found), "a step stands there twice"
@@ -65,7 +65,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     ],
 )
 def test_it_computes_what_a_plain_loop_computes(tied: bool, options: dict[str, Any], training_room: Room) -> None:
-    """Every chat counts (neither 11 nor 7 makes whole steps), and PEFT reads the adapter as torchtune means it."""
+    """Every chat counts (neither 11 nor 7 fill the steps), and PEFT reads the adapter as torchtune means it."""
     chats = options.pop("chats")
     room = training_room("llama", chats=chats, held_out=3, tie_word_embeddings=tied)
     initial, job = room.job("initial", epochs=0, **options), room.job(epochs=3, **options)
@@ -100,11 +100,11 @@ def test_the_head_in_bf16_and_the_base_in_4_bits(training_room: Room) -> None:
     assert "quantize_base: true" in used and "dtype: bf16" in used
 
 
-# --- going on
+# --- resuming
 
 
-def test_it_goes_on_bit_for_bit(training_room: Room) -> None:
-    """Adapter, optimizer, schedule and dropout's random numbers; torchtune 0.6.1 alone begins the schedule anew."""
+def test_it_resumes_bit_for_bit(training_room: Room) -> None:
+    """Adapter, optimizer, schedule and random numbers continue; torchtune 0.6.1 itself restarts the schedule."""
     room = training_room("llama", held_out=2)
     whole = room.job("whole", epochs=3, lora_dropout=0.2)
     driver.train(whole)
@@ -156,7 +156,7 @@ def test_half_the_chats_at_once_make_the_same_steps_and_are_repeated_to_the_bit(
 @pytest.mark.parametrize(
     ("changes", "reason"), [({"seed": 8, "lora_rank": 2}, "lora_rank, seed"), ({"epochs": 0}, "at epoch 1")]
 )
-def test_what_cannot_be_gone_on_with(changes: dict[str, Any], reason: str, training_room: Room) -> None:
+def test_checkpoints_of_other_trainings_are_refused(changes: dict[str, Any], reason: str, training_room: Room) -> None:
     job = training_room("llama", chats=4).job(epochs=1)
     driver.train(job)
     with pytest.raises(TrainingError, match=reason):
@@ -170,7 +170,7 @@ def test_what_cannot_be_gone_on_with(changes: dict[str, Any], reason: str, train
 def running_driver(
     training_room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[TrainJob, subprocess.Popen[str]]]:
-    """A training that takes long, as its own process, with torchtune's already at work."""
+    """A long training in a separate process, in which torchtune is already at work."""
     monkeypatch.setenv("HF_TOKEN", f"hf_{PLANTED}")
     job = training_room("llama", chats=40, held_out=2).job(epochs=400, lora_dropout=0.1, batch_size=4)
     job.write(Path(job.metrics).with_name("job.json"))
@@ -187,7 +187,7 @@ def running_driver(
 
 
 def gone(process: psutil.Process) -> bool:
-    """Whether a process ends within some seconds; one that nobody has waited for yet has ended."""
+    """Return whether a process ends within some seconds; a zombie has ended."""
     for _ in range(100):
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             return True
@@ -219,7 +219,7 @@ def test_torchtune_ends_with_its_driver_and_the_run_is_finished_later(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_killed_again_and_again_it_ends_with_the_same_adapter(training_room: Room) -> None:
-    """SIGKILL at random moments, of the driver or of torchtune's process: adapter and metrics are those of one go."""
+    """After SIGKILLs at random moments, of driver or recipe, adapter and metrics equal those of an undisturbed run."""
     room = training_room("llama", held_out=2)
     options = {"epochs": 60, "lora_dropout": 0.2, "batch_size": 2}
     whole, job = room.job("whole", **options), room.job("cut", **options, resume=True)
@@ -283,7 +283,7 @@ def test_names_come_through_literally(
         assert not path.is_file() or PLANTED.encode() not in path.read_bytes(), path
 
 
-def test_a_loss_that_is_no_number_stops_it(training_room: Room) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(training_room: Room) -> None:
     room = training_room("llama", chats=4)
     file = Path(room.root, "base", "model.safetensors")
     tensors = load_file(file)
@@ -296,7 +296,7 @@ def test_a_loss_that_is_no_number_stops_it(training_room: Room) -> None:
     assert not Path(job.adapter).exists() and not losses(job)
 
 
-def test_memory_that_is_not_there(training_room: Room) -> None:
+def test_out_of_memory_is_reported(training_room: Room) -> None:
     # torchtune keeps the rotary embedding of every position: 10**13 of them are terabytes.
     room = training_room("llama", chats=4, max_position_embeddings=10**13)
     with pytest.raises(MemoryError, match="allocate memory"):
@@ -322,7 +322,7 @@ def test_what_it_cannot_do_is_refused_before_work(training_room: Room) -> None:
     assert not Path(job.metrics).exists() and not Path(job.checkpoints).exists()
 
 
-def test_what_it_does_otherwise_is_said(training_room: Room, capfd: pytest.CaptureFixture[str]) -> None:
+def test_differences_are_reported(training_room: Room, capfd: pytest.CaptureFixture[str]) -> None:
     room = training_room("llama", chats=random_chats(6, 3))
     job = room.job(epochs=1, warmup_steps=100, checkpoint_steps=2)
     driver.train(job)

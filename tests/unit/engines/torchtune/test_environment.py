@@ -1,4 +1,4 @@
-"""torchtune's environment: found whole or made anew, by one process at a time, and refused in words."""
+"""torchtune's environment is found complete, or installed by one process at a time, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def look_alike(folder: Path, requirements: str | None) -> Path:
-    """A folder that looks like an environment made from a list."""
+    """A folder that looks like an environment installed from a list."""
     python = environment._python_of(folder)
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
@@ -35,7 +35,7 @@ def look_alike(folder: Path, requirements: str | None) -> Path:
 
 
 def only(requirements: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list holds `requirements` alone."""
+    """Let the list hold only `requirements`."""
     file = tmp_path / "requirements.txt"
     file.write_text(requirements, encoding="utf-8")
     monkeypatch.setattr(environment, "REQUIREMENTS", file)
@@ -58,18 +58,18 @@ def test_the_fingerprint_is_that_of_the_packages(tmp_path: Path, monkeypatch: py
     assert found[0] == found[1] != found[2]
 
 
-def test_none_is_no_environment(cache: Path) -> None:
+def test_an_empty_cache_has_no_environment(cache: Path) -> None:
     assert environment.find() is None
     look_alike(cache, None)  # the process that made it was killed
     assert environment.find() is None
 
 
-def test_one_of_another_list_is_not_taken(cache: Path) -> None:
+def test_an_environment_of_another_list_is_not_used(cache: Path) -> None:
     look_alike(cache, "0123456789ab")
     assert environment.find() is None
 
 
-def test_one_whose_python_is_gone_is_not_taken(cache: Path) -> None:
+def test_an_environment_without_its_python_is_not_used(cache: Path) -> None:
     python = environment._python_of(look_alike(cache, environment.pinned()))
     assert environment.find() == environment.Environment(cache, environment.pinned())
     python.unlink()
@@ -77,20 +77,24 @@ def test_one_whose_python_is_gone_is_not_taken(cache: Path) -> None:
     assert environment.find() is None
 
 
-def test_the_variable_names_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_names_an_environment(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.VARIABLE, str(look_alike(tmp_path / "image", environment.pinned())))
     found = environment.find()
     assert found is not None and found.folder == tmp_path / "image"
     assert environment.fingerprint() == environment.pinned(), "the same work as in the one of the cache"
 
 
-def test_one_of_the_users_own_is_another(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_environment_has_its_own_fingerprint(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(environment.VARIABLE, str(look_alike(tmp_path / "own", None)))
     assert environment.find() is not None
     assert environment.fingerprint() != environment.pinned()
 
 
-def test_a_variable_that_names_none(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_without_an_environment_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(environment.VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(ToolchainError, match=r"KOLOTUNE_TORCHTUNE=.*nowhere") as raised:
         environment.find()
@@ -98,7 +102,7 @@ def test_a_variable_that_names_none(cache: Path, tmp_path: Path, monkeypatch: py
     environment.fingerprint()  # who only looks is not stopped
 
 
-def test_packages_that_cannot_be_had(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_cannot_be_installed(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only("kolotune-has-no-such-package==1.2.3\n", tmp_path, monkeypatch)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     said: list[str] = []
@@ -110,7 +114,9 @@ def test_packages_that_cannot_be_had(cache: Path, tmp_path: Path, monkeypatch: p
     assert target.with_name(f"{target.name}.log").is_file() and ".log" in raised.value.hint
 
 
-def test_one_that_does_not_work_is_not_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_does_not_work_is_removed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     only("# no package at all: torchtune can't be imported then\n", tmp_path, monkeypatch)
     with pytest.raises(ToolchainError, match=r"can't be imported.*No module named"):
         environment.ensure(lambda text: None)
@@ -142,7 +148,7 @@ def test_two_at_once_make_one(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").touch()
     assert environment.main([str(tmp_path)]) == ToolchainError.exit_code
-    assert (tmp_path / "thesis.txt").exists() and "something else" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists() and str(tmp_path) in capsys.readouterr().err
 
 
 def test_the_entry_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

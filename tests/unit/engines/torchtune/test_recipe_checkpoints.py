@@ -1,4 +1,4 @@
-"""Which checkpoint is taken: the newest whole one, by its number; never halves of two."""
+"""The newest whole checkpoint is used, by its number, and never files of two."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_number_decides_not_the_time(job: Any) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
-def test_a_damaged_one_is_passed_over(job: Any, file: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(job: Any, file: str, damage: str) -> None:
     write(job, 1)
     path = write(job, 2) / file
     content = bytearray(path.read_bytes())
@@ -83,19 +83,19 @@ def test_a_damaged_one_is_passed_over(job: Any, file: str, damage: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_halves_of_two_epochs_are_never_one(job: Any, file: str) -> None:
+def test_files_of_two_epochs_are_never_mixed(job: Any, file: str) -> None:
     older, newer = write(job, 1), write(job, 2)
     shutil.copyfile(older / file, newer / file)
     assert epoch_of(recipe_checkpoints.newest(job)) == 1
 
 
-def test_one_under_anothers_number(job: Any) -> None:
+def test_a_checkpoint_under_another_number_is_skipped(job: Any) -> None:
     write(job, 1).rename(Path(job.checkpoints) / "epoch-000007")
     assert recipe_checkpoints.newest(job) is None
 
 
 def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer stops behind each call that touches the disk: what is found is whole, and the older of the two."""
+    """The writer stops after each call that touches the disk: the older checkpoint is found, and it is whole."""
     write(job, 1)
 
     class Killed(BaseException):
@@ -144,7 +144,7 @@ def test_more_epochs_are_not_other_settings(job: Any) -> None:
     assert epoch_of(recipe_checkpoints.newest(job)) == 1
 
 
-def test_the_oldest_go_only_behind_a_whole_one(job: Any) -> None:
+def test_old_checkpoints_are_removed_once_the_newest_is_whole(job: Any) -> None:
     for epoch in (1, 2, 3):
         write(job, epoch)
     (write(job, 4) / FILES[0]).write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Options in torchtune's words, and what is refused because it has no word for it."""
+"""Options are translated to torchtune's config, or refused because it has no such option."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_what_is_refused(change: dict[str, Any], reason: str) -> None:
     assert reason in raised.value.cause and raised.value.hint
 
 
-def test_several_processes_part_the_base_and_cannot_be_told_not_to() -> None:
+def test_several_processes_always_shard_the_base() -> None:
     assert config_of(nproc=2).sharding == "auto"
     with pytest.raises(ConfigError, match="sharding"):
         config_of(nproc=2, sharding="off")
 
 
-def test_a_base_in_4_bits_is_parted_in_whole_blocks() -> None:
+def test_a_4_bit_base_is_sharded_in_whole_blocks() -> None:
     recipe_config.check(config_of(nproc=2), ONE_B)
     recipe_config.check(config_of(nproc=3), TINY)
     with pytest.raises(ConfigError, match=r"4 bits.* over 3 processes"):
@@ -102,11 +102,11 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
     assert found["loss"]["_component_"].endswith("CEWithChunkedOutputLoss")
 
 
-def test_no_clipping_is_said_as_torchtune_says_it(tmp_path: Path) -> None:
+def test_no_clipping_is_none_in_torchtunes_config(tmp_path: Path) -> None:
     assert recipe_config.make_config(TrainingFolder(tmp_path).job(max_grad_norm=0.0), TINY, 0)["clip_grad_norm"] is None
 
 
-def test_where_torchtune_has_a_config_its_model_stands(tmp_path: Path) -> None:
+def test_torchtunes_own_config_is_used_where_it_has_one(tmp_path: Path) -> None:
     job = TrainingFolder(tmp_path).job(target_modules=["q_proj", "o_proj"])
     for shape in (ONE_B, THREE_B, EIGHT_B):
         model = recipe_config.make_config(job, shape, 0)["model"]

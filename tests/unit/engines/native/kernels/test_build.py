@@ -1,4 +1,4 @@
-"""Compiling: once, for this processor, and said clearly where it can't be done."""
+"""Compiling happens once, for this processor; where it is impossible, the error says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled elementwise parts give what PyTorch's give."""
+"""The compiled operations equal PyTorch's."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_cross_entropy(compiled: CompiledOperations, dtype: torch.dtype) -> None
     assert torch.equal(gradient[one, targets] < 0, wanted[one, targets] < 0)
 
 
-def test_what_is_no_number_stays_none(compiled: CompiledOperations, dtype: torch.dtype) -> None:
-    """The training loop stops at a loss that is not finite: it must not be hidden."""
+def test_nan_is_not_hidden(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+    """The training loop stops at a loss that is not finite, so kernels must not hide it."""
     logits = torch.randn(2, 50).to(dtype)
     logits[1, 7] = float("nan")
     loss, gradient = compiled.cross_entropy(logits, torch.tensor([1, 2]), 1.0)

@@ -1,4 +1,4 @@
-"""Matrices that are kept in the processor's own layout multiply as any other, also after a change."""
+"""Matrices in the processor's own layout have the same products as others, also after a change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_products_are_those_of_the_matrix_as_it_is(operations: CompiledOperation
 
 
 def test_where_the_layout_is_known_they_are_really_packed(operations: CompiledOperations) -> None:
-    """On processors as the one that this was written on; on others it may be one that can't be made out."""
+    """On known processors; others may have an unknown layout."""
     about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
     if "avx512_bf16" not in about or "amx_bf16" in about:
         pytest.skip("another kind of processor")
@@ -48,7 +48,7 @@ def test_where_the_layout_is_known_they_are_really_packed(operations: CompiledOp
     assert isinstance(product, onednn_layout.PackedProduct)
 
 
-def test_an_unknown_layout_is_left_alone(operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_layout_is_not_used(operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 32).bfloat16()
 
     def unknown(rows: int, columns: int) -> None:
@@ -58,7 +58,7 @@ def test_an_unknown_layout_is_left_alone(operations: CompiledOperations, monkeyp
     assert isinstance(operations.product(weight, 24), PlainProduct)
 
 
-def test_a_layout_that_is_not_the_matrix_s_is_not_believed(
+def test_a_layout_that_does_not_explain_the_matrix_is_not_used(
     operations: CompiledOperations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = torch.arange(63, -1, -1) * 32, torch.arange(32)
