@@ -120,7 +120,7 @@ class Engine(Protocol):
         """Return why `calibrate` can't be called for a training; None when it can."""
 
     def calibrate(self, job: TrainJob, job_file: Path, log: Path) -> Calibration:
-        """Train some steps of a job in a process of its own, and measure them.
+        """Train some steps of a job in a separate process, and measure them.
 
         Args:
             job: as for a training; the folders that it names are written to.

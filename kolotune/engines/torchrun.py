@@ -58,7 +58,7 @@ def variables(job: TrainJob) -> dict[str, str]:
     if job.nnodes > 1:
         chosen["GLOO_SOCKET_IFNAME"] = _interface_of(_addresses(*_rendezvous(job.rdzv or ""))[0])
     kept = {name: value for name, value in chosen.items() if name not in os.environ}
-    # Each start gets a store of its own. In a shared one (torch 2.13) restarted processes find the addresses of their
+    # Each start gets a separate store. In a shared one (torch 2.13) restarted processes find the addresses of their
     # predecessors and wait for each other, and a machine that returns waits for an address that is sent only once.
     return {**kept, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 

@@ -1,4 +1,4 @@
-"""train: tokens → adapter, by an engine that runs as a process of its own."""
+"""train: tokens → adapter, by an engine that runs as a separate process."""
 
 from __future__ import annotations
 

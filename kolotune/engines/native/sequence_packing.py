@@ -114,7 +114,7 @@ def costs(tokens: PreparedTokens, indices: Sequence[int], share: bool, label: fl
 
 
 def group_by_length(tokens: PreparedTokens, indices: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
-    """Group chats of similar length, at most `budget` tokens a group; a longer chat has a group of its own."""
+    """Group chats of similar length, at most `budget` tokens a group; a longer chat has a separate group."""
     lengths = {index: tokens.chat_length(index) for index in indices}
     groups: list[list[int]] = []
     capacity = 0

@@ -1,4 +1,4 @@
-"""The torchtune engine: torchtune's own recipe, in an environment of its own, behind the same job and events.
+"""The torchtune engine: torchtune's recipes in a separate environment, behind the same job and events.
 
-What runs in kolotune's environment needs no torchtune; what runs in torchtune's stands in `inside/`.
+Modules here run in kolotune's environment, without torchtune. `inside/` runs in torchtune's, without kolotune.
 """

@@ -165,7 +165,7 @@ def _run_recipe(job: TrainJob, task: JsonObject, installed: Environment, listene
 
 
 def _work_folder(job: TrainJob) -> Path:
-    """The folder beside the checkpoints for the recipe's task, the config that it makes of it, and its log."""
+    """Return the folder beside the checkpoints for the recipe's task, its config for torchtune, and its log."""
     return Path(job.checkpoints).with_name("torchtune")
 
 

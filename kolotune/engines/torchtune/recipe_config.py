@@ -146,7 +146,7 @@ def make_config(job: TrainJob, shape: Llama, warmup_steps: int) -> JsonObject:
         "shuffle": True,
         "dtype": job.dtype,
         "compile": False,
-        "resume_from_checkpoint": False,  # the recipe has checkpoints of its own
+        "resume_from_checkpoint": False,  # the recipe has its own checkpoints
         "save_adapter_weights_only": True,
         "log_every_n_steps": 1,
         "log_peak_memory_stats": False,

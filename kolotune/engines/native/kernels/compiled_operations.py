@@ -72,8 +72,8 @@ class _Split(ctypes.Structure):
     @classmethod
     def of(cls, gradient: InputGradient) -> _Split:
         whole, down = gradient.whole, gradient.down
-        place = None if down is None else down.data_ptr()
-        return cls(whole.data_ptr(), place, gradient.width, 0 if down is None else len(down), whole.stride(0))
+        down_address = None if down is None else down.data_ptr()
+        return cls(whole.data_ptr(), down_address, gradient.width, 0 if down is None else len(down), whole.stride(0))
 
 
 class CompiledOperations:

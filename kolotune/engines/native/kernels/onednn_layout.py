@@ -30,14 +30,14 @@ class PackedProduct:
     Args:
         weight: ``[outputs, inputs]``; not kept.
         changing: `replace` changes columns from this one on.
-        place: `place_bf16` of kernels.cpp.
+        write: `place_bf16` of kernels.cpp, which writes numbers to offsets.
 
     Raises:
         LayoutError: PyTorch has no packed layout here, or an unknown one.
     """
 
-    def __init__(self, weight: Tensor, changing: int, place: Callable[..., None]) -> None:
-        self._changing, self._place = changing, place
+    def __init__(self, weight: Tensor, changing: int, write: Callable[..., None]) -> None:
+        self._changing, self._write = changing, write
         self._forward, self._backward = _pack(weight), _pack(weight.t().contiguous())
         self._changes = changing < weight.shape[1]
         if self._changes:
@@ -56,7 +56,7 @@ class PackedProduct:
         assert self._changes and columns.start >= self._changing and values.is_contiguous()
         packed = ((self._forward, self._forward_offsets), (self._backward, self._backward_offsets))
         for matrix, (row_offsets, column_offsets) in packed:
-            self._place(
+            self._write(
                 values.data_ptr(), row_offsets[rows].data_ptr(), column_offsets[columns].data_ptr(),
                 _mkldnn.data_ptr(matrix), *values.shape,
             )  # fmt: skip
@@ -66,10 +66,10 @@ class LayoutError(Exception):
     """A matrix can't be kept packed."""
 
 
-def packed_or_plain(weight: Tensor, changing: int, place: Callable[..., None]) -> Product:
+def packed_or_plain(weight: Tensor, changing: int, write: Callable[..., None]) -> Product:
     """Return the matrix packed for this processor, or in PyTorch's layout where that is impossible."""
     try:
-        return PackedProduct(weight, changing, place)
+        return PackedProduct(weight, changing, write)
     except LayoutError:
         return PlainProduct(weight)
 
