@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.reference_training import plain_loop
 
-from kolotune.engines.events import StepDone, TrainingNote, event_in
+from kolotune.engines import events
+from kolotune.engines.events import StepDone, TrainingEvent, TrainingNote, event_in
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import checkpointer, training
 from kolotune.engines.native.checkpointer import TENSORS
@@ -101,12 +102,12 @@ class _Stop(Exception):
 def train_until(job: TrainJob, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, and crash after step `step`, before its checkpoint is written."""
 
-    def emit(event: str, **fields: Any) -> None:
-        if event == "step" and fields["step"] == step:
+    def emit(event: TrainingEvent) -> None:
+        if isinstance(event, StepDone) and event.step == step:
             raise _Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "emit", emit)
+        patch.setattr(events, "emit", emit)
         with pytest.raises(_Stop):
             training.train(job)
 
@@ -212,7 +213,7 @@ def test_fewer_epochs_than_are_done_are_refused(training_room: Room) -> None:
 def test_other_settings_are_refused_and_nothing_is_lost(training_room: Room) -> None:
     job = training_room(**ROOM).job(**JOB)
     training.train(job)
-    with pytest.raises(TrainingError, match="other learning_rate, lora_rank"):
+    with pytest.raises(TrainingError, match="learning_rate, lora_rank"):
         training.train(dataclasses.replace(job, resume=True, lora_rank=2, learning_rate=1.0))
     assert checkpointer.newest(job) is not None
 
