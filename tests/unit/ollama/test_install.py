@@ -193,7 +193,7 @@ def test_bad_requests_are_refused_before_anything_is_sent(
         install(run_copy, "m", reporter, parameters=["temprature=1"], client=server)
     with pytest.raises(RunFolderError):
         install(RunFolder(tmp_path), "m", reporter, client=server)
-    with pytest.raises(ArtifactError, match="there is no such GGUF"):
+    with pytest.raises(ArtifactError, match=r"MergedQ8_0\.gguf"):
         install(run_copy, "m", reporter, quantization="Q8_0", client=server)
     edit(run_copy, "ADAPTER ./adapter\n")
     with pytest.raises(ArtifactError, match="ADAPTER"):
