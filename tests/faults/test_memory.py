@@ -189,7 +189,7 @@ def test_a_kill_by_the_kernel_itself(
     curve, facts, adapter = wide_head("limited", limited.prefix, nproc=processes)
     assert kills is not None and hardware.kills_for_memory() != kills, "the kernel did not kill it"
     printed = capsys.readouterr()
-    assert "the batch is halved from 8 to 4 and the accumulation doubled" in printed.out + printed.err
+    assert "micro-batches of 4 chats" in printed.out + printed.err
     halvings = [int(step) for step in facts["halved_from"].split(",")]
     if halvings != known:  # the process took more than expected, and was killed once more
         known_run = wide_head("known again", halvings=halvings, nproc=processes)
