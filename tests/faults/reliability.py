@@ -15,20 +15,20 @@ from faults.workspace import CHATS, INTERVAL, STEPS
 
 _HEAD = f"""# Reliability
 
-Written by `make faults`: these figures were measured, and a later call adds to them. Each run goes through all
-stages, from chats to Modelfiles, on a random Llama of two layers: {CHATS} chats, {STEPS} training steps
-in fp32 with one thread, dropout and shuffling on, a checkpoint every {INTERVAL} steps and after each epoch; every
-fifth run includes the comparison. A random kill is the signal of a timer of processor time, which ends a process at
-any instruction, and SIGKILL for the rest of its group. `make test-all` has a short form of each row; `make test` has
-the faults that need no repetition: full disks, no inodes, read-only folders, files that lost their tails, damaged
-checkpoints, two runs at once, signals, memory that runs out in training, and a kill at each system call of the writer
-of records.
+`make faults` writes this page from its measurements, and each call adds to the figures. Each run goes through all
+stages, from chats to Modelfiles, on a random Llama of two layers: {CHATS} chats, {STEPS} training steps in fp32 with
+one thread, dropout and shuffling on, a checkpoint every {INTERVAL} steps and after each epoch; every fifth run includes
+the comparison. A random kill is a signal from a timer of processor time, which can end a process at any instruction,
+and SIGKILL for the rest of its group. `make test-all` has a short form of each row; `make test` covers the faults
+that need no repetition: full disks, no inodes, read-only folders, files that lost their tails, damaged
+checkpoints, two runs at once, signals, memory that runs out in training, and a kill at each system call of the
+writer of records.
 """
 
 _TESTED = """## Ordinary tests
 
-`make test` runs these, except tests marked `slow` (`make test-all`) and those of the container, which need a Docker
-engine (`make test-container`). The figures are constants of the tests themselves.
+`make test` runs these tests, except those marked `slow` (`make test-all`) and those of the container, which need a
+Docker engine (`make test-container`). The figures are constants of the tests themselves.
 """
 Row = tuple[str, str, str]
 """A subject, its figure, and the command that shows it."""
@@ -70,7 +70,7 @@ def _kills(tally: Tally) -> list[Row]:
             f"{over} of {tally.steps}; at most {tally.most_lost:.1f} per kill, as the average of a run",
             command,
         ),
-        ("the children of a killed process have ended after", f"{tally.longest:.2f} s at most", command),
+        ("time until the children of a killed process ended", f"{tally.longest:.2f} s at most", command),
     ]
 
 
@@ -84,7 +84,7 @@ def _container(tally: containers.ClientTally) -> list[Row]:
         ("running stage when a run's client was killed", _counts(tally.by_stage), command),
         ("processes left behind in the container (orphans)", f"{tally.orphans}", command),
         (
-            "the last process in the container had ended after",
+            "time until the last process in the container ended",
             f"{tally.longest:.1f} s at most, {mean:.1f} s on average",
             command,
         ),
