@@ -1,4 +1,4 @@
-"""What several test rooms need."""
+"""Fixtures that several folders of tests share."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Says what an ordinary run does not do."""
+    """Report which tests an ordinary run leaves out."""
     if "not container" in config.option.markexpr:
         terminalreporter.write_line("left out: the tests that need a Docker engine; `make test-container` runs them")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left_over() -> Iterator[None]:
-    """Models of llama.cpp that nobody holds go now: it says so on standard error, wherever that happens."""
+    """Free unused llama.cpp models after each module: llama.cpp logs to standard error when one is freed."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="session")
 def reporter() -> PlainReporter:
-    """A reporter that prints plain lines."""
+    """Return a reporter that prints plain lines."""
     return PlainReporter()
 
 
 @pytest.fixture(scope="session")
 def toolchain(reporter: PlainReporter) -> llamacpp.Toolchain:
-    """llama.cpp's converter, fetched the first time."""
+    """Return llama.cpp's converter, downloaded the first time."""
     return llamacpp.ensure(reporter)
 
 
 @pytest.fixture(scope="session")
 def sample_chats() -> Path:
-    """The chats of the sample."""
+    """Return the chats of the example."""
     return SAMPLE / "chats.jsonl"
 
 
@@ -80,7 +80,10 @@ def _configs() -> dict[str, Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
-    """Makes a random model of 2 layers: ``tiny_model(kind, folder, seed=…, dtype=…, shard=…, **config)``."""
+    """Return a function that makes a random model of 2 layers.
+
+    It is called as ``tiny_model(kind, folder, seed=…, dtype=…, shard=…, **config)``.
+    """
 
     def make(
         kind: str, folder: Path | None = None, *, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **more: Any
@@ -126,7 +129,7 @@ def tiny_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny matrices are slower with several threads, and very slow where the cores are shared."""
+    """Use one thread: several are slower on tiny matrices, and very slow where cores are shared."""
     import torch
 
     before = torch.get_num_threads()
@@ -137,8 +140,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def training_room(tmp_path: Path, tiny_model: Callable[..., Any], one_thread: None) -> Callable[..., TrainingFolder]:
-    """Makes a `TrainingFolder`: ``training_room(kind, chats=10, held_out=3, **config)``."""
+def make_training(tmp_path: Path, tiny_model: Callable[..., Any], one_thread: None) -> Callable[..., TrainingFolder]:
+    """Return a function that makes a `TrainingFolder`: ``make_training(kind, chats=10, held_out=3, **config)``."""
 
     def make(kind: str = "llama", *, chats: Any = 10, held_out: Any = 0, **config: Any) -> TrainingFolder:
         tiny_model(kind, tmp_path / "base", **config)
@@ -154,5 +157,5 @@ def training_room(tmp_path: Path, tiny_model: Callable[..., Any], one_thread: No
 
 @pytest.fixture(scope="session")
 def templates_folder(toolchain: llamacpp.Toolchain) -> Path:
-    """llama.cpp's collection of real chat templates."""
+    """Return the folder of llama.cpp's collection of real chat templates."""
     return llamacpp.templates_folder()

@@ -68,8 +68,8 @@ def finish(*children: subprocess.Popen[str], jobs: list[TrainJob]) -> None:
         assert child.wait(timeout=240) == 0, log(job)
 
 
-def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
-    folder = training_room("llama", chats=48, held_out=6)
+def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], make_training: Callable[..., Any]) -> None:
+    folder = make_training("llama", chats=48, held_out=6)
     alone = folder.job("alone", **OPTIONS)
     training.train(alone)
     jobs = jobs_for(folder, hosts)
@@ -90,9 +90,9 @@ def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], trainin
 
 
 def test_a_sharded_base_sends_what_the_formula_says(
-    hosts: tuple[Host, Host], training_room: Callable[..., Any]
+    hosts: tuple[Host, Host], make_training: Callable[..., Any]
 ) -> None:
-    folder = training_room("llama", chats=32, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    folder = make_training("llama", chats=32, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     jobs = [replace(job, epochs=1, sharded=True, checkpoint_steps=0) for job in jobs_for(folder, hosts)]
     children = [start(host, job) for host, job in zip(hosts, jobs, strict=True)]
     finish(*children, jobs=jobs)
@@ -108,9 +108,9 @@ def test_a_sharded_base_sends_what_the_formula_says(
 
 @pytest.mark.slow  # a lost host is noticed only after fifteen seconds
 def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
-    hosts: tuple[Host, Host], training_room: Callable[..., Any]
+    hosts: tuple[Host, Host], make_training: Callable[..., Any]
 ) -> None:
-    folder = training_room("llama", chats=160, held_out=6)
+    folder = make_training("llama", chats=160, held_out=6)
     alone = folder.job("alone", **OPTIONS)
     training.train(alone)
     jobs = jobs_for(folder, hosts)
@@ -128,10 +128,10 @@ def test_a_host_that_is_lost_and_comes_back_costs_one_interval(
 
 
 @pytest.mark.slow  # it measures, and needs an idle machine
-def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], training_room: Callable[..., Any]) -> None:
+def test_a_slow_link_costs_what_the_formula_says(hosts: tuple[Host, Host], make_training: Callable[..., Any]) -> None:
     """With the accumulation that follows from it, the link takes less than a tenth of a step."""
     shape = {"hidden_size": 256, "intermediate_size": 512}
-    folder = training_room("llama", chats=random_chats(4800, 1, 150, 250), **shape)
+    folder = make_training("llama", chats=random_chats(4800, 1, 150, 250), **shape)
 
     def seconds_of_a_step(name: str, **options: Any) -> float:
         jobs = [

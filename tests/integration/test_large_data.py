@@ -77,8 +77,8 @@ def _peak(pid: int) -> float:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_tokens_that_are_larger_than_memory_would_be(processes: int, training_room: Callable[..., Any]) -> None:
-    training = training_room("llama", chats=80, held_out=0)
+def test_tokens_that_are_larger_than_memory_would_be(processes: int, make_training: Callable[..., Any]) -> None:
+    training = make_training("llama", chats=80, held_out=0)
     options = {"nproc": processes, "batch_size": 8, "epochs": 1}
     small = _peak_megabytes(training.job("small", **options))
     path = training.root / "data" / "train.safetensors"

@@ -110,9 +110,9 @@ def test_its_own_config_for_llama_3_2_1b(
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
-def test_two_hosts_make_what_one_process_makes(training_room: Callable[..., Any]) -> None:
+def test_two_hosts_make_what_one_process_makes(make_training: Callable[..., Any]) -> None:
     """Two processes on each of two hosts; then one lacks its last checkpoint, and gets it from the other host."""
-    folder = training_room("llama", chats=19, held_out=6)
+    folder = make_training("llama", chats=19, held_out=6)
     options = {"epochs": 2, "batch_size": 4}
     alone = folder.job("alone", **options)
     driver.train(alone)

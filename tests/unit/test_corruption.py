@@ -139,8 +139,8 @@ def test_a_damaged_record_is_ignored_or_reads_the_same(context: Context) -> None
     assert same < COUNT / 10  # a blank more or less
 
 
-def test_a_damaged_checkpoint_is_skipped(training_room: Callable[..., Any]) -> None:
-    job = training_room().job()
+def test_a_damaged_checkpoint_is_skipped(make_training: Callable[..., Any]) -> None:
+    job = make_training().job()
     for step in (4, 8):
         checkpointer.save(job, TrainingState(step, 1.5, 2, {"x": torch.full((16, 4), float(step))}))
     newest = Path(job.checkpoints) / "step-00000008"

@@ -1,4 +1,4 @@
-"""The engines: each is found by its name, and nothing outside names one."""
+"""Engines are looked up by name, and only the registry compares names of engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared tokens: their content and order, and padding changes nothing."""
+"""Content and order of prepared tokens; padding does not change the loss."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_each_position_predicts_the_next_token(tokens: PreparedTokens) -> None:
         for position, target in zip(batch.positions, targets, strict=True)
         if target != IGNORED
     }
-    # The label at the beginning of chat 3 has nothing before it and is left out.
+    # The label on the first token of chat 3 is skipped: no token precedes it.
     assert predicted == {(0, 1): 7, (0, 2): 8, (1, 0): 12, (1, 3): 15, (1, 4): 16, (2, 0): 18}
     assert batch.labels == len(predicted)
     for row, index in enumerate((0, 2, 3)):
@@ -85,7 +85,7 @@ def test_an_epoch_holds_each_chat_once(size: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(4))
-def test_an_epoch_can_be_entered_at_any_step(first: int) -> None:
+def test_an_epoch_can_start_at_any_step(first: int) -> None:
     assert list(epoch_steps(len(CHATS), 1, 5, 2, first)) == list(epoch_steps(len(CHATS), 1, 5, 2))[first:]
 
 
@@ -120,8 +120,8 @@ def test_a_damaged_file_is_reported(tmp_path: Path, tokens: PreparedTokens, dama
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
-def test_padding_never_changes_the_loss(kind: str, training_room: Callable[..., Any]) -> None:
-    job = training_room(kind).job()
+def test_padding_never_changes_the_loss(kind: str, make_training: Callable[..., Any]) -> None:
+    job = make_training(kind).job()
     model, tokens = TransformersModel(job, "cpu"), PreparedTokens.load(Path(job.data) / "train.safetensors")
     lengths = [tokens.chat_length(index) for index in range(8)]
     assert min(lengths) < max(lengths)

@@ -1,4 +1,4 @@
-"""How many steps a training has, and how many chats a step has by default."""
+"""The number of warmup steps, and the default number of chats per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or invisible, the newest whole one counts, and it must belong to the job."""
+"""A checkpoint is complete or invisible; training resumes from the newest complete one of the same job."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kolotune.foundation.errors import TrainingError
 
 
 @pytest.fixture
-def job(training_room: Callable[..., Any]) -> TrainJob:
-    made: TrainJob = training_room().job()
-    return made
+def job(make_training: Callable[..., Any]) -> TrainJob:
+    new_job: TrainJob = make_training().job()
+    return new_job
 
 
 def _save(job: TrainJob, *steps: int) -> None:
@@ -48,24 +48,26 @@ def test_a_checkpoint_survives_a_round_trip(job: TrainJob) -> None:
 
 
 @pytest.fixture
-def together() -> Iterator[None]:
-    """A process group, of one process."""
+def process_group() -> Iterator[None]:
+    """Start a process group of one process."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("with_others", [False, True])
-def test_it_is_pytorch_s_distributed_checkpoint(
-    with_others: bool, job: TrainJob, request: pytest.FixtureRequest, recwarn: pytest.WarningsRecorder
+@pytest.mark.parametrize("distributed", [False, True])
+def test_it_is_a_pytorch_distributed_checkpoint(
+    distributed: bool, job: TrainJob, request: pytest.FixtureRequest, recwarn: pytest.WarningsRecorder
 ) -> None:
-    if with_others:
-        request.getfixturevalue("together")
+    if distributed:
+        request.getfixturevalue("process_group")
     tensors = {"a.weight": torch.rand(3, 4), "optimizer.step.": torch.tensor(3.0), "rng.cpu": torch.get_rng_state()}
     tensors |= {"b": torch.rand(2, 2).bfloat16()}
     checkpointer.save(job, TrainingState(1, tensors=tensors))
-    assert not [each for each in recwarn if "distributed" in str(each.message)], "nothing for the user"
-    assert (_folder(job, 1) / "model.safetensors.index.json").is_file() == with_others, "PyTorch's writer makes one"
+    assert not [each for each in recwarn if "distributed" in str(each.message)], (
+        "PyTorch's warning must not reach the user"
+    )
+    assert (_folder(job, 1) / "model.safetensors.index.json").is_file() == distributed, "PyTorch's writer adds an index"
     state = checkpointer.newest(job)
     read = {name: torch.zeros_like(each) for name, each in tensors.items()}
     state_dict_loader.load(read, storage_reader=HuggingFaceStorageReader(str(_folder(job, 1))), no_dist=True)
@@ -73,17 +75,17 @@ def test_it_is_pytorch_s_distributed_checkpoint(
     assert all(torch.equal(each[name], tensors[name]) for each in (read, state.tensors) for name in tensors)
 
 
-def test_write_errors_are_the_same_with_several_processes(together: None, tmp_path: Path) -> None:
+def test_write_errors_are_the_same_with_several_processes(process_group: None, tmp_path: Path) -> None:
     (tmp_path / TENSORS).mkdir()
     with pytest.raises(IsADirectoryError):
         checkpointer._write({"x": torch.ones(2)}, tmp_path)
 
 
-def test_none_at_first(job: TrainJob) -> None:
+def test_a_new_job_has_no_checkpoint(job: TrainJob) -> None:
     assert checkpointer.newest(job) is None
 
 
-def test_two_are_kept_by_number_not_by_time(job: TrainJob) -> None:
+def test_the_two_with_the_highest_steps_are_kept(job: TrainJob) -> None:
     _save(job, 9, 100, 20, 11)
     assert sorted(each.name for each in Path(job.checkpoints).iterdir()) == ["step-00000020", "step-00000100"]
     state = checkpointer.newest(job)
@@ -101,7 +103,7 @@ def _flip(path: Path) -> None:
 
 
 def _copy(folder: Path, *names: str) -> None:
-    """Replace these files by those of a checkpoint of another step."""
+    """Replace these files with those of the checkpoint of step 2."""
     other = folder.with_name("step-00000002")
     for name in names:
         (folder / name).write_bytes((other / name).read_bytes())
@@ -138,7 +140,7 @@ def test_a_damaged_checkpoint_is_skipped(job: TrainJob, damage: str) -> None:
     assert checkpointer.newest(job) is None
 
 
-def test_a_half_written_one_is_invisible(job: TrainJob) -> None:
+def test_a_partial_checkpoint_is_ignored(job: TrainJob) -> None:
     _save(job, 4)
     unfinished = Path(job.checkpoints) / ".step-00000008.partial"
     unfinished.mkdir()
@@ -147,7 +149,7 @@ def test_a_half_written_one_is_invisible(job: TrainJob) -> None:
     assert state is not None and state.step == 4
 
 
-OTHERS: dict[str, Any] = {
+CHANGES: dict[str, Any] = {
     "learning_rate": 1e-3, "batch_size": 3, "gradient_accumulation": 2, "seed": 8, "lora_rank": 8, "lora_alpha": 9.0,
     "lora_dropout": 0.2, "dtype": "bf16", "scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 0.5,
     "target_modules": ["q_proj"], "base_sha256": "other", "data_sha256": "other", "warmup_steps": 3,
@@ -155,15 +157,15 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_one_of_other_settings_is_refused_by_name(job: TrainJob, name: str) -> None:
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_refused_by_name(job: TrainJob, name: str) -> None:
     _save(job, 4)
     with pytest.raises(TrainingError, match=rf" {name}$") as caught:
-        checkpointer.newest(dataclasses.replace(job, **{name: OTHERS[name]}))
+        checkpointer.newest(dataclasses.replace(job, **{name: CHANGES[name]}))
     assert "--use-checkpoint" in caught.value.hint
 
 
-def test_all_that_differs_is_named(job: TrainJob) -> None:
+def test_every_changed_setting_is_named(job: TrainJob) -> None:
     _save(job, 4)
     with pytest.raises(TrainingError, match="lora_rank, seed"):
         checkpointer.newest(dataclasses.replace(job, seed=1, lora_rank=1))
@@ -174,12 +176,12 @@ def test_all_that_differs_is_named(job: TrainJob) -> None:
     [{"epochs": 9}, {"early_stopping": 3}, {"checkpoint_steps": 1}, {"resume": True}, {"base_model": "moved"},
      {"adapter": "a", "metrics": "m", "data": "d"}],
 )  # fmt: skip
-def test_what_may_differ(job: TrainJob, more: dict[str, Any]) -> None:
+def test_settings_that_may_change(job: TrainJob, more: dict[str, Any]) -> None:
     _save(job, 4)
     assert checkpointer.newest(dataclasses.replace(job, **more)) is not None
 
 
-def test_the_job_is_a_file(job: TrainJob, tmp_path: Path) -> None:
+def test_a_job_survives_a_round_trip(job: TrainJob, tmp_path: Path) -> None:
     job.write(tmp_path / "job.json")
     assert TrainJob.read(tmp_path / "job.json") == job
     facts = json.loads((tmp_path / "job.json").read_text(encoding="utf-8"))

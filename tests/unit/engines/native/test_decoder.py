@@ -1,4 +1,4 @@
-"""The hand-written step and transformers with autograd have the same losses and gradients."""
+"""The hand-written training step computes the losses and gradients of transformers with autograd."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_config import ModelConfig, read_model_config
 
-Room = Callable[..., Any]
+MakeTraining = Callable[..., Any]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -45,32 +45,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(params=[False, True], ids=["plain", "compiled"])
 def compiled(request: pytest.FixtureRequest) -> bool:
-    """Whether the step's elementwise parts are compiled; every test runs with both."""
+    """Return whether the compiled kernels are used; tests run both with and without them."""
     if request.param and build.reason_unavailable():
         pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
     return bool(request.param)
 
 
-def chats_of(seed: int, count: int, beginning: int, longest: int) -> list[tuple[list[int], list[int]]]:
-    """Random chats after a prefix that all of them share, with labels at several positions."""
+def chats_of(seed: int, count: int, prefix: int, longest: int) -> list[tuple[list[int], list[int]]]:
+    """Return random chats that share a prefix of `prefix` tokens, with labels at random positions."""
     dice = random.Random(seed)
-    shared = [dice.randrange(96) for _ in range(beginning)]
+    shared = [dice.randrange(96) for _ in range(prefix)]
     chats = []
     for _ in range(count):
         own = [dice.randrange(96) for _ in range(dice.randint(3, longest))]
-        labels = [0] * (beginning + 1) + [int(dice.random() < 0.6) for _ in own[1:]]
+        labels = [0] * (prefix + 1) + [int(dice.random() < 0.6) for _ in own[1:]]
         chats.append((shared + own, labels))
     return chats
 
 
 def pair_of(job: TrainJob) -> tuple[PackedModel, TransformersModel]:
-    """The same model with the same nonzero adapters, in both implementations."""
+    """Return both implementations of one model, with the same nonzero adapters."""
     packed, plain = PackedModel(job), TransformersModel(job, "cpu")
     assert list(packed.adapters) == list(plain.adapters)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, pair in packed.adapters.items():
-            assert torch.equal(pair.lora_A, plain.adapters[name].lora_A), "both draw the same"
+            assert torch.equal(pair.lora_A, plain.adapters[name].lora_A), "both start from the same random numbers"
             pair.lora_B.normal_(std=0.05)
             plain.adapters[name].lora_B.copy_(pair.lora_B)
     packed.updated()
@@ -103,31 +103,31 @@ def compare(job: TrainJob, packed: PackedModel, plain: TransformersModel, share:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("beginning", [0, 12])
-def test_losses_and_gradients_are_those_of_transformers(
-    kind: str, beginning: int, training_room: Room, compiled: bool
+@pytest.mark.parametrize("prefix", [0, 12])
+def test_losses_and_gradients_equal_those_of_transformers(
+    kind: str, prefix: int, make_training: MakeTraining, compiled: bool
 ) -> None:
     name, more = MODELS[kind]
-    job = training_room(name, chats=chats_of(beginning, 7, beginning, 30), **more).job(compile=compiled)
+    job = make_training(name, chats=chats_of(prefix, 7, prefix, 30), **more).job(compile=compiled)
     assert isinstance(open_model(job, "cpu", 100), PackedModel)
     compare(job, *pair_of(job))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_batches(seed: int, training_room: Room, compiled: bool) -> None:
-    """Random shared prefixes, lengths, labels, ranks and targets, with and without sharing."""
+def test_random_batches(seed: int, make_training: MakeTraining, compiled: bool) -> None:
+    """Vary prefixes, lengths, labels, ranks and targets at random, with and without prefix sharing."""
     dice = random.Random(seed)
     chats = chats_of(seed, dice.randint(1, 12), dice.choice([0, 3, 8, 40]), dice.choice([4, 60, 200]))
     targets = dice.choice([["all-linear"], ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj", "k_proj"]])
-    job = training_room(chats=chats).job(compile=compiled, lora_rank=dice.choice([1, 4, 40]), target_modules=targets)
+    job = make_training(chats=chats).job(compile=compiled, lora_rank=dice.choice([1, 4, 40]), target_modules=targets)
     compare(job, *pair_of(job), share=dice.random() < 0.7)
 
 
 def test_long_chats_take_the_other_attention(
-    training_room: Room, monkeypatch: pytest.MonkeyPatch, compiled: bool
+    make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
-    """They share no prefix. The compiled attention is the same for all lengths."""
-    job = training_room(chats=chats_of(3, 6, 10, 90)).job(compile=compiled)
+    """Long chats share no prefix. The compiled attention handles all lengths alike."""
+    job = make_training(chats=chats_of(3, 6, 10, 90)).job(compile=compiled)
     monkeypatch.setattr(sequence_packing, "LONG", 40)
     used = []
     forward = attention.LongAttention.forward
@@ -137,8 +137,8 @@ def test_long_chats_take_the_other_attention(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_recomputing_activations_changes_no_bit(dropout: float, training_room: Room, compiled: bool) -> None:
-    job = training_room(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
+def test_recomputing_activations_changes_no_bit(dropout: float, make_training: MakeTraining, compiled: bool) -> None:
+    job = make_training(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     results = []
     for recompute in (False, True):
@@ -151,9 +151,9 @@ def test_recomputing_activations_changes_no_bit(dropout: float, training_room: R
     assert all(torch.equal(results[0][1][name], each) for name, each in results[1][1].items())
 
 
-def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room) -> None:
-    """The mean loss over many masks is close to that without dropout; a single one is not."""
-    job = training_room(chats=chats_of(5, 4, 0, 20)).job(lora_dropout=0.3)
+def test_dropout_has_the_right_mean_and_is_off_in_evaluation(make_training: MakeTraining) -> None:
+    """Averaged over many masks, the loss is close to that without dropout; that of a single mask is not."""
+    job = make_training(chats=chats_of(5, 4, 0, 20)).job(lora_dropout=0.3)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
     exact = model.loss(tokens, range(4))
@@ -164,9 +164,9 @@ def test_dropout_has_the_right_mean_and_is_off_in_evaluation(training_room: Room
     assert abs(sum(draws) / 200 - exact) < 3 * spread
 
 
-def test_dropout_gradients_match_a_finite_difference(training_room: Room, compiled: bool) -> None:
-    """The finite difference is along a random direction, with fixed random numbers."""
-    job = training_room(chats=chats_of(5, 3, 0, 20)).job(compile=compiled, lora_dropout=0.3)
+def test_dropout_gradients_match_a_finite_difference(make_training: MakeTraining, compiled: bool) -> None:
+    """Take the finite difference along a random direction, with fixed random numbers."""
+    job = make_training(chats=chats_of(5, 3, 0, 20)).job(compile=compiled, lora_dropout=0.3)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model, _ = pair_of(job)
 
@@ -197,11 +197,11 @@ def test_dropout_gradients_match_a_finite_difference(training_room: Room, compil
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
 
 
-def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
-    room = training_room(chats=chats_of(6, 6, 12, 40))
-    tokens = PreparedTokens.load(Path(room.job(compile=compiled).data) / "train.safetensors")
-    exact, _ = pair_of(room.job(compile=compiled))
-    rough, plain = pair_of(room.job(dtype="bf16", compile=compiled))
+def test_bf16_stays_near_fp32(make_training: MakeTraining, compiled: bool) -> None:
+    folder = make_training(chats=chats_of(6, 6, 12, 40))
+    tokens = PreparedTokens.load(Path(folder.job(compile=compiled).data) / "train.safetensors")
+    exact, _ = pair_of(folder.job(compile=compiled))
+    rough, plain = pair_of(folder.job(dtype="bf16", compile=compiled))
     loss = exact.loss(tokens, range(6))
     assert rough.loss(tokens, range(6)) == pytest.approx(loss, rel=0.02)
     assert plain.loss(tokens, range(6)) == pytest.approx(loss, rel=0.02)
@@ -217,31 +217,33 @@ def test_bf16_stays_near_fp32(training_room: Room, compiled: bool) -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "window"),
     ],
 )
-def test_other_models_are_computed_by_transformers(kind: str, more: Any, reason: str, training_room: Room) -> None:
-    room = training_room(kind, **more)
-    assert reason in supported_models.reason_unsupported(room.root / "base", 100)
-    model = open_model(room.job(), "cpu", 100)
+def test_other_models_are_computed_by_transformers(
+    kind: str, more: Any, reason: str, make_training: MakeTraining
+) -> None:
+    folder = make_training(kind, **more)
+    assert reason in supported_models.reason_unsupported(folder.root / "base", 100)
+    model = open_model(folder.job(), "cpu", 100)
     assert isinstance(model, TransformersModel)
-    tokens = PreparedTokens.load(Path(room.job().data) / "train.safetensors")
+    tokens = PreparedTokens.load(Path(folder.job().data) / "train.safetensors")
     assert model.loss(tokens, [0]) > 0
 
 
-def test_a_model_without_linear_layers_is_refused(training_room: Room) -> None:
-    room = training_room("gpt2")
-    assert "gpt2" in supported_models.reason_unsupported(room.root / "base", 100)
+def test_a_model_without_linear_layers_is_refused(make_training: MakeTraining) -> None:
+    folder = make_training("gpt2")
+    assert "gpt2" in supported_models.reason_unsupported(folder.root / "base", 100)
     with pytest.raises(ConfigError, match="no linear layer"):
-        open_model(room.job(), "cpu", 100)
+        open_model(folder.job(), "cpu", 100)
 
 
-def test_a_window_wider_than_the_chats_is_none(training_room: Room) -> None:
-    base = training_room("mistral", sliding_window=64).root / "base"
+def test_a_window_wider_than_the_chats_is_ignored(make_training: MakeTraining) -> None:
+    base = make_training("mistral", sliding_window=64).root / "base"
     assert supported_models.reason_unsupported(base, 64) == "" and "window" in supported_models.reason_unsupported(
         base, 65
     )
 
 
 @pytest.mark.parametrize("rotary", [LLAMA3, LINEAR, {"rope_type": "default", "rope_theta": 1e6}])
-def test_frequencies_are_those_of_transformers(rotary: Any, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_frequencies_equal_those_of_transformers(rotary: Any, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, rope_parameters=rotary)
     config = read_model_config(tmp_path)
     torch.testing.assert_close(llama.frequencies(config.rotary, 16), model.model.rotary_emb.inv_freq)
@@ -253,8 +255,8 @@ def test_frequencies_are_those_of_transformers(rotary: Any, tiny_model: Callable
     torch.testing.assert_close(llama.frequencies(older.rotary, 16), model.model.rotary_emb.inv_freq)
 
 
-def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> None:
-    job = training_room(chats=chats_of(7, 60, 5, 200)).job()
+def test_groups_hold_each_chat_once_within_the_budget(make_training: MakeTraining) -> None:
+    job = make_training(chats=chats_of(7, 60, 5, 200)).job()
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     groups = group_by_length(tokens, range(60))
     assert sorted(index for group in groups for index in group) == list(range(60))
@@ -263,9 +265,9 @@ def test_groups_hold_each_chat_once_within_the_budget(training_room: Room) -> No
     assert [len(group) for group in group_by_length(tokens, range(4), budget=10)] == [1, 1, 1, 1]
 
 
-def test_a_shared_prefix_is_computed_once(training_room: Room) -> None:
+def test_a_shared_prefix_is_computed_once(make_training: MakeTraining) -> None:
     chats = chats_of(8, 5, 20, 10)
-    job = training_room(chats=chats).job()
+    job = make_training(chats=chats).job()
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     packed = pack(tokens, range(5), share=True)
     assert packed.prefix >= 20 and len(packed.ids) == packed.prefix + sum(packed.lengths)
@@ -277,12 +279,12 @@ def test_a_shared_prefix_is_computed_once(training_room: Room) -> None:
     assert torch.stack([packed.ids[packed.label_positions], packed.targets], 1).tolist() == pairs
     assert pack(tokens, [2], share=True).prefix == 0
     labelled = dataclasses.replace(tokens, labelled=torch.ones_like(tokens.labelled))
-    assert pack(labelled, range(5), share=True).prefix == 0, "a label on the beginning is each chat's own"
+    assert pack(labelled, range(5), share=True).prefix == 0, "a label on the prefix is each chat's own"
 
 
-def test_chats_without_labels_add_nothing(training_room: Room, compiled: bool) -> None:
+def test_chats_without_labels_add_nothing(make_training: MakeTraining, compiled: bool) -> None:
     chats = [(ids, [0] * len(ids)) for ids, _ in chats_of(9, 3, 0, 10)]
-    job = training_room(chats=chats).job(compile=compiled)
+    job = make_training(chats=chats).job(compile=compiled)
     tokens, model = PreparedTokens.load(Path(job.data) / "train.safetensors"), PackedModel(job)
     assert model.loss(tokens, range(3)) == 0.0 and model.backward(tokens, range(3), 1.0) == 0.0
     assert model.flat.parameter.grad is not None and not model.flat.parameter.grad.any()

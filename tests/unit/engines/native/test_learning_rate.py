@@ -17,7 +17,7 @@ JUDGES = {
 
 @pytest.mark.parametrize("kind", JUDGES)
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 0), (20, 1), (20, 5), (1, 0), (7, 7), (7, 9), (300, 30)])
-def test_equal_to_transformers(kind: str, steps: int, warmup: int) -> None:
+def test_rates_equal_those_of_transformers(kind: str, steps: int, warmup: int) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     judge = JUDGES[kind](optimizer, warmup, steps)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""LoRA layers; PEFT loads the saved adapter and computes the same with it."""
+"""LoRA layers: PEFT loads the saved adapter and gets the same results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from kolotune.foundation.errors import ConfigError
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def _shaken(model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 6.0) -> dict[str, lora.LoraLinear]:
-    """Adapters with nonzero weights."""
+def _random_adapters(
+    model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 6.0
+) -> dict[str, lora.LoraLinear]:
+    """Return adapters with nonzero weights."""
     adapters = lora.add_adapters(model, rank, alpha, 0.1, targets)
     with torch.no_grad():
         for adapter in adapters.values():
@@ -86,23 +88,23 @@ def test_unknown_targets_are_refused_by_name(tiny_model: Callable[..., Any], tar
     ("kind", "targets"),
     [("llama", ["all-linear"]), ("llama", ["v_proj", "up_proj"]), ("qwen2", ["all-linear"]), ("gemma", ["all-linear"])],
 )
-def test_peft_computes_the_same_with_what_was_saved(
+def test_peft_gets_the_same_results_from_the_saved_adapter(
     tiny_model: Callable[..., Any], tmp_path: Path, kind: str, targets: list[str]
 ) -> None:
     base = tiny_model(kind, tmp_path / "base")
     model = tiny_model(kind)
-    adapters = _shaken(model, targets)
+    adapters = _random_adapters(model, targets)
     tensors = lora.adapter_tensors(adapters)
     save_adapter(tmp_path / "adapter", tensors, base_name="tiny", rank=4, alpha=6.0, dropout=0.1)
-    judge = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    reference = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.randint(0, 96, (2, 30))
     with torch.no_grad():
         unadapted = tiny_model(kind)(ids).logits
-        ours, theirs = model.eval()(ids).logits, judge(ids).logits
+        ours, theirs = model.eval()(ids).logits, reference(ids).logits
     assert (ours - unadapted).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    # Nothing is left over on either side.
-    state = peft.get_peft_model_state_dict(judge)
+    # Both have the same set of weights.
+    state = peft.get_peft_model_state_dict(reference)
     assert set(state) == set(tensors)
     assert all(torch.equal(state[name], tensors[name]) for name in state)
 
@@ -111,7 +113,7 @@ def test_peft_computes_the_same_with_what_was_saved(
 def test_config_names_the_base_and_the_scale(
     tiny_model: Callable[..., Any], tmp_path: Path, alpha: float, written: float
 ) -> None:
-    tensors = lora.adapter_tensors(_shaken(tiny_model("llama"), ["q_proj"], alpha=alpha))
+    tensors = lora.adapter_tensors(_random_adapters(tiny_model("llama"), ["q_proj"], alpha=alpha))
     save_adapter(tmp_path / "adapter", tensors, base_name="owner/name", rank=4, alpha=alpha, dropout=0.1)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "owner/name"
@@ -120,12 +122,12 @@ def test_config_names_the_base_and_the_scale(
 
 
 def test_tensors_survive_a_round_trip(tiny_model: Callable[..., Any]) -> None:
-    tensors = lora.adapter_tensors(_shaken(tiny_model("llama"), ["all-linear"]))
+    tensors = lora.adapter_tensors(_random_adapters(tiny_model("llama"), ["all-linear"]))
     other = lora.add_adapters(tiny_model("llama"), 4, 6.0, 0.0, ["all-linear"])
     lora.load_tensors(other, tensors)
-    again = lora.adapter_tensors(other)
-    assert all(torch.equal(again[name], each) for name, each in tensors.items())
-    # They are copies: training on does not change what was taken.
+    loaded = lora.adapter_tensors(other)
+    assert all(torch.equal(loaded[name], each) for name, each in tensors.items())
+    # They are copies: further training does not change them.
     with torch.no_grad():
         next(iter(other.values())).lora_A.zero_()
-    assert all(torch.equal(again[name], each) for name, each in tensors.items())
+    assert all(torch.equal(loaded[name], each) for name, each in tensors.items())

@@ -1,4 +1,4 @@
-"""The formulas for memory, compared with the tensors and files of small real trainings."""
+"""Memory formulas compared with the tensors and files of small real training runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.files import size_of
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
-Room = Callable[..., TrainingFolder]
+MakeTraining = Callable[..., TrainingFolder]
 
 
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "down_proj"]])
-def test_adapter_and_checkpoint_sizes_match_the_files(training_room: Room, targets: list[str]) -> None:
-    room = training_room(held_out=3, hidden_size=256, intermediate_size=512)
-    job = room.job(lora_rank=16, target_modules=targets, epochs=3, early_stopping=2)
+def test_adapter_and_checkpoint_sizes_match_the_files(make_training: MakeTraining, targets: list[str]) -> None:
+    folder = make_training(held_out=3, hidden_size=256, intermediate_size=512)
+    job = folder.job(lora_rank=16, target_modules=targets, epochs=3, early_stopping=2)
     trainer = Trainer(job)
     train(job)
-    adapter = AdapterShape.of(read_shape(room.root / "base"), 16, targets)
+    adapter = AdapterShape.of(read_shape(folder.root / "base"), 16, targets)
     assert adapter.weight_count == trainer.parameter.numel()
     assert adapter.file_bytes == pytest.approx(size_of(Path(job.adapter)), rel=0.02)
     checkpoints = sorted(Path(job.checkpoints).iterdir())
@@ -39,35 +39,35 @@ def test_adapter_and_checkpoint_sizes_match_the_files(training_room: Room, targe
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["padded", "long", "compiled"])
-def test_layer_activations_match_the_formula(training_room: Room, dtype: str, attention: str) -> None:
-    """The formula is compared with the bytes of the tensors that a forward pass keeps."""
+def test_layer_activations_match_the_formula(make_training: MakeTraining, dtype: str, attention: str) -> None:
+    """Compare the formula with the bytes of the tensors that a forward pass keeps."""
     compiled = attention == "compiled"
     if compiled and build.reason_unavailable():
         pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
     lengths = (sequence_packing.LONG + 20, sequence_packing.LONG + 60) if attention == "long" else (30, 90)
-    room = training_room(
+    folder = make_training(
         chats=random_chats(4, 1, *lengths), max_position_embeddings=1024, hidden_size=128, intermediate_size=384
     )
-    trainer = Trainer(room.job(dtype=dtype, compile=compiled))
-    tokens = PreparedTokens.load(room.root / "data" / "train.safetensors")
+    trainer = Trainer(folder.job(dtype=dtype, compile=compiled))
+    tokens = PreparedTokens.load(folder.root / "data" / "train.safetensors")
     packed = sequence_packing.pack(tokens, range(len(tokens)), True)
     lengths_of = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
     padded = attention == "padded"
     batch = BatchShape(len(packed.ids), len(lengths_of), max(lengths_of), packed.prefix, packed.labels, padded)
     real = _bytes_kept(trainer.model, packed)
-    shape = read_shape(room.root / "base")
+    shape = read_shape(folder.root / "base")
     adapter = AdapterShape.of(shape, 4, ["all-linear"])
     formula = memory.layer_activation_bytes(shape, adapter, batch, DTYPE_BYTES[dtype])
     assert formula == pytest.approx(real, rel=0.06)
 
 
 @pytest.mark.parametrize(("dtype", "length"), [("fp32", 90), ("bf16", 90), ("bf16", 300)])
-def test_transformers_activations_match_the_formula(training_room: Room, dtype: str, length: int) -> None:
+def test_transformers_activations_match_the_formula(make_training: MakeTraining, dtype: str, length: int) -> None:
     shape_options = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
-    room = training_room(chats=random_chats(4, 1, length, length), max_position_embeddings=512, **shape_options)
-    model = TransformersModel(room.job(dtype=dtype, batch_size=4), "cpu")
+    folder = make_training(chats=random_chats(4, 1, length, length), max_position_embeddings=512, **shape_options)
+    model = TransformersModel(folder.job(dtype=dtype, batch_size=4), "cpu")
     three, two = (_saved_bytes(model.model, layers, 4, length) for layers in (3, 2))
-    shape = read_shape(room.root / "base")
+    shape = read_shape(folder.root / "base")
     batch = BatchShape(4 * length, 4, length, 0, 4, padded=False)
     adapter = AdapterShape.of(shape, 4, ["all-linear"])
     formula = memory.transformers_activation_bytes(shape, adapter, batch, DTYPE_BYTES[dtype])

@@ -1,4 +1,4 @@
-"""Out-of-memory backoff: smaller micro-batches make the same steps, and the same bits when they are repeated."""
+"""Out-of-memory backoff: smaller micro-batches give the same steps, and a repeated run gives the same bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kolotune.engines.native import checkpointer, model, training
 from kolotune.engines.native.memory_errors import is_out_of_memory
 from kolotune.engines.native.trainer import Trainer
 
-Room = Callable[..., Any]
+MakeTraining = Callable[..., Any]
 JOB = {"epochs": 2, "batch_size": 4, "checkpoint_steps": 2}
 
 
@@ -29,17 +29,17 @@ def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
     return dict(load_file(Path(job.adapter) / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("way", ["packed", "plain"])
-def test_a_step_is_the_same_however_few_chats_are_computed_at_once(
-    way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model_kind", ["packed", "plain"])
+def test_smaller_micro_batches_give_the_same_step(
+    model_kind: str, make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "plain":
+    if model_kind == "plain":
         monkeypatch.setattr(model.supported_models, "reason_unsupported", lambda *_: "this test")
-    room = training_room(chats=12, held_out=3)
-    whole = room.job("whole", **JOB)
+    folder = make_training(chats=12, held_out=3)
+    whole = folder.job("whole", **JOB)
     training.train(whole)
     for halvings in ([0], [2], [1, 1], [0, 3]):
-        job = room.job("".join(map(str, halvings)), **JOB, halvings=halvings)
+        job = folder.job("".join(map(str, halvings)), **JOB, halvings=halvings)
         training.train(job)
         assert curve(job) == pytest.approx(curve(whole), abs=1e-5)
         assert losses(Path(job.metrics), "held_out_loss")[6] == pytest.approx(
@@ -47,11 +47,13 @@ def test_a_step_is_the_same_however_few_chats_are_computed_at_once(
         )
 
 
-@pytest.mark.parametrize("way", ["packed", "plain"])
-def test_backoff_halves_the_micro_batch(way: str, training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "plain":
+@pytest.mark.parametrize("model_kind", ["packed", "plain"])
+def test_backoff_halves_the_micro_batch(
+    model_kind: str, make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if model_kind == "plain":
         monkeypatch.setattr(model.supported_models, "reason_unsupported", lambda *_: "this test")
-    trainer = Trainer(training_room(chats=8).job(batch_size=8))
+    trainer = Trainer(make_training(chats=8).job(batch_size=8))
     largest = []
     for trainer.model.backoffs in range(4):
         groups = trainer.model.groups(trainer.tokens, range(8))
@@ -60,23 +62,23 @@ def test_backoff_halves_the_micro_batch(way: str, training_room: Room, monkeypat
     assert largest == [8, 4, 2, 1]
 
 
-def test_backoff_is_reproduced_bit_for_bit(training_room: Room) -> None:
-    """A training resumed after out-of-memory equals one that knows the step beforehand, with dropout too."""
-    room = training_room(chats=12, held_out=3)
+def test_backoff_is_reproduced_bit_for_bit(make_training: MakeTraining) -> None:
+    """Resuming after an out-of-memory error equals a run that knew the step beforehand, also with dropout."""
+    folder = make_training(chats=12, held_out=3)
     options = {**JOB, "lora_dropout": 0.1}
-    halved, told = (room.job(name, **options) for name in ("halved", "told"))
+    halved, known = (folder.job(name, **options) for name in ("halved", "known"))
     training.train(dataclasses.replace(halved, epochs=1))
     state = checkpointer.newest(halved)
     assert state is not None and state.step == 3 and state.halvings == []
     training.train(dataclasses.replace(halved, resume=True, halvings=[0]))
     state = checkpointer.newest(halved)
     assert state is not None and state.halvings == [3]
-    training.train(dataclasses.replace(told, epochs=1))  # whose rate goes down as in the first
-    training.train(dataclasses.replace(told, resume=True, halvings=[3]))
-    assert curve(told) == curve(halved)
-    assert adapter(told).keys() == adapter(halved).keys()
-    assert all(torch.equal(tensor, adapter(halved)[name]) for name, tensor in adapter(told).items())
-    # And once known to the checkpoint, it is what it is, whoever asks.
+    training.train(dataclasses.replace(known, epochs=1))  # one epoch first: the learning rate decays as in `halved`
+    training.train(dataclasses.replace(known, resume=True, halvings=[3]))
+    assert curve(known) == curve(halved)
+    assert adapter(known).keys() == adapter(halved).keys()
+    assert all(torch.equal(tensor, adapter(halved)[name]) for name, tensor in adapter(known).items())
+    # Once it is in the checkpoint, it applies whatever the job says.
     training.train(dataclasses.replace(halved, resume=True, epochs=3, halvings=[]))
     state = checkpointer.newest(halved)
     assert state is not None and state.halvings == [3]

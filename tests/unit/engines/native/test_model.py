@@ -1,4 +1,4 @@
-"""Steps computed by transformers: activations are kept, or recomputed when memory is short."""
+"""Training steps in transformers: activations are kept, or recomputed when memory is short."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kolotune.foundation import hardware
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activations_are_recomputed_when_memory_is_short(
-    training_room: Callable[..., TrainingFolder], dropout: float, monkeypatch: pytest.MonkeyPatch
+    make_training: Callable[..., TrainingFolder], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = training_room("llama", chats=4).job(lora_dropout=dropout)
+    job = make_training("llama", chats=4).job(lora_dropout=dropout)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     model: Any = TransformersModel(job, "cpu")
 
@@ -31,8 +31,8 @@ def test_activations_are_recomputed_when_memory_is_short(
         loss = model.backward(tokens, [0, 1, 2], 0.5)
         return loss, model.flat.parameter.grad.clone(), model.model.is_gradient_checkpointing
 
-    kept, again, halved = step(1 << 34), step(1 << 10), step(1 << 34, halvings=1)
-    assert [each[2] for each in (kept, again, halved)] == [False, True, True]
-    for each in (again, halved):
-        assert each[0] == kept[0] and torch.equal(each[1], kept[1]), "nothing but the memory differs"
+    kept, recomputed, halved = step(1 << 34), step(1 << 10), step(1 << 34, halvings=1)
+    assert [each[2] for each in (kept, recomputed, halved)] == [False, True, True]
+    for each in (recomputed, halved):
+        assert each[0] == kept[0] and torch.equal(each[1], kept[1]), "only the memory differs"
     assert step(1 << 34)[2] is False

@@ -1,4 +1,4 @@
-"""Several processes have the same result as one, also when another number of them resumes."""
+"""Several processes give the same result as one, also when a different number of them resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kolotune.engines.native import launcher, training
 from kolotune.engines.native.process_group import ProcessGroup
 from kolotune.foundation import hardware
 
-Room = Callable[..., Any]
+MakeTraining = Callable[..., Any]
 
 
 def start(job: TrainJob) -> subprocess.Popen[str]:
@@ -36,13 +36,13 @@ def start(job: TrainJob) -> subprocess.Popen[str]:
 
 
 def train(job: TrainJob) -> dict[str, Any]:
-    """Run the engine; return the facts of its result."""
+    """Run the engine and return the facts of its result."""
     child = start(job)
     output, _ = child.communicate()
     assert child.returncode == 0, output
     events = map(event_in, output.splitlines())
     results = [event.facts() for event in events if isinstance(event, TrainingResult)]
-    assert len(results) == 1, "one process tells"
+    assert len(results) == 1, "only one process reports a result"
     return results[0]
 
 
@@ -56,24 +56,24 @@ def adapter(job: TrainJob) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def room(training_room: Room) -> Any:
-    return training_room("llama", chats=37, held_out=7)
+def folder(make_training: MakeTraining) -> Any:
+    return make_training("llama", chats=37, held_out=7)
 
 
 OPTIONS = {"batch_size": 6, "epochs": 3, "checkpoint_steps": 1}
 
 
 @pytest.fixture
-def alone(room: Any) -> TrainJob:
-    """A training in this process."""
-    job: TrainJob = room.job("alone", **OPTIONS)
+def alone(folder: Any) -> TrainJob:
+    """Train in this process and return the job."""
+    job: TrainJob = folder.job("alone", **OPTIONS)
     training.train(job)
     return job
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_the_result_is_that_of_one_process(processes: int, room: Any, alone: TrainJob) -> None:
-    job = room.job(f"by-{processes}", nproc=processes, **OPTIONS)
+def test_the_result_equals_that_of_one_process(processes: int, folder: Any, alone: TrainJob) -> None:
+    job = folder.job(f"by-{processes}", nproc=processes, **OPTIONS)
     assert train(job)["processes"] == processes
     assert figures(job, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
     assert figures(job, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
@@ -82,10 +82,10 @@ def test_the_result_is_that_of_one_process(processes: int, room: Any, alone: Tra
         torch.testing.assert_close(tensor, adapter(alone)[name], atol=2e-3, rtol=1e-3)
 
 
-def test_a_process_that_is_killed_costs_one_interval_and_nothing_else(room: Any) -> None:
-    whole = room.job("whole", nproc=2, lora_dropout=0.1, **OPTIONS)
+def test_a_killed_process_costs_one_checkpoint_interval_only(folder: Any) -> None:
+    whole = folder.job("whole", nproc=2, lora_dropout=0.1, **OPTIONS)
     train(whole)
-    job = dataclasses.replace(room.job("killed", nproc=2, lora_dropout=0.1, **OPTIONS), epochs=whole.epochs)
+    job = dataclasses.replace(folder.job("killed", nproc=2, lora_dropout=0.1, **OPTIONS), epochs=whole.epochs)
     child = start(job)
     checkpoints = Path(job.checkpoints)
     deadline = time.monotonic() + 500
@@ -101,29 +101,31 @@ def test_a_process_that_is_killed_costs_one_interval_and_nothing_else(room: Any)
     ours, theirs = adapter(job), adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     steps = [event.step for event in map(event_in, output.splitlines()) if isinstance(event, StepDone)]
-    assert len(steps) - len(set(steps)) <= 1, "steps that were made twice"
+    assert len(steps) - len(set(steps)) <= 1, "steps that were computed twice"
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_another_number_of_processes_resumes_within_an_epoch(first: int, then: int, room: Any, alone: TrainJob) -> None:
-    job = room.job(f"from-{first}", nproc=first, **OPTIONS)
+def test_a_different_number_of_processes_resumes_within_an_epoch(
+    first: int, then: int, folder: Any, alone: TrainJob
+) -> None:
+    job = folder.job(f"from-{first}", nproc=first, **OPTIONS)
     (train if first > 1 else training.train)(job)
     newest, before = sorted(Path(job.checkpoints).glob("step-*"), reverse=True)
-    shutil.rmtree(newest)  # the end of an epoch
+    shutil.rmtree(newest)  # leaves a checkpoint within an epoch
     assert int(before.name[-2:]) % 7 == 6
     (train if then > 1 else training.train)(dataclasses.replace(job, nproc=then, resume=True))
     assert figures(job, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
-def test_a_sharded_base_makes_the_same_steps(kind: str, training_room: Room) -> None:
-    room = training_room(kind, chats=11, held_out=3)
+def test_a_sharded_base_gives_the_same_steps(kind: str, make_training: MakeTraining) -> None:
+    folder = make_training(kind, chats=11, held_out=3)
     options = {"batch_size": 5, "epochs": 2, "gradient_accumulation": 2}
-    alone, parted = room.job("alone", **options), room.job("parted", nproc=2, sharded=True, **options)
+    alone, sharded = folder.job("alone", **options), folder.job("sharded", nproc=2, sharded=True, **options)
     training.train(alone)
-    train(parted)
-    assert figures(parted, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
-    assert figures(parted, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
+    train(sharded)
+    assert figures(sharded, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
+    assert figures(sharded, "held_out_loss") == pytest.approx(figures(alone, "held_out_loss"), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_a_restarted_process_knows_whether_memory_ran_out(
     assert launcher.was_restarted_for_memory() is expected
 
 
-def test_every_chat_is_in_one_share_and_shares_are_balanced() -> None:
+def test_each_chat_is_in_one_share_and_shares_are_balanced() -> None:
     lengths = {index: 5 + (index * 37) % 90 for index in range(64)}
     indices = list(range(64))
     parts = []

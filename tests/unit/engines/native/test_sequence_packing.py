@@ -1,4 +1,4 @@
-"""The cost of chats."""
+"""How many tokens and logits a group of chats costs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from support.training import write_tokens
 from kolotune.engines.native.sequence_packing import costs
 from kolotune.engines.prepared_tokens import PreparedTokens
 
-BEGINNING = list(range(10))
+PREFIX = list(range(10))
 CHATS = [
-    ([*BEGINNING, 20, 21, 22], [0] * 11 + [1, 1]),
-    ([*BEGINNING, 30, 31, 32, 33, 34], [0] * 11 + [1, 0, 1, 0]),
-    ([*BEGINNING, 40], [0] * 11),
+    ([*PREFIX, 20, 21, 22], [0] * 11 + [1, 1]),
+    ([*PREFIX, 30, 31, 32, 33, 34], [0] * 11 + [1, 0, 1, 0]),
+    ([*PREFIX, 40], [0] * 11),
 ]
 
 
@@ -22,6 +22,6 @@ CHATS = [
 def test_a_shared_prefix_and_tokens_after_the_last_label_cost_nothing(tmp_path: Path, share: bool, prefix: int) -> None:
     file = tmp_path / "train.safetensors"
     write_tokens(file, CHATS)
-    # Of each what stands before its last label, and a logit for each label; the third has none.
+    # For each chat the tokens before its last label, and one logit per label; the third chat has no label.
     expected = {0: 12 - prefix + 2 * 0.5, 1: 13 - prefix + 2 * 0.5, 2: 0}
     assert costs(PreparedTokens.load(file), range(3), share, 0.5) == expected

@@ -1,4 +1,4 @@
-"""The native engine compared with a plain loop of PEFT and transformers, and with itself after interruptions."""
+"""The native engine compared with a plain PEFT training loop, and with itself after interruptions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError, TrainingError
 from kolotune.runners import child_process
 
-Room = Callable[..., Any]
+MakeTraining = Callable[..., Any]
 
 
 def losses(job: TrainJob, key: str = "loss") -> dict[int, float]:
-    """Read step → loss from the metrics file."""
+    """Return the losses by step, from the metrics file."""
     lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
     found = [(line["step"], line[key]) for line in lines if key in line]
-    assert len(dict(found)) == len(found), "a step stands there twice"
+    assert len(dict(found)) == len(found), "a step appears twice"
     return dict(found)
 
 
@@ -51,36 +51,36 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_loss_curve_is_that_of_a_plain_loop(kind: str, accumulation: int, training_room: Room) -> None:
-    # 10 steps an epoch; the last is smaller than the others.
-    room = training_room(kind, chats=20 * accumulation - 1)
-    job = room.job(epochs=2, gradient_accumulation=accumulation)
-    initial = room.job("initial", epochs=0, gradient_accumulation=accumulation)
+def test_the_loss_curve_equals_that_of_a_plain_loop(kind: str, accumulation: int, make_training: MakeTraining) -> None:
+    # 10 steps per epoch; the last one is smaller.
+    folder = make_training(kind, chats=20 * accumulation - 1)
+    job = folder.job(epochs=2, gradient_accumulation=accumulation)
+    initial = folder.job("initial", epochs=0, gradient_accumulation=accumulation)
     training.train(initial)
     training.train(job)
     curve, weights = plain_loop(job, Path(initial.adapter))
     ours = list(losses(job).values())
     assert len(ours) == len(curve) == 20
-    assert ours[0] - min(ours) > 0.5, "it must have learnt something, or the comparison says nothing"
+    assert ours[0] - min(ours) > 0.5, "nothing was learnt, so the comparison proves nothing"
     assert ours == pytest.approx(curve, abs=1e-4)
     assert weights.keys() == adapter(job).keys()
     for name, tensor in adapter(job).items():
-        # AdamW makes steps of the rate's size (5e-3) also of gradients that are all rounding.
+        # AdamW takes steps as large as the learning rate (5e-3) even where gradients are mere rounding errors.
         torch.testing.assert_close(tensor, weights[name], atol=2e-3, rtol=1e-3)
 
 
-def test_the_rate_is_that_of_the_schedule(training_room: Room) -> None:
-    job = training_room().job(epochs=4, scheduler_type="linear", warmup_steps=5)
+def test_the_learning_rate_follows_the_schedule(make_training: MakeTraining) -> None:
+    job = make_training().job(epochs=4, scheduler_type="linear", warmup_steps=5)
     training.train(job)
     rates = list(losses(job, "learning_rate").values())
     assert rates == pytest.approx([5e-3 * (step / 5 if step < 5 else (20 - step) / 15) for step in range(20)])
 
 
-def test_accumulation_is_the_same_as_a_larger_batch(training_room: Room) -> None:
-    room = training_room(chats=11)
+def test_accumulation_is_the_same_as_a_larger_batch(make_training: MakeTraining) -> None:
+    folder = make_training(chats=11)
     jobs = [
-        room.job("once", batch_size=6, gradient_accumulation=1),
-        room.job("thrice", batch_size=2, gradient_accumulation=3),
+        folder.job("once", batch_size=6, gradient_accumulation=1),
+        folder.job("thrice", batch_size=2, gradient_accumulation=3),
     ]
     for job in jobs:
         training.train(job)
@@ -90,7 +90,7 @@ def test_accumulation_is_the_same_as_a_larger_batch(training_room: Room) -> None
 # --- resuming
 
 
-ROOM = {"chats": 10, "held_out": 4}
+CHATS = {"chats": 10, "held_out": 4}
 # 3 epochs of 5 steps, a checkpoint every second step and at each epoch's end, the best one kept.
 JOB = {"epochs": 3, "lora_dropout": 0.1, "checkpoint_steps": 2, "early_stopping": 9}
 
@@ -100,7 +100,7 @@ class _Stop(Exception):
 
 
 def train_until(job: TrainJob, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, and crash after step `step`, before its checkpoint is written."""
+    """Train and crash after step `step`, before its checkpoint is written."""
 
     def emit(event: TrainingEvent) -> None:
         if isinstance(event, StepDone) and event.step == step:
@@ -114,15 +114,15 @@ def train_until(job: TrainJob, step: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_interrupted_at_any_step_gives_the_same_bits(
-    every: int, training_room: Room, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    every: int, make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room = training_room(**ROOM)
+    folder = make_training(**CHATS)
     options = {**JOB, "checkpoint_steps": every}
-    whole = room.job("whole", **options)
+    whole = folder.job("whole", **options)
     training.train(whole)
     saved = [step for step in range(1, 16) if step % every == 0 or step % 5 == 0]
     for step in range(1, 16):
-        broken = room.job(f"broken-{step}", **options)
+        broken = folder.job(f"broken-{step}", **options)
         train_until(broken, step, monkeypatch)
         assert not Path(broken.adapter).exists()
         torch.manual_seed(step)
@@ -143,9 +143,9 @@ def start(job: TrainJob) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
-    room = training_room(**ROOM)
-    whole, broken = room.job("whole", **JOB), room.job("broken", **JOB)
+def test_killed_twice_gives_the_same_bits(make_training: MakeTraining) -> None:
+    folder = make_training(**CHATS)
+    whole, broken = folder.job("whole", **JOB), folder.job("broken", **JOB)
     training.train(whole)
     for step in (4, 11):
         child = start(dataclasses.replace(broken, resume=True))
@@ -169,10 +169,14 @@ def test_killed_twice_gives_the_same_bits(training_room: Room) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [("tensors", TENSORS), ("facts", "state.json")])
 def test_a_damaged_newest_checkpoint_costs_steps_only(
-    kind: str, name: str, training_room: Room, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    name: str,
+    make_training: MakeTraining,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    room = training_room(**ROOM)
-    whole, broken = room.job("whole", **JOB), room.job("broken", **JOB)
+    folder = make_training(**CHATS)
+    whole, broken = folder.job("whole", **JOB), folder.job("broken", **JOB)
     training.train(whole)
     train_until(broken, 7, monkeypatch)
     file = Path(broken.checkpoints) / "step-00000006" / name
@@ -183,10 +187,14 @@ def test_a_damaged_newest_checkpoint_costs_steps_only(
     assert same(adapter(broken), adapter(whole)) and losses(broken) == losses(whole)
 
 
-def test_more_epochs_after_the_end(training_room: Room) -> None:
-    room = training_room(**ROOM)
-    options = {**JOB, "scheduler_type": "constant", "warmup_steps": 2}  # a rate that the number of epochs can't change
-    long, short = room.job("long", **options), room.job("short", **{**options, "epochs": 1})
+def test_more_epochs_after_the_end(make_training: MakeTraining) -> None:
+    folder = make_training(**CHATS)
+    options = {
+        **JOB,
+        "scheduler_type": "constant",
+        "warmup_steps": 2,
+    }  # the rate must not depend on the number of epochs
+    long, short = folder.job("long", **options), folder.job("short", **{**options, "epochs": 1})
     training.train(long)
     training.train(short)
     assert not same(adapter(short), adapter(long))
@@ -195,31 +203,31 @@ def test_more_epochs_after_the_end(training_room: Room) -> None:
     assert losses(short) == losses(long)
 
 
-def test_resuming_at_the_end_changes_nothing(training_room: Room) -> None:
-    job = training_room(**ROOM).job(**JOB)
+def test_resuming_at_the_end_changes_nothing(make_training: MakeTraining) -> None:
+    job = make_training(**CHATS).job(**JOB)
     training.train(job)
     before, curve = adapter(job), losses(job)
     training.train(dataclasses.replace(job, resume=True))
     assert same(adapter(job), before) and losses(job) == curve
 
 
-def test_fewer_epochs_than_are_done_are_refused(training_room: Room) -> None:
-    job = training_room(**ROOM).job(**JOB)
+def test_fewer_epochs_than_already_done_are_refused(make_training: MakeTraining) -> None:
+    job = make_training(**CHATS).job(**JOB)
     training.train(job)
     with pytest.raises(TrainingError, match="step 15"):
         training.train(dataclasses.replace(job, epochs=1, resume=True))
 
 
-def test_other_settings_are_refused_and_nothing_is_lost(training_room: Room) -> None:
-    job = training_room(**ROOM).job(**JOB)
+def test_other_settings_are_refused_and_nothing_is_lost(make_training: MakeTraining) -> None:
+    job = make_training(**CHATS).job(**JOB)
     training.train(job)
     with pytest.raises(TrainingError, match="learning_rate, lora_rank"):
         training.train(dataclasses.replace(job, resume=True, lora_rank=2, learning_rate=1.0))
     assert checkpointer.newest(job) is not None
 
 
-def test_without_resume_a_training_starts_from_scratch(training_room: Room) -> None:
-    job = training_room(**ROOM).job(**JOB)
+def test_without_resume_a_training_starts_from_scratch(make_training: MakeTraining) -> None:
+    job = make_training(**CHATS).job(**JOB)
     training.train(job)
     before = adapter(job)
     training.train(job)
@@ -231,8 +239,8 @@ def test_without_resume_a_training_starts_from_scratch(training_room: Room) -> N
 # --- what goes wrong
 
 
-def test_a_rate_too_high_keeps_the_state_before(training_room: Room) -> None:
-    job = training_room(chats=20).job(learning_rate=1e30, warmup_steps=2, scheduler_type="constant", max_grad_norm=0.0)
+def test_a_learning_rate_that_is_too_high_keeps_the_state_before(make_training: MakeTraining) -> None:
+    job = make_training(chats=20).job(learning_rate=1e30, warmup_steps=2, scheduler_type="constant", max_grad_norm=0.0)
     with pytest.raises(TrainingError, match="not finite") as caught:
         training.train(job)
     assert "--learning-rate" in caught.value.hint
@@ -242,11 +250,13 @@ def test_a_rate_too_high_keeps_the_state_before(training_room: Room) -> None:
     assert not Path(job.adapter).exists()
 
 
-def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The failing step after step 3 must not change weights, optimizer or random numbers."""
-    room = training_room(**ROOM)
+def test_the_kept_state_is_from_before_the_failing_step(
+    make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failing step must not change weights, optimizer or random numbers."""
+    folder = make_training(**CHATS)
     options = {**JOB, "checkpoint_steps": 3}
-    clean, poisoned = room.job("clean", **options), room.job("poisoned", **options)
+    clean, poisoned = folder.job("clean", **options), folder.job("poisoned", **options)
     train_until(clean, 4, monkeypatch)
     wanted = checkpointer.newest(clean)
     original = PackedModel.backward
@@ -266,13 +276,13 @@ def test_the_kept_state_is_that_before_the_bad_step(training_room: Room, monkeyp
     assert same(kept.tensors, wanted.tensors)
 
 
-def test_poisoned_weights(training_room: Room) -> None:
-    room = training_room()
-    file = room.root / "base" / "model.safetensors"
+def test_weights_with_nan_stop_the_training(make_training: MakeTraining) -> None:
+    folder = make_training()
+    file = folder.root / "base" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    job = room.job()
+    job = folder.job()
     child = start(job)
     output, _ = child.communicate(timeout=120)
     assert child.returncode == TrainingError.exit_code
@@ -281,38 +291,38 @@ def test_poisoned_weights(training_room: Room) -> None:
     assert not Path(job.adapter).exists()
 
 
-def test_a_base_that_can_not_be_loaded(training_room: Room) -> None:
-    room = training_room()
-    (room.root / "base" / "config.json").write_text("{}", encoding="utf-8")
+def test_a_base_that_can_not_be_loaded(make_training: MakeTraining) -> None:
+    folder = make_training()
+    (folder.root / "base" / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(TrainingError, match="base model"):
-        training.train(room.job())
+        training.train(folder.job())
 
 
-def test_unknown_targets(training_room: Room) -> None:
+def test_unknown_targets(make_training: MakeTraining) -> None:
     with pytest.raises(ConfigError, match="nonsense"):
-        training.train(training_room().job(target_modules=["nonsense"]))
+        training.train(make_training().job(target_modules=["nonsense"]))
 
 
 # --- options
 
 
-def test_target_modules_by_name(training_room: Room) -> None:
-    job = training_room().job(target_modules=["q_proj", "v_proj"], epochs=1)
+def test_target_modules_by_name(make_training: MakeTraining) -> None:
+    job = make_training().job(target_modules=["q_proj", "v_proj"], epochs=1)
     training.train(job)
     assert {name.split(".")[-3] for name in adapter(job)} == {"q_proj", "v_proj"}
 
 
-def test_no_epoch_is_the_base_itself(training_room: Room) -> None:
-    job = training_room(held_out=2).job(epochs=0)
+def test_no_epochs_leave_the_base_unchanged(make_training: MakeTraining) -> None:
+    job = make_training(held_out=2).job(epochs=0)
     training.train(job)
     tensors = adapter(job)
     assert tensors and not any(each.any() for name, each in tensors.items() if "lora_B" in name)
     assert losses(job) == {} and list(losses(job, "held_out_loss")) == [0]
 
 
-def test_bf16(training_room: Room) -> None:
-    room = training_room(chats=20)
-    job, exact = room.job("bf16", dtype="bf16"), room.job("fp32")
+def test_bf16(make_training: MakeTraining) -> None:
+    folder = make_training(chats=20)
+    job, exact = folder.job("bf16", dtype="bf16"), folder.job("fp32")
     training.train(job)
     training.train(exact)
     curve = list(losses(job).values())
@@ -322,22 +332,22 @@ def test_bf16(training_room: Room) -> None:
 
 
 def unlearnable(count: int) -> list[tuple[list[int], list[int]]]:
-    """Chats that contradict `random_chats`: each token is its predecessor minus 5."""
+    """Return chats that contradict `random_chats`: each token is its predecessor minus 5."""
     return [([(seed * 7 - 5 * at) % 96 for at in range(12)], [0] + [1] * 11) for seed in range(count)]
 
 
-def test_early_stopping_keeps_the_best(training_room: Room) -> None:
-    room = training_room(held_out=unlearnable(4))
-    job = room.job(epochs=8, early_stopping=2, learning_rate=1e-2)
+def test_early_stopping_keeps_the_best_adapter(make_training: MakeTraining) -> None:
+    folder = make_training(held_out=unlearnable(4))
+    job = folder.job(epochs=8, early_stopping=2, learning_rate=1e-2)
     training.train(job)
     held_out = losses(job, "held_out_loss")
     best = min(held_out, key=lambda step: held_out[step])
-    assert len(held_out) == best // 5 + 3 < 9, "it stops two evaluations behind the best"
-    wanted = room.job("wanted", epochs=8, learning_rate=1e-2)
+    assert len(held_out) == best // 5 + 3 < 9, "it stops two evaluations after the best one"
+    wanted = folder.job("wanted", epochs=8, learning_rate=1e-2)
     fresh = Trainer(wanted)
     checkpoint = checkpointer.newest(job)
     assert checkpoint is not None
-    # What was written has the best held-out loss, not the last one.
+    # The adapter is that of the best held-out loss, not of the last.
     from kolotune.engines.native import lora
 
     lora.load_tensors(fresh.adapters, adapter(job))
@@ -347,34 +357,34 @@ def test_early_stopping_keeps_the_best(training_room: Room) -> None:
     fresh.model.updated()
     assert fresh.evaluate() == pytest.approx(held_out[max(held_out)], rel=1e-6)
     assert held_out[max(held_out)] > held_out[best]
-    # Once stopped, it stays so.
+    # A stopped training stays stopped.
     before = adapter(job)
     training.train(dataclasses.replace(job, resume=True))
     assert losses(job, "held_out_loss") == held_out and same(adapter(job), before)
 
 
-def test_without_early_stopping_the_last_is_written(training_room: Room) -> None:
-    room = training_room(held_out=unlearnable(4))
-    job = room.job(epochs=3, learning_rate=1e-2, early_stopping=9)
+def test_without_early_stopping_the_last_adapter_is_written(make_training: MakeTraining) -> None:
+    folder = make_training(held_out=unlearnable(4))
+    job = folder.job(epochs=3, learning_rate=1e-2, early_stopping=9)
     training.train(job)
-    last = room.job("last", epochs=3, learning_rate=1e-2)
+    last = folder.job("last", epochs=3, learning_rate=1e-2)
     training.train(last)
     assert losses(job) == losses(last) and not same(adapter(job), adapter(last))
-    # The option may change on the way.
+    # The option may change when training resumes.
     training.train(dataclasses.replace(job, early_stopping=0, resume=True))
     assert same(adapter(job), adapter(last))
 
 
-def test_chats_without_any_label_change_nothing_but_the_count(training_room: Room) -> None:
-    """Labels on a first token can't be predicted; a batch of such chats alone must not fail."""
+def test_chats_without_labels_have_no_loss(make_training: MakeTraining) -> None:
+    """The first token of a chat can't be predicted; a batch with no other labels must not fail."""
     chats = [([5, 6, 7], [1, 0, 0]), ([8, 9], [1, 0])]
-    job = training_room(chats=chats).job(epochs=1)
+    job = make_training(chats=chats).job(epochs=1)
     training.train(job)
     assert list(losses(job).values()) == [0.0]
 
 
-def test_metrics_have_all_fields(training_room: Room) -> None:
-    job = training_room(held_out=2).job(epochs=1)
+def test_metrics_have_all_fields(make_training: MakeTraining) -> None:
+    job = make_training(held_out=2).job(epochs=1)
     training.train(job)
     lines = [json.loads(line) for line in Path(job.metrics).read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -383,12 +393,12 @@ def test_metrics_have_all_fields(training_room: Room) -> None:
     assert [line["epoch"] for line in steps] == [0.2, 0.4, 0.6, 0.8, 1.0]
 
 
-def test_positions_of_held_out_batches_do_not_change_the_mean(training_room: Room) -> None:
-    """The held-out loss is the mean over labelled tokens, whatever the batch size."""
-    room = training_room(held_out=7)
+def test_the_batch_size_does_not_change_the_held_out_loss(make_training: MakeTraining) -> None:
+    """The held-out loss is the mean over the tokens in the loss mask, whatever the batch size."""
+    folder = make_training(held_out=7)
     means = []
     for size in (1, 3, 7):
-        trainer = Trainer(room.job(f"size{size}", batch_size=size))
+        trainer = Trainer(folder.job(f"size{size}", batch_size=size))
         means.append(trainer.evaluate())
     tokens = trainer.held_out
     assert tokens is not None

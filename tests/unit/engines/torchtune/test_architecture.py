@@ -1,4 +1,4 @@
-"""torchtune can represent a base model, or refuses it with the reason."""
+"""Base models that torchtune can represent are accepted; others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from kolotune.engines.torchtune.architecture import CONFIGS, read
 from kolotune.foundation.errors import ModelError
 
-# As on the hub, in the spelling of transformers before and since version 5.
+# As on the hub, in the format of transformers before version 5.
 LLAMA_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -36,7 +36,7 @@ LLAMA_1B: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 128256,
 }
-NEW_SPELLING = {
+VERSION_5 = {
     **{name: value for name, value in LLAMA_1B.items() if not name.startswith("rope_")},
     "rope_parameters": {**LLAMA_1B["rope_scaling"], "rope_theta": 500000.0},
 }
@@ -62,7 +62,7 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
     ("config", "name"),
     [
         (LLAMA_1B, "llama3_2/1B_qlora_single_device"),
-        (NEW_SPELLING, "llama3_2/1B_qlora_single_device"),
+        (VERSION_5, "llama3_2/1B_qlora_single_device"),
         (LLAMA_3B, "llama3_2/3B_qlora_single_device"),
         (LLAMA_8B, "llama3_1/8B_qlora_single_device"),
         ({**LLAMA_1B, "num_hidden_layers": 15}, None),
@@ -76,7 +76,7 @@ def test_only_the_exact_shape_gets_torchtunes_own_config(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_shape_of_transformers_own_files(tied: bool, tiny_model: Any, tmp_path: Path) -> None:
+def test_the_shape_of_a_model_saved_by_transformers(tied: bool, tiny_model: Any, tmp_path: Path) -> None:
     tiny_model("llama", tmp_path / "model", tie_word_embeddings=tied)
     shape = read(tmp_path / "model")
     assert (shape.vocab_size, shape.embed_dim, shape.intermediate_dim, shape.num_layers) == (96, 64, 96, 2)
@@ -84,9 +84,9 @@ def test_the_shape_of_transformers_own_files(tied: bool, tiny_model: Any, tmp_pa
     assert (shape.rope_base, shape.rope_scale, shape.tied) == (10000.0, 1.0, tied)
 
 
-def test_what_is_not_there_has_transformers_default(tmp_path: Path) -> None:
-    left_out = {"num_key_value_heads", "head_dim", "rope_scaling", "tie_word_embeddings"}
-    shape = read(write(tmp_path / "old", {name: each for name, each in LLAMA_1B.items() if name not in left_out}))
+def test_missing_settings_have_the_defaults_of_transformers(tmp_path: Path) -> None:
+    missing = {"num_key_value_heads", "head_dim", "rope_scaling", "tie_word_embeddings"}
+    shape = read(write(tmp_path / "old", {name: each for name, each in LLAMA_1B.items() if name not in missing}))
     assert (shape.num_kv_heads, shape.head_dim, shape.rope_scale, shape.tied) == (32, 64, 1.0, False)
 
 
@@ -125,7 +125,7 @@ def test_a_missing_number_is_refused(tmp_path: Path) -> None:
         read(folder)
 
 
-def test_a_file_that_is_no_json(tmp_path: Path) -> None:
+def test_a_file_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="can't be read"):
         read(tmp_path)

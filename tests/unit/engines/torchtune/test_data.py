@@ -1,4 +1,4 @@
-"""The recipe's dataloader has the native engine's ids, labels and order, and drops no chat."""
+"""The recipe's dataloader yields the ids, labels and order of the native engine, and drops no chat."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "train.safetensors"
 
 
-def agrees(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedTokens, indices: list[int]) -> None:
+def assert_holds(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedTokens, indices: list[int]) -> None:
     """Assert that the batch holds exactly these chats, with exactly these labels."""
     assert len(batch["tokens"]) == len(indices)
     for ids, labels, index in zip(batch["tokens"], batch["labels"], indices, strict=True):
@@ -37,13 +37,13 @@ def agrees(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedToken
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (3, 2), (4, 5), (20, 1)])
-def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, accumulation: int) -> None:
+def test_the_steps_equal_those_of_the_native_engine(file: Path, batch_size: int, accumulation: int) -> None:
     ours = Loader(TokenizedChats.load(file), batch_size, accumulation, seed=7)
     theirs = prepared_tokens.PreparedTokens.load(file)
     for epoch in (0, 1):
         ours.set_epoch(epoch)
         found = list(ours)
-        assert len(found) == len(ours) and len(found) % accumulation == 0, "torchtune drops what makes no whole step"
+        assert len(found) == len(ours) and len(found) % accumulation == 0, "torchtune drops incomplete steps"
         steps = list(prepared_tokens.epoch_steps(CHATS, epoch, 7, batch_size * accumulation))
         assert len(steps) == len(found) // accumulation
         for number, step in enumerate(steps):
@@ -52,12 +52,12 @@ def test_the_steps_are_those_of_the_native_engine(file: Path, batch_size: int, a
             rows = [step[at : at + batch_size] for at in range(0, len(step), batch_size)]
             assert len(real) == len(rows)
             for batch, indices in zip(real, rows, strict=True):
-                agrees(batch, theirs, indices)
+                assert_holds(batch, theirs, indices)
         assert sum(len(batch["tokens"]) for batch in found if batch["tokens"].shape[1] > 1) == CHATS
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (3, 2), (5, 1)])
-def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
+def test_halved_batches_give_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
     backoff_steps, theirs = [1, 4], prepared_tokens.PreparedTokens.load(file)
     parts = -(-batch_size // (batch_size >> 2 or 1))
     loader = Loader(TokenizedChats.load(file), batch_size, accumulation, 7, backoff_steps)
@@ -65,10 +65,10 @@ def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumul
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         found = list(loader)
-        of_a_step = accumulation * parts
-        assert len(found) == len(loader) and len(found) % of_a_step == 0
+        per_step = accumulation * parts
+        assert len(found) == len(loader) and len(found) % per_step == 0
         for indices in prepared_tokens.epoch_steps(CHATS, epoch, 7, batch_size * accumulation):
-            mine, found = found[:of_a_step], found[of_a_step:]
+            mine, found = found[:per_step], found[per_step:]
             at_once = max(1, batch_size >> (step >= 1) + (step >= 4))
             rows = [
                 indices[whole : whole + batch_size][at : at + at_once]
@@ -78,14 +78,14 @@ def test_halved_batches_make_the_same_steps(file: Path, batch_size: int, accumul
             real = [batch for batch in mine if (batch["labels"] != IGNORED).any()]
             assert len(real) == len(rows)
             for batch, row in zip(real, rows, strict=True):
-                agrees(batch, theirs, row)
+                assert_holds(batch, theirs, row)
             step += 1
         assert not found
 
 
-def labels_of(batches_of_it: list[dict[str, torch.Tensor]]) -> list[list[int]]:
-    """Return the labels of each chat, without padding and fillers."""
-    rows = [row[row != IGNORED].tolist() for batch in batches_of_it for row in batch["labels"]]
+def labels_of(batches: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+    """Return the labels of each chat, without padding and filler chats."""
+    rows = [row[row != IGNORED].tolist() for batch in batches for row in batch["labels"]]
     return sorted(row for row in rows if row)
 
 
@@ -107,9 +107,9 @@ def test_several_processes_share_each_step(
             read = list(each)
             assert len(read) == len(each) and len(read) % steps == 0
             assert max(len(batch["tokens"]) for batch in read) <= batch_size
-            of_a_step = len(read) // steps
-            found.append([read[number * of_a_step : (number + 1) * of_a_step] for number in range(steps)])
-        assert len({len(each[0]) for each in found[1:]}) == 1, "all must compute as many batches"
+            per_step = len(read) // steps
+            found.append([read[number * per_step : (number + 1) * per_step] for number in range(steps)])
+        assert len({len(each[0]) for each in found[1:]}) == 1, "all processes must compute the same number of batches"
         if not backoff_steps:
             assert len(found[1][0]) == -(-batch_size * accumulation // (size * batch_size))
         for number in range(steps):
@@ -126,7 +126,7 @@ def test_shares_are_balanced(file: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4, 12])
-def test_evaluation_is_shared_too(file: Path, size: int) -> None:
+def test_processes_share_the_evaluation(file: Path, size: int) -> None:
     alone = list(evaluation_batches(TokenizedChats.load(file), 2))
     parts = [list(evaluation_batches(TokenizedChats.load(file), 2, rank, size)) for rank in range(size)]
     assert len({len(part) for part in parts}) == 1
@@ -144,7 +144,7 @@ def test_evaluation_reads_every_chat_once(file: Path) -> None:
     order = prepared_tokens.longest_first(theirs)
     assert sorted(order) == list(range(CHATS))
     for number, batch in enumerate(evaluation_batches(TokenizedChats.load(file), 4)):
-        agrees(batch, theirs, order[number * 4 : (number + 1) * 4])
+        assert_holds(batch, theirs, order[number * 4 : (number + 1) * 4])
     assert number == 2
 
 

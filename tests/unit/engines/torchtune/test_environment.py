@@ -1,4 +1,4 @@
-"""torchtune's environment is found complete, or installed by one process at a time, or refused with a reason."""
+"""torchtune's environment is used if it is complete, installed by one process at a time, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PIN = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
+    """Return where the environment belongs in an empty cache."""
     monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(environment.VARIABLE, raising=False)
     return tmp_path / "cache" / "torchtune" / environment.pinned()
 
 
-def look_alike(folder: Path, requirements: str | None) -> Path:
-    """A folder that looks like an environment installed from a list."""
+def fake_environment(folder: Path, requirements: str | None) -> Path:
+    """Make a folder that looks like an environment installed from these requirements; None: like an incomplete one."""
     python = environment._python_of(folder)
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
@@ -34,8 +34,8 @@ def look_alike(folder: Path, requirements: str | None) -> Path:
     return folder
 
 
-def only(requirements: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the list hold only `requirements`."""
+def set_requirements(requirements: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the list of requirements."""
     file = tmp_path / "requirements.txt"
     file.write_text(requirements, encoding="utf-8")
     monkeypatch.setattr(environment, "REQUIREMENTS", file)
@@ -53,24 +53,24 @@ def test_every_package_is_pinned() -> None:
 def test_the_fingerprint_is_that_of_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for text in ("a==1\nb==2\n", "# why\nb==2\na==1\n", "a==1\nb==3\n"):
-        only(text, tmp_path, monkeypatch)
+        set_requirements(text, tmp_path, monkeypatch)
         found.append(environment.pinned())
     assert found[0] == found[1] != found[2]
 
 
 def test_an_empty_cache_has_no_environment(cache: Path) -> None:
     assert environment.find() is None
-    look_alike(cache, None)  # the process that made it was killed
+    fake_environment(cache, None)  # the process that installed it was killed
     assert environment.find() is None
 
 
-def test_an_environment_of_another_list_is_not_used(cache: Path) -> None:
-    look_alike(cache, "0123456789ab")
+def test_an_environment_of_different_requirements_is_not_used(cache: Path) -> None:
+    fake_environment(cache, "0123456789ab")
     assert environment.find() is None
 
 
 def test_an_environment_without_its_python_is_not_used(cache: Path) -> None:
-    python = environment._python_of(look_alike(cache, environment.pinned()))
+    python = environment._python_of(fake_environment(cache, environment.pinned()))
     assert environment.find() == environment.Environment(cache, environment.pinned())
     python.unlink()
     python.symlink_to(cache / "uninstalled")
@@ -78,7 +78,7 @@ def test_an_environment_without_its_python_is_not_used(cache: Path) -> None:
 
 
 def test_the_variable_names_an_environment(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(environment.VARIABLE, str(look_alike(tmp_path / "image", environment.pinned())))
+    monkeypatch.setenv(environment.VARIABLE, str(fake_environment(tmp_path / "image", environment.pinned())))
     found = environment.find()
     assert found is not None and found.folder == tmp_path / "image"
     assert environment.fingerprint() == environment.pinned(), "the same work as in the one of the cache"
@@ -87,7 +87,7 @@ def test_the_variable_names_an_environment(cache: Path, tmp_path: Path, monkeypa
 def test_the_users_own_environment_has_its_own_fingerprint(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(environment.VARIABLE, str(look_alike(tmp_path / "own", None)))
+    monkeypatch.setenv(environment.VARIABLE, str(fake_environment(tmp_path / "own", None)))
     assert environment.find() is not None
     assert environment.fingerprint() != environment.pinned()
 
@@ -99,60 +99,62 @@ def test_a_variable_without_an_environment_is_refused(
     with pytest.raises(ToolchainError, match=r"KOLOTUNE_TORCHTUNE=.*nowhere") as raised:
         environment.find()
     assert "python -m kolotune.engines.torchtune.environment" in raised.value.hint
-    environment.fingerprint()  # who only looks is not stopped
+    environment.fingerprint()  # reading the fingerprint must not raise
 
 
 def test_packages_that_cannot_be_installed(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only("kolotune-has-no-such-package==1.2.3\n", tmp_path, monkeypatch)
+    set_requirements("kolotune-has-no-such-package==1.2.3\n", tmp_path, monkeypatch)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    said: list[str] = []
+    notes: list[str] = []
     with pytest.raises(OfflineError, match="kolotune-has-no-such-package") as raised:
-        environment.ensure(said.append)
-    assert len(said) == 1 and "once" in said[0]
+        environment.ensure(notes.append)
+    assert len(notes) == 1 and "once" in notes[0]
     target = cache.with_name(environment.pinned())
-    assert not target.exists(), "nothing half made stays"
+    assert not target.exists(), "no partial environment is left"
     assert target.with_name(f"{target.name}.log").is_file() and ".log" in raised.value.hint
 
 
 def test_an_environment_that_does_not_work_is_removed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only("# no package at all: torchtune can't be imported then\n", tmp_path, monkeypatch)
+    set_requirements("# no package at all: torchtune can't be imported then\n", tmp_path, monkeypatch)
     with pytest.raises(ToolchainError, match=r"can't be imported.*No module named"):
         environment.ensure(lambda text: None)
     assert environment.find() is None and not cache.with_name(environment.pinned()).exists()
 
 
-def test_it_is_made_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only("# only the standard library\n", tmp_path, monkeypatch)
+def test_an_incomplete_environment_is_replaced(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_requirements("# only the standard library\n", tmp_path, monkeypatch)
     monkeypatch.setattr(environment, "_PROOF", "import json")
     target = cache.with_name(environment.pinned())
-    look_alike(target, None)
+    fake_environment(target, None)
     (target / "left over").touch()
-    made = environment.ensure(lambda text: None)
-    assert made.folder == target and environment.find() == made
+    installed = environment.ensure(lambda text: None)
+    assert installed.folder == target and environment.find() == installed
     assert not (target / "left over").exists()
-    said: list[str] = []
-    assert environment.ensure(said.append) == made and not said, "made once"
+    notes: list[str] = []
+    assert environment.ensure(notes.append) == installed and not notes, "installed once"
 
 
-def test_two_at_once_make_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only("# only the standard library\n", tmp_path, monkeypatch)
+def test_processes_at_the_same_time_install_one_environment(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_requirements("# only the standard library\n", tmp_path, monkeypatch)
     monkeypatch.setattr(environment, "_PROOF", "import json")
-    said: list[str] = []
+    notes: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: environment.ensure(said.append), range(4)))
-    assert len(said) == 1 and len({each.folder for each in made}) == 1
+        installed = list(pool.map(lambda _: environment.ensure(notes.append), range(4)))
+    assert len(notes) == 1 and len({each.folder for each in installed}) == 1
 
 
-def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").touch()
     assert environment.main([str(tmp_path)]) == ToolchainError.exit_code
     assert (tmp_path / "thesis.txt").exists() and str(tmp_path) in capsys.readouterr().err
 
 
-def test_the_entry_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look_alike(tmp_path / "there", environment.pinned())
+def test_the_command_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_environment(tmp_path / "there", environment.pinned())
     (tmp_path / "there" / "pyvenv.cfg").touch()
     assert environment.main([str(tmp_path / "there")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "there")

@@ -1,4 +1,4 @@
-"""The newest whole checkpoint is used, by its number, and never files of two."""
+"""Training resumes from the complete checkpoint with the highest number; files of two are never mixed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def epoch_of(found: recipe_checkpoints.RecipeCheckpoint | None) -> int | None:
     return found and found.epoch
 
 
-def test_what_is_written_is_read(job: Any) -> None:
+def test_a_checkpoint_survives_a_round_trip(job: Any) -> None:
     folder = write(job, 3)
     found = recipe_checkpoints.newest(job)
     assert found == recipe_checkpoints.RecipeCheckpoint(folder, 3, 15, [0, 5])
@@ -54,11 +54,11 @@ def test_what_is_written_is_read(job: Any) -> None:
     assert moments["step"] == 15 and torch.equal(state.random["cpu"], torch.get_rng_state())
 
 
-def test_none_there(job: Any) -> None:
+def test_a_new_job_has_no_checkpoint(job: Any) -> None:
     assert recipe_checkpoints.newest(job) is None
 
 
-def test_the_number_decides_not_the_time(job: Any) -> None:
+def test_the_newest_is_the_one_with_the_highest_number(job: Any) -> None:
     for epoch in (2, 9, 10, 1):
         write(job, epoch)
     for number, path in enumerate(sorted(Path(job.checkpoints).iterdir(), reverse=True)):
@@ -95,7 +95,7 @@ def test_a_checkpoint_under_another_number_is_skipped(job: Any) -> None:
 
 
 def test_killed_at_every_step_of_writing(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer stops after each call that touches the disk: the older checkpoint is found, and it is whole."""
+    """Wherever the writer is killed, the older checkpoint is still found, and it is complete."""
     write(job, 1)
 
     class Killed(BaseException):
@@ -155,7 +155,7 @@ def test_old_checkpoints_are_removed_once_the_newest_is_whole(job: Any) -> None:
     assert sorted(path.name for path in Path(job.checkpoints).iterdir()) == ["epoch-000003", "epoch-000004"]
 
 
-def test_what_is_no_checkpoint_is_left_alone(job: Any) -> None:
+def test_other_folders_are_left_alone(job: Any) -> None:
     write(job, 1)
     for name in ("epoch-last", "step-00000005"):
         (Path(job.checkpoints) / name).mkdir()

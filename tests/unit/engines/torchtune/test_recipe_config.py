@@ -1,4 +1,4 @@
-"""Options are translated to torchtune's config, or refused because it has no such option."""
+"""Options are translated to torchtune's config; options that it does not have are refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_head_of_an_untied_model() -> None:
         ({"load_in_4bit": True}, "16384"),
     ],
 )
-def test_what_is_refused(change: dict[str, Any], reason: str) -> None:
+def test_unsupported_options_are_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError) as raised:
         recipe_config.check(config_of(**change), TINY)
     assert reason in raised.value.cause and raised.value.hint
@@ -96,7 +96,7 @@ def test_every_option_reaches_torchtune(tmp_path: Path) -> None:
     model = found["model"]
     assert (model["lora_rank"], model["lora_alpha"], model["lora_dropout"]) == (12, 13.5, 0.14)
     assert model["_component_"].endswith("lora_llama3_2") and model["scale_factor"] == 1.0
-    # The original's fixed options.
+    # Options that are always the same.
     assert found["dataset"]["packed"] is False and found["enable_activation_checkpointing"] is True
     assert found["optimizer"]["_component_"] == "torch.optim.AdamW"
     assert found["loss"]["_component_"].endswith("CEWithChunkedOutputLoss")
@@ -115,7 +115,7 @@ def test_torchtunes_own_config_is_used_where_it_has_one(tmp_path: Path) -> None:
     assert recipe_config.make_config(job, UNTIED, 0)["model"]["_component_"].endswith("llama3_1.lora_llama3_1")
 
 
-def test_no_text_of_the_users_is_in_the_config(tmp_path: Path) -> None:
+def test_the_config_contains_no_text_of_the_user(tmp_path: Path) -> None:
     planted = "${oc.env:PATH}"
     names = ("base_model", "base_name", "base_sha256", "data", "data_sha256", "adapter", "checkpoints", "metrics")
     job = TrainingFolder(tmp_path).job(**{name: f"/{planted}/{name}" for name in names})

@@ -1,4 +1,4 @@
-"""The compiled operations equal PyTorch's."""
+"""The compiled operations compute what PyTorch computes."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_norm(compiled: CompiledOperations, dtype: torch.dtype, adds: bool) -> N
     x, added = torch.randn(2, ROWS, WIDTH).to(dtype)
     results = []
     for operations in (compiled, PLAIN):
-        room = torch.zeros(ROWS, WIDTH + RANK, dtype=dtype)
-        total, factor = operations.norm(norm, x.clone(), added if adds else None, room[:, :WIDTH])
-        assert not room[:, WIDTH:].any()
-        results.append((room, total, factor))
+        result = torch.zeros(ROWS, WIDTH + RANK, dtype=dtype)
+        total, factor = operations.norm(norm, x.clone(), added if adds else None, result[:, :WIDTH])
+        assert not result[:, WIDTH:].any()
+        results.append((result, total, factor))
     for found, wanted in zip(*results, strict=True):
         close(found, wanted)
     d_out, d_added = split(dtype), added if adds else None
@@ -61,19 +61,19 @@ def test_norm(compiled: CompiledOperations, dtype: torch.dtype, adds: bool) -> N
 def test_gate(compiled: CompiledOperations, dtype: torch.dtype) -> None:
     gate_up = torch.randn(ROWS, 2 * WIDTH).mul(4).to(dtype)
     found, wanted = torch.zeros(2, ROWS, WIDTH + RANK, dtype=dtype)
-    for operations, room in ((compiled, found), (PLAIN, wanted)):
-        operations.gate(gate_up, room[:, :WIDTH])
+    for operations, result in ((compiled, found), (PLAIN, wanted)):
+        operations.gate(gate_up, result[:, :WIDTH])
     close(found, wanted)
     d_out = split(dtype)
     close(compiled.gate_backward(d_out, gate_up), PLAIN.gate_backward(d_out, gate_up))
 
 
 def test_gate_of_large_numbers(compiled: CompiledOperations, dtype: torch.dtype) -> None:
-    """Where e^x would overflow."""
+    """Gates stay finite where e^x would overflow."""
     gate_up = torch.tensor([[-300.0, -90.0, -1e-3, 0.0, 90.0, 300.0, *[2.0] * 6]]).to(dtype)
     found, wanted = torch.zeros(2, 1, 6, dtype=dtype)
-    for operations, room in ((compiled, found), (PLAIN, wanted)):
-        operations.gate(gate_up, room)
+    for operations, result in ((compiled, found), (PLAIN, wanted)):
+        operations.gate(gate_up, result)
     close(found, wanted)
 
 
@@ -93,9 +93,9 @@ def test_nan_is_not_hidden(compiled: CompiledOperations, dtype: torch.dtype) -> 
     logits[1, 7] = float("nan")
     loss, gradient = compiled.cross_entropy(logits, torch.tensor([1, 2]), 1.0)
     assert loss != loss and gradient[1].isnan().any() and not gradient[0].isnan().any()
-    room = torch.zeros(1, 4, dtype=dtype)
-    compiled.gate(torch.tensor([[1.0, float("nan"), float("inf"), 1.0, 1.0, 1.0, 1.0, 2.0]]).to(dtype), room)
-    assert room.isfinite().tolist() == [[True, False, False, True]]
+    result = torch.zeros(1, 4, dtype=dtype)
+    compiled.gate(torch.tensor([[1.0, float("nan"), float("inf"), 1.0, 1.0, 1.0, 1.0, 2.0]]).to(dtype), result)
+    assert result.isfinite().tolist() == [[True, False, False, True]]
 
 
 @pytest.mark.parametrize("rank", [1, 6, 16, 40])
@@ -103,15 +103,15 @@ def test_nan_is_not_hidden(compiled: CompiledOperations, dtype: torch.dtype) -> 
 def test_products_of_adapters(compiled: CompiledOperations, dtype: torch.dtype, rank: int, width: int) -> None:
     x = torch.randn(ROWS, width + rank).to(dtype)
     down, low = torch.randn(rank, width).mul(0.1).to(dtype), torch.randn(ROWS, rank + 3).to(dtype)[:, :rank]
-    rooms, gradients, transposed = [], [], []
+    outputs, gradients, transposed = [], [], []
     for operations in (compiled, PLAIN):
-        rooms.append(x.clone())
-        operations.lower(rooms[-1][:, :width], down, rooms[-1][:, width:])
+        outputs.append(x.clone())
+        operations.lower(outputs[-1][:, :width], down, outputs[-1][:, width:])
         gradients.append(torch.ones(rank, width))
         operations.add_product(gradients[-1], low, x[:, :width], 0.1)
         transposed.append(torch.ones(width, rank))
         operations.add_product(transposed[-1], x[:, :width], low, 0.1)
-    close(*rooms)
+    close(*outputs)
     for found, wanted in (gradients, transposed):
         torch.testing.assert_close(found, wanted, rtol=2e-5 if dtype == torch.float32 else 3e-2, atol=1e-2)
 
@@ -123,10 +123,10 @@ def test_attention(
     compiled: CompiledOperations, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...], heads: Heads
 ) -> None:
     row = prefix + sum(lengths)
-    places = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + each) for each in lengths)])
+    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + each) for each in lengths)])
     nothing = torch.zeros(0, dtype=torch.int64)
-    packed = PackedSequence(places, places, prefix, lengths, nothing, nothing, row)
-    rotary = Rotary.of(places, 1.0 / 100.0 ** torch.linspace(0, 1, heads.width // 2), dtype)
+    packed = PackedSequence(positions, positions, prefix, lengths, nothing, nothing, row)
+    rotary = Rotary.of(positions, 1.0 / 100.0 ** torch.linspace(0, 1, heads.width // 2), dtype)
     qkv = torch.randn(row, heads.all * heads.width).to(dtype)
     width = heads.queries * heads.width
     d_out = InputGradient(torch.randn(row, width + RANK).to(dtype), width, torch.randn(RANK, width).mul(0.1).to(dtype))
@@ -134,9 +134,9 @@ def test_attention(
     for operations in (compiled, PLAIN):
         attention = operations.attention(packed, heads, rotary)
         assert isinstance(attention, CompiledAttention) == (operations is compiled)
-        room = torch.zeros(row, width + RANK, dtype=dtype)
-        kept = attention.forward(qkv.clone(), room[:, :width])
-        results.append((room, attention.backward(d_out, room[:, :width], kept).view(row, -1)))
+        result = torch.zeros(row, width + RANK, dtype=dtype)
+        kept = attention.forward(qkv.clone(), result[:, :width])
+        results.append((result, attention.backward(d_out, result[:, :width], kept).view(row, -1)))
     for found, wanted in zip(*results, strict=True):
         close(found, wanted)
 

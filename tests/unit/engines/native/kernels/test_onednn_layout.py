@@ -1,4 +1,4 @@
-"""Matrices in the processor's own layout have the same products as others, also after a change."""
+"""Matrices packed in oneDNN's layout give the same products as plain ones, before and after a change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def operations() -> CompiledOperations:
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_products_are_those_of_the_matrix_as_it_is(operations: CompiledOperations, outputs: int, inputs: int) -> None:
+def test_products_equal_those_of_the_plain_matrix(operations: CompiledOperations, outputs: int, inputs: int) -> None:
     changing = inputs - 8
     weight = torch.randn(outputs, inputs).bfloat16()
     product, plain = operations.product(weight.clone(), changing), PlainProduct(weight)
@@ -39,8 +39,8 @@ def test_products_are_those_of_the_matrix_as_it_is(operations: CompiledOperation
         torch.testing.assert_close(product.backward(d_out), plain.backward(d_out), rtol=2e-2, atol=5e-2)
 
 
-def test_where_the_layout_is_known_they_are_really_packed(operations: CompiledOperations) -> None:
-    """On known processors; others may have an unknown layout."""
+def test_matrices_are_packed_where_the_layout_is_known(operations: CompiledOperations) -> None:
+    """Only processors whose layout is known are checked."""
     about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
     if "avx512_bf16" not in about or "amx_bf16" in about:
         pytest.skip("another kind of processor")
