@@ -73,7 +73,7 @@ def require_files(paths: Iterable[Path]) -> None:
                 continue
             beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         except (OSError, ValueError):
-            continue  # a name that no file can have, or a folder that may not be looked into: told when it is read
+            continue  # a name that no file can have, or an unreadable folder: reading it reports the error
         near = difflib.get_close_matches(
             path.name, [name for name in beside if name.endswith(_FILES_OF_CHATS)], n=1, cutoff=0.8
         )

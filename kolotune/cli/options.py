@@ -43,14 +43,14 @@ def with_options(*, more: Sequence[inspect.Parameter] = ()) -> Callable[[Callabl
         hints = get_type_hints(verb, include_extras=True)
         signature = inspect.signature(verb)
         own = [
-            each.replace(annotation=hints[each.name])
-            for each in signature.parameters.values()
-            if each.kind is not inspect.Parameter.VAR_KEYWORD
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in signature.parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        flags = [_flag(name, each) for name, each in OPTIONS.items() if verb.__name__ in each.verbs]
+        flags = [_flag(name, option) for name, option in OPTIONS.items() if verb.__name__ in option.verbs]
         parameters = [*own, *more, *flags]
         verb.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        verb.__annotations__ = {each.name: each.annotation for each in parameters}
+        verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return verb
 
     return add_flags

@@ -92,11 +92,11 @@ def remove(path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Flush a file, or every file of a folder, to disk."""
-    for each in files_of(path):
-        with each.open("rb+") as handle:
+    for file in files_of(path):
+        with file.open("rb+") as handle:
             os.fsync(handle.fileno())
     if path.is_dir():
-        for folder in [path, *(each for each in path.rglob("*") if each.is_dir())]:
+        for folder in [path, *(entry for entry in path.rglob("*") if entry.is_dir())]:
             _flush_entry(folder)
 
 

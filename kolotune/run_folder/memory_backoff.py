@@ -28,7 +28,7 @@ def write_memory_backoff(run: RunFolder, steps: Sequence[int], identity: JsonObj
 
     Args:
         run: the run folder.
-        steps: one for each halving.
+        steps: one per time that the micro-batch was halved.
         identity: of the job that they belong to; see `TrainJob.identity`. None: they hold for any job.
     """
     typed_storage.write(run.memory_backoff, _MemoryBackoff([*steps], identity))

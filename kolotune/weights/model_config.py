@@ -122,12 +122,12 @@ class ModelConfig:
     @property
     def rotary(self) -> RotaryEmbedding:
         """The rotary embedding; older files keep its settings in two places and call the kind ``type``."""
-        found = self._section("rope_parameters") or self._section("rope_scaling")
-        theta = found.get("rope_theta", self.values.get("rope_theta", _ROPE_THETA))
+        section = self._section("rope_parameters") or self._section("rope_scaling")
+        theta = section.get("rope_theta", self.values.get("rope_theta", _ROPE_THETA))
         if not _is_number(theta):
             raise self._error("rope_theta", theta, "a number")
-        kind = found.get("rope_type", found.get("type")) or "default"
-        return RotaryEmbedding(str(kind), float(theta), found)
+        kind = section.get("rope_type", section.get("type")) or "default"
+        return RotaryEmbedding(str(kind), float(theta), section)
 
     def integer(self, *names: str) -> int | None:
         """Return the first of these settings of the language model that is present and not null.
@@ -137,11 +137,11 @@ class ModelConfig:
         """
         text = self.text
         for name in names:
-            found = text.get(name)
-            if isinstance(found, int) and not isinstance(found, bool):
-                return found
-            if found is not None:
-                raise self._error(name, found, "a whole number")
+            value = text.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if value is not None:
+                raise self._error(name, value, "a whole number")
         return None
 
     def required_integer(self, name: str) -> int:

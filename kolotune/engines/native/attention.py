@@ -167,15 +167,15 @@ class LongAttention:
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         gradients = []
-        of_chats = (torch.split(each, self.lengths) for each in (kept[0], d_out.sum(), out))
+        of_chats = (torch.split(whole, self.lengths) for whole in (kept[0], d_out.sum(), out))
         for part, d_part, out_part, sums in zip(*of_chats, kept[1:], strict=True):
             queries, keys, values = self._split(part)
             d_shaped, out_shaped = (
-                each.reshape(1, len(part), self.heads.queries, -1).transpose(1, 2) for each in (d_part, out_part)
+                flat.reshape(1, len(part), self.heads.queries, -1).transpose(1, 2) for flat in (d_part, out_part)
             )
             d_qkv = _flash_backward(d_shaped, queries, keys, values, out_shaped, sums, 0.0, True, scale=1.0)
             d_keys, d_values = (
-                torch.unflatten(each, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for each in d_qkv[1:]
+                torch.unflatten(d_heads, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for d_heads in d_qkv[1:]
             )
             gradients.append(torch.cat([d_qkv[0][0].transpose(0, 1), d_keys, d_values], 1))
         return rotary_backward(torch.cat(gradients), self.heads, self.rotary)

@@ -35,13 +35,13 @@ class FusedLinear:
         pairs: Sequence[LoraPair | None],
     ) -> None:
         self.inputs = weights[0].shape[1]
-        self.outputs = sum(len(each) for each in weights)
+        self.outputs = sum(map(len, weights))
         self.rank = sum(len(pair.lora_A) for pair in pairs if pair is not None)
         whole = weights[0].new_zeros(self.outputs, self.inputs + self.rank)
         self.down = weights[0].new_zeros(self.rank, self.inputs)
         self._a = self._a_gradient = self.down  # until `join`
         self.bias: Tensor | None = None
-        if any(each is not None for each in biases):
+        if any(bias is not None for bias in biases):
             parts = [weight.new_zeros(len(weight)) if bias is None else bias
                      for weight, bias in zip(weights, biases, strict=True)]  # fmt: skip
             self.bias = torch.cat(parts)

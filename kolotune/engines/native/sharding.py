@@ -66,10 +66,10 @@ def shard(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], devi
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    trained = {id(each) for each in adapters}
-    layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
-    sharded = {id(each) for each in layers.parameters()} - trained
-    whole = {each for each in model.parameters() if id(each) not in sharded}
+    trained = {id(weight) for weight in adapters}
+    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+    sharded = {id(weight) for weight in layers.parameters()} - trained
+    whole = {weight for weight in model.parameters() if id(weight) not in sharded}
     # On a GPU a layer is gathered in one message, while the previous one is computed. On a CPU memory is short: each
     # matrix is gathered alone, as it is in memory twice meanwhile, and nothing is prefetched.
     units = [*layers] if device == "cuda" else [*_matrices(layers), *layers]
@@ -77,8 +77,8 @@ def shard(model: nn.Module, folder: Path, adapters: Iterable[nn.Parameter], devi
         fully_shard(module, mesh=mesh, ignored_params=whole)
     if device != "cuda":
         fetched: list[Any] = units
-        for each in fetched:
-            each.set_modules_to_backward_prefetch([each])
+        for unit in fetched:
+            unit.set_modules_to_backward_prefetch([unit])
     _give_memory(model, device)
     _fill(model, folder, trained)
     _head_in_blocks(model)

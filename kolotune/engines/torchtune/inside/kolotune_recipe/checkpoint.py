@@ -55,12 +55,12 @@ def save(root: Path, state: RecipeState, peft: dict[str, Tensor], identity: dict
     partial = root / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {f"adapter|{name}": each for name, each in state.adapter.items()}
+    tensors = {f"adapter|{name}": weight for name, weight in state.adapter.items()}
     for weight, values in state.optimizer.items():
-        tensors |= {f"optimizer|{weight}|{name}": each for name, each in values.items()}
-    tensors |= {f"random|{device}": each for device, each in state.random.items()}
+        tensors |= {f"optimizer|{weight}|{name}": moment for name, moment in values.items()}
+    tensors |= {f"random|{device}": generator for device, generator in state.random.items()}
     for file, content in ((ADAPTER, peft), (STATE, tensors)):
-        on_cpu = {name: each.detach().to("cpu", copy=True).contiguous() for name, each in content.items()}
+        on_cpu = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in content.items()}
         save_file(on_cpu, partial / file, metadata={"format": "pt"})
     facts = {
         "identity": identity,

@@ -54,11 +54,11 @@ def first_adapter(model: DictConfig, dtype: torch.dtype, seed: int) -> dict[str,
     with training.set_default_dtype(dtype), torch.device("meta"):
         shapes = get_adapter_params(components.instantiate(model))
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.zeros(each.shape) for name, each in shapes.items()}
-    for name, each in weights.items():
+    weights = {name: torch.zeros(parameter.shape) for name, parameter in shapes.items()}
+    for name, weight in weights.items():
         if name.endswith("lora_a.weight"):
-            nn.init.kaiming_uniform_(each, a=math.sqrt(5), generator=generator)
-    return {name: each.to(dtype) for name, each in weights.items()}
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 def _recipe_base() -> Any:
@@ -229,18 +229,18 @@ class CommonRecipe(_recipe_base()):  # type: ignore[misc] # subclasses add torch
         self._clock = time.perf_counter()
 
     def _save(self) -> None:
-        adapter = {name: self._whole(each.detach()) for name, each in self.adapter_params.items()}
+        adapter = {name: self._whole(weight.detach()) for name, weight in self.adapter_params.items()}
         optimizer = {
-            name: {key: self._whole(torch.as_tensor(value)) for key, value in self._optimizer.state[each].items()}
-            for name, each in self.adapter_params.items()
-            if each in self._optimizer.state
+            name: {key: self._whole(torch.as_tensor(value)) for key, value in self._optimizer.state[weight].items()}
+            for name, weight in self.adapter_params.items()
+            if weight in self._optimizer.state
         }
         task, root = self._task, Path(self._task["checkpoints"])
         folder = checkpoint_files.folder_of(root, self.epochs_run)
         if not self._group.writes or checkpoint_files.facts_if_whole(folder) is not None:
             return
         peft = convert_weights.tune_to_peft_adapter_weights(
-            {name: each.float() for name, each in adapter.items()}, **task["heads"]
+            {name: weight.float() for name, weight in adapter.items()}, **task["heads"]
         )
         state = RecipeState(
             self.epochs_run, self.global_step, adapter, optimizer, checkpoint.random_state(), task["halvings"]

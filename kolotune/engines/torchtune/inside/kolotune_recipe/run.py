@@ -75,10 +75,10 @@ def _recipe_class(processes: int) -> Any:
 
 def _newest_checkpoint(task: dict[str, Any], group: RecipeProcessGroup) -> RecipeState | None:
     """Load the newest whole checkpoint that any machine has; None for a training from scratch."""
-    found = checkpoint_files.newest(Path(task["checkpoints"])) if group.writes else None
+    newest = checkpoint_files.newest(Path(task["checkpoints"])) if group.writes else None
 
     def load() -> RecipeState:
-        assert found is not None
-        return checkpoint.load(found[0])
+        assert newest is not None
+        return checkpoint.load(newest[0])
 
-    return group.newest(found[1]["epoch"] if found else None, load)
+    return group.newest(newest[1]["epoch"] if newest else None, load)
