@@ -180,7 +180,7 @@ def test_a_kill_by_the_kernel_itself(
     processes: int, wide_head: Train, memory_group: Callable[[], MemoryGroup], capsys: Any
 ) -> None:
     """The engine's processes together get less memory than 8 chats at once take, and more than fewer chats do."""
-    known = [0] * processes  # each of two processes has 4 of the chats, so the first halving changes nothing
+    known = [0] * processes  # each of two processes has 4 of the chats, so the first backoff changes nothing
     measured = memory_group()
     known_run = wide_head("known", measured.prefix, known, nproc=processes)
     limited = memory_group()

@@ -1,4 +1,4 @@
-"""Jobs for tests of launchers, and a reporter that keeps what it is told to show."""
+"""Jobs for tests of launchers, and a reporter that keeps the lines it shows."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ CHATS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_bad_chats_are_told_with_file_line_and_count(
+def test_bad_chats_are_reported_with_file_line_and_count(
     name: str, kolotune: Callable[..., tuple[int, str]], tiny_base: Path, tmp_path: Path
 ) -> None:
     data, words = CHATS[name]
@@ -136,7 +136,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bad_options_are_told_before_any_work(
+def test_bad_options_are_reported_before_any_work(
     name: str, kolotune: Callable[..., tuple[int, str]], tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     arguments, wanted, words = OPTIONS[name]
@@ -171,7 +171,7 @@ YAML: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_bad_config_files_are_told(
+def test_bad_config_files_are_reported(
     name: str, kolotune: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: Any
 ) -> None:
     text, words = YAML[name]
@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bad_models_are_told(
+def test_bad_models_are_reported(
     name: str, kolotune: Callable[..., tuple[int, str]], tiny_base: Path, tmp_path: Path
 ) -> None:
     spoil, wanted, words = MODELS[name]
@@ -307,8 +307,8 @@ def test_a_programs_own_words_reach_a_real_process(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["event"] == "failure"
-    assert "epochs" in told["cause"]
-    assert told["hint"]
+    failure = json.loads(done.stdout.splitlines()[-1])
+    assert failure["event"] == "failure"
+    assert "epochs" in failure["cause"]
+    assert failure["hint"]
     assert done.stderr == ""

@@ -185,7 +185,7 @@ def test_status_of_a_finished_run(kolotune: Call, finished: Config) -> None:
     assert rows == [[name, "done"] for name in STAGES_WITHOUT_COMPARE]
 
 
-def test_status_tells_one_reason_and_with_why_all_of_them(kolotune: Call, run_copy: RunFolder) -> None:
+def test_status_shows_one_reason_and_with_why_all_of_them(kolotune: Call, run_copy: RunFolder) -> None:
     run_copy.gguf.unlink()
     record = json.loads(run_copy.record("convert").read_text().replace("0.3.36", "0.1"))
     del record["sha256"]  # of the record as it was
@@ -198,9 +198,9 @@ def test_status_tells_one_reason_and_with_why_all_of_them(kolotune: Call, run_co
 
 def test_status_as_json(kolotune: Call, finished: Config) -> None:
     code, output = kolotune("status", finished.output_dir, "--json")
-    told = json.loads(output)
+    event = json.loads(output)
     assert code == 0
-    assert [(each["stage"], each["state"]) for each in told["rows"]] == [
+    assert [(each["stage"], each["state"]) for each in event["rows"]] == [
         (name, "done") for name in STAGES_WITHOUT_COMPARE
     ]
 
@@ -425,10 +425,10 @@ def test_chat_with_the_base_model(kolotune: Call, finished: Config, tmp_path: Pa
 def test_a_planted_token_is_written_nowhere(
     source: str, kolotune: Call, tiny_base: Path, write_chats: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Where it isn't needed it must not leak all the same; nor on failure, nor where the hub is asked."""
-    room = tmp_path / "room"
-    room.mkdir()
-    monkeypatch.chdir(room)
+    """The token must not leak: not where it is unused, not on failure, and not when the hub is asked."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     (tmp_path / "token").write_text(TOKEN + "\n")
     if source == "environment":
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -444,7 +444,7 @@ def test_a_planted_token_is_written_nowhere(
         code, output = kolotune(*arguments)
         assert code == expected, output
         assert TOKEN not in output
-    assert TOKEN.encode() not in all_bytes(room)
+    assert TOKEN.encode() not in all_bytes(folder)
 
 
 def test_a_token_from_standard_input_is_read_where_it_is_needed(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_test_behind_each_row_exists(row: list[str]) -> None:
 def test_every_parameter_of_the_script_has_a_row_and_a_flag() -> None:
     from kolotune.foundation.config import OPTIONS
 
-    told = " ".join(row[0] for row in ROWS)
+    documented = " ".join(row[0] for row in ROWS)
     for name in PARAMETERS.split():
-        assert f"`-{name}`" in told
+        assert f"`-{name}`" in documented
         assert re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() in OPTIONS

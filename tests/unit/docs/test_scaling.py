@@ -20,7 +20,7 @@ def test_the_shapes_have_as_many_weights_as_the_models() -> None:
     assert abs(scaling_model.MODELS[3].shape().weight_count / 70.55e9 - 1) < 0.001
 
 
-def test_a_parted_base_takes_less_the_more_share_it() -> None:
+def test_a_base_sharded_over_more_processes_takes_less_memory() -> None:
     for model in scaling_model.MODELS:
         adapter = AdapterShape.of(model.shape(), scaling_model.RANK, ["all-linear"])
         assert scaling_model.held(model.shape(), adapter, 8) > scaling_model.held(model.shape(), adapter, 64)

@@ -10,7 +10,7 @@ from kolotune.foundation.errors import ArtifactError
 from kolotune.run_folder.metrics import MetricsLine, held_out_losses, kept_held_out_loss, read_metrics
 
 
-def test_steps_and_evaluations_are_told_apart(tmp_path: Path) -> None:
+def test_steps_and_evaluations_are_distinguished(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 0, "held_out_loss": 3.5}\n\n{"step": 1, "epoch": 0.5, "loss": 2, "time": 7.5}\n')
     lines = read_metrics(file)

@@ -122,7 +122,7 @@ def test_leaks_are_reported_with_both_lines() -> None:
     question, answer = train[6].messages[0].content, train[8].messages[1].content
     held_out[2] = chat(question.capitalize() + "?", "Something else altogether.", 503)
     held_out[4] = chat("What then?", answer + " and so on", 505)
-    held_out[6] = chat(question + " please tell", "No.", 507)
+    held_out[6] = chat(question + " please say", "No.", 507)
     by_kind = findings(train, held_out)["leaks"]
     assert by_kind.count == 3
     assert by_kind.locations[0] == "chats.jsonl:503 asks the same as chats.jsonl:7"

@@ -246,9 +246,9 @@ def test_findings_are_reported_with_lines_and_counted(
 
     story = "Once upon a time a fox met a hen at the river and asked her politely for the way to the mill"
     chats = [[*chat(number, f"Answer number {number} of many")] for number in range(5)]
-    chats.append([("user", "Tell me a story"), ("assistant", story)])
-    chats.append([("user", "Tell me a story!"), ("assistant", story + ".")])
-    prepared = prepare(chats, held_out=[[("user", "tell me a STORY"), ("assistant", "No.")]], eval_split=0)
+    chats.append([("user", "Give me a story"), ("assistant", story)])
+    chats.append([("user", "Give me a story!"), ("assistant", story + ".")])
+    prepared = prepare(chats, held_out=[[("user", "give me a STORY"), ("assistant", "No.")]], eval_split=0)
     assert prepared.summary()["findings"] == {"leaks": 1, "near_duplicates": 1}
     report_prepared(prepared, PlainReporter())
     output = capsys.readouterr().out
