@@ -189,11 +189,8 @@ def test_a_damaged_newest_checkpoint_costs_steps_only(
 
 def test_more_epochs_after_the_end(make_training: MakeTraining) -> None:
     folder = make_training(**CHATS)
-    options = {
-        **JOB,
-        "scheduler_type": "constant",
-        "warmup_steps": 2,
-    }  # the rate must not depend on the number of epochs
+    # With these options the learning rate does not depend on the number of epochs.
+    options = {**JOB, "scheduler_type": "constant", "warmup_steps": 2}
     long, short = folder.job("long", **options), folder.job("short", **{**options, "epochs": 1})
     training.train(long)
     training.train(short)
