@@ -49,7 +49,7 @@ MINUTES ?= 30
 fuzz: setup
 	$(BIN)/python tests/fuzz --minutes $(MINUTES)
 
-# Kills at random and at system calls, for some hours; each call goes on where the last one stopped. As root, on Linux,
+# Kills at random and at system calls, for some hours; each call continues where the last one stopped. As root, on Linux,
 # with Docker (see test-container): clients of a container too.
 faults: setup
 	$(BIN)/python tests/faults calls

@@ -73,10 +73,7 @@ def limit_waiting(name: str, seconds: float) -> None:
 
     def make_client() -> httpx2.Client:
         client = default_client_factory()
-        client.event_hooks = {
-            "request": [*client.event_hooks["request"], limit_timeouts],
-            "response": [limit_response],
-        }
+        client.event_hooks = {"request": [*client.event_hooks["request"], limit_timeouts], "response": [limit_response]}
         return client
 
     set_client_factory(make_client)

@@ -9,12 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kolotune.foundation.config import (
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_OUTPUT_DIR,
-    DEFAULT_SEED,
-    DEFAULT_TEMPERATURE,
-)
+from kolotune.foundation.config import DEFAULT_MAX_TOKENS, DEFAULT_OUTPUT_DIR, DEFAULT_SEED, DEFAULT_TEMPERATURE
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import print_pieces
 from kolotune.run_folder.layout import RunFolder
@@ -44,8 +39,7 @@ def chat(
         typer.Option(min=1, help=f"Longest answer, in tokens. [default: {DEFAULT_MAX_TOKENS}; in Ollama the model's]"),
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(min=0, help=f"Sampling seed. [default: {DEFAULT_SEED}; in Ollama the model's]"),
+        int | None, typer.Option(min=0, help=f"Sampling seed. [default: {DEFAULT_SEED}; in Ollama the model's]")
     ] = None,
 ) -> int:
     """Chat with the result, through llama.cpp or in Ollama."""
@@ -88,12 +82,7 @@ def _converse(ask: Callable[[str], Iterable[str]]) -> None:
 
 
 def _in_ollama(
-    run: Path,
-    name: str | None,
-    system: str | None,
-    temperature: float | None,
-    max_tokens: int | None,
-    seed: int | None,
+    run: Path, name: str | None, system: str | None, temperature: float | None, max_tokens: int | None, seed: int | None
 ) -> Callable[[str], Iterator[str]]:
     from kolotune.ollama.chat import OllamaChat
     from kolotune.ollama.install import installed_name

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def clean(
     run: Run = DEFAULT_OUTPUT_DIR,
     all_but_adapter: Annotated[
-        bool,
-        typer.Option("--all-but-adapter", help="Also free the quantized GGUFs; `quantize` makes them again."),
+        bool, typer.Option("--all-but-adapter", help="Also free the quantized GGUFs; `quantize` makes them again.")
     ] = False,
     cache: Annotated[
         str | None,

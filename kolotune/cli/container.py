@@ -20,8 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")  # Docker's own rule
 
 Name = Annotated[str, typer.Argument(help="The container's name.")]
 Certificates = Annotated[
-    Path | None,
-    typer.Option("--ca-bundle", help="Certificates in PEM to trust, behind a proxy.", show_default=False),
+    Path | None, typer.Option("--ca-bundle", help="Certificates in PEM to trust, behind a proxy.", show_default=False)
 ]
 
 app = typer.Typer(
@@ -38,18 +37,13 @@ def build(
         str | None,
         typer.Option(help="Extra package index for pip, such as PyTorch's for CPU or ROCm.", show_default=False),
     ] = None,
-    wheels: Annotated[
-        Path | None,
-        typer.Option(help="Folder of wheels that pip prefers.", show_default=False),
-    ] = None,
+    wheels: Annotated[Path | None, typer.Option(help="Folder of wheels that pip prefers.", show_default=False)] = None,
     pip_config: Annotated[
-        Path | None,
-        typer.Option(help="pip's settings for the build only.", show_default=False),
+        Path | None, typer.Option(help="pip's settings for the build only.", show_default=False)
     ] = None,
     ca_bundle: Certificates = None,
     network: Annotated[
-        str | None,
-        typer.Option(help="Network of the build's steps, such as host.", show_default=False),
+        str | None, typer.Option(help="Network of the build's steps, such as host.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> int:
@@ -72,8 +66,7 @@ def start(
         bool, typer.Option("--anew", help="Remove the container and make it again; keep its volume.")
     ] = False,
     image: Annotated[
-        str | None,
-        typer.Option(help="Its image; default: that of `kolotune container build`.", show_default=False),
+        str | None, typer.Option(help="Its image; default: that of `kolotune container build`.", show_default=False)
     ] = None,
     gpus: Annotated[str, typer.Option(metavar="auto|none|nvidia|amd", help="GPUs to pass through.")] = "auto",
     env: Annotated[

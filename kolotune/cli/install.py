@@ -18,8 +18,7 @@ def install(
     quantization: Quantization = None,
     system: Annotated[str | None, typer.Option(help="System prompt, instead of the Modelfile's; any text.")] = None,
     parameter: Annotated[
-        list[str] | None,
-        typer.Option(help="Such as temperature=0.7, instead of the Modelfile's; may be repeated."),
+        list[str] | None, typer.Option(help="Such as temperature=0.7, instead of the Modelfile's; may be repeated.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a different model of that name.")] = False,
     json: Json = False,

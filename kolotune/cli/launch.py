@@ -26,12 +26,10 @@ def launch(
     config: ConfigFile = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait; `kolotune follow` shows it later.")] = False,
     name: Annotated[
-        str | None,
-        typer.Option(help="The job's name; default: made from the run folder.", show_default=False),
+        str | None, typer.Option(help="The job's name; default: made from the run folder.", show_default=False)
     ] = None,
     in_place: Annotated[
-        bool,
-        typer.Option("--in-place", help="Chats and base model are there already; send only options."),
+        bool, typer.Option("--in-place", help="Chats and base model are there already; send only options.")
     ] = False,
     verbose: Verbose = False,
     json: Json = False,

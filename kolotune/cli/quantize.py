@@ -10,10 +10,6 @@ from .parameters import Json, Run
 
 
 @with_options()
-def quantize(
-    run: Run = DEFAULT_OUTPUT_DIR,
-    json: Json = False,
-    **flags: object,
-) -> int:
+def quantize(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: object) -> int:
     """Quantize the unquantized GGUF."""
     return run_one_stage("quantize", run, json, flags)

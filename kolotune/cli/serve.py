@@ -6,11 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kolotune.foundation.config import (
-    DEFAULT_HOST,
-    DEFAULT_OUTPUT_DIR,
-    DEFAULT_PORT,
-)
+from kolotune.foundation.config import DEFAULT_HOST, DEFAULT_OUTPUT_DIR, DEFAULT_PORT
 from kolotune.run_folder.layout import RunFolder
 
 from .options import reporter

@@ -32,8 +32,7 @@ _TRIALS = 10
 _DIGITS = 4
 _NONE = "-"
 Vary = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=A,B|LOW..HIGH", help="An option with its values or range; repeatable."),
+    list[str] | None, typer.Option(metavar="NAME=A,B|LOW..HIGH", help="An option with its values or range; repeatable.")
 ]
 Trials = Annotated[int, typer.Option(min=1, help="Maximum number of settings; all combinations, if fewer.")]
 AtOnce = Annotated[

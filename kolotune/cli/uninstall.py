@@ -10,10 +10,7 @@ from .options import reporter
 from .parameters import Json
 
 
-def uninstall(
-    name: Annotated[str, typer.Argument(help="Its name in Ollama.")],
-    json: Json = False,
-) -> int:
+def uninstall(name: Annotated[str, typer.Argument(help="Its name in Ollama.")], json: Json = False) -> int:
     """Remove a model from Ollama."""
     from kolotune.ollama import install as installing
 

@@ -44,7 +44,6 @@ def require_word(option: str, value: str) -> str:
     """
     if not _WORD.fullmatch(value):
         raise ConfigError(
-            f"{option}: {value!r} contains characters that are not allowed",
-            "Use letters, digits and _.,:=+@/*-",
+            f"{option}: {value!r} contains characters that are not allowed", "Use letters, digits and _.,:=+@/*-"
         )
     return value

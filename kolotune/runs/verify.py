@@ -13,14 +13,7 @@ from kolotune.pipeline.context import open_context
 from kolotune.pipeline.stages import stages_of
 from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.manifest import (
-    PATH_OPTIONS,
-    Manifest,
-    StageEntry,
-    entry_of,
-    hash_files,
-    read_manifest,
-)
+from kolotune.run_folder.manifest import PATH_OPTIONS, Manifest, StageEntry, entry_of, hash_files, read_manifest
 from kolotune.run_folder.records import FileHash, read_record
 from kolotune.run_folder.stage import Context
 

@@ -151,9 +151,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         not_kept=tuple(not_kept),
         untied=merged is not None and _ties_embeddings(context.base) and not _ties_embeddings(run.merged_model),
         trials=tuple(_measure_trials(context, scratch, before, reporter)),
-        with_matrix=frozenset(
-            run_matrix.with_matrix(context, [*config.quantization, *_trial_quantizations(config)]),
-        ),
+        with_matrix=frozenset(run_matrix.with_matrix(context, [*config.quantization, *_trial_quantizations(config)])),
     )
 
 

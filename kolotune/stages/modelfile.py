@@ -192,10 +192,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")
         text = render_modelfile(
             Modelfile(
-                f"./{gguf.name}",
-                template=serving.template,
-                system=context.config.system,
-                parameters=(*stops, *chosen),
+                f"./{gguf.name}", template=serving.template, system=context.config.system, parameters=(*stops, *chosen)
             )
         )
         write_text(file, text)

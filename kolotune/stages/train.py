@@ -227,8 +227,7 @@ def _with_less_memory(
         if batch > 1:
             changes.insert(0, "halve --batch-size and double --gradient-accumulation (same result)")
         raise TrainingError(
-            shortage,
-            f"Free some memory and resume with --use-checkpoint, or train from scratch: {', '.join(changes)}.",
+            shortage, f"Free some memory and resume with --use-checkpoint, or train from scratch: {', '.join(changes)}."
         )
     reporter.warning(
         f"{shortage} in step {progress.step + 1}: resuming from the last checkpoint with micro-batches of "

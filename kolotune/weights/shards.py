@@ -56,10 +56,7 @@ def split_into_shards(entries: Sequence[Entry], shard_bytes: int = _SHARD_BYTES)
 
 
 def write_shards(
-    folder: Path,
-    shards: Sequence[Shard],
-    blocks: Callable[[Entry], Iterator[np.ndarray]],
-    hasher: Hasher | None = None,
+    folder: Path, shards: Sequence[Shard], blocks: Callable[[Entry], Iterator[np.ndarray]], hasher: Hasher | None = None
 ) -> None:
     """Write files, and their index when there are several.
 

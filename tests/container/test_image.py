@@ -65,11 +65,7 @@ def test_a_base_can_be_pinned_by_its_digest(docker_engine: Client, registry: str
     docker_engine.api.remove_image(pinned)  # it must be pulled
     never = pinned[:-1] + ("0" if pinned[-1] != "0" else "1")
     try:
-        for base, message in (
-            (pinned, ": the first base"),
-            (f"{repository}:1", ": the second base"),
-            (never, never),
-        ):
+        for base, message in ((pinned, ": the first base"), (f"{repository}:1", ": the second base"), (never, never)):
             code, output = docker_engine(*build, base, cwd=tmp_path)
             assert code == 17, output
             require_error(output, message)

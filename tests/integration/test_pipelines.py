@@ -252,10 +252,7 @@ def test_the_date_is_frozen(llama3_run: Any) -> None:
 @on(*EVERY)
 def test_the_ggufs_load_and_the_modelfiles_name_them(trained: Any, name: str) -> None:
     run, quantization = trained.run, trained.config.quantization[0]
-    for modelfile, gguf in (
-        (run.modelfile(), run.gguf),
-        (run.modelfile(quantization), run.quantized(quantization)),
-    ):
+    for modelfile, gguf in ((run.modelfile(), run.gguf), (run.modelfile(quantization), run.quantized(quantization))):
         parsed = parse_modelfile(modelfile.read_text(encoding="utf-8"))
         assert (run.root / parsed.from_).resolve() == gguf.resolve()
         assert ("stop", STOPS[name]) in parsed.parameters

@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-_RESOURCES = {
-    "v1": (("pods", "Pod"), ("services", "Service")),
-    "batch/v1": (("jobs", "Job"),),
-}
+_RESOURCES = {"v1": (("pods", "Pod"), ("services", "Service")), "batch/v1": (("jobs", "Job"),)}
 
 
 def skip_reason() -> str:

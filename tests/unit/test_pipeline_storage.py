@@ -40,12 +40,7 @@ def test_too_little_space_is_reported_before_any_work(
     ],
 )
 def test_a_disk_that_fills_up_is_a_space_error_and_leaves_nothing_half_made(
-    run_copy: RunFolder,
-    mount: Callable[..., Path],
-    reporter: PlainReporter,
-    monkeypatch: Any,
-    stage: str,
-    free: int,
+    run_copy: RunFolder, mount: Callable[..., Path], reporter: PlainReporter, monkeypatch: Any, stage: str, free: int
 ) -> None:
     """The estimate is skipped, as if another program had filled the disk in the meantime."""
     small = RunFolder(tmpfs(mount, "60m") / "run")

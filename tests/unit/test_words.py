@@ -104,6 +104,19 @@ def test_the_code_uses_the_fields_words() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_other_sources_use_the_fields_words() -> None:
+    endings = (".cpp", ".h", ".c", ".go", ".jinja", "Dockerfile")
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.name.endswith(endings)]
+    assert len(files) > 8
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {wrong_words(line)}"
+        for path in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if wrong_words(line)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_documentation_uses_the_fields_words() -> None:
     files = [path for name in DOCS for path in ([ROOT / name] if name.endswith(".md") else (ROOT / name).rglob("*.md"))]
     assert len(files) > 10

@@ -21,14 +21,7 @@ from . import architecture, environment, recipe_checkpoints, recipe_config
 from .architecture import Llama
 from .environment import Environment
 from .recipe_checkpoints import RecipeCheckpoint
-from .recipe_events import (
-    RECIPE_EVENTS,
-    CheckpointSaved,
-    ProcessesRestarted,
-    ProcessLost,
-    RecipeError,
-    RecipeStarted,
-)
+from .recipe_events import RECIPE_EVENTS, CheckpointSaved, ProcessesRestarted, ProcessLost, RecipeError, RecipeStarted
 
 _INSIDE = Path(__file__).with_name("inside")
 _RECIPE = "kolotune_recipe"

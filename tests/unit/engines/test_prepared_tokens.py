@@ -13,13 +13,7 @@ from safetensors.numpy import save_file
 
 from kolotune.engines.native.model import TransformersModel
 from kolotune.engines.native.padded_batch import pad_batch
-from kolotune.engines.prepared_tokens import (
-    IGNORED,
-    PreparedTokens,
-    epoch_order,
-    epoch_steps,
-    longest_first,
-)
+from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens, epoch_order, epoch_steps, longest_first
 from kolotune.engines.training_length import TrainingLength
 from kolotune.foundation.errors import TrainingError
 

@@ -79,14 +79,7 @@ def test_a_manifest_never_contains_the_token(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"image": "-x"},
-        {"image": "a b"},
-        {"claim": "A"},
-        {"claim": "$(x)"},
-        {"namespace": "a/b"},
-        {"gpu_kind": "other"},
-    ],
+    [{"image": "-x"}, {"image": "a b"}, {"claim": "A"}, {"claim": "$(x)"}, {"namespace": "a/b"}, {"gpu_kind": "other"}],
 )
 def test_invalid_names(wrong: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):

@@ -63,10 +63,7 @@ def test_times_and_the_clock_do_not_count(run_copy: RunFolder, monkeypatch: Any)
         ({"learning_rate": 0}, {"train": [option("learning_rate", 0.0002, 0.0)]}),
         ({"target_modules": "q_proj"}, {"train": [option("target_modules", ["all-linear"], ["q_proj"])]}),
         ({"merge_dtype": "bf16"}, {"merge": [option("merge_dtype", "f16", "bf16")]}),
-        (
-            {"system": "Be kind."},
-            {"modelfile": [option("system", None, "Be kind.")]},
-        ),
+        ({"system": "Be kind."}, {"modelfile": [option("system", None, "Be kind.")]}),
         ({"parameter": ["temperature=0.1"]}, {"modelfile": [option("parameter", [], ["temperature=0.1"])]}),
         ({"checkpoint_steps": 7, "use_checkpoint": True, "compare": False}, {}),
     ],
@@ -123,10 +120,7 @@ def test_a_base_model_of_the_same_shape_counts(
     shutil.copytree(tiny_base, other)
     assert to_run(run_copy, base_model=str(other)) == {}
     shutil.copyfile(other_weights, other / "model.safetensors")
-    expected = {
-        "train": [changed("the base model")],
-        "merge": [changed("the base model")],
-    }
+    expected = {"train": [changed("the base model")], "merge": [changed("the base model")]}
     assert to_run(run_copy, base_model=str(other)) == expected
     weights = bytearray((tiny_base / "model.safetensors").read_bytes())
     weights[-1000] ^= 1  # one bit: no library notices it
@@ -148,21 +142,9 @@ def _flip(path: Path) -> None:
         (lambda run: _flip(run.gguf), "convert", altered("Merged.gguf")),
         (lambda run: run.gguf.unlink(), "convert", missing("Merged.gguf")),
         (lambda run: os.truncate(run.gguf, 5000), "convert", altered("Merged.gguf")),
-        (
-            lambda run: _flip(run.quantized("Q4_K_M")),
-            "quantize",
-            altered("MergedQ4_K_M.gguf"),
-        ),
-        (
-            lambda run: _flip(run.adapter / "adapter_model.safetensors"),
-            "train",
-            altered("adapter"),
-        ),
-        (
-            lambda run: (run.adapter / "adapter_config.json").unlink(),
-            "train",
-            altered("adapter"),
-        ),
+        (lambda run: _flip(run.quantized("Q4_K_M")), "quantize", altered("MergedQ4_K_M.gguf")),
+        (lambda run: _flip(run.adapter / "adapter_model.safetensors"), "train", altered("adapter")),
+        (lambda run: (run.adapter / "adapter_config.json").unlink(), "train", altered("adapter")),
         (lambda run: shutil.rmtree(run.merged_model), "merge", missing("merged_model")),
         (lambda run: run.modelfile().write_text("FROM x"), "modelfile", altered("Modelfile")),
         (lambda run: shutil.rmtree(run.prepared), "prepare", missing(".kolotune/prepared")),

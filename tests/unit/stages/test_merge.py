@@ -167,11 +167,7 @@ K = "model.layers.1.self_attn.k_proj.weight"
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_weights_out_of_range_of_f16_stay_wider_and_are_reported(
-    dtype: str,
-    kept: torch.dtype,
-    tmp_path: Path,
-    tiny_model: Callable[..., Any],
-    capsys: pytest.CaptureFixture[str],
+    dtype: str, kept: torch.dtype, tmp_path: Path, tiny_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _simple(tmp_path, tiny_model, dtype=dtype)
     for name in (Q, K):

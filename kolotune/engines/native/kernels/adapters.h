@@ -16,11 +16,11 @@ void lower(const T *x, int64_t x_stride, const T *down, T *out, int64_t out_stri
            int64_t rank) {
     typedef typename Word<T>::type word;
     const int64_t steps = width / Word<T>::NUMBERS, columns = up(rank, COLUMNS) * COLUMNS;
-    Room<word> panels(steps * columns);
+    Buffer<word> panels(steps * columns);
     pack_columns<T>(rank, width, [&](int64_t at) { return down + at * width; }, panels.get());
 #pragma omp parallel
     {
-        Room<float> sums(TILE * columns);
+        Buffer<float> sums(TILE * columns);
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token += TILE) {
             const word *left[TILE];
@@ -55,7 +55,7 @@ void add_product(const Side<T> *thin_side, const Side<T> *wide_side, int64_t tok
     constexpr int64_t WIDE = 3 * COLUMNS, AT_ONCE = 32 * Word<T>::NUMBERS;  // a panel stays in the nearest cache
     const Side<T> thin = *thin_side, wide = *wide_side;
     const int64_t steps = up(tokens, Word<T>::NUMBERS), height = up(thin.width, THIN) * THIN;
-    Room<word> left(steps * height);
+    Buffer<word> left(steps * height);
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t token = step * Word<T>::NUMBERS;
         const bool alone = token + Word<T>::NUMBERS > tokens;
@@ -66,8 +66,8 @@ void add_product(const Side<T> *thin_side, const Side<T> *wide_side, int64_t tok
     }
 #pragma omp parallel
     {
-        Room<word> panels(AT_ONCE / Word<T>::NUMBERS * WIDE);
-        Room<float> sums(height * WIDE);
+        Buffer<word> panels(AT_ONCE / Word<T>::NUMBERS * WIDE);
+        Buffer<float> sums(height * WIDE);
 #pragma omp for schedule(static)
         for (int64_t column = 0; column < wide.width; column += WIDE) {
             const int64_t columns = wide.width - column < WIDE ? wide.width - column : WIDE;

@@ -1,7 +1,7 @@
 // Causal attention over chats that lie end to end, each behind a beginning that all of them may share.
 //
 // Work is split by chat and key head, and what belongs to one is computed by one thread. Scores are not kept: of each
-// query there stays the logarithm of the sum of its scores' exponentials, and the way back computes them again
+// query there stays the logarithm of the sum of its scores' exponentials, and the backward pass computes them again
 // (Dao et al., "FlashAttention", 2022).
 
 #pragma once
@@ -80,13 +80,13 @@ struct View {
 
 constexpr int64_t LINES = 4 * TILE;  // whose gradients of keys and values are summed at once
 
-// Each thread's room for what one view needs: `keys` and `depth` rounded up so that tiles fit.
+// Each thread's space for what one view needs: `keys` and `depth` rounded up so that tiles fit.
 template <class T>
 struct Desk {
     typedef typename Word<T>::type word;
     const int64_t keys, depth;
-    Room<word> by_key, by_value, key_rows, value_rows;
-    Room<float> scores, d_scores, lines;
+    Buffer<word> by_key, by_value, key_rows, value_rows;
+    Buffer<float> scores, d_scores, lines;
 
     Desk(const Chats &c, int64_t most)
         : keys(up(most, COLUMNS) * COLUMNS + COLUMNS),
@@ -178,12 +178,12 @@ void attention_forward(const Chats *chats, const T *qkv, T *out, int64_t stride,
     }
 }
 
-// Room for one block of lines on the way back.
+// Space for one block of lines on the backward pass.
 template <class T>
 struct Block {
     typedef typename Word<T>::type word;
-    Room<word> shares, d_scores, queries, d_results;
-    Room<float> d_keys, d_values;
+    Buffer<word> shares, d_scores, queries, d_results;
+    Buffer<float> d_keys, d_values;
 
     explicit Block(const Desk<T> &desk)
         : shares(LINES * desk.keys),
@@ -194,7 +194,7 @@ struct Block {
           d_values(desk.keys * desk.depth) {}
 };
 
-// What an attention's way back is given, and where its results go.
+// What an attention's backward pass is given, and where its results go.
 template <class T>
 struct Backward {
     const T *qkv, *out, *d_out;  // out and its gradient ``[row, queries * depth]``
@@ -203,7 +203,7 @@ struct Backward {
     T *d_qkv;
 };
 
-// One tile of lines on the way back: writes the gradients of its queries, and puts its shares and the gradients of its
+// One tile of lines on the backward pass: writes the gradients of its queries, and puts its shares and the gradients of its
 // scores into the block, pairs of lines in a word, 0 from each line's limit to `last`.
 template <class T>
 void tile_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Block<T> &block, int64_t line,
@@ -319,7 +319,7 @@ void attention_backward(const Chats *chats, const Backward<T> *given) {
     const Chats c = *chats;
     const Backward<T> b = *given;
     const int64_t most = c.most(), part = c.prefix * 2 * c.depth, tasks = c.count * c.keys;
-    Room<float> shared(tasks * part);
+    Buffer<float> shared(tasks * part);
 #pragma omp parallel
     {
         Desk<T> desk(c, most);

@@ -44,7 +44,7 @@ struct Tiles {
     typedef typename Word<T>::type word;
     const Split<T> split;
     const int64_t steps;
-    Room<word> panels;
+    Buffer<word> panels;
 
     explicit Tiles(const Split<T> &given)
         : split(given),
@@ -54,7 +54,7 @@ struct Tiles {
     }
 
     // Rows from `row` on, columns from `from` on, into ``out[TILE][stride]``; `from` is a multiple of COLUMNS, and there
-    // is room for whole panels. Behind the last row stands the last row.
+    // is space for whole panels. Behind the last row stands the last row.
     void read(int64_t row, int64_t rows, int64_t from, int64_t columns, float *out, int64_t stride) const {
         constexpr int64_t MOST = 64;  // words of a row's middle that are taken at once
         word low[TILE][MOST];
@@ -90,12 +90,12 @@ void join(const Split<T> *given, T *out, int64_t rows) {
     const int64_t width = given->width, stride = up(width, COLUMNS) * COLUMNS;
 #pragma omp parallel
     {
-        Room<float> room(TILE * stride);
+        Buffer<float> buffer(TILE * stride);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < rows; first += TILE) {
-            tiles.read(first, rows, 0, width, room.get(), stride);
+            tiles.read(first, rows, 0, width, buffer.get(), stride);
             for (int64_t row = first; row < first + TILE && row < rows; ++row) {
-                const float *own = room.get() + (row - first) * stride;
+                const float *own = buffer.get() + (row - first) * stride;
                 EACH (int64_t i = 0; i < width; ++i) put(out + row * width + i, own[i]);
             }
         }
@@ -110,12 +110,12 @@ void norm_backward(const Split<T> *d_out, const T *x, const T *weight, const flo
     const int64_t width = d_out->width, stride = up(width, COLUMNS) * COLUMNS;
 #pragma omp parallel
     {
-        Room<float> room(TILE * stride);
+        Buffer<float> buffer(TILE * stride);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < rows; first += TILE) {
-            tiles.read(first, rows, 0, width, room.get(), stride);
+            tiles.read(first, rows, 0, width, buffer.get(), stride);
             for (int64_t row = first; row < first + TILE && row < rows; ++row) {
-                const float *d = room.get() + (row - first) * stride;
+                const float *d = buffer.get() + (row - first) * stride;
                 const T *own = x + row * width;
                 float scale = factor[row], shared = 0;
                 for (int64_t i = 0; i < width; ++i) shared += d[i] * get(weight + i) * get(own + i);
@@ -153,12 +153,12 @@ void swiglu_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int6
     const int64_t width = d_out->width;
     constexpr int64_t AT_ONCE = 8 * COLUMNS;
     ROWS(int64_t first = 0; first < rows; first += TILE) {
-        float room[TILE * AT_ONCE];
+        float buffer[TILE * AT_ONCE];
         for (int64_t from = 0; from < width; from += AT_ONCE) {
             const int64_t count = width - from < AT_ONCE ? width - from : AT_ONCE;
-            tiles.read(first, rows, from, count, room, AT_ONCE);
+            tiles.read(first, rows, from, count, buffer, AT_ONCE);
             for (int64_t row = first; row < first + TILE && row < rows; ++row) {
-                const float *d = room + (row - first) * AT_ONCE;
+                const float *d = buffer + (row - first) * AT_ONCE;
                 const T *gate = gate_up + row * 2 * width + from, *up = gate + width;
                 T *d_gate = d_gate_up + row * 2 * width + from, *d_up = d_gate + width;
                 EACH (int64_t i = 0; i < count; ++i) {

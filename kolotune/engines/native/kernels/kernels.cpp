@@ -1,5 +1,5 @@
 // The compiled parts of a training step, as Python calls them through ctypes: with the addresses of contiguous tensors
-// (strides, in elements, where a row has room for more).
+// (strides, in elements, where a row has space for more).
 //
 // Plain C++ without PyTorch's headers, so that it compiles in seconds. Work is split so that no sum crosses a border
 // between threads, and results don't depend on the number of threads.

@@ -82,8 +82,8 @@ struct Word<bf16> {
 };
 
 template <class N>
-struct Room : std::unique_ptr<N[]> {
-    explicit Room(int64_t count) : std::unique_ptr<N[]>(new N[static_cast<size_t>(count)]) {}
+struct Buffer : std::unique_ptr<N[]> {
+    explicit Buffer(int64_t count) : std::unique_ptr<N[]>(new N[static_cast<size_t>(count)]) {}
 };
 
 // How many of a size hold a count.
@@ -116,7 +116,7 @@ __attribute__((noinline)) void tile(const typename Word<T>::type *const *left, i
     }
 }
 
-// Panels of a right matrix whose columns are given: `width` numbers each, along which the sum runs. Room for
+// Panels of a right matrix whose columns are given: `width` numbers each, along which the sum runs. Space for
 // ``up(count, COLUMNS) * COLUMNS * up(width, NUMBERS)`` words; 0 beyond the last column.
 template <class T, class Column>
 void pack_columns(int64_t count, int64_t width, Column column, typename Word<T>::type *panels) {
@@ -134,7 +134,7 @@ void pack_columns(int64_t count, int64_t width, Column column, typename Word<T>:
     }
 }
 
-// Panels of a right matrix whose rows are given: `width` numbers each, the sum runs from row to row. Room for
+// Panels of a right matrix whose rows are given: `width` numbers each, the sum runs from row to row. Space for
 // ``up(width, COLUMNS) * COLUMNS * up(count, NUMBERS)`` words; 0 beyond the last row and column.
 template <class T, class Row>
 void pack_rows(int64_t count, int64_t width, Row row, typename Word<T>::type *panels) {

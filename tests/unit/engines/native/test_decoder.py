@@ -247,10 +247,7 @@ def test_frequencies_equal_those_of_transformers(rotary: Any, tiny_model: Callab
     model = tiny_model("llama", tmp_path, rope_parameters=rotary)
     config = read_model_config(tmp_path)
     torch.testing.assert_close(llama.frequencies(config.rotary, 16), model.model.rotary_emb.inv_freq)
-    settings: JsonObject = {
-        "rope_theta": rotary["rope_theta"],
-        "rope_scaling": {**rotary, "type": rotary["rope_type"]},
-    }
+    settings: JsonObject = {"rope_theta": rotary["rope_theta"], "rope_scaling": {**rotary, "type": rotary["rope_type"]}}
     older = ModelConfig(config.path, settings)
     torch.testing.assert_close(llama.frequencies(older.rotary, 16), model.model.rotary_emb.inv_freq)
 

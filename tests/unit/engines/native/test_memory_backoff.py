@@ -89,10 +89,7 @@ def test_backoff_is_reproduced_bit_for_bit(make_training: MakeTraining) -> None:
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-            True,
-        ),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
         (OSError(12, "Cannot allocate memory"), True),
         (OSError(2, "No such file"), False),
         (RuntimeError("shapes can't be multiplied"), False),
