@@ -50,9 +50,9 @@ def check_file(path: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise ModelError(f"{path}: is missing, though the index names it", "Download the model again.")
     try:
+        if not path.is_file():  # an OSError where the index has a name that no file can have
+            raise ModelError(f"{path}: is missing, though the index names it", "Download the model again.")
         with safe_open(path, framework="numpy") as handle:
             handle.keys()
     except (SafetensorError, OSError, ValueError) as error:

@@ -20,11 +20,11 @@ CHATS = "".join(
 # A bug in the middle of a verb: Python prints the traceback.
 CRASH = """
 import sys
-from kolotune.base_models import catalog
+from kolotune.base_models import hub
 from kolotune.stages import prepare
 source = sys.argv.pop()
 def broken(context, reporter):
-    token = catalog.read_token(source)
+    token = hub.read_token(source)
     raise RuntimeError(f"a bug, with {token} and {context.config}")
 prepare.run = broken
 from kolotune.__main__ import main

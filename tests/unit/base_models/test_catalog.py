@@ -345,6 +345,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: _index(folder, {"a": "model.safetensors", "b": "model-2.safetensors"}),
         "is missing, though the index names it",
     ),
+    "index names what no file can be called": (
+        lambda folder: _index(folder, {"a": "[" * 300}),
+        "File name too long",
+    ),
     "index names a parent": (lambda folder: _index(folder, {"a": "../model.safetensors"}), "outside the folder"),
     "index names a root": (lambda folder: _index(folder, {"a": "/etc/passwd"}), "outside the folder"),
     "index names dots": (lambda folder: _index(folder, {"a": ".."}), "model.safetensors"),
