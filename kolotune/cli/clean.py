@@ -34,7 +34,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     json: Json = False,
 ) -> int:
-    """Free space that a run can fill again; asks first."""
+    """Delete files that the run can make again; asks first."""
     from kolotune.foundation.files import remove
     from kolotune.pipeline.lock import locked
     from kolotune.runs.clean import CACHES, find_caches, find_freeable, free

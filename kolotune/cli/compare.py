@@ -16,7 +16,7 @@ from .report import reporting
 
 @with_options()
 def compare(run: Run = DEFAULT_OUTPUT_DIR, json: Json = False, **flags: Any) -> int:
-    """Prove on held-out chats that all results are what was trained."""
+    """Check on held-out chats that all results are the trained model."""
     folder, say = RunFolder(run.absolute()), reporter(json)
     with show_when_done(folder, say), reporting(folder, say):
         return run_one_stage("compare", run, json, {**flags, "compare": True})

@@ -35,7 +35,10 @@ Data = Annotated[
     FileRole.CHATS,
 ]
 Quantization = Annotated[
-    str | None, typer.Option(help="Which GGUF: a quantization of the run, or none; default: the run's first.")
+    str | None,
+    typer.Option(
+        help="Which GGUF: one of the run's quantizations, or the word none for the unquantized one; default: the first."
+    ),
 ]
 Run = Annotated[Path, typer.Argument(help="The run folder."), FileRole.RUN_FOLDER]
 

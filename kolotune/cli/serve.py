@@ -16,13 +16,13 @@ from .parameters import Json, Quantization, Run
 def serve(
     run: Run = DEFAULT_OUTPUT_DIR,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; anything but this machine's own is reachable by others.")
+        str, typer.Option(help="Address to listen on; with any but 127.0.0.1 other machines can connect.")
     ] = DEFAULT_HOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = DEFAULT_PORT,
     quantization: Quantization = None,
     json: Json = False,
 ) -> int:
-    """Serve the result through OpenAI's API, as Ollama would."""
+    """Serve the result on this machine through an OpenAI-compatible API."""
     from kolotune.serving.app import serve as serve_model
     from kolotune.serving.served_model import ServedModel
 

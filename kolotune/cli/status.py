@@ -18,7 +18,7 @@ def status(
     why: Annotated[bool, typer.Option("--why", help="Show every reason, not only the first.")] = False,
     json: Json = False,
 ) -> int:
-    """Show the stages of a run: done, or why they will run."""
+    """Show the stages of a run: done, or the reason that they will run."""
     from kolotune.pipeline.status import read_status
 
     rows = [

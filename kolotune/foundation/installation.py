@@ -10,8 +10,13 @@ import importlib.util
 
 from .errors import ToolchainError
 
-# This changes on the day that kolotune is on a package index; README.md says the same.
-INSTALL_LOCAL = "pip install '.[local]' in a clone of kolotune, or pip install 'kolotune[local] @ FILE.whl'"
+
+def install_command(extra: str) -> str:
+    """Return how to install an extra: the one place that changes on the day that kolotune is on a package index."""
+    return f"in your clone of kolotune, run: pip install '.[{extra}]'"
+
+
+INSTALL_LOCAL = install_command("local")
 LOCAL_PACKAGES = (
     "gguf", "jinja2", "llama_cpp", "matplotlib", "numpy", "psutil", "pyarrow", "safetensors", "starlette", "tokenizers",
     "torch", "transformers", "uvicorn",
@@ -33,5 +38,5 @@ def require_local(verb: str) -> None:
     if missing:
         raise ToolchainError(
             f"{verb} needs the full installation; missing here: {', '.join(missing)}",
-            f"Install it: {INSTALL_LOCAL}. Or run it elsewhere: --container, or `kolotune launch`.",
+            f"To install it, {INSTALL_LOCAL}. Or run it elsewhere: --container, or `kolotune launch`.",
         )

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, Interrupted, LaunchError, ToolchainError
 from kolotune.foundation.files import write_text
+from kolotune.foundation.installation import install_command
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import is_secret_variable
 from kolotune.run_folder.layout import RunFolder
@@ -321,6 +322,6 @@ def _import_submitit() -> Any:
         import submitit.slurm.slurm
     except ModuleNotFoundError as error:
         raise ToolchainError(
-            f"launch --on slurm needs {error.name}", "Install it: pip install 'kolotune[cluster]'."
+            f"launch --on slurm needs {error.name}", f"To install it, {install_command('cluster')}."
         ) from None
     return submitit

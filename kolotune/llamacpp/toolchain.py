@@ -16,6 +16,7 @@ from kolotune.base_models.downloads import download_package
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.files import replacing
+from kolotune.foundation.installation import INSTALL_LOCAL
 from kolotune.foundation.reporter import Reporter
 
 VERSION = "0.3.36"
@@ -94,9 +95,7 @@ def check_library() -> str:
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
-        raise ToolchainError(
-            "llama-cpp-python is not installed", "Install it: pip install 'kolotune[local]'."
-        ) from None
+        raise ToolchainError("llama-cpp-python is not installed", f"To install it, {INSTALL_LOCAL}.") from None
     if version != VERSION:
         raise ToolchainError(
             f"llama-cpp-python is version {version}, but the converter needs {VERSION}",

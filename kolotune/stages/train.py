@@ -18,6 +18,7 @@ from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config, option_names, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, TrainingError
+from kolotune.foundation.installation import install_command
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import TRAIN_TOKENS
@@ -65,7 +66,7 @@ def check(context: Context) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "four-bit" if missing == ["bitsandbytes"] else "local"
-        raise TrainingError(f"training needs {', '.join(missing)}", f"Install it: pip install 'kolotune[{extra}]'.")
+        raise TrainingError(f"training needs {', '.join(missing)}", f"To install it, {install_command(extra)}.")
 
 
 def make_job(context: Context) -> TrainJob:

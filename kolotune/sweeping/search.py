@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.installation import install_command
 
 from .record import SweepRecord, Trial
 from .space import Value, VariedOption, count_combinations
@@ -54,7 +55,7 @@ def _search(record: SweepRecord, seed: int) -> dict[str, Value]:
         import optuna
     except ImportError:
         raise ToolchainError(
-            "a search needs optuna", "Install it: pip install 'kolotune[sweep]', or give values with commas."
+            "a search needs optuna", f"To install it, {install_command('sweep')}; or give values with commas."
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():  # Optuna 4 calls constant_liar experimental

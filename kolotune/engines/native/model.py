@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kolotune.foundation import hardware
 from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.installation import install_command
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
 from ..job import TrainJob
@@ -238,7 +239,9 @@ def load_model(job: TrainJob, device: str) -> nn.Module:
             job.base_model, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
         )
     except ImportError as error:
-        raise TrainingError(f"the base model can't be loaded: {error}", "pip install 'kolotune[four-bit]'") from error
+        raise TrainingError(
+            f"the base model can't be loaded: {error}", f"To install it, {install_command('four-bit')}."
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise TrainingError(f"the base model can't be loaded: {str(error).splitlines()[0]}") from error
     if not job.load_in_4bit:

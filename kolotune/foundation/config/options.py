@@ -188,7 +188,7 @@ class Config:
     weight_decay: Annotated[float, Ge(0), Le(1)] = option(0.01, "AdamW's weight decay.", Group.TRAINING, stages="train")
     batch_size: Annotated[int, Ge(1)] | None = option(
         None,
-        "Chats in a batch; default: 4, or more if they are short, up to 1,000 tokens.",
+        "Chats in a batch; default: 4, or more if the chats are short, up to 1,000 tokens in a batch.",
         Group.TRAINING,
         stages="train",
     )
@@ -208,7 +208,7 @@ class Config:
     )
     target_modules: tuple[str, ...] = option(
         ("all-linear",),
-        "Names of the layers that get an adapter, as q_proj,v_proj; all-linear: all but the head.",
+        "Names of the layers that get an adapter, such as q_proj,v_proj; all-linear: all but the head.",
         Group.TRAINING,
         kind=Kind.NAMES,
         stages="train",
@@ -227,7 +227,7 @@ class Config:
     )
 
     nproc: Annotated[int, Ge(1)] = option(
-        1, "Processes on this machine that train together; the result does not depend on it.", Group.MACHINES
+        1, "Processes on this machine that train together; the result is the same within rounding.", Group.MACHINES
     )
     nnodes: Annotated[int, Ge(1)] = option(
         1, "Machines that train together; start the same command on each.", Group.MACHINES
@@ -251,7 +251,7 @@ class Config:
     )
     quantization: tuple[str, ...] = option(
         ("Q4_K_M",),
-        "One or several of llama.cpp's, as Q4_K_M,Q8_0; none: f16 only.",
+        "Quantizations to make, such as Q4_K_M,Q8_0; the word none: f16 only.",
         Group.EXPORT,
         kind=Kind.QUANTIZATIONS,
         stages="quantize modelfile compare",
@@ -268,7 +268,7 @@ class Config:
     )
     parameter: tuple[str, ...] = option(
         (),
-        "PARAMETER for the Modelfile, as temperature=0.7; may be repeated.",
+        "PARAMETER for the Modelfile, such as temperature=0.7; may be repeated.",
         Group.EXPORT,
         kind=Kind.PARAMETERS,
         stages="modelfile",
@@ -286,16 +286,16 @@ class Config:
     )
     compare_chats: Annotated[int, Ge(1)] = option(
         32,
-        "Most held-out chats to compare on (training chats if none are held out).",
+        "Maximum number of held-out chats to compare on (training chats if none are held out).",
         Group.COMPARISON,
         stages="compare",
     )
     compare_length: Annotated[int, Ge(1)] = option(
-        4096, "Most tokens in them; at least one chat is compared.", Group.COMPARISON, stages="compare"
+        4096, "Maximum number of tokens in them; at least one chat is compared.", Group.COMPARISON, stages="compare"
     )
     compare_answers: Annotated[int, Ge(0)] = option(
         3,
-        "Prompts of held-out chats that base and tuned model answer side by side.",
+        "Number of held-out prompts that base and tuned model answer side by side.",
         Group.COMPARISON,
         stages="compare",
     )
@@ -308,7 +308,7 @@ class Config:
     )
     compare_quantization: tuple[str, ...] = option(
         (),
-        "Other quantizations to make, measure and remove again, as Q5_K_M,IQ3_M.",
+        "Other quantizations to make, measure and remove again, such as Q5_K_M,IQ3_M.",
         Group.COMPARISON,
         kind=Kind.QUANTIZATIONS,
     )
