@@ -8,6 +8,7 @@ import pytest
 from contracts import flags, write_chats
 from support.docker_engine import Client, require_error, until_training
 from support.runs import results
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
@@ -50,6 +51,8 @@ def test_the_disk_fills_up_during_a_stage(small_volume: str, image: Client, smal
     command = ["run", "chats.jsonl", *options, "--use-checkpoint", f"--container={small_volume}"]
     child = image.start(*command, cwd=tmp_path)
     until_training(child)
+    checkpoint = ("find", "/runs", "-path", "*/checkpoints/step-*", "-name", "*.safetensors")
+    wait_until(lambda: image.inside(*checkpoint, name=small_volume), "no checkpoint was written")
     image.inside("dd", "if=/dev/zero", "of=/runs/filler", "bs=64k", name=small_volume)
     output = child.communicate(timeout=120)[0]
     assert child.returncode == 13, output
