@@ -29,6 +29,7 @@ _DOWNLOADING = (
     "foundation/errors.py",
     "foundation/files.py",
     "foundation/hashing.py",
+    "foundation/installation.py",
     "foundation/typed_storage.py",
     "foundation/secrets.py",
     "runners/__init__.py",
