@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from kolotune.foundation.errors import KolotuneError, TrainingError
 from kolotune.runners.child_process import emit_error
@@ -33,6 +35,8 @@ def main(arguments: list[str]) -> int:
         from .training import train
 
         train(job)
+        if job.processes > 1:
+            _end_now()
     except KolotuneError as error:
         traceback.print_exc()
         emit_error(error)
@@ -44,6 +48,16 @@ def main(arguments: list[str]) -> int:
         events.emit(events.OutOfMemory())
         return TrainingError.exit_code
     return 0
+
+
+def _end_now() -> NoReturn:
+    """End this process without Python's cleanup.
+
+    In it the threads of a process group can still fail, for which torchrun would restart the finished training.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ torchrun starts the processes and sets their environment variables.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +47,15 @@ class ProcessGroup:
         return self.local == 0
 
     def close(self) -> None:
-        """Leave the group once all processes are done."""
+        """Leave the group once all processes are done.
+
+        A process that leaves first may cut the connection before the others have heard of it. By then all results are
+        written, so that is no failure: torchrun would restart all processes for it.
+        """
         if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+                dist.destroy_process_group()
 
     def share(self, indices: Sequence[int], costs: Mapping[int, float]) -> list[int]:
         """Return this process's share of the chats `indices`, in their order.

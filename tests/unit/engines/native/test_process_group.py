@@ -154,3 +154,13 @@ def test_each_chat_is_in_one_share_and_shares_are_balanced() -> None:
     loads = [sum(lengths[each] for each in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths.values())
     assert max(loads) < 1.05 * min(loads)
+
+
+def test_a_peer_that_leaves_first_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "barrier", cut)
+    group = ProcessGroup()
+    group.size = 2
+    group.close()
