@@ -32,12 +32,13 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     base = lookup.resolve(resolved.base_model, resolved.hf_token, say)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)
-        first = first_encoded(Path(folder, TRAIN_TOKENS)) if prepared.train.chats else None
+        first = first_encoded(Path(folder, TRAIN_TOKENS)) if prepared.train.chats else []
     problems, prepared.problems = prepared.problems, []
     prepare.report_prepared(prepared, say)
     if first:
         say.note("The first chat as it is trained on; the loss covers what is between ⟦ and ⟧:")
-        say.note(_with_marks(*first, prepared.tokenizer))
+        for ids, labels in first:
+            say.note(_with_marks(ids, labels, prepared.tokenizer))
     for problem in problems[:_SHOWN_PROBLEMS]:
         say.warning(str(problem))
     if problems:

@@ -17,7 +17,7 @@ from ..chat import Chat
 from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.files import read_chat
 from ..reading.records import AnyRecord, RawRecord
-from ..tokens.encoded_chat import EncodedChat
+from ..tokens.encoded_chat import EncodedChat, packed
 from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
 from .holdout import is_held_out
@@ -58,6 +58,7 @@ class ChunkResult:
         rows: One for each chat.
         ids: The tokens of all used chats, as int32 in memory.
         labelled: A byte for each of them.
+        lengths: The tokens of each sequence of the chats that have several, as int32 in memory.
         records: The chats that may be held out, as lines of JSON.
         features: Pickled `ChatFeatures` of the chats that are searched for near-duplicates.
         refused: Problems of chats, by the chat's number in the chunk.
@@ -70,6 +71,7 @@ class ChunkResult:
     rows: list[ChatRow] = field(default_factory=list)
     ids: bytearray = field(default_factory=bytearray)
     labelled: bytearray = field(default_factory=bytearray)
+    lengths: bytearray = field(default_factory=bytearray)
     records: list[bytes] = field(default_factory=list)
     features: list[bytes] = field(default_factory=list)
     refused: dict[int, Problem] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class ChunkEncoder:
 
     Attributes:
         encoder: Makes the tokens.
-        longest: The most tokens of a chat.
+        longest: The most tokens of a sequence.
     """
 
     encoder: Encoder
@@ -142,6 +144,7 @@ class ChunkEncoder:
     def _add(self, result: ChunkResult, entry: _ChatEntry, encoding: Encoding) -> None:
         chat = entry.chat
         state, flags, turns, tokens = REFUSED, entry.held_out * HELD_OUT, 0, 0
+        sequences = 1
         record, features = b"", b""
         try:
             fitting, encoded = self._fit(chat, encoding)
@@ -159,6 +162,9 @@ class ChunkEncoder:
                 flags |= encoded.special_in_content * SPECIAL | encoded.boundary_merge * MERGED
                 result.ids += encoded.packed_ids
                 result.labelled += encoded.packed_labels
+                if encoded.ends:
+                    sequences = len(encoded.ends)
+                    result.lengths += packed(encoded.lengths)
                 record = _json_line(fitting) if entry.needs_record else b""
                 if entry.needs_features:
                     features = pickle.dumps(ChatFeatures.of(fitting), pickle.HIGHEST_PROTOCOL)
@@ -167,21 +173,24 @@ class ChunkEncoder:
         digest = entry.digest
         hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
         sizes = len(record), len(features)
-        result.rows.append(ChatRow(*hashes, chat.line, result.source, turns, state, flags, tokens, *sizes))
+        result.rows.append(ChatRow(*hashes, chat.line, result.source, turns, state, flags, tokens, sequences, *sizes))
 
     def _fit(self, chat: Chat, encoding: Encoding) -> tuple[Chat, EncodedChat | None]:
         """Return the chat, or as many of its first turns as fit, ending with an answer; None if not even one fits."""
         if not isinstance(encoding, EncodedChat):
             raise encoding
-        if len(encoding) <= self.longest:
+        if max(encoding.lengths) <= self.longest:
             return chat, encoding
         answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
+        if encoding.ends:  # what fits does not change with what follows
+            too_long = next(at for at, length in enumerate(encoding.lengths) if length > self.longest)
+            answers = answers[: too_long + 1]
         for last in reversed(answers[:-1]):
             if chat.messages[last].tool_calls:
                 continue  # a chat can't end with a call without its result
             shorter = dataclasses.replace(chat, messages=chat.messages[: last + 1])
             encoding = self.encoder.encode(shorter)
-            if len(encoding) <= self.longest:
+            if max(encoding.lengths) <= self.longest:
                 return shorter, encoding
         return chat, None
 

@@ -185,7 +185,7 @@ def _write(
             similarity.add(features, name != TRAIN_TOKENS)
     prepared.train, prepared.held_out = parts
     store.write_records(rows, used & held_out, folder / HELD_OUT_CHATS)
-    lengths = rows["tokens"][used & ~held_out]
+    lengths = store.sequence_lengths(rows, used & ~held_out)
     if len(lengths):
         prepared.lengths = int(lengths.min()), int(np.median(lengths)), int(lengths.max())
     prepared.findings = similarity.findings()

@@ -50,7 +50,7 @@ class Prepared:
         tokenizer: The tokenizer that belongs to it.
         jinja: The template's source.
         train, held_out: The chats that are used.
-        lengths: Tokens of the shortest, the median and the longest chat that is trained on.
+        lengths: Tokens of the shortest, the median and the longest sequence that is trained on.
         problems: Every problem; the chats that have one are not used.
         shapes: For each file its format and the shapes of its records.
         duplicates: Copies of earlier chats, which are not used.

@@ -11,6 +11,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +22,8 @@ from .rows import row_type
 from .shingles import ChatFeatures
 
 _CHATS_AT_ONCE = 16_384
-_FILES = ("rows", "ids", "labelled", "records", "features")
-_IDS, _LABELLED = "<i4", "u1"
+_FILES = ("rows", "ids", "labelled", "lengths", "records", "features")
+_IDS, _LABELLED, _LENGTHS = "<i4", "u1", "<i4"
 
 
 class RowStore:
@@ -50,6 +51,7 @@ class RowStore:
         self._open["rows"].write(np.array(result.rows, dtype=row_type()).tobytes())
         self._open["ids"].write(np.frombuffer(result.ids, "i4").astype(_IDS, copy=False).tobytes())
         self._open["labelled"].write(result.labelled)
+        self._open["lengths"].write(np.frombuffer(result.lengths, "i4").astype(_LENGTHS, copy=False).tobytes())
         self._open["records"].writelines(result.records)
         self._open["features"].writelines(result.features)
 
@@ -80,17 +82,25 @@ class RowStore:
                 yield file.read(int(lengths[index]))
 
     def write_tokens(self, rows: np.ndarray, chosen: np.ndarray, path: Path) -> int:
-        """Write the tokens of the chosen chats as safetensors: ``ids``, ``labelled`` and ``offsets``.
+        """Write the tokens of the chosen chats as safetensors.
+
+        ``ids`` and ``labelled`` are those of all sequences, end to end. ``offsets`` has the start of each sequence
+        and the end of the last. If a chat has several sequences, ``chats`` has the number of the first sequence of
+        each chat, and the number of all sequences; otherwise each sequence is a chat.
 
         Returns:
             The number of labelled tokens.
         """
-        offsets = np.concatenate(([0], np.cumsum(rows["tokens"][chosen], dtype="<i8")), dtype="<i8")
+        offsets = _sums(self.sequence_lengths(rows, chosen))
+        tables = {"offsets": offsets}
+        if len(offsets) - 1 > np.count_nonzero(chosen):
+            tables["chats"] = _sums(rows["sequences"][chosen])
         total, labelled = int(offsets[-1]), 0
         header, end = {}, 0
         # The widest first, so that each starts at a multiple of its width and can be mapped.
         for name, kind, shape, width in (
-            ("offsets", "I64", len(offsets), 8), ("ids", "I32", total, 4), ("labelled", "U8", total, 1),
+            *((name, "I64", len(table), 8) for name, table in tables.items()),
+            ("ids", "I32", total, 4), ("labelled", "U8", total, 1),
         ):  # fmt: skip
             header[name] = {"dtype": kind, "shape": [shape], "data_offsets": [end, end + shape * width]}
             end += shape * width
@@ -98,13 +108,27 @@ class RowStore:
         text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.write(offsets.tobytes())
+            for table in tables.values():
+                file.write(table.tobytes())
             for part in self._tokens("ids", _IDS, rows["tokens"], chosen):
                 file.write(part.tobytes())
             for part in self._tokens("labelled", _LABELLED, rows["tokens"], chosen):
                 file.write(part.tobytes())
                 labelled += int(part.sum(dtype=np.int64))
         return labelled
+
+    def sequence_lengths(self, rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Return the tokens of each sequence of the chosen chats."""
+        counts = rows["sequences"][chosen]
+        if not np.any(counts > 1):
+            return np.asarray(rows["tokens"][chosen])
+        several = rows["sequences"] > 1
+        of_several = np.fromfile(self._folder / "lengths", dtype=_LENGTHS)
+        lengths = np.empty(int(counts.sum(dtype=np.int64)), dtype=_LENGTHS)
+        is_of_several = np.repeat(counts > 1, counts)
+        lengths[is_of_several] = of_several[np.repeat(chosen[several], rows["sequences"][several])]
+        lengths[~is_of_several] = rows["tokens"][chosen][counts == 1]
+        return lengths
 
     def _tokens(self, name: str, kind: str, lengths: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:
         with (self._folder / name).open("rb") as file:
@@ -114,10 +138,16 @@ class RowStore:
                 yield values[np.repeat(chosen[start : start + _CHATS_AT_ONCE], counts)]
 
 
-def first_encoded(path: Path) -> tuple[list[int], list[bool]]:
-    """Return the tokens and labels of the first chat in a file that `RowStore.write_tokens` wrote."""
+def _sums(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(counts, dtype="<i8")), dtype="<i8")
+
+
+def first_encoded(path: Path) -> list[tuple[list[int], list[bool]]]:
+    """Return the tokens and labels of each sequence of the first chat in a file that `RowStore.write_tokens` wrote."""
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
-        end = int(file.get_slice("offsets")[1:2][0])
-        return file.get_slice("ids")[:end].tolist(), [bool(label) for label in file.get_slice("labelled")[:end]]
+        count = int(file.get_slice("chats")[1:2][0]) if "chats" in file.keys() else 1  # noqa: SIM118 - no mapping
+        offsets = file.get_slice("offsets")[: count + 1].tolist()
+        ids, labelled = (file.get_slice(name)[: offsets[-1]].tolist() for name in ("ids", "labelled"))
+    return [(ids[start:end], [bool(label) for label in labelled[start:end]]) for start, end in pairwise(offsets)]

@@ -21,7 +21,8 @@ class ChatRow(NamedTuple):
         turns: The turns that were dropped since it is too long.
         state: `USED`, `TOO_LONG` or `REFUSED`.
         flags: `SPECIAL`, `MERGED` and `HELD_OUT`, added up.
-        tokens: The number of its tokens.
+        tokens: The number of its tokens, in all its sequences.
+        sequences: The number of its sequences.
         record, features: The bytes that it has in these columns of the row store.
     """
 
@@ -33,11 +34,12 @@ class ChatRow(NamedTuple):
     state: int
     flags: int
     tokens: int
+    sequences: int
     record: int
     features: int
 
 
 def row_type() -> np.dtype:
     """Return the type of a row on disk."""
-    types = ("<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4")
+    types = ("<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4")
     return np.dtype(list(zip(ChatRow._fields, types, strict=True)))

@@ -1,10 +1,15 @@
-"""A chat as token ids and labels."""
+"""A chat as token ids and labels.
+
+Most chats are one sequence. Where the prompts that a model is served with are not the beginnings of the whole chat,
+each answer is a sequence of its own: its prompt and the answer.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -12,20 +17,27 @@ class EncodedChat:
     """A chat as tokens.
 
     Attributes:
-        packed_ids: The token ids of the whole rendering, as int32 in memory.
+        packed_ids: The token ids of all sequences, end to end, as int32 in memory.
         packed_labels: For each token a byte: whether the loss falls on it.
         special_in_content: A content contains the text of a special token, which was encoded as plain text.
         boundary_merge: A token contains both the end of a prompt and the start of an answer. It is not labelled, and
             the served prompt will end with a different token than the one trained on.
+        ends: Where each sequence ends in the ids; empty if there is only one.
     """
 
     packed_ids: bytes
     packed_labels: bytes
     special_in_content: bool = False
     boundary_merge: bool = False
+    ends: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.packed_labels)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each sequence."""
+        return [end - start for start, end in pairwise((0, *self.ends))] if self.ends else [len(self)]
 
     @property
     def ids(self) -> list[int]:

@@ -1,0 +1,60 @@
+"""What the row store writes for chats of one sequence, and for chats of several."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from kolotune.chats.dataset.chunks import ChunkResult
+from kolotune.chats.dataset.row_store import RowStore, first_encoded
+from kolotune.chats.dataset.rows import USED, ChatRow
+
+
+def _result(chats: list[list[int]]) -> ChunkResult:
+    """Return chats whose sequences have these lengths; token n of all is n, and every third one is labelled."""
+    result = ChunkResult(0)
+    for lengths in chats:
+        first, total = len(result.labelled), sum(lengths)
+        result.ids += array("i", range(first, first + total)).tobytes()
+        result.labelled += bytes(at % 3 == 0 for at in range(first, first + total))
+        if len(lengths) > 1:
+            result.lengths += array("i", lengths).tobytes()
+        result.rows.append(ChatRow(0, 0, 1, 0, 0, USED, 0, total, len(lengths), 0, 0))
+    return result
+
+
+def _written(chats: list[list[int]], chosen: list[bool], folder: Path) -> dict[str, np.ndarray]:
+    with RowStore(folder / "rows") as store:
+        store.add(_result(chats[:2]))
+        rest = _result(chats)
+        rest.rows = rest.rows[2:]
+        used = sum(map(sum, chats[:2]))
+        rest.ids, rest.labelled = rest.ids[4 * used :], rest.labelled[used:]
+        rest.lengths = _result(chats[2:]).lengths
+        store.add(rest)
+        store.close()
+        labelled = store.write_tokens(store.rows(), np.array(chosen), folder / "tokens.safetensors")
+    tokens = load_file(folder / "tokens.safetensors")
+    assert labelled == tokens["labelled"].sum()
+    return tokens
+
+
+def test_chats_of_several_sequences_have_a_table(tmp_path: Path) -> None:
+    tokens = _written([[2, 3, 4], [5], [6, 7], [1], [2, 2]], [True, True, False, True, True], tmp_path)
+    assert tokens["offsets"].tolist() == [0, 2, 5, 9, 14, 15, 17, 19]
+    assert tokens["chats"].tolist() == [0, 3, 4, 5, 7]
+    assert tokens["ids"].tolist() == [*range(14), *range(27, 32)]
+    assert tokens["offsets"].dtype == tokens["chats"].dtype == np.int64
+    first = first_encoded(tmp_path / "tokens.safetensors")
+    assert [ids for ids, _ in first] == [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
+    assert [label for _, labels in first for label in labels] == [at % 3 == 0 for at in range(9)]
+
+
+def test_without_such_chats_there_is_no_table(tmp_path: Path) -> None:
+    tokens = _written([[2], [5], [6, 7], [1]], [True, True, False, True], tmp_path)
+    assert sorted(tokens) == ["ids", "labelled", "offsets"]
+    assert tokens["offsets"].tolist() == [0, 2, 7, 8]
+    assert first_encoded(tmp_path / "tokens.safetensors") == [([0, 1], [True, False])]
