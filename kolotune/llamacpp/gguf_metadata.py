@@ -31,12 +31,14 @@ class MetadataReader:
     Attributes:
         fields: the metadata; an array of more than 64 values is represented by its length.
         flags: the positions of the boolean fields.
+        spans: where each field's type and value are.
         tensor_count: the number of tensors that follow.
     """
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self._data, self._position = data, 4
         self.flags: dict[str, int] = {}
+        self.spans: dict[str, slice] = {}
         if data[:4] != b"GGUF" or self.integer("<I") not in (2, 3):
             raise ValueError("not a GGUF of version 2 or 3")
         self.tensor_count, count = self.integer("<Q"), self.integer("<Q")
@@ -75,10 +77,13 @@ class MetadataReader:
         return self._data[start : self._position].decode("utf-8")
 
     def _field(self, name: str) -> object:
+        start = self._position
         kind = self.integer("<I")
         if kind == _BOOL:
             self.flags[name] = self._position
-        return self._array() if kind == _ARRAY else self._value(kind)
+        value = self._array() if kind == _ARRAY else self._value(kind)
+        self.spans[name] = slice(start, self._position)
+        return value
 
     def _value(self, kind: int) -> object:
         return self._text() if kind == _STRING else self._scalar(_SCALARS[kind])

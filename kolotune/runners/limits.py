@@ -8,9 +8,12 @@ space, which Linux enforces. macOS and Windows don't: there the time limit stops
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -65,6 +68,28 @@ def call(work: Callable[[], Result]) -> Result:
         return _limited(work)
     except MemoryError:
         raise LimitExceeded(MEMORY_EXCEEDED) from None
+
+
+@contextlib.contextmanager
+def library_limits(seconds: int, memory: int) -> Iterator[None]:
+    """Limit a process that runs a stranger's program in a library, which no exception reaches: the system ends it.
+
+    Args:
+        seconds: processor time within the block.
+        memory: bytes that the process may write to, in the block and afterwards; only Linux enforces it.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        yield
+        return
+    for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, memory)):
+        resource.setrlimit(limit, (most, most))
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    used = math.ceil(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def exceeded_by(exit_code: int | None) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import explained
@@ -176,12 +177,21 @@ def start_detached(argv: Sequence[str], log: Path) -> int:
 
 
 @contextlib.contextmanager
-def piped(argv: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def piped(
+    argv: Sequence[str], env: Mapping[str, str], errors: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program with pipes for its standard input and output while the block runs.
 
     At the end of the block its input is closed, and the program should end; after an error it is stopped.
+
+    Args:
+        argv: the program and its arguments, never a shell string. It does not get the hub's tokens.
+        env: variables to add to this process's own.
+        errors: file that gets its standard error; None for this process's own.
     """
-    child = subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**_inherited(), **env})
+    child = subprocess.Popen(
+        list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={**_inherited(), **env}
+    )
     try:
         yield child
         assert child.stdin is not None
