@@ -38,13 +38,13 @@ class TemplateNode:
     """A text, an action, or a block.
 
     Attributes:
-        text: of a text.
+        text: of a text; the keyword of a jump, which is continue or break.
         words: of an action, or of a block's head.
         body, otherwise: the nodes in a block, and those after its else.
         is_chained: the block is the `if` of an `else if`, which has no separate end.
     """
 
-    kind: Literal["root", "text", "action", "if", "range"]
+    kind: Literal["root", "text", "action", "jump", "if", "range"]
     text: str = ""
     words: list[Word] = field(default_factory=list)
     body: list[TemplateNode] = field(default_factory=list)
@@ -99,6 +99,10 @@ def _add_action(code: str, open_blocks: list[_OpenBlock]) -> None:
             pass
     elif head == "else":
         _add_else(rest.strip(), open_blocks)
+    elif code in ("continue", "break"):
+        if all(block.kind != "range" for block, _ in open_blocks):
+            refuse(f"a {code} outside of a range")
+        open_blocks[-1][1].append(TemplateNode("jump", text=code))
     elif head in _KEYWORDS:
         refuse(f"{head} is not supported")
     else:

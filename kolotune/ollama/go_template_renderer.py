@@ -10,36 +10,49 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .go_template_parser import TemplateNode, Word, parse_go_template, refuse
-from .turn_format import merge_turns
+from .go_values import GoObject, Request, json_of, print_value, template_values
 
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.))", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
-# What Ollama provides besides, with its values in a plain conversation.
-_TURN_DEFAULTS: dict[str, object] = {"Thinking": "", "Images": [], "ToolCalls": [], "ToolName": "", "ToolCallID": ""}
-_DEFAULTS: dict[str, object] = {"Tools": [], "Think": False, "ThinkLevel": "", "IsThinkSet": False}
 
 
-def render_go_template(template: str, messages: Sequence[Mapping[str, object]], system: str | None = None) -> str:
+def render_go_template(
+    template: str,
+    messages: Sequence[Mapping[str, object]],
+    system: str | None = None,
+    request: Request | None = None,
+) -> str:
     """Return the prompt that Ollama makes of a conversation.
 
     Args:
         template: the text of TEMPLATE; it has to loop over the messages.
-        messages: turns with `role` and `content`. Neighbours of one role are merged, as Ollama does.
+        messages: turns as in Ollama's API: `role` and `content`, and where there are such `thinking`, `tool_calls`,
+            `tool_name`. Neighbours of one role are merged, as Ollama does.
         system: of the Modelfile; it is put before a conversation that has no system turn at its start.
+        request: tools, and whether to think.
 
     Raises:
         ArtifactError: the template is invalid, or uses more of the language than is known.
     """
     if system and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": system}, *messages]
-    turns = [{"Role": turn["role"], "Content": turn["content"], **_TURN_DEFAULTS} for turn in merge_turns(messages)]
-    systems = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
     if ".Messages" not in template:
         refuse("it does not loop over .Messages")
-    data = {"System": systems, "Messages": turns, "Response": "", **_DEFAULTS}
     output: list[str] = []
-    _write(parse_go_template(template), _TemplateScope(data, {"$": data}), output)
+    try:
+        dot = GoObject(template_values(messages, request or Request()))
+    except ValueError as error:
+        refuse(f"Ollama does not read these tools: {error}")
+    _write(parse_go_template(template), _TemplateScope(dot, {"$": dot}), output)
     return "".join(output)
+
+
+class _Jump(Exception):
+    """Ends one turn of a loop, or the loop."""
+
+    def __init__(self, ends_loop: bool) -> None:
+        super().__init__()
+        self.ends_loop = ends_loop
 
 
 @dataclass
@@ -69,9 +82,11 @@ def _write(nodes: Sequence[TemplateNode], scope: _TemplateScope, output: list[st
             output.append(node.text)
         elif node.kind == "action":
             if not _assign(node.words, scope):
-                output.append(_format(_evaluate(node.words, scope)))
+                output.append(_printed(_evaluate(node.words, scope)))
+        elif node.kind == "jump":
+            raise _Jump(ends_loop=node.text == "break")
         elif node.kind == "if":
-            branch = node.body if _evaluate(node.words, scope) else node.otherwise
+            branch = node.body if _is_true(_evaluate(node.words, scope)) else node.otherwise
             _write(branch, scope.inner(scope.dot), output)
         else:
             _write_loop(node, scope, output)
@@ -94,16 +109,39 @@ def _write_loop(node: TemplateNode, scope: _TemplateScope, output: list[str]) ->
         mark = words.index(("mark", ":="))
         names = [text for kind, text in words[:mark] if kind == "variable"]
         words = words[mark + 1 :]
-    items = _evaluate(words, scope)
-    if not isinstance(items, list):
-        refuse("range over something that is not a list")
+    items = _items(_evaluate(words, scope))
     if not items:
         _write(node.otherwise, scope.inner(scope.dot), output)
-    for index, item in enumerate(items):
+    for key, item in items:
         inner = scope.inner(item)
-        values = [index, item] if len(names) == 2 else [item]
+        values = [key, item] if len(names) == 2 else [item]
         inner.variables |= dict(zip(names, values, strict=False))
-        _write(node.body, inner, output)
+        try:
+            _write(node.body, inner, output)
+        except _Jump as jump:
+            if jump.ends_loop:
+                break
+
+
+def _items(value: object) -> list[tuple[object, object]]:
+    """What a loop runs over, with the index or key of each; Go sorts the keys of a map."""
+    if value is None or isinstance(value, list):
+        return list(enumerate(value or []))
+    if isinstance(value, GoObject) and value.is_map:
+        return [(name, value.fields[name]) for name in sorted(value.fields)]
+    refuse("range over something that is not a list")
+
+
+def _is_true(value: object) -> bool:
+    """Whether Go takes a value for true: structs always are."""
+    return bool(value.fields) or not value.is_map if isinstance(value, GoObject) else bool(value)
+
+
+def _printed(value: object) -> str:
+    try:
+        return print_value(value)
+    except TypeError as error:
+        refuse(str(error))
 
 
 # ---------------------------------------------------------------- expressions
@@ -162,10 +200,9 @@ def _operand(words: list[Word], scope: _TemplateScope) -> tuple[object, list[Wor
 
 
 def _field(value: object, text: str) -> object:
-    if not isinstance(value, dict) or text[1:] not in value:
+    if not isinstance(value, GoObject) or text[1:] not in value.fields:
         refuse(f"{text} does not exist")
-    field: object = value[text[1:]]
-    return field
+    return value.fields[text[1:]]
 
 
 def _unquote(text: str) -> str:
@@ -179,10 +216,6 @@ def _unquote(text: str) -> str:
         return _ESCAPED.get(match[5], match[5])
 
     return _ESCAPE.sub(character, text[1:-1])
-
-
-def _format(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---------------------------------------------------------------- functions
@@ -214,8 +247,8 @@ def _slice(value: object, start: int = 0, end: int | None = None) -> object:
 
 def _index(value: object, *keys: object) -> object:
     for key in keys:
-        if isinstance(value, dict):
-            value = value[key]
+        if isinstance(value, GoObject) and value.is_map and isinstance(key, str):
+            value = value.fields[key]
         elif isinstance(key, int):
             items = _sequence(value)
             if isinstance(value, list) and not 0 <= key < len(items):
@@ -229,7 +262,7 @@ def _index(value: object, *keys: object) -> object:
 def _length(value: object) -> int:
     if isinstance(value, str):
         return len(value.encode())
-    return len(value) if isinstance(value, dict) else len(_sequence(value))
+    return len(value.fields) if isinstance(value, GoObject) and value.is_map else len(_sequence(value))
 
 
 _FUNCTIONS: dict[str, Callable[..., object]] = {
@@ -239,11 +272,12 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
     "le": lambda one, other: _compare(one, other) <= 0,
     "gt": lambda one, other: _compare(one, other) > 0,
     "ge": lambda one, other: _compare(one, other) >= 0,
-    "and": lambda *values: next((value for value in values if not value), values[-1]),
-    "or": lambda *values: next((value for value in values if value), values[-1]),
-    "not": lambda value: not value,
+    "and": lambda *values: next((value for value in values if not _is_true(value)), values[-1]),
+    "or": lambda *values: next((value for value in values if _is_true(value)), values[-1]),
+    "not": lambda value: not _is_true(value),
+    "json": json_of,
     "len": _length,
     "index": _index,
     "slice": _slice,
-    "print": lambda *values: "".join(map(_format, values)),
+    "print": lambda *values: "".join(map(print_value, values)),
 }

@@ -100,7 +100,7 @@ class TurnFormat:
             open: True for what Ollama sends to the model: an assistant turn at the end is left open for the model to
                 continue, any other end is followed by the generation prompt. False closes the last turn instead.
         """
-        turns = merge_turns(messages)
+        turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in merge_turns(messages)]
         systems = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
         users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
         parts = [self.bos, self._start(turns, systems)]
@@ -145,22 +145,22 @@ def common_prefix(*texts: str) -> str:
     return commonprefix(texts)  # noqa: RUF071 - characters are compared, these are not paths
 
 
-def merge_turns(messages: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
+def merge_turns(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Return the turns that Ollama gives to a template: neighbours of one role are one turn.
 
     This is `collate` in Ollama's template/template.go.
 
     Args:
-        messages: turns with `role` and `content`.
+        messages: turns with `role` and `content`, and whatever else.
 
     Returns:
-        New turns; the texts of merged ones are joined by an empty line.
+        New turns. The texts of merged ones are joined by an empty line; of the rest only the first one's is kept. The
+        results of tools are never merged.
     """
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, object]] = []
     for message in messages:
-        role, content = str(message["role"]), str(message["content"])
-        if turns and turns[-1]["role"] == role and role != "tool":
-            turns[-1]["content"] += "\n\n" + content
+        if turns and turns[-1]["role"] == message["role"] != "tool":
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{message['content']}"
         else:
-            turns.append({"role": role, "content": content})
+            turns.append(dict(message))
     return turns

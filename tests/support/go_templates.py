@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     return run
 
 
-def job(template: str, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def job(template: str, chats: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Return a job for the renderer; chats are turns with `role` and `content`."""
-    go_chats = [[{"Role": turn["role"], "Content": turn["content"]} for turn in turns] for turns in chats]
-    return {"Template": template, "Chats": go_chats}
+    return {"Template": template, "Chats": [{"messages": turns} for turns in chats]}

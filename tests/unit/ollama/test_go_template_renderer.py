@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import observed
 from support.go_templates import job
+from support.observed import OBSERVED, ObservedModel
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kolotune.foundation.errors import ArtifactError, TemplateError
 from kolotune.ollama.go_template_renderer import render_go_template
 from kolotune.ollama.go_template_writer import write_go_template
+from kolotune.ollama.go_values import Request
 from kolotune.ollama.template_derivation import NotDerivable, derive
 from kolotune.ollama.template_proof import battery
 
@@ -91,3 +94,88 @@ def test_the_modelfiles_system_prompt_is_used_where_a_chat_has_none() -> None:
 def test_unsupported_templates_are_refused(template: str) -> None:
     with pytest.raises(ArtifactError, match="TEMPLATE"):
         render_go_template(template, [{"role": "user", "content": "a"}])
+
+
+GO_ROWS = [
+    pytest.param(model, name, id=f"{model.name}: {name}")
+    for model in OBSERVED
+    if model.shows != "gguf"
+    for name, prompt in model.prompts.items()
+    if isinstance(prompt, str)
+]
+
+
+@pytest.mark.parametrize(("model", "name"), GO_ROWS)
+def test_prompts_of_a_real_ollama(model: ObservedModel, name: str) -> None:
+    chat = observed.CHATS[name]
+    think = chat.get("think", True if "thinking" in model.capabilities else None)
+    request = Request(chat.get("tools", ()), think)
+    assert render_go_template(model.shown_template, chat["messages"], None, request) == model.prompts[name]
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "parameters": {
+            "properties": {
+                "z": {"description": "<last>", "type": ["string", "null"], "default": 1},
+                "a": {"type": "array", "items": {"type": "string", "minLength": 1}},
+                "m": {"enum": ["x", 2, 1e21, {"b": 1, "a": 0.5}], "anyOf": [{"type": "integer"}, {"type": ["number"]}]},
+                "o": {"type": "object", "properties": {"p": {"type": "boolean"}}, "required": ["p"]},
+            },
+            "required": ["a"],
+            "additionalProperties": False,
+            "type": "object",
+        },
+        "strict": True,
+    },
+}
+ASKING: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "one"},
+        {"role": "user", "content": "two & <three>"},
+        {
+            "role": "assistant",
+            "content": "",
+            "thinking": "so",
+            "tool_calls": [{"id": "i", "function": {"name": "find", "arguments": {"z": 1.0, "a": ["<", None, True]}}}],
+        },
+        {"role": "tool", "content": "r", "tool_name": "find"},
+        {"role": "tool", "content": "s"},
+    ],
+    "tools": [TOOL, {"type": "function", "function": {"name": "none", "description": "d"}}],
+}
+WITH_TOOLS = [
+    "{{ range .Messages }}{{ end }}"
+    "{{ json .Tools }}|{{ .Tools }}|{{ range .Tools }}{{ . }}{{ json .Function }}{{ end }}",
+    """{{- range .Tools }}{{ .Function.Name }} ({{ .Function.Description }}): {{ .Function.Parameters.Properties }}
+{{- range $name, $property := .Function.Parameters.Properties }}
+- {{ $name }}: {{ $property.Type }} {{ $property.Description }} {{ json $property.Enum }}
+{{- end }}{{ end }}{{ range .Messages }}{{ end }}""",
+    """{{ range .Messages }}{{ .Role }} {{ .ToolName }} {{ if .Thinking }}({{ .Thinking }}){{ end }}
+{{- range .ToolCalls }}{{ .Function.Name }} {{ .Function.Arguments }} {{ json .Function }} {{ len .Function.Arguments }}
+{{- range $name, $value := .Function.Arguments }}{{ $name }}={{ json $value }}{{ end }}{{ end }}{{ end }}""",
+    '{{ range .Messages }}{{ if eq .Role "user" }}{{ continue }}{{ end }}{{ .Role }}{{ end }}'
+    "{{ range .Tools }}{{ .Function.Name }}{{ break }}{{ else }}none{{ end }}",
+    "{{ .Think }} {{ .IsThinkSet }} {{ if and .IsThinkSet (not .Think) }}off{{ end }}{{ range .Messages }}{{ end }}",
+]
+
+
+@pytest.mark.parametrize("template", WITH_TOOLS)
+def test_tools_and_thoughts_are_rendered_as_by_go(go: Go, template: str) -> None:
+    for think in (None, True, False):
+        (texts,) = go([{"Template": template, "Chats": [{**ASKING, "think": think}]}])
+        request = Request(ASKING["tools"], think)
+        assert [render_go_template(template, ASKING["messages"], None, request)] == texts
+
+
+def test_observed_prompts_are_those_of_go(go: Go) -> None:
+    """So that what stands for Ollama in other tests renders as Ollama does."""
+    rows = [param.values for param in GO_ROWS]
+    for model in {id(model): model for model, _ in rows}.values():
+        names = [name for other, name in rows if other is model]
+        thinks = "thinking" in model.capabilities
+        chats = [{**({"think": True} if thinks else {}), **observed.CHATS[name]} for name in names]
+        assert go([{"Template": model.shown_template, "Chats": chats}]) == [[model.prompts[name] for name in names]]
