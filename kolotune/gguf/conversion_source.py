@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from datetime import date
 from pathlib import Path
 
-from kolotune.chats.templates.frozen_date import freeze_date
-from kolotune.chats.tokens.tokenizer import template_of, template_text, trained_tokenizer, writes_bos
+from kolotune.chats.tokens.tokenizer import template_of, trained_tokenizer, writes_bos
+from kolotune.chats.tokens.trained_template import trained_template
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.run_folder.records import now
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
 from kolotune.weights.adapter import is_adapter
@@ -108,9 +106,9 @@ def expected_skeleton(context: Context) -> tuple[ModelSkeleton, str]:
 
 def _expected_tokenizer(context: Context) -> dict[str, Path | str]:
     """Return the files that prepare will write; {} if it can't, which it reports itself."""
-    day = date.fromisoformat(context.config.template_date or now()[:10])
     try:
-        jinja = freeze_date(template_text(context.base), day)
-        return trained_tokenizer(context.base, jinja, adds_bos=writes_bos(template_of(context.base), jinja))
+        template = template_of(context.base)
+        jinja = trained_template(context.config, context.base, template.special_tokens)
+        return trained_tokenizer(context.base, jinja, adds_bos=writes_bos(template, jinja))
     except KolotuneError:
         return {}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
-from kolotune.chats.templates.frozen_date import freeze_date
 from kolotune.chats.templates.loss_mask import end_token
 from kolotune.chats.tokens.tokenizer import (
     TOKENIZER_FILES,
     chat_template,
     load_tokenizer,
     special_tokens,
+    template_of,
     template_text,
 )
+from kolotune.chats.tokens.trained_template import trained_template
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, ConfigError
@@ -31,7 +31,7 @@ from kolotune.ollama.template_derivation import NotDerivable, derive
 from kolotune.ollama.turn_format import TurnFormat
 from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.records import now, read_record
+from kolotune.run_folder.records import read_record
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.source import read_source
 from kolotune.run_folder.stage import Context
@@ -159,8 +159,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
     """
     del reporter
     folder = context.source if context.source is not None and not is_adapter(context.source) else context.base
-    day = date.fromisoformat(context.config.template_date or now()[:10])
-    serving = derive_format(folder, freeze_date(template_text(folder), day))
+    jinja = trained_template(context.config, folder, template_of(folder).special_tokens)
+    serving = derive_format(folder, jinja)
     if context.config.system and not serving.takes_system:
         raise ConfigError(
             "system: the chat template of this model refuses system prompts",

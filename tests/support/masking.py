@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
-from kolotune.chats.templates.frozen_date import freeze_date
 from kolotune.chats.templates.loss_mask import AnswerLocator, LocatedChat
 from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.templates.template_binding import bind
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.chats.tokens.encoder import Encoder
 
@@ -162,8 +162,9 @@ def metaspace(special: tuple[str, ...], *texts: str, scheme: str = "first") -> P
 
 
 def template_of(family: Family, folder: Path) -> ChatTemplate:
-    source = freeze_date((folder / f"{family.file}.jinja").read_text(encoding="utf-8"), DATE)
-    return ChatTemplate(source, {"bos_token": family.bos, "eos_token": family.eos})
+    tokens = {"bos_token": family.bos, "eos_token": family.eos}
+    source = bind((folder / f"{family.file}.jinja").read_text(encoding="utf-8"), DATE, tokens)
+    return ChatTemplate(source, tokens)
 
 
 def locate(chat: Chat, template: ChatTemplate, special: Collection[str]) -> LocatedChat:

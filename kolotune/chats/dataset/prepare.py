@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,9 @@ from kolotune.runners import workers
 
 from ..reading.faults import Problem
 from ..reading.files import describe_shapes, no_chats, opened, require_file
-from ..templates.frozen_date import freeze_date
 from ..tokens.encoder import Encoder
-from ..tokens.tokenizer import chat_template, load_tokenizer, template_text
+from ..tokens.tokenizer import chat_template, load_tokenizer, special_tokens
+from ..tokens.trained_template import trained_template
 from .chunks import Chunk, ChunkEncoder, ChunkResult, chunks
 from .copies import find_copies
 from .holdout import final_split
@@ -71,8 +70,7 @@ def prepare_chats(
     with RowStore(folder / "rows") as store:
         with workers.pool(processes, *_LOADED) as pool:
             tokenizer = load_tokenizer(base)
-            day = date.fromisoformat(config.template_date) if config.template_date else date.today()
-            jinja = freeze_date(template_text(base), day)
+            jinja = trained_template(config, base, special_tokens(tokenizer))
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
             encoder = ChunkEncoder(Encoder(prepared.template, tokenizer), config.max_seq_length)
             collector = _Collector(prepared, paths, store)

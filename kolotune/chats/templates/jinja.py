@@ -20,6 +20,7 @@ from jinja2.utils import Namespace
 from kolotune.foundation.errors import TemplateError
 from kolotune.runners import limits
 
+from . import free_variables as analysis
 from .opaque_strings import find_signature
 from .signature import TemplateSignature
 
@@ -38,6 +39,34 @@ def uses_of_date(jinja: str) -> int:
         return sum(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
     return _limited(count, "is not valid Jinja")
+
+
+def free_variables(jinja: str) -> list[str]:
+    """See `sandbox.free_variables`."""
+
+    def names() -> list[str]:
+        environment = _compiled(jinja).environment
+        found = analysis.free_variables(environment.parse(jinja))
+        return sorted(found - environment.globals.keys())
+
+    return _limited(names, "is not valid Jinja")
+
+
+def inspects(jinja: str, name: str) -> bool:
+    """See `sandbox.inspects`."""
+    return _limited(lambda: analysis.inspects(_compiled(jinja).environment.parse(jinja), name), "is not valid Jinja")
+
+
+def extends(jinja: str, inner: str, names: Sequence[str]) -> bool:
+    """See `sandbox.extends`."""
+
+    def result() -> bool:
+        environment = _compiled(jinja).environment
+        first, rest = (body := environment.parse(jinja).body)[: len(names)], body[len(names) :]
+        targets = [node.target for node in first if isinstance(node, nodes.Assign)]
+        return rest == environment.parse(inner).body and targets == [nodes.Name(name, "store") for name in names]
+
+    return _limited(result, "is not valid Jinja")
 
 
 def render(

@@ -95,6 +95,33 @@ def uses_of_date(jinja: str) -> int:
     return int(cast(int, _call("uses_of_date", jinja)))
 
 
+def free_variables(jinja: str) -> list[str]:
+    """Return the variables that the template may read before it has set them, functions left out, by name.
+
+    Raises:
+        TemplateError: The template is not valid Jinja, or too expensive to parse.
+    """
+    return list(map(str, cast(list[object], _call("free_variables", jinja))))
+
+
+def inspects(jinja: str, name: str) -> bool:
+    """Whether the template does more with a variable than ask whether it is true, loop over it and write it as JSON.
+
+    Raises:
+        TemplateError: The template is not valid Jinja, or too expensive to parse.
+    """
+    return bool(_call("inspects", jinja, name))
+
+
+def extends(jinja: str, inner: str, names: Sequence[str]) -> bool:
+    """Whether the template sets these variables, in this order, and then is `inner`, to the character that it writes.
+
+    Raises:
+        TemplateError: One of the templates is not valid Jinja, or too expensive to parse.
+    """
+    return bool(_call("extends", jinja, inner, list(names)))
+
+
 def render(
     jinja: str,
     messages: Sequence[Mapping[str, object]],
