@@ -73,6 +73,8 @@ def _configs() -> dict[str, Callable[..., Any]]:
         "gemma": transformers.GemmaConfig,
         "gemma2": transformers.Gemma2Config,
         "gemma3": transformers.Gemma3TextConfig,
+        "mixtral": transformers.MixtralConfig,
+        "qwen2_moe": transformers.Qwen2MoeConfig,
         "phi3": transformers.Phi3Config,
         "gpt2": transformers.GPT2Config,
     }

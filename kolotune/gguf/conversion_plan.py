@@ -1,8 +1,8 @@
 """How a GGUF is written from a model's tensors: its header, and where each tensor's data comes from.
 
 A plan is traced once from llama.cpp's converter (`conversion_tracing`) and kept (`plan_cache`). With it, `write_gguf`
-streams weights into the file that the converter would write, byte for byte, without the converter's imports.
-See docs/conversion-plan.md.
+streams weights into the file that the converter would write, in the form of llama.cpp's own writer (`writer_form`),
+byte for byte, without the converter's imports. See docs/conversion-plan.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A separate process, because the converter's imports take seconds and hundreds of
 folder, FOLDER a model folder whose weight files need no more than headers, TYPE the type of the GGUF, TARGET the folder
 that the plan is written to.
 
-Nothing about an architecture is known here. Header and metadata are what the converter writes. How a tensor is made
+Nothing about an architecture is known here. Header and metadata are what the converter writes, in the form of
+llama.cpp's own writer (`writer_form`). How a tensor is made
 from the model's is found by sending marked tensors through the converter's `modify_tensors`. An access to a weight's
 value, after which other weights could give another plan, ends the attempt. See docs/conversion-plan.md.
 """
@@ -27,6 +28,7 @@ from kolotune.runners import child_process
 from kolotune.weights.dtypes import FLOATS
 from kolotune.weights.safetensors_header import read_header
 
+from . import writer_form
 from .conversion_plan import TensorPlan
 from .plan_cache import HEADER, PLAN, StoredPlan
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     import gguf
     from torch import Tensor
 
-_GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 _LARGEST_CONSTANT = 1 << 20
 _LARGEST_EXACT = 1 << 24  # whole numbers up to here are exact in fp32
 ModifyTensors: TypeAlias = "Callable[[Any, str, int | None], Iterable[tuple[str, Any]]]"
@@ -102,7 +103,7 @@ def _traced(
     from conversion.base import LazyTorchTensor  # type: ignore[import-not-found]
 
     _forbid_values(LazyTorchTensor)
-    model = model_class(folder, gguf.LlamaFileType[_GGUF_TYPES[gguf_type]], header)
+    model = model_class(folder, gguf.LlamaFileType(writer_form.FILE_TYPES[gguf_type]), header)
     modify = model.modify_tensors
     sources: dict[str, list[tuple[str, int | None]]] = {}
 
@@ -119,7 +120,7 @@ def _traced(
         raise NoPlanError("the converter changes the list of tensors")
     names = _names_by_offset(folder)
     positions = {name: _position(load(), LazyTorchTensor) for name, load in known.items()}
-    tensors = []
+    tensors: dict[str, TensorPlan] = {}
     for name, info in model.gguf_writer.tensors[0].items():
         if len(sources.get(name, ())) != 1:
             raise NoPlanError(f"{name} is not made of one tensor")
@@ -127,7 +128,7 @@ def _traced(
         if info.dtype.name not in ("F32", "F16", "BF16"):
             raise NoPlanError(f"{name} is of type {info.dtype.name}")
         if source not in known:
-            tensors.append(TensorPlan(name, info.dtype.name, info.nbytes, constant=_constant(info)))
+            tensors[name] = TensorPlan(name, info.dtype.name, info.nbytes, constant=_constant(info))
             continue
         position = positions[source]
         if position is None:
@@ -137,9 +138,12 @@ def _traced(
         transform = recognise(convert, name, tuple(position.shape), position.dtype)
         if tuple(info.shape) != tuple(position.shape) or position.dtype not in FLOATS:
             raise NoPlanError(f"{name} has another shape or type than {source}")
-        tensors.append(TensorPlan(name, info.dtype.name, info.nbytes, stored, transform.order, transform.added))
+        tensors[name] = TensorPlan(name, info.dtype.name, info.nbytes, stored, transform.order, transform.added)
+    if writer_form.wanted_form() is writer_form.Form.WRITER:
+        writer_form.arrange(model.gguf_writer, gguf_type)
+    in_order = tuple(tensors[name] for name in model.gguf_writer.tensors[0])
     _write_header(model.gguf_writer, header)
-    return tuple(tensors)
+    return in_order
 
 
 def _names_by_offset(folder: Path) -> dict[tuple[str, int], str]:

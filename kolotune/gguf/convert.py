@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from kolotune.foundation.files import remove
 from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.runners import local
+from kolotune.runners import child_process, local
 from kolotune.weights import model_config
 from kolotune.weights.mapped_tensors import MappedTensors, row_blocks
 from kolotune.weights.merge import MergedModel, companion_files
@@ -26,7 +25,7 @@ from kolotune.weights.safetensors_header import Entry
 from kolotune.weights.shards import index_file, split_into_shards, write_shards
 from kolotune.weights.weight_files import weight_files
 
-from . import conversion_plan, header, plan_cache
+from . import conversion_plan, header, plan_cache, writer_form
 from .model_skeleton import ModelSkeleton, read_skeleton
 
 if TYPE_CHECKING:
@@ -70,8 +69,8 @@ def convert_folder(
         hasher: learns the hash of the GGUF.
 
     Returns:
-        Facts for the record: architecture, number of tensors, type, version of the toolchain, and whether the weights
-        were streamed by a conversion plan.
+        Facts for the record: architecture, number of tensors, type, form, version of the toolchain, and whether the
+        weights were streamed by a conversion plan.
 
     Raises:
         ToolchainError: the converter failed.
@@ -91,7 +90,7 @@ def convert_folder(
         if plan is not None:
             conversion_plan.write_gguf(_with_bos(plan, conversion.skeleton), partial, tensors.entries, blocks, hasher)
         else:
-            _run_converter(conversion, model, partial)
+            _convert_by_converter(conversion, model, partial)
         return _checked(conversion, partial, streamed=plan is not None)
 
 
@@ -156,8 +155,8 @@ def prove(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter
     if plan_cache.find_plan(skeleton, gguf_type, toolchain, log).is_convertible:
         return
     with plan_cache.temporary_folder(skeleton, zeros=True) as folder:
-        argv = [*_argv(toolchain, folder, gguf_type, folder / "none.gguf"), "--dry-run"]
-        code = local.run(argv, log=log, env=plan_cache.OFFLINE)
+        target = folder / "none.gguf"
+        code = _run_converter(_Conversion(skeleton, gguf_type, target, toolchain, log), folder, target, "--dry-run")
     if code != 0:
         raise ToolchainError(
             f"llama.cpp can't convert {skeleton.name}: {local.last_lines(log)}",
@@ -180,12 +179,21 @@ def _with_bos(plan: conversion_plan.ConversionPlan, skeleton: ModelSkeleton) -> 
     return dataclasses.replace(plan, header=header.with_flag(plan.header, _ADD_BOS, adds_bos))
 
 
-def _run_converter(conversion: _Conversion, model: Path, target: Path) -> None:
-    argv = _argv(conversion.toolchain, model, conversion.gguf_type, target)
-    code = local.run(argv, log=conversion.log, env=plan_cache.OFFLINE)
-    if code != 0 or not target.is_file():
+def _convert_by_converter(conversion: _Conversion, model: Path, target: Path) -> None:
+    if _run_converter(conversion, model, target) != 0 or not target.is_file():
         cause = f"llama.cpp's converter failed: {local.last_lines(conversion.log)}"
         raise ToolchainError(cause, f"The log is {conversion.log}.")
+
+
+def _run_converter(conversion: _Conversion, model: Path, target: Path, *options: str) -> int:
+    paths = [str(path.absolute()) for path in (conversion.toolchain.converter, model, target)]
+    return child_process.run(
+        "kolotune.gguf.converter",
+        *(*paths[:2], conversion.gguf_type, paths[2], *options),
+        log=conversion.log,
+        otherwise=ToolchainError,
+        env=plan_cache.OFFLINE,
+    )
 
 
 def _convert_temporary_folder(conversion: _Conversion, model: MergedModel, target: Path) -> None:
@@ -195,24 +203,25 @@ def _convert_temporary_folder(conversion: _Conversion, model: MergedModel, targe
         parent.mkdir(parents=True)
         folder = conversion.skeleton.write(parent)
         write_shards(folder, conversion.skeleton.shards, model.blocks)
-        _run_converter(conversion, folder, target)
+        _convert_by_converter(conversion, folder, target)
     finally:
         shutil.rmtree(parent, ignore_errors=True)
 
 
-def _argv(toolchain: llamacpp.Toolchain, model: Path, gguf_type: str, target: Path) -> list[str]:
-    argv = [sys.executable, str(toolchain.converter), "--outtype", gguf_type, "--outfile", str(target.absolute())]
-    return [*argv, str(model.absolute())]
-
-
 def _checked(conversion: _Conversion, written: Path, *, streamed: bool) -> JsonObject:
-    """Check that the GGUF has the template and BOS that were trained with; return facts for the record."""
+    """Check the GGUF's form, and that template and BOS are those of training; return facts for the record."""
     skeleton, shown = conversion.skeleton, conversion.target
     summary = header.read(written)
     adds_bos = _adds_bos(skeleton)
     if adds_bos is not None and summary.fields.get(_ADD_BOS, adds_bos) != adds_bos:
         header.set_flag(written, _ADD_BOS, adds_bos)
         summary = header.read(written)
+    form = writer_form.wanted_form()
+    if form is writer_form.Form.WRITER and not writer_form.is_in_form(summary):
+        raise ToolchainError(
+            f"{shown}: the converter did not write it in the form of llama.cpp's own writer",
+            f"Its gguf-py is another than was expected; {writer_form.SWITCH}=converter accepts it as it is.",
+        )
     template = summary.fields.get("tokenizer.chat_template")
     if TEMPLATE_FILE in skeleton.files and template != skeleton.text(TEMPLATE_FILE):
         raise ArtifactError(f"{shown}: its chat template is not the one that was trained with")
@@ -224,6 +233,7 @@ def _checked(conversion: _Conversion, written: Path, *, streamed: bool) -> JsonO
         "type": conversion.gguf_type,
         "toolchain": conversion.toolchain.version,
         "streamed": streamed,
+        writer_form.FACT: form.value,
     }
 
 

@@ -17,13 +17,14 @@ from kolotune.foundation.typed_storage import StorageError
 from kolotune.llamacpp.toolchain import Toolchain
 from kolotune.runners import child_process, local
 
+from . import writer_form
 from .conversion_plan import ConversionPlan, TensorPlan
 from .model_skeleton import ModelSkeleton
 
 HEADER, PLAN = "header.gguf", "tensors.json"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment of the converter: it must find everything in the folder."""
-_VERSION = 2  # raised when the files or the tracing change
+_VERSION = 3  # raised when the files or the tracing change
 _MOST_PLANS = 16
 _SWITCH = "KOLOTUNE_CONVERSION_PLAN"
 
@@ -90,7 +91,8 @@ def is_planned(skeleton: ModelSkeleton, gguf_type: str, toolchain: Toolchain) ->
 
 def plan_folder(skeleton: ModelSkeleton, gguf_type: str, toolchain: Toolchain) -> Path:
     """Return the folder in the cache that holds the plan, or will."""
-    return cache_folder("conversions") / f"{skeleton.digest()}-{gguf_type}-{toolchain.version}-{_VERSION}"
+    name = f"{skeleton.digest()}-{gguf_type}-{writer_form.wanted_form()}-{toolchain.version}-{_VERSION}"
+    return cache_folder("conversions") / name
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, DataError, ModelError, ModelNotFoundError
 from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
+from kolotune.gguf import writer_form
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import DataFile, Manifest, read_manifest
 from kolotune.run_folder.memory_backoff import write_memory_backoff
-from kolotune.stages import compare, train
+from kolotune.stages import compare, convert, train
 from kolotune.weights.adapter import is_adapter
 
 _THREADS = "OMP_NUM_THREADS"
@@ -60,7 +61,7 @@ def rebuild(path: Path, output_dir: Path, reporter: Reporter) -> Rebuilt:
     config = _config_of(manifest, path, output_dir, hasher)
     source = _exported_model(manifest, hasher)
     _restore_batch_sizes(manifest, RunFolder(output_dir))
-    with _recorded_threads(manifest):
+    with _recorded_environment(manifest):
         folder = run_pipeline(config, reporter, manifest.stages, source)
     repeated = read_manifest(folder.manifest)
     results = {name: artifact.sha256 for name, artifact in repeated.artifacts.items()}
@@ -132,21 +133,28 @@ def _restore_batch_sizes(manifest: Manifest, folder: RunFolder) -> None:
 
 
 @contextmanager
-def _recorded_threads(manifest: Manifest) -> Iterator[None]:
-    """Train with the recorded number of threads: it decides how sums are split, also on a machine with more cores."""
-    threads = manifest.facts_of(train.NAME).get("threads")
-    if threads is None:
-        yield
-        return
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = str(threads)
+def _recorded_environment(manifest: Manifest) -> Iterator[None]:
+    """Set what decides bytes and is no option.
+
+    The number of threads decides how sums are split, also on a machine with more cores. Early versions left the
+    unquantized GGUF in the converter's form, and recorded none.
+    """
+    values = {}
+    if "threads" in manifest.facts_of(train.NAME):
+        values[_THREADS] = str(manifest.facts_of(train.NAME)["threads"])
+    if convert.NAME in manifest.stages:
+        form = manifest.facts_of(convert.NAME).get(writer_form.FACT, writer_form.Form.CONVERTER)
+        values[writer_form.SWITCH] = str(form)
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _changes(then: Manifest, now: Manifest) -> list[tuple[str, str, str]]:

@@ -18,6 +18,7 @@ import ollama
 import pytest
 from safetensors.numpy import load_file
 from support.fake_ollama import FakeOllama
+from support.llamacpp_writer import is_kept
 from support.runs import STAGES_WITHOUT_COMPARE
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
@@ -356,6 +357,7 @@ def test_every_quantization_does_what_the_table_says(
         assert not target.exists()
         quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter, wide_matrix)
         GgufModel(target, context=64)
+        assert is_kept(target)
         return
     quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter)
     assert target.stat().st_size <= wide_gguf.stat().st_size + 4096
@@ -368,6 +370,7 @@ def test_every_quantization_does_what_the_table_says(
         return
     quantize_file(smollm2_run.run.gguf, target, kind, tmp_path / "log", reporter)
     GgufModel(target, context=64)
+    assert is_kept(target)
 
 
 @pytest.mark.slow

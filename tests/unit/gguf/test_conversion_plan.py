@@ -1,4 +1,4 @@
-"""A GGUF streamed by a conversion plan is byte for byte the one that llama.cpp's converter writes."""
+"""A GGUF streamed by a conversion plan is byte for byte what llama.cpp's converter and its own writer make."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.llamacpp_writer import copy_gguf, is_kept
 
 from kolotune import llamacpp
 from kolotune.base_models import packaged_model
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.gguf import conversion_plan, header, plan_cache
+from kolotune.gguf import conversion_plan, header, plan_cache, writer_form
 from kolotune.gguf.conversion_plan import ConversionPlan
 from kolotune.gguf.conversion_tracing import NoPlanError, RowTransform, recognise
 from kolotune.gguf.model_skeleton import read_skeleton
 from kolotune.gguf.plan_cache import PlanResult
+from kolotune.gguf.quantize import quantize_file
 from kolotune.weights.mapped_tensors import MappedTensors, row_blocks
 from kolotune.weights.safetensors_header import Entry
 from kolotune.weights.weight_files import weight_files
@@ -48,16 +50,24 @@ MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "gemma3-narrow": ("gemma3", "float16", "f16", {}),
     "phi3": ("phi3", "float16", "f16", {"pad_token_id": 2}),
     "gpt2": ("gpt2", "float16", "f16", {"n_ctx": 128}),
+    "mixtral": ("mixtral", "float16", "f16", {"num_local_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe", "bfloat16", "bf16",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 32},
+    ),
 }  # fmt: skip
+WITHOUT_PLAN = ("gpt2", "mixtral", "qwen2_moe")
 _CONVERT = """
-import runpy, sys
+import os, sys
 from pathlib import Path
-root, models = sys.argv[1:3]
-sys.path.insert(0, root)
-for pair in sys.argv[3:]:
-    name, kind = pair.split(":")
-    sys.argv = ["convert", "--outtype", kind, "--outfile", f"{models}/{name}.gguf", f"{models}/{name}"]
-    runpy.run_path(f"{root}/convert_hf_to_gguf.py", run_name="__main__")
+from kolotune.gguf.converter import convert
+root, models, *pairs = sys.argv[1:]
+for form in ("converter", "writer"):
+    os.environ["KOLOTUNE_GGUF_FORM"] = form
+    for pair in pairs:
+        name, kind = pair.split(":")
+        convert(Path(root, "convert_hf_to_gguf.py"), f"{models}/{name}", kind, f"{models}/{name}.{form}.gguf")
 """
 _TRACE = """
 import sys
@@ -79,7 +89,9 @@ def models(
     toolchain: llamacpp.Toolchain,
     reporter: PlainReporter,
 ) -> Path:
-    """Every model, the converter's GGUF, and the plan traced from a folder without its weights' values."""
+    """Every model; the converter's GGUF, as it is, in the writer's form, and what llama.cpp's writer makes of it; the
+    plan traced from a folder without its weights' values.
+    """
     models = tmp_path_factory.mktemp("models")
     (models / "bare").mkdir()
     for name, (kind, dtype, _, more) in MODELS.items():
@@ -88,7 +100,7 @@ def models(
             if (packaged_model.unpack(reporter) / file).is_file():
                 shutil.copyfile(packaged_model.unpack(reporter) / file, models / name / file)
         # With SmolLM2's tokenizer the converter would take these for other models.
-        if kind in ("gemma", "gemma2", "phi3", "qwen2", "qwen3"):
+        if kind in ("gemma", "gemma2", "phi3", "qwen2", "qwen2_moe", "qwen3"):
             shutil.copyfile(_sentencepiece(models), models / name / "tokenizer.model")
         read_skeleton(models / name).write(models / "bare")
     pairs = [f"{name}:{type_}" for name, (_, _, type_, _) in MODELS.items()]
@@ -96,6 +108,8 @@ def models(
         argv = [sys.executable, "-c", code, str(toolchain.root), str(models), *pairs]
         child = subprocess.run(argv, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr[-3000:]
+    for name in MODELS:
+        copy_gguf(models / f"{name}.converter.gguf", models / f"{name}.gguf")
     return models
 
 
@@ -132,9 +146,32 @@ def streamed(models: Path, name: str, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gemma3-narrow", "gpt2")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gemma3-narrow", *WITHOUT_PLAN)])
 def test_every_byte(name: str, models: Path, tmp_path: Path) -> None:
     assert streamed(models, name, tmp_path / "out.gguf").read_bytes() == (models / f"{name}.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_converter_itself_writes_the_same_form(name: str, models: Path) -> None:
+    """Also where there is no plan: GPT-2's transposed weights, experts that are stacked."""
+    written = models / f"{name}.writer.gguf"
+    assert written.read_bytes() == (models / f"{name}.gguf").read_bytes()
+    assert writer_form.is_in_form(header.read(written))
+    assert not writer_form.is_in_form(header.read(models / f"{name}.converter.gguf"))
+    assert is_kept(written)
+
+
+def test_a_matrix_of_one_row_is_quantized(models: Path, tmp_path: Path, reporter: PlainReporter) -> None:
+    """Its shape has one dimension in the form, as in quantized files: the gate of a shared expert."""
+    source, target = models / "qwen2_moe.writer.gguf", tmp_path / "Q8_0.gguf"
+    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    assert header.read(models / "qwen2_moe.converter.gguf").tensors[gate].shape == (64, 1)
+    quantize_file(source, target, "Q8_0", tmp_path / "log", reporter)
+    assert header.read(source).tensors[gate].shape == header.read(target).tensors[gate].shape == (64,)
+
+
+def test_one_is_added_in_fp32_and_the_form_stays(models: Path, tmp_path: Path) -> None:
+    assert is_kept(streamed(models, "gemma3-narrow", tmp_path / "out.gguf"))
 
 
 def test_one_is_added_to_gemma_s_norms_in_fp32(models: Path, tmp_path: Path) -> None:
@@ -159,9 +196,10 @@ def test_one_is_added_to_gemma_s_norms_in_fp32(models: Path, tmp_path: Path) -> 
     assert start == len(streamed_bytes) == plan.size and norms == 13
 
 
-def test_more_than_permuted_rows_is_left_to_the_converter(models: Path) -> None:
-    result = traced(models, "gpt2")
-    assert result.plan is None and result.is_convertible and "attn_qkv" in result.reason
+@pytest.mark.parametrize(("name", "tensor"), zip(WITHOUT_PLAN, ("attn_qkv", "exps", "exps"), strict=True))
+def test_more_than_permuted_rows_is_left_to_the_converter(name: str, tensor: str, models: Path) -> None:
+    result = traced(models, name)
+    assert result.plan is None and result.is_convertible and tensor in result.reason
 
 
 def test_the_digest_covers_all_that_the_converter_sees(models: Path, tmp_path: Path) -> None:
