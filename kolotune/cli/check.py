@@ -28,7 +28,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     resolved = resolve_flags(flags, data, config)
     if not resolved.train_data:
         raise hints.no_chats("check")
-    hints.require_files((*resolved.train_data, *resolved.eval_data))
+    hints.require_files(resolved)
     base = lookup.resolve(resolved.base_model, resolved.hf_token, say)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)

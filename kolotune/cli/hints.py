@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, DataError
 
-_FILES_OF_CHATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_CHATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CONFIG_NAME, CHATS_NAME = "kolotune.yaml", "chats.jsonl"
 
 
@@ -27,7 +28,7 @@ def explained(error: Any) -> ConfigError:
         verb = cause.split("'")[1] if "'" in cause else ""
         cause = f"{path}: there is no verb {verb!r}"
         near = difflib.get_close_matches(verb, context.command.commands, n=2)
-        if verb.lower().endswith(_FILES_OF_CHATS):
+        if verb.lower().endswith(_CHATS):
             hint = f"Did you mean: {path} run {verb}"
         elif near:
             hint = f"Did you mean {' or '.join(near)}? {hint}"
@@ -61,13 +62,14 @@ def no_chats(verb: str) -> ConfigError:
     return ConfigError("no training data was given", hint)
 
 
-def require_files(paths: Iterable[Path]) -> None:
-    """Files of chats must be there before anything is fetched or made for them.
+def require_files(config: Config) -> None:
+    """Files of chats and the template must be there before anything is fetched or made for them.
 
     Raises:
         DataError: one is not; with the name of a similar one that is.
     """
-    for path in paths:
+    template = () if config.chat_template is None else (config.chat_template,)
+    for path in (*config.train_data, *config.eval_data, *template):
         try:
             if path.exists():
                 continue
@@ -75,7 +77,7 @@ def require_files(paths: Iterable[Path]) -> None:
         except (OSError, ValueError):
             continue  # a name that no file can have, or an unreadable folder: reading it reports the error
         near = difflib.get_close_matches(
-            path.name, [name for name in beside if name.endswith(_FILES_OF_CHATS)], n=1, cutoff=0.8
+            path.name, [name for name in beside if name.endswith((*_CHATS, ".jinja"))], n=1, cutoff=0.8
         )
         hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the name and the folder."
         raise DataError(f"{path}: no such file", hint)

@@ -240,6 +240,8 @@ def _options_inside(values: Mapping[str, object], folder: Path, sender: InputSen
         if kind is Kind.CHAT_FILES:
             files = _paths(normalize(name, value, folder))
             inside[name] = [str(_send_chats(each, sender)) for each in files]
+        elif kind is Kind.FILE:
+            inside[name] = str(sender.send(Path(str(normalize(name, value, folder)))))
         elif kind is Kind.BASE_MODEL:
             inside[name] = str(_send_base(normalize(name, value, folder), sender))
         else:

@@ -44,7 +44,7 @@ def launch(
     options = resolve_for_launch("launch", flags, data, config, machines=len(place.hosts))
     place = place.with_token_of(options, say)
     if not in_place:
-        hints.require_files((*options.train_data, *options.eval_data))
+        hints.require_files(options)
     spec = place.job_spec(options, name or name_for(options.output_dir), in_place=in_place)
     if not place.submit:
         show_settings(options, say, drop_unset(flags), verbose=verbose or json)

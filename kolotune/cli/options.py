@@ -20,6 +20,7 @@ from .parameters import FileRole
 _HINTS = get_type_hints(Config, include_extras=True)
 _ROLES = {
     Kind.CHAT_FILES: FileRole.CHATS,
+    Kind.FILE: FileRole.INPUT,
     Kind.BASE_MODEL: FileRole.BASE_MODEL,
     Kind.FOLDER: FileRole.RUN_FOLDER,
     Kind.SECRET_SOURCE: FileRole.NOT_SENT,

@@ -23,6 +23,6 @@ def prepare(data: Data = None, config: ConfigFile = None, json: Json = False, **
     resolved = resolve_flags(flags, data, config, saved if saved.is_file() else None)
     if not resolved.train_data:
         raise hints.no_chats("prepare")
-    hints.require_files((*resolved.train_data, *resolved.eval_data))
+    hints.require_files(resolved)
     run_pipeline(resolved, reporter(json), ["prepare"])
     return 0

@@ -26,7 +26,7 @@ def run(
     resolved = resolve_flags(flags, data, config)
     if not resolved.train_data:
         raise hints.no_chats("run")
-    hints.require_files((*resolved.train_data, *resolved.eval_data))
+    hints.require_files(resolved)
     folder = RunFolder(resolved.output_dir)
     show_settings(choose(resolved, folder)[0], say, drop_unset(flags), verbose=verbose or json)
     with show_when_done(folder, say, enabled=resolved.compare), reporting(folder, say):

@@ -73,7 +73,7 @@ def sweep(
     shared = resolve_for_launch("sweep", flags, data, config) if place else resolve_flags(flags, data, config)
     if not shared.train_data:
         raise hints.no_chats("sweep")
-    hints.require_files((*shared.train_data, *shared.eval_data))
+    hints.require_files(shared)
     varied = space.parse(vary or [])
     show_settings(shared, say, drop_unset(flags), verbose=verbose or json)
     if place is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from kolotune.chats.tokens.tokenizer import template_of, trained_tokenizer, writes_bos
+from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.tokens.tokenizer import named_tokens, trained_tokenizer, writes_bos
 from kolotune.chats.tokens.trained_template import trained_template
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.files import replacing
@@ -107,8 +108,8 @@ def expected_skeleton(context: Context) -> tuple[ModelSkeleton, str]:
 def _expected_tokenizer(context: Context) -> dict[str, Path | str]:
     """Return the files that prepare will write; {} if it can't, which it reports itself."""
     try:
-        template = template_of(context.base)
-        jinja = trained_template(context.config, context.base, template.special_tokens)
-        return trained_tokenizer(context.base, jinja, adds_bos=writes_bos(template, jinja))
+        tokens = named_tokens(context.base)
+        jinja = trained_template(context.config, context.base, tokens)
+        return trained_tokenizer(context.base, jinja, adds_bos=writes_bos(ChatTemplate(jinja, tokens), jinja))
     except KolotuneError:
         return {}

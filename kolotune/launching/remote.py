@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
-from kolotune.foundation.config import Config
+from kolotune.foundation.config import Config, Kind, option_names
 from kolotune.foundation.errors import KolotuneError, LaunchError
 from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter, parse_event
@@ -194,8 +194,11 @@ def send_inputs(
     sender = InputSender(folder, Hasher(), paths, reporter)
     values = yaml.safe_load(configs.dump(config))
     if not in_place:
-        for name in ("train_data", "eval_data"):
+        for name in option_names(kind=Kind.CHAT_FILES):
             values[name] = [str(sender.send(path)) for path in getattr(config, name)]
+        for name in option_names(kind=Kind.FILE):
+            if (path := getattr(config, name)) is not None:
+                values[name] = str(sender.send(path))
         if Path(config.base_model).is_absolute():
             values["base_model"] = str(sender.send(Path(config.base_model)))
     values["output_dir"] = str(run)

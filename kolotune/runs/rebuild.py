@@ -17,9 +17,9 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import writer_form
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
-from kolotune.run_folder.manifest import DataFile, Manifest, read_manifest
+from kolotune.run_folder.manifest import Manifest, read_manifest
 from kolotune.run_folder.memory_backoff import write_memory_backoff
-from kolotune.stages import compare, convert, train
+from kolotune.stages import compare, convert, prepare, train
 from kolotune.weights.adapter import is_adapter
 
 _THREADS = "OMP_NUM_THREADS"
@@ -72,32 +72,36 @@ def rebuild(path: Path, output_dir: Path, reporter: Reporter) -> Rebuilt:
 
 def _config_of(manifest: Manifest, path: Path, output_dir: Path, hasher: Hasher) -> Config:
     _require_base(manifest, hasher)
-    data = [(file.part, _find_data(file, path, hasher)) for file in manifest.data.files]
+    data = [
+        (file.part, _find_file(Path(file.path), file.sha256, f"{file.part} data", path, hasher))
+        for file in manifest.data.files
+    ]
     values = {
         **manifest.config,
         "output_dir": str(output_dir),
         "train_data": [file for part, file in data if part == "training"],
         "eval_data": [file for part, file in data if part == "held-out"],
     }
+    if (template := manifest.config.get("chat_template")) is not None and prepare.NAME in manifest.stages:
+        recorded = manifest.stages[prepare.NAME].inputs.get(prepare.TEMPLATE_INPUT, "")
+        values["chat_template"] = _find_file(Path(str(template)), recorded, "chat template", path, hasher)
     if compare.NAME not in manifest.stages:  # it was switched off, or failed
         values["compare"] = False
     return configs.resolve((values, str(path), path.parent))
 
 
-def _find_data(recorded: DataFile, manifest: Path, hasher: Hasher) -> Path:
-    candidates = [Path(recorded.path), manifest.absolute().parent / Path(recorded.path).name]
+def _find_file(recorded: Path, sha256: str, kind: str, manifest: Path, hasher: Hasher) -> Path:
+    candidates = [recorded, manifest.absolute().parent / recorded.name]
     existing = [path for path in candidates if path.is_file()]
     for path in existing:
-        if hasher.of(path) == recorded.sha256:
+        if hasher.of(path) == sha256:
             return path
     if existing:
         raise DataError(
-            f"{existing[0]}: is not the file that was used (sha256 {hasher.of(existing[0])}, not {recorded.sha256})",
-            "Restore the original file. To train on other chats, use `kolotune run`.",
+            f"{existing[0]}: is not the file that was used (sha256 {hasher.of(existing[0])}, not {sha256})",
+            "Restore the original file. To train with another one, use `kolotune run`.",
         )
-    raise DataError(
-        f"{candidates[0]}: the {recorded.part} data is missing", f"Put it there, or beside {manifest.name}."
-    )
+    raise DataError(f"{candidates[0]}: the {kind} is missing", f"Put it there, or beside {manifest.name}.")
 
 
 def _require_base(manifest: Manifest, hasher: Hasher) -> None:

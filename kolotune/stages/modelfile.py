@@ -11,8 +11,8 @@ from kolotune.chats.tokens.tokenizer import (
     TOKENIZER_FILES,
     chat_template,
     load_tokenizer,
+    named_tokens,
     special_tokens,
-    template_of,
     template_text,
 )
 from kolotune.chats.tokens.trained_template import trained_template
@@ -159,7 +159,7 @@ def preflight(context: Context, reporter: Reporter) -> None:
     """
     del reporter
     folder = context.source if context.source is not None and not is_adapter(context.source) else context.base
-    jinja = trained_template(context.config, folder, template_of(folder).special_tokens)
+    jinja = trained_template(context.config, folder, named_tokens(folder))
     serving = derive_format(folder, jinja)
     if context.config.system and not serving.takes_system:
         raise ConfigError(

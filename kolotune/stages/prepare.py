@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
+TEMPLATE_INPUT = "the chat template"  # that the user gives in place of the base's
 _SHOWN_LOCATIONS = 20
 # What happened to chats that are not trained on as they are, as a sentence after their number; by the fact's name.
 CHANGED_CHATS = {
@@ -42,6 +43,8 @@ def inputs(context: Context) -> dict[str, Path]:
     # Numbered: two files may have one name, and their order is the chats' order.
     files = {f"training data {number} ({path.name})": path for number, path in enumerate(context.config.train_data, 1)}
     files |= {f"held-out data {number} ({path.name})": path for number, path in enumerate(context.config.eval_data, 1)}
+    if context.config.chat_template is not None:
+        files[TEMPLATE_INPUT] = context.config.chat_template
     return files | {f"the base model's {name}": context.base / name for name in TOKENIZER_FILES}
 
 

@@ -111,6 +111,15 @@ def template_of(folder: Path) -> ChatTemplate:
         TemplateError: There is none.
         ModelError: A file of the tokenizer can't be read.
     """
+    return ChatTemplate(template_text(folder), named_tokens(folder))
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """Return the named special tokens of a folder's tokenizer, without loading it.
+
+    Raises:
+        ModelError: A file of the tokenizer can't be read.
+    """
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", _CONFIG_FILE):
         values = _read_object(folder / name)
@@ -119,7 +128,7 @@ def template_of(folder: Path) -> ChatTemplate:
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 tokens[key] = token
-    return ChatTemplate(template_text(folder), tokens)
+    return tokens
 
 
 def chat_template(tokenizer: PreTrainedTokenizerFast, jinja: str) -> ChatTemplate:

@@ -1,4 +1,4 @@
-"""Which template a run trains with: the base's, bound to one date and to what training hands to it."""
+"""Which template a run trains with: the base's or the user's own, bound to what training hands to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ConfigError
 
 from ..templates.template_binding import bind
 from .tokenizer import template_text
@@ -21,8 +22,20 @@ def trained_template(config: Config, base: Path, tokens: Mapping[str, object]) -
         tokens: The special tokens of its tokenizer; see `tokenizer.special_tokens`.
 
     Raises:
+        ConfigError: The user's template can't be read.
         TemplateError: There is no template, or it can't be bound.
         ModelError: A file of the tokenizer can't be read.
     """
+    own = config.chat_template
     day = date.fromisoformat(config.template_date) if config.template_date else date.today()
-    return bind(template_text(base), day, tokens)
+    return bind(template_text(base) if own is None else _read(own), day, tokens)
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the chat template can't be read: {error}", "Give a Jinja file in UTF-8.") from None
+    if not text.strip():
+        raise ConfigError(f"{file}: the chat template is empty", "Give a Jinja file, or omit --chat-template.")
+    return text

@@ -24,7 +24,7 @@ def normalize(name: str, value: object, folder: Path) -> object:
     if kind is Kind.CHAT_FILES:
         files = [value] if isinstance(value, (str, Path)) else value
         return tuple(_absolute(each, folder) for each in files) if isinstance(files, (list, tuple)) else files
-    if kind is Kind.FOLDER:
+    if kind in (Kind.FILE, Kind.FOLDER):
         return _absolute(value, folder)
     if kind is Kind.SECRET_SOURCE and value != "-":
         return str(_absolute(value, folder))

@@ -29,6 +29,7 @@ class Kind(Enum):
 
     VALUE = "a number, a word or a text"
     CHAT_FILES = "files of chats; the flag may be repeated"
+    FILE = "a file"
     FOLDER = "a folder to make"
     BASE_MODEL = "the name or folder of a base model"
     SECRET_SOURCE = "where a secret is read: a file, or - for standard input"
@@ -130,6 +131,12 @@ class Config:
         "Longest chat in tokens. Longer chats lose whole turns; the number is reported.",
         Group.DATA,
         stages="prepare",
+    )
+    chat_template: Path | None = option(
+        None,
+        "A chat template of your own, a Jinja file, to train with and serve in place of the base model's.",
+        Group.DATA,
+        kind=Kind.FILE,
     )
     template_date: str | None = option(
         None,

@@ -105,7 +105,7 @@ def test_every_path_of_every_verb_has_a_role() -> None:
         (verb.__name__, name)
         for verb in map(inspect.unwrap, filter(None, verbs))
         for name, hint in get_type_hints(verb, include_extras=True).items()
-        if "Path" in str(hint) or name in ("base_model", "train_data", "eval_data", "output_dir")
+        if "Path" in str(hint) or name in ("base_model", "train_data", "eval_data", "chat_template", "output_dir")
     }
     assert len(paths) > 40 and ("run", "train_data") in paths and ("status", "run") in paths
     roles = {verb.__name__: roles_of(verb) for verb in map(inspect.unwrap, filter(None, verbs))}
@@ -115,12 +115,15 @@ def test_every_path_of_every_verb_has_a_role() -> None:
 def test_inputs_run_folder_and_values(here: Path) -> None:
     (here / "held.jsonl").write_text("")
     (here / "base").mkdir()
+    (here / "own.jinja").write_text("")
     line = ["run", "chats.jsonl", "--eval-data", "held.jsonl", "--base-model", "base", "--epochs", "2"]
+    line += ["--chat-template", "own.jinja"]
     call, sender, argv = call_inside(*line, "--system", "-x\n'; rm", "--no-compare", "--eval-split", "0")
-    assert sender.sent == [here / "chats.jsonl", here / "held.jsonl", here / "base"]
+    assert sender.sent == [here / "chats.jsonl", here / "held.jsonl", here / "own.jinja", here / "base"]
     assert run_folder_of(call) == here / "outputs"
     assert set(argv) == {
         "run", "--json", "--eval-data=/runs/.inputs/0/held.jsonl", "--base-model=/runs/.inputs/0/base", "--epochs=2",
+        "--chat-template=/runs/.inputs/0/own.jinja",
         "--system=-x\n'; rm", "--no-compare", "--eval-split=0", "--output-dir=/runs/R", "--",
         "/runs/.inputs/0/chats.jsonl",
     }  # fmt: skip
@@ -144,14 +147,17 @@ def test_a_config_file_goes_in_with_its_own_paths(here: Path) -> None:
     folder.mkdir()
     (folder / "c.jsonl").write_text("")
     (folder / "secret").write_text("hf_x")
+    (folder / "own.jinja").write_text("")
     (folder / "k.yaml").write_text(
         "train-data: c.jsonl\noutput_dir: made\nhf_token: secret\nepochs: 0\nbase_model: ./base\nlora-rank: 2\n"
+        "chat-template: own.jinja\n"
     )
     call, sender, argv = call_inside("run", "--config", "conf/k.yaml")
     assert run_folder_of(call) == folder / "made" and call.token() == Secret("hf_x")
-    assert sender.sent == [folder / "c.jsonl", folder / "base"]
+    assert sender.sent == [folder / "c.jsonl", folder / "base", folder / "own.jinja"]
     assert yaml.safe_load(sender.texts["kolotune.yaml"]) == {
         "train_data": ["/runs/.inputs/0/c.jsonl"], "epochs": 0, "base_model": "/runs/.inputs/0/base", "lora_rank": 2,
+        "chat_template": "/runs/.inputs/0/own.jinja",
     }  # fmt: skip
     assert "--config=/runs/.inputs/1/kolotune.yaml" in argv and not [each for each in argv if "token" in each]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator
@@ -87,13 +88,17 @@ def test_invalid_names(wrong: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_files_are_sent_through_a_pod_before_the_job_starts(tmp_path: Path) -> None:
-    plan = Kubernetes(**CLUSTER, context="it's mine", namespace="ml").plan(job_spec(tmp_path))
+    spec = job_spec(tmp_path)
+    (own := tmp_path / "own.jinja").write_text("{{ messages }}")
+    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, chat_template=own))
+    plan = Kubernetes(**CLUSTER, context="it's mine", namespace="ml").plan(spec)
     commands = [shlex.split(step.partition(" < ")[0]) for step in plan.steps if step.startswith("kubectl")]
     assert all(command[1:3] == ["--context=it's mine", "--namespace=ml"] for command in commands)
     verbs = [command[3] for command in commands]
     assert verbs[:4] == ["get", "delete", "create", "wait"] and verbs[-2:] == ["delete", "create"]
     assert set(verbs[4:-2]) == {"exec"}
     config = next(files(plan)[name][0] for name in files(plan) if name.endswith("kolotune.yaml"))
+    assert config["chat_template"].startswith("/runs/.inputs/") and config["chat_template"].endswith("/own.jinja")
     assert config["train_data"][0].startswith("/runs/.inputs/") and config["output_dir"] == "/runs/job-1"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import config_of
+from support.runs import config_of, states
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
@@ -19,6 +19,7 @@ from kolotune.foundation.files import files_of
 from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
+from kolotune.pipeline.status import StageState
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import read_manifest
 from kolotune.runs import rebuild
@@ -202,6 +203,29 @@ def test_rebuild_is_refused_without_the_same_data_and_base(
     assert isinstance(error, ModelError) and "is not the base model that was used" in error.cause
     shutil.rmtree(tmp_path / "base")
     assert isinstance(refused(rewritten.manifest, again, reporter), ModelNotFoundError)
+
+
+def test_a_template_of_the_user_is_trained_stored_and_compared(
+    run_copy: RunFolder, tmp_path: Path, reporter: PlainReporter
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{{ thinking }}{% endif %}"
+    )
+    run = run_pipeline(config_of(run_copy, chat_template=own), reporter)
+    trained = (run.tokenizer / "chat_template.jinja").read_text()
+    assert trained == "{% set thinking = {}.undefined %}\n" + own.read_text()
+    assert (run.merged_model / "chat_template.jinja").read_text() == trained
+    assert set(states(run).values()) == {StageState.DONE} and verify(run).differences == []
+    flip(own)
+    assert states(run)["prepare"] == StageState.WILL_RUN
+    assert [each.kind for each in verify(run).differences] == [DifferenceKind.SOURCE]
+    error = refused(run.manifest, tmp_path / "again", reporter)
+    assert isinstance(error, DataError) and "own.jinja: is not the file that was used" in error.cause
+    own.unlink()
+    error = refused(run.manifest, tmp_path / "again", reporter)
+    assert isinstance(error, DataError) and "the chat template is missing" in error.cause
 
 
 @pytest.mark.slow

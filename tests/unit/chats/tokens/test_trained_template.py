@@ -1,0 +1,61 @@
+"""Which template a run trains with: the base's or the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE
+from kolotune.chats.tokens.trained_template import trained_template
+from kolotune.foundation import config as configs
+from kolotune.foundation.config import Config
+from kolotune.foundation.errors import ConfigError, TemplateError
+
+TOKENS = {"bos_token": "<s>"}
+BOUND = "{% set thinking = {}.undefined %}\n"
+
+
+def config(folder: Path, **options: Any) -> Config:
+    return configs.resolve(({"template_date": "2026-03-05", **options}, "test", folder))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / TEMPLATE_FILE).write_text("{{ bos_token }}{{ thinking }}{{ strftime_now('%Y') }}")
+    return folder
+
+
+def test_the_template_of_the_base_is_bound(base: Path, tmp_path: Path) -> None:
+    assert trained_template(config(tmp_path), base, TOKENS) == BOUND + "{{ bos_token }}{{ thinking }}{{ '2026' }}"
+
+
+def test_a_template_of_the_user_replaces_it(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_bytes("{{ thinking }}ü\r\n".encode())
+    own = config(tmp_path, chat_template="own.jinja")
+    assert own.chat_template == tmp_path / "own.jinja"
+    expected = BOUND + "{{ thinking }}ü\n"
+    assert trained_template(own, base, TOKENS) == expected
+    (base / TEMPLATE_FILE).unlink()
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": None}))
+    assert trained_template(own, base, TOKENS) == expected
+    with pytest.raises(TemplateError, match="has no chat template"):
+        trained_template(config(tmp_path), base, TOKENS)
+
+
+@pytest.mark.parametrize("content", [None, b" \n", b"\xff\xfe"])
+def test_a_file_that_is_no_template_is_refused(content: bytes | None, base: Path, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "own.jinja").write_bytes(content)
+    with pytest.raises(ConfigError, match="own\\.jinja"):
+        trained_template(config(tmp_path, chat_template="own.jinja"), base, TOKENS)
+
+
+def test_a_template_that_is_not_jinja_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{% if %}")
+    with pytest.raises(TemplateError, match="not valid Jinja"):
+        trained_template(config(tmp_path, chat_template="own.jinja"), base, TOKENS)
