@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from kolotune.base_models import lookup
 from kolotune.chats.tokens.tokenizer import template_of
-from kolotune.foundation.cache import cache_folder
-from kolotune.foundation.config import Config
-from kolotune.foundation.errors import ArtifactError, ConfigError
-from kolotune.foundation.hashing import Hasher
-from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, is_made_with_matrix
+from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import Reporter
-from kolotune.gguf import convert, quantize
 from kolotune.gguf.inference import GgufModel
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import choose_quantization, saved_config, verified_gguf
 from kolotune.stages import modelfile
-from kolotune.weights.adapter import is_adapter
+
+from .base_gguf import base_gguf
 
 
 class TerminalChat:
@@ -78,29 +73,6 @@ def open_chat(
     """
     config = saved_config(run)
     name = choose_quantization(config, quantization)
-    path = _base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
+    path = base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
     tokenizer, stops = modelfile.tokenizer_folder(run), modelfile.recorded_stops(run)
     return TerminalChat(GgufModel(path), tokenizer, stops, config.system if system is None else system)
-
-
-def _base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:
-    """The base model as a GGUF of the same quantization; it is made once and kept in the cache."""
-    base = lookup.resolve(config.base_model, None, reporter)
-    if is_adapter(base):
-        raise ConfigError(f"{base}: is an adapter, not a base model", "Name the base model itself.")
-    folder = cache_folder("base_ggufs") / Hasher().of(base)[:32]
-    plain = folder / "Base.gguf"
-    if not plain.is_file():
-        reporter.doing(f"converting {config.base_model}, once")
-        convert.convert_folder(base, plain, run.log("base"), reporter, exact=False)
-    if name == NONE:
-        return plain
-    matrix = run.importance_matrix if is_made_with_matrix(name, config.importance_matrix) else None
-    if matrix is not None and not matrix.is_file():
-        if name in NEEDS_IMPORTANCE_MATRIX:
-            raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")
-        matrix = None  # an exported model was trained elsewhere
-    target = folder / (f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
-    if not target.is_file():
-        quantize.quantize_file(plain, target, name, run.log("base"), reporter, matrix)
-    return target
