@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +32,6 @@ from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install
 from kolotune.ollama.modelfile_parser import parse_modelfile
-from kolotune.pipeline.run import run_pipeline
 from kolotune.pipeline.status import StageState, StageStatus, read_status
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, RunFolder
 from kolotune.run_folder.metrics import held_out_losses, read_metrics
@@ -404,44 +401,3 @@ def test_nvfp4_is_rightly_missing(wide_gguf: Path, tmp_path: Path) -> None:
     )
     child = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert child.returncode != 0 and "invalid output file type" in child.stdout + child.stderr
-
-
-def _judge(sample: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("judge", sample / "judge.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_manner_of_the_sample(
-    sample_chats: Path, run_all: Callable[..., Any], smollm2_run: Any, tmp_path: Path
-) -> None:
-    """As the demo trains it: at least 17 of 20 held-out answers in the lighthouse keeper's manner, 1 at most before."""
-    from kolotune.foundation import config as configs
-    from kolotune.serving.terminal_chat import open_chat
-
-    sample = sample_chats.parent
-    file = sample / "kolotune.yaml"
-    values = configs.load_file(file) if file.is_file() else {"epochs": 1, "learning_rate": 1e-3}
-    options: dict[str, Any] = {
-        "train_data": str(sample_chats),
-        "dtype": "auto",
-        **values,
-        "output_dir": tmp_path / "run",
-    }
-    config = configs.resolve((options, "sample", sample))
-    run = run_pipeline(config, smollm2_run.reporter)
-    judge = _judge(sample)
-    text = (sample / "questions.jsonl").read_text(encoding="utf-8")
-    counts = {}
-    for base in (True, False):
-        counts[base] = 0
-        for line in text.splitlines():
-            talk = open_chat(run, smollm2_run.reporter, base=base)
-            pieces = talk.ask(json.loads(line)["question"], temperature=0.0, max_tokens=120, seed=0)
-            counts[base] += judge.has_manner("".join(pieces))
-    assert len(text.splitlines()) == 20
-    assert counts[True] <= 1 and counts[False] >= 17, counts
