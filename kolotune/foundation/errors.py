@@ -86,7 +86,7 @@ class OfflineError(ModelError):
 
 class TemplateError(KolotuneError):
     exit_code = 8
-    default_hint = "Use another base model, or fix its chat template."
+    default_hint = "Use another base model, or another chat template (--chat-template FILE)."
 
 
 class TrainingError(KolotuneError):

@@ -193,7 +193,7 @@ class _AnswerSearch:
         for call in self.rendering.messages[index].tool_calls:
             name = str(called_function(call).get("name", ""))
             if name not in self.rendering.text[start:end]:
-                raise TemplateError(f"this base model's template leaves out the call of {name}")
+                raise TemplateError(f"the chat template leaves out the call of {name}")
         return start, end
 
     def _slots(self, index: int) -> dict[str, Span]:

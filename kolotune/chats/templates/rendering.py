@@ -22,6 +22,7 @@ from .template import ChatTemplate, Slot
 
 Span = tuple[int, int]
 _Path = tuple["_Path", Span] | None
+_OTHER_TEMPLATE = "; --chat-template FILE trains with another"
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,18 @@ def check_shown(chat: Chat, rendering: Rendering, skeleton: FilledSkeleton) -> N
         TemplateError: Tools, a tool call, a result, a content, or the reasoning of the last answer is missing.
     """
     if chat.tools and not rendering.shows_tools():
-        raise TemplateError("this base model's template does not write tools")
+        raise TemplateError(f"the chat template does not write tools{_OTHER_TEMPLATE}")
     last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
     last_answer = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=-1)
     for index, message in enumerate(chat.messages):
         missing = {name for name in texts_of(rendering.messages[index]) if (index, name) not in skeleton.slots}
         if "content" in missing and not rendering.shows(index):
-            raise TemplateError(f"this base model's template leaves out {_describe(message)}")
+            raise TemplateError(f"the chat template leaves out {_describe(message)}{_OTHER_TEMPLATE}")
         if "call" in missing:
-            raise TemplateError("this base model's template does not write tool calls")
+            raise TemplateError(f"the chat template does not write tool calls{_OTHER_TEMPLATE}")
         # The reasoning of earlier exchanges may be dropped: these models are served that way.
         if "reasoning" in missing and index == last_answer > last_user:
-            raise TemplateError("this base model's template does not write reasoning")
+            raise TemplateError(f"the chat template does not write reasoning{_OTHER_TEMPLATE}")
 
 
 def _describe(message: Message) -> str:
