@@ -20,6 +20,7 @@ from ..reading.records import AnyRecord, RawRecord
 from ..tokens.encoded_chat import EncodedChat, packed
 from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
+from ..traits import ChatTrait, traits_of
 from .holdout import is_held_out
 from .rows import HELD_OUT, MERGED, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
 from .shingles import ChatFeatures
@@ -63,6 +64,7 @@ class ChunkResult:
         features: Pickled `ChatFeatures` of the chats that are searched for near-duplicates.
         refused: Problems of chats, by the chat's number in the chunk.
         lowest: The lowest hash, and its chat's number in the chunk; None without chats.
+        traits: Those of all used chats.
     """
 
     source: int
@@ -76,6 +78,7 @@ class ChunkResult:
     features: list[bytes] = field(default_factory=list)
     refused: dict[int, Problem] = field(default_factory=dict)
     lowest: tuple[bytes, int] | None = None
+    traits: set[ChatTrait] = field(default_factory=set)
 
 
 def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], compared: int) -> Iterator[Chunk]:
@@ -168,6 +171,7 @@ class ChunkEncoder:
                 record = _json_line(fitting) if entry.needs_record else b""
                 if entry.needs_features:
                     features = pickle.dumps(ChatFeatures.of(fitting), pickle.HIGHEST_PROTOCOL)
+                result.traits |= traits_of(fitting)
                 result.records.append(record)
                 result.features.append(features)
         digest = entry.digest

@@ -117,6 +117,7 @@ class _Collector:
         if result.lowest and result.lowest[0] < self.lowest[0]:
             self.lowest = result.lowest[0], self._chats + result.lowest[1]
         self._chats += len(result.rows)
+        self.prepared.traits |= result.traits
         self.store.add(result)
 
     def finish(self) -> None:

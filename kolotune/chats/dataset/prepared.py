@@ -10,11 +10,14 @@ from kolotune.foundation.typed_storage import JsonObject
 
 from ..reading.faults import Problem
 from ..templates.template import ChatTemplate
+from ..traits import ChatTrait
 from .findings import Finding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TRAITS = "traits"
+"""Name of the `Prepared.traits` in the record."""
 _SHOWN_PROBLEMS = 20
 
 
@@ -62,6 +65,7 @@ class Prepared:
         boundary_merges: The number of chats with a token across the start of an answer.
         findings: What is striking about the chats as a whole.
         not_compared: The number of chats that the findings do not cover, since there are many.
+        traits: What the chats have that servers may write in another way.
     """
 
     template: ChatTemplate
@@ -81,6 +85,7 @@ class Prepared:
     boundary_merges: int = 0
     findings: list[Finding] = field(default_factory=list)
     not_compared: int = 0
+    traits: set[ChatTrait] = field(default_factory=set)
 
     def summary(self) -> JsonObject:
         """Return the counts, as they are kept in the record."""
@@ -104,6 +109,7 @@ class Prepared:
             "boundary_merges": self.boundary_merges,
             "findings": {finding.kind.value: finding.count for finding in self.findings},
             "not_compared": self.not_compared,
+            TRAITS: sorted(self.traits),
         }
 
 
