@@ -23,7 +23,7 @@ from .options import reporter
 from .parameters import Json
 
 _OLLAMA_SECONDS = 3.0
-_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "gguf")
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "gguf", "xllamacpp")
 _OK, _MISSING, _NONE = "ok", "missing", "none"
 Row = tuple[str, str, str]
 

@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kolotune.chats import Chat
 from kolotune.chats.templates.loss_mask import end_token
 from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.tokens.backend import bare, encode_text
+from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import chat_template, load_tokenizer, special_tokens, template_text
+from kolotune.foundation.errors import DataError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.ollama.template_derivation import NotDerivable, derive
 from kolotune.ollama.turn_format import TurnFormat
 
+from .prompt_proof import TrainedPrompt
 from .tasks import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass
@@ -29,21 +34,21 @@ class TrainedFormat:
         turns: the format that Ollama's TEMPLATE is derived from; None where it can't be derived.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     template: ChatTemplate
     encoder: Encoder
     end: str
     turns: TurnFormat | None
 
     @classmethod
-    def load(cls, folder: Path) -> TrainedFormat:
-        """Read the tokenizer and template in a folder.
+    def load(cls, folder: Path, jinja: str = "") -> TrainedFormat:
+        """Read the tokenizer and template in a folder; `jinja` replaces its template.
 
         Raises:
             ModelError, TemplateError: they are missing or can't be used.
         """
         tokenizer = load_tokenizer(folder)
-        template = chat_template(tokenizer, template_text(folder))
+        template = chat_template(tokenizer, jinja or template_text(folder))
         special = frozenset(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         turns = derive(
             lambda messages, opened: template.render(messages, None, opened),
@@ -80,6 +85,28 @@ class TrainedFormat:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return Prompt(messages, tools or [], text, ids, plain)
 
+    def trained_prompt(self, chat: Chat, name: str = "") -> TrainedPrompt:
+        """Return the prompt of the chat's last turn, an answer, with the tokens that training has before it."""
+        *before, _ = chat.message_dicts()
+        tools = list(chat.tools)
+        try:
+            encoded = self.encoder.encode(chat)
+            text = self.template.render(before, tools or None, True)
+        except (TemplateError, DataError) as error:
+            return TrainedPrompt(name, before, tools, refusal=error.cause)
+        ids = _before_last_answer(encoded)
+        with bare(self.tokenizer.backend_tokenizer):
+            alone = encode_text(self.tokenizer.backend_tokenizer, text).ids
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        is_normalized = normalizer is not None and normalizer.normalize_str(text) != text
+        return TrainedPrompt(name, before, tools, text, ids, merges=alone != ids, is_normalized=is_normalized)
+
     def decode(self, ids: list[int] | None) -> str | None:
         """Return the text of an answer without special tokens; None for no answer."""
         return None if ids is None else str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _before_last_answer(encoded: EncodedChat) -> list[int]:
+    start = sum(encoded.lengths[:-1])
+    labels = encoded.packed_labels[start:]
+    return encoded.ids[start : start + labels.rfind(b"\0\1") + 1]

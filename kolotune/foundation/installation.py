@@ -19,7 +19,7 @@ def install_command(extra: str) -> str:
 INSTALL_LOCAL = install_command("local")
 LOCAL_PACKAGES = (
     "gguf", "jinja2", "llama_cpp", "matplotlib", "numpy", "psutil", "pyarrow", "safetensors", "starlette", "tokenizers",
-    "torch", "transformers", "uvicorn",
+    "torch", "transformers", "uvicorn", "xllamacpp",
 )  # fmt: skip
 
 

@@ -88,8 +88,13 @@ def prove_convertible(context: Context, reporter: Reporter) -> None:
     convert.prove(skeleton, gguf_type, context.run.log("dry_conversion"), reporter)
 
 
-def expected_skeleton(context: Context) -> tuple[ModelSkeleton, str]:
-    """Return what will be converted, as far as it is known without an adapter, and the type of the GGUF."""
+def expected_skeleton(context: Context, *, is_prepared: bool = True) -> tuple[ModelSkeleton, str]:
+    """Return what will be converted, as far as it is known without an adapter, and the type of the GGUF.
+
+    Args:
+        context: of the run.
+        is_prepared: the run's tokenizer, where it has one, is that of its chats; False: they will be prepared again.
+    """
     folder = source_folder(context)
     if context.source is not None and folder == context.source:
         return read_skeleton(folder), exact_type(MappedTensors(weight_files(folder)).entries)
@@ -97,7 +102,7 @@ def expected_skeleton(context: Context) -> tuple[ModelSkeleton, str]:
     companions: dict[str, Path | str]
     if context.source is not None:
         companions = {**companion_files(context.base, _tokenizer(context))}
-    elif context.run.tokenizer.is_dir():
+    elif is_prepared and context.run.tokenizer.is_dir():
         companions = {**companion_files(context.base, context.run.tokenizer)}
     else:
         companions = {**companion_files(context.base, context.base), **_expected_tokenizer(context)}

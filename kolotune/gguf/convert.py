@@ -164,6 +164,23 @@ def prove(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter
         )
 
 
+def expected_header(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter) -> bytes:
+    """Return the header of the GGUF that a model will give, or as much of it as has the tokenizer; no weights are read.
+
+    Raises:
+        ToolchainError: llama.cpp can't convert the tokenizer.
+    """
+    toolchain = llamacpp.ensure(reporter)
+    plan = plan_cache.find_plan(skeleton, gguf_type, toolchain, log).plan
+    if plan is not None:
+        return _with_bos(plan, skeleton).header
+    with plan_cache.temporary_folder(skeleton) as folder:
+        target = folder.with_name("vocabulary.gguf")
+        _convert_by_converter(_Conversion(skeleton, gguf_type, target, toolchain, log), folder, target, "--vocab-only")
+        content, adds_bos = target.read_bytes(), _adds_bos(skeleton)
+    return content if adds_bos is None else header.with_flag(content, _ADD_BOS, adds_bos)
+
+
 def _exact_type(entries: Mapping[str, Entry], reporter: Reporter) -> str:
     gguf_type = conversion_plan.exact_type(entries)
     if gguf_type == "f32":
@@ -179,8 +196,8 @@ def _with_bos(plan: conversion_plan.ConversionPlan, skeleton: ModelSkeleton) -> 
     return dataclasses.replace(plan, header=header.with_flag(plan.header, _ADD_BOS, adds_bos))
 
 
-def _convert_by_converter(conversion: _Conversion, model: Path, target: Path) -> None:
-    if _run_converter(conversion, model, target) != 0 or not target.is_file():
+def _convert_by_converter(conversion: _Conversion, model: Path, target: Path, *options: str) -> None:
+    if _run_converter(conversion, model, target, *options) != 0 or not target.is_file():
         cause = f"llama.cpp's converter failed: {local.last_lines(conversion.log)}"
         raise ToolchainError(cause, f"The log is {conversion.log}.")
 

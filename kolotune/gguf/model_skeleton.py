@@ -37,12 +37,16 @@ class ModelSkeleton:
         content = self.files[name]
         return content.read_text(encoding="utf-8") if isinstance(content, Path) else content
 
+    def file_digest(self, name: str) -> str:
+        """Return the SHA-256 of one of the `files`."""
+        content = self.files[name]
+        return hash_file(content) if isinstance(content, Path) else hashlib.sha256(content.encode()).hexdigest()
+
     def digest(self) -> str:
         """Return a hash of everything that the converter's result depends on."""
         digest = hashlib.sha256(f"{self.name}\0".encode())
-        for name, content in sorted(self.files.items()):
-            known = hash_file(content) if isinstance(content, Path) else hashlib.sha256(content.encode()).hexdigest()
-            digest.update(f"{name}\0{known}\0".encode())
+        for name in sorted(self.files):
+            digest.update(f"{name}\0{self.file_digest(name)}\0".encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\0".encode() + shard.header)
         return digest.hexdigest()[:32]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kolotune.chats.dataset.prepared import TRAITS
+from kolotune.chats.traits import ChatTrait
+from kolotune.fidelity import prompt_gate
 from kolotune.foundation.reporter import Reporter
 from kolotune.planning import fit
 from kolotune.planning.workload import Workload, describe_workload, read_workload
+from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context, Stage
-from kolotune.stages import train
+from kolotune.stages import modelfile, prepare, train
 
 
 def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) -> None:
@@ -21,6 +25,8 @@ def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) 
         check_capacity([train], context)  # takes no time, so it comes first
     for stage in stages:
         stage.preflight(context, reporter)
+    if prepare in stages:
+        _check_prompts(stages, context, reporter, is_prepared=False)
     if stages:
         check_capacity(stages, context)
 
@@ -39,9 +45,22 @@ def check_capacity(stages: Sequence[Stage], context: Context, workload: Workload
     fit.require_fit(context, {stage.NAME for stage in stages}, context.run.log("plan"), workload)
 
 
-def check_training(context: Context, reporter: Reporter) -> None:
-    """Report how much the prepared chats give to train, and check disk and memory again with that known."""
+def check_training(stages: Sequence[Stage], context: Context, reporter: Reporter) -> None:
+    """Check again, with the chats prepared, that training fits and that the chats will be served as they are trained.
+
+    Raises:
+        SpaceError, TemplateError, ToolchainError: they won't.
+    """
     if context.run.prepared.is_dir():
         workload = read_workload(context.run.prepared, context.config)
         reporter.note(describe_workload(workload, context.config))
         check_capacity([train], context, workload)
+        _check_prompts(stages, context, reporter, is_prepared=True)
+
+
+def _check_prompts(stages: Sequence[Stage], context: Context, reporter: Reporter, *, is_prepared: bool) -> None:
+    if train in stages and modelfile in stages:
+        record = read_record(context.run, prepare.NAME) if is_prepared else None
+        names = record.facts.get(TRAITS) if record is not None else None  # earlier versions did not record them
+        traits = None if not isinstance(names, list) else {trait for trait in ChatTrait if trait in names}
+        prompt_gate.check_prompts(context, reporter, traits, is_prepared=is_prepared)

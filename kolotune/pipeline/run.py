@@ -73,15 +73,18 @@ def run_pipeline(
         forget_cleaned(folder, [path for stage in selection.restored for path in stage.outputs(context)])
         is_settled = not _remove_models_not_kept(context, reporter)
         with _manifest_at_end(context):
-            _run_selected(selection, is_settled, context, reporter)
+            _run_selected(selection, later.stages, is_settled, context, reporter)
     return folder
 
 
-def _run_selected(selection: StageSelection, is_settled: bool, context: Context, reporter: Reporter) -> None:
+def _run_selected(
+    selection: StageSelection, later: Sequence[Stage], is_settled: bool, context: Context, reporter: Reporter
+) -> None:
     """Run the stages in order.
 
     Args:
         selection: the stages, and why they run.
+        later: stages that will run later; see `run_pipeline`.
         is_settled: whether the files are still those that the selection saw. Once a stage has run they are not, and
             the reasons of the stages after it are found again.
         context, reporter: see `Stage.run`.
@@ -95,7 +98,7 @@ def _run_selected(selection: StageSelection, is_settled: bool, context: Context,
             reporter.success(f"{stage.NAME}: done before, {detail}")
             continue
         if stage is train:
-            check_training(context, reporter)
+            check_training([*selection.stages, *later], context, reporter)
         _run_stage(stage, reasons, context, reporter)
         is_settled = False
 

@@ -1,0 +1,145 @@
+"""Before training: will llama.cpp's server put the tokens before an answer that training puts there?
+
+It needs no weights. The GGUF's header is known from the conversion plan, and llama.cpp's own server is asked what it
+makes of a short chat with each trait. The answer is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES
+from kolotune.chats.traits import ChatTrait
+from kolotune.foundation import typed_storage
+from kolotune.foundation.cache import cache_folder
+from kolotune.foundation.errors import TemplateError
+from kolotune.foundation.files import remove
+from kolotune.foundation.reporter import Reporter
+from kolotune.gguf import conversion_source, convert
+from kolotune.gguf.model_skeleton import ModelSkeleton
+from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
+from kolotune.llamacpp.tokenizer_model import tokenizer_model
+from kolotune.run_folder.stage import Context
+
+from .prompt_battery import battery
+from .prompt_proof import MismatchKind, Outcome, PromptResult, ask
+
+_VERSION = 1  # raised when the battery or the way to ask changes
+_PACKAGES = ("xllamacpp", "transformers", "tokenizers", "jinja2")
+_MOST_PROOFS = 32
+_WRONG = (Outcome.DIFFERENT, Outcome.SERVER_REFUSES)
+_HINTS = {
+    MismatchKind.COMPOSED_FORM: "Write the chats in composed form: unicodedata.normalize('NFC', text) in Python.",
+    MismatchKind.TEMPLATE: "Give a template that both write alike (--chat-template), or use another base model.",
+}
+_TRAIN_ANYWAY = "With --no-compare it is trained nevertheless."
+
+
+@dataclass(frozen=True)
+class PromptProof:
+    """What llama.cpp's server makes of the battery, one result for each trait."""
+
+    results: tuple[PromptResult, ...]
+
+
+def check_prompts(
+    context: Context, reporter: Reporter, traits: Collection[ChatTrait] | None, *, is_prepared: bool
+) -> None:
+    """Check that the chats' prompts will be served as they are trained; warn of prompts that the chats don't have.
+
+    Args:
+        context: of the run.
+        reporter: gets the warning.
+        traits: those of the chats; None while they are unknown: then nothing is wrong as long as anything is right.
+        is_prepared: the run's tokenizer is that of its chats.
+
+    Raises:
+        TemplateError: they won't, and the run is to be compared.
+        ToolchainError: llama.cpp's server is not installed, or the tokenizer can't be converted.
+    """
+    proof = find_proof(context, reporter, is_prepared=is_prepared)
+    trained = [result for result in proof.results if result.outcome in (Outcome.EQUAL, *_WRONG)]
+    wrong = [result for result in trained if result.outcome in _WRONG]
+    if traits is None:
+        used = wrong if len(wrong) == len(trained) else []
+    else:
+        used = [result for result in wrong if result.name in traits]
+    if used and context.config.compare:
+        raise _error(used)
+    unused = [result for result in wrong if traits is not None or is_prepared]
+    if unused:
+        reporter.warning(f"llama.cpp's server does not write every prompt as training does: {_describe(unused)}")
+
+
+def find_proof(context: Context, reporter: Reporter, *, is_prepared: bool) -> PromptProof:
+    """Return the proof of a run's prompts, from the cache if nothing has changed; see `check_prompts`."""
+    skeleton, gguf_type = conversion_source.expected_skeleton(context, is_prepared=is_prepared)
+    log = context.run.log("prompts")
+    model = tokenizer_model(convert.expected_header(skeleton, gguf_type, log, reporter))
+    file = cache_folder("prompts") / f"{_key(skeleton, model)}.json"
+    known = typed_storage.read_or_none(PromptProof, file)
+    if known is not None:
+        return known
+    reporter.doing("asking llama.cpp's server for its prompts")
+    proof = _prove(context.run.tokenizer if is_prepared else context.base, skeleton, model)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    typed_storage.write(file, proof)
+    _remove_old(file)
+    return proof
+
+
+def _prove(tokenizer: Path, skeleton: ModelSkeleton, model: SparseGguf) -> PromptProof:
+    from kolotune.chats.tokens.tokenizer import special_tokens
+
+    from .trained_format import TrainedFormat
+    from .vocabulary import vocabulary_by_id
+
+    trained = TrainedFormat.load(tokenizer, skeleton.text(TEMPLATE_FILE))
+    prompts = [trained.trained_prompt(chat, trait) for trait, chat in battery().items()]
+    bos = special_tokens(trained.tokenizer).get("bos_token", "")
+    with PromptServer(model) as server:
+        return PromptProof(tuple(ask(prompts, server, vocabulary_by_id(trained.tokenizer), bos)))
+
+
+def _key(skeleton: ModelSkeleton, model: SparseGguf) -> str:
+    """Return a hash of everything that the proof depends on."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    digest = hashlib.sha256(f"{_VERSION} {' '.join(versions)}\0".encode() + model.header)
+    for name in TOKENIZER_FILES:
+        if name in skeleton.files:
+            digest.update(f"\0{name}\0{skeleton.file_digest(name)}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _remove_old(newest: Path) -> None:
+    older = sorted((path for path in newest.parent.iterdir() if path != newest), key=lambda path: path.stat().st_mtime)
+    for path in older[: 1 - _MOST_PROOFS]:
+        with suppress(OSError):
+            remove(path)
+
+
+def _error(wrong: list[PromptResult]) -> TemplateError:
+    first = wrong[0]
+    cause = f"the model would be served other prompts than it is trained on. In chats with {_sentence(first)}: "
+    if first.mismatch is None:
+        return TemplateError(f"{cause}{first.reason}{_more(wrong)}", f"Use another base model. {_TRAIN_ANYWAY}")
+    hint = _HINTS.get(first.mismatch.kind, "Use another base model.")
+    cause += f"{first.mismatch.kind.sentence}: {first.mismatch}"
+    return TemplateError(f"{cause}{_more(wrong)}", f"{hint} {_TRAIN_ANYWAY}")
+
+
+def _more(wrong: list[PromptResult]) -> str:
+    return f" (also with {_describe(wrong[1:])})" if len(wrong) > 1 else ""
+
+
+def _describe(results: list[PromptResult]) -> str:
+    return "; ".join(map(_sentence, results))
+
+
+def _sentence(result: PromptResult) -> str:
+    return ChatTrait(result.name).sentence

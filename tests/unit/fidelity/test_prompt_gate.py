@@ -1,0 +1,142 @@
+"""Before training: the prompts that llama.cpp's server will write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kolotune.chats.traits import ChatTrait
+from kolotune.fidelity import prompt_gate
+from kolotune.fidelity.prompt_gate import check_prompts, find_proof
+from kolotune.fidelity.prompt_proof import MismatchKind, Outcome, PromptResult
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import TemplateError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.stage import Context
+
+# The descriptions of tools as Python writes them, which llama.cpp writes without escapes.
+TOOLS_AS_PYTHON = (
+    "{{ bos_token }}{% if tools %}{% for tool in tools %}"
+    "{{ tool.function.name }} {{ [tool.function.description] | string }}\n"
+    "{% endfor %}{% endif %}{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ALL_AS_PYTHON = TOOLS_AS_PYTHON.replace("{{ bos_token }}", "{{ {'a': 'b\\nc'} | string }}")
+"""The same difference in every prompt."""
+Make = Callable[..., Context]
+
+
+class Warnings(PlainReporter):
+    """Keeps what it warns of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def make(tiny_base: Path, tmp_path: Path) -> Make:
+    """A run of the tiny model with another template, or with other files: ``make(template, **options)``."""
+
+    def context(template: str = "", files: dict[str, str] | None = None, **options: object) -> Context:
+        base = tmp_path / "base"
+        shutil.copytree(tiny_base, base)
+        if template:
+            (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (base / name).write_text(content, encoding="utf-8")
+        values = {"base_model": str(base), "output_dir": tmp_path / "run", "train_data": tmp_path / "c.jsonl"}
+        config = configs.resolve(({**values, **options}, "test", tmp_path))
+        return Context(config, RunFolder(tmp_path / "run"), base)
+
+    return context
+
+
+def by_trait(context: Context) -> dict[str, PromptResult]:
+    proof = find_proof(context, PlainReporter(), is_prepared=False)
+    return {result.name: result for result in proof.results}
+
+
+def test_prompts_are_equal_and_asked_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = make()
+    results = by_trait(context)
+    assert set(results) == set(ChatTrait)
+    assert results[ChatTrait.QUESTION].outcome == results[ChatTrait.SPACES].outcome == Outcome.EQUAL
+    assert results[ChatTrait.TOOLS].outcome == Outcome.TRAINING_REFUSES
+    monkeypatch.setattr(prompt_gate, "PromptServer", None)
+    assert by_trait(context) == results, "from the cache"
+    reporter = Warnings()
+    check_prompts(context, reporter, set(ChatTrait), is_prepared=False)
+    assert not reporter.warnings
+
+
+def test_a_difference_that_the_chats_have_ends_the_run(make: Make) -> None:
+    context, reporter = make(TOOLS_AS_PYTHON), Warnings()
+    with pytest.raises(TemplateError) as caught:
+        check_prompts(context, reporter, {ChatTrait.TOOLS, ChatTrait.RICH_TOOLS}, is_prepared=False)
+    assert ChatTrait.RICH_TOOLS.sentence in caught.value.cause
+    assert r"Tag:\\n- heute" in caught.value.cause and r"Tag:\n- heute" in caught.value.cause, "both are shown"
+    assert "template" in caught.value.hint and "--no-compare" in caught.value.hint
+
+
+def test_a_difference_that_they_do_not_have_is_a_warning(make: Make) -> None:
+    context, reporter = make(TOOLS_AS_PYTHON), Warnings()
+    check_prompts(context, reporter, {ChatTrait.QUESTION, ChatTrait.TOOLS}, is_prepared=False)
+    (warning,) = reporter.warnings
+    assert ChatTrait.RICH_TOOLS.sentence in warning
+
+
+def test_without_compare_it_is_a_warning(make: Make) -> None:
+    context, reporter = make(TOOLS_AS_PYTHON, compare=False), Warnings()
+    check_prompts(context, reporter, {ChatTrait.RICH_TOOLS}, is_prepared=False)
+    assert len(reporter.warnings) == 1
+
+
+def test_before_the_chats_are_known_only_what_is_always_wrong_counts(make: Make) -> None:
+    reporter = Warnings()
+    check_prompts(make(TOOLS_AS_PYTHON), reporter, None, is_prepared=False)
+    assert not reporter.warnings
+
+
+@pytest.mark.slow
+def test_what_is_always_wrong_ends_the_run_before_the_chats_are_read(make: Make) -> None:
+    with pytest.raises(TemplateError, match=ChatTrait.QUESTION.sentence):
+        check_prompts(make(ALL_AS_PYTHON), Warnings(), None, is_prepared=False)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_composes_letters(make: Make, tiny_base: Path) -> None:
+    """As those of Qwen 2 and Command-R; llama.cpp's does not."""
+    tokenizer = json.loads((tiny_base / "tokenizer.json").read_text(encoding="utf-8"))
+    context = make(files={"tokenizer.json": json.dumps({**tokenizer, "normalizer": {"type": "NFC"}})})
+    results = by_trait(context)
+    different = results[ChatTrait.COMBINING_MARKS].mismatch
+    assert different is not None and different.kind == MismatchKind.COMPOSED_FORM
+    assert results[ChatTrait.QUESTION].outcome == Outcome.EQUAL
+    with pytest.raises(TemplateError) as caught:
+        check_prompts(context, Warnings(), {ChatTrait.COMBINING_MARKS}, is_prepared=False)
+    assert "NFC" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_a_template_that_llama_cpp_cannot_use(make: Make) -> None:
+    template = TOOLS_AS_PYTHON.replace("{{ bos_token }}", "{{ 'a' | center(9) }}")
+    with pytest.raises(TemplateError, match="llama"):
+        check_prompts(make(template), Warnings(), None, is_prepared=False)
+
+
+@pytest.mark.slow
+def test_without_a_conversion_plan(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter itself writes the vocabulary."""
+    context = make()
+    planned = by_trait(context)
+    monkeypatch.setenv("KOLOTUNE_CONVERSION_PLAN", "off")
+    assert by_trait(context) == planned
