@@ -8,6 +8,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from kolotune.foundation import typed_storage
+from kolotune.foundation.config import OPTIONS, Config, plain_values
 from kolotune.foundation.typed_storage import JsonObject
 
 from .cleaned import read_cleaned
@@ -60,7 +61,10 @@ def find_reasons(stage: Stage, context: Context) -> list[Reason]:
 
 def _changed_options(stage: Stage, context: Context, record: Record) -> Iterator[Reason]:
     options: JsonObject = typed_storage.through_json(stage.options(context.config))
-    for name, value in options.items():
+    # Some are recorded only where they are not the default.
+    defaults = plain_values(Config(), [name for name in record.options if name in OPTIONS and name not in options])
+    left_out: JsonObject = typed_storage.through_json(defaults)
+    for name, value in {**options, **left_out}.items():
         if record.options.get(name) != value:
             yield Reason(ReasonKind.OPTION_CHANGED, name, record.options.get(name), value)
 

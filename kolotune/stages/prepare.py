@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
-from kolotune.foundation.config import Config, stage_options
+from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
@@ -36,7 +36,7 @@ CHANGED_CHATS = {
 
 
 def options(config: Config) -> JsonObject:
-    return stage_options(config, NAME)
+    return stage_options(config, NAME) | (plain_values(config, ["template_switch"]) if config.template_switch else {})
 
 
 def inputs(context: Context) -> dict[str, Path]:

@@ -11,6 +11,7 @@ its first line, which is undefined in Jinja2 and in llama.cpp's engine, and writ
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Collection, Mapping
 
 from kolotune.foundation.errors import ConfigError, TemplateError
@@ -22,10 +23,12 @@ from .frozen_date import freeze_date
 _OF_THE_CHAT = frozenset(("messages", "tools", "add_generation_prompt"))
 # Servers hand the tokens that a GGUF names; transformers hands all that a tokenizer has.
 _SERVED_TOKENS = ("bos_token", "eos_token")
+_SWITCH = "true if {name} else false"  # so that a server that says nothing gets what answers without thoughts got
 _UNDEFINED = "{}.undefined"  # an item that an empty mapping does not have
 # Where a chat has no tools, transformers hands none, llama.cpp nothing, and others an empty list. Templates are written
 # for none, except those that loop over the tools of each chat.
 _NO_TOOLS = ("none", _UNDEFINED)
+_LINE = re.compile(r"\{% set (?P<name>\w+) = (?P<value>.*) %\}\n")
 _QUESTION = ({"role": "user", "content": "Hi"},)
 
 
@@ -36,7 +39,7 @@ def bind(jinja: str, date: datetime.date, tokens: Mapping[str, object], switches
         jinja: The source of the template.
         date: What the template is to show as today's date; see `freeze_date`.
         tokens: The special tokens that the tokenizer has, by the names that templates use.
-        switches: Variables that stay free, since the model is trained with each of their values.
+        switches: Variables that stay free, as true or false: the model is trained with both.
 
     Returns:
         The source behind lines that set the variables; the same text if there is nothing to bind.
@@ -49,7 +52,8 @@ def bind(jinja: str, date: datetime.date, tokens: Mapping[str, object], switches
     free = [name for name in sandbox.free_variables(frozen) if name not in _OF_THE_CHAT]
     unbound = {name for name in _SERVED_TOKENS if name in tokens}
     _check_switches(switches, [name for name in free if name not in (*tokens, *_SERVED_TOKENS)])
-    values = {name: _value(name, tokens) for name in free if name not in unbound and name not in switches}
+    switched = {name: _SWITCH.format(name=name) for name in switches if name not in switches_of(frozen)}
+    values = {name: _value(name, tokens) for name in free if name not in unbound and name not in switches} | switched
     values |= _value_of_tools(values, frozen, tokens)
     if not values:
         return frozen
@@ -61,6 +65,16 @@ def bind(jinja: str, date: datetime.date, tokens: Mapping[str, object], switches
             f"Write a value for {', '.join(sorted(left or values))} into the template, or choose another base model.",
         )
     return bound
+
+
+def switches_of(jinja: str) -> tuple[str, ...]:
+    """Return the variables that a template of `bind` leaves free, as true or false."""
+    values: dict[str, str] = {}
+    position = 0
+    while match := _LINE.match(jinja, position):
+        values.setdefault(match["name"], match["value"])  # a value that the template sets later is set in any case
+        position = match.end()
+    return tuple(name for name, value in values.items() if value == _SWITCH.format(name=name))
 
 
 def _with_values(values: Mapping[str, str], jinja: str) -> str:

@@ -22,13 +22,13 @@ def trained_template(config: Config, base: Path, tokens: Mapping[str, object]) -
         tokens: The special tokens of its tokenizer; see `tokenizer.special_tokens`.
 
     Raises:
-        ConfigError: The user's template can't be read.
+        ConfigError: The user's template can't be read, or the template does not have a variable that is to stay free.
         TemplateError: There is no template, or it can't be bound.
         ModelError: A file of the tokenizer can't be read.
     """
     own = config.chat_template
     day = date.fromisoformat(config.template_date) if config.template_date else date.today()
-    return bind(template_text(base) if own is None else _read(own), day, tokens)
+    return bind(template_text(base) if own is None else _read(own), day, tokens, config.template_switch)
 
 
 def _read(file: Path) -> str:

@@ -138,6 +138,13 @@ class Config:
         Group.DATA,
         kind=Kind.FILE,
     )
+    template_switch: tuple[str, ...] = option(
+        (),
+        "Variables of the chat template that servers may set, such as enable_thinking: both sides are trained, on for "
+        "answers with reasoning and off for others.",
+        Group.DATA,
+        kind=Kind.NAMES,
+    )
     template_date: str | None = option(
         None,
         "Date (YYYY-MM-DD) for a chat template that prints today's; default: the date of the first run.",

@@ -11,7 +11,7 @@ import pytest
 
 from kolotune.chats.templates import sandbox
 from kolotune.chats.templates.frozen_date import freeze_date
-from kolotune.chats.templates.template_binding import bind
+from kolotune.chats.templates.template_binding import bind, switches_of
 from kolotune.foundation.errors import ConfigError, TemplateError
 
 DATE = datetime.date(2026, 3, 5)
@@ -98,11 +98,23 @@ def test_tools_render_alike_whatever_stands_for_none() -> None:
     assert render(bound, TOOLS) == "tools"
 
 
-def test_a_switch_stays_free() -> None:
+SWITCH = "{% set enable_thinking = true if enable_thinking else false %}\n"
+
+
+def test_a_switch_stays_free_as_true_or_false() -> None:
     source = "{{ enable_thinking }}{{ thinking }}"
     bound = bind(source, DATE, TOKENS, ("enable_thinking",))
-    assert bound == "{% set thinking = {}.undefined %}\n" + source
-    assert render(bound, thinking=1, enable_thinking=2) == "2"
+    assert bound == "{% set thinking = {}.undefined %}\n" + SWITCH + source
+    assert {render(bound, thinking=1, enable_thinking=value) for value in VALUES} == {"True", "False"}
+    assert render(bound) == "False" and render(bound, enable_thinking=True) == "True"
+    assert switches_of(bound) == ("enable_thinking",) and switches_of(source) == ()
+
+
+def test_a_template_with_a_switch_is_the_base_of_the_next_model() -> None:
+    bound = bind("{{ enable_thinking }}", DATE, TOKENS, ("enable_thinking",))
+    assert bind(bound, DATE, TOKENS, ("enable_thinking",)) == bound
+    closed = bind(bound, DATE, TOKENS)
+    assert render(closed, enable_thinking=True) == "False" and switches_of(closed) == ()
 
 
 @pytest.mark.parametrize(

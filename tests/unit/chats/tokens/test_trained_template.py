@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE
 from kolotune.chats.tokens.trained_template import trained_template
 from kolotune.foundation import config as configs
@@ -45,6 +46,19 @@ def test_a_template_of_the_user_replaces_it(base: Path, tmp_path: Path) -> None:
     assert trained_template(own, base, TOKENS) == expected
     with pytest.raises(TemplateError, match="has no chat template"):
         trained_template(config(tmp_path), base, TOKENS)
+
+
+def test_a_switch_stays_free(base: Path, tmp_path: Path) -> None:
+    source = trained_template(config(tmp_path, template_switch="thinking"), base, TOKENS)
+    template = ChatTemplate(source, TOKENS)
+    assert template.switches == ("thinking",)
+    for thinks, text in ((True, "<s>True2026"), (False, "<s>False2026")):
+        assert template.render([], thinks=thinks) == text
+        assert template.skeleton([], [], False, "\ue000", thinks)[0] == text
+        signature = template.signature(["user"], False, thinks)
+        assert signature is not None and signature.fill(["Hi"])[0] == text
+    with pytest.raises(ConfigError, match="enable_thinking"):
+        trained_template(config(tmp_path, template_switch="enable_thinking"), base, TOKENS)
 
 
 @pytest.mark.parametrize("content", [None, b" \n", b"\xff\xfe"])
