@@ -30,7 +30,11 @@ class TrainingBegins:
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step is done: its number from 1, the number of all steps, the mean loss of its labels, and the speed."""
+    """A step is done: its number from 1, the number of all steps, the mean loss of its labels, and the speed.
+
+    The speed counts the tokens of the step's chats. A prefix that chats share counts in each; one that sequences of a
+    chat share counts once, whatever the engine computes.
+    """
 
     step: int
     steps: int

@@ -33,11 +33,12 @@ class BatchShape:
 
     Attributes:
         tokens: tokens of the batch.
-        chats: number of chats; a shared prefix counts as one more.
+        chats: number of chats; a shared prefix counts as one more, and so does a branch of a chat.
         longest: tokens of the longest chat.
         prefix: tokens of the shared prefix.
         labels: tokens that have a label.
         padded: whether attention computes them as a padded batch, which keeps its scores.
+        shared: tokens that chats and branches share, counted in each of them.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class BatchShape:
     prefix: int
     labels: int
     padded: bool
+    shared: int = 0
 
 
 class MemoryGap(Enum):

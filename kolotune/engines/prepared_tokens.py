@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kolotune.foundation.errors import TrainingError
+
+from .chat_sequences import chat_lengths
 
 IGNORED = -100
 """The label of a token that the loss does not count."""
@@ -21,15 +24,21 @@ IGNORED = -100
 class PreparedTokens:
     """All chats end to end as one array of tokens, mapped from the file: parts that nobody reads take no memory.
 
+    A chat is one sequence, or several where each answer is a sequence of its own behind the prompt that it is served
+    with.
+
     Attributes:
         ids: int32 ``[tokens]``.
         labelled: bool ``[tokens]``: the loss mask, True where the loss counts the token.
-        offsets: int64 ``[chats + 1]``: the start of each chat, and the end of the last.
+        offsets: int64 ``[sequences + 1]``: the start of each sequence, and the end of the last.
+        chats: int64 ``[chats + 1]``: the first sequence of each chat, and the number of sequences; None where each
+            sequence is a chat.
     """
 
     ids: Tensor
     labelled: Tensor
     offsets: Tensor
+    chats: Tensor | None = None
 
     @classmethod
     def load(cls, path: Path) -> PreparedTokens:
@@ -40,31 +49,56 @@ class PreparedTokens:
         """
         try:
             loaded = load_file(path)
-            return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"])
+            return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"], loaded.get("chats"))
         except (SafetensorError, KeyError, OSError) as error:
             raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.offsets if self.chats is None else self.chats) - 1
 
-    def chat(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return ids and labels of one chat, int64 ``[length]``; labels are `IGNORED` where the loss does not count."""
-        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+    def sequences(self, chat: int) -> range:
+        """Return the numbers of a chat's sequences, in the order of its answers."""
+        return range(chat, chat + 1) if self.chats is None else range(int(self.chats[chat]), int(self.chats[chat + 1]))
+
+    def sequence(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return ids and labels of a sequence, int64 ``[length]``; a token that the loss skips has label `IGNORED`."""
+        span = self._span(number)
         ids = self.ids[span].long()
         return ids, torch.where(self.labelled[span], ids, IGNORED)
 
+    def sequence_length(self, number: int) -> int:
+        """Count the tokens of one sequence."""
+        return int(self.offsets[number + 1] - self.offsets[number])
+
     @property
     def longest(self) -> int:
-        """Tokens of the longest chat; 0 when there is none."""
+        """Tokens of the longest sequence; 0 when there is none."""
         return int((self.offsets[1:] - self.offsets[:-1]).max()) if len(self) else 0
 
-    def chat_length(self, index: int) -> int:
-        """Count the tokens of one chat."""
-        return int(self.offsets[index + 1] - self.offsets[index])
+    def chat_length(self, chat: int) -> int:
+        """Count the tokens of one chat; a prefix that a sequence shares with the next one counts once."""
+        numbers = self.sequences(chat)
+        if len(numbers) == 1:
+            return self.sequence_length(numbers[0])
+        offsets = self.offsets[numbers[0] : numbers[-1] + 2].numpy()
+        return int(chat_lengths(self.ids.numpy(), offsets, np.array([0, len(numbers)]))[0])
 
-    def label_count(self, index: int) -> int:
-        """Count the labels of one chat, without its first token, which nothing could predict."""
-        return int(self.labelled[int(self.offsets[index]) + 1 : int(self.offsets[index + 1])].sum())
+    def unshared_length(self, chat: int) -> int:
+        """Count the tokens of one chat's sequences, each by itself."""
+        return sum(map(self.sequence_length, self.sequences(chat)))
+
+    def chat_lengths(self) -> Tensor:
+        """Count the tokens of all chats, int64 ``[chats]``, as `chat_length` does."""
+        if self.chats is None:
+            return self.offsets[1:] - self.offsets[:-1]
+        return torch.from_numpy(chat_lengths(self.ids.numpy(), self.offsets.numpy(), self.chats.numpy()))
+
+    def label_count(self, chat: int) -> int:
+        """Count the labels of one chat, without the first token of a sequence, which nothing could predict."""
+        return sum(int(self.labelled[self._span(number)][1:].sum()) for number in self.sequences(chat))
+
+    def _span(self, number: int) -> slice:
+        return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
 
 
 def epoch_order(epoch: int, chats: int, seed: int) -> list[int]:
@@ -86,6 +120,5 @@ def epoch_steps(chats: int, epoch: int, seed: int, size: int, first: int = 0) ->
 
 def longest_first(tokens: PreparedTokens) -> list[int]:
     """Return all chats, longest first: the order of an evaluation."""
-    lengths = tokens.offsets[1:] - tokens.offsets[:-1]
-    order: list[int] = lengths.argsort(descending=True, stable=True).tolist()
+    order: list[int] = tokens.chat_lengths().argsort(descending=True, stable=True).tolist()
     return order

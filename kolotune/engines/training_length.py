@@ -41,7 +41,7 @@ def warmup(steps: int, requested: int | None) -> int:
 
 
 def count_chats(path: Path) -> tuple[int, int]:
-    """Count the chats and the tokens of a file of prepared tokens; only its header is read.
+    """Count the chats of a file of prepared tokens, and the tokens of all its sequences; only its header is read.
 
     Raises:
         TrainingError: the file can't be read.
@@ -50,7 +50,8 @@ def count_chats(path: Path) -> tuple[int, int]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return file.get_slice("offsets").get_shape()[0] - 1, file.get_slice("ids").get_shape()[0]
+            chats = "chats" if "chats" in file.keys() else "offsets"  # noqa: SIM118 - it is no dict
+            return file.get_slice(chats).get_shape()[0] - 1, file.get_slice("ids").get_shape()[0]
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
 

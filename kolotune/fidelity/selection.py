@@ -25,7 +25,9 @@ class Selection:
     """The compared chats and the prompts in them.
 
     Attributes:
-        chats: the first prepared chats within the task's limits, at least one.
+        chats: the sequences of the first prepared chats within the task's limits, at least one chat. Most chats are one
+            sequence; in some each answer is one.
+        sequences: for each chat, which of `chats` are its sequences.
         prompts: the prompt before each of their answers.
         expected: the answer to each prompt.
         probes: more prompts, for checking what is served.
@@ -34,6 +36,7 @@ class Selection:
     """
 
     chats: list[ComparedChat] = field(default_factory=list)
+    sequences: list[range] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
     probes: list[Prompt] = field(default_factory=list)
@@ -66,16 +69,16 @@ def _add_chats(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
     tokens = PreparedTokens.load(Path(task.tokens))
     total = 0
     for index in range(min(len(tokens), task.most_chats)):
-        ids, labels = tokens.chat(index)
-        total += len(ids)
+        total += tokens.unshared_length(index)
         if selection.chats and total > task.most_tokens:
             break
-        selection.chats.append(
-            _compared_chat(ids.tolist(), [int(label) != IGNORED for label in labels], trained.end_id)
-        )
+        start = len(selection.chats)
+        for ids, labels in map(tokens.sequence, tokens.sequences(index)):
+            selection.chats.append(_compared_chat(ids.tolist(), (labels != IGNORED).tolist(), trained.end_id))
+        selection.sequences.append(range(start, len(selection.chats)))
     if not selection.chats:
         raise ArtifactError(f"{task.tokens}: there is no chat to compare with", "Run `kolotune prepare` again.")
-    selection.is_whole = len(selection.chats) == len(tokens)
+    selection.is_whole = len(selection.sequences) == len(tokens)
 
 
 def _compared_chat(ids: list[int], labelled: list[bool], end: int) -> ComparedChat:
@@ -102,9 +105,10 @@ def _add_texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
     if not texts:
         selection.notes.append(note(NoteKind.TEXTS_MISSING))
     not_servable = 0
-    for compared, chat in zip(selection.chats, texts, strict=False):
+    for numbers, chat in zip(selection.sequences, texts, strict=False):
         if chat is None:
             continue
+        compared = [selection.chats[number] for number in numbers]
         selection.with_text += 1
         try:
             encoded = trained.encoder.encode(chat)
@@ -128,23 +132,32 @@ def _add_texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
         selection.notes.append(note(NoteKind.PROMPTS_NOT_SERVABLE, count=not_servable))
 
 
-def _add_prompts(selection: Selection, chat: Chat, compared: ComparedChat, trained: TrainedFormat) -> None:
-    """Add the prompt before each answer; the first must equal the tokens before the first trained one."""
+def _add_prompts(selection: Selection, chat: Chat, compared: Sequence[ComparedChat], trained: TrainedFormat) -> None:
+    """Add the prompt before each answer; that of a sequence must equal the tokens before its first trained one."""
     messages = chat.message_dicts()
+    starts = [sequence.ids[: sequence.positions[0] + 1] for sequence in compared if sequence.positions]
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
         prompt = trained.prompt(messages[:index], list(chat.tools) or None)
         is_first = all(turn["role"] != "assistant" for turn in messages[:index])
-        if is_first and prompt.ids != compared.ids[: compared.positions[0] + 1]:
+        if (is_first or len(starts) > 1) and prompt.ids not in starts:
             selection.defects.append(defect(DefectKind.FIRST_PROMPT_DIFFERS))
         selection.prompts.append(prompt)
         selection.expected.append(str(message["content"]))
 
 
-def _is_same(compared: ComparedChat, encoded: EncodedChat) -> bool:
-    positions = [index - 1 for index in range(1, len(encoded.ids)) if encoded.labelled[index]]
-    return encoded.ids == compared.ids and positions == compared.positions
+def _is_same(compared: Sequence[ComparedChat], encoded: EncodedChat) -> bool:
+    ids, labelled, start = encoded.ids, encoded.labelled, 0
+    if [len(sequence.ids) for sequence in compared] != encoded.lengths:
+        return False
+    for sequence in compared:
+        end = start + len(sequence.ids)
+        positions = [index - 1 for index in range(1, len(sequence.ids)) if labelled[start + index]]
+        if sequence.ids != ids[start:end] or sequence.positions != positions:
+            return False
+        start = end
+    return True
 
 
 def _texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> Sequence[Chat | None]:
@@ -156,13 +169,16 @@ def _texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> Se
 
 def _training_texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> Sequence[Chat | None]:
     """The texts of training chats, found by their tokens in the user's files."""
-    numbers = {tuple(chat.ids): number for number, chat in enumerate(selection.chats)}
-    texts: list[Chat | None] = [None] * len(selection.chats)
+    numbers = {
+        tuple(token for sequence in sequences for token in selection.chats[sequence].ids): number
+        for number, sequences in enumerate(selection.sequences)
+    }
+    texts: list[Chat | None] = [None] * len(selection.sequences)
     try:
         read = read_chats([Path(path) for path in task.train_data])
     except KolotuneError:
         return []
-    for chat in read.chats[: _SEARCHED * len(selection.chats)]:
+    for chat in read.chats[: _SEARCHED * len(texts)]:
         try:
             number = numbers.get(tuple(trained.encoder.encode(chat).ids))
         except KolotuneError:

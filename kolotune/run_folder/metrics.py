@@ -18,7 +18,7 @@ class MetricsLine:
         step: optimizer steps done, from 1; 0 for an evaluation before the first.
         loss: mean loss of the step's trained tokens, in nats.
         learning_rate: of the step.
-        tokens_per_second: speed of the step.
+        tokens_per_second: speed of the step; see `engines.events.StepDone`.
         memory_mb: peak memory so far, in MB.
         held_out_loss: mean loss of the held-out tokens, in nats.
         time: seconds since 1970.

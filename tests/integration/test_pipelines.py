@@ -376,7 +376,7 @@ def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_run: Any,
     run, reporter, log = smollm2_run.run, smollm2_run.reporter, tmp_path / "log"
     run_matrix.make_matrix(run.gguf, run.prepared, tmp_path / "matrix", log, reporter)
     held_out = PreparedTokens.load(run.prepared / HELD_OUT_TOKENS)
-    chats = [held_out.chat(each)[0].tolist() for each in range(min(len(held_out), 8))]
+    chats = [held_out.sequence(each)[0].tolist() for each in range(min(len(held_out), 8))]
 
     def likely(gguf: Path) -> np.ndarray:
         model = ExactGguf(gguf, max(map(len, chats)))

@@ -30,7 +30,7 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
     for epoch in range(job.epochs):
         order = epoch_order(epoch, len(tokens), job.seed)
         for start in range(0, len(order), size):
-            step = [tokens.chat(index) for index in order[start : start + size]]
+            step = [tokens.sequence(each) for index in order[start : start + size] for each in tokens.sequences(index)]
             labelled = sum(int((labels[1:] != -100).sum()) for _, labels in step)
             total = 0.0
             for first in range(0, len(step), job.batch_size):
@@ -61,8 +61,8 @@ def held_out_loss(base: Path, adapter: Path, prepared: Path) -> float:
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     tokens = PreparedTokens.load(prepared / "held_out.safetensors")
     total, labelled = 0.0, 0
-    for index in range(len(tokens)):
-        ids, labels = tokens.chat(index)
+    for number in range(len(tokens.offsets) - 1):
+        ids, labels = tokens.sequence(number)
         logits = model(input_ids=ids[None]).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
         labelled += int((labels[1:] != -100).sum())

@@ -5,27 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kolotune.engines.job import TrainJob
 
 VOCABULARY = 96
 
 
-def write_tokens(path: Path, chats: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Write chats (ids, loss mask) as the prepare stage does."""
+LabelledIds: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""A sequence: ids and loss mask."""
+
+
+def write_tokens(path: Path, chats: Sequence[LabelledIds | list[LabelledIds]]) -> None:
+    """Write chats as the prepare stage does; a chat is a sequence, or a list of several."""
     import numpy as np
     from safetensors.numpy import save_file
 
+    sequences = [each for chat in chats for each in (chat if isinstance(chat, list) else [chat])]
+    arrays = {
+        "ids": np.array([token for ids, _ in sequences for token in ids], np.int32),
+        "labelled": np.array([flag for _, mask in sequences for flag in mask], np.uint8),
+        "offsets": np.cumsum([0, *(len(ids) for ids, _ in sequences)], dtype=np.int64),
+    }
+    if len(sequences) > len(chats):
+        sizes = [len(chat) if isinstance(chat, list) else 1 for chat in chats]
+        arrays["chats"] = np.cumsum([0, *sizes], dtype=np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            "ids": np.array([token for ids, _ in chats for token in ids], np.int32),
-            "labelled": np.array([flag for _, mask in chats for flag in mask], np.uint8),
-            "offsets": np.cumsum([0, *(len(ids) for ids, _ in chats)], dtype=np.int64),
-        },
-        path,
-    )
+    save_file(arrays, path)
 
 
 def random_chats(count: int, seed: int, shortest: int = 5, longest: int = 20) -> list[tuple[list[int], list[int]]]:
@@ -45,6 +51,39 @@ def random_chats(count: int, seed: int, shortest: int = 5, longest: int = 20) ->
             ids.append((ids[-1] + 3) % VOCABULARY)
         chats.append((ids, [int(index >= start and dice.random() < 0.9) for index in range(length)]))
         chats[-1][1][-1] = 1
+    return chats
+
+
+def branching_chats(
+    count: int, seed: int, *, turns: int = 5, longest: int = 12, system: int = 0, kept: float = 0.3
+) -> list[list[LabelledIds]]:
+    """Return chats of up to `turns` random exchanges, each answer a sequence of its own behind its prompt.
+
+    Each prompt ends with an opening that is not written in front of finished answers. The text of an answer follows
+    `random_chats`' rule.
+
+    Args:
+        count, seed: how many chats, of which random numbers.
+        turns: exchanges of the longest chat.
+        longest: tokens of the longest question and answer.
+        system: tokens with which all chats begin.
+        kept: how many of the finished answers stay with their opening, as they were generated.
+    """
+    import random
+
+    dice = random.Random(seed)
+    opening, shared = [1, 2], [dice.randrange(VOCABULARY) for _ in range(system)]
+    chats = []
+    for _ in range(count):
+        history, sequences = list(shared), []
+        for _ in range(dice.randint(1, turns)):
+            history += [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, longest))] + [3]
+            first = dice.randrange(VOCABULARY)
+            answer = [(first + 3 * index) % VOCABULARY for index in range(dice.randint(1, longest))]
+            prompt = history + opening
+            sequences.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+            history = (prompt if dice.random() < kept else history) + answer
+        chats.append(sequences)
     return chats
 
 

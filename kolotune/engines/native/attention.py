@@ -2,12 +2,12 @@
 
 Short chats are computed as a padded batch, by plain batched matrix products, with the shared prefix's keys in front of
 each chat's; PyTorch's own CPU kernel takes several times as long for them. Long chats use that kernel, chat by chat,
-because the memory of the products grows with the square of the length.
+because the memory of the products grows with the square of the length. So do chats with branches, segment by segment:
+their lengths differ too much for a padded batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import sequence_packing
 from .matrix_product import InputGradient
 from .rotary import Rotary
-from .sequence_packing import PackedSequence
+from .sequence_packing import PackedSequence, Segment
 
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -58,8 +58,8 @@ class Attention(Protocol):
 
 def attention_for(packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
     """Return the implementation that suits the lengths of the chats."""
-    if max(packed.lengths) > sequence_packing.LONG:
-        return LongAttention(packed.lengths, heads, rotary)
+    if packed.has_branches or max(packed.lengths) > sequence_packing.LONG:
+        return LongAttention(packed, heads, rotary)
     return ShortAttention(packed, heads, rotary)
 
 
@@ -151,42 +151,68 @@ class ShortAttention:
 
 
 class LongAttention:
-    """PyTorch's flash attention for CPUs, chat by chat: memory grows with the length, not with its square."""
+    """PyTorch's flash attention for CPUs, segment by segment: memory grows with the length, not with its square."""
 
-    def __init__(self, lengths: Sequence[int], heads: Heads, rotary: Rotary) -> None:
-        self.lengths, self.heads, self.rotary = list(lengths), heads, rotary
+    def __init__(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> None:
+        self.heads, self.rotary = heads, rotary
+        self.segments = sorted(packed.segments, key=lambda segment: segment.start)  # each behind all that it sees
+        self.sums_in_fp32 = packed.has_branches
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
         kept = [apply_rotary(qkv, self.heads, self.rotary)]
-        parts = zip(torch.split(kept[0], self.lengths), torch.split(into, self.lengths), strict=True)
-        for part, result in parts:
-            out, sums = _flash(*self._split(part), 0.0, True, scale=1.0)
+        for segment in self.segments:
+            out, sums = _flash(*self._split(kept[0], segment), 0.0, **self._masking(segment))
+            result = into[segment.start : segment.end]
             torch.unflatten(result, 1, (self.heads.queries, -1)).copy_(out[0].transpose(0, 1))
             kept.append(sums)
         return tuple(kept)
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        gradients = []
-        of_chats = (torch.split(whole, self.lengths) for whole in (kept[0], d_out.sum(), out))
-        for part, d_part, out_part, sums in zip(*of_chats, kept[1:], strict=True):
-            queries, keys, values = self._split(part)
+        qkv, d_mixed, heads = kept[0], d_out.sum(), self.heads
+        dtype = torch.float32 if self.sums_in_fp32 else qkv.dtype
+        gradient = torch.empty(len(qkv), heads.all, heads.width, dtype=dtype)
+        for segment, sums in zip(self.segments, kept[1:], strict=True):
+            own = slice(segment.start, segment.end)
             d_shaped, out_shaped = (
-                flat.reshape(1, len(part), self.heads.queries, -1).transpose(1, 2) for flat in (d_part, out_part)
+                flat[own].reshape(1, segment.length, heads.queries, -1).transpose(1, 2) for flat in (d_mixed, out)
             )
-            d_qkv = _flash_backward(d_shaped, queries, keys, values, out_shaped, sums, 0.0, True, scale=1.0)
+            d_qkv = _flash_backward(
+                d_shaped, *self._split(qkv, segment), out_shaped, sums, 0.0, **self._masking(segment)
+            )
             d_keys, d_values = (
-                torch.unflatten(d_heads, 1, (self.heads.keys, -1)).sum(2)[0].transpose(0, 1) for d_heads in d_qkv[1:]
+                torch.unflatten(d_heads, 1, (heads.keys, -1)).sum(2)[0].transpose(0, 1) for d_heads in d_qkv[1:]
             )
-            gradients.append(torch.cat([d_qkv[0][0].transpose(0, 1), d_keys, d_values], 1))
-        return rotary_backward(torch.cat(gradients), self.heads, self.rotary)
+            seen = len(segment.front)
+            gradient[own] = torch.cat([d_qkv[0][0].transpose(0, 1), d_keys[seen:], d_values[seen:]], 1)
+            if seen:
+                d_front = torch.cat([d_keys[:seen], d_values[:seen]], 1)
+                gradient[:, heads.queries :].index_add_(0, segment.front, d_front.to(dtype))
+        return rotary_backward(gradient.to(qkv.dtype), heads, self.rotary)
 
-    def _split(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split one chat into queries, keys and values, each ``[1, queries, length, d]``."""
+    def _masking(self, segment: Segment) -> dict[str, Any]:
+        """Return the options that let each of the segment's tokens see all in front of it and none behind."""
+        seen = len(segment.front)
+        if not seen:
+            return {"is_causal": True, "scale": 1.0}
+        hidden = torch.ones(segment.length, seen + segment.length, dtype=torch.bool).triu(seen + 1)
+        mask = torch.zeros(hidden.shape, dtype=self.rotary.dtype).masked_fill_(hidden, float("-inf"))
+        return {"is_causal": False, "attn_mask": mask, "scale": 1.0}
+
+    def _split(self, qkv: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a segment's queries ``[1, queries, length, d]``, and the keys and values that it sees."""
         heads = self.heads
-        by_head = part.view(len(part), heads.all, heads.width).transpose(0, 1)[None]
-        queries, keys, values = torch.split(by_head, [heads.queries, heads.keys, heads.keys], 1)
+        by_head = qkv.view(len(qkv), heads.all, heads.width)
+        own = by_head[segment.start : segment.end]
+        seen = own[:, heads.queries :]
+        if len(segment.front):
+            seen = torch.cat([by_head[segment.front, heads.queries :], seen])
+        queries, (keys, values) = own[:, : heads.queries], torch.split(seen, heads.keys, 1)
         repeats = heads.queries // heads.keys
-        return queries, keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+        return (
+            queries.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None].repeat_interleave(repeats, 1),
+            values.transpose(0, 1)[None].repeat_interleave(repeats, 1),
+        )
 
 
 def apply_rotary(qkv: Tensor, heads: Heads, rotary: Rotary) -> Tensor:

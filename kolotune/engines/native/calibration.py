@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ..events import Calibration
 from ..job import TrainJob
 
 if TYPE_CHECKING:
+    from ..prepared_tokens import PreparedTokens
     from .trainer import Trainer
 
 _SEARCHED_STEPS = 500  # of the first epoch, for typical ones
@@ -28,14 +29,14 @@ _TYPICAL_STEPS = 2
 
 
 def calibrate(job: TrainJob) -> Calibration:
-    """Train some steps, evaluate one group of chats and write one checkpoint.
+    """Train some steps, evaluate a few chats and write one checkpoint.
 
     The first step is the one with most tokens: it warms up, and shows the peak of memory. The steps that are timed
     are those closest to the mean.
     """
     import psutil
 
-    from ..prepared_tokens import epoch_steps, longest_first
+    from ..prepared_tokens import epoch_steps
     from .trainer import Trainer
 
     trainer = Trainer(job)
@@ -53,10 +54,10 @@ def calibrate(job: TrainJob) -> Calibration:
     seconds = [_seconds(partial(trainer.step, step, job.learning_rate)) for step in typical]
     per_held_out_token = 0.0
     if held_out is not None and len(held_out):
-        groups = trainer.model.groups(held_out, longest_first(held_out))
-        group = groups[len(groups) // 2]
-        evaluation = _seconds(partial(trainer.model.loss, held_out, group))
-        per_held_out_token = evaluation / sum(held_out.chat_length(index) for index in group)
+        chats = _typical_chats(held_out)
+        groups = trainer.model.groups(held_out, chats)
+        evaluation = sum(_seconds(partial(trainer.model.loss, held_out, group)) for group in groups)
+        per_held_out_token = evaluation / sum(map(held_out.chat_length, chats))
     checkpoint = _seconds(partial(_save_checkpoint, job, trainer))
     memory, mapped = peak_memory()
     return Calibration(
@@ -69,6 +70,17 @@ def calibrate(job: TrainJob) -> Calibration:
         memory=memory,
         mapped=mapped,
     )
+
+
+def _typical_chats(tokens: PreparedTokens) -> list[int]:
+    """Return chats of medium length, as many as are computed at once."""
+    from ..prepared_tokens import longest_first
+    from .sequence_packing import TOKEN_BUDGET
+
+    order = longest_first(tokens)
+    first = len(order) // 2
+    ends = accumulate(map(tokens.chat_length, order[first:]))
+    return order[first : first + max(1, sum(1 for _ in takewhile(lambda end: end <= TOKEN_BUDGET, ends)))]
 
 
 def _save_checkpoint(job: TrainJob, trainer: Trainer) -> None:

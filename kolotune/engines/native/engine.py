@@ -73,16 +73,15 @@ class NativeEngine:
         from ..prepared_tokens import epoch_steps, longest_first
         from . import sequence_packing
 
+        share = not config.lora_dropout
         compiled = config.compile != "off" and not build.reason_unavailable()
 
         def batches() -> Iterator[BatchShape]:
             steps = epoch_steps(len(tokens), 0, config.seed, batch_size * config.gradient_accumulation)
             for step in [*islice(steps, _SEARCHED_STEPS), longest_first(tokens)[:1]]:
-                for group in sequence_packing.group_by_length(tokens, step):
-                    packed = sequence_packing.pack(tokens, group, not config.lora_dropout)
-                    lengths = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-                    padded = not compiled and max(lengths) <= sequence_packing.LONG
-                    yield BatchShape(len(packed.ids), len(lengths), max(lengths), packed.prefix, packed.labels, padded)
+                for group in sequence_packing.group_by_length(tokens, step, share):
+                    packed = sequence_packing.pack(tokens, group, share)
+                    yield packed.batch_shape(compiled)
 
         return max(batches(), key=lambda batch: (batch.tokens, batch.chats * batch.longest**2 * batch.padded))
 

@@ -103,7 +103,9 @@ def _temporary_bytes(shape: ModelShape, batch: BatchShape, dtype_bytes: int) -> 
     if batch.padded:
         scores = batch.chats * batch.longest * (batch.longest + batch.prefix) * shape.attention_heads * 3
     gradients = dtype_bytes * (batch.tokens * (6 * shape.mlp_size + 6 * shape.hidden_size) + scores)
-    return max(logits, gradients)
+    # Each of those that see a shared key has a gradient for it and its value.
+    shared = FP32_BYTES * batch.shared * 2 * shape.key_value_heads * shape.head_size
+    return max(logits, gradients + shared)
 
 
 def transformers_training(

@@ -50,16 +50,16 @@ class TrainingModel(Protocol):
         """The name of the compiled kernels, which depends on all that their machine code does; "" without kernels."""
 
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
-        """Split chats into groups that are computed at once."""
+        """Split chats into groups that are computed at once: of chats or of sequences, as `backward` takes them."""
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
         """Return the cost of each chat, in tokens, so that processes get equal shares."""
 
-    def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
-        """Add ``factor`` times the gradient of the chats' summed loss to the adapters' gradients; return that loss."""
+    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
+        """Add ``factor`` times the gradient of a group's summed loss to the adapters' gradients; return that loss."""
 
-    def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
-        """Return the summed cross-entropy of the chats' labels, without dropout."""
+    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
+        """Return the summed cross-entropy of a group's labels, without dropout."""
 
     def updated(self) -> None:
         """Take over new values of the adapters; called after each change."""
@@ -117,17 +117,17 @@ class PackedModel:
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
         """Group chats by length, within a budget of tokens."""
         if not self.backoffs:
-            return group_by_length(tokens, indices)
+            return group_by_length(tokens, indices, self._shares)
         most = max(1, self._size >> self.backoffs)
-        groups = group_by_length(tokens, indices, TOKEN_BUDGET >> self.backoffs)
+        groups = group_by_length(tokens, indices, self._shares, TOKEN_BUDGET >> self.backoffs)
         return [group[at : at + most] for group in groups for at in range(0, len(group), most)]
 
-    def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
-        packed = pack(tokens, indices, self._shares)
+    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
+        packed = pack(tokens, group, self._shares)
         return self.decoder.backward(packed, factor, self._recomputes(len(packed.ids)))
 
-    def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
-        return self.decoder.loss(pack(tokens, indices, True))
+    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
+        return self.decoder.loss(pack(tokens, group, True))
 
     def updated(self) -> None:
         self.decoder.refresh()
@@ -144,7 +144,7 @@ class PackedModel:
 
 
 class TransformersModel:
-    """Any causal language model of transformers, with autograd."""
+    """Any causal language model of transformers, with autograd. Its groups are of sequences; nothing is shared."""
 
     kernels = ""
 
@@ -168,23 +168,23 @@ class TransformersModel:
         self.flat = lora.FlatAdapters(self.adapters, order)
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
-        """Return the length of each chat; logits and padding do not count."""
-        return {index: tokens.chat_length(index) for index in indices}
+        """Return the length of each chat's sequences; logits and padding do not count."""
+        return {index: tokens.unshared_length(index) for index in indices}
 
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
-        """Group chats in the given order, by the size of a micro-batch."""
-        del tokens
+        """Group the chats' sequences in the given order, by the size of a micro-batch."""
         size = max(1, self._size >> self.backoffs)
-        return [list(indices[at : at + size]) for at in range(0, len(indices), size)]
+        sequences = [number for index in indices for number in tokens.sequences(index)]
+        return [sequences[at : at + size] for at in range(0, len(sequences), size)]
 
-    def backward(self, tokens: PreparedTokens, indices: Sequence[int], factor: float) -> float:
+    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
         self.model.train()
-        self._keep_or_recompute(tokens, indices)
-        loss = self._loss(tokens, indices)
+        self._keep_or_recompute(tokens, group)
+        loss = self._loss(tokens, group)
         (loss * factor).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _keep_or_recompute(self, tokens: PreparedTokens, indices: Sequence[int]) -> None:
+    def _keep_or_recompute(self, tokens: PreparedTokens, group: Sequence[int]) -> None:
         """Choose between keeping and recomputing activations; the result is the same.
 
         They are recomputed if keeping them takes more than half of the free memory, or if memory is known to be short.
@@ -192,8 +192,8 @@ class TransformersModel:
         model: Any = self.model
         if not getattr(model, "supports_gradient_checkpointing", False):
             return
-        longest = max(tokens.chat_length(index) for index in indices)
-        row = BatchShape(len(indices) * longest, len(indices), longest, 0, 0, padded=False)
+        longest = max(map(tokens.sequence_length, group))
+        row = BatchShape(len(group) * longest, len(group), longest, 0, 0, padded=False)
         kept = transformers_activation_bytes(self._shape, self._adapter, row, self._width)
         if self._sharded or self.backoffs or kept > hardware.free_on(self._device) // 2:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -201,16 +201,16 @@ class TransformersModel:
             model.gradient_checkpointing_disable()
 
     @torch.no_grad()
-    def loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> float:
+    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
         self.model.eval()
-        return float(self._loss(tokens, indices))
+        return float(self._loss(tokens, group))
 
     def updated(self) -> None:
         """Do nothing: the layers read the adapters themselves."""
 
-    def _loss(self, tokens: PreparedTokens, indices: Sequence[int]) -> Tensor:
-        """Return the summed cross-entropy, fp32 ``[]``; logits are computed only where a chat has a label next."""
-        batch = pad_batch(tokens, list(indices)).to(self._device)
+    def _loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
+        """Return the summed cross-entropy, fp32 ``[]``; logits are computed only where a sequence has a label next."""
+        batch = pad_batch(tokens, group).to(self._device)
         kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
         logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
         if not self._keeps_logits:

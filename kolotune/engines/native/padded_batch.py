@@ -1,7 +1,8 @@
-"""Chats side by side as one padded batch, for models that transformers computes."""
+"""Sequences side by side as one padded batch, for models that transformers computes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,12 @@ from ..prepared_tokens import IGNORED, PreparedTokens
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Chats side by side, padded on the right.
+    """Sequences side by side, padded on the right.
 
     Attributes:
-        ids: int64 ``[chats, length]``; attention is causal, so nothing reads the padding.
-        targets: int64 ``[chats, positions]``: the token to predict at each kept position, or `IGNORED`.
-        positions: int64 ``[positions]``: positions at which at least one chat has a label next.
+        ids: int64 ``[sequences, length]``; attention is causal, so nothing reads the padding.
+        targets: int64 ``[sequences, positions]``: the token to predict at each kept position, or `IGNORED`.
+        positions: int64 ``[positions]``: positions at which at least one sequence has a label next.
         tokens: number of tokens without padding.
         labels: number of labels.
     """
@@ -34,21 +35,21 @@ class PaddedBatch:
         )
 
 
-def pad_batch(tokens: PreparedTokens, indices: list[int]) -> PaddedBatch:
-    """Pad the chats `indices` to one length."""
-    chats = [tokens.chat(index) for index in indices]
-    longest = max(len(ids) for ids, _ in chats)
-    ids = torch.zeros(len(chats), longest, dtype=torch.int64)
-    labels = torch.full((len(chats), longest), IGNORED, dtype=torch.int64)
-    for row, (chat_ids, chat_labels) in enumerate(chats):
-        ids[row, : len(chat_ids)] = chat_ids
-        labels[row, : len(chat_labels)] = chat_labels
+def pad_batch(tokens: PreparedTokens, numbers: Sequence[int]) -> PaddedBatch:
+    """Pad the sequences `numbers` to one length."""
+    sequences = [tokens.sequence(number) for number in numbers]
+    longest = max(len(ids) for ids, _ in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    labels = torch.full((len(sequences), longest), IGNORED, dtype=torch.int64)
+    for row, (own_ids, own_labels) in enumerate(sequences):
+        ids[row, : len(own_ids)] = own_ids
+        labels[row, : len(own_labels)] = own_labels
     labels[:, 0] = IGNORED  # no token precedes the first one that could predict it
     positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
     return PaddedBatch(
         ids=ids,
         targets=labels[:, positions],
         positions=positions - 1,
-        tokens=sum(len(chat_ids) for chat_ids, _ in chats),
+        tokens=sum(len(own_ids) for own_ids, _ in sequences),
         labels=int((labels != IGNORED).sum()),
     )

@@ -90,7 +90,7 @@ class ProcessGroup:
         return float(summed)
 
     def pad_groups(self, groups: list[list[int]], filler: list[int]) -> list[tuple[list[int], float]]:
-        """Return this process's groups of chats with factor 1, and fillers with factor 0 up to the largest number.
+        """Return this process's groups with factor 1, and fillers with factor 0 up to the largest number.
 
         For models of which all processes compute each group together.
         """

@@ -1,14 +1,20 @@
-"""Packed sequences: chats end to end, without padding; a prefix that all share is computed once."""
+"""Packed sequences: chats end to end, without padding; a prefix that all share is computed once.
+
+Of a chat with several sequences, each follows as a branch the one that it leaves (`branches`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..prepared_tokens import IGNORED, PreparedTokens
+from ..memory import BatchShape
+from ..prepared_tokens import PreparedTokens
+from .branches import Branch, branches_of, common_prefix
 
 TOKEN_BUDGET = 1024
 """Tokens computed at once. More don't make products faster on a CPU, and each takes memory until its backward pass."""
@@ -20,30 +26,74 @@ _SHORTEST_PREFIX = 8  # a shorter prefix costs more than sharing it saves
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Tokens that lie end to end in a packed sequence, and see those before them: a chat, a branch, the prefix.
+
+    Attributes:
+        start, length: its own tokens.
+        front: int64: the tokens that it sees in front of its own.
+    """
+
+    start: int
+    length: int
+    front: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
 class PackedSequence:
     """Chats end to end, after the prefix that all of them share.
 
     Attributes:
-        ids: int64 ``[length]``: the shared prefix, then each chat's other tokens.
-        positions: int64 ``[length]``: each token's position in its chat.
+        ids: int64 ``[length]``: the shared prefix, then each chat's other tokens, then those of its branches.
+        positions: int64 ``[length]``: each token's position in its sequence.
         prefix: length of the shared prefix; 0 without one.
-        lengths: tokens of each chat after the prefix.
-        label_positions: int64 ``[labels]``: indices into `ids` of tokens whose next token is a label.
+        lengths: tokens of each chat or branch after what it shares.
+        fronts: for each chat or branch, int64: the tokens that it shares, the prefix or more.
+        label_positions: int64 ``[labels]``: indices into `ids` of tokens whose next token is a label, ascending.
         targets: int64 ``[labels]``: that next token.
-        tokens: tokens of the chats, the prefix counted in each.
     """
 
     ids: Tensor
     positions: Tensor
     prefix: int
     lengths: tuple[int, ...]
+    fronts: tuple[Tensor, ...]
     label_positions: Tensor
     targets: Tensor
-    tokens: int
 
     @property
     def labels(self) -> int:
         return len(self.targets)
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether something shares more than the prefix."""
+        return any(len(front) > self.prefix for front in self.fronts)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments: chats and branches, then the prefix."""
+        segments, start = [], self.prefix
+        for length, front in zip(self.lengths, self.fronts, strict=True):
+            segments.append(Segment(start, length, front))
+            start += length
+        if self.prefix:
+            segments.append(Segment(0, self.prefix, torch.arange(0)))
+        return tuple(segments)
+
+    def batch_shape(self, compiled: bool) -> BatchShape:
+        """Return the sizes by which memory is estimated; `compiled` attention needs no padding."""
+        longest = max(segment.length for segment in self.segments)
+        padded = not compiled and not self.has_branches and longest <= LONG
+        if not padded:
+            longest = int(self.positions.max()) + 1
+        fronts = torch.cat(self.fronts)
+        shared = len(fronts) + len(set(fronts.tolist()))
+        return BatchShape(len(self.ids), len(self.segments), longest, self.prefix, self.labels, padded, shared)
 
 
 def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> PackedSequence:
@@ -51,71 +101,80 @@ def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> PackedS
 
     Args:
         tokens: all chats.
-        indices: the chats to pack, in order. Each ends before its last label: later tokens can't change the loss.
-        share: compute a common prefix once. The result is the same, as attention is causal and the prefix has no
-            labels; but with dropout, chats would share the prefix's random mask.
+        indices: the chats to pack, in order. Each sequence ends before its last label: later tokens can't change the
+            loss.
+        share: compute a common prefix once. The result is the same, as attention is causal and no token predicts two
+            labels; but with dropout, sequences would share the prefix's random mask.
     """
-    whole = [tokens.chat(index) for index in indices]
-    chats = [chat for chat in map(_before_last_label, whole) if len(chat[0])] or whole[:1]
-    prefix = _shared_prefix(chats) if share and len(chats) > 1 else 0
-    if max(len(ids) for ids, _ in chats) - prefix > LONG:
+    chats = _branches(tokens, indices, share)
+    chats = [chat for chat in chats if chat] or [_without_labels(tokens, indices[0])]
+    prefix = _shared_prefix(chats) if share else 0
+    if max(len(branch.ids) for chat in chats for branch in chat) - prefix > LONG:
         prefix = 0
-    parts, positions, label_positions, targets = [chats[0][0][:prefix]], [torch.arange(prefix)], [], []
+    ids, positions = [chats[0][0].ids[:prefix]], [torch.arange(prefix)]
+    lengths, fronts, label_positions = [], [], []
     start = prefix
-    for ids, labels in chats:
-        own = ids[prefix:]
-        parts.append(own)
-        positions.append(torch.arange(prefix, len(ids)))
-        following = labels[prefix + 1 :]
-        where = (following != IGNORED).nonzero().squeeze(1)
-        label_positions.append(where + start)
-        targets.append(following[where])
-        start += len(own)
+    for chat in chats:
+        path = torch.arange(prefix)  # the packed tokens of a branch, the shared ones included
+        for branch in chat:
+            front = path[: max(prefix, branch.shared)]
+            length = len(branch.ids) - len(front)
+            path = torch.cat([front, torch.arange(start, start + length)])
+            label_positions.append(path[branch.label_positions])
+            if length:
+                ids.append(branch.ids[len(front) :])
+                positions.append(torch.arange(len(front), len(branch.ids)))
+                lengths.append(length)
+                fronts.append(front)
+                start += length
+    sorted_positions, order = torch.cat(label_positions).sort()
     return PackedSequence(
-        ids=torch.cat(parts),
+        ids=torch.cat(ids),
         positions=torch.cat(positions),
         prefix=prefix,
-        lengths=tuple(len(ids) - prefix for ids, _ in chats),
-        label_positions=torch.cat(label_positions),
-        targets=torch.cat(targets),
-        tokens=sum(len(ids) for ids, _ in whole),
+        lengths=tuple(lengths),
+        fronts=tuple(fronts),
+        label_positions=sorted_positions,
+        targets=torch.cat([branch.targets for chat in chats for branch in chat])[order],
     )
 
 
-def _before_last_label(chat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a chat's ids ``[length]`` up to its last label, without it, and the labels ``[length + 1]``."""
-    ids, labels = chat
-    labelled = (labels[1:] != IGNORED).nonzero()
-    length = int(labelled[-1]) + 1 if len(labelled) else 0
-    return ids[:length], labels[: length + 1]
+def _branches(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> list[list[Branch]]:
+    return [branches_of(map(tokens.sequence, tokens.sequences(index)), share) for index in indices]
 
 
-def _shared_prefix(chats: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """Return the length of the prefix that all chats share; no token in it, nor the first after it, is a label."""
-    first = chats[0][0]
-    limit = min(len(ids) for ids, _ in chats)
-    for _, labels in chats:
-        labelled = (labels[1:] != IGNORED).nonzero()
-        if len(labelled):
-            limit = min(limit, int(labelled[0]))
-    for ids, _ in chats[1:]:
-        differing = (ids[:limit] != first[:limit]).nonzero()
-        if len(differing):
-            limit = min(limit, int(differing[0]))
-    return limit if limit >= _SHORTEST_PREFIX else 0
+def _without_labels(tokens: PreparedTokens, index: int) -> list[Branch]:
+    """Return a chat from which nothing is learned."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return [Branch(tokens.sequence(tokens.sequences(index)[-1])[0], 0, nothing, nothing)]
+
+
+def _shared_prefix(chats: Sequence[Sequence[Branch]]) -> int:
+    """Return the length of the prefix that several chats share; no token in it predicts a label."""
+    prefix = common_prefix(chats) if len(chats) > 1 else 0
+    return prefix if prefix >= _SHORTEST_PREFIX else 0
 
 
 def costs(tokens: PreparedTokens, indices: Sequence[int], share: bool, label: float) -> dict[int, float]:
-    """Return the cost of each chat in tokens: those after the shared prefix, and `label` for each logit."""
-    chats = {index: _before_last_label(tokens.chat(index)) for index in indices}
-    full = [chat for chat in chats.values() if len(chat[0])]
-    prefix = _shared_prefix(full) if share and len(full) > 1 else 0
-    return {index: max(0, len(ids) - prefix) + label * tokens.label_count(index) for index, (ids, _) in chats.items()}
+    """Return the cost of each chat in tokens: those that are computed for it alone, and `label` for each logit."""
+    chats = dict(zip(indices, _branches(tokens, indices, share), strict=True))
+    prefix = _shared_prefix([chat for chat in chats.values() if chat]) if share else 0
+    own = {index: sum(len(branch.ids) - max(prefix, branch.shared) for branch in chat) for index, chat in chats.items()}
+    return {index: own[index] + label * tokens.label_count(index) for index in chats}
 
 
-def group_by_length(tokens: PreparedTokens, indices: Sequence[int], budget: int = TOKEN_BUDGET) -> list[list[int]]:
-    """Group chats of similar length, at most `budget` tokens a group; a longer chat has a separate group."""
-    lengths = {index: tokens.chat_length(index) for index in indices}
+def group_by_length(
+    tokens: PreparedTokens, indices: Sequence[int], share: bool, budget: int = TOKEN_BUDGET
+) -> list[list[int]]:
+    """Group chats of similar length, at most `budget` tokens a group; a longer chat has a separate group.
+
+    Args:
+        tokens: all chats.
+        indices: the chats to group.
+        share: whether a prefix that two sequences of a chat share counts once.
+        budget: the most tokens.
+    """
+    lengths = {index: tokens.chat_length(index) if share else tokens.unshared_length(index) for index in indices}
     groups: list[list[int]] = []
     capacity = 0
     for index in sorted(indices, key=lambda each: (-lengths[each], each)):

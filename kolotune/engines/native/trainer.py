@@ -83,7 +83,7 @@ class Trainer:
         own = self.group.share(indices, self.model.costs(tokens, indices) if self.group.size > 1 else {})
         groups = self.model.groups(tokens, own)
         if self.job.sharded:
-            return self.group.pad_groups(groups, list(indices[-1:]))
+            return self.group.pad_groups(groups, self.model.groups(tokens, indices[-1:])[0])
         return [(group, 1.0) for group in groups]
 
     def _apply_backoff(self) -> None:

@@ -58,8 +58,9 @@ class TorchtuneEngine:
         return config.dtype
 
     def largest_batch(self, tokens: PreparedTokens, config: Config, batch_size: int) -> BatchShape:
-        size = min(batch_size, len(tokens))
-        return BatchShape(size * tokens.longest, size, tokens.longest, 0, size * tokens.longest, padded=True)
+        per_chat = 1 if tokens.chats is None else int((tokens.chats[1:] - tokens.chats[:-1]).max())
+        rows = min(batch_size * per_chat, len(tokens.offsets) - 1)
+        return BatchShape(rows * tokens.longest, rows, tokens.longest, 0, rows * tokens.longest, padded=True)
 
     def training_memory(
         self, config: Config, base: Path, shape: ModelShape, batch: BatchShape, free: int

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from support.training import write_tokens
 
 from kolotune.engines.native.model import TransformersModel
 from kolotune.engines.native.padded_batch import pad_batch
@@ -43,7 +44,7 @@ def tokens(tmp_path: Path) -> PreparedTokens:
 def test_a_chat_is_what_was_written(tokens: PreparedTokens) -> None:
     assert len(tokens) == len(CHATS)
     for index, (ids, flags) in enumerate(CHATS):
-        found, labels = tokens.chat(index)
+        found, labels = tokens.sequence(index)
         assert found.tolist() == ids
         assert labels.tolist() == [each if flag else IGNORED for each, flag in zip(ids, flags, strict=True)]
 
@@ -86,6 +87,18 @@ def test_an_epoch_can_start_at_any_step(first: int) -> None:
 def test_a_chat_is_counted_in_tokens_and_labels(tokens: PreparedTokens) -> None:
     assert [tokens.chat_length(index) for index in range(5)] == [4, 2, 6, 3, 3] and tokens.longest == 6
     assert [tokens.label_count(index) for index in range(5)] == [2, 1, 3, 1, 1]
+
+
+def test_a_chat_may_have_several_sequences(tmp_path: Path) -> None:
+    second = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 5, 6, 7], [0, 0, 0, 0, 1]), ([1, 2, 5, 8], [0, 1, 0, 1])]
+    write_tokens(tmp_path / "tokens", [CHATS[0], second, CHATS[1]])
+    tokens = PreparedTokens.load(tmp_path / "tokens")
+    assert len(tokens) == 3 and list(map(list, map(tokens.sequences, range(3)))) == [[0], [1, 2, 3], [4]]
+    assert [tokens.sequence(number)[0].tolist() for number in tokens.sequences(1)] == [ids for ids, _ in second]
+    assert [tokens.unshared_length(index) for index in range(3)] == [4, 13, 2] and tokens.longest == 5
+    assert [tokens.chat_length(index) for index in range(3)] == tokens.chat_lengths().tolist() == [4, 2 + 2 + 4, 2]
+    assert [tokens.label_count(index) for index in range(3)] == [2, 5, 1]
+    assert longest_first(tokens) == [1, 0, 2]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:

@@ -1,8 +1,9 @@
-// Causal attention over chats that lie end to end, each behind a beginning that all of them may share.
+// Causal attention over segments that lie end to end: chats, and what chats share. Each sees its own tokens, and in
+// front of them some of earlier segments.
 //
-// Work is split by chat and key head, and what belongs to one is computed by one thread. Scores are not kept: of each
-// query there stays the logarithm of the sum of its scores' exponentials, and the backward pass computes them again
-// (Dao et al., "FlashAttention", 2022).
+// Work is split by segment and key head, and what belongs to one is computed by one thread. Scores are not kept: of
+// each query there stays the logarithm of the sum of its scores' exponentials, and the backward pass computes them
+// again (Dao et al., "FlashAttention", 2022).
 
 #pragma once
 
@@ -11,19 +12,29 @@
 
 namespace {
 
-// Where chats lie in a packed row. A shared beginning begins the row, and is a chat too, the last one.
-struct Chats {
-    const int64_t *starts, *lengths;  // of each one's own tokens
-    int64_t count, prefix;            // prefix: tokens of the shared beginning
-    int64_t queries, keys, depth;     // query heads, key heads, width of a head
+// Where segments lie in a packed row, and what each sees in front of its own tokens.
+//
+// A token that several segments see gets as many gradients, as a key and as a value. Each segment writes what it has for
+// the tokens in its front, and for those of its own tokens that others see (its first ones), into rows, end to end.
+struct Segments {
+    const int64_t *starts, *lengths;              // of each one's own tokens
+    const int64_t *fronts, *front_starts;         // the tokens in front of each, end to end; where they begin
+    const int64_t *row_starts;                    // where each one's rows begin
+    const int64_t *shared, *reads, *read_starts;  // tokens that several see; the rows of each, end to end
+    int64_t count, shared_count;                  // segments, shared tokens
+    int64_t queries, keys, depth;                 // query heads, key heads, width of a head
 
     int64_t all() const { return (queries + 2 * keys) * depth; }
-    bool is_beginning(int64_t chat) const { return prefix > 0 && chat == count - 1; }
-    // The most keys that a chat sees.
+    int64_t front(int64_t segment) const { return front_starts[segment + 1] - front_starts[segment]; }
+    int64_t rows(int64_t segment) const { return row_starts[segment + 1] - row_starts[segment]; }
+    // The most keys that a segment sees.
     int64_t most() const {
         int64_t longest = 0;
-        for (int64_t chat = 0; chat < count; ++chat) longest = lengths[chat] > longest ? lengths[chat] : longest;
-        return longest + prefix;
+        for (int64_t segment = 0; segment < count; ++segment) {
+            const int64_t seen = front(segment) + lengths[segment];
+            longest = seen > longest ? seen : longest;
+        }
+        return longest;
     }
 };
 
@@ -41,28 +52,30 @@ void turn_row(T *heads, int64_t count, int64_t depth, const float *cosine, const
 }
 
 template <class T>
-void turn(const Chats *chats, T *qkv, const float *cosine, const float *sine, int64_t rows) {
-    const Chats c = *chats;
+void turn(const Segments *segments, T *qkv, const float *cosine, const float *sine, int64_t rows) {
+    const Segments c = *segments;
     const int64_t half = c.depth / 2;
     ROWS(int64_t row = 0; row < rows; ++row)
         turn_row(qkv + row * c.all(), c.queries + c.keys, c.depth, cosine + row * half, sine + row * half, 1.0f);
 }
 
-// One chat before one key head. Its lines are the queries that read this head: those of one token behind each other.
+// One segment before one key head. Its lines are the queries that read this head: those of one token behind each other.
 template <class T>
 struct View {
-    const Chats c;
+    const Segments c;
     const T *qkv;
+    const int64_t *in_front;
     const int64_t head, start, length, front, group, lines;
 
-    View(const Chats &chats, const T *row, int64_t chat, int64_t key_head)
-        : c(chats),
+    View(const Segments &segments, const T *row, int64_t segment, int64_t key_head)
+        : c(segments),
           qkv(row),
+          in_front(segments.fronts + segments.front_starts[segment]),
           head(key_head),
-          start(chats.starts[chat]),
-          length(chats.lengths[chat]),
-          front(chats.is_beginning(chat) ? 0 : chats.prefix),
-          group(chats.queries / chats.keys),
+          start(segments.starts[segment]),
+          length(segments.lengths[segment]),
+          front(segments.front(segment)),
+          group(segments.queries / segments.keys),
           lines(length * group) {}
 
     // A line sees the keys before this one.
@@ -70,7 +83,7 @@ struct View {
     int64_t limit_of_lines_before(int64_t line) const { return limit((line < lines ? line : lines) - 1); }
     int64_t token(int64_t line) const { return start + line / group; }
     int64_t query_head(int64_t line) const { return head * group + line % group; }
-    int64_t key_token(int64_t key) const { return key < front ? key : start + key - front; }
+    int64_t key_token(int64_t key) const { return key < front ? in_front[key] : start + key - front; }
     const T *query(int64_t line) const { return qkv + token(line) * c.all() + query_head(line) * c.depth; }
     const T *key(int64_t at) const { return qkv + key_token(at) * c.all() + (c.queries + head) * c.depth; }
     const T *value(int64_t at) const { return key(at) + c.keys * c.depth; }
@@ -88,7 +101,7 @@ struct Desk {
     Buffer<word> by_key, by_value, key_rows, value_rows;
     Buffer<float> scores, d_scores, lines;
 
-    Desk(const Chats &c, int64_t most)
+    Desk(const Segments &c, int64_t most)
         : keys(up(most, COLUMNS) * COLUMNS + COLUMNS),
           depth(up(c.depth, COLUMNS) * COLUMNS),
           by_key(keys * depth),
@@ -166,8 +179,8 @@ void attend(const View<T> &view, Desk<T> &desk, T *out, int64_t stride, float *l
 }
 
 template <class T>
-void attention_forward(const Chats *chats, const T *qkv, T *out, int64_t stride, float *log_sums) {
-    const Chats c = *chats;
+void attention_forward(const Segments *segments, const T *qkv, T *out, int64_t stride, float *log_sums) {
+    const Segments c = *segments;
     const int64_t most = c.most();
 #pragma omp parallel
     {
@@ -278,7 +291,7 @@ void block_backward(const View<T> &view, const Backward<T> &b, const Desk<T> &de
 
 // The gradients of a key and its value, from fp32, into their token's place.
 template <class T>
-void put_key(const Chats &c, const Backward<T> &b, int64_t token, int64_t head, float *d_key, const float *d_value) {
+void put_key(const Segments &c, const Backward<T> &b, int64_t token, int64_t head, float *d_key, const float *d_value) {
     const int64_t half = c.depth / 2;
     T *to = b.d_qkv + token * c.all() + (c.queries + head) * c.depth;
     turn_row(d_key, 1, c.depth, b.cosine + token * half, b.sine + token * half, -1.0f);
@@ -286,10 +299,10 @@ void put_key(const Chats &c, const Backward<T> &b, int64_t token, int64_t head, 
     put_line(d_value, 1.0f, to + c.keys * c.depth, c.depth);
 }
 
-// The gradients of one view; those of the shared beginning's keys and values go to ``shared [prefix, 2 * depth]``.
+// The gradients of one view. Those of the first keys and values go to ``rows [row_count, 2 * depth]``.
 template <class T>
-void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Block<T> &block, float *shared,
-                     int64_t shared_keys) {
+void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Block<T> &block, float *rows,
+                     int64_t row_count) {
     const int64_t depth = view.c.depth, seen = view.front + view.length;
     pack_columns<T>(seen, depth, [&](int64_t at) { return view.key(at); }, desk.by_key.get());
     pack_columns<T>(seen, depth, [&](int64_t at) { return view.value(at); }, desk.by_value.get());
@@ -305,9 +318,9 @@ void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, B
     }
     for (int64_t at = 0; at < seen; ++at) {
         float *d_key = block.d_keys.get() + at * desk.depth, *d_value = block.d_values.get() + at * desk.depth;
-        if (at < shared_keys) {
-            put_line(d_key, 1.0f, shared + at * 2 * depth, depth);
-            put_line(d_value, 1.0f, shared + (at * 2 + 1) * depth, depth);
+        if (at < row_count) {
+            put_line(d_key, 1.0f, rows + at * 2 * depth, depth);
+            put_line(d_value, 1.0f, rows + (at * 2 + 1) * depth, depth);
         } else {
             put_key(view.c, b, view.key_token(at), view.head, d_key, d_value);
         }
@@ -315,29 +328,32 @@ void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, B
 }
 
 template <class T>
-void attention_backward(const Chats *chats, const Backward<T> *given) {
-    const Chats c = *chats;
+void attention_backward(const Segments *segments, const Backward<T> *given) {
+    const Segments c = *segments;
     const Backward<T> b = *given;
-    const int64_t most = c.most(), part = c.prefix * 2 * c.depth, tasks = c.count * c.keys;
-    Buffer<float> shared(tasks * part);
+    const int64_t most = c.most(), width = 2 * c.depth, by_head = c.row_starts[c.count] * width;
+    Buffer<float> rows(c.keys * by_head);
 #pragma omp parallel
     {
         Desk<T> desk(c, most);
         Block<T> block(desk);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task)
-            attend_backward(View<T>(c, b.qkv, task / c.keys, task % c.keys), b, desk, block,
-                            shared.get() + task * part, c.prefix);
+        for (int64_t task = 0; task < c.count * c.keys; ++task) {
+            const int64_t segment = task / c.keys, head = task % c.keys;
+            float *own = rows.get() + head * by_head + c.row_starts[segment] * width;
+            attend_backward(View<T>(c, b.qkv, segment, head), b, desk, block, own, c.rows(segment));
+        }
     }
-    // What all chats did to the beginning's keys is summed in their order.
-    ROWS(int64_t at = 0; at < c.prefix * c.keys; ++at) {
-        const int64_t token = at / c.keys, head = at % c.keys, width = 2 * c.depth;
-        float *sum = shared.get() + head * part + token * width;
-        for (int64_t chat = 1; chat < c.count; ++chat) {
-            const float *own = sum + chat * c.keys * part;
+    // What all segments did to a shared key is summed in their order.
+    ROWS(int64_t at = 0; at < c.shared_count * c.keys; ++at) {
+        const int64_t number = at / c.keys, head = at % c.keys;
+        const int64_t *read = c.reads + c.read_starts[number], *end = c.reads + c.read_starts[number + 1];
+        float *of_head = rows.get() + head * by_head, *sum = of_head + *read * width;
+        while (++read < end) {
+            const float *own = of_head + *read * width;
             EACH (int64_t i = 0; i < width; ++i) sum[i] += own[i];
         }
-        put_key(c, b, token, head, sum, sum + c.depth);
+        put_key(c, b, c.shared[number], head, sum, sum + c.depth);
     }
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ class _Side(ctypes.Structure):
         return cls(row.data_ptr(), row.stride(0), row.shape[1])
 
 
-class _ChatLayout(ctypes.Structure):
-    """`Chats` of attention.h."""
+class _Segments(ctypes.Structure):
+    """`Segments` of attention.h."""
 
     _fields_ = (
-        ("starts", _POINTER), ("lengths", _POINTER), ("count", _COUNT), ("prefix", _COUNT),
-        ("queries", _COUNT), ("keys", _COUNT), ("depth", _COUNT),
+        ("starts", _POINTER), ("lengths", _POINTER), ("fronts", _POINTER), ("front_starts", _POINTER),
+        ("row_starts", _POINTER), ("shared", _POINTER), ("reads", _POINTER), ("read_starts", _POINTER),
+        ("count", _COUNT), ("shared_count", _COUNT), ("queries", _COUNT), ("keys", _COUNT), ("depth", _COUNT),
     )  # fmt: skip
 
 
@@ -163,16 +165,11 @@ class CompiledAttention:
         self, functions: dict[str, Callable[..., None]], packed: PackedSequence, heads: Heads, rotary: Rotary
     ) -> None:
         self._functions, self._heads, self._rotary = functions, heads, rotary
-        lengths = torch.tensor(packed.lengths)
-        starts = packed.prefix + lengths.cumsum(0) - lengths
-        if packed.prefix:
-            lengths = torch.cat([lengths, torch.tensor([packed.prefix])])
-            starts = torch.cat([starts, torch.tensor([0])])
-        self._layout = starts, lengths  # kept alive for `_chats`
-        self._chats = _ChatLayout(
-            starts.data_ptr(), lengths.data_ptr(), len(lengths), packed.prefix, heads.queries, heads.keys, heads.width
-        )
-        self._address = ctypes.addressof(self._chats)
+        self._tables = _segment_tables(packed)  # kept alive for `_segments`
+        addresses = [table.data_ptr() for table in self._tables.values()]
+        counts = len(packed.segments), len(self._tables["shared"])
+        self._segments = _Segments(*addresses, *counts, heads.queries, heads.keys, heads.width)
+        self._address = ctypes.addressof(self._segments)
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
         rotation = self._rotary.cosine.data_ptr(), self._rotary.sine.data_ptr()
@@ -193,3 +190,35 @@ class CompiledAttention:
         )  # fmt: skip
         self._functions["attention_backward"](self._address, ctypes.byref(arguments))
         return gradient
+
+
+def _segment_tables(packed: PackedSequence) -> dict[str, Tensor]:
+    """Return the tables of `Segments` by name, int64, in its order."""
+    segments = packed.segments
+    starts, lengths = torch.tensor([(segment.start, segment.length) for segment in segments]).t().contiguous()
+    fronts = torch.cat([segment.front for segment in segments])
+    is_seen = torch.zeros(len(packed.ids), dtype=torch.bool)
+    is_seen[fronts] = True
+    # What others see of a segment are its first tokens, so its rows are those of what it sees: its front, and those.
+    seen = [int(is_seen[segment.start : segment.end].sum()) for segment in segments]
+    rows = [
+        torch.cat([segment.front, segment.start + torch.arange(count)])
+        for segment, count in zip(segments, seen, strict=True)
+    ]
+    sorted_rows, reads = torch.cat(rows).sort(stable=True)
+    shared, counts = torch.unique_consecutive(sorted_rows, return_counts=True)
+    return {
+        "starts": starts,
+        "lengths": lengths,
+        "fronts": fronts,
+        "front_starts": _ends([len(segment.front) for segment in segments]),
+        "row_starts": _ends(list(map(len, rows))),
+        "shared": shared,
+        "reads": reads,
+        "read_starts": _ends(counts.tolist()),
+    }
+
+
+def _ends(lengths: Sequence[int]) -> Tensor:
+    """Return where things of these lengths begin that lie end to end, and the end of the last."""
+    return torch.tensor([0, *accumulate(lengths)])

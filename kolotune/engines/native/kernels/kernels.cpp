@@ -33,15 +33,16 @@
                                          float factor, int64_t transposed) {                                          \
         add_product(thin, wide, tokens, gradient, factor, transposed);                                                \
     }                                                                                                                 \
-    extern "C" void turn_##suffix(const Chats *chats, T *qkv, const float *cosine, const float *sine, int64_t rows) { \
-        turn(chats, qkv, cosine, sine, rows);                                                                         \
+    extern "C" void turn_##suffix(const Segments *segments, T *qkv, const float *cosine, const float *sine,           \
+                                int64_t rows) {                                                                       \
+        turn(segments, qkv, cosine, sine, rows);                                                                      \
     }                                                                                                                 \
-    extern "C" void attention_forward_##suffix(const Chats *chats, const T *qkv, T *out, int64_t stride,              \
+    extern "C" void attention_forward_##suffix(const Segments *segments, const T *qkv, T *out, int64_t stride,        \
                                                float *log_sums) {                                                     \
-        attention_forward(chats, qkv, out, stride, log_sums);                                                         \
+        attention_forward(segments, qkv, out, stride, log_sums);                                                      \
     }                                                                                                                 \
-    extern "C" void attention_backward_##suffix(const Chats *chats, const Backward<T> *given) {                       \
-        attention_backward(chats, given);                                                                             \
+    extern "C" void attention_backward_##suffix(const Segments *segments, const Backward<T> *given) {                 \
+        attention_backward(segments, given);                                                                          \
     }                                                                                                                 \
     extern "C" void cross_entropy_##suffix(T *logits, const int64_t *targets, float *losses, int64_t rows,            \
                                            int64_t width, float scale) {                                              \

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import branching_chats
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import attention, llama, sequence_packing, supported_models
@@ -136,6 +137,31 @@ def test_long_chats_take_the_other_attention(
     assert bool(used) != compiled
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen 3"])
+@pytest.mark.parametrize("system", [0, 12])
+def test_answers_as_sequences_of_their_own(kind: str, system: int, make_training: MakeTraining, compiled: bool) -> None:
+    name, more = MODELS[kind]
+    chats = branching_chats(8, 3, system=system, longest=30)
+    job = make_training(name, chats=chats, **more).job(compile=compiled)
+    packed, plain = pair_of(job)
+    compare(job, packed, plain)
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
+    sequences = pack(tokens, range(len(tokens)), share=True)
+    assert sequences.has_branches and bool(sequences.prefix) == bool(system)
+    assert len(sequences.ids) < len(pack(tokens, range(len(tokens)), share=False).ids) / 1.5
+    compare(job, packed, plain, share=False)
+
+
+def test_long_chats_with_branches(make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """Long chats share no prefix with others, but their sequences do."""
+    job = make_training(chats=branching_chats(4, 5, system=12, longest=40)).job(compile=compiled)
+    monkeypatch.setattr(sequence_packing, "LONG", 60)
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
+    packed = pack(tokens, range(4), share=True)
+    assert packed.has_branches and not packed.prefix
+    compare(job, *pair_of(job))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_recomputing_activations_changes_no_bit(dropout: float, make_training: MakeTraining, compiled: bool) -> None:
     job = make_training(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
@@ -255,11 +281,11 @@ def test_frequencies_equal_those_of_transformers(rotary: Any, tiny_model: Callab
 def test_groups_hold_each_chat_once_within_the_budget(make_training: MakeTraining) -> None:
     job = make_training(chats=chats_of(7, 60, 5, 200)).job()
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-    groups = group_by_length(tokens, range(60))
+    groups = group_by_length(tokens, range(60), share=True)
     assert sorted(index for group in groups for index in group) == list(range(60))
     sums = [sum(tokens.chat_length(index) for index in group) for group in groups]
     assert max(sums) <= TOKEN_BUDGET and min(sums[:-1]) > TOKEN_BUDGET // 2
-    assert [len(group) for group in group_by_length(tokens, range(4), budget=10)] == [1, 1, 1, 1]
+    assert [len(group) for group in group_by_length(tokens, range(4), share=True, budget=10)] == [1, 1, 1, 1]
 
 
 def test_a_shared_prefix_is_computed_once(make_training: MakeTraining) -> None:
@@ -270,7 +296,6 @@ def test_a_shared_prefix_is_computed_once(make_training: MakeTraining) -> None:
     assert packed.prefix >= 20 and len(packed.ids) == packed.prefix + sum(packed.lengths)
     last_labels = [max(place for place, labelled in enumerate(labels) if labelled) for _, labels in chats]
     assert packed.lengths == tuple(last - packed.prefix for last in last_labels), "nothing behind is computed"
-    assert packed.tokens == sum(len(ids) for ids, _ in chats)
     assert packed.labels == sum(sum(labels[1:]) for _, labels in chats)
     pairs = [ids[at - 1 : at + 1] for ids, labels in chats for at in range(1, len(ids)) if labels[at]]
     assert torch.stack([packed.ids[packed.label_positions], packed.targets], 1).tolist() == pairs

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import TrainingFolder, random_chats
+from support.training import TrainingFolder, branching_chats, random_chats
 
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.native import decoder, memory, sequence_packing
@@ -38,22 +38,24 @@ def test_adapter_and_checkpoint_sizes_match_the_files(make_training: MakeTrainin
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["padded", "long", "compiled"])
+@pytest.mark.parametrize("attention", ["padded", "long", "branches", "compiled", "compiled branches"])
 def test_layer_activations_match_the_formula(make_training: MakeTraining, dtype: str, attention: str) -> None:
     """Compare the formula with the bytes of the tensors that a forward pass keeps."""
-    compiled = attention == "compiled"
+    compiled = attention.startswith("compiled")
     if compiled and build.reason_unavailable():
         pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
     lengths = (sequence_packing.LONG + 20, sequence_packing.LONG + 60) if attention == "long" else (30, 90)
     folder = make_training(
-        chats=random_chats(4, 1, *lengths), max_position_embeddings=1024, hidden_size=128, intermediate_size=384
+        chats=branching_chats(4, 1, longest=40) if "branches" in attention else random_chats(4, 1, *lengths),
+        max_position_embeddings=1024,
+        hidden_size=128,
+        intermediate_size=384,
     )
     trainer = Trainer(folder.job(dtype=dtype, compile=compiled))
     tokens = PreparedTokens.load(folder.root / "data" / "train.safetensors")
     packed = sequence_packing.pack(tokens, range(len(tokens)), True)
-    lengths_of = [*([packed.prefix] if packed.prefix else []), *packed.lengths]
-    padded = attention == "padded"
-    batch = BatchShape(len(packed.ids), len(lengths_of), max(lengths_of), packed.prefix, packed.labels, padded)
+    batch = packed.batch_shape(compiled)
+    assert batch.padded == (attention == "padded")
     real = _bytes_kept(trainer.model, packed)
     shape = read_shape(folder.root / "base")
     adapter = AdapterShape.of(shape, 4, ["all-linear"])

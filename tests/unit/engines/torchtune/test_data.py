@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import random_chats, write_tokens
+from support.training import branching_chats, random_chats, write_tokens
 
 from kolotune.engines import prepared_tokens
+from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.engines.torchtune.inside.kolotune_recipe.data import (
     IGNORED,
     Loader,
@@ -26,11 +27,11 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "train.safetensors"
 
 
-def assert_holds(batch: dict[str, torch.Tensor], theirs: prepared_tokens.PreparedTokens, indices: list[int]) -> None:
+def assert_holds(batch: dict[str, torch.Tensor], theirs: PreparedTokens, indices: list[int]) -> None:
     """Assert that the batch holds exactly these chats, with exactly these labels."""
     assert len(batch["tokens"]) == len(indices)
     for ids, labels, index in zip(batch["tokens"], batch["labels"], indices, strict=True):
-        wanted_ids, wanted = theirs.chat(index)
+        wanted_ids, wanted = theirs.sequence(index)
         length = len(wanted_ids)
         assert torch.equal(ids[:length], wanted_ids) and torch.equal(labels[1:length], wanted[1:])
         assert labels[0] == IGNORED and bool((labels[length:] == IGNORED).all())
@@ -39,7 +40,7 @@ def assert_holds(batch: dict[str, torch.Tensor], theirs: prepared_tokens.Prepare
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (3, 2), (4, 5), (20, 1)])
 def test_the_steps_equal_those_of_the_native_engine(file: Path, batch_size: int, accumulation: int) -> None:
     ours = Loader(TokenizedChats.load(file), batch_size, accumulation, seed=7)
-    theirs = prepared_tokens.PreparedTokens.load(file)
+    theirs = PreparedTokens.load(file)
     for epoch in (0, 1):
         ours.set_epoch(epoch)
         found = list(ours)
@@ -58,7 +59,7 @@ def test_the_steps_equal_those_of_the_native_engine(file: Path, batch_size: int,
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (3, 2), (5, 1)])
 def test_halved_batches_give_the_same_steps(file: Path, batch_size: int, accumulation: int) -> None:
-    backoff_steps, theirs = [1, 4], prepared_tokens.PreparedTokens.load(file)
+    backoff_steps, theirs = [1, 4], PreparedTokens.load(file)
     parts = -(-batch_size // (batch_size >> 2 or 1))
     loader = Loader(TokenizedChats.load(file), batch_size, accumulation, 7, backoff_steps)
     step = 0
@@ -136,16 +137,37 @@ def test_processes_share_the_evaluation(file: Path, size: int) -> None:
 def test_tokens_are_counted_without_padding(file: Path) -> None:
     loader = Loader(TokenizedChats.load(file), 4, 2, seed=7)
     list(loader)
-    assert loader.tokens_read == len(prepared_tokens.PreparedTokens.load(file).ids)
+    assert loader.tokens_read == len(PreparedTokens.load(file).ids)
 
 
 def test_evaluation_reads_every_chat_once(file: Path) -> None:
-    theirs = prepared_tokens.PreparedTokens.load(file)
+    theirs = PreparedTokens.load(file)
     order = prepared_tokens.longest_first(theirs)
     assert sorted(order) == list(range(CHATS))
     for number, batch in enumerate(evaluation_batches(TokenizedChats.load(file), 4)):
         assert_holds(batch, theirs, order[number * 4 : (number + 1) * 4])
     assert number == 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_sequences_of_a_chat_are_in_one_batch(tmp_path: Path, size: int) -> None:
+    write_tokens(tmp_path / "train.safetensors", branching_chats(CHATS, 3))
+    chats, theirs = (kind.load(tmp_path / "train.safetensors") for kind in (TokenizedChats, PreparedTokens))
+    assert len(chats) == CHATS < len(chats.offsets) - 1
+    assert [chats.length(index) for index in range(CHATS)] == theirs.chat_lengths().tolist()
+    assert [chats.cost(index) for index in range(CHATS)] == list(map(theirs.unshared_length, range(CHATS)))
+    found = []
+    for rank in range(size):
+        loader = Loader(chats, 3, 1, 7, (), rank, size)
+        assert len(list(loader)) == len(loader)
+        assert loader.tokens_read == int(theirs.chat_lengths().sum())
+        found += list(loader)
+    if size == 1:
+        for batch, step in zip(found, prepared_tokens.epoch_steps(CHATS, 0, 7, 3), strict=True):
+            assert_holds(batch, theirs, [number for index in step for number in theirs.sequences(index)])
+    everything = [theirs.sequence(number)[1][1:] for number in range(len(theirs.offsets) - 1)]
+    assert labels_of(found) == sorted(labels[labels != IGNORED].tolist() for labels in everything)
+    assert labels_of(list(evaluation_batches(chats, 2))) == labels_of(found)
 
 
 def test_a_label_on_the_first_token_does_not_count(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,34 +22,58 @@ class PadId:
 
 @dataclass(frozen=True)
 class TokenizedChats:
-    """All chats end to end, mapped from their file: ids and loss mask ``[tokens]``, offsets ``[chats + 1]``."""
+    """All chats end to end, mapped from their file; a chat is one sequence or several.
+
+    Attributes:
+        ids, labelled: ids and loss mask, ``[tokens]``.
+        offsets: the start of each sequence, and the end of the last, ``[sequences + 1]``.
+        chats: the first sequence of each chat, and the number of sequences, ``[chats + 1]``.
+    """
 
     ids: Tensor
     labelled: Tensor
     offsets: Tensor
+    chats: Tensor
 
     @classmethod
     def load(cls, path: Path) -> TokenizedChats:
-        """Map a file that kolotune prepared."""
+        """Map a file that kolotune prepared; without ``chats`` each sequence is a chat."""
         loaded = load_file(path)
-        return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"])
+        chats = loaded["chats"] if "chats" in loaded else torch.arange(len(loaded["offsets"]))
+        return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"], chats)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.chats) - 1
+
+    def _spans(self, index: int) -> list[slice]:
+        """Return where the sequences of a chat are."""
+        first, last = int(self.chats[index]), int(self.chats[index + 1])
+        bounds = self.offsets[first : last + 1].tolist()
+        return [slice(start, end) for start, end in pairwise(bounds)]
+
+    def cost(self, index: int) -> int:
+        """Return how many tokens are computed for a chat, without padding."""
+        return sum(span.stop - span.start for span in self._spans(index))
 
     def length(self, index: int) -> int:
-        """Return the number of tokens of a chat."""
-        return int(self.offsets[index + 1] - self.offsets[index])
+        """Return the tokens of a chat; a prefix that a sequence shares with the next one counts once."""
+        sequences = [self.ids[span] for span in self._spans(index)]
+        return self.cost(index) - sum(map(_common_prefix, sequences, sequences[1:]))
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return chats side by side, padded on the right: ``tokens`` and ``labels``, int64 ``[chats, longest]``."""
-        longest = max(self.length(index) for index in indices)
-        tokens = torch.full((len(indices), longest), PadId.pad_id)
-        labels = torch.full((len(indices), longest), IGNORED)
-        for row, index in enumerate(indices):
-            span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-            tokens[row, : self.length(index)] = self.ids[span]
-            labels[row, : self.length(index)] = torch.where(self.labelled[span], self.ids[span].long(), IGNORED)
+        """Return the sequences of chats side by side, padded on the right.
+
+        Returns:
+            ``tokens`` and ``labels``, int64 ``[sequences, longest]``.
+        """
+        spans = [span for index in indices for span in self._spans(index)]
+        longest = max(span.stop - span.start for span in spans)
+        tokens = torch.full((len(spans), longest), PadId.pad_id)
+        labels = torch.full((len(spans), longest), IGNORED)
+        for row, span in enumerate(spans):
+            length = span.stop - span.start
+            tokens[row, :length] = self.ids[span]
+            labels[row, :length] = torch.where(self.labelled[span], self.ids[span].long(), IGNORED)
         labels[:, 0] = IGNORED  # no token precedes the first one that could predict it
         return {"tokens": tokens, "labels": labels}
 
@@ -136,7 +161,7 @@ def share(chats: TokenizedChats, indices: Sequence[int], rank: int, size: int) -
 
     The longest comes first. Ranks take turns forwards, then backwards, so that no rank always gets the longest.
     """
-    order = sorted(indices, key=lambda index: (-chats.length(index), index))
+    order = sorted(indices, key=lambda index: (-chats.cost(index), index))
     turns = [*range(size), *reversed(range(size))]
     return [index for position, index in enumerate(order) if turns[position % len(turns)] == rank]
 
@@ -154,6 +179,13 @@ def evaluation_batches(
     most = -(-len(chats) // (size * batch_size))
     yield from (chats.batch(each) for each in batches)
     yield from (_filler() for _ in range(most - len(batches)))
+
+
+def _common_prefix(left: Tensor, right: Tensor) -> int:
+    """Return how many tokens two sequences have in common, from the first on."""
+    length = min(len(left), len(right))
+    differing = (left[:length] != right[:length]).nonzero()
+    return int(differing[0]) if len(differing) else length
 
 
 def _cut(indices: list[int], size: int) -> list[list[int]]:

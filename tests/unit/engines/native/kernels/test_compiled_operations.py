@@ -122,10 +122,34 @@ def test_products_of_adapters(compiled: CompiledOperations, dtype: torch.dtype, 
 def test_attention(
     compiled: CompiledOperations, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...], heads: Heads
 ) -> None:
+    assert_same_attention(compiled, dtype, heads, prefix, lengths, (torch.arange(prefix),) * len(lengths))
+
+
+@pytest.mark.parametrize("heads", [Heads(4, 2, 16), Heads(2, 2, 6)])
+def test_attention_of_branches(compiled: CompiledOperations, dtype: torch.dtype, heads: Heads) -> None:
+    """A prefix of 5 tokens, a trunk of 40, a branch of it of 3, a branch of that of 21, and another chat of 1."""
+    prefix = torch.arange(5)
+    first = torch.cat([prefix, torch.arange(5, 30)])
+    second = torch.cat([first[:28], torch.arange(45, 47)])
+    assert_same_attention(compiled, dtype, heads, 5, (40, 3, 21, 1), (prefix, first, second, prefix))
+
+
+def assert_same_attention(
+    compiled: CompiledOperations,
+    dtype: torch.dtype,
+    heads: Heads,
+    prefix: int,
+    lengths: tuple[int, ...],
+    fronts: tuple[Tensor, ...],
+) -> None:
+    """Assert that compiled and plain attention have the same results and gradients."""
     row = prefix + sum(lengths)
-    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + each) for each in lengths)])
+    parts = zip(fronts, lengths, strict=True)
+    positions = torch.cat(
+        [torch.arange(prefix), *(torch.arange(len(front), len(front) + length) for front, length in parts)]
+    )
     nothing = torch.zeros(0, dtype=torch.int64)
-    packed = PackedSequence(positions, positions, prefix, lengths, nothing, nothing, row)
+    packed = PackedSequence(positions, positions, prefix, lengths, fronts, nothing, nothing)
     rotary = Rotary.of(positions, 1.0 / 100.0 ** torch.linspace(0, 1, heads.width // 2), dtype)
     qkv = torch.randn(row, heads.all * heads.width).to(dtype)
     width = heads.queries * heads.width

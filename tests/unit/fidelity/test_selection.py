@@ -1,0 +1,51 @@
+"""Chats whose answers are sequences of their own are compared whole."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import pytest
+from support.training import branching_chats, write_tokens
+
+from kolotune.chats.tokens.encoded_chat import EncodedChat
+from kolotune.fidelity.selection import _is_same, select
+from kolotune.fidelity.tasks import ComparedChat, ModelsTask
+from kolotune.fidelity.trained_format import TrainedFormat
+
+
+def task_of(tokens: Path, most_chats: int, most_tokens: int) -> ModelsTask:
+    return ModelsTask("", "", "", "", str(tokens), "", [], most_chats, most_tokens, [], "", 0, 0, "")
+
+
+@pytest.mark.parametrize(("most_chats", "most_tokens", "expected"), [(9, 9000, 5), (2, 9000, 2), (9, 1, 1)])
+def test_each_sequence_of_a_chat_is_compared(
+    most_chats: int, most_tokens: int, expected: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    chats = branching_chats(5, 3)
+    write_tokens(tmp_path / "tokens", chats)
+    selection = select(task_of(tmp_path / "tokens", most_chats, most_tokens), TrainedFormat.load(tiny_base))
+    sequences = [each for chat in chats[:expected] for each in chat]
+    assert len(sequences) > expected
+    assert [chat.ids for chat in selection.chats] == [ids for ids, _ in sequences]
+    assert [len(chat.positions) for chat in selection.chats] == [sum(mask) for _, mask in sequences]
+    assert [len(numbers) for numbers in selection.sequences] == [len(chat) for chat in chats[:expected]]
+    assert selection.is_whole == (expected == 5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "ends", "expected"),
+    [
+        ([1, 2, 3, 1, 4, 5, 6], [0, 0, 1, 0, 0, 1, 1], (3, 7), True),
+        ([1, 2, 3, 1, 4, 5, 7], [0, 0, 1, 0, 0, 1, 1], (3, 7), False),
+        ([1, 2, 3, 1, 4, 5, 6], [0, 1, 1, 0, 0, 1, 1], (3, 7), False),
+        ([1, 2, 3, 1, 4, 5, 6], [0, 0, 1, 0, 0, 1, 1], (4, 7), False),
+        ([1, 2, 3, 1, 4, 5, 6], [0, 0, 1, 0, 0, 1, 1], (), False),
+    ],
+)
+def test_a_chat_is_the_same_if_all_its_sequences_are(
+    ids: list[int], labels: list[int], ends: tuple[int, ...], expected: bool
+) -> None:
+    compared = [ComparedChat([1, 2, 3], [1], []), ComparedChat([1, 4, 5, 6], [1, 2], [])]
+    encoded = EncodedChat(array("i", ids).tobytes(), bytes(labels), ends=ends)
+    assert _is_same(compared, encoded) == expected
