@@ -101,6 +101,8 @@ def _workload_rows(planned: RunPlan) -> list[tuple[str, str, str]]:
         ("dtype", config.dtype, "of the frozen weights; the adapter is fp32"),
         ("conversion", conversion, asked),
     ]
+    if workload.sequences > workload.chats:
+        rows.insert(1, ("sequences", f"{workload.sequences}", "each answer behind the prompt that it is served with"))
     if planned.needs.recomputes:
         rows.append(("activations", "recomputed", "keeping them would take more than half of the free memory"))
     if planned.traffic is not None:

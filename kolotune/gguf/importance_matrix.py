@@ -120,15 +120,15 @@ def as_parameter(means: Mapping[str, np.ndarray]) -> Any:
     return (kind * (len(entries) + 1))(*entries, kind(None, None, 0))
 
 
-def chosen_chats(offsets: Sequence[int]) -> list[int]:
-    """Choose chats evenly, about `MOST_TOKENS` tokens in all, and at least one chat.
+def chosen_sequences(offsets: Sequence[int]) -> list[int]:
+    """Choose sequences evenly, about `MOST_TOKENS` tokens in all, and at least one.
 
     Args:
-        offsets: position of each chat's first token in the token array, and the total.
+        offsets: position of each sequence's first token in the token array, and the total.
     """
-    chats, total = len(offsets) - 1, int(offsets[-1])
-    count = max(1, min(chats, chats * MOST_TOKENS // max(1, total)))
-    return [number * chats // count for number in range(count)]
+    sequences, total = len(offsets) - 1, int(offsets[-1])
+    count = max(1, min(sequences, sequences * MOST_TOKENS // max(1, total)))
+    return [number * sequences // count for number in range(count)]
 
 
 def tokens_read(tokens: int, chats: int) -> int:

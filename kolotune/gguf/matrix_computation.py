@@ -16,7 +16,7 @@ from kolotune.llamacpp import ggml
 from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.runners import child_process
 
-from .importance_matrix import Matrix, chosen_chats
+from .importance_matrix import Matrix, chosen_sequences
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,12 +86,12 @@ def compute(source: Path, tokens: Path, target: Path) -> None:
     with safe_open(tokens, framework="numpy") as file:
         offsets = file.get_tensor("offsets").tolist()
         ids = file.get_slice("ids")
-        chats = [ids[offsets[chat] : offsets[chat + 1]].tolist() for chat in chosen_chats(offsets)]
+        sequences = [ids[offsets[number] : offsets[number + 1]].tolist() for number in chosen_sequences(offsets)]
     collector = MatrixCollector()
-    model = ExactGguf(source, max(map(len, chats)), collector.on_tensor)
+    model = ExactGguf(source, max(map(len, sequences)), collector.on_tensor)
     try:
-        for chat in chats:
-            model.read(chat)
+        for sequence in sequences:
+            model.read(sequence)
     except ArtifactError:
         if collector.problem is None:
             raise
@@ -99,7 +99,7 @@ def compute(source: Path, tokens: Path, target: Path) -> None:
         model.close()
     if collector.problem is not None:
         raise collector.problem
-    collector.matrix.write(target, len(chats))
+    collector.matrix.write(target, len(sequences))
 
 
 def main(arguments: list[str]) -> int:

@@ -193,7 +193,8 @@ def _estimate_traffic(plan: RunPlan, trial: Context, link: float | None) -> Traf
     if is_sharded and not engine.knows_shard_traffic:
         plan.gaps.append(Gap(GapKind.TRAFFIC_WHEN_SHARDED, engine.name))
     elif is_sharded:
-        batches = -(-config.gradient_accumulation // processes)
+        # A chat's sequences are computed one by one.
+        batches = -(-config.gradient_accumulation * workload.sequences // (processes * max(1, workload.chats)))
         layers = shape.layer_weight_count * DTYPE_BYTES[config.dtype]
         base = network.sharded_base_bytes(layers, processes, batches)
     if link is None:

@@ -81,7 +81,7 @@ def _prepared_bytes(context: Context, workload: Workload | None) -> int:
     tokenizer = sum(_existing_bytes(context.base / name) for name in TOKENIZER_FILES)
     if workload is None:
         return tokenizer + sum(_existing_bytes(path) for path in context.config.train_data)
-    return tokenizer + 5 * (workload.tokens + workload.held_out_tokens) + 8 * workload.chats
+    return tokenizer + workload.stored
 
 
 def importance_matrix_bytes(shape: ModelShape) -> int:

@@ -9,6 +9,7 @@ from kolotune.engines.engine import get_engine
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.training_length import TrainingLength, automatic_batch_size
 from kolotune.foundation.config import Config
+from kolotune.foundation.files import size_of
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
 
 
@@ -17,9 +18,12 @@ class Workload:
     """What is trained on.
 
     Attributes:
-        chats, tokens: of the training part.
+        chats: of the training part.
+        sequences: of the training part; more than chats where answers are sequences of their own.
+        tokens: of the training part. What sequences of a chat share counts once, as in all token counts here.
         labelled: tokens of the training part that carry loss.
         held_out_tokens: tokens of the held-out part.
+        stored: bytes of the files of both parts.
         batch_size: chats per batch.
         steps_in_epoch, steps: optimizer steps.
         warmup: steps in which the learning rate rises.
@@ -27,9 +31,11 @@ class Workload:
     """
 
     chats: int
+    sequences: int
     tokens: int
     labelled: int
     held_out_tokens: int
+    stored: int
     batch_size: int
     steps_in_epoch: int
     steps: int
@@ -41,17 +47,19 @@ def read_workload(prepared: Path, config: Config) -> Workload:
     """Return what training on a prepared folder takes."""
     from kolotune.engines.prepared_tokens import PreparedTokens
 
-    tokens = PreparedTokens.load(prepared / TRAIN_TOKENS)
-    held_out = prepared / HELD_OUT_TOKENS
+    files = [file for file in (prepared / TRAIN_TOKENS, prepared / HELD_OUT_TOKENS) if file.is_file()]
+    tokens, *held_out = map(PreparedTokens.load, files)
     batch_size = config.batch_size or automatic_batch_size(prepared / TRAIN_TOKENS)
     length = TrainingLength.of(
         len(tokens), batch_size, config.gradient_accumulation, config.epochs, config.warmup_steps
     )
     return Workload(
         chats=len(tokens),
-        tokens=len(tokens.ids),
+        sequences=len(tokens.offsets) - 1,
+        tokens=int(tokens.chat_lengths().sum()),
         labelled=int(tokens.labelled.sum()),
-        held_out_tokens=len(PreparedTokens.load(held_out).ids) if held_out.is_file() else 0,
+        held_out_tokens=sum(int(part.chat_lengths().sum()) for part in held_out),
+        stored=sum(map(size_of, files)),
         batch_size=batch_size,
         steps_in_epoch=length.steps_in_epoch,
         steps=length.steps,

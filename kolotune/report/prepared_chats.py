@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kolotune.engines.chat_sequences import chat_lengths
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ _LONGEST_SHOWN = 600  # tokens
 
 @dataclass(frozen=True)
 class ChatLengths:
-    """Tokens and answer tokens of each chat of a part, as int64 ``[chats]``."""
+    """Tokens and answer tokens of each chat of a part, as int64 ``[chats]``; see `chat_lengths`."""
 
     name: str
     tokens: np.ndarray
@@ -32,9 +33,10 @@ def read_lengths(folder: RunFolder) -> list[ChatLengths]:
         if file.is_file():
             with safe_open(file, framework="numpy") as tensors:
                 offsets = tensors.get_tensor("offsets")
-                if len(offsets) > 1:
-                    answers = np.add.reduceat(tensors.get_tensor("labelled"), offsets[:-1], dtype=np.int64)
-                    parts.append(ChatLengths(name, np.diff(offsets), answers))
+                chats = tensors.get_tensor("chats") if "chats" in tensors.keys() else np.arange(len(offsets))  # noqa: SIM118 - it is no dict
+                if len(chats) > 1:
+                    answers = np.add.reduceat(tensors.get_tensor("labelled"), offsets[chats[:-1]], dtype=np.int64)
+                    parts.append(ChatLengths(name, chat_lengths(tensors.get_tensor("ids"), offsets, chats), answers))
     return parts
 
 

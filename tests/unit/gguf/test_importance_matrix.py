@@ -170,10 +170,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_chats_are_chosen_evenly_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert importance_matrix.chosen_chats([0, 10, 20, 30]) == [0, 1, 2]
+    assert importance_matrix.chosen_sequences([0, 10, 20, 30]) == [0, 1, 2]
     monkeypatch.setattr(importance_matrix, "MOST_TOKENS", 50)
-    assert importance_matrix.chosen_chats([10 * each for each in range(11)]) == [0, 2, 4, 6, 8]
-    assert importance_matrix.chosen_chats([0, 1000]) == [0]
+    assert importance_matrix.chosen_sequences([10 * each for each in range(11)]) == [0, 2, 4, 6, 8]
+    assert importance_matrix.chosen_sequences([0, 1000]) == [0]
     assert [importance_matrix.tokens_read(*each) for each in ((40, 3), (1000, 100), (1000, 2))] == [40, 50, 500]
 
 
