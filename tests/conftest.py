@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.control_groups import memory_group  # noqa: F401 - a fixture
 from support.docker_engine import container, docker_engine, image, small_base  # noqa: F401 - fixtures
-from support.fake_ollama import any_ollama, fake_ollama  # noqa: F401 - fixtures
 from support.go_templates import go  # noqa: F401 - a fixture
 from support.mounts import mount  # noqa: F401 - a fixture
+from support.ollama_stand_in import any_ollama, ollama_stand_in  # noqa: F401 - fixtures
 from support.training import VOCABULARY, TrainingFolder, random_chats, write_tokens
 
 from kolotune import llamacpp

@@ -15,8 +15,8 @@ import numpy as np
 import ollama
 import pytest
 from safetensors.numpy import load_file
-from support.fake_ollama import FakeOllama
 from support.llamacpp_writer import is_kept
+from support.ollama_stand_in import OllamaStandIn
 from support.runs import STAGES_WITHOUT_COMPARE
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
@@ -182,11 +182,13 @@ def test_llama_cpp_reads_the_prompt_as_it_was_trained(trained: Any, name: str) -
 
 
 @on(*EVERY)
-def test_what_is_served_reads_the_prompt_as_it_was_trained(trained: Any, name: str, fake_ollama: FakeOllama) -> None:
+def test_what_is_served_reads_the_prompt_as_it_was_trained(
+    trained: Any, name: str, ollama_stand_in: OllamaStandIn
+) -> None:
     """`serve` reads the same ids; Ollama the same number, where Go renders and the GGUF decides about the BOS."""
-    served, server = ServedModel(trained.run, None), OllamaClient(fake_ollama.host)
+    served, server = ServedModel(trained.run, None), OllamaClient(ollama_stand_in.host)
     install(trained.run, "m", trained.reporter, parameters=["num_predict=1", "temperature=0"], client=server)
-    client = ollama.Client(fake_ollama.host, trust_env=False)
+    client = ollama.Client(ollama_stand_in.host, trust_env=False)
     for messages, ids, start in chats_with_prompts(trained.run):
         request = read_request(json.dumps({"messages": messages[:-1]}).encode())
         assert served.prompt(request) == ids[:start]

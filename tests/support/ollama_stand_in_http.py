@@ -1,4 +1,4 @@
-"""The HTTP side of the fake Ollama server: routes, streams, blobs, and connections that end early."""
+"""The HTTP side of the stand-in for Ollama: routes, streams, blobs, and connections that end early."""
 
 from __future__ import annotations
 
@@ -12,27 +12,20 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
-from support.ollama_texts import go_json
+from kolotune.ollama.go_json import go_json
+from support.ollama_stand_in_prompts import Refused
 
 if TYPE_CHECKING:
-    from support.fake_ollama import FakeOllama
+    from support.ollama_stand_in import OllamaStandIn
 
 _CHUNK = 1 << 18
-
-
-class Refused(Exception):
-    """Ends a request with a status and an error in Ollama's format."""
-
-    def __init__(self, status: int, error: str) -> None:
-        super().__init__(error)
-        self.status, self.error = status, error
 
 
 class _HangUp(Exception):
     """Ends the connection without a response."""
 
 
-def handler_for(owner: FakeOllama) -> type[BaseHTTPRequestHandler]:
+def handler_for(owner: OllamaStandIn) -> type[BaseHTTPRequestHandler]:
     """Return the class of handlers for a server."""
 
     class Handler(_Handler):
@@ -45,10 +38,10 @@ class _Handler(BaseHTTPRequestHandler):
     """HTTP/1.1 as Go's server speaks it: chunked streams, everything else with its length."""
 
     protocol_version = "HTTP/1.1"
-    server_of: FakeOllama
+    server_of: OllamaStandIn
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Log nothing: requests are in `FakeOllama.requests`."""
+        """Log nothing: requests are in `OllamaStandIn.requests`."""
 
     def do_HEAD(self) -> None:
         self._respond()
@@ -72,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
-    def _route(self, owner: FakeOllama) -> None:
+    def _route(self, owner: OllamaStandIn) -> None:
         if self.path.startswith("/api/blobs/"):
             self._blob(owner, self.path.removeprefix("/api/blobs/"))
             return
@@ -100,11 +93,18 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _HangUp
             self._send_events(request, owner.create(request))
         elif where == ("POST", "/api/chat"):
-            self._send_events(request, owner.chat(request))
+            answer = owner.chat(request)
+            if isinstance(answer, dict):  # one object, also where a stream was asked for
+                self._json(200, answer)
+            else:
+                self._send_events(request, answer)
+        elif where == ("POST", "/api/embed"):
+            owner.model_named(request.get("model", ""))
+            raise Refused(501, "This server does not support embeddings. Start it with `--embeddings`")
         else:
             self._send(404, b"404 page not found", "text/plain")
 
-    def _blob(self, owner: FakeOllama, digest: str) -> None:
+    def _blob(self, owner: OllamaStandIn, digest: str) -> None:
         path = owner.blob(digest)
         if self.command == "HEAD":
             owner.requests.append(("HEAD", self.path, 0))
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             yield piece
 
     def _json(self, status: int, value: dict[str, Any]) -> None:
-        self._send(status, go_json(value), "application/json; charset=utf-8")
+        self._send(status, go_json(value).encode(), "application/json; charset=utf-8")
 
     def _send(self, status: int, body: bytes, kind: str = "") -> None:
         self.send_response(status)
@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while first is not None:
-                line = go_json(first) + b"\n"
+                line = go_json(first).encode() + b"\n"
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
                 self.wfile.flush()
                 if self.server_of.fault == "create cut":
