@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.addresses import is_loopback
 from kolotune.foundation.errors import OllamaDownError, OllamaError
 from kolotune.foundation.typed_storage import JsonObject
@@ -24,6 +26,19 @@ _QUICK_SECONDS = 30.0
 _PATIENCE_SECONDS = 900.0
 _CHUNK = 1 << 20
 _NOT_FOUND = 404
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """The answer to a request for a prompt.
+
+    Attributes:
+        text: the prompt; None where the server can't show it.
+        refusal: why the server does not accept the conversation, or "".
+    """
+
+    text: str | None = None
+    refusal: str = ""
 
 
 class OllamaClient:
@@ -123,19 +138,21 @@ class OllamaClient:
         Raises:
             OllamaError: the server fails, or stops before it has finished.
         """
+        request: JsonObject = {
+            "model": name,
+            "files": {file: f"sha256:{sha256}" for file, sha256 in files.items()},
+            "template": description.template,
+            "system": description.system,
+            "renderer": description.renderer,
+            "parser": description.parser,
+            "license": list(description.licenses),
+            "parameters": as_options(description.parameters),
+            "messages": [{"role": role, "content": text} for role, text in description.messages],
+        }
         last = ""
         with self._translate_errors(f"creating {name}"):
-            for event in self._api.create(
-                name,
-                files={file: f"sha256:{sha256}" for file, sha256 in files.items()},
-                template=description.template,
-                license=list(description.licenses) or None,
-                system=description.system,
-                parameters=as_options(description.parameters) or None,
-                messages=[{"role": role, "content": text} for role, text in description.messages] or None,
-                stream=True,
-            ):
-                last = event.status or ""
+            for event in self._events("/api/create", {key: value for key, value in request.items() if value}):
+                last = str(event.get("status") or "")
                 if last and last != "success":
                     yield last
         if last != "success":
@@ -176,6 +193,61 @@ class OllamaClient:
         if not done:
             raise OllamaError(f"talking to {name}: the answer was interrupted")
 
+    def render(
+        self, name: str, messages: Iterable[JsonObject], tools: Sequence[Mapping[str, object]] = ()
+    ) -> RenderedPrompt:
+        """Ask for the prompt that a model gets for a conversation; nothing is generated.
+
+        Args:
+            name: of the model.
+            messages: turns as in Ollama's API.
+            tools: definitions in the OpenAI format.
+
+        Raises:
+            OllamaError: there is no such model, or the server fails.
+        """
+        import httpx
+
+        request: JsonObject = {
+            "model": name, "messages": list(messages), "stream": False, "_debug_render_only": True,
+            "options": {"num_predict": 1},  # an older server generates an answer
+        }  # fmt: skip
+        with self._translate_errors(f"asking for prompts of {name}"):
+            response = self._http.post("/api/chat", json=request | ({"tools": list(tools)} if tools else {}))
+            if response.status_code == httpx.codes.BAD_REQUEST:
+                return RenderedPrompt(refusal=str(_object(response.json()).get("error") or response.text))
+            self._check(response)
+            debug = _object(response.json()).get("_debug_info")
+            text = debug.get("rendered_template") if isinstance(debug, dict) else None
+            return RenderedPrompt(text if isinstance(text, str) else None)
+
+    def count_tokens(self, name: str, messages: Iterable[JsonObject]) -> int | None:
+        """Return how many tokens a model reads for a conversation; None when the server does not say.
+
+        Raises:
+            OllamaError: there is no such model, or the server fails.
+        """
+        request = {"model": name, "messages": list(messages), "stream": False, "options": {"num_predict": 1}}
+        with self._translate_errors(f"counting tokens of {name}"):
+            response = self._http.post("/api/chat", json=request)
+            self._check(response)
+            count = _object(response.json()).get("prompt_eval_count")
+            return count if isinstance(count, int) else None
+
+    def _events(self, path: str, request: JsonObject) -> Iterator[JsonObject]:
+        """Yield the objects of a stream; an error in it is raised."""
+        import ollama
+
+        with self._http.stream("POST", path, json=request) as response:
+            if not response.is_success:
+                response.read()
+                self._check(response)
+            for line in response.iter_lines():
+                event = typed_storage.parse_object(line)
+                if error := event.get("error"):
+                    raise ollama.ResponseError(str(error))
+                yield event
+
     def _check(self, response: httpx.Response) -> None:
         import ollama
 
@@ -201,7 +273,10 @@ class OllamaClient:
         except ollama.ResponseError as error:
             code = f" ({error.status_code})" if error.status_code > 0 else ""
             raise OllamaError(f"{doing}: the Ollama server says: {error.error or 'nothing'}{code}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError, TypeError, AttributeError):
+        except (
+            json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError, typed_storage.StorageError, TypeError,
+            AttributeError,
+        ):  # fmt: skip
             raise OllamaError(
                 f"{doing}: {self.url} does not respond as Ollama does",
                 "Check what listens there; OLLAMA_HOST sets the address.",

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kolotune.foundation.errors import ConfigError, OllamaError
+from kolotune.chats.tokens.trained_template import trained_folder
+from kolotune.foundation.errors import ArtifactError, ConfigError, ModelError, OllamaError, TemplateError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.typed_storage import JsonObject
+from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.run_folder.installed import InstalledModel, read_installed, write_installed
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import HELD_OUT_CHATS, RunFolder
 from kolotune.run_folder.results import Result, open_result
 
 from .client import OllamaClient
 from .compatibility import check_version
-from .confirmation import find_differences
+from .confirmation import SentModel, find_differences
 from .model_name import check_name
 from .modelfile import ModelDescription
 from .modelfile_parser import read_description
 from .parameters import validate
+from .prompt_path import PromptPath
+from .prompts_to_ask import prompts_to_ask
+from .server_proof import ProofKind, ServerProof, can_render, describe, prove
 
 
 def install(
@@ -32,7 +38,7 @@ def install(
     force: bool = False,
     client: OllamaClient | None = None,
 ) -> None:
-    """Install a GGUF of a run in Ollama, with what its Modelfile says, and confirm that it arrived.
+    """Install a GGUF of a run in Ollama, with what its Modelfile says, and prove that it is served as trained.
 
     Args:
         run: the run folder.
@@ -47,27 +53,36 @@ def install(
     Raises:
         ConfigError: the name is invalid, or belongs to a different model.
         RunFolderError, ArtifactError: there is no such result.
-        OllamaDownError, OllamaError: there is no server, or it fails, or shows something else than was sent.
+        OllamaDownError, OllamaError: there is no server, or it fails, or shows something else than was sent, or gives
+            the model other prompts than training.
     """
     check_name(name)
     result = open_result(run, quantization)
     description = _with_changes(read_description(result), system, parameters)
     client = client or OllamaClient()
-    check_version(client, description, reporter)
+    model = SentModel(description, result.sha256, read_metadata(result.gguf))
+    model = replace(model, version=check_version(client, model.sources(), reporter))
     shown = client.show(name)
     if shown is not None and not force:
-        if find_differences(shown, description, result.sha256):
+        if not model.is_stored_as_sent or find_differences(shown, model):
             raise ConfigError(
                 f"Ollama already has a different model {name}", "Choose another name, or replace it with --force."
             )
-        _finish(run, result, name, client, reporter, f"{name} is already in Ollama, unchanged")
-        return
-    _send(result, client, reporter)
-    reporter.doing(f"creating {name}")
-    for status in client.create(name, description, {result.gguf.name: result.sha256}):
-        reporter.note(f"Ollama: {status}")
-    _confirm(client, name, description, result)
-    _finish(run, result, name, client, reporter, f"{name} is in Ollama ({result.gguf.name})")
+        success = f"{name} is already in Ollama, unchanged"
+    else:
+        _send(result, client, reporter)
+        reporter.doing(f"creating {name}")
+        for status in client.create(name, description, {result.gguf.name: result.sha256}):
+            reporter.note(f"Ollama: {status}")
+        shown = client.show(name)
+        success = f"{name} is in Ollama ({result.gguf.name})"
+    _confirm(shown, name, model)
+    _prove(run, name, model, shown or {}, client, reporter)
+    _finish(run, result, name, client, reporter, success)
+    if not model.is_stored_as_sent:
+        reporter.warning(
+            f"{result.gguf.name} was written by an earlier version; Ollama rewrites it, so its hash can't be compared"
+        )
 
 
 def uninstall(name: str, reporter: Reporter, client: OllamaClient | None = None) -> None:
@@ -120,17 +135,54 @@ def _send(result: Result, client: OllamaClient, reporter: Reporter) -> None:
         client.send_blob(result.gguf, result.sha256, lambda sent: progress.update(sent, size))
 
 
-def _confirm(client: OllamaClient, name: str, description: ModelDescription, result: Result) -> None:
-    shown = client.show(name)
-    if shown is None:
-        problem = "there is no such model"
-    else:
-        problem = "; ".join(map(str, find_differences(shown, description, result.sha256)))
-    if problem:
-        raise OllamaError(
-            f"{name} in Ollama is not what was sent: {problem}",
-            f"Remove it (kolotune uninstall {name}) and report this with the server's version.",
-        )
+def _confirm(shown: JsonObject | None, name: str, model: SentModel) -> None:
+    """Check what the server shows.
+
+    Raises:
+        OllamaError: it is not what was sent.
+    """
+    differences = [] if shown is None else find_differences(shown, model)
+    if shown is not None and not differences:
+        return
+    problem = "; ".join(map(str, differences)) or "there is no such model"
+    hint = f"Remove it (kolotune uninstall {name}) and report this with the server's version."
+    if any(one.part == "template" and one.shown for one in differences):
+        hint = f"Unset OLLAMA_GO_TEMPLATE where the server is started, or remove it: kolotune uninstall {name}"
+    raise OllamaError(f"{name} in Ollama is not what was sent: {problem}", hint)
+
+
+def _prove(
+    run: RunFolder, name: str, model: SentModel, shown: JsonObject, client: OllamaClient, reporter: Reporter
+) -> None:
+    """Compare the server's prompts with training's, and report the result.
+
+    Raises:
+        OllamaError: a prompt differs.
+    """
+    rule = model.rule(shown)
+    if rule is not None and rule.path is PromptPath.NONE:
+        return  # `check_version` has said so
+    proof = ServerProof(ProofKind.NOT_INSTALLED)
+    if can_render():
+        reporter.doing("comparing prompts with training's")
+        try:
+            folder = trained_folder(run)
+            prompts = prompts_to_ask(
+                folder, run.prepared / HELD_OUT_CHATS, model.description, model.longest_prompt,
+                tools=rule is not None and rule.tools,
+            )  # fmt: skip
+        except (ArtifactError, ModelError, TemplateError) as error:
+            reporter.note(f"prompts were not compared: {error.cause}")
+            return
+        proof = prove(client, name, prompts, folder)
+    if not proof.differences:
+        reporter.note(describe(proof, rule))
+        return
+    problem = f"{len(proof.differences)} of {proof.prompts} prompts are not as trained; {proof.differences[0]}"
+    if rule is not None and rule.path is PromptPath.RENDERER:
+        reporter.warning(f"Ollama renders {name} in its own code, and {problem}")
+        return
+    raise OllamaError(f"{name} is in Ollama, but {problem}", f"Remove it: kolotune uninstall {name}")
 
 
 def _finish(run: RunFolder, result: Result, name: str, client: OllamaClient, reporter: Reporter, text: str) -> None:

@@ -16,6 +16,7 @@ class Modelfile:
             that it does not find for the name of a model.
         template: the Go template, or None for what Ollama chooses.
         system: the system prompt.
+        renderer, parser: the names of Ollama's own code for the model, or None.
         parameters: name and value pairs; `stop` may occur several times.
         license: the text of the license.
         comments: lines for people, at the top.
@@ -27,6 +28,8 @@ class Modelfile:
     parameters: Parameters = ()
     license: str | None = None
     comments: tuple[str, ...] = ()
+    renderer: str | None = None
+    parser: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -40,7 +43,7 @@ class ModelDescription:
 
     Attributes:
         from_: the argument of FROM.
-        template, system: None where there is none.
+        template, system, renderer, parser: None where there is none.
         parameters: name and value pairs.
         licenses: the texts of licenses.
         messages: role and text of the turns that every chat begins with.
@@ -52,3 +55,5 @@ class ModelDescription:
     parameters: Parameters = ()
     licenses: tuple[str, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
+    renderer: str | None = None
+    parser: str | None = None

@@ -20,6 +20,7 @@ COMMANDS = frozenset(
         "requires",
     ]
 )  # fmt: skip
+_SINGLE = ("template", "system", "renderer", "parser")
 _ROLES = ("system", "user", "assistant")
 
 
@@ -58,7 +59,7 @@ def parse_description(text: str) -> ModelDescription:
         text: the whole file.
 
     Returns:
-        What it says. Of several TEMPLATE or SYSTEM instructions the last counts, as in Ollama.
+        What it says. Of several TEMPLATE, SYSTEM, RENDERER or PARSER instructions the last counts, as in Ollama.
 
     Raises:
         ArtifactError: Ollama would refuse the file, or it has an instruction that kolotune does not support (ADAPTER
@@ -72,7 +73,7 @@ def parse_description(text: str) -> ModelDescription:
         name = command.name
         if command.is_parameter:
             parameters += _parameter(command)
-        elif name in ("template", "system") or (name == "model" and name not in fields):
+        elif name in _SINGLE or (name == "model" and name not in fields):
             fields[name] = command.args
         elif name == "license":
             licenses.append(command.args)
@@ -88,6 +89,8 @@ def parse_description(text: str) -> ModelDescription:
         tuple(parameters),
         tuple(licenses),
         tuple(messages),
+        fields.get("renderer"),
+        fields.get("parser"),
     )
 
 
@@ -107,6 +110,8 @@ def parse_modelfile(text: str) -> Modelfile:
         parameters=description.parameters,
         license=next(iter(description.licenses), None),
         comments=tuple(_comments(text)),
+        renderer=description.renderer,
+        parser=description.parser,
     )
 
 

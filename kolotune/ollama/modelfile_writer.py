@@ -39,6 +39,7 @@ def render_modelfile(modelfile: Modelfile) -> str:
     lines.append(f"FROM {modelfile.from_}")
     texts = {"template": modelfile.template, "system": modelfile.system, "license": modelfile.license}
     lines += [_line(name, name.upper(), text, ('"""',)) for name, text in texts.items() if text is not None]
+    lines += _own_code_lines(modelfile)
     lines += [_parameter_line(name, value) for name, value in parameters]
     text = "\n".join(lines) + "\n"
     try:
@@ -48,6 +49,12 @@ def render_modelfile(modelfile: Modelfile) -> str:
     if not same:
         raise ConfigError("Ollama would not read the Modelfile as it was meant.", _API_HINT)
     return text
+
+
+def _own_code_lines(modelfile: Modelfile) -> list[str]:
+    """The lines that name Ollama's own code for the model."""
+    names = {"RENDERER": modelfile.renderer, "PARSER": modelfile.parser}
+    return [_line(command.lower(), command, name, ()) for command, name in names.items() if name is not None]
 
 
 def _check_path(path: str) -> None:

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, fields
 
 from kolotune.chats.tokens.tokenizer import template_of
+from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation.config import DEFAULT_TEMPERATURE
 from kolotune.foundation.errors import TemplateError
 from kolotune.gguf.inference import GeneratedAnswer, GgufModel, Sampling
@@ -13,7 +14,6 @@ from kolotune.ollama.modelfile_parser import read_description
 from kolotune.ollama.parameters import as_options
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import open_result
-from kolotune.stages import modelfile
 
 from .requests import BadRequest, ChatRequest
 
@@ -43,7 +43,7 @@ class ServedModel:
         result = open_result(run, quantization)
         self._description = read_description(result)
         self._options = as_options(self._description.parameters)
-        self._template = template_of(modelfile.tokenizer_folder(run))
+        self._template = template_of(trained_folder(run))
         numbers = {argument: self._number(name) for argument, name in _LOADING.items()}
         self._model = GgufModel(
             result.gguf, **{argument: int(number) for argument, number in numbers.items() if number is not None}

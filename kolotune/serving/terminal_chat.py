@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kolotune.chats.tokens.tokenizer import template_of
+from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf.inference import GgufModel
@@ -74,5 +75,5 @@ def open_chat(
     config = saved_config(run)
     name = choose_quantization(config, quantization)
     path = base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
-    tokenizer, stops = modelfile.tokenizer_folder(run), modelfile.recorded_stops(run)
+    tokenizer, stops = trained_folder(run), modelfile.recorded_stops(run)
     return TerminalChat(GgufModel(path), tokenizer, stops, config.system if system is None else system)

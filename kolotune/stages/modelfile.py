@@ -33,7 +33,6 @@ from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.retention import kept_models
-from kolotune.run_folder.source import read_source
 from kolotune.run_folder.stage import Context
 from kolotune.weights.adapter import is_adapter
 
@@ -74,20 +73,6 @@ def _trained_tokenizer(context: Context) -> Path:
     if not is_adapter(context.source):
         return context.source
     return context.run.merged_model if kept_models(context.config).merged else context.run.exported_tokenizer
-
-
-def tokenizer_folder(run: RunFolder) -> Path:
-    """Return the folder of a finished run that contains the trained tokenizer and template.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    source = read_source(run)
-    folders = [run.tokenizer, run.merged_model, run.exported_tokenizer, *([source] if source else [])]
-    for folder in folders:
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return folder
-    raise ArtifactError(f"{run.root}: its tokenizer is missing")
 
 
 def recorded_stops(run: RunFolder) -> tuple[str, ...]:

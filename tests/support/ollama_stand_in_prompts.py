@@ -19,7 +19,7 @@ from support.observed import GGUF_TEMPLATES, KNOWN_CHATML
 
 Messages = list[dict[str, Any]]
 # Ollama takes one of its 37 known templates, at an edit distance below 100. The stand-in knows one, of our own, and
-# tells the observed templates apart at this distance.
+# distinguishes the observed templates at this distance.
 _KNOWN, _NEAR = GGUF_TEMPLATES["plain"], 60
 _UNUSABLE = "Unable to generate parser for this template. Automatic parser generation failed: \n------------\n"
 

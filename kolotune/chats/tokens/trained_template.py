@@ -1,4 +1,4 @@
-"""Which template a run trains with: the base's or the user's own, bound to what training hands to it."""
+"""Which template a run trains with, bound to what training hands to it, and where a finished run keeps it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from datetime import date
 from pathlib import Path
 
 from kolotune.foundation.config import Config
-from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.errors import ArtifactError, ConfigError
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.source import read_source
 
 from ..templates.template_binding import bind
-from .tokenizer import template_text
+from .tokenizer import TOKENIZER_FILES, template_text
 
 
 def trained_template(config: Config, base: Path, tokens: Mapping[str, object]) -> str:
@@ -39,3 +41,17 @@ def _read(file: Path) -> str:
     if not text.strip():
         raise ConfigError(f"{file}: the chat template is empty", "Give a Jinja file, or omit --chat-template.")
     return text
+
+
+def trained_folder(run: RunFolder) -> Path:
+    """Return the folder of a finished run that contains the trained tokenizer and template.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    source = read_source(run)
+    folders = [run.tokenizer, run.merged_model, run.exported_tokenizer, *([source] if source else [])]
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise ArtifactError(f"{run.root}: its tokenizer is missing")

@@ -7,23 +7,25 @@ import os
 import socket
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fake_ollama import FakeOllama
+from support.ollama_stand_in import OllamaStandIn
 
 from kolotune.foundation.errors import OllamaDownError, OllamaError
+from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.compatibility import release_numbers
-from kolotune.ollama.confirmation import Difference, find_differences
+from kolotune.ollama.confirmation import Difference, SentModel, find_differences
 from kolotune.ollama.modelfile import ModelDescription
 from kolotune.ollama.modelfile_parser import parse_description
 from kolotune.ollama.parameters import as_options
 
 
 @pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[FakeOllama]:
-    server = FakeOllama(tmp_path / "ollama")
+def ollama(tmp_path: Path) -> Iterator[OllamaStandIn]:
+    server = OllamaStandIn(tmp_path / "ollama")
     yield server
     server.close()
 
@@ -37,7 +39,7 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     "spelling", ["127.0.0.1:{port}", "http://127.0.0.1:{port}", "http://localhost:{port}/", ":{port}", "0.0.0.0:{port}"]
 )
-def test_addresses(spelling: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses(spelling: str, ollama: OllamaStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", spelling.format(port=ollama.host.partition(":")[2]))
     server = OllamaClient()
     assert server.version() == "0.33.0"
@@ -59,7 +61,7 @@ def test_invalid_addresses(spelling: str) -> None:
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_proxies_are_not_used_for_this_machine(
-    variable: str, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+    variable: str, ollama: OllamaStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -78,7 +80,7 @@ def test_no_server() -> None:
 
 
 @pytest.mark.parametrize("fault", ["silent", "no JSON"])
-def test_something_else_listens(fault: str, ollama: FakeOllama) -> None:
+def test_something_else_listens(fault: str, ollama: OllamaStandIn) -> None:
     ollama.fault = fault
     server = OllamaClient(ollama.host, patience=0.5)
     with pytest.raises(OllamaError) as error:
@@ -90,7 +92,7 @@ def test_something_else_listens(fault: str, ollama: FakeOllama) -> None:
         list(server.create("m", ModelDescription("./x"), {"x": "0" * 64}))
 
 
-def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: FakeOllama) -> None:
+def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: OllamaStandIn) -> None:
     path, size = tmp_path / "large.gguf", 64 << 20
     with path.open("wb") as file:
         file.truncate(size)
@@ -110,7 +112,7 @@ def test_a_large_file_is_never_in_memory(tmp_path: Path, ollama: FakeOllama) -> 
 @pytest.mark.parametrize(
     ("fault", "words"), [("down in blob", "connection"), ("damage in blob", "digest mismatch"), ("full disk", "")]
 )
-def test_a_blob_that_does_not_arrive(fault: str, words: str, tmp_path: Path, ollama: FakeOllama) -> None:
+def test_a_blob_that_does_not_arrive(fault: str, words: str, tmp_path: Path, ollama: OllamaStandIn) -> None:
     path = tmp_path / "some.gguf"
     path.write_bytes(os.urandom(4 << 20))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -125,12 +127,12 @@ def test_a_blob_that_does_not_arrive(fault: str, words: str, tmp_path: Path, oll
     assert server.has_blob(sha256)
 
 
-def test_an_invalid_hash(ollama: FakeOllama) -> None:
+def test_an_invalid_hash(ollama: OllamaStandIn) -> None:
     with pytest.raises(OllamaError):
         OllamaClient(ollama.host).has_blob("no hash")
 
 
-def test_an_unknown_model(ollama: FakeOllama) -> None:
+def test_an_unknown_model(ollama: OllamaStandIn) -> None:
     server = OllamaClient(ollama.host)
     assert server.show("nothing") is None and server.digest("nothing") == "" and not server.delete("nothing")
     with pytest.raises(OllamaError) as error:
@@ -167,7 +169,7 @@ SENT = ModelDescription(
 )
 
 
-def test_a_model_is_shown_as_it_was_sent(ollama: FakeOllama, finished_gguf: tuple[Path, str]) -> None:
+def test_a_model_is_shown_as_it_was_sent(ollama: OllamaStandIn, finished_gguf: tuple[Path, str]) -> None:
     path, sha256 = finished_gguf
     server = OllamaClient(ollama.host)
     server.send_blob(path, sha256, lambda sent: None)
@@ -175,8 +177,9 @@ def test_a_model_is_shown_as_it_was_sent(ollama: FakeOllama, finished_gguf: tupl
     assert statuses[0] == "parsing GGUF" and statuses[-1] == "writing manifest"
     shown = server.show("M")
     assert shown is not None
-    assert find_differences(shown, SENT, sha256) == []
-    assert find_differences(shown, SENT, "0" * 64) == [Difference("weights", sha256[:12], "0" * 12)]
+    sent = SentModel(SENT, sha256, read_metadata(path))
+    assert find_differences(shown, sent) == []
+    assert find_differences(shown, replace(sent, sha256="0" * 64)) == [Difference("weights", sha256[:12], "0" * 12)]
     assert len(server.digest("m")) == 64
     changes = {
         "template": {"template": "x"},
@@ -188,14 +191,8 @@ def test_a_model_is_shown_as_it_was_sent(ollama: FakeOllama, finished_gguf: tupl
         "seed": {"parameters": (*SENT.parameters, ("seed", 1))},
     }
     for name, change in changes.items():
-        (only,) = find_differences(shown, ModelDescription(**{**SENT.__dict__, **change}), sha256)
+        (only,) = find_differences(shown, replace(sent, description=replace(SENT, **change)))
         assert only.part == name
-
-
-def test_missing_fields_are_no_difference() -> None:
-    bare = {"modelfile": f"FROM C:\\Users\\me\\blobs\\sha256-{'a' * 64}\r\nTEMPLATE x\n", "template": "theirs"}
-    assert find_differences(bare, ModelDescription("./x"), "a" * 64) == []
-    assert find_differences({}, ModelDescription("./x"), "a" * 64) == [Difference("weights", "unnamed", "a" * 12)]
 
 
 def test_options() -> None:

@@ -6,19 +6,26 @@ With OLLAMA_HOST set, the tests that need no faults run against that server, wit
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_ollama import FakeOllama, only_real
+from support.ollama_stand_in import OllamaStandIn, only_real
+from support.tiny import chat_line
 
+from kolotune.chats.tokens.tokenizer import template_text
+from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, OllamaError, RunFolderError
 from kolotune.foundation.reporter import PlainReporter
+from kolotune.ollama import install as installing
 from kolotune.ollama.chat import OllamaChat
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install, installed_name, uninstall
+from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.terminal_chat import open_chat
 
@@ -150,41 +157,43 @@ def test_a_template_that_ollama_chooses(
         ("create cut", "connection"),
         ("silent create", "does not respond"),
         ("another template", "the template differs"),
+        ("another prompt", "prompts are not as trained; for a chat of user Ollama has"),
+        ("another count", "tokens where training has"),
         ("another stop", "stop "),
         ("other weights", "weights 000000000000"),
         ("forgets", "there is no such model"),
     ],
 )
 def test_faults(
-    fault: str, words: str, fake_ollama: FakeOllama, finished: Config, reporter: PlainReporter, tmp_path: Path
+    fault: str, words: str, ollama_stand_in: OllamaStandIn, finished: Config, reporter: PlainReporter, tmp_path: Path
 ) -> None:
-    run, server = RunFolder(finished.output_dir), OllamaClient(fake_ollama.host, patience=2)
-    fake_ollama.fault = fault
+    run, server = RunFolder(finished.output_dir), OllamaClient(ollama_stand_in.host, patience=2)
+    ollama_stand_in.fault = fault
     with pytest.raises(OllamaError) as error:
         install(run, "m", reporter, client=server, force=True)
     assert words in error.value.cause and error.value.exit_code == 24 and error.value.hint
     assert not run.installed.exists()
-    fake_ollama.fault = ""
+    ollama_stand_in.fault = ""
     install(run, "m", reporter, client=server, force=True)
     run.installed.unlink()
 
 
-def test_weights_are_sent_once(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
-    server = OllamaClient(fake_ollama.host)
+def test_weights_are_sent_once(ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter) -> None:
+    server = OllamaClient(ollama_stand_in.host)
     install(run_copy, "one", reporter, client=server)
     install(run_copy, "two", reporter, client=server)
     assert (
-        fake_ollama.count_requests("POST", "/api/blobs/") == 1
-        and fake_ollama.count_requests("HEAD", "/api/blobs/") == 2
+        ollama_stand_in.count_requests("POST", "/api/blobs/") == 1
+        and ollama_stand_in.count_requests("HEAD", "/api/blobs/") == 2
     )
     install(run_copy, "two", reporter, client=server)
-    assert fake_ollama.count_requests("POST", "/api/create") == 2
+    assert ollama_stand_in.count_requests("POST", "/api/create") == 2
 
 
 def test_bad_requests_are_refused_before_anything_is_sent(
-    fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter, tmp_path: Path
+    ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter, tmp_path: Path
 ) -> None:
-    server = OllamaClient(fake_ollama.host)
+    server = OllamaClient(ollama_stand_in.host)
     with pytest.raises(ConfigError, match="can't be the name"):
         install(run_copy, "../up", reporter, client=server)
     with pytest.raises(ConfigError, match="can't be the name"):
@@ -206,7 +215,7 @@ def test_bad_requests_are_refused_before_anything_is_sent(
         file.write(b"\x7f")
     with pytest.raises(ArtifactError, match="is not the file that the run made"):
         install(run_copy, "m", reporter, quantization="none", client=server)
-    assert fake_ollama.requests == []
+    assert ollama_stand_in.requests == []
 
 
 @pytest.mark.parametrize(
@@ -222,36 +231,36 @@ def test_versions(
     version: str,
     words: str,
     other_words: str,
-    fake_ollama: FakeOllama,
+    ollama_stand_in: OllamaStandIn,
     run_copy: RunFolder,
     reporter: PlainReporter,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fake_ollama.version = version
-    install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
+    ollama_stand_in.version = version
+    install(run_copy, "m", reporter, client=OllamaClient(ollama_stand_in.host))
     output = capsys.readouterr().out
     assert words in output and other_words not in output
 
 
-def test_too_old(fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter) -> None:
-    fake_ollama.version = "0.5.4"
+def test_too_old(ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter) -> None:
+    ollama_stand_in.version = "0.5.4"
     with pytest.raises(OllamaError, match=r"needs 0\.5\.5"):
-        install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
-    assert [path for _, path, _ in fake_ollama.requests] == ["/api/version"]
+        install(run_copy, "m", reporter, client=OllamaClient(ollama_stand_in.host))
+    assert [path for _, path, _ in ollama_stand_in.requests] == ["/api/version"]
 
 
 @pytest.mark.parametrize(("version", "rambles"), [("0.29.9", True), ("0.30.0", False)])
 def test_no_template(
     version: str,
     rambles: bool,
-    fake_ollama: FakeOllama,
+    ollama_stand_in: OllamaStandIn,
     run_copy: RunFolder,
     reporter: PlainReporter,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fake_ollama.version = version
+    ollama_stand_in.version = version
     run_copy.modelfile("Q4_K_M").write_text("FROM ./MergedQ4_K_M.gguf\nPARAMETER stop x\n")
-    install(run_copy, "m", reporter, client=OllamaClient(fake_ollama.host))
+    install(run_copy, "m", reporter, client=OllamaClient(ollama_stand_in.host))
     assert ("may ramble" in capsys.readouterr().out) == rambles
 
 
@@ -259,40 +268,40 @@ def test_no_template(
     ("fault", "words"), [("error in chat", "the model fell over"), ("chat breaks off", "interrupted")]
 )
 def test_an_interrupted_chat(
-    fault: str, words: str, fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
+    fault: str, words: str, ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
-    server = OllamaClient(fake_ollama.host)
+    server = OllamaClient(ollama_stand_in.host)
     install(run_copy, "m", reporter, client=server)
     chat = OllamaChat("m", client=server)
-    fake_ollama.fault = fault
+    ollama_stand_in.fault = fault
     with pytest.raises(OllamaError, match=words):
         answer_of(chat, "Hello?")
-    fake_ollama.fault = ""
+    ollama_stand_in.fault = ""
     answer_of(chat, "Again?")
-    assert fake_ollama.prompts[-1].count("<|im_start|>user") == 1  # the failed turn is not part of the chat
+    assert ollama_stand_in.prompts[-1].count("<|im_start|>user") == 1  # the failed turn is not part of the chat
 
 
 def test_the_system_prompt_is_the_models_own(
-    fake_ollama: FakeOllama, run_copy: RunFolder, reporter: PlainReporter
+    ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
-    server = OllamaClient(fake_ollama.host)
+    server = OllamaClient(ollama_stand_in.host)
     install(run_copy, "m", reporter, system="Be terse.", client=server)
     answer_of(OllamaChat("m", client=server), "Hello?")
     answer_of(OllamaChat("m", "Be loud.", client=server), "Hello?")
     begin = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
-    assert fake_ollama.prompts == [begin.format("Be terse."), begin.format("Be loud.")]
+    assert ollama_stand_in.prompts[-2:] == [begin.format("Be terse."), begin.format("Be loud.")]
 
 
 # ---------------------------------------------------------------- the command line
 
 
 def test_from_the_command_line(
-    fake_ollama: FakeOllama,
+    ollama_stand_in: OllamaStandIn,
     run_copy: RunFolder,
     kolotune: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.host)
+    monkeypatch.setenv("OLLAMA_HOST", ollama_stand_in.host)
     ask = ("--prompt", "Hello?", "--max-tokens", 3)
     code, output = kolotune("chat", run_copy.root, "--ollama", *ask)
     assert code == 2 and "kolotune install" in output
@@ -305,14 +314,114 @@ def test_from_the_command_line(
         kolotune("chat", run_copy.root, "--ollama", *ask, "--container"),  # it uses this machine's server nevertheless
     ]
     assert answers[0][0] == 0 and answers[0][1] and answers == [answers[0]] * 4
-    assert f"0.33.0 at http://{fake_ollama.host}" in kolotune("doctor")[1]
+    assert f"0.33.0 at http://{ollama_stand_in.host}" in kolotune("doctor")[1]
     assert kolotune("chat", run_copy.root, "my-model", *ask)[0] == 2
     assert kolotune("chat", run_copy.root, "--ollama", "--base", *ask)[0] == 2
     assert kolotune("install", run_copy.root, "my-model")[0] == 2  # a different temperature: a different model
     assert kolotune("install", run_copy.root, "my-model", "--force", "--container")[0] == 0
-    assert kolotune("uninstall", "my-model")[0] == 0 and fake_ollama.models == {}
+    assert kolotune("uninstall", "my-model")[0] == 0 and ollama_stand_in.models == {}
     assert kolotune("chat", run_copy.root, "--ollama", *ask)[0] == 24
-    fake_ollama.close()
+    ollama_stand_in.close()
     code, output = kolotune("install", run_copy.root, "my-model")
     assert code == 25 and "ollama serve" in output
     assert "there is no Ollama server" in " ".join(kolotune("doctor")[1].split())
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def test_prompts_are_proven(
+    ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = OllamaClient(ollama_stand_in.host)
+    install(run_copy, "m", reporter, client=server)
+    output = capsys.readouterr().out
+    assert re.search(r"(\d+) of \1 prompts as trained \(rendered by TEMPLATE\), 2 of them read as \d\d+ tokens", output)
+    ollama_stand_in.version = "0.11.9"
+    install(run_copy, "m", reporter, client=server)
+    assert "does not show prompts" in capsys.readouterr().out
+
+
+def test_without_what_renders_prompts(
+    ollama_stand_in: OllamaStandIn,
+    run_copy: RunFolder,
+    reporter: PlainReporter,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client alone has no Jinja; and a run folder may lack its tokenizer."""
+    server = OllamaClient(ollama_stand_in.host)
+    monkeypatch.setattr(installing, "can_render", lambda: False)
+    install(run_copy, "m", reporter, client=server)
+    assert "prompts were not compared with training's; to do so" in capsys.readouterr().out
+    monkeypatch.undo()
+    for folder in (run_copy.tokenizer, run_copy.merged_model):
+        shutil.rmtree(folder)
+    install(run_copy, "m", reporter, client=server)
+    assert "prompts were not compared: " in capsys.readouterr().out
+
+
+TOOL_WORDS = "{#- tools, tool_calls, tool_response -#}"
+
+
+@pytest.fixture(scope="module")
+def finished_with_tools(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, reporter: PlainReporter
+) -> RunFolder:
+    """A finished run whose template is capable of tools, in words at least."""
+    folder = tmp_path_factory.mktemp("tools")
+    base = folder / "base"
+    shutil.copytree(tiny_base, base)
+    jinja = template_text(base)
+    (base / "chat_template.jinja").write_text(jinja + TOOL_WORDS, encoding="utf-8")
+    chats = folder / "chats.jsonl"
+    chats.write_text("".join(chat_line(number) for number in range(3)), encoding="utf-8")
+    options = {
+        "train_data": chats, "base_model": str(base), "output_dir": folder / "run", "epochs": 1, "lora_rank": 2,
+        "checkpoint_steps": 0, "dtype": "fp32", "compare": False,
+    }  # fmt: skip
+    run_pipeline(configs.resolve((options, "test", folder)), reporter)
+    return RunFolder(folder / "run")
+
+
+def test_a_template_with_tools_is_served_by_the_gguf(
+    ollama_stand_in: OllamaStandIn,
+    finished_with_tools: RunFolder,
+    reporter: PlainReporter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = OllamaClient(ollama_stand_in.host)
+    install(finished_with_tools, "m", reporter, client=server)
+    shown = server.show("m")
+    assert shown is not None and TOOL_WORDS in str(shown["template"]) and "tools" in str(shown["capabilities"])
+    assert "prompts as trained (rendered by the GGUF's template)" in capsys.readouterr().out
+    install(finished_with_tools, "m", reporter, client=server)
+    assert "unchanged" in capsys.readouterr().out
+    ollama_stand_in.fault = "template forced"
+    with pytest.raises(ConfigError, match="a different model"):
+        install(finished_with_tools, "m", reporter, client=server)
+    with pytest.raises(OllamaError) as error:
+        install(finished_with_tools, "m", reporter, client=server, force=True)
+    assert "OLLAMA_GO_TEMPLATE" in error.value.hint
+
+
+def test_a_server_that_does_not_serve_tools(
+    ollama_stand_in: OllamaStandIn,
+    finished_with_tools: RunFolder,
+    reporter: PlainReporter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ollama_stand_in.version = "0.24.0"
+    install(finished_with_tools, "m", reporter, client=OllamaClient(ollama_stand_in.host))
+    output = capsys.readouterr().out
+    assert "does not serve this model's tools; 0.30.0 does" in output and "(rendered by TEMPLATE)" in output
+
+
+def test_a_template_that_was_edited_is_noticed(
+    ollama_stand_in: OllamaStandIn, run_copy: RunFolder, reporter: PlainReporter
+) -> None:
+    path = run_copy.modelfile("Q4_K_M")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("{{- range $i", "X{{- range $i", 1), encoding="utf-8", newline="")
+    with pytest.raises(OllamaError, match=r"prompts are not as trained; for a chat of .* Ollama has .*X<\|im_start"):
+        install(run_copy, "m", reporter, client=OllamaClient(ollama_stand_in.host))
