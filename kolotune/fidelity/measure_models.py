@@ -43,7 +43,7 @@ def measure(file: Path) -> None:
             is in its figures.
     """
     task = typed_storage.read(ModelsTask, file)
-    trained = TrainedFormat.load(Path(task.tokenizer))
+    trained = TrainedFormat.load(Path(task.tokenizer), learns_empty_thoughts=task.learns_empty_thoughts)
     selection = select(task, trained)
     reference, tuned = _measure_tuned(task, trained, selection)
     if task.merged:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kolotune.chats import Chat
 from kolotune.chats.reading.files import read_chats
+from kolotune.chats.templates.thoughts import empty_thought
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
 from kolotune.foundation.errors import ArtifactError, KolotuneError
@@ -118,7 +119,7 @@ def _add_texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
         if not _is_same(compared, encoded):
             continue
         selection.reproduced += 1
-        if encoded.special_in_content or encoded.boundary_merge:
+        if encoded.special_in_content:
             not_servable += 1
             continue
         try:
@@ -136,15 +137,25 @@ def _add_prompts(selection: Selection, chat: Chat, compared: Sequence[ComparedCh
     """Add the prompt before each answer; that of a sequence must equal the tokens before its first trained one."""
     messages = chat.message_dicts()
     starts = [sequence.ids[: sequence.positions[0] + 1] for sequence in compared if sequence.positions]
+
+    def stands_alone(ids: list[int]) -> bool:
+        """Whether nothing but an empty thought is between a prompt and what is trained on."""
+        return any(start[: len(ids)] == ids and _is_empty_thought(trained, start[len(ids) :]) for start in starts)
+
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
         prompt = trained.prompt(messages[:index], list(chat.tools) or None)
         is_first = all(turn["role"] != "assistant" for turn in messages[:index])
-        if (is_first or len(starts) > 1) and prompt.ids not in starts:
+        if (is_first or len(starts) > 1) and prompt.ids not in starts and not stands_alone(prompt.ids):
             selection.defects.append(defect(DefectKind.FIRST_PROMPT_DIFFERS))
         selection.prompts.append(prompt)
         selection.expected.append(str(message["content"]))
+
+
+def _is_empty_thought(trained: TrainedFormat, ids: list[int]) -> bool:
+    text = str(trained.tokenizer.decode(ids, skip_special_tokens=False))
+    return empty_thought(text) == len(text)
 
 
 def _is_same(compared: Sequence[ComparedChat], encoded: EncodedChat) -> bool:

@@ -31,6 +31,7 @@ class ModelsTask:
         system: the system prompt of the run.
         most_answers, longest_answer: how many prompts are answered, and how long an answer may be, in tokens.
         scratch: folder for the files that are left.
+        learns_empty_thoughts: whether the loss of the prepared tokens falls on empty thoughts.
     """
 
     base: str
@@ -47,6 +48,7 @@ class ModelsTask:
     most_answers: int
     longest_answer: int
     scratch: str
+    learns_empty_thoughts: bool
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats import Chat
-from kolotune.chats.templates.loss_mask import end_token
+from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.backend import bare, encode_text
 from kolotune.chats.tokens.encoded_chat import EncodedChat
@@ -41,8 +42,13 @@ class TrainedFormat:
     turns: TurnFormat | None
 
     @classmethod
-    def load(cls, folder: Path, jinja: str = "") -> TrainedFormat:
-        """Read the tokenizer and template in a folder; `jinja` replaces its template.
+    def load(cls, folder: Path, jinja: str = "", learns_empty_thoughts: bool = False) -> TrainedFormat:
+        """Read the tokenizer and template in a folder.
+
+        Args:
+            folder: the folder.
+            jinja: replaces its template.
+            learns_empty_thoughts: as in `Encoder`.
 
         Raises:
             ModelError, TemplateError: they are missing or can't be used.
@@ -57,10 +63,15 @@ class TrainedFormat:
         return cls(
             tokenizer,
             template,
-            Encoder(template, tokenizer),
+            Encoder(template, tokenizer, learns_empty_thoughts),
             end_token(template, special),
             None if isinstance(turns, NotDerivable) else turns,
         )
+
+    @cached_property
+    def _whole_answers(self) -> Encoder:
+        """An encoder that labels answers from their first token on, also if it is that of an empty thought."""
+        return Encoder(self.template, self.tokenizer, learns_empty_thoughts=True)
 
     @property
     def end_id(self) -> int:
@@ -90,7 +101,7 @@ class TrainedFormat:
         *before, _ = chat.message_dicts()
         tools = list(chat.tools)
         try:
-            encoded = self.encoder.encode(chat)
+            encoded = self._whole_answers.encode(chat)
             text = self.template.render(before, tools or None, True)
         except (TemplateError, DataError) as error:
             return TrainedPrompt(name, before, tools, refusal=error.cause)

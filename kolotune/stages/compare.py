@@ -195,6 +195,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         merged=str(run.merged_model) if run.merged_model.is_dir() else "",
         tokenizer=str(run.tokenizer),
         tokens=str(run.prepared / (HELD_OUT_TOKENS if held_out else TRAIN_TOKENS)),
+        learns_empty_thoughts=config.empty_thoughts == "learn",
         chats_file=str(run.prepared / HELD_OUT_CHATS) if held_out else "",
         train_data=[str(path) for path in config.train_data],
         most_chats=config.compare_chats,

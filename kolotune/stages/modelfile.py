@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.chats.templates.loss_mask import end_token
+from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.tokens.tokenizer import (
     TOKENIZER_FILES,
     chat_template,

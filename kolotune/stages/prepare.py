@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
-from kolotune.foundation.config import Config, plain_values, stage_options
+from kolotune.foundation.config import Config, stage_options
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
@@ -31,12 +31,21 @@ CHANGED_CHATS = {
     "too_long": "chats were left out: not even their first answer fits --max-seq-length",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
     "and can't be served with the same ids",
-    "boundary_merges": "chats have an answer whose first characters merge with the prompt's last token",
+}
+# How answers are trained behind the prompts that they are served with, where that is not obvious.
+_APART = "chats are trained with a sequence for each answer: "
+SERVED_CHATS = {
+    "apart_opening": _APART + "the template opens a reply with something that it writes before no finished answer",
+    "apart_history": _APART + "the template writes earlier answers differently once later turns follow",
+    "apart_boundary": _APART + "the last token of a prompt would merge with the answer",
+    "masked_thoughts": "answers have no thought: the empty one before them is not trained on; "
+    "--empty-thoughts learn trains on it",
+    "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer",
 }
 
 
 def options(config: Config) -> JsonObject:
-    return stage_options(config, NAME) | (plain_values(config, ["template_switch"]) if config.template_switch else {})
+    return stage_options(config, NAME)
 
 
 def inputs(context: Context) -> dict[str, Path]:
@@ -105,6 +114,9 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
             _report_locations(locations.get(name, AffectedChats()), reporter)
+    for name, sentence in SERVED_CHATS.items():
+        if facts[name]:
+            reporter.note(f"{facts[name]} {sentence}")
     for finding in prepared.findings:
         reporter.warning(finding.text)
         _report_locations(AffectedChats(len(finding.locations), finding.locations[:_SHOWN_LOCATIONS]), reporter)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
 from kolotune.chats.templates.loss_mask import AnswerLocator, LocatedChat
+from kolotune.chats.templates.rendering import Rendering
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.templates.template_binding import bind
 from kolotune.chats.tokens.encoded_chat import EncodedChat
@@ -171,12 +172,79 @@ def locate(chat: Chat, template: ChatTemplate, special: Collection[str]) -> Loca
     return AnswerLocator(template, special).locate(chat)
 
 
-def encode(chat: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> EncodedChat:
-    return Encoder(template, tokenizer).encode(chat)
+def check_served(
+    sample: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, served: Chat | None = None
+) -> list[str]:
+    """Check that each answer is trained behind the tokens of its prompt as it is served; return the trained texts.
+
+    The answer has its own tokens where it is a sequence of its own. Labels are on it, without an empty thought.
+
+    Args:
+        sample: The chat.
+        template, tokenizer: What it is encoded with.
+        served: The chat as a server gets it, if it is not the same.
+    """
+    encoder = Encoder(template, tokenizer)
+    encoded, dicts = encoder.encode(sample), Rendering(served or sample, template).message_dicts()
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    located = locate(sample, template, special)
+    thoughts = located.empty_thoughts or tuple(answer.empty_thought for answer in located.apart)
+    numbers = [number for number, message in enumerate(sample.messages) if message.role == ANSWER]
+    ends = encoded.ends or (len(encoded),)
+    texts, labelled = [], 0
+    for at, (number, (prompt, answer), thought) in enumerate(zip(numbers, trained(located), thoughts, strict=True)):
+        last = ends[at] if encoded.ends else ends[0]
+        first = ends[at - 1] if encoded.ends and at else 0
+        ids, labels = encoded.ids[first:last], encoded.labelled[first:last]
+        if number:
+            assert prompt == template.render(dicts[:number], sample.tools, add_generation_prompt=True)
+            assert encoder.prompt_ids(dicts[:number], sample.tools) == ids[: len(encode_text(tokenizer, prompt))]
+        start = len(encode_text(tokenizer, prompt))
+        assert ids[:start] == encode_text(tokenizer, prompt)
+        stop = next(n for n in range(start, len(ids) + 1) if decode(tokenizer, ids[start:n]) == answer)
+        learned = labels[start:stop]
+        assert learned == sorted(learned), "what is not learned of an answer is at its start"
+        text = decode(tokenizer, [token for token, label in zip(ids[start:stop], learned, strict=True) if label])
+        assert text == answer[thought:]
+        labelled += sum(learned)
+        texts.append(text)
+        if encoded.ends:
+            assert stop == len(ids) and ids[start:] == encode_text(tokenizer, answer)
+    assert labelled == sum(encoded.labelled), "nothing else is learned"
+    return texts
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return the tokens of a text, as a server encodes it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def trained(located: LocatedChat) -> list[tuple[str, str]]:
+    """Return each prompt and answer of a chat, in one piece or not."""
+    whole = [(located.text[:start], located.text[start:end]) for start, end in located.spans]
+    return [(answer.prompt, answer.answer) for answer in located.apart] or whole
+
+
+def encode(
+    chat: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, learns_empty_thoughts: bool = False
+) -> EncodedChat:
+    return Encoder(template, tokenizer, learns_empty_thoughts).encode(chat)
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def sequences(encoded: EncodedChat) -> list[tuple[list[int], list[int]]]:
+    """Return each sequence as the ids before the first label, and the ids from there on; all of those are labelled."""
+    parts, start = [], 0
+    for length in encoded.lengths:
+        ids, labels = encoded.ids[start : start + length], encoded.labelled[start : start + length]
+        first = labels.index(True)
+        assert all(labels[first:])
+        parts.append((ids[:first], ids[first:]))
+        start += length
+    return parts
 
 
 def labelled_texts(encoded: EncodedChat, tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -22,7 +22,7 @@ from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
 from ..traits import ChatTrait, traits_of
 from .holdout import is_held_out
-from .rows import HELD_OUT, MERGED, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
+from .rows import APART, HELD_OUT, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
 from .shingles import ChatFeatures
 
 _RECORDS = 512
@@ -147,7 +147,7 @@ class ChunkEncoder:
     def _add(self, result: ChunkResult, entry: _ChatEntry, encoding: Encoding) -> None:
         chat = entry.chat
         state, flags, turns, tokens = REFUSED, entry.held_out * HELD_OUT, 0, 0
-        sequences = 1
+        sequences, masked, dropped = 1, 0, 0
         record, features = b"", b""
         try:
             fitting, encoded = self._fit(chat, encoding)
@@ -162,10 +162,12 @@ class ChunkEncoder:
                 result.refused[entry.number] = Problem(chat.source, chat.line, fault)
             else:
                 state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(encoded)
-                flags |= encoded.special_in_content * SPECIAL | encoded.boundary_merge * MERGED
+                flags |= encoded.special_in_content * SPECIAL
+                masked, dropped = encoded.masked_thoughts, encoded.dropped_thoughts
                 result.ids += encoded.packed_ids
                 result.labelled += encoded.packed_labels
-                if encoded.ends:
+                if encoded.apart is not None:
+                    flags |= APART[encoded.apart]
                     sequences = len(encoded.ends)
                     result.lengths += packed(encoded.lengths)
                 record = _json_line(fitting) if entry.needs_record else b""
@@ -176,14 +178,14 @@ class ChunkEncoder:
                 result.features.append(features)
         digest = entry.digest
         hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
-        sizes = len(record), len(features)
-        result.rows.append(ChatRow(*hashes, chat.line, result.source, turns, state, flags, tokens, sequences, *sizes))
+        counts = turns, state, flags, tokens, sequences, masked, dropped
+        result.rows.append(ChatRow(*hashes, chat.line, result.source, *counts, len(record), len(features)))
 
     def _fit(self, chat: Chat, encoding: Encoding) -> tuple[Chat, EncodedChat | None]:
         """Return the chat, or as many of its first turns as fit, ending with an answer; None if not even one fits."""
         if not isinstance(encoding, EncodedChat):
             raise encoding
-        if max(encoding.lengths) <= self.longest:
+        if len(encoding) <= self.longest or max(encoding.lengths) <= self.longest:
             return chat, encoding
         answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
         if encoding.ends:  # what fits does not change with what follows

@@ -34,7 +34,7 @@ from .holdout import final_split
 from .near_duplicates import COMPARED, SimilarityReport
 from .prepared import AffectedChats, Prepared, SplitCounts
 from .row_store import RowStore
-from .rows import HELD_OUT, MERGED, SPECIAL, TOO_LONG, USED
+from .rows import APART, HELD_OUT, SPECIAL, TOO_LONG, USED
 
 _SHOWN_LOCATIONS = 20
 _LOADED = (ChunkEncoder.__module__, "numpy", "tokenizers")  # by workers, before they get work
@@ -72,7 +72,8 @@ def prepare_chats(
             tokenizer = load_tokenizer(base)
             jinja = trained_template(config, base, special_tokens(tokenizer))
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
-            encoder = ChunkEncoder(Encoder(prepared.template, tokenizer), config.max_seq_length)
+            encode = Encoder(prepared.template, tokenizer, config.empty_thoughts == "learn")
+            encoder = ChunkEncoder(encode, config.max_seq_length)
             collector = _Collector(prepared, paths, store)
             for result in pool.map(encoder, collector.chunks(config, compared)):
                 collector.add(result)
@@ -162,7 +163,10 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     refused = [(bool(held_out[index]), index, problem) for index, problem in collector.refused if kept[index]]
     prepared.problems += [problem for _, _, problem in sorted(refused, key=lambda entry: entry[:2])]
     prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))
-    prepared.boundary_merges = int(np.count_nonzero(used & (rows["flags"] & MERGED > 0)))
+    for reason, flag in APART.items():
+        prepared.apart[reason] = int(np.count_nonzero(used & (rows["flags"] & flag > 0)))
+    prepared.masked_thoughts = int(rows["masked"][used].sum(dtype=np.int64))
+    prepared.dropped_thoughts = int(rows["dropped"][used].sum(dtype=np.int64))
     _write(prepared, store, rows, used, held_out, folder)
 
 

@@ -9,6 +9,7 @@ from kolotune.foundation.errors import DataError
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..reading.faults import Problem
+from ..templates.loss_mask import ApartReason
 from ..templates.template import ChatTemplate
 from ..traits import ChatTrait
 from .findings import Finding
@@ -62,7 +63,9 @@ class Prepared:
         dropped_turns: The number of these turns.
         too_long: Chats that are not used since not even the first answer fits.
         special_in_content: The number of chats with special tokens in their text.
-        boundary_merges: The number of chats with a token across the start of an answer.
+        apart: The number of chats with a sequence for each answer, by the reason.
+        masked_thoughts: The number of empty thoughts that are not trained on.
+        dropped_thoughts: The number of thoughts that the template leaves out of later prompts.
         findings: What is striking about the chats as a whole.
         not_compared: The number of chats that the findings do not cover, since there are many.
         traits: What the chats have that servers may write in another way.
@@ -82,7 +85,9 @@ class Prepared:
     dropped_turns: int = 0
     too_long: AffectedChats = field(default_factory=AffectedChats)
     special_in_content: int = 0
-    boundary_merges: int = 0
+    apart: dict[ApartReason, int] = field(default_factory=dict)
+    masked_thoughts: int = 0
+    dropped_thoughts: int = 0
     findings: list[Finding] = field(default_factory=list)
     not_compared: int = 0
     traits: set[ChatTrait] = field(default_factory=set)
@@ -106,7 +111,9 @@ class Prepared:
             "turns_left_out": self.dropped_turns,
             "too_long": self.too_long.count,
             "special_tokens_in_content": self.special_in_content,
-            "boundary_merges": self.boundary_merges,
+            **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},
+            "masked_thoughts": self.masked_thoughts,
+            "dropped_thoughts": self.dropped_thoughts,
             "findings": {finding.kind.value: finding.count for finding in self.findings},
             "not_compared": self.not_compared,
             TRAITS: sorted(self.traits),

@@ -6,10 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..templates.loss_mask import ApartReason
+
 USED, TOO_LONG, REFUSED = range(3)
 """States of a chat."""
-SPECIAL, MERGED, HELD_OUT = 1, 2, 4
-"""Flags of a chat: special tokens in its text, a token across the start of an answer, selected to be held out."""
+SPECIAL, HELD_OUT = 1, 4
+"""Flags of a chat: special tokens in its text, selected to be held out."""
+APART = {ApartReason.OPENING: 8, ApartReason.HISTORY: 16, ApartReason.BOUNDARY: 32}
+"""Flags of a chat that is several sequences, by the reason."""
 
 
 class ChatRow(NamedTuple):
@@ -20,9 +24,10 @@ class ChatRow(NamedTuple):
         line, source: Its line, and the number of its file.
         turns: The turns that were dropped since it is too long.
         state: `USED`, `TOO_LONG` or `REFUSED`.
-        flags: `SPECIAL`, `MERGED` and `HELD_OUT`, added up.
+        flags: `SPECIAL`, `HELD_OUT` and those of `APART`, added up.
         tokens: The number of its tokens, in all its sequences.
         sequences: The number of its sequences.
+        masked, dropped: Its empty thoughts that are not trained on, and its thoughts that later prompts leave out.
         record, features: The bytes that it has in these columns of the row store.
     """
 
@@ -35,11 +40,13 @@ class ChatRow(NamedTuple):
     flags: int
     tokens: int
     sequences: int
+    masked: int
+    dropped: int
     record: int
     features: int
 
 
 def row_type() -> np.dtype:
     """Return the type of a row on disk."""
-    types = ("<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4")
+    types = ("<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4")
     return np.dtype(list(zip(ChatRow._fields, types, strict=True)))

@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TemplateError
@@ -20,9 +21,14 @@ from kolotune.foundation.errors import TemplateError
 from ..chat import Chat, Message, called_function
 from .template import ChatTemplate, Slot
 
+_SAMPLE_CALL: typed_storage.JsonObject = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "a", "arguments": {}},
+}
 Span = tuple[int, int]
 _Path = tuple["_Path", Span] | None
-_OTHER_TEMPLATE = "; --chat-template FILE trains with another"
+OTHER_TEMPLATE = "; --chat-template FILE trains with another"
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,38 @@ class Rendering:
         except TemplateError:
             return self.messages[index].content.strip() in self.text
 
+    def around_reasoning(self, index: int, calls_tool: bool = False) -> tuple[str, str] | None:
+        """Return what the template writes before and behind the reasoning of an answer that is the last message.
+
+        Args:
+            index: The number of the answer, whether it has reasoning or not.
+            calls_tool: Let the answer call a tool, if it does not.
+
+        Returns:
+            None if the template writes no reasoning there.
+        """
+        message = self.messages[index]
+        thought = message.reasoning
+        if inline := _inline_reasoning(message):
+            thought = inline[1]
+            message = dataclasses.replace(message, content=inline[2])
+        if not thought or not thought.strip():
+            thought = "thought"
+        calls = message.tool_calls or (_SAMPLE_CALL,) * calls_tool
+        answer = dataclasses.replace(message, reasoning=thought, tool_calls=calls)
+        marked = [
+            _with_texts(each, {name: f"{self.mark}{number}{name}{self.mark}" for name in texts_of(each)})
+            for number, each in enumerate([*self.messages[:index], answer])
+        ]
+        try:
+            _, pieces, slots = self.template.skeleton(marked, self.tools, False, self.mark)
+        except TemplateError:
+            return None
+        for at, (slot, following) in enumerate(pairwise(slots)):
+            if slot == (index, "reasoning") and following[0] == index:
+                return pieces[at], pieces[at + 1]
+        return None
+
     def shows_tools(self) -> bool:
         """Whether the template writes the name of each tool that the chat offers."""
         tools = copy.deepcopy(self.tools)
@@ -159,25 +197,30 @@ def texts_of(message: Message) -> dict[str, str]:
     return {name: value for name, value in texts.items() if value.strip()}
 
 
+def with_separate_thoughts(chat: Chat) -> Chat:
+    """Return the chat with thoughts that are part of a content as reasoning."""
+    messages = []
+    for message in chat.messages:
+        if inline := _inline_reasoning(message):
+            message = dataclasses.replace(message, reasoning=inline[1].strip(), content=inline[2].lstrip("\n"))
+        messages.append(message)
+    return dataclasses.replace(chat, messages=tuple(messages))
+
+
 def check_shown(chat: Chat, rendering: Rendering, skeleton: FilledSkeleton) -> None:
     """Check with the skeleton of all texts that the template writes everything that the chat contains.
 
     Raises:
-        TemplateError: Tools, a tool call, a result, a content, or the reasoning of the last answer is missing.
+        TemplateError: Tools, a tool call, a result or a content is missing.
     """
     if chat.tools and not rendering.shows_tools():
-        raise TemplateError(f"the chat template does not write tools{_OTHER_TEMPLATE}")
-    last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
-    last_answer = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=-1)
+        raise TemplateError(f"the chat template does not write tools{OTHER_TEMPLATE}")
     for index, message in enumerate(chat.messages):
         missing = {name for name in texts_of(rendering.messages[index]) if (index, name) not in skeleton.slots}
         if "content" in missing and not rendering.shows(index):
-            raise TemplateError(f"the chat template leaves out {_describe(message)}{_OTHER_TEMPLATE}")
+            raise TemplateError(f"the chat template leaves out {_describe(message)}{OTHER_TEMPLATE}")
         if "call" in missing:
-            raise TemplateError(f"the chat template does not write tool calls{_OTHER_TEMPLATE}")
-        # The reasoning of earlier exchanges may be dropped: these models are served that way.
-        if "reasoning" in missing and index == last_answer > last_user:
-            raise TemplateError(f"the chat template does not write reasoning{_OTHER_TEMPLATE}")
+            raise TemplateError(f"the chat template does not write tool calls{OTHER_TEMPLATE}")
 
 
 def _describe(message: Message) -> str:

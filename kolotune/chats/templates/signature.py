@@ -45,6 +45,10 @@ class TemplateSignature:
             and self.pieces[last].startswith(prefix.pieces[last])
         )
 
+    def until(self, number: int, offset: int) -> TemplateSignature:
+        """Return what is before an offset in the piece of this number."""
+        return TemplateSignature([*self.pieces[:number], self.pieces[number][:offset]], self.contents[:number])
+
     def position(self, starts: Sequence[int], offset: int) -> PiecePosition | None:
         """Return the piece that contains an offset of the rendering, or ends there; None inside a text."""
         for number, (start, piece) in enumerate(zip(starts, self.pieces, strict=True)):

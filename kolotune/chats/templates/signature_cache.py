@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from kolotune.foundation.errors import TemplateError
 
 from ..chat import Chat, Message
-from .loss_mask import AnswerLocator, MaskedChat, token_pattern
+from .loss_mask import AnswerLocator, MaskedChat
+from .reply_format import token_pattern
 from .signature import PiecePosition, TemplateSignature
+from .thoughts import writes_thought
 
 _MOST_SIGNATURES = 10_000
-_REASONING_END = "</think>"  # an answer that contains it is split: see `rendering`
 
 Roles = tuple[str, ...]
 
@@ -29,9 +30,12 @@ class SignedChat(MaskedChat):
 
     Attributes:
         parts: `text` taken apart: plain text and special token in alternation.
+        prompt_ends: For each answer, the end of its prompt, from the last special token on; None if a text of the
+            chat is in between.
     """
 
     parts: list[str]
+    prompt_ends: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,16 @@ class _MaskedSignature:
         signature: The text around the contents.
         special: The special tokens in it, in order.
         spans: Start and end of each assistant turn.
+        empty_thoughts: The length of the empty thought at the start of each of these turns.
+        prompt_ends: What the template writes last before each of these turns, from the last special token on; None if a
+            text of the chat is in between.
     """
 
     signature: TemplateSignature
     special: list[str]
     spans: list[tuple[PiecePosition, PiecePosition]]
+    empty_thoughts: tuple[int, ...]
+    prompt_ends: tuple[str | None, ...]
 
 
 class SignatureCache:
@@ -62,6 +71,7 @@ class SignatureCache:
         self._locator = locator
         self._known: dict[Roles, _MaskedSignature | None] = {}
         self._prompts: dict[Roles, TemplateSignature | None] = {}
+        self._finished: dict[Roles, TemplateSignature | None] = {}
         self._pattern = re.compile(f"({token_pattern(special | added).pattern})")
 
     def render(self, chat: Chat) -> SignedChat | None:
@@ -77,12 +87,13 @@ class SignatureCache:
         if parts[1::2] != masked.special:
             return None  # a content contains one
         spans = [(starts[a] + b, starts[c] + d) for (a, b), (c, d) in masked.spans]
-        return SignedChat(text, tuple(spans), parts)
+        return SignedChat(text, tuple(spans), masked.empty_thoughts, parts, masked.prompt_ends)
 
     def _learn(self, roles: Roles) -> _MaskedSignature | None:
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
             self._prompts.clear()
+            self._finished.clear()
         try:
             self._known[roles] = self._masked(roles)
         except TemplateError:
@@ -97,15 +108,20 @@ class SignatureCache:
         texts = [f"\ue000{number}\ue001" for number in range(len(roles))]
         sample = self._locator.locate(Chat(tuple(map(Message, roles, texts))))
         text, starts = signature.fill(texts)
-        if text != sample.text or not self._prompts_end_at_answers(signature, roles, texts, sample):
+        if text != sample.text or sample.apart or not self._prompts_end_at_answers(signature, roles, texts, sample):
             return None
-        spans = []
-        for start, end in sample.spans:
+        spans, prompt_ends = [], []
+        answers = [number for number, role in enumerate(roles) if role == "assistant"]
+        for number, (start, end) in zip(answers, sample.spans, strict=True):
             first, last = signature.position(starts, start), signature.position(starts, end)
-            if first is None or last is None:
+            if first is None or last is None or not self._is_finished_so(signature, roles[: number + 1], last):
                 return None
             spans.append((first, last))
-        return _MaskedSignature(signature, self._pattern.split(text)[1::2], spans)
+            before = signature.pieces[first[0]][: first[1]]
+            tokens = list(self._pattern.finditer(before))
+            prompt_ends.append(before[tokens[-1].start() :] if tokens else None)
+        special = self._pattern.split(text)[1::2]
+        return _MaskedSignature(signature, special, spans, sample.empty_thoughts, tuple(prompt_ends))
 
     def _prompts_end_at_answers(
         self, signature: TemplateSignature, roles: Roles, texts: list[str], sample: MaskedChat
@@ -121,6 +137,18 @@ class SignatureCache:
                 return False
         return True
 
+    def _is_finished_so(self, signature: TemplateSignature, roles: Roles, end: PiecePosition) -> bool:
+        """Whether a chat that stops after an answer has the same text up to the answer's end."""
+        if roles not in self._finished:
+            try:
+                self._finished[roles] = self._locator.template.signature(roles, prompt=False)
+            except TemplateError:
+                self._finished[roles] = signature  # the template writes this answer only with what follows
+        finished = self._finished[roles]
+        if finished is None or len(finished.pieces) <= end[0]:
+            return False
+        return signature.until(*end) == finished.until(*end)
+
 
 def _is_covered(message: Message) -> bool:
     """Whether the template treats the message as it treated the sample's."""
@@ -129,5 +157,5 @@ def _is_covered(message: Message) -> bool:
         message.is_plain
         and bool(text)
         and not text.isspace()
-        and not (message.role == "assistant" and _REASONING_END in text)
+        and not (message.role == "assistant" and writes_thought(text))
     )

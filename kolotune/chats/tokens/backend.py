@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from kolotune.foundation.errors import DataError
 
-from ..templates.loss_mask import LocatedChat
 from ..templates.rendering import Span
 
 if TYPE_CHECKING:
@@ -85,8 +84,14 @@ def encode_text(backend: Tokenizer, text: str) -> OffsetTokens:
     return tokens
 
 
-def check_decodes(chat: LocatedChat, ids: list[int], backend: Tokenizer) -> None:
+def check_decodes(text: str, skeleton: str, ids: list[int], backend: Tokenizer) -> None:
     """Check that the ids decode to the text, if this tokenizer decodes texts exactly at all.
+
+    Args:
+        text: The text.
+        skeleton: What a template wrote around contents; a tokenizer that changes that is not exact.
+        ids: The tokens of the text.
+        backend: The tokenizer.
 
     Raises:
         DataError: They do not.
@@ -98,7 +103,7 @@ def check_decodes(chat: LocatedChat, ids: list[int], backend: Tokenizer) -> None
         normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
         return bool(backend.decode(ids, skip_special_tokens=False) == normal)
 
-    if not is_same(chat.text, ids):
-        sample = backend.encode(chat.skeleton, add_special_tokens=False).ids
-        if is_same(chat.skeleton, sample):
+    if not is_same(text, ids):
+        sample = backend.encode(skeleton, add_special_tokens=False).ids
+        if is_same(skeleton, sample):
             raise DataError("the tokens don't decode to the text: the tokenizer lacks some of its characters")

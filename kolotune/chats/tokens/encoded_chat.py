@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..templates.loss_mask import ApartReason
+
 
 @dataclass(frozen=True)
 class EncodedChat:
@@ -20,16 +22,19 @@ class EncodedChat:
         packed_ids: The token ids of all sequences, end to end, as int32 in memory.
         packed_labels: For each token a byte: whether the loss falls on it.
         special_in_content: A content contains the text of a special token, which was encoded as plain text.
-        boundary_merge: A token contains both the end of a prompt and the start of an answer. It is not labelled, and
-            the served prompt will end with a different token than the one trained on.
         ends: Where each sequence ends in the ids; empty if there is only one.
+        apart: Why there are several sequences.
+        masked_thoughts: The number of empty thoughts that the loss does not fall on.
+        dropped_thoughts: The number of thoughts that later prompts don't have, since the template leaves them out.
     """
 
     packed_ids: bytes
     packed_labels: bytes
     special_in_content: bool = False
-    boundary_merge: bool = False
     ends: tuple[int, ...] = ()
+    apart: ApartReason | None = None
+    masked_thoughts: int = 0
+    dropped_thoughts: int = 0
 
     def __len__(self) -> int:
         return len(self.packed_labels)

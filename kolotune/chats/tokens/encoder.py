@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kolotune.foundation.errors import TemplateError
+from kolotune.foundation.errors import DataError, TemplateError
+from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import Chat
-from ..templates.loss_mask import AnswerLocator
+from ..templates.loss_mask import AnswerLocator, LocatedChat
 from ..templates.signature_cache import SignatureCache
 from ..templates.template import ChatTemplate
+from .answers_apart import ApartEncoder, ChatApart
 from .backend import SpecialToken, bare, special_tokens_of
 from .encoded_chat import EncodedChat
+from .labels import Labeller
+from .prompt_ends import PromptEnds
 from .strategies import ByOffsets, ByTokenBytes, ByWordCache, ChatToEncode, Encoding, SpecialTextAsPlain, Strategy
 from .token_bytes import TokenBytes
 from .word_cache import find_word_cache
@@ -34,30 +38,46 @@ class Encoder:
     Args:
         template: The base model's template, with the date frozen.
         tokenizer: The base model's tokenizer.
+        learns_empty_thoughts: Whether the loss falls on the empty thought that a template writes before an answer
+            without one.
     """
 
-    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._set_up(template, tokenizer.backend_tokenizer, special_tokens_of(tokenizer))
+    def __init__(
+        self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, learns_empty_thoughts: bool = False
+    ) -> None:
+        self._set_up(template, tokenizer.backend_tokenizer, special_tokens_of(tokenizer), learns_empty_thoughts)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restored, (self.template, self._backend, self._special)
+        return _restored, (self.template, self._backend, self._special, self._learns_empty_thoughts)
 
-    def _set_up(self, template: ChatTemplate, backend: Tokenizer, special: Mapping[str, SpecialToken]) -> None:
+    def _set_up(
+        self,
+        template: ChatTemplate,
+        backend: Tokenizer,
+        special: Mapping[str, SpecialToken],
+        learns_empty_thoughts: bool,
+    ) -> None:
         self.template, self._backend, self._special = template, backend, special
+        self._learns_empty_thoughts = learns_empty_thoughts
         names = frozenset(special)
         token_bytes = TokenBytes(backend)
         with bare(backend):
             words = find_word_cache(backend)
         self._locator = AnswerLocator(template, names)
-        self._signatures = SignatureCache(self._locator, names, words.added if words is not None else frozenset())
-        self._strategies: list[Strategy] = [
-            SpecialTextAsPlain(backend, special, self._locator.special_pattern),
-            ByTokenBytes(backend, token_bytes),
-            ByOffsets(backend, self._locator),
-        ]
+        added = words.added if words is not None else frozenset()
+        self._signatures = SignatureCache(self._locator, names, added)
         # If the tokenizer itself does not know a named special token, its text is more than this token.
-        if words is not None and names <= words.added:
-            self._strategies.insert(0, ByWordCache(words, token_bytes))
+        if words is not None and not names <= words.added:
+            words = None
+        labeller = Labeller(PromptEnds(backend, _texts_of_added(backend)), learns_empty_thoughts)
+        self._apart = ApartEncoder(backend, special, token_bytes, words, learns_empty_thoughts)
+        self._strategies: list[Strategy] = [
+            SpecialTextAsPlain(backend, special, self._locator.special_pattern, labeller),
+            ByTokenBytes(backend, token_bytes, labeller),
+            ByOffsets(backend, self._locator, labeller),
+        ]
+        if words is not None:
+            self._strategies.insert(0, ByWordCache(words, token_bytes, labeller))
 
     def encode(self, chat: Chat) -> EncodedChat:
         """Encode a chat, of which at least one turn is the assistant's.
@@ -74,7 +94,7 @@ class Encoder:
 
     def encode_all(self, chats: Sequence[Chat]) -> list[Encoding]:
         """Encode each chat, or return the error that `encode` would raise."""
-        results: list[Encoding | ChatToEncode] = [self._locate_answers(chat) for chat in chats]
+        results: list[Encoding | ChatApart | ChatToEncode] = [self._locate_answers(chat) for chat in chats]
         with bare(self._backend):
             for strategy in self._strategies:
                 pending = [(at, chat) for at, chat in enumerate(results) if isinstance(chat, ChatToEncode)]
@@ -82,16 +102,45 @@ class Encoder:
                 for (at, _), encoding in zip(pending, encodings, strict=True):
                     if encoding is not None:
                         results[at] = encoding
-        return [result for result in results if not isinstance(result, ChatToEncode)]
+            encoded = [self._encode_apart(result) if isinstance(result, ChatApart) else result for result in results]
+        return [result for result in encoded if not isinstance(result, ChatToEncode)]
 
-    def _locate_answers(self, chat: Chat) -> ChatToEncode | TemplateError:
+    def prompt_ids(self, messages: Sequence[JsonObject], tools: Sequence[JsonObject] | None = None) -> list[int]:
+        """Return the tokens of the prompt for an answer to these turns, as a server renders and encodes it.
+
+        A BOS token is there if the template writes one. Special tokens that a content has are special.
+
+        Raises:
+            TemplateError: The template refuses the turns.
+            DataError: A text contains half a character.
+        """
+        text = self.template.render(messages, tools, add_generation_prompt=True)
+        with bare(self._backend):
+            return self._apart.prompt_ids(text)
+
+    def _locate_answers(self, chat: Chat) -> ChatToEncode | ChatApart | TemplateError:
         try:
-            return ChatToEncode(chat, self._signatures.render(chat) or self._locator.locate(chat))
+            masked = self._signatures.render(chat) or self._locator.locate(chat)
         except TemplateError as error:
+            return error
+        if isinstance(masked, LocatedChat) and masked.reason is not None:
+            return ChatApart(chat, masked.apart, masked.reason, masked.dropped_thoughts)
+        return ChatToEncode(chat, masked)
+
+    def _encode_apart(self, chat: ChatApart) -> Encoding:
+        try:
+            return self._apart.encode(chat)
+        except DataError as error:
             return error
 
 
-def _restored(template: ChatTemplate, backend: Tokenizer, special: Mapping[str, SpecialToken]) -> Encoder:
+def _texts_of_added(backend: Tokenizer) -> list[str]:
+    return [str(token) for token in backend.get_added_tokens_decoder().values()]
+
+
+def _restored(
+    template: ChatTemplate, backend: Tokenizer, special: Mapping[str, SpecialToken], learns_empty_thoughts: bool
+) -> Encoder:
     encoder = Encoder.__new__(Encoder)
-    encoder._set_up(template, backend, special)
+    encoder._set_up(template, backend, special, learns_empty_thoughts)
     return encoder

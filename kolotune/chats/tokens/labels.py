@@ -1,36 +1,132 @@
-"""Labels: which tokens of a rendered chat the loss falls on, given its answers as character spans."""
+"""Labels: which tokens of a chat in one piece the loss falls on, given its answers as character spans.
+
+A chat gets none if the tokens before an answer are not those of its prompt; then its answers are encoded apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..templates.loss_mask import LocatedChat, MaskedChat
 from .backend import OffsetTokens, check_decodes, encode_text
 from .encoded_chat import EncodedChat, packed
+from .prompt_ends import PromptEnds
 from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def label_by_bytes(chats: Sequence[tuple[MaskedChat, bytes]], token_bytes: TokenBytes) -> list[EncodedChat]:
-    """Label many chats at once: a label starts and ends where the bytes of the tokens add up to.
+@dataclass(frozen=True)
+class Labeller:
+    """Labels chats in one piece.
 
-    Args:
-        chats: Each masked chat with its packed ids, whose tokens are the bytes of its text.
-        token_bytes: The bytes of the tokens.
+    Attributes:
+        prompt_ends: The tokens of the ends of prompts.
+        learns_empty_thoughts: Whether the loss falls on empty thoughts, too.
     """
-    import numpy as np
 
-    if not chats:
-        return []
-    ids = np.frombuffer(b"".join([packed_ids for _, packed_ids in chats]), np.int32)
-    token_starts = np.concatenate(([0], np.cumsum(token_bytes.lengths(ids), dtype=np.int64)))
-    bounds: list[int] = []  # of all answers, in bytes
+    prompt_ends: PromptEnds
+    learns_empty_thoughts: bool
+
+    def by_bytes(self, chats: Sequence[tuple[MaskedChat, bytes]], token_bytes: TokenBytes) -> list[EncodedChat | None]:
+        """Label many chats at once: a label starts and ends where the bytes of the tokens add up.
+
+        Args:
+            chats: Each masked chat with its packed ids, whose tokens are the bytes of its text.
+            token_bytes: The bytes of the tokens.
+
+        Returns:
+            None for chats whose answers have to be encoded apart.
+        """
+        import numpy as np
+
+        if not chats:
+            return []
+        ids = np.frombuffer(b"".join([packed_ids for _, packed_ids in chats]), np.int32)
+        token_starts = np.concatenate(([0], np.cumsum(token_bytes.lengths(ids), dtype=np.int64)))
+        bounds = _byte_bounds([chat for chat, _ in chats])
+        # The first token that starts at a bound or behind it.
+        first_tokens = np.searchsorted(token_starts, bounds)
+        is_inside = (token_starts[first_tokens] != bounds).tolist()
+        tokens = first_tokens.tolist()
+        encoded: list[EncodedChat | None] = []
+        first, number = 0, 0
+        for chat, packed_ids in chats:
+            labels, is_apart = bytearray(len(packed_ids) // 4), False
+            for end_ids, thought in zip(self.prompt_ends.of_chat(chat), chat.empty_thoughts, strict=True):
+                start, stop = tokens[number] - first, tokens[number + 1] - first
+                if is_inside[number] or packed_ids[4 * start - len(end_ids) : 4 * start] != end_ids:
+                    is_apart = True
+                if thought and not self.learns_empty_thoughts:
+                    reach = token_starts[tokens[number]] + thought
+                    start = int(np.searchsorted(token_starts, reach, "right")) - 1 - first
+                labels[start:stop] = b"\1" * (stop - start)
+                number += 2
+            first += len(labels)
+            encoded.append(None if is_apart else self._encoded(chat, packed_ids, labels))
+        return encoded
+
+    def by_offsets(self, chat: LocatedChat, backend: Tokenizer) -> EncodedChat | None:
+        """Label a chat by encoding prompts and answers separately, or else by the offsets of its tokens.
+
+        Raises:
+            DataError: The text contains half a character, or the tokens don't decode to it.
+        """
+        tokens = encode_text(backend, chat.text)
+        check_decodes(chat.text, chat.skeleton, tokens.ids, backend)
+        starts = _starts_of_parts(backend, chat, tokens.ids)
+        return self.by_known_offsets(chat, tokens, starts)
+
+    def by_known_offsets(
+        self, chat: LocatedChat, tokens: OffsetTokens, bounds: Sequence[tuple[int, int]] | None = None
+    ) -> EncodedChat | None:
+        """Label tokens by their offsets: those that start inside an answer.
+
+        Args:
+            chat: The chat.
+            tokens: Its tokens.
+            bounds: The first token of each answer and the first behind it, if they are known.
+
+        Returns:
+            None if the answers have to be encoded apart.
+        """
+        if bounds is None:
+            offsets = list(zip(tokens.starts, tokens.ends, strict=True))
+            if any(begin < start < end for begin, end in offsets for start, _ in chat.spans):
+                return None
+            bounds = [(_tokens_before(tokens, start), _tokens_before(tokens, end)) for start, end in chat.spans]
+        packed_ids = packed(tokens.ids)
+        labels = bytearray(len(tokens.ids))
+        ends = self.prompt_ends.of_chat(chat)
+        for (start, stop), (begin, _), end_ids, thought in zip(
+            bounds, chat.spans, ends, chat.empty_thoughts, strict=True
+        ):
+            if packed_ids[4 * start - len(end_ids) : 4 * start] != end_ids:
+                return None
+            first = start
+            if thought and not self.learns_empty_thoughts:
+                first += sum(end <= begin + thought for end in tokens.ends[start:stop])
+            labels[first:stop] = b"\1" * (stop - first)
+        return self._encoded(chat, packed_ids, labels)
+
+    def _encoded(self, chat: MaskedChat, packed_ids: bytes, labels: bytearray) -> EncodedChat:
+        masked = 0 if self.learns_empty_thoughts else sum(map(bool, chat.empty_thoughts))
+        return EncodedChat(packed_ids, bytes(labels), masked_thoughts=masked)
+
+
+def _tokens_before(tokens: OffsetTokens, bound: int) -> int:
+    return sum(begin < bound for begin in tokens.starts)
+
+
+def _byte_bounds(chats: Sequence[MaskedChat]) -> list[int]:
+    """Return the start and end of each answer, in bytes of all texts end to end."""
+    bounds: list[int] = []
     base = 0
-    for chat, _ in chats:
+    for chat in chats:
         ends = [bound for span in chat.spans for bound in span]
         if chat.text.isascii():
             bounds += [base + end for end in ends]
@@ -38,52 +134,15 @@ def label_by_bytes(chats: Sequence[tuple[MaskedChat, bytes]], token_bytes: Token
         else:
             bounds += [base + len(chat.text[:end].encode()) for end in ends]
             base += len(chat.text.encode())
-    # The first token that starts at a bound or behind it.
-    first_tokens = np.searchsorted(token_starts, bounds)
-    is_inside = (token_starts[first_tokens] != bounds).tolist()
-    tokens = first_tokens.tolist()
-    encoded, first, number = [], 0, 0
-    for chat, packed_ids in chats:
-        labels, merged = bytearray(len(packed_ids) // 4), False
-        for _ in chat.spans:
-            start, end = tokens[number] - first, tokens[number + 1] - first
-            labels[start:end] = b"\1" * (end - start)
-            merged = merged or is_inside[number]
-            number += 2
-        first += len(labels)
-        encoded.append(EncodedChat(packed_ids, bytes(labels), boundary_merge=merged))
-    return encoded
+    return bounds
 
 
-def label_by_offsets(chat: LocatedChat, backend: Tokenizer) -> EncodedChat:
-    """Label a chat by encoding prompts and answers separately, or else by the offsets of its tokens.
-
-    Raises:
-        DataError: The text contains half a character, or the tokens don't decode to it.
-    """
-    tokens = encode_text(backend, chat.text)
-    labels = _labels_of_parts(backend, chat, tokens.ids)
-    check_decodes(chat, tokens.ids, backend)
-    if labels is None:
-        return labelled_tokens(chat, tokens)
-    return EncodedChat(packed(tokens.ids), bytes(labels))
-
-
-def labelled_tokens(chat: LocatedChat, tokens: OffsetTokens, special_in_content: bool = False) -> EncodedChat:
-    """Label tokens by their offsets: those that start inside an answer."""
-    labels = [any(start <= begin < end for start, end in chat.spans) for begin in tokens.starts]
-    offsets = list(zip(tokens.starts, tokens.ends, strict=True))
-    merged = any(begin < start < end for begin, end in offsets for start, _ in chat.spans)
-    return EncodedChat(packed(tokens.ids), bytes(labels), special_in_content, merged)
-
-
-def _labels_of_parts(backend: Tokenizer, chat: LocatedChat, ids: list[int]) -> list[bool] | None:
+def _starts_of_parts(backend: Tokenizer, chat: LocatedChat, ids: list[int]) -> list[tuple[int, int]] | None:
     """Encode prompts and answers separately; None if that gives different ids than the whole."""
     bounds = [0, *(bound for span in chat.spans for bound in span), len(chat.text)]
-    labels: list[bool] = []
+    firsts: list[int] = []
     joined: list[int] = []
-    for number, (start, end) in enumerate(pairwise(bounds)):
-        part = backend.encode(chat.text[start:end], add_special_tokens=False).ids if end > start else []
-        joined += part
-        labels += [number % 2 == 1] * len(part)
-    return labels if joined == ids else None
+    for start, end in pairwise(bounds):
+        joined += backend.encode(chat.text[start:end], add_special_tokens=False).ids if end > start else []
+        firsts.append(len(joined))
+    return list(zip(firsts[::2], firsts[1::2], strict=False)) if joined == ids else None

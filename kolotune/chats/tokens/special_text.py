@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from kolotune.foundation.errors import DataError
 
 from ..chat import Chat
-from ..templates.loss_mask import LocatedChat, token_pattern
 from ..templates.rendering import Span
+from ..templates.reply_format import token_pattern
 from .backend import OffsetTokens, SpecialToken
 
 if TYPE_CHECKING:
@@ -40,25 +40,38 @@ def contains_special_text(chat: Chat, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(text) for text in texts)
 
 
-def encode_as_plain_text(chat: LocatedChat, backend: Tokenizer, special: Mapping[str, SpecialToken]) -> OffsetTokens:
+def encode_as_plain_text(
+    text: str,
+    slots: Sequence[Span] | None,
+    skeleton: str,
+    backend: Tokenizer,
+    special: Mapping[str, SpecialToken],
+) -> OffsetTokens:
     """Encode the special tokens that the template wrote as such, and all other text as plain text.
+
+    Args:
+        text: A rendering, or a part of one.
+        slots: The spans of the chat's own texts in it; None if they are not known.
+        skeleton: A rendering with marks instead of texts.
+        backend: The tokenizer; must be bare.
+        special: Its special tokens by their text.
 
     Raises:
         DataError: It is unclear which tokens the template wrote, or this tokenizer can't do it exactly.
     """
     reason, pattern = "a message contains the text of a special token", token_pattern(frozenset(special))
-    if chat.slots is None:
+    if slots is None:
         raise DataError(f"{reason}, which can't be distinguished from those that the chat template writes")
     # This must be exactly what the tokenizer itself does. Checked with the skeleton, in which all special tokens are
     # the template's.
-    sample = _encode_fragments(backend, chat.skeleton, (), special)
-    if sample.ids != backend.encode(chat.skeleton, add_special_tokens=False).ids:
+    sample = _encode_fragments(backend, skeleton, (), special)
+    if sample.ids != backend.encode(skeleton, add_special_tokens=False).ids:
         raise DataError(f"{reason}, which this model's tokenizer can't write as plain text exactly")
-    tokens = _encode_fragments(backend, chat.text, chat.slots, special)
+    tokens = _encode_fragments(backend, text, slots, special)
     # Only those that the chat mentions: the unknown token may well occur in it for another reason.
-    texts = [chat.text[start:end] for start, end in chat.slots]
+    texts = [text[start:end] for start, end in slots]
     mentioned = {token: special[token].id for token in special if any(token in text for text in texts)}
-    pieces = [chat.text[start:end] for start, end in _between(chat.slots, len(chat.text))]
+    pieces = [text[start:end] for start, end in _between(slots, len(text))]
     written = sum(match[0] in mentioned for piece in pieces for match in pattern.finditer(piece))
     if sum(index in mentioned.values() for index in tokens.ids) != written:
         raise DataError(f"{reason}, which this model's tokenizer can't write as plain text")

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from kolotune.foundation.errors import DataError, TemplateError
 from ..chat import Chat
 from ..templates.loss_mask import AnswerLocator, LocatedChat
 from ..templates.signature_cache import SignedChat
+from .answers_apart import ChatApart, take_apart
 from .backend import SpecialToken, check_decodes
 from .encoded_chat import EncodedChat, packed
-from .labels import label_by_bytes, label_by_offsets, labelled_tokens
+from .labels import Labeller
 from .special_text import contains_special_text, encode_as_plain_text
 from .token_bytes import TokenBytes
 from .word_cache import WordCache
@@ -34,7 +36,7 @@ Encoding: TypeAlias = EncodedChat | TemplateError | DataError
 
 @dataclass(frozen=True)
 class ChatToEncode:
-    """A chat, and its rendering with the answers located."""
+    """A chat in one piece, and its rendering with the answers located."""
 
     chat: Chat
     masked: SignedChat | LocatedChat
@@ -43,8 +45,8 @@ class ChatToEncode:
 class Strategy(Protocol):
     """One way to encode chats."""
 
-    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | None]:
-        """Encode each chat; None for those that are left to the next strategy."""
+    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | ChatApart | None]:
+        """Encode each chat, or take its answers apart; None for those that are left to the next strategy."""
 
 
 @dataclass
@@ -53,10 +55,11 @@ class ByWordCache:
 
     words: WordCache
     token_bytes: TokenBytes
+    labeller: Labeller
 
-    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | None]:
+    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | ChatApart | None]:
         ids = [self.words.ids(chat.masked.parts) if isinstance(chat.masked, SignedChat) else None for chat in chats]
-        return _label_known(chats, ids, self.token_bytes)
+        return _label_known(chats, ids, self.token_bytes, self.labeller)
 
 
 @dataclass
@@ -66,21 +69,26 @@ class SpecialTextAsPlain:
     backend: Tokenizer
     special: Mapping[str, SpecialToken]
     pattern: re.Pattern[str]
+    labeller: Labeller
 
-    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | None]:
+    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | ChatApart | None]:
         return [self._encode(chat) for chat in chats]
 
-    def _encode(self, chat: ChatToEncode) -> Encoding | None:
-        if not isinstance(chat.masked, LocatedChat):
+    def _encode(self, chat: ChatToEncode) -> Encoding | ChatApart | None:
+        masked = chat.masked
+        if not isinstance(masked, LocatedChat):
             return None  # a chat that has a signature contains none
         try:
             if not contains_special_text(chat.chat, self.pattern):
                 return None
-            tokens = encode_as_plain_text(chat.masked, self.backend, self.special)
-            check_decodes(chat.masked, tokens.ids, self.backend)
+            tokens = encode_as_plain_text(masked.text, masked.slots, masked.skeleton, self.backend, self.special)
+            check_decodes(masked.text, masked.skeleton, tokens.ids, self.backend)
         except DataError as error:
             return error
-        return labelled_tokens(chat.masked, tokens, special_in_content=True)
+        encoded = self.labeller.by_known_offsets(masked, tokens)
+        if encoded is None:
+            return take_apart(chat.chat, masked)
+        return dataclasses.replace(encoded, special_in_content=True)
 
 
 @dataclass
@@ -89,9 +97,10 @@ class ByTokenBytes:
 
     backend: Tokenizer
     token_bytes: TokenBytes
+    labeller: Labeller
 
-    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | None]:
-        return _label_known(chats, self._ids([chat.masked.text for chat in chats]), self.token_bytes)
+    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | ChatApart | None]:
+        return _label_known(chats, self._ids([chat.masked.text for chat in chats]), self.token_bytes, self.labeller)
 
     def _ids(self, texts: list[str]) -> list[bytes | None]:
         try:
@@ -113,22 +122,26 @@ class ByOffsets:
 
     backend: Tokenizer
     locator: AnswerLocator
+    labeller: Labeller
 
-    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | None]:
+    def encode(self, chats: Sequence[ChatToEncode]) -> list[Encoding | ChatApart | None]:
         return [self._encode(chat) for chat in chats]
 
-    def _encode(self, chat: ChatToEncode) -> Encoding:
+    def _encode(self, chat: ChatToEncode) -> Encoding | ChatApart:
         try:
             located = chat.masked if isinstance(chat.masked, LocatedChat) else self.locator.locate(chat.chat)
-            return label_by_offsets(located, self.backend)
+            return self.labeller.by_offsets(located, self.backend) or take_apart(chat.chat, located)
         except (TemplateError, DataError) as error:
             return error
 
 
 def _label_known(
-    chats: Sequence[ChatToEncode], ids: Sequence[bytes | None], token_bytes: TokenBytes
-) -> list[Encoding | None]:
+    chats: Sequence[ChatToEncode], ids: Sequence[bytes | None], token_bytes: TokenBytes, labeller: Labeller
+) -> list[Encoding | ChatApart | None]:
     """Label the chats whose ids are known."""
     known = [(chat.masked, packed_ids) for chat, packed_ids in zip(chats, ids, strict=True) if packed_ids is not None]
-    encoded = iter(label_by_bytes(known, token_bytes))
-    return [None if packed_ids is None else next(encoded) for packed_ids in ids]
+    encoded = iter(labeller.by_bytes(known, token_bytes))
+    return [
+        None if packed_ids is None else next(encoded) or take_apart(chat.chat, chat.masked)
+        for chat, packed_ids in zip(chats, ids, strict=True)
+    ]

@@ -72,6 +72,8 @@ class Option:
         stages: the stages whose fingerprint always includes it.
         is_saved: whether the run folder keeps it. If not, it belongs to one call.
         default: the value if nobody gives one; `engine_registry` has the defaults that differ under an engine.
+        is_default_recorded: whether a stage's fingerprint includes the default, too. Not for options that are younger
+            than the records of earlier versions.
     """
 
     help: str
@@ -81,6 +83,7 @@ class Option:
     stages: frozenset[str]
     is_saved: bool
     default: object
+    is_default_recorded: bool
 
 
 def option(
@@ -93,17 +96,18 @@ def option(
     more_verbs: str = "",
     without: str = "",
     is_saved: bool = True,
+    is_default_recorded: bool = True,
 ) -> T:
     """Return a field of `Config`; see `Option`.
 
     Args:
-        default, text, group, kind, is_saved: as in `Option`.
+        default, text, group, kind, is_saved, is_default_recorded: as in `Option`.
         stages: names, separated by spaces.
         more_verbs: verbs that take it beside those of its group.
         without: verbs of its group that do not take it.
     """
     verbs = (group.verbs | set(more_verbs.split())) - set(without.split())
-    described = Option(text, group, kind, verbs, frozenset(stages.split()), is_saved, default)
+    described = Option(text, group, kind, verbs, frozenset(stages.split()), is_saved, default, is_default_recorded)
     return field(default=default, metadata={"option": described})
 
 
@@ -144,6 +148,16 @@ class Config:
         "answers with reasoning and off for others.",
         Group.DATA,
         kind=Kind.NAMES,
+        stages="prepare",
+        is_default_recorded=False,
+    )
+    empty_thoughts: Literal["mask", "learn"] = option(
+        "mask",
+        "The empty thought that a template writes before an answer without one: mask it, which keeps the base's "
+        "ability to think, or learn it.",
+        Group.DATA,
+        stages="prepare",
+        is_default_recorded=False,
     )
     template_date: str | None = option(
         None,
@@ -343,8 +357,13 @@ def option_names(*, kind: Kind | None = None, stage: str | None = None) -> list[
 
 
 def stage_options(config: Config, stage: str) -> dict[str, object]:
-    """Return the options that are always part of a stage's fingerprint, as plain values."""
-    return plain_values(config, option_names(stage=stage))
+    """Return the options that are part of a stage's fingerprint whatever the run is, as plain values."""
+    names = [
+        name
+        for name in option_names(stage=stage)
+        if OPTIONS[name].is_default_recorded or getattr(config, name) != OPTIONS[name].default
+    ]
+    return plain_values(config, names)
 
 
 def plain_values(config: Config, names: Iterable[str]) -> dict[str, object]:

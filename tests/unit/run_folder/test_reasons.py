@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.fake_stage import FakeStage
 
+from kolotune.foundation.config import stage_options
 from kolotune.foundation.hashing import Hasher
 from kolotune.pipeline.reason_text import format_reason
 from kolotune.run_folder.reasons import Reason, ReasonKind, find_reasons
@@ -46,6 +47,22 @@ def test_each_change_has_its_own_reason(stage: FakeStage, context: Context, tmp_
     assert reasons(stage, context) == [Reason(ReasonKind.OUTPUT_ALTERED, "Merged.gguf")]
     context.run.gguf.unlink()
     assert reasons(stage, context) == [Reason(ReasonKind.OUTPUT_MISSING, "Merged.gguf")]
+
+
+def test_a_young_option_is_recorded_unless_it_has_its_default(stage: FakeStage, context: Context) -> None:
+    def chosen(value: str) -> list[Reason]:
+        config = dataclasses.replace(context.config, empty_thoughts=value)  # type: ignore[arg-type]
+        stage.chosen = stage_options(config, "prepare")
+        return reasons(stage, context)
+
+    chosen("mask")
+    assert "empty_thoughts" not in stage.chosen and stage.chosen
+    write_record(stage, context, {}, now())
+    assert chosen("mask") == []
+    assert chosen("learn") == [Reason(ReasonKind.OPTION_CHANGED, "empty_thoughts", None, "learn")]
+    write_record(stage, context, {}, now())
+    assert chosen("learn") == []
+    assert chosen("mask") == [Reason(ReasonKind.OPTION_CHANGED, "empty_thoughts", "learn", "mask")]
 
 
 def test_all_reasons_are_found(stage: FakeStage, context: Context, tmp_path: Path) -> None:

@@ -16,16 +16,20 @@ from support.masking import (
     USER,
     byte_level,
     chat,
+    check_served,
     decode,
     encode,
     labelled_texts,
     locate,
     template_of,
+    trained,
 )
 
 from kolotune.chats import Chat, Message
 from kolotune.chats.templates.frozen_date import freeze_date
-from kolotune.chats.templates.loss_mask import end_token
+from kolotune.chats.templates.loss_mask import ApartReason
+from kolotune.chats.templates.rendering import with_separate_thoughts
+from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.foundation.errors import TemplateError
 
@@ -35,18 +39,25 @@ def test_answers_of_real_templates(name: str, templates_folder: Path) -> None:
     family = FAMILIES[name]
     template, tokenizer = template_of(family, templates_folder), byte_level(family.special)
     for sample in CHATS + (SYSTEM_CHATS if family.system else []):
-        text = template.render(sample.message_dicts())
-        matches = list(re.compile(family.answer, re.DOTALL).finditer(text))
-        assert len(matches) == sum(message.role == ANSWER for message in sample.messages)
+        dicts = sample.message_dicts()
+        numbers = [number for number, message in enumerate(sample.messages) if message.role == ANSWER]
+        matches = [
+            list(re.compile(family.answer, re.DOTALL).finditer(template.render(dicts[: number + 1])))[-1]
+            for number in numbers
+        ]
         located = locate(sample, template, family.special)
+        text = template.render(dicts)
         assert located.text == text
-        assert list(located.spans) == [match.span(1) for match in matches]
-        encoded = encode(sample, template, tokenizer)
-        assert len(encoded.ids) == len(encoded.labelled)
-        assert decode(tokenizer, encoded.ids) == text
-        assert not encoded.special_in_content and not encoded.boundary_merge
+        assert [answer for _, answer in trained(located)] == [match[1] for match in matches]
+        is_first_followed = numbers[0] + 1 < len(dicts)
+        assert located.reason is (ApartReason.HISTORY if name == "qwen3" and is_first_followed else None)
+        learned = check_served(sample, template, tokenizer)
+        assert learned == [match[1].removeprefix("<think>\n\n</think>\n\n") for match in matches]
+        encoded = encode(sample, template, tokenizer, learns_empty_thoughts=True)
         assert labelled_texts(encoded, tokenizer) == [match[1] for match in matches]
-        assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not located.apart:
+            assert list(located.spans) == [match.span(1) for match in matches]
+            assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -59,53 +70,121 @@ def test_special_tokens_in_contents_are_plain_text(name: str, templates_folder: 
     sample = chat(*hard)
     encoded = encode(sample, template, tokenizer)
     assert encoded.special_in_content
-    text = template.render(sample.message_dicts())
-    assert decode(tokenizer, encoded.ids) == text
     # Independent: the same chat with brackets that make no tokens has its answers at the same offsets.
-    plain = template.render(chat(*harmless).message_dicts())
-    assert len(plain) == len(text)
-    spans = [match.span(1) for match in re.compile(family.answer, re.DOTALL).finditer(plain)]
-    assert len(spans) == 3
-    assert labelled_texts(encoded, tokenizer) == [text[start:end] for start, end in spans]
+    plain = encode(chat(*harmless), template, tokenizer)
+    text, plain_text = decode(tokenizer, encoded.ids), decode(tokenizer, plain.ids)
+    assert len(plain_text) == len(text)
+    assert [len(answer) for answer in labelled_texts(encoded, tokenizer)] == [
+        len(answer) for answer in labelled_texts(plain, tokenizer)
+    ]
+    for (_, answer), learned in zip(hard, labelled_texts(encoded, tokenizer), strict=True):
+        assert learned.strip().startswith(answer.strip())
     ids = set(tokenizer.convert_tokens_to_ids(list(family.special)))
-    plain_ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
-    assert sum(index in ids for index in encoded.ids) == sum(index in ids for index in plain_ids)
+    assert sum(index in ids for index in encoded.ids) == sum(index in ids for index in plain.ids)
 
 
 # ruff: noqa: RUF001 (DeepSeek's tokens are spelled with full-width bars)
 REFUSED = {
-    "Qwen-QwQ-32B": r"opens a reply with '<think>",
-    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": r"opens a reply with '<think>\\n</think>'",
-    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": r"opens a reply with '<think>\\n'",
-    "google-gemma-4-31B-it": r"opens a reply with '<\|channel>thought",
     "llama-cpp-rwkv-world": "ends an answer with no special token",
     "GLM-4.6": "ends an answer with no special token",
     "Apertus-8B-Instruct": "ends an answer with no special token",
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "opens replies differently than it writes finished",
     "Kimi-K3": "more of a turn behind its answer",
 }
-_ANY_SPECIAL = re.compile(r"<[|｜][^<>{}\n]{1,40}?[|｜]>|</?s>|<\|?turn\|?>|<\|?channel\|?>")
+_ANY_SPECIAL = re.compile(r"<[|｜][^<>{}\n]{1,40}?[|｜]>|</?s>|<\|?turn\|?>|<\|?channel\|?>|\]~!?b\[?|\[e~\[")
+
+
+def _published(file: str, folder: Path, switch: str = "") -> tuple[ChatTemplate, tuple[str, ...]]:
+    """Return a published template with its special tokens; `switch` is a variable to turn on."""
+    source = freeze_date((folder / f"{file}.jinja").read_text(encoding="utf-8"), DATE)
+    template = ChatTemplate(
+        f"{{%- set {switch} = true -%}}{source}" if switch else source, {"bos_token": "<s>", "eos_token": "</s>"}
+    )
+    text = template.render(chat(("Hi", "Hello")).message_dicts())
+    return template, tuple(sorted({match[0] for match in _ANY_SPECIAL.finditer(source + text)}))
 
 
 @pytest.mark.parametrize("file", REFUSED)
 def test_templates_that_can_not_be_trained_are_refused(file: str, templates_folder: Path) -> None:
-    source = freeze_date((templates_folder / f"{file}.jinja").read_text(encoding="utf-8"), DATE)
-    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
-    text = template.render(chat(("Hi", "Hello")).message_dicts())
-    special = {match[0] for match in _ANY_SPECIAL.finditer(source + text)}
+    template, special = _published(file, templates_folder)
     with pytest.raises(TemplateError, match=REFUSED[file]) as caught:
         locate(chat(("Hi", "Hello")), template, special)
     assert "\n" not in caught.value.cause and caught.value.hint
 
 
-def test_thinking_that_the_prompt_opens_is_trained_on_where_the_chat_has_it(templates_folder: Path) -> None:
-    source = (templates_folder / "MiniMax-M2.jinja").read_text(encoding="utf-8")
-    template, special = ChatTemplate(source, {}), ("]~b]", "]~!b[", "[e~[")
-    with pytest.raises(TemplateError, match="training and serving would differ"):
-        locate(chat(("Hi", "Hello")), template, special)
-    sample = Chat((Message(USER, "Hi"), Message(ANSWER, "Hello", reasoning="They greet.")))
-    located = locate(sample, template, special)
-    assert [located.text[a:b] for a, b in located.spans] == ["They greet.\n</think>\n\nHello[e~["]
+# What the model writes behind the opened thought: its end, if the chat has no thought.
+OPENING = {
+    ("Qwen-QwQ-32B", ""): "",
+    ("Qwen-QwQ-32B", "enable_thinking"): "\n</think>\n\n",
+    ("Qwen3.5-4B", ""): "\n</think>\n\n",
+    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", ""): "",
+    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "enable_thinking"): "\n</think>\n\n",
+    ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", ""): "\n</think>\n\n",
+    ("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", ""): "\n</think>\n",
+    ("deepseek-ai-DeepSeek-V3.1", ""): "",
+    ("deepseek-ai-DeepSeek-V3.1", "thinking"): "</think>",
+    ("deepseek-ai-DeepSeek-V3.2", ""): "",
+    ("deepseek-ai-DeepSeek-V3.2", "thinking"): "</think>",
+    ("deepseek-ai-DeepSeek-V4", ""): "",
+    ("deepseek-ai-DeepSeek-V4", "thinking"): "</think>",
+    ("google-gemma-4-31B-it", ""): "",
+    ("google-gemma-4-31B-it", "enable_thinking"): None,  # the prompt opens no thought
+    ("MiniMax-M2", ""): "\n</think>\n\n",
+    ("StepFun3.5-Flash", ""): "\n</think>\n",
+    ("Spark2.5", ""): "</think>",
+}
+
+
+@pytest.mark.parametrize(("file", "switch"), OPENING)
+def test_templates_that_open_a_thought(file: str, switch: str, templates_folder: Path) -> None:
+    template, special = _published(file, templates_folder, switch)
+    tokenizer, closing = byte_level(special), OPENING[file, switch]
+    pairs = [("Hi", "Hello"), ("Why?", "So {x}."), ("And  ", "a\n\nb")]
+    sample = chat(*pairs)
+    answers = [answer for _, answer in trained(locate(sample, template, special))]
+    assert [answer.startswith((closing or "") + pair[1]) for answer, pair in zip(answers, pairs, strict=True)] == [
+        True
+    ] * 3
+    learned = check_served(sample, template, tokenizer)
+    assert [text.startswith(pair[1]) for text, pair in zip(learned, pairs, strict=True)] == [True] * 3
+    assert all(text.endswith(special) for text in learned)
+    encoded = encode(sample, template, tokenizer, learns_empty_thoughts=True)
+    assert labelled_texts(encoded, tokenizer) == answers
+    end = next(token for token in special if learned[0].endswith(token))
+    special_text = encode(chat((end, f"Hello {end} you"), ("a", "b")), template, tokenizer)
+    assert special_text.special_in_content
+    assert labelled_texts(special_text, tokenizer)[1].startswith("b")
+
+
+@pytest.mark.parametrize(("file", "switch"), OPENING)
+@pytest.mark.parametrize("inline", [False, True])
+def test_thoughts_are_trained_on_or_refused(file: str, switch: str, inline: bool, templates_folder: Path) -> None:
+    template, special = _published(file, templates_folder, switch)
+    closing = OPENING[file, switch]
+    pairs = [("Hi", "They greet.", "Hello"), ("Why?", "Hm.", "So.")]
+    turns = [
+        (
+            Message(USER, question),
+            Message(ANSWER, f"<think>\n{thought}\n</think>\n\n{answer}")
+            if inline
+            else Message(ANSWER, answer, reasoning=thought),
+        )
+        for question, thought, answer in pairs
+    ]
+    sample = Chat(tuple(message for pair in turns for message in pair))
+    if closing == "":
+        with pytest.raises(TemplateError, match="its prompts close the thought that they open") as caught:
+            locate(sample, template, special)
+        assert "--template-switch" in caught.value.hint
+        return
+    # DeepSeek V3.2 and V4 know thoughts beside the content only.
+    served = with_separate_thoughts(sample) if file[-4:] in ("V3.2", "k-V4") else sample
+    learned = check_served(sample, template, byte_level(special), served)
+    for text, (_, thought, answer) in zip(learned, pairs, strict=True):
+        before, between, behind = text.rpartition(answer)
+        assert thought in before and between and behind in special
+        if closing is not None:
+            assert before.removeprefix(thought).strip() == closing.strip()
 
 
 QWEN3_CASES = [
@@ -114,11 +193,11 @@ QWEN3_CASES = [
     ((Message(ANSWER, "<think>\n\n</think>\n\nYes"),), ["<think>\n\n</think>\n\nYes<|im_end|>"]),
     (
         (Message(ANSWER, "Yes", reasoning="Hm"), Message(USER, "So?"), Message(ANSWER, "No", reasoning="Ah")),
-        ["Yes<|im_end|>", "<think>\nAh\n</think>\n\nNo<|im_end|>"],
+        ["<think>\nHm\n</think>\n\nYes<|im_end|>", "<think>\nAh\n</think>\n\nNo<|im_end|>"],
     ),
     (
         (Message(ANSWER, "<think>Hm</think>Yes"), Message(USER, "So?"), Message(ANSWER, "No")),
-        ["Yes<|im_end|>", "<think>\n\n</think>\n\nNo<|im_end|>"],
+        ["<think>\nHm\n</think>\n\nYes<|im_end|>", "No<|im_end|>"],
     ),
     ((Message(ANSWER, "a </think> b </think> c"),), None),
 ]
@@ -135,8 +214,9 @@ def test_thinking_in_qwen3(turns: tuple[Message, ...], answers: list[str] | None
         return
     encoded = encode(sample, template, tokenizer)
     assert labelled_texts(encoded, tokenizer) == answers
-    if "<think>" in answers[-1]:
-        assert tokenizer.convert_tokens_to_ids("<think>") in encoded.ids
+    assert tokenizer.convert_tokens_to_ids("<think>") in encoded.ids
+    assert encoded.masked_thoughts == (answers[-1] == "No<|im_end|>")
+    assert encoded.dropped_thoughts == len(answers) - 1
 
 
 TOOL = {
@@ -158,7 +238,7 @@ TOOL_CHAT = Chat(
 _QWEN_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
 TOOL_ANSWERS = {
     "qwen2.5": [_QWEN_CALL, "7 degrees.<|im_end|>", "Welcome<|im_end|>"],
-    "qwen3": [_QWEN_CALL, "7 degrees.<|im_end|>", "<think>\n\n</think>\n\nWelcome<|im_end|>"],
+    "qwen3": [_QWEN_CALL, "7 degrees.<|im_end|>", "Welcome<|im_end|>"],
     "llama3.1": [
         '{"name": "get_weather", "parameters": {"city": "Oslo"}}<|eot_id|>',
         "7 degrees.<|eot_id|>",
@@ -186,8 +266,9 @@ def test_calls_of_tools_are_answers(name: str, templates_folder: Path) -> None:
     encoded = encode(TOOL_CHAT, template, tokenizer)
     assert labelled_texts(encoded, tokenizer) == TOOL_ANSWERS[name]
     last_call = Chat(TOOL_CHAT.messages[:2], tools=TOOL_CHAT.tools)
-    located = locate(last_call, template, family.special)
-    assert located.text[slice(*located.spans[0])].endswith(TOOL_ANSWERS[name][0])
+    ((_, call),) = trained(locate(last_call, template, family.special))
+    assert call.endswith(TOOL_ANSWERS[name][0])
+    assert check_served(TOOL_CHAT, template, tokenizer) == TOOL_ANSWERS[name]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +304,8 @@ def test_gpt_oss_learns_to_stop_with_one_token(templates_folder: Path) -> None:
     template = ChatTemplate(source, {})
     assert end_token(template, special) == "<|return|>"
     located = locate(chat(("Hi", "Hello"), ("Why?", "So.")), template, special)
-    assert [located.text[a:b] for a, b in located.spans] == [
-        "<|channel|>final<|message|>Hello",
+    assert located.reason is ApartReason.HISTORY
+    assert [answer for _, answer in trained(located)] == [
+        "<|channel|>final<|message|>Hello<|return|>",
         "<|channel|>final<|message|>So.<|return|>",
     ]

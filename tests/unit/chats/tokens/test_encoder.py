@@ -21,14 +21,19 @@ from support.masking import (
     labelled_texts,
     locate,
     metaspace,
+    sequences,
+    trained,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kolotune.chats import Chat, Message
+from kolotune.chats.templates.loss_mask import ApartReason
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.backend import bare
-from kolotune.chats.tokens.labels import label_by_bytes, label_by_offsets
+from kolotune.chats.tokens.encoder import Encoder
+from kolotune.chats.tokens.labels import Labeller
+from kolotune.chats.tokens.prompt_ends import PromptEnds
 from kolotune.chats.tokens.strategies import ByTokenBytes
 from kolotune.chats.tokens.token_bytes import TokenBytes
 from kolotune.foundation.errors import DataError, TemplateError
@@ -37,9 +42,13 @@ from kolotune.foundation.errors import DataError, TemplateError
 def test_unusual_templates() -> None:
     special = ("<s>", "</s>", "<|im_end|>")
 
-    def spans(source: str, sample: Chat) -> list[str]:
-        located = locate(sample, ChatTemplate(source, {"eos_token": "</s>"}), special)
-        return [located.text[a:b] for a, b in located.spans]
+    def answers(source: str, sample: Chat) -> list[str]:
+        template, dicts = ChatTemplate(source, {"eos_token": "</s>"}), sample.message_dicts()
+        found = trained(locate(sample, template, special))
+        numbers = [number for number, message in enumerate(sample.messages) if message.role == ANSWER]
+        for number, (prompt, _) in zip(numbers, found, strict=True):
+            assert not number or prompt == template.render(dicts[:number], add_generation_prompt=True)
+        return [answer for _, answer in found]
 
     # Llama 2's way, with the system text in the last question: earlier prompts differ from the chat's text.
     late = (
@@ -48,27 +57,28 @@ def test_unusual_templates() -> None:
         "{% endif %}{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}"
         "{% endfor %}"
     )
-    assert spans(late, chat(("a", "b"), ("c", "d"), system="S")) == [" b </s>", " d </s>"]
+    assert answers(late, chat(("a", "b"), ("c", "d"), system="S")) == [" b </s>", " d </s>"]
     # ChatML in which the number of turns is in front: no prompt is a prefix of the chat's text.
     counted = "{{ messages | length }}" + CHATML
-    assert spans(counted, chat(("a", "b"), ("c", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
-    assert spans(counted, chat(("a <|im_start|>assistant\n", "b"))) == ["b<|im_end|>"]
-    assert spans(counted, chat(("a", "b"), (" ", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
+    assert answers(counted, chat(("a", "b"), ("c", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
+    assert answers(counted, chat(("a <|im_start|>assistant\n", "b"))) == ["b<|im_end|>"]
+    assert answers(counted, chat(("a", "b"), (" ", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
+    assert answers(counted, chat(("a", "<|im_start|>assistant\n"), (" ", "d")))[1] == "d<|im_end|>"
     with pytest.raises(TemplateError, match="does not show where an answer starts"):
-        spans(counted, chat(("a", "<|im_start|>assistant\n"), (" ", "d")))
+        answers(counted, Chat((Message(ANSWER, "<|im_start|>assistant\n"), *chat(("a", "b")).messages)))
     # A chat may begin with the assistant.
     first = Chat((Message(ANSWER, "Welcome"), *chat(("a", "b")).messages))
-    assert spans(CHATML, first) == ["Welcome<|im_end|>", "b<|im_end|>"]
+    assert answers(CHATML, first) == ["Welcome<|im_end|>", "b<|im_end|>"]
     # The end of sequence behind another special token is what stops the model.
     row = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|im_end|></s>")
-    assert spans(row, chat(("a", "b"))) == ["b<|im_end|></s>"]
+    assert answers(row, chat(("a", "b"))) == ["b<|im_end|></s>"]
     twice = CHATML.replace("{{ m.content }}", "{{ m.content }}|{{ m.content }}")
     with pytest.raises(TemplateError, match="once each"):
-        spans(twice, chat(("a", "b")))
+        answers(twice, chat(("a", "b")))
     polite = CHATML.replace("{{ m.content }}", "{{ m.content.replace('damn', 'd***') }}")
-    assert spans(polite, chat(("damn", "b"))) == ["b<|im_end|>"]
+    assert answers(polite, chat(("damn", "b"))) == ["b<|im_end|>"]
     with pytest.raises(TemplateError, match="changes the text"):
-        spans(polite, chat(("a", "damn b")))
+        answers(polite, chat(("a", "damn b")))
     with pytest.raises(TemplateError, match="no special token"):
         locate(chat(("a", "b")), ChatTemplate(CHATML, {}), ("<s>",))
 
@@ -102,15 +112,41 @@ def test_offsets_may_be_trimmed_and_settings_are_restored() -> None:
     assert untrimmed == plain
 
 
-def test_a_token_across_the_start_of_an_answer_is_not_labelled() -> None:
-    tokenizer = byte_level(CHATML_SPECIAL, *["\n\n"] * 50)
-    sample = chat(("a", "\n\nHello"), ("b", "Hello"))
-    encoded = encode(sample, ChatTemplate(CHATML, {}), tokenizer)
-    text = ChatTemplate(CHATML, {}).render(sample.message_dicts())
-    assert encoded.boundary_merge and decode(tokenizer, encoded.ids) == text
-    assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert labelled_texts(encoded, tokenizer) == ["\nHello<|im_end|>", "Hello<|im_end|>"]
-    assert not encode(chat(("a", "Hello")), ChatTemplate(CHATML, {}), tokenizer).boundary_merge
+_TWO_LINES = CHATML.replace("assistant\n", "assistant\n\n").replace("{{ m.role }}\n", "{{ m.role }}\n\n")
+
+
+@pytest.mark.parametrize(
+    ("jinja", "sample"),
+    [
+        (CHATML, chat(("a", "\n\nHello"), ("b", "Hello"))),  # a token across the start of an answer
+        (_TWO_LINES, chat(("a", "Hello"), ("b", "Hello"))),  # the prompt's last token is two in front of a letter
+        (_TWO_LINES, chat(("a", "Hello"))),
+        (_TWO_LINES, chat(("write <|im_end|>", "Hello"), ("b", "<|im_start|>Hello"))),
+    ],
+)
+def test_where_prompt_and_answer_would_share_a_token_answers_are_apart(jinja: str, sample: Chat) -> None:
+    tokenizer, template = byte_level(CHATML_SPECIAL, *["\n\n"] * 50), ChatTemplate(jinja, {})
+    encoded = encode(sample, template, tokenizer)
+    dicts = sample.message_dicts()
+    is_special = any("<|" in message.content for message in sample.messages)
+    assert encoded.special_in_content == is_special
+    assert encoded.apart is (ApartReason.BOUNDARY if len(dicts) > 2 else None)
+    for number, (prompt, answer) in zip(range(1, len(dicts), 2), sequences(encoded), strict=True):
+        text = template.render(dicts[:number], add_generation_prompt=True)
+        expected = dicts[number]["content"] + "<|im_end|>"
+        assert decode(tokenizer, prompt) == text and decode(tokenizer, answer) == expected
+        if not is_special:
+            assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert prompt == Encoder(template, tokenizer).prompt_ids(dicts[:number])
+            assert answer == tokenizer(expected, add_special_tokens=False)["input_ids"]
+
+
+def test_where_they_share_none_a_chat_stays_in_one_piece() -> None:
+    tokenizer, template = byte_level(CHATML_SPECIAL, *["\n\n"] * 50), ChatTemplate(CHATML, {})
+    sample = chat(("a", "Hello"), ("\n\n", "x\n\n"))
+    encoded = encode(sample, template, tokenizer)
+    assert not encoded.ends and encoded.apart is None
+    assert encoded.ids == tokenizer(template.render(sample.message_dicts()), add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
@@ -125,16 +161,19 @@ def test_metaspace(scheme: str) -> None:
     runs = groupby(zip(encoded.labelled, tokens, strict=True), key=lambda pair: pair[0])
     answers = ["".join(token for _, token in run).replace("▁", " ") for labelled, run in runs if labelled]
     assert answers == ["Hello and some<|im_end|>", " Hello  and<|im_end|>"]
-    assert not encoded.boundary_merge
+    assert not encoded.ends
 
 
-def test_metaspace_merges_across_the_start() -> None:
-    tokenizer = metaspace(CHATML_SPECIAL, *["t\nHe"] * 50, scheme="never")
-    encoded = encode(chat(("a", "Hello"), ("a", "some")), ChatTemplate(CHATML, {}), tokenizer)
-    assert encoded.boundary_merge
-    tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
-    labelled = [token for token, label in zip(tokens, encoded.labelled, strict=True) if label]
-    assert "".join(labelled) == "llo<|im_end|>some<|im_end|>"
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_metaspace_merges_across_the_start(scheme: str) -> None:
+    tokenizer, template = metaspace(CHATML_SPECIAL, *["t\nHe"] * 50, scheme=scheme), ChatTemplate(CHATML, {})
+    sample = chat(("a", "Hello"), ("a", "some"))
+    encoded = encode(sample, template, tokenizer)
+    assert encoded.apart is ApartReason.BOUNDARY
+    for number, (prompt, answer) in zip((1, 3), sequences(encoded), strict=True):
+        text = template.render(sample.message_dicts()[:number], add_generation_prompt=True)
+        assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert "".join(tokenizer.convert_ids_to_tokens(answer)) == ("Hello" if number == 1 else "some") + "<|im_end|>"
 
 
 def test_special_tokens_in_contents_are_refused_where_they_can_not_be_exact() -> None:
@@ -232,7 +271,8 @@ def test_labels_by_bytes_are_those_by_offsets(pairs: list[tuple[str, str]]) -> N
     backend = tokenizer.backend_tokenizer
     token_bytes = TokenBytes(backend)
     with bare(backend):
+        labeller = Labeller(PromptEnds(backend, [*CHATML_SPECIAL, "<think>", "</think>"]), learns_empty_thoughts=False)
         located = locate(chat(*pairs), template, CHATML_SPECIAL)
-        (ids,) = ByTokenBytes(backend, token_bytes)._ids([located.text])
+        (ids,) = ByTokenBytes(backend, token_bytes, labeller)._ids([located.text])
         assert ids is not None
-        assert label_by_bytes([(located, ids)], token_bytes) == [label_by_offsets(located, backend)]
+        assert labeller.by_bytes([(located, ids)], token_bytes) == [labeller.by_offsets(located, backend)]
