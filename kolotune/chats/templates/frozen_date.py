@@ -63,7 +63,7 @@ def freeze_date(jinja: str, date: datetime.date) -> str:
         if match["test"] is not None:
             return "true" if (match["test"] == "defined") != bool(match["negated"]) else "false"
         quote = match["literal"][0]
-        text = _strftime(date, _string(match["literal"]))
+        text = format_date(date, _string(match["literal"]))
         return quote + text.replace("\\", "\\\\").replace(quote, "\\" + quote).replace("\n", "\\n") + quote
 
     frozen = _DATE_USE.sub(literal, jinja)
@@ -84,7 +84,7 @@ def _string(literal: str) -> str:
         raise TemplateError(f"the chat template has a date format that can't be read: {literal}") from error
 
 
-def _strftime(date: datetime.date, pattern: str) -> str:
+def format_date(date: datetime.date, pattern: str) -> str:
     """Format a date like ``date.strftime``, with English names in every locale and the same on every system."""
     weekday, month = _WEEKDAYS[date.weekday()], _MONTHS[date.month - 1]
     values = {

@@ -1,4 +1,6 @@
-"""Render chat templates with Jinja as transformers does, without transformers.
+"""Render chat templates with Jinja as transformers does, without transformers; where llama.cpp differs, as it does.
+
+llama.cpp is what serves the result. docs/chat-templates.md lists the differences.
 
 The code here runs strangers' programs. Other modules call it through `sandbox`, which runs it in a confined process
 and keeps each call within limits of time, memory and length.
@@ -6,9 +8,10 @@ and keeps each call within limits of time, memory and length.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +29,7 @@ from .signature import TemplateSignature
 
 Result = TypeVar("Result")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # its names in templates, the best known first
+_CHANGING = ("append", "pop")  # what llama.cpp's lists have, too
 _TOO_LARGE = "the chat template can't be used: it writes far more text than it is given"
 # The longest rendering, in characters: this many, and this many for each character of the chat.
 _FREE, _FACTOR = 1 << 20, 16
@@ -78,8 +82,10 @@ def render(
     """See `sandbox.render`."""
 
     def text() -> str:
-        turns = [_with_reasoning(message) for message in messages]
-        return str(_compiled(jinja).render(messages=turns, tools=tools or None, documents=None, **variables))
+        turns, offered = [_with_reasoning(message) for message in messages], tools or None
+        if any(name in jinja for name in _CHANGING):
+            turns, offered = copy.deepcopy((turns, offered))  # these lists are the caller's
+        return str(_compiled(jinja).render(messages=turns, tools=offered, documents=None, **variables))
 
     rendered = _limited(text, "refuses these messages")
     if len(rendered) > _FREE:
@@ -110,14 +116,26 @@ def _limited(work: Callable[[], Result], failure: str) -> Result:
 
 @lru_cache(64)
 def _compiled(jinja: str) -> Template:
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    environment = _TemplateEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols], finalize=_written
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters |= {"tojson": _to_json, "safe": str}
     environment.globals |= {
         "raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace,
     }  # fmt: skip
     return environment.from_string(jinja)
+
+
+class _TemplateEnvironment(sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which lists can grow and shrink: templates collect tool calls in them."""
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return (attr in _CHANGING and isinstance(obj, list)) or super().is_safe_attribute(obj, attr, value)
+
+
+def _written(value: object) -> object:
+    """Return what is written for a value: for none nothing."""
+    return "" if value is None else value
 
 
 class _Generation(ext.Extension):
@@ -176,7 +194,21 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Write plain JSON; Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value,
+        default=_listed,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _listed(value: object) -> list[object]:
+    """Return what filters such as ``map`` yield as a list."""
+    if isinstance(value, Generator):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} can't be written as JSON")
 
 
 def _with_reasoning(message: Mapping[str, object]) -> Mapping[str, object]:
@@ -190,6 +222,8 @@ def _describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, jinja_errors.TemplateSyntaxError):
         return f"{' '.join((error.message or '').split())} (line {error.lineno})"
+    if isinstance(error, jinja_errors.UndefinedError) and message.endswith("no attribute 'undefined'"):
+        return "it needs a variable that is no part of a chat; those that it has are set in its first lines"
     if isinstance(error, jinja_errors.TemplateError) and message:
         return message
     return f"{type(error).__name__}: {message}"

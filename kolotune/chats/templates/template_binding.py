@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from kolotune.foundation.errors import ConfigError, TemplateError
 
 from . import sandbox
-from .frozen_date import freeze_date
+from .frozen_date import format_date, freeze_date
 
 # What a chat is: every server hands these, with the same values.
 _OF_THE_CHAT = frozenset(("messages", "tools", "add_generation_prompt"))
@@ -29,6 +29,7 @@ _UNDEFINED = "{}.undefined"  # an item that an empty mapping does not have
 # for none, except those that loop over the tools of each chat.
 _NO_TOOLS = ("none", _UNDEFINED)
 _LINE = re.compile(r"\{% set (?P<name>\w+) = (?P<value>.*) %\}\n")
+_DATES = {"datetime": "%b %d %Y", "date_string": "%d %b %Y"}  # as llama.cpp writes them
 _QUESTION = ({"role": "user", "content": "Hi"},)
 
 
@@ -54,6 +55,7 @@ def bind(jinja: str, date: datetime.date, tokens: Mapping[str, object], switches
     _check_switches(switches, [name for name in free if name not in (*tokens, *_SERVED_TOKENS)])
     switched = {name: _SWITCH.format(name=name) for name in switches if name not in switches_of(frozen)}
     values = {name: _value(name, tokens) for name in free if name not in unbound and name not in switches} | switched
+    values = _with_required(values, frozen, date, tokens)
     values |= _value_of_tools(values, frozen, tokens)
     if not values:
         return frozen
@@ -84,6 +86,23 @@ def _with_values(values: Mapping[str, str], jinja: str) -> str:
 def _line(name: str, value: str) -> str:
     # A line: the newline behind a statement is not written, and what follows starts a line as before.
     return f"{{% set {name} = {value} %}}\n"
+
+
+def _with_required(
+    values: Mapping[str, str], jinja: str, date: datetime.date, tokens: Mapping[str, object]
+) -> dict[str, str]:
+    """Return the values with a text for each variable without which the template fails."""
+    if _renders(_with_values(values, jinja), tokens):
+        return {**values}
+    undefined = [name for name, value in values.items() if value == _UNDEFINED]
+    texts = {name: f'"{format_date(date, _DATES.get(name, ""))}"' for name in undefined}
+    if not _renders(_with_values({**values, **texts}, jinja), tokens):
+        return {**values}
+    for name in undefined:
+        fewer = {other: text for other, text in texts.items() if other != name}
+        if _renders(_with_values({**values, **fewer}, jinja), tokens):
+            texts = fewer
+    return {**values, **texts}
 
 
 def _value_of_tools(values: Mapping[str, str], jinja: str, tokens: Mapping[str, object]) -> dict[str, str]:
