@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kolotune.fidelity.comparison import Comparison, QuantizationFigures, StageCheck
+from kolotune.fidelity.comparison import Comparison, PathCheck, QuantizationFigures, StageCheck
 from kolotune.foundation.errors import FidelityError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
 _CHECKS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
+_PATHS = ("GGUF", "prompts rendered by", "the newest Ollama's way", "prompts", "kinds of chats")
 _QUANTIZATIONS = ("quantization", "size", "loss", "KL mean", "top-1", "importance matrix", "kept")
 
 
@@ -32,6 +33,10 @@ def show(comparison: Comparison, reporter: Reporter) -> None:
     part = "held-out" if comparison.held_out else "training"
     title = f"Compared on {comparison.chats} {part} chats, {comparison.positions} answer tokens"
     reporter.table(title, _CHECKS, [_check_cells(check) for check in comparison.checked])
+    if comparison.paths:
+        reporter.table(
+            "Prompts with the tokens of training", _PATHS, [_path_cells(check) for check in comparison.paths]
+        )
     if comparison.base_loss is not None and comparison.tuned_loss is not None:
         reporter.note(f"loss of the base model {comparison.base_loss:.4f}, tuned {comparison.tuned_loss:.4f}")
     if len(comparison.quantizations) > 1:
@@ -63,6 +68,11 @@ def _check_cells(check: StageCheck) -> tuple[str, ...]:
         str(check.stops),
         "ok" if check.passed else "FAILED",
     )
+
+
+def _path_cells(check: PathCheck) -> tuple[str, ...]:
+    is_ollamas = "yes" if check.is_ollamas else "no"
+    return (check.name, check.rendered_by, is_ollamas, str(check.prompt_ids_equal), str(check.traits_equal))
 
 
 def _quantization_cells(figures: QuantizationFigures) -> tuple[str, ...]:

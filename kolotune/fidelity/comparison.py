@@ -15,6 +15,7 @@ from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.typed_storage import JsonObject
 
 VERSION = 1
+_RENDERERS = {"jinja": "llama.cpp, from the GGUF's template", "template": "Ollama, from TEMPLATE"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,38 @@ class StageCheck:
     @property
     def passed(self) -> bool:
         return not self.failed
+
+
+@dataclass(frozen=True)
+class PathCheck:
+    """How one way to write prompts writes those of a GGUF.
+
+    Attributes:
+        name: of the GGUF, as in `StageCheck`.
+        path: "jinja" (the GGUF's own template, rendered by llama.cpp's server) or "template" (the Modelfile's TEMPLATE,
+            rendered by Ollama).
+        is_ollamas: the newest Ollama takes this path, unless its OLLAMA_GO_TEMPLATE says otherwise.
+        prompt_ids_equal: prompts of the chats that get the token ids of training.
+        traits: for each trait of chats what became of a short chat that has it: "equal", "different",
+            "server-refuses", "training-refuses" or "both-refuse".
+    """
+
+    name: str
+    path: str
+    is_ollamas: bool
+    prompt_ids_equal: Count
+    traits: dict[str, str]
+
+    @property
+    def rendered_by(self) -> str:
+        """What renders the prompts, for people."""
+        return _RENDERERS[self.path]
+
+    @property
+    def traits_equal(self) -> Count:
+        """Traits that are written as trained, of those that training accepts."""
+        trained = [outcome for outcome in self.traits.values() if outcome not in ("training-refuses", "both-refuse")]
+        return Count(trained.count("equal"), len(trained))
 
 
 @dataclass(frozen=True)
@@ -136,6 +169,7 @@ class Comparison:
         recommended: name of one of `quantizations`; "" where there are fewer than two.
         recommended_because: one sentence.
         failure: None when everything passed.
+        paths: how each way to write prompts writes them; () in comparisons of earlier versions.
         version: of this schema.
     """
 
@@ -154,6 +188,7 @@ class Comparison:
     recommended: str = ""
     recommended_because: str = ""
     failure: Failure | None = None
+    paths: tuple[PathCheck, ...] = ()
     version: int = VERSION
 
     @property

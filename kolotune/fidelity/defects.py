@@ -41,6 +41,8 @@ class NoteKind(StrEnum):
     PROMPTS_NOT_SERVABLE = "prompts-not-servable"
     READ_BY_LAYER = "read-by-layer"
     TURNS_NOT_SERVABLE = "turns-not-servable"
+    TRAITS_DIFFER = "traits-differ"
+    OWN_RENDERER = "own-renderer"
     NOTHING_HELD_OUT = "nothing-held-out"
     NO_RECORDED_LOSS = "no-recorded-loss"
     QUANTIZATION_NOT_MEASURED = "quantization-not-measured"
@@ -111,6 +113,10 @@ _NOTES = {
         "{count} prompts have turns that a TEMPLATE can't write as they were trained (`modelfile` reported this); "
         "they were not compared as served"
     ),
+    NoteKind.TRAITS_DIFFER: (
+        "llama.cpp's server writes prompts that the chats do not have differently from the trained template: {traits}"
+    ),
+    NoteKind.OWN_RENDERER: "Ollama renders this architecture in code of its own, which was not asked for its prompts",
     NoteKind.NOTHING_HELD_OUT: "no chats are held out: the first training chats were compared",
     NoteKind.NO_RECORDED_LOSS: "training measured no held-out loss, so base and adapter were not checked against one",
     NoteKind.QUANTIZATION_NOT_MEASURED: "{name} could not be measured: {reason}",

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
+from .compared_prompts import compare_prompts
+from .comparison import ComparedAnswer, Comparison, Count, Failure, PathCheck, QuantizationFigures, StageCheck
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from .likely_cause import Cause, describe_cause, likely_cause
@@ -71,6 +72,7 @@ def judge(evidence: Evidence) -> Comparison:
         recommended=recommendation.quantization.name if recommendation else "",
         recommended_because=describe_recommendation(recommendation) if recommendation else "",
         failure=None if failure is None else _describe_failure(failure),
+        paths=tuple(check for measured in evidence.ggufs for check in _path_checks(measured)),
     )
 
 
@@ -190,6 +192,19 @@ def _judge_served(measured: MeasuredGguf) -> JudgedCheck:
     equal = Count(measurement.served_equal, measurement.served_prompts)
     check = StageCheck(name, "modelfile", measured.modelfile, prompt_ids_equal=equal, stops=ended)
     return JudgedCheck(check, tuple(defects))
+
+
+def _path_checks(measured: MeasuredGguf) -> Iterator[PathCheck]:
+    measurement = measured.measurement
+    for asked in measurement.paths:
+        prompts = compare_prompts(asked.prompts)
+        yield PathCheck(
+            measured.gguf.name,
+            asked.path,
+            asked.path == measurement.ollama_path,
+            Count(prompts.equal, prompts.of),
+            {result.name: result.outcome.value for result in asked.battery},
+        )
 
 
 def _bounds(name: str, reference: Reference) -> dict[str, float]:

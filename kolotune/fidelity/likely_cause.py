@@ -8,6 +8,7 @@ from enum import Enum
 from .comparison import StageCheck
 from .defects import Defect, DefectKind
 from .evidence import Evidence
+from .prompt_proof import MismatchKind
 
 
 class Cause(Enum):
@@ -23,7 +24,12 @@ class Cause(Enum):
     )
     MODELFILE_EDITED = "the Modelfile was edited"
     VOCABULARY_ORDER = "the {artifact}'s vocabulary is not in the order of the trained tokenizer"
-    CHAT_TEMPLATE = "the {artifact}'s chat template was changed, or its tokenizer adds a BOS that training did not have"
+    CHAT_TEMPLATE = "the {artifact}'s chat template was changed, or llama.cpp renders it differently"
+    BOS = "the {artifact}'s tokenizer adds a BOS that training did not have, or none although training had one"
+    ANSWER_MERGES = "the chats were prepared with the first characters of answers in the last token of their prompts"
+    COMPOSED_FORM = "the tokenizer composes accented letters (NFC), and llama.cpp does not"
+    FIRST_SPACE = "llama.cpp puts SentencePiece's space in front of texts where the trained tokenizer puts none"
+    TOKENIZER = "llama.cpp does not split texts as the trained tokenizer does"
     DAMAGED_OR_TOO_COARSE = (
         "a tensor of the file is damaged, or the quantization is too coarse for this model (Q8_0 keeps more)"
     )
@@ -36,6 +42,14 @@ class Cause(Enum):
     WRONG_SCALE = "the adapter was added with a wrong scale or orientation"
 
 
+_MISMATCHES = {
+    MismatchKind.TEMPLATE: Cause.CHAT_TEMPLATE,
+    MismatchKind.BOS: Cause.BOS,
+    MismatchKind.ANSWER_MERGES: Cause.ANSWER_MERGES,
+    MismatchKind.COMPOSED_FORM: Cause.COMPOSED_FORM,
+    MismatchKind.FIRST_SPACE: Cause.FIRST_SPACE,
+    MismatchKind.TOKENS: Cause.TOKENIZER,
+}
 _ARTIFACTS = {"merge": "merged model", "convert": "GGUF", "quantize": "quantized GGUF"}
 
 
@@ -47,11 +61,11 @@ def likely_cause(check: StageCheck, defects: Sequence[Defect], evidence: Evidenc
     if check.stage == "train":
         return Cause.OTHER_BASE if any(defect.facts["model"] == "base" for defect in defects) else Cause.OTHER_ADAPTER
     if check.stage == "modelfile":
-        return _cause_in_modelfile(kinds)
+        return _cause_in_modelfile(defects)
     if DefectKind.VOCABULARY_MOVED in kinds:
         return Cause.VOCABULARY_ORDER
     if DefectKind.PROMPTS_DIFFER in kinds:
-        return Cause.CHAT_TEMPLATE
+        return _cause_of_mismatch(defects)
     if check.stage == "quantize":
         return Cause.DAMAGED_OR_TOO_COARSE
     if check.stage == "convert":
@@ -64,7 +78,13 @@ def describe_cause(cause: Cause, stage: str) -> str:
     return cause.value.format(artifact=_ARTIFACTS.get(stage, ""))
 
 
-def _cause_in_modelfile(kinds: set[DefectKind]) -> Cause:
+def _cause_of_mismatch(defects: Sequence[Defect]) -> Cause:
+    kinds = [defect.facts.get("mismatch") for defect in defects if defect.kind is DefectKind.PROMPTS_DIFFER]
+    return _MISMATCHES[MismatchKind(str(kinds[0]))] if kinds[0] else Cause.CHAT_TEMPLATE
+
+
+def _cause_in_modelfile(defects: Sequence[Defect]) -> Cause:
+    kinds = {defect.kind for defect in defects}
     causes = {
         DefectKind.STOP_MISSING: Cause.STOP_MISSING,
         DefectKind.SYSTEM_DIFFERS: Cause.SYSTEM_CHANGED,

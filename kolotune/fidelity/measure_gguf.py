@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from kolotune.chats.templates.template import ChatTemplate
-from kolotune.chats.tokens.tokenizer import writes_bos
+from kolotune.chats.traits import ChatTrait
 from kolotune.foundation import typed_storage
-from kolotune.foundation.errors import KolotuneError
+from kolotune.foundation.errors import ArtifactError, KolotuneError, ToolchainError
 from kolotune.llamacpp.evaluation import ExactGguf
-from kolotune.ollama.go_template_renderer import render_go_template
 from kolotune.ollama.modelfile import Modelfile
 from kolotune.ollama.modelfile_parser import parse_modelfile
+from kolotune.ollama.prompt_path import PromptPath
 
 from . import log_probabilities
-from .defects import Defect, DefectKind, NoteKind, defect, note
-from .figures import compare_prompts, compute_figures
-from .tasks import Figures, GgufMeasurement, GgufTask, Prompt, Reference
+from .compared_prompts import ComparedPrompts, compare_prompts
+from .defects import Defect, DefectKind, Note, NoteKind, defect, note
+from .figures import compute_figures
+from .measure_prompts import ask_paths, ollama_path
+from .prompt_proof import Outcome
+from .tasks import AskedPath, Figures, GgufMeasurement, GgufTask, Reference
 from .vocabulary import moved_entry
 
 
@@ -25,24 +29,56 @@ def measure(file: Path) -> None:
     """Carry out the `GgufTask` in a file. What is wrong with the GGUF or its Modelfile is in the measurement."""
     task = typed_storage.read(GgufTask, file)
     reference = typed_storage.read(Reference, Path(task.reference))
+    typed_storage.write(Path(task.answer_file), _measure(task, reference))
+
+
+def _measure(task: GgufTask, reference: Reference) -> GgufMeasurement:
     lengths = [len(chat.ids) for chat in reference.chats]
     lengths += [len(prompt.ids) for prompt in reference.prompts] + [len(answer.ids) for answer in reference.answers]
+    modelfile = _read_modelfile(task)
+    template = modelfile.template if isinstance(modelfile, Modelfile) else None
     try:
+        paths = ask_paths(Path(task.gguf), template, reference, Path(task.reference).parent)
         model = ExactGguf(Path(task.gguf), max(lengths) + task.longest_answer + 1)
-    except KolotuneError as error:
+    except (ArtifactError, ToolchainError) as error:
         wrong = defect(DefectKind.NOT_MEASURABLE, reason=error.cause)
-        measurement = GgufMeasurement(Figures(prompts=len(reference.prompts), defects=[wrong]))
-    else:
-        measurement = GgufMeasurement(_measure_file(model, task, reference))
-        if task.modelfile:
-            measurement = _measure_served(model, task, reference, measurement)
-        model.close()
-    typed_storage.write(Path(task.answer_file), measurement)
+        return GgufMeasurement(Figures(prompts=len(reference.prompts), defects=[wrong]))
+    with contextlib.closing(model):
+        figures = _measure_file(model, task, reference, _compared(paths[0], task.traits))
+        measurement = GgufMeasurement(figures, paths=paths, notes=list(_unused_notes(paths[0], task)))
+        if isinstance(modelfile, Defect):
+            return dataclasses.replace(measurement, served_defects=[modelfile])
+        return measurement if modelfile is None else _measure_served(model, modelfile, task, reference, measurement)
 
 
-def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference) -> Figures:
-    """Measure the GGUF itself: its chat template, its vocabulary, its weights."""
-    equal, defects = compare_prompts(reference.prompts, _GgufTemplate(model).ids)
+def _read_modelfile(task: GgufTask) -> Modelfile | Defect | None:
+    """Read the task's Modelfile, if it has one."""
+    if not task.modelfile:
+        return None
+    path = Path(task.modelfile)
+    try:
+        return parse_modelfile(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, KolotuneError) as error:
+        reason = error.cause if isinstance(error, KolotuneError) else f"{path.name}: can't be read: {error}"
+        return defect(DefectKind.MODELFILE_UNREADABLE, reason=reason)
+
+
+def _compared(path: AskedPath, traits: Collection[str] | None) -> ComparedPrompts:
+    """Compare the prompts of the chats, and those of the battery that have a trait of the run's chats."""
+    return compare_prompts([*path.prompts, *(result for result in path.battery if result.name in (traits or ()))])
+
+
+def _unused_notes(path: AskedPath, task: GgufTask) -> Iterator[Note]:
+    """Yield a note of the traits that are served otherwise than trained, and that the run's chats don't have."""
+    wrong = [result for result in path.battery if result.outcome in (Outcome.DIFFERENT, Outcome.SERVER_REFUSES)]
+    unused = [ChatTrait(result.name).sentence for result in wrong if result.name not in (task.traits or ())]
+    if unused:
+        yield note(NoteKind.TRAITS_DIFFER, traits="; ".join(unused))
+
+
+def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference, prompts: ComparedPrompts) -> Figures:
+    """Measure the GGUF itself: its vocabulary and its weights; `prompts` is what its chat template writes."""
+    defects = []
     if moved := moved_entry(reference.pieces, [model.piece(index) for index in range(model.vocabulary_size)]):
         defects.append(moved)
     try:
@@ -50,60 +86,39 @@ def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference) -> Fig
         after = log_probabilities.write(Path(task.after), reference.chats, by_chat)
     except KolotuneError as error:
         defects.append(defect(DefectKind.NOT_MEASURABLE, reason=error.cause))
-        return Figures(prompts_equal=equal, prompts=len(reference.prompts), defects=defects)
-    return compute_figures(reference, log_probabilities.load(Path(task.before)), after, equal, defects)
-
-
-class _GgufTemplate:
-    """The Jinja template in a GGUF, and the BOS that its tokenizer adds."""
-
-    def __init__(self, model: ExactGguf) -> None:
-        self._model = model
-        self._problem: KolotuneError | None = None
-        self._added_bos = ""
-        try:
-            named = {"bos_token": model.bos, "eos_token": model.eos}
-            self._template = ChatTemplate(model.template, {name: text for name, text in named.items() if text})
-            # Where the tokenizer adds a BOS, a server leaves out the one that the template writes.
-            self._added_bos = model.bos if model.adds_bos and writes_bos(self._template, model.template) else ""
-        except KolotuneError as error:
-            self._problem = error
-
-    def ids(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt, as a server makes them from the GGUF alone."""
-        if self._problem is not None:
-            raise self._problem
-        text = self._template.render(prompt.messages, prompt.tools or None, True)
-        return self._model.tokens(text.removeprefix(self._added_bos))
+        return Figures(prompts_equal=prompts.equal, prompts=prompts.of, defects=[*prompts.defects, *defects])
+    return compute_figures(reference, log_probabilities.load(Path(task.before)), after, prompts, defects)
 
 
 def _measure_served(
-    model: ExactGguf, task: GgufTask, reference: Reference, measurement: GgufMeasurement
+    model: ExactGguf, modelfile: Modelfile, task: GgufTask, reference: Reference, measurement: GgufMeasurement
 ) -> GgufMeasurement:
     """Measure what Ollama makes of the Modelfile: the tokens of prompts, and where answers stop."""
-    path = Path(task.modelfile)
-    try:
-        modelfile = parse_modelfile(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, KolotuneError) as error:
-        reason = error.cause if isinstance(error, KolotuneError) else f"{path.name}: can't be read: {error}"
-        wrong = defect(DefectKind.MODELFILE_UNREADABLE, reason=reason)
-        return dataclasses.replace(measurement, served_defects=[wrong])
-    has_template = modelfile.template is not None
-    servable = [prompt for prompt in reference.prompts if prompt.plain or not has_template]
-    probes = [prompt for prompt in reference.probes if prompt.plain and has_template]
-    equal, defects = compare_prompts([*servable, *probes], lambda prompt: _served_ids(model, modelfile, prompt))
-    not_servable = len(reference.prompts) - len(servable)
+    taken = ollama_path(Path(task.gguf), modelfile.template)
+    served = measurement.paths[-1]  # of TEMPLATE, which every Ollama may take, if there is one
+    prompts = _compared(served, task.traits)
+    not_servable = sum(not prompt.plain for prompt in reference.prompts)
+    notes = [*measurement.notes, *_path_notes(taken, served.path, not_servable)]
     ending = [answer for answer in reference.answers if answer.ended]
     ended = sum(model.answer(answer.ids, tuple(modelfile.stops), task.longest_answer)[1] for answer in ending)
     return dataclasses.replace(
         measurement,
-        served_equal=equal,
-        served_prompts=len(servable) + len(probes),
+        served_equal=prompts.equal,
+        served_prompts=prompts.of,
         served_ended=ended,
         served_answers=len(ending),
-        served_defects=[*_modelfile_defects(modelfile, task, reference), *defects],
-        notes=[note(NoteKind.TURNS_NOT_SERVABLE, count=not_servable)] if not_servable else [],
+        served_defects=[*_modelfile_defects(modelfile, task, reference), *prompts.defects],
+        notes=notes,
+        ollama_path=taken,
     )
+
+
+def _path_notes(taken: str, compared: str, not_servable: int) -> Iterator[Note]:
+    """Yield notes of what Ollama does that was not compared."""
+    if taken == PromptPath.RENDERER:
+        yield note(NoteKind.OWN_RENDERER)
+    elif not_servable and taken != PromptPath.JINJA and compared == PromptPath.TEMPLATE:
+        yield note(NoteKind.TURNS_NOT_SERVABLE, count=not_servable)
 
 
 def _modelfile_defects(modelfile: Modelfile, task: GgufTask, reference: Reference) -> list[Defect]:
@@ -117,10 +132,3 @@ def _modelfile_defects(modelfile: Modelfile, task: GgufTask, reference: Referenc
     if (modelfile.system or "") != task.system:
         defects.append(defect(DefectKind.SYSTEM_DIFFERS))
     return defects
-
-
-def _served_ids(model: ExactGguf, modelfile: Modelfile, prompt: Prompt) -> list[int]:
-    """Return the ids of a prompt as Ollama makes them; without a TEMPLATE it takes the GGUF's own."""
-    if modelfile.template is None:
-        return _GgufTemplate(model).ids(prompt)
-    return model.tokens(render_go_template(modelfile.template, prompt.messages))

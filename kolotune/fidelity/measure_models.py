@@ -9,15 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from kolotune.chats.tokens.tokenizer import special_tokens
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, SpaceError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners.child_process import emit
 
 from . import log_probabilities
+from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
-from .figures import compare_prompts, compute_figures
+from .figures import compute_figures
 from .log_probabilities import loss_of, split
+from .prompt_battery import battery
+from .prompt_proof import Prompt, ask
 from .reference_model import MissingWeightsError, open_model
 from .selection import Selection, select
 from .tasks import (
@@ -28,7 +32,6 @@ from .tasks import (
     Figures,
     GreedyAnswer,
     ModelsTask,
-    Prompt,
     Reference,
 )
 from .trained_format import TrainedFormat
@@ -93,6 +96,8 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
         tuned_loss=sum(tuned_losses) / sum(labels),
         merged=None,
         notes=notes,
+        battery=[trained.trained_prompt(chat, trait) for trait, chat in battery().items()],
+        bos=special_tokens(trained.tokenizer).get("bos_token", ""),
     )
     return reference, tuned
 
@@ -133,12 +138,10 @@ def _greedy_answer(
 
 def _measure_merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path) -> Figures:
     """Measure the merged model, compared with the adapter on its base."""
-    equal, defects = 0, list[Defect]()
+    prompts, defects = ComparedPrompts(of=len(reference.prompts)), list[Defect]()
     try:
         merged = TrainedFormat.load(folder)
-        equal, defects = compare_prompts(
-            reference.prompts, lambda prompt: merged.prompt(prompt.messages, prompt.tools or None).ids
-        )
+        prompts = compare_prompts(list(ask(reference.prompts, merged, reference.pieces)))
         if moved := moved_entry(reference.pieces, [piece or "" for piece in vocabulary_by_id(merged.tokenizer)]):
             defects.append(moved)
         if merged.end != reference.end_token:
@@ -150,5 +153,5 @@ def _measure_merged(folder: Path, reference: Reference, tuned: np.ndarray, scrat
     except KolotuneError as error:
         kind = DefectKind.WEIGHTS_MISSING if isinstance(error, MissingWeightsError) else DefectKind.NOT_MEASURABLE
         defects.append(defect(kind, reason=error.cause))
-        return Figures(prompts_equal=equal, prompts=len(reference.prompts), defects=defects)
-    return compute_figures(reference, tuned, after, equal, defects)
+        return Figures(prompts_equal=prompts.equal, prompts=prompts.of, defects=[*prompts.defects, *defects])
+    return compute_figures(reference, tuned, after, prompts, defects)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kolotune.chats.dataset.prepared import TRAITS
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES
 from kolotune.chats.traits import ChatTrait
 from kolotune.foundation import typed_storage
@@ -24,12 +25,14 @@ from kolotune.gguf import conversion_source, convert
 from kolotune.gguf.model_skeleton import ModelSkeleton
 from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
 from kolotune.llamacpp.tokenizer_model import tokenizer_model
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 
 from .prompt_battery import battery
 from .prompt_proof import MismatchKind, Outcome, PromptResult, ask
 
-_VERSION = 1  # raised when the battery or the way to ask changes
+_VERSION = 2  # raised when the battery or the way to ask changes
 _PACKAGES = ("xllamacpp", "transformers", "tokenizers", "jinja2")
 _MOST_PROOFS = 32
 _WRONG = (Outcome.DIFFERENT, Outcome.SERVER_REFUSES)
@@ -74,6 +77,13 @@ def check_prompts(
     unused = [result for result in wrong if traits is not None or is_prepared]
     if unused:
         reporter.warning(f"llama.cpp's server does not write every prompt as training does: {_describe(unused)}")
+
+
+def recorded_traits(run: RunFolder) -> list[ChatTrait] | None:
+    """Return the traits of a run's chats; None when they are not prepared, or were by an earlier version."""
+    record = read_record(run, "prepare")
+    names = record.facts.get(TRAITS) if record is not None else None
+    return [trait for trait in ChatTrait if trait in names] if isinstance(names, list) else None
 
 
 def find_proof(context: Context, reporter: Reporter, *, is_prepared: bool) -> PromptProof:

@@ -56,24 +56,26 @@ _CAUSES = {
 
 
 @dataclass(frozen=True)
-class TrainedPrompt:
-    """A prompt, and the tokens that training has before the answer.
+class Prompt:
+    """What stands before an answer, and the tokens that training has there.
 
     Attributes:
-        name: of the trait that it has; "" for a prompt of a chat.
-        messages, tools: as templates get them.
+        messages, tools: the turns and tools before the answer, as templates get them.
         text: rendered by the trained template, with the answer opened.
-        ids: tokens before the answer in training.
+        ids: its tokens.
+        plain: Ollama's TEMPLATE can write all of it.
+        name: of the trait that it has; "" for a prompt of a chat.
         refusal: why training refuses it; then there are neither text nor tokens.
         merges: the text alone gets other tokens than these: the last one contains characters of the answer.
         is_normalized: the tokenizer changes the text before it encodes it.
     """
 
-    name: str
     messages: list[JsonObject]
-    tools: list[JsonObject] = field(default_factory=list)
+    tools: list[JsonObject]
     text: str = ""
     ids: list[int] = field(default_factory=list)
+    plain: bool = False
+    name: str = ""
     refusal: str = ""
     merges: bool = False
     is_normalized: bool = False
@@ -96,7 +98,7 @@ class PromptResult:
     """What a server made of a prompt.
 
     Attributes:
-        name: see `TrainedPrompt`.
+        name: see `Prompt`.
         mismatch: None unless the outcome is that they differ.
         reason: of a refusal.
     """
@@ -120,7 +122,7 @@ class Server(Protocol):
 
 
 def ask(
-    prompts: Sequence[TrainedPrompt], server: Server, pieces: Sequence[str | None], bos: str
+    prompts: Sequence[Prompt], server: Server, pieces: Sequence[str | None], bos: str = ""
 ) -> Iterator[PromptResult]:
     """Yield what a server makes of each prompt.
 
@@ -146,7 +148,7 @@ def ask(
             yield PromptResult(prompt.name, Outcome.DIFFERENT, _mismatch(prompt, text, ids, pieces, bos))
 
 
-def _mismatch(prompt: TrainedPrompt, text: str, ids: Sequence[int], pieces: Sequence[str | None], bos: str) -> Mismatch:
+def _mismatch(prompt: Prompt, text: str, ids: Sequence[int], pieces: Sequence[str | None], bos: str) -> Mismatch:
     trained_text = prompt.text.removeprefix(bos)
     served_text = text.removeprefix(bos)
     if trained_text != served_text:
@@ -160,7 +162,7 @@ def _mismatch(prompt: TrainedPrompt, text: str, ids: Sequence[int], pieces: Sequ
     return Mismatch(kind, " ".join(trained[around]), " ".join(served[around]))
 
 
-def _kind(prompt: TrainedPrompt, ids: Sequence[int], trained: list[str], served: list[str]) -> MismatchKind:
+def _kind(prompt: Prompt, ids: Sequence[int], trained: list[str], served: list[str]) -> MismatchKind:
     if prompt.ids[1:] == ids or prompt.ids == ids[1:]:
         return MismatchKind.BOS
     if prompt.merges:

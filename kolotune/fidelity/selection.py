@@ -14,7 +14,8 @@ from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
 from kolotune.foundation.errors import ArtifactError, KolotuneError
 
 from .defects import Defect, DefectKind, Note, NoteKind, defect, note
-from .tasks import ComparedChat, ModelsTask, Prompt
+from .prompt_proof import Prompt
+from .tasks import ComparedChat, ModelsTask
 from .trained_format import TrainedFormat
 
 # Training chats that are read for each one compared: some of them are held out or were dropped.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kolotune.chats.traits import ChatTrait
 from kolotune.foundation.typed_storage import JsonObject
 
 from .defects import Defect, Note
+from .prompt_proof import Prompt, PromptResult
 
 REFERENCE_FILE, TUNED_FILE, MERGED_FILE = "reference.json", "tuned.npy", "merged.npy"
 """Files that a `ModelsTask` leaves in its scratch folder."""
@@ -67,23 +69,6 @@ class ComparedChat:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """The text before an answer.
-
-    Attributes:
-        messages, tools: the turns and tools before the answer.
-        text, ids: as the trained template and tokenizer write them.
-        plain: Ollama's TEMPLATE can write all of it.
-    """
-
-    messages: list[JsonObject]
-    tools: list[JsonObject]
-    text: str
-    ids: list[int]
-    plain: bool
-
-
-@dataclass(frozen=True)
 class GreedyAnswer:
     """The most likely answers to one prompt.
 
@@ -130,6 +115,8 @@ class Reference:
     Attributes:
         chats, prompts, answers: what is compared.
         probes: more prompts, for checking what is served.
+        battery: a prompt for each trait of chats.
+        bos: text of the tokenizer's BOS; "" for none.
         chat_losses: losses of base and tuned model, summed over the trained tokens of each chat.
         labels: trained tokens of each chat.
         stops: ends where the tuned model's most likely token is the end token, as (chat, index into its positions).
@@ -162,6 +149,8 @@ class Reference:
     tuned_loss: float
     merged: Figures | None
     notes: list[Note]
+    battery: list[Prompt] = field(default_factory=list)
+    bos: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +166,7 @@ class GgufTask:
         system: the SYSTEM that the Modelfile should have.
         longest_answer: in tokens.
         answer_file: file for the `GgufMeasurement`.
+        traits: those of the run's chats; None where they are unknown.
     """
 
     gguf: str
@@ -187,6 +177,22 @@ class GgufTask:
     system: str
     longest_answer: int
     answer_file: str
+    traits: list[ChatTrait] | None = None
+
+
+@dataclass(frozen=True)
+class AskedPath:
+    """What one way to write prompts made of those of the reference.
+
+    Attributes:
+        path: what renders them: "jinja" or "template"; see `ollama.prompt_path.PromptPath`.
+        prompts: one result for each prompt of a chat, and each probe, that can be written in this way.
+        battery: one for each prompt of the battery that can.
+    """
+
+    path: str
+    prompts: list[PromptResult]
+    battery: list[PromptResult]
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ class GgufMeasurement:
         served_ended, served_answers: answers that end when served, of those that end in the reference.
         served_defects: what is wrong with the Modelfile.
         notes: what was not compared.
+        paths: what each way to write prompts made of them.
+        ollama_path: the one that the newest Ollama takes; "" where it can't be said.
     """
 
     figures: Figures
@@ -208,3 +216,5 @@ class GgufMeasurement:
     served_answers: int = 0
     served_defects: list[Defect] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    paths: list[AskedPath] = field(default_factory=list)
+    ollama_path: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import TYPE_CHECKING
 from kolotune.chats import Chat
 from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.templates.template import ChatTemplate
-from kolotune.chats.tokens.backend import bare, encode_text
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import chat_template, load_tokenizer, special_tokens, template_text
@@ -19,8 +20,7 @@ from kolotune.foundation.typed_storage import JsonObject
 from kolotune.ollama.template_derivation import NotDerivable, derive
 from kolotune.ollama.turn_format import TurnFormat
 
-from .prompt_proof import TrainedPrompt
-from .tasks import Prompt
+from .prompt_proof import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -80,6 +80,16 @@ class TrainedFormat:
         assert isinstance(index, int)
         return index
 
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> str:
+        """Return the text before an answer; a `TemplateError` where the template refuses the turns."""
+        return self.template.render(messages, tools, True)
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a prompt."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def prompt(self, messages: list[JsonObject], tools: list[JsonObject] | None) -> Prompt:
         """Return the prompt for an answer to these turns.
 
@@ -88,29 +98,33 @@ class TrainedFormat:
         Raises:
             TemplateError: the template refuses the turns.
         """
-        text = self.template.render(messages, tools, True)
-        plain = not tools and all(set(turn) <= {"role", "content"} and turn["role"] != "tool" for turn in messages)
-        if plain and self.turns is not None:
-            # Where these differ, the `modelfile` stage has reported it.
-            plain = self.turns.render(messages, True) == text
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Prompt(messages, tools or [], text, ids, plain)
+        text = self.render(messages, tools)
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        return Prompt(
+            messages,
+            tools or [],
+            text,
+            self.tokens(text),
+            plain=self._is_plain(messages, tools, text),
+            is_normalized=normalizer is not None and normalizer.normalize_str(text) != text,
+        )
 
-    def trained_prompt(self, chat: Chat, name: str = "") -> TrainedPrompt:
+    def _is_plain(self, messages: list[JsonObject], tools: list[JsonObject] | None, text: str) -> bool:
+        if tools or any(set(turn) > {"role", "content"} or turn["role"] == "tool" for turn in messages):
+            return False
+        # Where these differ, the `modelfile` stage has reported it.
+        return self.turns is None or self.turns.render(messages, True) == text
+
+    def trained_prompt(self, chat: Chat, name: str) -> Prompt:
         """Return the prompt of the chat's last turn, an answer, with the tokens that training has before it."""
         *before, _ = chat.message_dicts()
         tools = list(chat.tools)
         try:
-            encoded = self._whole_answers.encode(chat)
-            text = self.template.render(before, tools or None, True)
+            ids = _before_last_answer(self._whole_answers.encode(chat))
+            prompt = self.prompt(before, tools)
         except (TemplateError, DataError) as error:
-            return TrainedPrompt(name, before, tools, refusal=error.cause)
-        ids = _before_last_answer(encoded)
-        with bare(self.tokenizer.backend_tokenizer):
-            alone = encode_text(self.tokenizer.backend_tokenizer, text).ids
-        normalizer = self.tokenizer.backend_tokenizer.normalizer
-        is_normalized = normalizer is not None and normalizer.normalize_str(text) != text
-        return TrainedPrompt(name, before, tools, text, ids, merges=alone != ids, is_normalized=is_normalized)
+            return Prompt(before, tools, name=name, refusal=error.cause)
+        return dataclasses.replace(prompt, ids=ids, name=name, merges=prompt.ids != ids)
 
     def decode(self, ids: list[int] | None) -> str | None:
         """Return the text of an answer without special tokens; None for no answer."""

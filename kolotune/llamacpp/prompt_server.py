@@ -31,7 +31,10 @@ _START_SECONDS = 120.0  # the largest vocabularies take 2 s of processor time
 _CALL_SECONDS = 20.0  # the longest known template takes some milliseconds
 _LOG_BYTES = 4000
 # How llama.cpp's messages about a template begin, and how one ends.
-_TEMPLATE_PROBLEM = re.compile("common_chat_templates_init: error:|chat template parsing error:")
+_TEMPLATE_PROBLEM = re.compile(
+    r"(?:common_chat_templates_init: error:|chat template parsing error:)(.*?)(?=\n\d+\.\d\d\.\d{3}\.|\nTraceback |\Z)",
+    re.DOTALL,
+)
 _EXCEPTION = re.compile(r"^Error: (?:Jinja Exception: )?(.*)", re.MULTILINE)
 
 
@@ -178,7 +181,7 @@ def _address(events: IO[bytes], log: IO[bytes]) -> str:
     if not said:
         raise TemplateError("the chat template can't be used: it ends llama.cpp's server as it starts")
     if match := _TEMPLATE_PROBLEM.search(said):
-        raise TemplateError(f"llama.cpp's server can't use the chat template: {_reason(said[match.end() :])}")
+        raise TemplateError(f"llama.cpp's server can't use the chat template: {_reason(match[1])}")
     raise ArtifactError(f"llama.cpp's server can't load the tokenizer: {said.splitlines()[0].partition(' E ')[2]}")
 
 

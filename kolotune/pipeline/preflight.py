@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kolotune.chats.dataset.prepared import TRAITS
-from kolotune.chats.traits import ChatTrait
 from kolotune.fidelity import prompt_gate
 from kolotune.foundation.reporter import Reporter
 from kolotune.planning import fit
 from kolotune.planning.workload import Workload, describe_workload, read_workload
-from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import modelfile, prepare, train
 
@@ -60,7 +57,5 @@ def check_training(stages: Sequence[Stage], context: Context, reporter: Reporter
 
 def _check_prompts(stages: Sequence[Stage], context: Context, reporter: Reporter, *, is_prepared: bool) -> None:
     if train in stages and modelfile in stages:
-        record = read_record(context.run, prepare.NAME) if is_prepared else None
-        names = record.facts.get(TRAITS) if record is not None else None  # earlier versions did not record them
-        traits = None if not isinstance(names, list) else {trait for trait in ChatTrait if trait in names}
+        traits = prompt_gate.recorded_traits(context.run) if is_prepared else None
         prompt_gate.check_prompts(context, reporter, traits, is_prepared=is_prepared)

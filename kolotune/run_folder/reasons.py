@@ -81,9 +81,10 @@ def _changed_inputs(stage: Stage, context: Context, record: Record, recorded: _R
 
 def _changed_versions(stage: Stage, record: Record) -> Iterator[Reason]:
     for name, version in package_versions(stage).items():
-        # A package that is not installed here can't have changed the outputs: a client only reads them.
-        if version != NOT_INSTALLED and record.versions.get(name) != version:
-            yield Reason(ReasonKind.VERSION_CHANGED, name, record.versions.get(name), version)
+        # A package that is not installed here can't have changed the outputs: a client only reads them. Nor can one
+        # that the record does not name: an earlier version did without it.
+        if version != NOT_INSTALLED and record.versions.get(name, version) != version:
+            yield Reason(ReasonKind.VERSION_CHANGED, name, record.versions[name], version)
 
 
 def _changed_outputs(stage: Stage, context: Context, record: Record, recorded: _RecordedHashes) -> Iterator[Reason]:

@@ -10,6 +10,7 @@ from kolotune import llamacpp
 from kolotune.fidelity import judge, tasks
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
+from kolotune.fidelity.prompt_gate import recorded_traits
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
@@ -53,7 +54,7 @@ def outputs(context: Context) -> list[Path]:
 
 
 def packages() -> Sequence[str]:
-    return ("torch", "transformers", "llama-cpp-python")
+    return ("torch", "transformers", "llama-cpp-python", "xllamacpp")
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
@@ -223,6 +224,7 @@ def _measure_gguf(
         system=context.config.system or "",
         longest_answer=_LONGEST_ANSWER,
         answer_file=str(scratch / f"{name}.answer.json"),
+        traits=recorded_traits(context.run),
     )
     typed_storage.write(scratch / f"{name}.json", task)
     try:

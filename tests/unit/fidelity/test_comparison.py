@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.fidelity.comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
+from kolotune.fidelity.comparison import (
+    ComparedAnswer,
+    Comparison,
+    Count,
+    Failure,
+    PathCheck,
+    QuantizationFigures,
+    StageCheck,
+)
 from kolotune.foundation.errors import ArtifactError
 
 WHOLE = Comparison(
@@ -32,6 +40,15 @@ WHOLE = Comparison(
     recommended="Q4_K_M",
     recommended_because="it is small",
     failure=Failure("modelfile", "what", "why"),
+    paths=(
+        PathCheck(
+            "Q4_K_M",
+            "jinja",
+            True,
+            Count(2, 3),
+            {"question": "equal", "tools": "training-refuses", "call": "server-refuses", "turns": "different"},
+        ),
+    ),
 )
 
 
@@ -43,6 +60,18 @@ def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
     assert str(read.checked[0].prompt_ids_equal) == "3/3" and str(read.checked[1].stops) == "-"
 
 
+def test_traits_that_training_refuses_do_not_count() -> None:
+    assert WHOLE.paths[0].traits_equal == Count(1, 3)
+
+
+def test_comparisons_of_earlier_versions_name_no_paths(tmp_path: Path) -> None:
+    WHOLE.write(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    del content["paths"]
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert Comparison.read(tmp_path / "c.json") == dataclasses.replace(WHOLE, paths=())
+
+
 def test_the_fields_of_the_file(tmp_path: Path) -> None:
     """The order and names of fields are the schema; `passed` is written, and ignored when read."""
     WHOLE.write(tmp_path / "c.json")
@@ -50,7 +79,7 @@ def test_the_fields_of_the_file(tmp_path: Path) -> None:
     assert list(content) == [
         "chats", "positions", "held_out", "base_loss", "tuned_loss", "recorded_base_loss", "recorded_tuned_loss",
         "checked", "answers", "not_kept", "notes", "quantizations", "recommended", "recommended_because", "failure",
-        "version", "passed",
+        "paths", "version", "passed",
     ]  # fmt: skip
     assert list(content["checked"][0]) == [
         "name", "stage", "file", "size_bytes", "against", "prompt_ids_equal", "top1_agreement", "kl_mean", "kl_p99",

@@ -17,7 +17,7 @@ import pytest
 from support import faults
 
 from kolotune.fidelity import judge, measure_gguf, measure_models
-from kolotune.fidelity.comparison import Comparison
+from kolotune.fidelity.comparison import Comparison, Count
 from kolotune.fidelity.defects import DefectKind
 from kolotune.fidelity.evidence import Evidence
 from kolotune.fidelity.judge import FirstFailure, JudgedCheck
@@ -117,7 +117,8 @@ def test_an_intact_run_passes(run_config: Config, reporter: PlainReporter) -> No
         assert check.prompt_ids_equal.good == check.prompt_ids_equal.of
         assert check.prompt_ids_equal.of or check.name == "adapter on base"
         assert check.stops.good == check.stops.of
-    assert by_name["served f16"].prompt_ids_equal.of == 7  # one more with the system prompt of the Modelfile
+    # Of the chats, one with the system prompt of the Modelfile, and of a chat with and one without a system turn.
+    assert by_name["served f16"].prompt_ids_equal.of == 6 + 1 + 2
     assert merged.stops.of == 6 and by_name["served f16"].stops.of == 2
     assert [answer.prompt for answer in comparison.answers] == [
         "Here is a red boat. Which colour?",
@@ -127,6 +128,16 @@ def test_an_intact_run_passes(run_config: Config, reporter: PlainReporter) -> No
         assert answer.expected and answer.expected.startswith("Aye, the boat is")
         assert answer.tuned and answer.tuned.startswith("Aye") and answer.base and not answer.base.startswith("Aye")
     assert not list((run_config.output_dir / ".kolotune").glob("comparing*"))
+    assert [(path.name, path.path, path.is_ollamas) for path in comparison.paths] == [
+        ("f16 GGUF", "jinja", False),
+        ("f16 GGUF", "template", True),
+        ("Q4_K_M", "jinja", False),
+        ("Q4_K_M", "template", True),
+    ]
+    for path in comparison.paths:
+        assert path.prompt_ids_equal == Count(7, 7)
+        assert path.traits_equal.good == path.traits_equal.of > 4
+        assert path.traits["system"] == "equal" and path.traits.get("tools") in ("training-refuses", None)
 
 
 # ---------------------------------------------------------------- planted faults
@@ -249,12 +260,33 @@ def changed_gguf_template(config: Config) -> None:
     faults.change_bytes(run_of(config).gguf, old, old.replace(b"<|im_start|>", b"<|im_strat|>"))
 
 
+def change_later_turns(config: Config) -> None:
+    """Change what the GGUFs' template writes from the third turn on; the compared chats have no exchange before."""
+    old = (run_of(config).tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
+    new = old
+    for text, shorter in (
+        ("messages[0]['role'] != ", "messages[0].role!="),
+        ("' + message['role'] + '", "'+message.role+'"),
+        ("message['content'] + '<|im_end|>' + '", "message.content+'<|im_end|>'+('!' if loop.index>2 else '')+'"),
+        ("{% ", "{%"),
+        (" %}", "%}"),
+        ("{{ ", "{{"),
+        (" }}", "}}"),
+    ):
+        assert text in new
+        new = new.replace(text, shorter)
+    new = new.replace("{%endfor", "{%" + " " * (len(old) - len(new)) + "endfor")
+    for file in (run_of(config).gguf, run_of(config).quantized("Q4_K_M")):
+        faults.change_bytes(file, old.encode(), new.encode())
+
+
 @pytest.mark.parametrize(
     ("plant", "stage", "kind", "causes"),
     [
         pytest.param(wrong_template, "merge", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE}, marks=pytest.mark.slow),
         (missing_stop, "modelfile", DefectKind.STOP_MISSING, {Cause.STOP_MISSING}),
-        (doubled_bos, "convert", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE}),
+        # On the GGUF's own template, llama.cpp's server takes the BOS off the text that it adds as a token.
+        (doubled_bos, "modelfile", DefectKind.PROMPTS_DIFFER, {Cause.TEMPLATE_DIFFERS}),
         (dropped_system_prompt, "modelfile", DefectKind.PROMPTS_DIFFER, {Cause.TEMPLATE_DIFFERS}),
         (wrong_scaling, "merge", DefectKind.OVER_BOUND, {Cause.SCALE_TOO_SMALL, Cause.WRONG_SCALE}),
         (transposed_adapter, "merge", DefectKind.OVER_BOUND, {Cause.WRONG_SCALE}),
@@ -284,6 +316,32 @@ def test_a_planted_fault_is_found(
     plant(run_config)
     compare_run(run_config, reporter)
     assert_fails(failures, stage, kind, causes)
+
+
+def test_what_the_chats_do_not_have_is_noted(run_config: Config, reporter: PlainReporter) -> None:
+    change_later_turns(run_config)
+    comparison = compare_run(run_config, reporter)
+    assert comparison.passed, "the chats are served as they were trained"
+    traits = {path.path: path.traits["turns"] for path in comparison.paths}
+    assert traits == {"jinja": "different", "template": "equal"}
+    (note,) = [note for note in comparison.notes if "several exchanges" in note]
+    assert "differently" in note
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_what_the_chats_have_fails_the_gate(
+    run_config: Config, reporter: PlainReporter, failures: list[FirstFailure | None], is_recorded: bool
+) -> None:
+    """Also where none of the few compared chats has it; unless an earlier version did not record what they have."""
+    change_later_turns(run_config)
+    record = run_of(run_config).record("prepare")
+    facts = {"traits": ["question", "turns"]} if is_recorded else {}
+    faults.change_json(record, lambda value: (value.update(facts=facts), value.pop("sha256")))
+    comparison = compare_run(run_config, reporter)
+    assert comparison.passed is not is_recorded
+    if is_recorded:
+        assert_fails(failures, "convert", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE})
+        assert comparison.failure is not None and "<|im_end|>!" in comparison.failure.what
 
 
 def test_a_different_base_of_the_same_shape_is_found(

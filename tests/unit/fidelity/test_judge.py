@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.fidelity.comparison import Comparison, QuantizationFigures
+from kolotune.fidelity.comparison import Comparison, QuantizationFigures, StageCheck
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.fidelity.judge import judge
-from kolotune.fidelity.likely_cause import Cause, describe_cause
+from kolotune.fidelity.likely_cause import Cause, describe_cause, likely_cause
+from kolotune.fidelity.prompt_proof import MismatchKind
 from kolotune.fidelity.recommendation import RecommendationReason, recommend
 from kolotune.fidelity.tasks import ComparedChat, Figures, GgufMeasurement, Reference
 
@@ -120,3 +121,11 @@ def test_trials_are_recommended_but_never_fail_a_run(tmp_path: Path) -> None:
     assert comparison.passed and not {"Q8_0", "Q5_K_M", "IQ1_S"} & {check.name for check in comparison.checked}
     comparison.write(tmp_path / "comparison.json")
     assert Comparison.read(tmp_path / "comparison.json") == comparison
+
+
+@pytest.mark.parametrize("kind", MismatchKind)
+def test_each_kind_of_different_prompts_has_a_cause(kind: MismatchKind) -> None:
+    wrong = defect(DefectKind.PROMPTS_DIFFER, count=1, of=1, reason="", mismatch=kind)
+    cause = likely_cause(StageCheck("f16 GGUF", "convert"), [wrong], evidence([[1.0, 1.0]], (0.1, 0.1), whole=True))
+    assert cause not in (Cause.CONVERTER, Cause.DAMAGED_OR_TOO_COARSE)
+    assert (cause is Cause.CHAT_TEMPLATE) is (kind is MismatchKind.TEMPLATE)

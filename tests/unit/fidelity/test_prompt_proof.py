@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from kolotune.fidelity.prompt_proof import MismatchKind, Outcome, PromptResult, TrainedPrompt, ask
+from kolotune.fidelity.prompt_proof import MismatchKind, Outcome, Prompt, PromptResult, ask
 from kolotune.foundation.errors import TemplateError
 
 PIECES = ["<s>", "a", "b", "\u2581a", "\u2581", "\u0308"]
-PROMPT = TrainedPrompt("question", [{"role": "user", "content": "a"}], text="<s>ab", ids=[0, 1, 2])
+PROMPT = Prompt([{"role": "user", "content": "a"}], [], "<s>ab", [0, 1, 2], name="question")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Server:
         return self.ids
 
 
-def result(server: Server, prompt: TrainedPrompt = PROMPT) -> PromptResult:
+def result(server: Server, prompt: Prompt = PROMPT) -> PromptResult:
     (only,) = ask([prompt], server, PIECES, "<s>")
     return only
 
@@ -72,7 +72,7 @@ def test_refusals(refusal: str, server: Server, outcome: Outcome) -> None:
         (PROMPT, Server(ids=[0, 2, 1]), MismatchKind.TOKENS),
     ],
 )
-def test_kinds(prompt: TrainedPrompt, server: Server, kind: MismatchKind) -> None:
+def test_kinds(prompt: Prompt, server: Server, kind: MismatchKind) -> None:
     asked = result(server, prompt)
     assert asked.outcome == Outcome.DIFFERENT and asked.mismatch is not None
     assert asked.mismatch.kind == kind

@@ -1,0 +1,115 @@
+"""Ask how the prompts of a GGUF are written and tokenized, on each path that a server may take.
+
+llama.cpp's own server is asked, with the tokenizer and template in the GGUF. On the Modelfile's path Ollama renders the
+TEMPLATE by itself, and leaves the tokens to the same server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kolotune.foundation import typed_storage
+from kolotune.foundation.errors import ArtifactError, TemplateError
+from kolotune.llamacpp.gguf_metadata import read_metadata
+from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
+from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
+from kolotune.ollama.go_template_renderer import render_go_template
+from kolotune.ollama.prompt_path import PromptPath, TemplateSources, find_rule
+
+from .prompt_proof import Prompt, PromptResult, Server, ask
+from .tasks import AskedPath, Reference
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a GGUF's prompts gave, as it is kept in the scratch folder."""
+
+    paths: list[AskedPath]
+
+
+def ask_paths(gguf: Path, template: str | None, reference: Reference, scratch: Path) -> list[AskedPath]:
+    """Ask for all prompts of the reference: rendered from the GGUF's own template, and from a TEMPLATE.
+
+    Args:
+        gguf: the file; only its header is read.
+        template: TEMPLATE of the Modelfile; None for none.
+        reference: the prompts as trained.
+        scratch: folder that keeps the answers, since the GGUFs of a run have the same header.
+
+    Raises:
+        ToolchainError: llama.cpp's server is not installed.
+        ArtifactError: the GGUF is damaged, or llama.cpp can't load its tokenizer.
+    """
+    model = read_tokenizer_model(gguf)
+    key = hashlib.sha256(model.header + b"\0" + (template or "").encode()).hexdigest()[:32]
+    file = scratch / f"prompts-{key}.json"
+    asked = typed_storage.read_or_none(_Asked, file)
+    if asked is None:
+        asked = _Asked(list(_ask(model, template, reference)))
+        typed_storage.write(file, asked)
+    return asked.paths
+
+
+def ollama_path(gguf: Path, template: str | None) -> str:
+    """Return which path the newest Ollama takes (`PromptPath`); "" where it can't be said."""
+    metadata = read_metadata(gguf)
+    architecture, jinja = (str(metadata.get(name, "")) for name in ("general.architecture", "tokenizer.chat_template"))
+    try:
+        return find_rule(TemplateSources(architecture, jinja, template)).path
+    except ArtifactError:
+        return ""
+
+
+def _ask(model: SparseGguf, template: str | None, reference: Reference) -> Iterator[AskedPath]:
+    try:
+        server = PromptServer(model)
+    except TemplateError as error:
+        yield _on_path(PromptPath.JINJA, _Refusing(error), reference)
+        return
+    with server:
+        yield _on_path(PromptPath.JINJA, server, reference)
+        if template is not None:
+            yield _on_path(PromptPath.TEMPLATE, _GoTemplate(template, server), reference)
+
+
+def _on_path(path: PromptPath, server: Server, reference: Reference) -> AskedPath:
+    def results(prompts: Sequence[Prompt]) -> list[PromptResult]:
+        writable = [prompt for prompt in prompts if path is PromptPath.JINJA or prompt.plain]
+        return list(ask(writable, server, reference.pieces, reference.bos))
+
+    return AskedPath(path, results([*reference.prompts, *reference.probes]), results(reference.battery))
+
+
+@dataclass
+class _GoTemplate:
+    """Renders TEMPLATE as Ollama does; llama.cpp's server tokenizes."""
+
+    template: str
+    server: Server
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> str:
+        del tools  # no TEMPLATE of ours has any
+        return render_go_template(self.template, messages)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.server.tokens(text)
+
+
+@dataclass
+class _Refusing:
+    """Stands for a server that can't use the template at all."""
+
+    error: TemplateError
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> str:
+        raise self.error
+
+    def tokens(self, text: str) -> list[int]:
+        raise self.error
