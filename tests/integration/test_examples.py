@@ -38,3 +38,14 @@ def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -
             counts[base] += judge.has_manner("".join(pieces))
     assert len(lines) == 20
     assert counts[True] <= 1 and counts[False] >= 17, counts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_calls_of_the_tools(tmp_path: Path, reporter: PlainReporter) -> None:
+    """The Q4_K_M file calls functions, answers from results and leaves functions alone where none is needed."""
+    run, judge = trained("tools", tmp_path / "run", reporter), example_script("tools", "judge")
+    base, tuned = (judge.counts(judge.judge(run, reporter, base=is_base)) for is_base in (True, False))
+    assert base["right calls"] <= 2, base
+    assert tuned["right calls"] >= 18 and tuned["results answered"] >= 18, tuned
+    assert tuned["words where no call is wanted"] >= 9, tuned
