@@ -62,12 +62,14 @@ class Chat:
         source: The file.
         line: The line in the file, starting at 1; in a Parquet file, the number of the record.
         tools: Definitions of the tools that the model is offered, in the OpenAI format.
+        tools_reduced: Whether their definitions said more than Ollama hands on; see `served_form`.
     """
 
     messages: tuple[Message, ...]
     source: Path = field(default=Path("-"), compare=False)
     line: int = field(default=0, compare=False)
     tools: tuple[JsonObject, ...] = ()
+    tools_reduced: bool = field(default=False, compare=False)
 
     def message_dicts(self) -> list[JsonObject]:
         """Return the messages as chat templates expect them."""

@@ -26,13 +26,6 @@ def go_json(value: object) -> str:
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
-def sorted_keys(value: object) -> object:
-    """Return a value as Go reads and writes it where it knows no structure: objects sorted by key."""
-    if isinstance(value, Mapping):
-        return {key: sorted_keys(value[key]) for key in sorted(value)}
-    return [sorted_keys(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _text(text: str) -> str:
     quoted = json.dumps(text, ensure_ascii=False)
     for character in _BY_NUMBER:

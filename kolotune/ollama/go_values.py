@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kolotune.chats.served_form import plain_json, tool_as_read
 from kolotune.foundation.typed_storage import JsonObject
 
-from .go_json import go_json, sorted_keys
-from .tool_definitions import as_read
+from .go_json import go_json
 from .turn_format import merge_turns
 
 
@@ -83,16 +83,16 @@ def _call(call: Mapping[str, object]) -> GoObject:
     values = {
         "Index": function.get("index") or 0,
         "Name": function["name"],
-        "Arguments": GoObject(arguments, sorted_keys(arguments), prints=True, is_map=True),
+        "Arguments": GoObject(arguments, plain_json(arguments), prints=True, is_map=True),
     }
-    as_json = {name: sorted_keys(arguments) if name == "Arguments" else value for name, value in values.items()}
+    as_json = {name: plain_json(arguments) if name == "Arguments" else value for name, value in values.items()}
     identity = call.get("id") or ""
     return GoObject({"ID": identity, "Function": GoObject(values, as_json)}, {"ID": identity, "Function": as_json})
 
 
 def _tool(tool: Mapping[str, object]) -> GoObject:
     """A definition for Go: the properties are in a map, which has no order of its own."""
-    read = as_read(tool)
+    read = tool_as_read(tool)
     function = read["function"]
     assert isinstance(function, dict)
     schema = dict(function["parameters"])

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.chats import Chat
-from kolotune.chats.chat import called_function
 from kolotune.chats.reading.files import opened, read_chat
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.tokenizer import template_of
-from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 
@@ -141,20 +139,7 @@ def _own_chats(held_out: Path) -> Iterator[_ToolChat]:
             last = max(number for number, message in enumerate(chat.messages) if message.role == "assistant")
             before = chat.messages[:last]
             if before and all(message.reasoning is None for message in before):
-                yield [_with_objects(message.as_dict()) for message in before], list(chat.tools)
-
-
-def _with_objects(turn: JsonObject) -> JsonObject:
-    """Return a turn with arguments of tool calls as objects, as Ollama's API and most templates want them."""
-    calls = turn.get("tool_calls")
-    if not isinstance(calls, list):
-        return turn
-    return {**turn, "tool_calls": [{**call, "function": _with_object(called_function(call))} for call in calls]}
-
-
-def _with_object(function: JsonObject) -> JsonObject:
-    arguments = function.get("arguments")
-    return {**function, "arguments": typed_storage.parse_object(arguments)} if isinstance(arguments, str) else function
+                yield [message.as_dict() for message in before], list(chat.tools)
 
 
 def as_request(turn: Mapping[str, object]) -> JsonObject:

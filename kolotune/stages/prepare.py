@@ -31,6 +31,8 @@ CHANGED_CHATS = {
     "too_long": "chats were left out: not even their first answer fits --max-seq-length",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
     "and can't be served with the same ids",
+    "reduced_tools": "chats have tool definitions that say more than Ollama hands to a template (default, minimum, "
+    "additionalProperties and others); they are trained without that",
 }
 # How answers are trained behind the prompts that they are served with, where that is not obvious.
 _APART = "chats are trained with a sequence for each answer: "

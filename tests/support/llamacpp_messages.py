@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kolotune.chats.served_form import tool_as_served
 from kolotune.chats.templates import sandbox
 from kolotune.foundation.errors import TemplateError
-from kolotune.ollama.tool_definitions import as_read
 
 Turns = Sequence[Mapping[str, Any]]
 
@@ -50,7 +50,7 @@ def render(jinja: str, messages: Turns, tools: Turns, think: bool | None, today:
         turns = [{**first, "content": f"{system['content']}\n{first['content']}"}, *rest]
     continued = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
     variables = {"date_string": today, "enable_thinking": think is not False, "add_generation_prompt": True}
-    return sandbox.render(jinja, turns, [as_read(tool) for tool in tools], variables) + continued
+    return sandbox.render(jinja, turns, [tool_as_served(tool) for tool in tools], variables) + continued
 
 
 def _refuses_system(jinja: str) -> bool:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kolotune.chats.served_form import tool_as_read
 from kolotune.foundation.errors import TemplateError
 from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.llamacpp.prompt_server import PromptServer
 from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
 from kolotune.ollama.compatibility import release_numbers
 from kolotune.ollama.prompt_path import PromptPath, PromptRule, TemplateSources, find_rule, own_rendering
-from kolotune.ollama.tool_definitions import as_read
 from support import llamacpp_messages
 from support.go_templates import Renderer
 from support.observed import GGUF_TEMPLATES, KNOWN_CHATML
@@ -139,7 +139,7 @@ class PromptRenderer:
             self._servers[gguf] = PromptServer(read_tokenizer_model(gguf))
         variables = {} if think is None else {"enable_thinking": think}
         try:
-            read = [as_read(tool) for tool in tools]
+            read = [tool_as_read(tool) for tool in tools]
         except ValueError as error:
             raise Refused(400, f"json: cannot unmarshal a tool: {error}") from None
         try:

@@ -22,7 +22,7 @@ from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
 from ..traits import ChatTrait, traits_of
 from .holdout import is_held_out
-from .rows import APART, HELD_OUT, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
+from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
 from .shingles import ChatFeatures
 
 _RECORDS = 512
@@ -162,7 +162,7 @@ class ChunkEncoder:
                 result.refused[entry.number] = Problem(chat.source, chat.line, fault)
             else:
                 state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(encoded)
-                flags |= encoded.special_in_content * SPECIAL
+                flags |= encoded.special_in_content * SPECIAL | chat.tools_reduced * REDUCED
                 masked, dropped = encoded.masked_thoughts, encoded.dropped_thoughts
                 result.ids += encoded.packed_ids
                 result.labelled += encoded.packed_labels

@@ -34,7 +34,7 @@ from .holdout import final_split
 from .near_duplicates import COMPARED, SimilarityReport
 from .prepared import AffectedChats, Prepared, SplitCounts
 from .row_store import RowStore
-from .rows import APART, HELD_OUT, SPECIAL, TOO_LONG, USED
+from .rows import APART, HELD_OUT, REDUCED, SPECIAL, TOO_LONG, USED
 
 _SHOWN_LOCATIONS = 20
 _LOADED = (ChunkEncoder.__module__, "numpy", "tokenizers")  # by workers, before they get work
@@ -163,6 +163,7 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     refused = [(bool(held_out[index]), index, problem) for index, problem in collector.refused if kept[index]]
     prepared.problems += [problem for _, _, problem in sorted(refused, key=lambda entry: entry[:2])]
     prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))
+    prepared.reduced_tools = int(np.count_nonzero(used & (rows["flags"] & REDUCED > 0)))
     for reason, flag in APART.items():
         prepared.apart[reason] = int(np.count_nonzero(used & (rows["flags"] & flag > 0)))
     prepared.masked_thoughts = int(rows["masked"][used].sum(dtype=np.int64))

@@ -63,6 +63,7 @@ class Prepared:
         dropped_turns: The number of these turns.
         too_long: Chats that are not used since not even the first answer fits.
         special_in_content: The number of chats with special tokens in their text.
+        reduced_tools: The number of chats whose tool definitions said more than Ollama hands on.
         apart: The number of chats with a sequence for each answer, by the reason.
         masked_thoughts: The number of empty thoughts that are not trained on.
         dropped_thoughts: The number of thoughts that the template leaves out of later prompts.
@@ -85,6 +86,7 @@ class Prepared:
     dropped_turns: int = 0
     too_long: AffectedChats = field(default_factory=AffectedChats)
     special_in_content: int = 0
+    reduced_tools: int = 0
     apart: dict[ApartReason, int] = field(default_factory=dict)
     masked_thoughts: int = 0
     dropped_thoughts: int = 0
@@ -111,6 +113,7 @@ class Prepared:
             "turns_left_out": self.dropped_turns,
             "too_long": self.too_long.count,
             "special_tokens_in_content": self.special_in_content,
+            "reduced_tools": self.reduced_tools,
             **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},
             "masked_thoughts": self.masked_thoughts,
             "dropped_thoughts": self.dropped_thoughts,

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from kolotune.foundation.errors import DataError
 
 from ..chat import Chat
+from ..served_form import in_served_form
 from .csv_files import read_csv
 from .faults import Problem
 from .json_files import read_json
@@ -56,7 +57,7 @@ def read_chat(path: Path, record: AnyRecord) -> tuple[str, Chat | list[Problem]]
     if shaped.faults:
         faults = shaped.faults[:MAX_PROBLEMS_PER_RECORD]
         return shaped.shape, [Problem(path, parsed.line + fault.line_offset, fault) for fault in faults]
-    return shaped.shape, Chat(shaped.messages, path, parsed.line, shaped.tools)
+    return shaped.shape, in_served_form(Chat(shaped.messages, path, parsed.line, shaped.tools))
 
 
 def no_chats(path: Path) -> DataError:

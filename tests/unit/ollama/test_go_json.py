@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kolotune.ollama.go_json import go_json, sorted_keys
+from kolotune.ollama.go_json import go_json
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,3 @@ def test_texts(value: object, text: str) -> None:
 def test_what_has_no_json(value: object) -> None:
     with pytest.raises(TypeError):
         go_json(value)
-
-
-def test_keys_are_sorted_at_every_depth() -> None:
-    assert go_json(sorted_keys({"b": [{"d": 1, "c": 2}], "a": 3})) == '{"a":3,"b":[{"c":2,"d":1}]}'

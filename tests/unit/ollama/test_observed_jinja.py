@@ -12,10 +12,10 @@ from support import llamacpp_messages
 from support.observed import CHATS, DATE, OBSERVED, ObservedModel
 from support.small_tokenizer import small_gguf
 
+from kolotune.chats.served_form import tool_as_served
 from kolotune.foundation.errors import TemplateError
 from kolotune.llamacpp.prompt_server import PromptServer
 from kolotune.llamacpp.tokenizer_model import tokenizer_model
-from kolotune.ollama.tool_definitions import as_read
 
 # One model for each template: what the Modelfile says does not count where the GGUF's template is used.
 MODELS = {model.gguf_name: model for model in OBSERVED if model.shows == "gguf"}
@@ -66,7 +66,7 @@ def test_llama_cpps_server(model: ObservedModel, tmp_path: Path) -> None:
         def render(chat: dict[str, Any]) -> str:
             think = think_of(model, chat)
             variables = {} if think is None else {"enable_thinking": think}
-            tools = [as_read(tool) for tool in chat.get("tools", ())]
+            tools = [tool_as_served(tool) for tool in chat.get("tools", ())]
             text = server.render(llamacpp_messages.from_ollama(chat["messages"]), tools, **variables)
             return text.replace(datetime.date.today().strftime("%d %b %Y"), DATE)
 

@@ -94,7 +94,8 @@ def test_shapes(tmp_path: Path, record: dict[str, Any], shape: str, expected: li
 
 
 def test_tools_calls_and_reasoning(tmp_path: Path) -> None:
-    tool = {"type": "function", "function": {"name": "add"}}
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": schema}}
     turns = [
         turn("user", "q", name="ann"),
         turn("assistant", None, tool_calls=[CALL], reasoning_content="hm"),
@@ -129,7 +130,8 @@ def test_sharegpt_calls(tmp_path: Path) -> None:
     result = read(tmp_path, "chats.jsonl", json.dumps(record))
     assert result.problems == ()
     assert [message.role for message in result.chats[0].messages] == ["user", "assistant", "tool", "assistant"]
-    assert result.chats[0].tools == ({"name": "add"},)
+    function = {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}}
+    assert result.chats[0].tools == ({"type": "function", "function": function},)
 
 
 def test_mixed_shapes_are_reported(tmp_path: Path) -> None:
