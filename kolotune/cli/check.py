@@ -36,7 +36,8 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     problems, prepared.problems = prepared.problems, []
     prepare.report_prepared(prepared, say)
     if first:
-        say.note("The first chat as it is trained on; the loss covers what is between ⟦ and ⟧:")
+        several = f", in {len(first)} sequences" if len(first) > 1 else ""
+        say.note(f"The first chat as it is trained on{several}; the loss covers what is between ⟦ and ⟧:")
         for ids, labels in first:
             say.note(_with_marks(ids, labels, prepared.tokenizer))
     for problem in problems[:_SHOWN_PROBLEMS]:

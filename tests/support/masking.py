@@ -6,7 +6,7 @@ import datetime
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def check_served(
         template, tokenizer: What it is encoded with.
         served: The chat as a server gets it, if it is not the same.
     """
-    encoder = Encoder(template, tokenizer)
+    encoder = encoder_of(template, tokenizer)
     encoded, dicts = encoder.encode(sample), Rendering(served or sample, template).message_dicts()
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     located = locate(sample, template, special)
@@ -197,11 +197,14 @@ def check_served(
         first = ends[at - 1] if encoded.ends and at else 0
         ids, labels = encoded.ids[first:last], encoded.labelled[first:last]
         if number:
-            assert prompt == template.render(dicts[:number], sample.tools, add_generation_prompt=True)
-            assert encoder.prompt_ids(dicts[:number], sample.tools) == ids[: len(encode_text(tokenizer, prompt))]
+            thinks = bool(sample.messages[number].reasoning)
+            assert prompt == template.render(dicts[:number], sample.tools, add_generation_prompt=True, thinks=thinks)
+            prompt_ids = encoder.prompt_ids(dicts[:number], sample.tools, thinks)
+            assert prompt_ids == ids[: len(encode_text(tokenizer, prompt))]
         start = len(encode_text(tokenizer, prompt))
         assert ids[:start] == encode_text(tokenizer, prompt)
-        stop = next(n for n in range(start, len(ids) + 1) if decode(tokenizer, ids[start:n]) == answer)
+        stop = next((n for n in range(labels.index(True, start), len(ids)) if not labels[n]), len(ids))
+        assert decode(tokenizer, ids[start:stop]) == answer
         learned = labels[start:stop]
         assert learned == sorted(learned), "what is not learned of an answer is at its start"
         text = decode(tokenizer, [token for token, label in zip(ids[start:stop], learned, strict=True) if label])
@@ -228,7 +231,14 @@ def trained(located: LocatedChat) -> list[tuple[str, str]]:
 def encode(
     chat: Chat, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, learns_empty_thoughts: bool = False
 ) -> EncodedChat:
-    return Encoder(template, tokenizer, learns_empty_thoughts).encode(chat)
+    return encoder_of(template, tokenizer, learns_empty_thoughts).encode(chat)
+
+
+@lru_cache(8)
+def encoder_of(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, learns_empty_thoughts: bool = False
+) -> Encoder:
+    return Encoder(template, tokenizer, learns_empty_thoughts)
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:

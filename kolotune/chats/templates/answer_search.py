@@ -116,7 +116,7 @@ class AnswerSearch:
         turn = self._turn(index)
         end = self._end(index, turn)
         message = self.rendering.messages[index]
-        prompt = self.rendering.render(self.rendering.messages[:index], prompt=True) if index else None
+        prompt = self.rendering.render(index, prompt=True) if index else None
         has_shown = turn.slots.keys() >= texts_of(message).keys()
         if prompt is not None and has_shown and turn.text.startswith(prompt) and len(prompt) <= turn.first:
             answer = self._as_written(index, turn, prompt, (len(prompt), end))
@@ -141,7 +141,7 @@ class AnswerSearch:
         text, skeleton, fitted = rendering.text, self.skeleton, self.fitted
         if not is_last:
             try:
-                text = rendering.render(rendering.messages[: index + 1])
+                text = rendering.render(index + 1)
                 skeleton = rendering.skeleton(upto=index + 1)
                 fitted = skeleton.fit(text)
             except TemplateError:

@@ -90,14 +90,14 @@ class Rendering:
         self.tools = [copy.deepcopy(tool) for tool in chat.tools]
         self.messages: Sequence[Message] = [_with_parsed_arguments(message) for message in chat.messages]
         try:
-            self.text = self.render(self.messages)
+            self.text = self.render()
         except TemplateError:
             # Arguments are JSON text in the OpenAI format. Most templates want the object (a text would be quoted a
             # second time), a few want the text.
             if list(self.messages) == list(chat.messages):
                 raise
             self.messages = chat.messages
-            self.text = self.render(self.messages)
+            self.text = self.render()
         strings = json.dumps([self.message_dicts(), self.tools], ensure_ascii=False) + self.text
         self.mark = next(c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in strings)
 
@@ -105,10 +105,10 @@ class Rendering:
         """Return the messages as chat templates expect them."""
         return [message.as_dict() for message in self.messages]
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """Render messages with this chat's tools; `prompt` opens the assistant's next turn."""
-        dicts = [message.as_dict() for message in messages]
-        return self.template.render(dicts, self.tools, add_generation_prompt=prompt)
+    def render(self, upto: int | None = None, prompt: bool = False) -> str:
+        """Render the messages before this number, or all; `prompt` opens the answer of this number."""
+        dicts = [message.as_dict() for message in self.messages[:upto]]
+        return self.template.render(dicts, self.tools, prompt, self._thinks(upto, prompt))
 
     def skeleton(
         self, only: Collection[int] | None = None, upto: int | None = None, prompt: bool = False
@@ -129,7 +129,17 @@ class Rendering:
             texts = texts_of(message) if only is None or index in only else {}
             values |= {(index, name): value for name, value in texts.items()}
             marked.append(_with_texts(message, {name: f"{self.mark}{index}{name}{self.mark}" for name in texts}))
-        return FilledSkeleton(*self.template.skeleton(marked, self.tools, prompt, self.mark), values)
+        thinks = self._thinks(upto, prompt)
+        return FilledSkeleton(*self.template.skeleton(marked, self.tools, prompt, self.mark, thinks), values)
+
+    def _thinks(self, upto: int | None, prompt: bool) -> bool:
+        """Whether the answer that is asked for, or the last one that is there, has a thought."""
+        if not self.template.switches:
+            return False
+        if prompt:
+            return "reasoning" in texts_of(self.messages[upto or 0])
+        answers = [message for message in self.messages[:upto] if message.role == "assistant"]
+        return bool(answers) and "reasoning" in texts_of(answers[-1])
 
     def shows(self, index: int) -> bool:
         """Whether the template writes the content of one message anywhere."""
@@ -162,7 +172,8 @@ class Rendering:
             for number, each in enumerate([*self.messages[:index], answer])
         ]
         try:
-            _, pieces, slots = self.template.skeleton(marked, self.tools, False, self.mark)
+            thinks = self._thinks(index + 1, prompt=False)
+            _, pieces, slots = self.template.skeleton(marked, self.tools, False, self.mark, thinks)
         except TemplateError:
             return None
         for at, (slot, following) in enumerate(pairwise(slots)):
@@ -176,7 +187,7 @@ class Rendering:
         names = [f"{self.mark}{number}{self.mark}" for number in range(len(tools))]
         for tool, name in zip(tools, names, strict=True):
             called_function(tool)["name"] = name
-        text = self.template.render(self.message_dicts(), tools)
+        text = self.template.render(self.message_dicts(), tools, thinks=self._thinks(None, prompt=False))
         return all(name in text for name in names)
 
 

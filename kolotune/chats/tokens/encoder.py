@@ -105,16 +105,23 @@ class Encoder:
             encoded = [self._encode_apart(result) if isinstance(result, ChatApart) else result for result in results]
         return [result for result in encoded if not isinstance(result, ChatToEncode)]
 
-    def prompt_ids(self, messages: Sequence[JsonObject], tools: Sequence[JsonObject] | None = None) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[JsonObject], tools: Sequence[JsonObject] | None = None, thinks: bool = False
+    ) -> list[int]:
         """Return the tokens of the prompt for an answer to these turns, as a server renders and encodes it.
 
         A BOS token is there if the template writes one. Special tokens that a content has are special.
+
+        Args:
+            messages: The turns, as the template gets them.
+            tools: Tool definitions.
+            thinks: As for `ChatTemplate.render`.
 
         Raises:
             TemplateError: The template refuses the turns.
             DataError: A text contains half a character.
         """
-        text = self.template.render(messages, tools, add_generation_prompt=True)
+        text = self.template.render(messages, tools, add_generation_prompt=True, thinks=thinks)
         with bare(self._backend):
             return self._apart.prompt_ids(text)
 

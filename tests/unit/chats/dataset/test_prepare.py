@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from kolotune.base_models import packaged_model
 from kolotune.chats.dataset.prepare import prepare_chats
 from kolotune.chats.dataset.prepared import AffectedChats, Prepared, require_good
+from kolotune.chats.dataset.row_store import first_encoded
 from kolotune.chats.reading.files import read_chats
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.foundation import config as configs
@@ -259,3 +260,92 @@ def test_findings_are_reported_with_lines_and_counted(
     assert few.summary()["not_compared"] == 4
     report_prepared(few, PlainReporter())
     assert "4 chats were not" in capsys.readouterr().out
+
+
+# Opens a thought, drops earlier ones, and writes an empty one in the last answer.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def thinking(base: Path, tmp_path: Path) -> Preparer:
+    """Prepare chats with reasoning, given as (question, answer, reasoning or None), with `THINKING`."""
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+
+    def call(chats: list[list[tuple[str, str, str | None]]], **more: Any) -> Prepared:
+        lines = []
+        for turns in chats:
+            messages: list[dict[str, str]] = []
+            for question, answer, thought in turns:
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
+                messages[-1] |= {"reasoning_content": thought} if thought is not None else {}
+            lines.append(json.dumps({"messages": messages}) + "\n")
+        (tmp_path / "chats.jsonl").write_text("".join(lines))
+        values = {"train_data": [tmp_path / "chats.jsonl"], "chat_template": tmp_path / "thinking.jinja", **more}
+        return prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path), processes=1)
+
+    return call
+
+
+def test_answers_apart_are_counted_and_written_in_order(thinking: Preparer, tmp_path: Path) -> None:
+    chats = [
+        [("Hi", "Hello", "They greet."), ("Why?", "So.", None), ("And?", "No.", "Hm.")],
+        [("Hi", "Ho", None)],
+        [("A?", "B.", None), ("C?", "D.", None)],
+    ]
+    prepared = thinking(chats, eval_split=0)
+    facts = prepared.summary()
+    assert (facts["apart_opening"], facts["apart_history"], facts["apart_boundary"]) == (0, 2, 0)
+    assert (facts["masked_thoughts"], facts["dropped_thoughts"]) == (4, 1)
+    file = tmp_path / "prepared" / TRAIN_TOKENS
+    assert load_file(file)["chats"].tolist() == [0, 3, 4, 6]
+    learned = [prepared.tokenizer.decode(labelled) for _, labelled in encoded(file)]
+    thoughts = ["They greet.\n</think>\n\nHello", "So.", "Hm.\n</think>\n\nNo.", "Ho", "B.", "D."]
+    assert learned == [f"{text}<|im_end|>" for text in thoughts]
+    lengths = [len(ids) for ids, _ in encoded(file)]
+    assert facts["tokens"] == sum(lengths) and (facts["shortest"], facts["longest"]) == (min(lengths), max(lengths))
+    encoder = Encoder(prepared.template, prepared.tokenizer)
+    chat_of_three, *_ = read_chats([tmp_path / "chats.jsonl"]).chats
+    for index, (ids, labelled) in zip((1, 3, 5), encoded(file), strict=False):
+        prompt = encoder.prompt_ids(chat_of_three.message_dicts()[:index])
+        assert ids[: len(prompt)] == prompt and ids[-len(labelled) :] == labelled
+    assert [ids for ids, _ in first_encoded(file)] == [ids for ids, _ in encoded(file)][:3]
+    learning = thinking(chats, eval_split=0, empty_thoughts="learn").summary()
+    assert learning["masked_thoughts"] == 0 and learning["tokens"] == facts["tokens"]
+    assert learning["labelled_tokens"] > facts["labelled_tokens"]
+
+
+def test_each_sequence_fits_and_a_chat_loses_its_last_turns(thinking: Preparer, tmp_path: Path) -> None:
+    long = "word " * 60
+    chats = [
+        [("Hi", "Hello", None), ("Why?", "So.", long), ("And?", "No.", None)],  # the second sequence is too long
+        [("Hi", "Ho", None), ("Why?", long, None), ("And?", "Yes.", None)],  # the second and the third
+        [(str(number), "Yes.", None) for number in range(3)],  # all together, but none alone
+        [(long, "Ho", None)],
+    ]
+    prepared = thinking(chats, eval_split=0, max_seq_length=64)
+    assert prepared.train.chats == 3
+    name = tmp_path / "chats.jsonl"
+    assert prepared.shortened == AffectedChats(2, (f"{name}:1: 4 turns", f"{name}:2: 4 turns"))
+    assert prepared.too_long == AffectedChats(1, (f"{name}:4",))
+    sequences = encoded(tmp_path / "prepared" / TRAIN_TOKENS)
+    assert (
+        max(len(ids) for ids, _ in sequences) == prepared.lengths[2] <= 64 < sum(len(ids) for ids, _ in sequences[2:])
+    )
+    assert [prepared.tokenizer.decode(labelled) for _, labelled in sequences] == [
+        "Hello<|im_end|>", "Ho<|im_end|>", *["Yes.<|im_end|>"] * 3
+    ]  # fmt: skip
+
+
+def test_what_is_done_for_serving_is_reported(thinking: Preparer, capsys: pytest.CaptureFixture[str]) -> None:
+    from kolotune.stages.prepare import report_prepared
+
+    chats = [[("Hi", "Hello", "They greet."), ("Why?", "So.", None)]]
+    report_prepared(thinking(chats, eval_split=0), PlainReporter())
+    output = capsys.readouterr().out
+    assert "1 chats are trained with a sequence for each answer: the template writes earlier" in output
+    assert "1 answers have no thought" in output and "1 thoughts are left out of later prompts" in output
