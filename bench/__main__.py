@@ -22,6 +22,7 @@ SCRIPTS = (
     "whole_job",
     "merge_convert",
     "preparing",
+    "answers_apart",
     "growth",
     "scaling",
     "plan_accuracy",
