@@ -113,7 +113,7 @@ class Server(Protocol):
     """What writes and tokenizes prompts."""
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None, /
     ) -> str:
         """Return the prompt, with the answer opened; raise a `KolotuneError` to refuse the messages."""
 

@@ -93,6 +93,7 @@ class PromptServer:
         self,
         messages: Sequence[Mapping[str, object]],
         tools: Sequence[Mapping[str, object]] | None = None,
+        /,
         **variables: object,
     ) -> str:
         """Return the prompt that the server makes of a conversation, with the assistant's turn opened.

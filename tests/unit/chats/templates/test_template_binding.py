@@ -13,6 +13,7 @@ from kolotune.chats.templates import sandbox
 from kolotune.chats.templates.frozen_date import freeze_date
 from kolotune.chats.templates.template_binding import bind, switches_of
 from kolotune.foundation.errors import ConfigError, TemplateError
+from kolotune.ollama.template_capabilities import jinja_capabilities
 
 DATE = datetime.date(2026, 3, 5)
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<▁pad▁>"}
@@ -171,6 +172,7 @@ def check_binding(path: Path, chance: random.Random) -> bool:
     source = freeze_date(path.read_text(encoding="utf-8"), DATE)
     bound = bind(source, DATE, TOKENS)
     assert bound.endswith(source)
+    assert jinja_capabilities(bound) == jinja_capabilities(source), "Ollama finds the same words"
     names = set(sandbox.free_variables(source)) | set(SERVED)
     names -= {"messages", "tools", "add_generation_prompt", *TOKENS}
     for tools in (None, TOOLS):
