@@ -38,6 +38,7 @@ _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*"
 _NO_CONNECTION = 255  # ssh's own exit code
 _TRIES = 20
 _RECONNECT_SECONDS = 15.0
+_LAST_WORDS_SECONDS = 5.0  # for the first machine to report its own failure, once another has failed
 # Nobody is there to type a password during a job, and a dead connection must be noticed.
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 
@@ -139,6 +140,9 @@ class Ssh:
                 for number, output in enumerate(others, start=1):
                     # The first would wait for it for ever, unless it was only interrupted and may be restarted.
                     if output.code not in (None, 0, Interrupted.exit_code):
+                        readers[0].join(_LAST_WORDS_SECONDS)
+                        if not readers[0].is_alive():
+                            break  # it had failed before, and the other one met the same problem in its place
                         self.cancel(job, reporter)
                         reason = output.cause or output.last_lines() or f"ended with {output.code}"
                         raise LaunchError(f"{self.hosts[number]}: {reason}", "The job was stopped on all machines.")
