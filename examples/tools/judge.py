@@ -1,8 +1,9 @@
 """Asks the held-out questions of the base and the tuned model and judges calls and answers by the example's rule.
 
-python examples/tools/judge.py RUN
+python examples/tools/judge.py RUN [--ollama]
 
-Both models are served by llama.cpp's own server and asked through OpenAI's client, as any other program would.
+Both models are served by llama.cpp's own server, or the tuned one by Ollama, and asked through OpenAI's client, as any
+other program would ask them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import Reporter, make_reporter
+from kolotune.ollama.client import OllamaClient
+from kolotune.ollama.install import installed_name
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import choose_quantization, saved_config, verified_gguf
 from kolotune.serving.base_gguf import base_gguf
@@ -56,47 +59,80 @@ class Verdict:
     is_answered: bool = False
 
 
-def judge(run: RunFolder, reporter: Reporter, *, base: bool) -> list[Verdict]:
-    """Ask the tuned model, or its base with the trained template, all held-out questions.
+def judge(run: RunFolder, reporter: Reporter, *, base: bool = False, in_ollama: bool = False) -> list[Verdict]:
+    """Ask all held-out questions.
+
+    Args:
+        run: The run.
+        reporter: Shows when the base model has to be converted first.
+        base: Ask the base model, with the trained template, in place of the tuned one.
+        in_ollama: Ask the model that was installed in Ollama in place of the run's file.
 
     Raises:
-        KolotuneError: the run has no GGUF, or it is not what the run made.
+        KolotuneError: The run has no GGUF, it is not what the run made, or it was not installed.
     """
-    config = saved_config(run)
-    name = choose_quantization(config, None)
-    if base:
-        gguf, template = base_gguf(run, config, name, reporter), template_of(trained_folder(run)).jinja
-    else:
-        gguf, template = verified_gguf(run, name)[0], None
     functions = json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
     lines = (FOLDER / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    with client_of(gguf, template) as client:
+    with served_in_ollama(run) if in_ollama else served(run, reporter, base) as client:
         return [ask(client, json.loads(line), functions) for line in lines]
 
 
 @contextmanager
-def client_of(gguf: Path, template: str | None = None) -> Iterator[Any]:
-    """Serve a GGUF with its own or another chat template, and give OpenAI's client for it."""
-    import openai
+def served(run: RunFolder, reporter: Reporter, base: bool) -> Iterator[Client]:
+    """Serve a run's GGUF, or its base with the trained template, by llama.cpp."""
     import xllamacpp
 
-    key = secrets.token_urlsafe()
+    config = saved_config(run)
+    name = choose_quantization(config, None)
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.chat_template, parameters.use_jinja = str(gguf), template or "", True
+    if base:
+        parameters.model.path = str(base_gguf(run, config, name, reporter))
+        parameters.chat_template = template_of(trained_folder(run)).jinja
+    else:
+        parameters.model.path = str(verified_gguf(run, name)[0])
+    key = secrets.token_urlsafe()
     parameters.hostnames, parameters.port, parameters.api_keys = ["127.0.0.1"], 0, [key]
-    parameters.n_ctx, parameters.n_parallel = CONTEXT, 1
+    parameters.n_ctx, parameters.n_parallel, parameters.use_jinja = CONTEXT, 1, True
     parameters.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     parameters.warmup, parameters.ui, parameters.verbosity = False, False, 1
     server = xllamacpp.Server(parameters)
-    with openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key=key) as client:
-        yield client
+    yield Client(server.listening_address, key, "tuned")
     del server
 
 
-def ask(client: Any, question: dict[str, Any], functions: list[dict[str, Any]]) -> Verdict:
+@contextmanager
+def served_in_ollama(run: RunFolder) -> Iterator[Client]:
+    """Take the model that was installed in Ollama."""
+    yield Client(OllamaClient().url, "none", installed_name(run))
+
+
+class Client:
+    """OpenAI's client, for one model of a server.
+
+    Args:
+        address: The server's.
+        key: What requests must have.
+        model: The model's name there.
+    """
+
+    def __init__(self, address: str, key: str, model: str) -> None:
+        import openai
+
+        self._api, self._model = openai.OpenAI(base_url=f"{address}/v1", api_key=key), model
+
+    def reply(self, messages: list[dict[str, Any]], functions: list[dict[str, Any]]) -> Any:
+        """Return the most likely reply: an object with `content` and `tool_calls`."""
+        create: Any = self._api.chat.completions.create
+        completion = create(
+            model=self._model, messages=messages, tools=functions, temperature=0, max_tokens=LONGEST_ANSWER, seed=0
+        )
+        return completion.choices[0].message
+
+
+def ask(client: Client, question: dict[str, Any], functions: list[dict[str, Any]]) -> Verdict:
     """Ask one question and, after a right call, for the answer that its result gives."""
     messages = [*question.get("before", []), {"role": "user", "content": question["question"]}]
-    reply = _reply(client, messages, functions)
+    reply = client.reply(messages, functions)
     calls = reply.tool_calls or []
     shown = " ".join([reply.content or "", *(f"{call.function.name} {call.function.arguments}" for call in calls)])
     needs_call = "function" in question
@@ -104,7 +140,7 @@ def ask(client: Any, question: dict[str, Any], functions: list[dict[str, Any]]) 
     if not (needs_call and is_right):
         return Verdict(question["question"], needs_call, shown.strip(), is_right)
     result = {"role": "tool", "tool_call_id": calls[0].id, "content": json.dumps(question["result"])}
-    answer = _reply(client, [*messages, reply.model_dump(exclude_none=True), result], functions)
+    answer = client.reply([*messages, reply.model_dump(exclude_none=True), result], functions)
     is_answered = is_in_words(answer) and has_values(answer.content, question["result"])
     return Verdict(question["question"], True, shown.strip(), True, answer.content or "", is_answered)
 
@@ -141,19 +177,14 @@ def counts(verdicts: list[Verdict]) -> dict[str, int]:
     }
 
 
-def _reply(client: Any, messages: list[dict[str, Any]], functions: list[dict[str, Any]]) -> Any:
-    completion = client.chat.completions.create(
-        model="any", messages=messages, tools=functions, temperature=0, max_tokens=LONGEST_ANSWER, seed=0
-    )
-    return completion.choices[0].message
-
-
 def main() -> int:
     """Print each question with what both models made of it, and the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    run, reporter = RunFolder(parser.parse_args().run.absolute()), make_reporter()
-    base, tuned = (judge(run, reporter, base=is_base) for is_base in (True, False))
+    parser.add_argument("--ollama", action="store_true", help="ask the tuned model where it was installed, in Ollama")
+    arguments = parser.parse_args()
+    run, reporter = RunFolder(arguments.run.absolute()), make_reporter()
+    base, tuned = judge(run, reporter, base=True), judge(run, reporter, in_ollama=arguments.ollama)
     rows = [
         [
             before.question,

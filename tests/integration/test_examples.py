@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.example import EXAMPLES, example_script
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.reporter import PlainReporter
+from kolotune.ollama.client import OllamaClient
+from kolotune.ollama.install import install
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 
@@ -40,12 +44,37 @@ def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -
     assert counts[True] <= 1 and counts[False] >= 17, counts
 
 
+@pytest.fixture(scope="module")
+def tools_run(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> RunFolder:
+    """The example with tools, trained."""
+    return trained("tools", tmp_path_factory.mktemp("tools") / "run", reporter)
+
+
+def assert_good(verdicts: list[Any]) -> None:
+    """The tuned model calls functions, answers from results and leaves functions alone where none is needed."""
+    counts = example_script("tools", "judge").counts(verdicts)
+    assert counts["right calls"] >= 18 and counts["results answered"] >= 18, verdicts
+    assert counts["words where no call is wanted"] >= 9, verdicts
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_calls_of_the_tools(tmp_path: Path, reporter: PlainReporter) -> None:
-    """The Q4_K_M file calls functions, answers from results and leaves functions alone where none is needed."""
-    run, judge = trained("tools", tmp_path / "run", reporter), example_script("tools", "judge")
-    base, tuned = (judge.counts(judge.judge(run, reporter, base=is_base)) for is_base in (True, False))
-    assert base["right calls"] <= 2, base
-    assert tuned["right calls"] >= 18 and tuned["results answered"] >= 18, tuned
-    assert tuned["words where no call is wanted"] >= 9, tuned
+def test_the_calls_of_the_quantized_file(tools_run: RunFolder, reporter: PlainReporter) -> None:
+    judge = example_script("tools", "judge")
+    assert judge.counts(judge.judge(tools_run, reporter, base=True))["right calls"] <= 2
+    assert_good(judge.judge(tools_run, reporter))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_model_with_tools_goes_into_ollama(tools_run: RunFolder, reporter: PlainReporter, any_ollama: str) -> None:
+    """What a real one makes of the questions is judged, too; the stand-in does not answer with calls."""
+    client, name = OllamaClient(any_ollama), f"kolotune-test-{os.urandom(4).hex()}"
+    try:
+        install(tools_run, name, reporter, client=client)
+        shown = client.show(name)
+        assert shown is not None and "tools" in shown["capabilities"]
+        if os.environ.get("OLLAMA_HOST"):
+            assert_good(example_script("tools", "judge").judge(tools_run, reporter, in_ollama=True))
+    finally:
+        client.delete(name)

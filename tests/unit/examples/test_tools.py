@@ -13,6 +13,7 @@ import yaml
 from support.example import EXAMPLES, example_script
 from support.small_tokenizer import SPECIAL, small_gguf
 
+from kolotune.chats.served_form import tool_as_served
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.llamacpp.prompt_server import PromptServer
 from kolotune.llamacpp.tokenizer_model import tokenizer_model
@@ -56,6 +57,12 @@ def assert_fits(call: dict[str, Any]) -> None:
     assert list(call["arguments"]) == parameters["required"] == list(parameters["properties"])
     for name, value in call["arguments"].items():
         assert value in parameters["properties"][name].get("enum", [value])
+
+
+def test_the_functions_are_in_the_form_that_ollama_hands_on() -> None:
+    """So that every server writes what is trained, also one that hands on what a client sends."""
+    assert [json.dumps(tool_as_served(function)) for function in FUNCTIONS] == [json.dumps(each) for each in FUNCTIONS]
+    assert all(chat["tools"] == FUNCTIONS for chat in lines("chats.jsonl"))
 
 
 def test_the_questions_are_held_out() -> None:
