@@ -23,6 +23,7 @@ from .thoughts import (
     empty_thought,
     opened_thought,
     start_of_thought,
+    without_empty_thought,
     writes_thought,
 )
 
@@ -238,7 +239,9 @@ class AnswerSearch:
                     "If the template has a switch for thinking, turn it on with --template-switch, such as "
                     "enable_thinking; or leave the thoughts out of the chats.",
                 )
-            before = instead[empty_thought(instead) :]
+            before = without_empty_thought(instead)
+            if before != instead:
+                before = before.removeprefix(thought.behind)
         else:
             before = self._closing(index, thought, None if "reasoning" in turn.slots else instead)
         is_inline = not message.reasoning and writes_thought(message.content)

@@ -35,12 +35,14 @@ class OpenedThought:
         start: Where the tag starts in the opening of the reply.
         is_closed: The prompt closes the thought, too: the model is to answer without one.
         has_own_line: A line break follows the tag.
+        behind: The white space behind the end of a closed thought.
     """
 
     tag: str
     start: int
     is_closed: bool
     has_own_line: bool
+    behind: str
 
     @property
     def usual_closing(self) -> str | None:
@@ -59,7 +61,7 @@ def opened_thought(opening: str) -> OpenedThought | None:
         end = opening.rstrip()
         return next(
             (
-                OpenedThought(tag, len(end) - len(closing), True, False)
+                OpenedThought(tag, len(end) - len(closing), True, False, opening[len(end) :])
                 for tag, closing in _TAGS.items()
                 if end.endswith(closing)
             ),
@@ -68,7 +70,7 @@ def opened_thought(opening: str) -> OpenedThought | None:
     inside, closing, behind = opening[start + len(tag) :].partition(_TAGS[tag])
     if inside.strip() or behind.strip():
         return None
-    return OpenedThought(tag, start, bool(closing), "\n" in inside)
+    return OpenedThought(tag, start, bool(closing), "\n" in inside, behind)
 
 
 def empty_thought(text: str) -> int:
@@ -81,6 +83,12 @@ def closing_of_empty_thought(text: str) -> str | None:
     """Return the empty thought at the start of a text without what opens it; None if there is none."""
     match = _EMPTY.match(text)
     return match[0][match.start(match.lastgroup or 0) - match.start() :] if match else None
+
+
+def without_empty_thought(text: str) -> str:
+    """Return a text without the empty thought, or the end of one, that it starts with."""
+    match = _EMPTY.match(text)
+    return text[match.end(match.lastgroup or 0) :] if match else text
 
 
 def start_of_thought(text: str) -> str | None:

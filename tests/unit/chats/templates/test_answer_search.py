@@ -148,7 +148,8 @@ def test_any_answers_with_thoughts(name: str, turns: list[tuple[str, str, str | 
     for text, (_, answer, thought) in zip(learned, turns, strict=True):
         whole = (around or "").format("\0").replace("\0", thought or "") if thought is not None else ""
         assert text.endswith(answer + end)
-        assert text.removesuffix(answer + end).split() == whole.split(), "white space around a thought may be trimmed"
+        # White space around a thought may be trimmed.
+        assert "".join(text.removesuffix(answer + end).split()) == "".join(whole.split())
     encoded = encode(sample, template, tokenizer)
     assert encoded.masked_thoughts == sum(thought is None for _, _, thought in turns) * bool(before)
     is_kept = name == "keeps thoughts"
@@ -236,3 +237,32 @@ def test_a_first_answer_without_a_question() -> None:
         "<|im_start|>assistant\n",
         "Welcome<|im_end|>",
     )
+
+
+@pytest.mark.parametrize(
+    ("opening", "call", "answer"),
+    [
+        ("<think></think>", "\n\n<call>f</call><|e|>", "It is 7.<|e|>"),
+        ("<think>", "</think>\n\n<call>f</call><|e|>", "</think>It is 7.<|e|>"),
+        ("</think>", "\n\n<call>f</call><|e|>", "It is 7.<|e|>"),
+    ],
+)
+def test_calls_behind_an_opened_thought(opening: str, call: str, answer: str) -> None:
+    call_or_text = (
+        "{% if m.tool_calls %}{{ '\n\n' }}<call>{{ m.tool_calls[0].function.name }}</call>"
+        "{% else %}{{ m.content }}{% endif %}"
+    )
+    tools = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    template = ChatTemplate(tools + _written(f"</think>{call_or_text}<|e|>\n", opening), {})
+    function = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    sample = Chat(
+        (
+            Message(USER, "How warm?"),
+            Message(ANSWER, "", tool_calls=(function,)),
+            Message("tool", "7"),
+            Message(ANSWER, "It is 7."),
+        ),
+        tools=({"type": "function", "function": {"name": "f"}},),
+    )
+    assert [text for _, text in trained(locate(sample, template, SPECIAL))] == [call, answer]
+    check_served(sample, template, byte_level(SPECIAL))
