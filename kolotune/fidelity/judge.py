@@ -16,6 +16,7 @@ from .comparison import ComparedAnswer, Comparison, Count, Failure, PathCheck, Q
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from .likely_cause import Cause, describe_cause, likely_cause
+from .prompt_proof import Outcome, PromptResult
 from .recommendation import describe_recommendation, recommend
 from .tasks import Figures, GreedyAnswer, Reference
 
@@ -203,8 +204,17 @@ def _path_checks(measured: MeasuredGguf) -> Iterator[PathCheck]:
             asked.path,
             asked.path == measurement.ollama_path,
             Count(prompts.equal, prompts.of),
-            {result.name: result.outcome.value for result in asked.battery},
+            _by_trait(asked.battery),
         )
+
+
+def _by_trait(results: Sequence[PromptResult]) -> dict[str, str]:
+    """Return the outcome for each trait; where both sides of a switch were asked, that of the one that is wrong."""
+    outcomes: dict[str, str] = {}
+    for result in results:
+        if outcomes.get(result.name, Outcome.EQUAL) == Outcome.EQUAL:
+            outcomes[result.name] = result.outcome.value
+    return outcomes
 
 
 def _bounds(name: str, reference: Reference) -> dict[str, float]:

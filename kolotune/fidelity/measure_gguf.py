@@ -94,7 +94,7 @@ def _measure_served(
     model: ExactGguf, modelfile: Modelfile, task: GgufTask, reference: Reference, measurement: GgufMeasurement
 ) -> GgufMeasurement:
     """Measure what Ollama makes of the Modelfile: the tokens of prompts, and where answers stop."""
-    taken = ollama_path(Path(task.gguf), modelfile.template)
+    taken = ollama_path(Path(task.gguf), modelfile)
     served = measurement.paths[-1]  # of TEMPLATE, which every Ollama may take, if there is one
     prompts = _compared(served, task.traits)
     not_servable = sum(not prompt.plain for prompt in reference.prompts)

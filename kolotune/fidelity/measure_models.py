@@ -20,7 +20,6 @@ from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
 from .log_probabilities import loss_of, split
-from .prompt_battery import battery
 from .prompt_proof import Prompt, ask
 from .reference_model import MissingWeightsError, open_model
 from .selection import Selection, select
@@ -96,7 +95,7 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
         tuned_loss=sum(tuned_losses) / sum(labels),
         merged=None,
         notes=notes,
-        battery=[trained.trained_prompt(chat, trait) for trait, chat in battery().items()],
+        battery=trained.battery(),
         bos=special_tokens(trained.tokenizer).get("bos_token", ""),
     )
     return reference, tuned

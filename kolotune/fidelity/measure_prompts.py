@@ -17,6 +17,7 @@ from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
 from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
 from kolotune.ollama.go_template_renderer import render_go_template
+from kolotune.ollama.modelfile import Modelfile
 from kolotune.ollama.prompt_path import PromptPath, TemplateSources, find_rule
 
 from .prompt_proof import Prompt, PromptResult, Server, ask
@@ -53,12 +54,13 @@ def ask_paths(gguf: Path, template: str | None, reference: Reference, scratch: P
     return asked.paths
 
 
-def ollama_path(gguf: Path, template: str | None) -> str:
+def ollama_path(gguf: Path, modelfile: Modelfile) -> str:
     """Return which path the newest Ollama takes (`PromptPath`); "" where it can't be said."""
     metadata = read_metadata(gguf)
     architecture, jinja = (str(metadata.get(name, "")) for name in ("general.architecture", "tokenizer.chat_template"))
+    sources = TemplateSources(architecture, jinja, modelfile.template, modelfile.renderer, modelfile.parser)
     try:
-        return find_rule(TemplateSources(architecture, jinja, template)).path
+        return find_rule(sources).path
     except ArtifactError:
         return ""
 
@@ -91,9 +93,13 @@ class _GoTemplate:
     server: Server
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        /,
+        **switches: bool,
     ) -> str:
-        del tools  # no TEMPLATE of ours has any
+        del tools, switches  # no TEMPLATE of ours has any
         return render_go_template(self.template, messages)
 
     def tokens(self, text: str) -> list[int]:
@@ -107,7 +113,11 @@ class _Refusing:
     error: TemplateError
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        /,
+        **switches: bool,
     ) -> str:
         raise self.error
 

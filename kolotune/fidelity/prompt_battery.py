@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from kolotune.chats import Chat, Message
@@ -113,6 +114,11 @@ _BATTERY: dict[ChatTrait, tuple[tuple[Message, ...], tuple[JsonObject, ...]]] = 
 }
 
 
-def battery() -> dict[ChatTrait, Chat]:
-    """Return a chat for each trait: what stands before its last turn, an answer, has the trait."""
-    return {trait: Chat((*before, _LAST), tools=tools) for trait, (before, tools) in _BATTERY.items()}
+def battery(thinks: bool = False) -> dict[ChatTrait, Chat]:
+    """Return a chat for each trait: what stands before its last turn, an answer, has the trait.
+
+    Args:
+        thinks: the answer has a thought.
+    """
+    last = dataclasses.replace(_LAST, reasoning="Rome in June.") if thinks else _LAST
+    return {trait: Chat((*before, last), tools=tools) for trait, (before, tools) in _BATTERY.items()}

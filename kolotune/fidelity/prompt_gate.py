@@ -1,19 +1,24 @@
 """Before training: will llama.cpp's server put the tokens before an answer that training puts there?
 
 It needs no weights. The GGUF's header is known from the conversion plan, and llama.cpp's own server is asked what it
-makes of a short chat with each trait. The answer is kept in the cache.
+makes of a short chat with each trait; the answer is kept in the cache. Once chats are prepared, some of them are asked
+for, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Collection
+import itertools
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kolotune.chats import Chat
 from kolotune.chats.dataset.prepared import TRAITS
+from kolotune.chats.reading.files import opened, read_chat
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES
 from kolotune.chats.traits import ChatTrait
 from kolotune.foundation import typed_storage
@@ -25,16 +30,19 @@ from kolotune.gguf import conversion_source, convert
 from kolotune.gguf.model_skeleton import ModelSkeleton
 from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
 from kolotune.llamacpp.tokenizer_model import tokenizer_model
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import HELD_OUT_CHATS, RunFolder
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 
-from .prompt_battery import battery
-from .prompt_proof import MismatchKind, Outcome, PromptResult, ask
+from .prompt_proof import MismatchKind, Outcome, Prompt, PromptResult, ask
 
-_VERSION = 2  # raised when the battery or the way to ask changes
+if TYPE_CHECKING:
+    from .trained_format import TrainedFormat
+
+_VERSION = 3  # raised when the battery or the way to ask changes
 _PACKAGES = ("xllamacpp", "transformers", "tokenizers", "jinja2")
 _MOST_PROOFS = 32
+_HELD_OUT = 16  # chats whose prompts are asked for, too
 _WRONG = (Outcome.DIFFERENT, Outcome.SERVER_REFUSES)
 _HINTS = {
     MismatchKind.COMPOSED_FORM: "Write the chats in composed form: unicodedata.normalize('NFC', text) in Python.",
@@ -65,13 +73,17 @@ def check_prompts(
         TemplateError: they won't, and the run is to be compared.
         ToolchainError: llama.cpp's server is not installed, or the tokenizer can't be converted.
     """
-    proof = find_proof(context, reporter, is_prepared=is_prepared)
-    trained = [result for result in proof.results if result.outcome in (Outcome.EQUAL, *_WRONG)]
+    subject = _subject(context, reporter, is_prepared)
+    results = _find_proof(subject, reporter).results
+    trained = [result for result in results if result.outcome in (Outcome.EQUAL, *_WRONG)]
     wrong = [result for result in trained if result.outcome in _WRONG]
     if traits is None:
         used = wrong if len(wrong) == len(trained) else []
     else:
         used = [result for result in wrong if result.name in traits]
+    if not used and is_prepared:
+        used = [result for result in subject.ask(_held_out_prompts(context.run)) if result.outcome in _WRONG]
+        wrong += used
     if used and context.config.compare:
         raise _error(used)
     unused = [result for result in wrong if traits is not None or is_prepared]
@@ -88,32 +100,64 @@ def recorded_traits(run: RunFolder) -> list[ChatTrait] | None:
 
 def find_proof(context: Context, reporter: Reporter, *, is_prepared: bool) -> PromptProof:
     """Return the proof of a run's prompts, from the cache if nothing has changed; see `check_prompts`."""
+    return _find_proof(_subject(context, reporter, is_prepared), reporter)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is going to be served: the trained tokenizer and template, and the header of the GGUF."""
+
+    tokenizer: Path
+    skeleton: ModelSkeleton
+    model: SparseGguf
+
+    def ask(self, prompts: Callable[[TrainedFormat], list[Prompt]]) -> list[PromptResult]:
+        """Return what the server makes of prompts."""
+        from kolotune.chats.tokens.tokenizer import special_tokens
+
+        from .trained_format import TrainedFormat
+        from .vocabulary import vocabulary_by_id
+
+        trained = TrainedFormat.load(self.tokenizer, self.skeleton.text(TEMPLATE_FILE))
+        asked = prompts(trained)
+        if not asked:
+            return []
+        bos = special_tokens(trained.tokenizer).get("bos_token", "")
+        with PromptServer(self.model) as server:
+            return list(ask(asked, server, vocabulary_by_id(trained.tokenizer), bos))
+
+
+def _subject(context: Context, reporter: Reporter, is_prepared: bool) -> _Subject:
     skeleton, gguf_type = conversion_source.expected_skeleton(context, is_prepared=is_prepared)
-    log = context.run.log("prompts")
-    model = tokenizer_model(convert.expected_header(skeleton, gguf_type, log, reporter))
-    file = cache_folder("prompts") / f"{_key(skeleton, model)}.json"
+    header = convert.expected_header(skeleton, gguf_type, context.run.log("prompts"), reporter)
+    return _Subject(context.run.tokenizer if is_prepared else context.base, skeleton, tokenizer_model(header))
+
+
+def _find_proof(subject: _Subject, reporter: Reporter) -> PromptProof:
+    file = cache_folder("prompts") / f"{_key(subject.skeleton, subject.model)}.json"
     known = typed_storage.read_or_none(PromptProof, file)
     if known is not None:
         return known
     reporter.doing("asking llama.cpp's server for its prompts")
-    proof = _prove(context.run.tokenizer if is_prepared else context.base, skeleton, model)
+    proof = PromptProof(tuple(subject.ask(lambda trained: trained.battery())))
     file.parent.mkdir(parents=True, exist_ok=True)
     typed_storage.write(file, proof)
     _remove_old(file)
     return proof
 
 
-def _prove(tokenizer: Path, skeleton: ModelSkeleton, model: SparseGguf) -> PromptProof:
-    from kolotune.chats.tokens.tokenizer import special_tokens
+def _held_out_prompts(run: RunFolder) -> Callable[[TrainedFormat], list[Prompt]]:
+    """Return what gives the prompts of the last answers of some held-out chats."""
 
-    from .trained_format import TrainedFormat
-    from .vocabulary import vocabulary_by_id
+    def prompts(trained: TrainedFormat) -> list[Prompt]:
+        file = run.prepared / HELD_OUT_CHATS
+        if not file.is_file() or not file.stat().st_size:
+            return []
+        with opened(file) as (_, records):
+            chats = [read_chat(file, record)[1] for record in itertools.islice(records, _HELD_OUT)]
+        return [trained.trained_prompt(chat, "") for chat in chats if isinstance(chat, Chat)]
 
-    trained = TrainedFormat.load(tokenizer, skeleton.text(TEMPLATE_FILE))
-    prompts = [trained.trained_prompt(chat, trait) for trait, chat in battery().items()]
-    bos = special_tokens(trained.tokenizer).get("bos_token", "")
-    with PromptServer(model) as server:
-        return PromptProof(tuple(ask(prompts, server, vocabulary_by_id(trained.tokenizer), bos)))
+    return prompts
 
 
 def _key(skeleton: ModelSkeleton, model: SparseGguf) -> str:
@@ -135,7 +179,7 @@ def _remove_old(newest: Path) -> None:
 
 def _error(wrong: list[PromptResult]) -> TemplateError:
     first = wrong[0]
-    cause = f"the model would be served other prompts than it is trained on. In chats with {_sentence(first)}: "
+    cause = f"the model would be served other prompts than it is trained on. In {_place(first)}: "
     if first.mismatch is None:
         return TemplateError(f"{cause}{first.reason}{_more(wrong)}", f"Use another base model. {_TRAIN_ANYWAY}")
     hint = _HINTS.get(first.mismatch.kind, "Use another base model.")
@@ -144,12 +188,13 @@ def _error(wrong: list[PromptResult]) -> TemplateError:
 
 
 def _more(wrong: list[PromptResult]) -> str:
-    return f" (also with {_describe(wrong[1:])})" if len(wrong) > 1 else ""
+    others = [result for result in wrong if result.name != wrong[0].name]
+    return f" (also in {_describe(others)})" if others else ""
 
 
 def _describe(results: list[PromptResult]) -> str:
-    return "; ".join(map(_sentence, results))
+    return "; ".join(dict.fromkeys(map(_place, results)))
 
 
-def _sentence(result: PromptResult) -> str:
-    return ChatTrait(result.name).sentence
+def _place(result: PromptResult) -> str:
+    return f"chats with {ChatTrait(result.name).sentence}" if result.name else "the held-out chats"

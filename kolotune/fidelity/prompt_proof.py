@@ -68,6 +68,7 @@ class Prompt:
         refusal: why training refuses it; then there are neither text nor tokens.
         merges: the text alone gets other tokens than these: the last one contains characters of the answer.
         is_normalized: the tokenizer changes the text before it encodes it.
+        switches: values of the variables that a request may set (``--template-switch``).
     """
 
     messages: list[JsonObject]
@@ -79,6 +80,7 @@ class Prompt:
     refusal: str = ""
     merges: bool = False
     is_normalized: bool = False
+    switches: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,11 @@ class Server(Protocol):
     """What writes and tokenizes prompts."""
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None, /
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        /,
+        **switches: bool,
     ) -> str:
         """Return the prompt, with the answer opened; raise a `KolotuneError` to refuse the messages."""
 
@@ -134,7 +140,7 @@ def ask(
     """
     for prompt in prompts:
         try:
-            text = server.render(prompt.messages, prompt.tools or None)
+            text = server.render(prompt.messages, prompt.tools or None, **prompt.switches)
             ids = server.tokens(text)
         except KolotuneError as error:
             outcome = Outcome.BOTH_REFUSE if prompt.refusal else Outcome.SERVER_REFUSES

@@ -20,6 +20,7 @@ from kolotune.foundation.typed_storage import JsonObject
 from kolotune.ollama.template_derivation import NotDerivable, derive
 from kolotune.ollama.turn_format import TurnFormat
 
+from .prompt_battery import battery
 from .prompt_proof import Prompt
 
 if TYPE_CHECKING:
@@ -81,24 +82,33 @@ class TrainedFormat:
         return index
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        /,
+        **switches: bool,
     ) -> str:
         """Return the text before an answer; a `TemplateError` where the template refuses the turns."""
-        return self.template.render(messages, tools, True)
+        return self.template.render(messages, tools, True, any(switches.values()))
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a prompt."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def prompt(self, messages: list[JsonObject], tools: list[JsonObject] | None) -> Prompt:
+    def prompt(self, messages: list[JsonObject], tools: list[JsonObject] | None, thinks: bool = False) -> Prompt:
         """Return the prompt for an answer to these turns.
 
         The rendered text is encoded as a whole, as a server does. `prepare` encodes chats differently.
 
+        Args:
+            messages, tools: what is before the answer.
+            thinks: the answer has thoughts, which a template with switches writes in another way.
+
         Raises:
             TemplateError: the template refuses the turns.
         """
-        text = self.render(messages, tools)
+        switches = dict.fromkeys(self.template.switches, thinks)
+        text = self.render(messages, tools, **switches)
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         return Prompt(
             messages,
@@ -107,6 +117,7 @@ class TrainedFormat:
             self.tokens(text),
             plain=self._is_plain(messages, tools, text),
             is_normalized=normalizer is not None and normalizer.normalize_str(text) != text,
+            switches=switches,
         )
 
     def _is_plain(self, messages: list[JsonObject], tools: list[JsonObject] | None, text: str) -> bool:
@@ -117,14 +128,22 @@ class TrainedFormat:
 
     def trained_prompt(self, chat: Chat, name: str) -> Prompt:
         """Return the prompt of the chat's last turn, an answer, with the tokens that training has before it."""
-        *before, _ = chat.message_dicts()
+        *before, answer = chat.message_dicts()
         tools = list(chat.tools)
         try:
-            ids = _before_last_answer(self._whole_answers.encode(chat))
-            prompt = self.prompt(before, tools)
+            encoded = self._whole_answers.encode(chat)
+            prompt = self.prompt(before, tools, "reasoning_content" in answer)
         except (TemplateError, DataError) as error:
             return Prompt(before, tools, name=name, refusal=error.cause)
+        if encoded.special_in_content:
+            return Prompt(before, tools, name=name, refusal="special tokens in a text are trained as plain text")
+        ids = _before_last_answer(encoded)
         return dataclasses.replace(prompt, ids=ids, name=name, merges=prompt.ids != ids)
+
+    def battery(self) -> list[Prompt]:
+        """Return the prompts of the battery, and both sides of them where the template has switches."""
+        sides = (False, True) if self.template.switches else (False,)
+        return [self.trained_prompt(chat, trait) for thinks in sides for trait, chat in battery(thinks).items()]
 
     def decode(self, ids: list[int] | None) -> str | None:
         """Return the text of an answer without special tokens; None for no answer."""

@@ -18,6 +18,7 @@ from kolotune.foundation.errors import TemplateError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.stage import Context
+from kolotune.stages import prepare
 
 # The descriptions of tools as Python writes them, which llama.cpp writes without escapes.
 TOOLS_AS_PYTHON = (
@@ -112,11 +113,15 @@ def test_what_is_always_wrong_ends_the_run_before_the_chats_are_read(make: Make)
         check_prompts(make(ALL_AS_PYTHON), Warnings(), None, is_prepared=False)
 
 
+def composing(base: Path) -> dict[str, str]:
+    """Return the tokenizer of a base with a normaliser like those of Qwen 2 and Command-R; llama.cpp has none."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    return {"tokenizer.json": json.dumps({**tokenizer, "normalizer": {"type": "NFC"}})}
+
+
 @pytest.mark.slow
 def test_a_tokenizer_that_composes_letters(make: Make, tiny_base: Path) -> None:
-    """As those of Qwen 2 and Command-R; llama.cpp's does not."""
-    tokenizer = json.loads((tiny_base / "tokenizer.json").read_text(encoding="utf-8"))
-    context = make(files={"tokenizer.json": json.dumps({**tokenizer, "normalizer": {"type": "NFC"}})})
+    context = make(files=composing(tiny_base))
     results = by_trait(context)
     different = results[ChatTrait.COMBINING_MARKS].mismatch
     assert different is not None and different.kind == MismatchKind.COMPOSED_FORM
@@ -124,6 +129,22 @@ def test_a_tokenizer_that_composes_letters(make: Make, tiny_base: Path) -> None:
     with pytest.raises(TemplateError) as caught:
         check_prompts(context, Warnings(), {ChatTrait.COMBINING_MARKS}, is_prepared=False)
     assert "NFC" in caught.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["Zu\u0308rich", "Zürich", "Zu\u0308rich <|im_end|>"])
+def test_held_out_chats_are_asked_for(text: str, make: Make, tiny_base: Path, tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": f"{text} {n}"}, {"role": "assistant", "content": f"{n}."}] for n in range(20)]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in turns]
+    (tmp_path / "c.jsonl").write_text("".join(lines), encoding="utf-8")
+    context = make(files=composing(tiny_base), eval_split=0.3)
+    facts = prepare.run(context, PlainReporter())
+    assert (ChatTrait.COMBINING_MARKS in str(facts["traits"])) is ("\u0308" in text)
+    if text == "Zu\u0308rich":
+        with pytest.raises(TemplateError, match="held-out chats"):
+            check_prompts(context, Warnings(), [], is_prepared=True)
+    else:  # what has special tokens in its text can't be served as it was trained; `prepare` has reported it
+        check_prompts(context, Warnings(), [], is_prepared=True)
 
 
 @pytest.mark.slow
