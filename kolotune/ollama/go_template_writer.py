@@ -9,6 +9,9 @@ from __future__ import annotations
 from .turn_format import Affix, TurnFormat
 
 _CONTENT = "{{ $m.Content }}"
+_NOTE_SYSTEM = (
+    '{{- $system := false }}{{- range .Messages }}{{ if eq .Role "system" }}{{ $system = true }}{{ end }}{{ end -}}'
+)
 
 
 def write_go_template(turns: TurnFormat, include_bos: bool) -> str:
@@ -21,7 +24,8 @@ def write_go_template(turns: TurnFormat, include_bos: bool) -> str:
     Returns:
         The template. It loops over `.Messages`, so Ollama appends no `.Response` to it.
     """
-    lines = [_start(turns, include_bos)]
+    lines = [_NOTE_SYSTEM] if _notes_system(turns) else []
+    lines.append(_start(turns, include_bos))
     if _first_user_differs(turns):
         lines.append("{{- $first := true }}")
     if turns.system_style == "last_user":
@@ -66,12 +70,29 @@ def _start(turns: TurnFormat, include_bos: bool) -> str:
     opening = go_text(turns.opening)
     if turns.system_style == "turn" and turns.later_system is None:
         without_system = "{{ else }}" + opening if opening else ""
-        return bos + "{{- if .System }}" + _wrap(turns.system, ".System") + without_system + "{{ end }}"
+        return (
+            bos + f"{{{{- if {_has_system(turns)} }}}}" + _wrap(turns.system, ".System") + without_system + "{{ end }}"
+        )
     if turns.system_style == "turn" and opening:
         # In the Go of older Ollama versions `and` evaluates all its arguments: hence two conditions.
-        first = '{{- if .Messages }}{{ if ne (index .Messages 0).Role "system" }}'
-        return bos + first + opening + "{{ end }}{{ end }}"
+        no_system = 'ne (index .Messages 0).Role "system"'
+        if not turns.wraps_empty_system:
+            no_system = f"or ({no_system}) (not (index .Messages 0).Content)"
+        return bos + "{{- if .Messages }}{{ if " + no_system + " }}" + opening + "{{ end }}{{ end }}"
     return bos + opening
+
+
+def _notes_system(turns: TurnFormat) -> bool:
+    """Whether the template has to know if there is a system turn, even an empty one."""
+    is_joined = turns.system_style in ("first_user", "last_user") or (
+        turns.system_style == "turn" and turns.later_system is None
+    )
+    return is_joined and turns.wraps_empty_system
+
+
+def _has_system(turns: TurnFormat) -> str:
+    """The condition that there is a system text to write."""
+    return "$system" if _notes_system(turns) else "$.System"
 
 
 def _turns(turns: TurnFormat) -> list[str]:
@@ -79,6 +100,8 @@ def _turns(turns: TurnFormat) -> list[str]:
     if turns.system_style == "turn" and turns.later_system:
         first, later = (_wrap(affix, "$m.Content") for affix in (turns.system, turns.later_system))
         both = first if first == later else "{{ if $i }}" + later + "{{ else }}" + first + "{{ end }}"
+        if not turns.wraps_empty_system:
+            both = "{{ if $m.Content }}" + both + "{{ end }}"
         lines.insert(0, '{{- if eq $m.Role "system" }}' + both)
         lines[1] = lines[1].replace("{{- if", "{{- else if", 1)
     before, after = go_text(turns.assistant.before), go_text(turns.assistant.after)
@@ -97,7 +120,7 @@ def _first_user_differs(turns: TurnFormat) -> bool:
 def _before_user(turns: TurnFormat) -> str:
     before = go_text(turns.user.before)
     first = go_text(turns.first_user)
-    system = "{{ if $.System }}" + _wrap(turns.system, "$.System") + "{{ else }}"
+    system = "{{ if " + _has_system(turns) + " }}" + _wrap(turns.system, "$.System") + "{{ else }}"
     if turns.system_style == "first_user":
         first = system + first + "{{ end }}"
     if _first_user_differs(turns):

@@ -71,7 +71,7 @@ def derive(render: Render, bos: str) -> TurnFormat | NotDerivable:
         The format, with caveats for what can't be equal in Ollama, or the reason why there is none.
     """
     try:
-        turns = _with_system(render, _without_system(render, bos))
+        turns = _with_empty_system(render, _with_system(render, _without_system(render, bos)))
         difference = first_difference(render, turns, battery(system=not turns.refuses_system))
         if difference:
             _fail(Obstacle.NOT_PROVEN, difference)
@@ -185,14 +185,15 @@ def _with_system(render: Render, turns: TurnFormat) -> TurnFormat:
 
 
 def _refusing_system(turns: TurnFormat) -> TurnFormat:
-    """Ollama may send a system text all the same; to drop it silently would be worse than to choose where it goes."""
+    """Ollama may send a system text all the same; it is written where llama.cpp's server puts it then."""
     head = turns.opening + turns.first_user
     return replace(
         turns,
         opening="",
         first_user=head,
         system_style="first_user",
-        system=Affix(head, "\n\n"),
+        system=Affix(head, "\n"),
+        wraps_empty_system=True,
         refuses_system=True,
         caveats=(Caveat(CaveatKind.SYSTEM_REFUSED),),
     )
@@ -211,6 +212,17 @@ def _system_first(render: Render, turns: TurnFormat, pieces: list[str]) -> TurnF
     affix = Affix(head, to_user.removesuffix(turns.first_user))
     later = _later_system(render, turns)
     return replace(turns, system_style="turn", system=affix, later_system=later)
+
+
+def _with_empty_system(render: Render, turns: TurnFormat) -> TurnFormat:
+    """Return the format with its treatment of an empty system text; what fits neither way is a caveat later."""
+    if turns.refuses_system:
+        return turns
+    chat: list[JsonObject] = [{"role": "system", "content": ""}, *_chat(_U1, _A1, _U2)]
+    # A turn of its own is written even if it is empty, unless the template has other plans.
+    wraps = turns.system_style == "turn" and turns.later_system is not None
+    candidates = [replace(turns, wraps_empty_system=choice) for choice in (wraps, not wraps)]
+    return next((one for one in candidates if first_difference(render, one, [chat]) is None), candidates[0])
 
 
 def _later_system(render: Render, turns: TurnFormat) -> Affix | None:

@@ -21,8 +21,8 @@ class CaveatKind(Enum):
 
     SYSTEM_IGNORED = "The chat template leaves system texts out, and so does the Ollama template."
     SYSTEM_REFUSED = (
-        "The chat template refuses system turns; in Ollama a system text is put before the first user text, "
-        "a form that was never trained."
+        "The chat template refuses system turns; Ollama and llama.cpp put a system text in front of the first user "
+        "text, on a line of its own, a form that was never trained."
     )
     SPACE_CHANGED = "The chat template changes white space around {role} texts; Ollama sends them as they are."
     THOUGHTS_CHANGED = "The chat template drops or changes thoughts in earlier answers; Ollama sends them as they are."
@@ -75,7 +75,8 @@ class TurnFormat:
             and replaces the text that is there without a system text.
         later_system: the text around a system turn that is not the first turn. Without it, all system texts are joined
             and written where the first one would be.
-        refuses_system: the chat template refuses system turns, so kolotune chose where to write them.
+        wraps_empty_system: an empty system text is written like any other; otherwise as if there were none.
+        refuses_system: the chat template refuses system turns; they are written as llama.cpp's server does then.
         caveats: where Ollama's text may still differ from the chat template's.
     """
 
@@ -88,6 +89,7 @@ class TurnFormat:
     system_style: SystemStyle
     system: Affix = Affix("", "")
     later_system: Affix | None = None
+    wraps_empty_system: bool = False
     refuses_system: bool = False
     caveats: tuple[Caveat, ...] = ()
 
@@ -101,14 +103,14 @@ class TurnFormat:
                 continue, any other end is followed by the generation prompt. False closes the last turn instead.
         """
         turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in merge_turns(messages)]
-        systems = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+        systems = self._systems(turns)
         users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
         parts = [self.bos, self._start(turns, systems)]
         for index, turn in enumerate(turns):
             role, content = turn["role"], turn["content"]
             last = open and index == len(turns) - 1
-            if role == "system" and self.system_style == "turn" and self.later_system:
-                parts.append((self.later_system if index else self.system).wrap(content))
+            if role == "system":
+                parts.append(self._system_turn(content, is_first=index == 0))
             elif role == "user":
                 first_or_last = index == users[0], index == users[-1]
                 parts += [self._user_before(*first_or_last, systems), content, self.user.after]
@@ -118,16 +120,32 @@ class TurnFormat:
                 parts.append(self.generation)
         return "".join(parts)
 
-    def _start(self, turns: Sequence[Mapping[str, str]], systems: str) -> str:
+    def _systems(self, turns: Sequence[Mapping[str, str]]) -> str | None:
+        """All system texts; None if there is nothing to write."""
+        texts = [turn["content"] for turn in turns if turn["role"] == "system"]
+        joined = "\n\n".join(texts)
+        return joined if joined or (texts and self.wraps_empty_system) else None
+
+    def _is_written(self, content: str) -> bool:
+        return bool(content) or self.wraps_empty_system
+
+    def _system_turn(self, content: str, is_first: bool) -> str:
+        if self.system_style != "turn" or self.later_system is None or not self._is_written(content):
+            return ""
+        return (self.system if is_first else self.later_system).wrap(content)
+
+    def _start(self, turns: Sequence[Mapping[str, str]], systems: str | None) -> str:
         if self.system_style == "turn":
-            if self.later_system is None and systems:
+            if self.later_system is None and systems is not None:
                 return self.system.wrap(systems)
-            if self.later_system is not None and (not turns or turns[0]["role"] == "system"):
+            first = turns[0] if turns else {"role": "system", "content": "-"}
+            if self.later_system is not None and first["role"] == "system" and self._is_written(first["content"]):
                 return ""
         return self.opening
 
-    def _user_before(self, first: bool, last: bool, systems: str) -> str:
-        if systems and ((first and self.system_style == "first_user") or (last and self.system_style == "last_user")):
+    def _user_before(self, first: bool, last: bool, systems: str | None) -> str:
+        is_place = (first and self.system_style == "first_user") or (last and self.system_style == "last_user")
+        if systems is not None and is_place:
             return self.system.wrap(systems)
         return self.first_user if first else self.user.before
 

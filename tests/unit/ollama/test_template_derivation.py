@@ -201,8 +201,37 @@ def test_refused_system_turns_are_a_caveat() -> None:
     _, turns = family("google-gemma-2-2b-it")
     assert turns.refuses_system
     assert turns.caveats[0] == Caveat(CaveatKind.SYSTEM_REFUSED)
-    wanted = "<bos><start_of_turn>user\nS\n\nhi<end_of_turn>\n<start_of_turn>model\n"
+    wanted = "<bos><start_of_turn>user\nS\nhi<end_of_turn>\n<start_of_turn>model\n"
     assert turns.render(chat("system: S", "user: hi"), True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("microsoft-Phi-3.5-mini-instruct", ""),
+        ("SmolLM2", "<|im_start|>system\n<|im_end|>\n"),
+        ("Llama2", "<s>[INST] <<SYS>>\n\n<</SYS>>\n\n"),
+        ("google-gemma-2-2b-it", "<bos><start_of_turn>user\n\n"),
+    ],
+)
+def test_an_empty_system_turn_is_written_as_trained(name: str, empty: str) -> None:
+    render_messages, turns = family(name)
+    messages = chat("system: ", "user: hi")
+    text = turns.render(messages, True)
+    assert text.startswith(empty) and (empty or text == turns.render(messages[1:], True))
+    if not turns.refuses_system:
+        assert text == render_messages(messages, True)
+    assert Caveat(CaveatKind.EMPTY_SYSTEM) not in turns.caveats
+
+
+def test_which_templates_write_an_empty_system_turn_otherwise() -> None:
+    """Neither like any other nor as if there were none: only these of the collection, and a caveat says so.
+
+    Their templates have tools, so from 0.30 on Ollama uses those.
+    """
+    names = sorted(set(path.stem for path in templates_folder().glob("*.jinja")) - NOT_DERIVABLE)
+    odd = {name for name in names if Caveat(CaveatKind.EMPTY_SYSTEM) in family(name)[1].caveats}
+    assert odd == {"MiniMax-M1", "poolside-Laguna-XS.2", "CohereForAI-c4ai-command-r7b-12-2024-tool_use"}
 
 
 def test_ignored_system_turns_are_a_caveat() -> None:
