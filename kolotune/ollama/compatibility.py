@@ -9,7 +9,7 @@ from kolotune.foundation.errors import ArtifactError, OllamaError
 from kolotune.foundation.reporter import Reporter
 
 from .client import OllamaClient
-from .prompt_path import READS_JINJA, TemplateSources, Version, find_rule
+from .prompt_path import READS_JINJA, TemplateSources, Version, find_rule, format_version
 
 _OLDEST = (0, 5, 5)  # its create accepts files by digest, and texts as JSON
 _MEMORY_LEAK_FIXED = (0, 17, 1)
@@ -43,13 +43,13 @@ def check_version(client: OllamaClient, sources: TemplateSources, reporter: Repo
         return ()
     if numbers < _OLDEST:
         raise OllamaError(
-            f"Ollama at {client.url} is {version}; kolotune needs {_format(_OLDEST)} or newer",
+            f"Ollama at {client.url} is {version}; kolotune needs {format_version(_OLDEST)} or newer",
             "Update it; the newest version is on ollama.com.",
         )
     if numbers < _MEMORY_LEAK_FIXED:
         reporter.warning(
             f"Ollama {version} has a security hole: anyone who can reach it can read its memory through /api/create; "
-            f"{_format(_MEMORY_LEAK_FIXED)} fixes it"
+            f"{format_version(_MEMORY_LEAK_FIXED)} fixes it"
         )
     if numbers < READS_JINJA:
         _report_unread_template(version, sources, reporter)
@@ -62,12 +62,8 @@ def _report_unread_template(version: str, sources: TemplateSources, reporter: Re
         # It gets no template at all, unless Ollama knows one that is like it.
         reporter.warning(
             f"this model's template can't be written for Ollama, and Ollama {version} does not read the one in the "
-            f"GGUF, so the model may ramble; {_format(READS_JINJA)} reads it"
+            f"GGUF, so the model may ramble; {format_version(READS_JINJA)} reads it"
         )
     with contextlib.suppress(ArtifactError):
         if find_rule(sources).tools and not find_rule(sources, release_numbers(version)).tools:
-            reporter.warning(f"Ollama {version} does not serve this model's tools; {_format(READS_JINJA)} does")
-
-
-def _format(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
+            reporter.warning(f"Ollama {version} does not serve this model's tools; {format_version(READS_JINJA)} does")

@@ -115,6 +115,11 @@ class PromptRule:
         return Capability.TOOLS in self.capabilities
 
 
+def format_version(version: Version) -> str:
+    """Return a version as Ollama writes it."""
+    return ".".join(map(str, version))
+
+
 def own_rendering(architecture: str, version: Version = ()) -> OwnRendering | None:
     """Return the code of Ollama's own that renders an architecture; None where there is none."""
     own = OWN_RENDERINGS.get(architecture)

@@ -18,7 +18,7 @@ from kolotune.chats.tokens.tokenizer import (
 from kolotune.chats.tokens.trained_template import trained_template
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, plain_values, stage_options
-from kolotune.foundation.errors import ArtifactError, ConfigError
+from kolotune.foundation.errors import ArtifactError, ConfigError, ModelError
 from kolotune.foundation.files import write_text
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -26,21 +26,32 @@ from kolotune.ollama import parameters
 from kolotune.ollama.go_template_writer import write_go_template
 from kolotune.ollama.modelfile import Modelfile
 from kolotune.ollama.modelfile_writer import render_modelfile
+from kolotune.ollama.prompt_path import (
+    READS_JINJA,
+    OwnRendering,
+    PromptPath,
+    TemplateSources,
+    find_rule,
+    own_rendering,
+)
 from kolotune.ollama.stop_strings import stop_strings
+from kolotune.ollama.template_capabilities import Capability, jinja_capabilities
 from kolotune.ollama.template_derivation import NotDerivable, derive
-from kolotune.ollama.turn_format import TurnFormat
+from kolotune.ollama.turn_format import Caveat, TurnFormat
 from kolotune.run_folder.cleaned import read_cleaned
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
 from kolotune.weights.adapter import is_adapter
+from kolotune.weights.model_config import read_model_config
 
 NAME = "modelfile"
 DOING = "writing the Modelfiles"
 # Ollama up to the summer of 2026 penalizes repetition (by 1.1) unless a model sets this: what is served would differ
 # from what was trained, and code, lists and names would suffer.
 _NO_REPEAT_PENALTY = ("repeat_penalty", "1")
+_NO_TOOLS_WITH_TEMPLATE = "with a TEMPLATE, Ollama does not offer tools to models of this architecture"
 
 
 def options(config: Config) -> JsonObject:
@@ -49,7 +60,10 @@ def options(config: Config) -> JsonObject:
 
 def inputs(context: Context) -> dict[str, Path]:
     folder = _trained_tokenizer(context)
-    return {f"the trained {name}": folder / name for name in TOKENIZER_FILES}
+    files = {f"the trained {name}": folder / name for name in TOKENIZER_FILES}
+    if own_rendering(_architecture(context)) is not None:
+        files["the model's config"] = _model_folder(context) / "config.json"
+    return files
 
 
 def outputs(context: Context) -> list[Path]:
@@ -93,22 +107,31 @@ class ServingFormat:
     """How Ollama writes a model's prompts and finds the end of its answers.
 
     Attributes:
-        template: Ollama's TEMPLATE; None where none can be derived: Ollama then uses the one in the GGUF.
-        reason: why none can be derived.
-        caveats: where Ollama's prompts differ from the trained ones, a sentence each.
+        template: Ollama's TEMPLATE; None where none is written: Ollama then uses the one in the GGUF.
+        reason: why none is written.
+        caveats: where TEMPLATE's prompts differ from the trained ones, a sentence each.
         stops: strings that end an answer.
+        path: what renders the prompts in the newest Ollama.
         takes_system: whether the trained template accepts system turns.
+        own: Ollama's own code for the architecture, or None.
     """
 
     template: str | None
     reason: str
     caveats: tuple[str, ...]
     stops: tuple[str, ...]
+    path: PromptPath
     takes_system: bool = True
+    own: OwnRendering | None = None
 
 
-def derive_format(tokenizer: Path, jinja: str) -> ServingFormat:
+def derive_format(tokenizer: Path, jinja: str, architecture: str = "") -> ServingFormat:
     """Derive Ollama's TEMPLATE and the stops from a chat template and the tokenizer in a folder.
+
+    Args:
+        tokenizer: the folder.
+        jinja: the chat template.
+        architecture: the GGUF's, for which Ollama may have code of its own.
 
     Raises:
         ModelError, TemplateError: there is no tokenizer or no usable template.
@@ -119,12 +142,27 @@ def derive_format(tokenizer: Path, jinja: str) -> ServingFormat:
     special = frozenset(str(token) for token in loaded.added_tokens_decoder.values() if token.special)
     end = end_token(template, special)
     turns = derive(lambda messages, opened: template.render(messages, None, opened), named.get("bos_token", ""))
+    written, reason = None, ""
+    caveats: tuple[Caveat, ...] = ()
     if isinstance(turns, NotDerivable):
-        stops = tuple(dict.fromkeys(token for token in (end, named.get("eos_token", "")) if token))
-        return ServingFormat(None, turns.reason, (), stops)
-    stops = stop_strings(turns, named.get("eos_token", ""), end, special)
+        reason = turns.reason
+        stops = [token for token in (end, named.get("eos_token", "")) if token]
+    else:
+        written, caveats = _go_template(turns, tokenizer), turns.caveats
+        stops = [*stop_strings(turns, named.get("eos_token", ""), end, special)]
+    rule = find_rule(TemplateSources(architecture, jinja, written))
+    if rule.path is PromptPath.HARMONY and Capability.TOOLS in jinja_capabilities(jinja).named:
+        written, reason, caveats = None, _NO_TOOLS_WITH_TEMPLATE, ()
+        rule = find_rule(TemplateSources(architecture, jinja))
+    own = own_rendering(architecture)
     return ServingFormat(
-        _go_template(turns, tokenizer), "", tuple(map(str, turns.caveats)), stops, not turns.refuses_system
+        template=written,
+        reason=reason,
+        caveats=tuple(map(str, caveats)),
+        stops=tuple(dict.fromkeys((*stops, *(own.stops if own else ())))),
+        path=rule.path,
+        takes_system=isinstance(turns, NotDerivable) or not turns.refuses_system,
+        own=own,
     )
 
 
@@ -135,6 +173,20 @@ def _go_template(turns: TurnFormat, tokenizer: Path) -> str:
     return write_go_template(turns, include_bos=bool(turns.bos) and adds_bos is not True)
 
 
+def _model_folder(context: Context) -> Path:
+    """Return the folder with the model's config, tokenizer and template, before anything is made."""
+    return context.source if context.source is not None and not is_adapter(context.source) else context.base
+
+
+def _architecture(context: Context) -> str:
+    """Return the architecture that the GGUF names, where Ollama treats it in a way of its own; else any name."""
+    try:
+        model_type = read_model_config(_model_folder(context)).model_type
+    except ModelError:
+        return ""
+    return model_type.removesuffix("_text").replace("gpt_oss", "gpt-oss")
+
+
 def preflight(context: Context, reporter: Reporter) -> None:
     """Check that the template can be served, and that a Modelfile can express parameters and system prompt.
 
@@ -142,10 +194,14 @@ def preflight(context: Context, reporter: Reporter) -> None:
         ConfigError: a Modelfile can't express the user's values, or the template refuses system prompts.
         TemplateError: answers of this template have no end.
     """
-    del reporter
-    folder = context.source if context.source is not None and not is_adapter(context.source) else context.base
+    folder = _model_folder(context)
     jinja = trained_template(context.config, folder, named_tokens(folder))
-    serving = derive_format(folder, jinja)
+    serving = derive_format(folder, jinja, _architecture(context))
+    if serving.own is not None:
+        reporter.warning(
+            f"Ollama renders this model in code of its own ({serving.own.renderer}), whatever its template says; "
+            "`kolotune install` compares its prompts with the trained ones"
+        )
     if context.config.system and not serving.takes_system:
         raise ConfigError(
             "system: the chat template of this model refuses system prompts",
@@ -164,11 +220,14 @@ def _parameters(config: Config) -> parameters.Parameters:
 def run(context: Context, reporter: Reporter) -> JsonObject:
     """Write the Modelfiles; `render` has proved that each is read back unchanged."""
     folder = _trained_tokenizer(context)
-    serving = derive_format(folder, template_text(folder))
+    serving = derive_format(folder, template_text(folder), _architecture(context))
     if serving.template is None:
         reporter.warning(f"no TEMPLATE is written, because {serving.reason}; Ollama uses the one in the GGUF")
+    where = "in Ollama"
+    if not serving.path.is_go:
+        where = f"in Ollama before {'.'.join(map(str, READS_JINJA))}, which reads TEMPLATE only"
     for caveat in serving.caveats:
-        reporter.note(f"in Ollama: {caveat}")
+        reporter.note(f"{where}: {caveat}")
     chosen = _parameters(context.config)
     stops = tuple(("stop", stop) for stop in serving.stops if ("stop", stop) not in chosen)
     cleaned = read_cleaned(context.run)
@@ -177,8 +236,18 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run the stages before it: `kolotune run`.")
         text = render_modelfile(
             Modelfile(
-                f"./{gguf.name}", template=serving.template, system=context.config.system, parameters=(*stops, *chosen)
+                f"./{gguf.name}",
+                template=serving.template,
+                system=context.config.system,
+                parameters=(*stops, *chosen),
+                renderer=serving.own.renderer if serving.own else None,
+                parser=serving.own.parser if serving.own else None,
             )
         )
         write_text(file, text)
-    return {"stops": list(serving.stops), "template": serving.template is not None, "caveats": list(serving.caveats)}
+    return {
+        "stops": list(serving.stops),
+        "template": serving.template is not None,
+        "caveats": list(serving.caveats),
+        "path": serving.path.value,
+    }

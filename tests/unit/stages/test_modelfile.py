@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,19 @@ import pytest
 from kolotune.base_models import packaged_model
 from kolotune.chats.tokens.tokenizer import template_text
 from kolotune.foundation import config as configs
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.stages import modelfile
+
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] }}"
+    "{{ '<|end|>' if m['role'] != 'assistant' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
+)
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def test_ollama_reads_what_is_written(context: Context, reporter: PlainReporter)
         assert ("temperature", 0.5) in parsed.parameters
         assert {value for key, value in parsed.parameters if key == "stop"} == {"<|im_start|>", "<|im_end|>"}
         assert parsed.template is not None and "<|im_start|>user" in parsed.template
-    assert set(facts["stops"]) == {"<|im_start|>", "<|im_end|>"}
+    assert set(facts["stops"]) == {"<|im_start|>", "<|im_end|>"} and facts["path"] == "template"
 
 
 def test_smollm2_has_no_bos_in_its_template(context: Context) -> None:
@@ -88,3 +96,66 @@ def test_repetition_is_penalized_only_on_request(parameters: tuple[str, ...], pe
     options = {"parameter": parameters, "output_dir": Path("/runs/one")}
     pairs = modelfile._parameters(configs.resolve((options, "test", Path("/"))))
     assert [value for name, value in pairs if name == "repeat_penalty"] == [penalty]
+
+
+def with_config(context: Context, folder: Path, model_type: str, jinja: str = "") -> Context:
+    """Return the context with a base of another architecture, and maybe with a template's words at its end."""
+    folder.mkdir()
+    for file in context.base.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    if jinja:
+        source = template_text(context.base)
+        (folder / "chat_template.jinja").unlink()
+        (folder / "chat_template.jinja").write_text(source + jinja, encoding="utf-8")
+    config = typed_storage.read_object(context.base / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}), encoding="utf-8")
+    context.run.tokenizer.unlink()
+    context.run.tokenizer.symlink_to(folder)
+    return dataclasses.replace(context, base=folder, config=dataclasses.replace(context.config, system=None))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "renderer"), [("gemma4", "gemma4"), ("gemma4_text", "gemma4"), ("nemotron_h", "nemotron-3-nano")]
+)
+def test_what_ollama_renders_itself_is_named(
+    context: Context,
+    reporter: PlainReporter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model_type: str,
+    renderer: str,
+) -> None:
+    own = with_config(context, tmp_path / "own", model_type)
+    modelfile.preflight(own, reporter)
+    assert f"in code of its own ({renderer})" in capsys.readouterr().out
+    assert modelfile.run(own, reporter)["path"] == "renderer"
+    text = own.run.modelfile().read_text(encoding="utf-8")
+    parsed = parse_modelfile(text)
+    assert (parsed.renderer, parsed.parser) == (renderer, renderer) and f"\nRENDERER {renderer}\n" in text
+    assert ("<|turn|>" in parsed.stops) is False and ("<turn|>" in parsed.stops) == renderer.startswith("gemma4")
+    assert "config.json" in {path.name for path in modelfile.inputs(own).values()}
+
+
+def test_the_path_of_a_template_with_tools(
+    context: Context, reporter: PlainReporter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trims = "{% if false %}{{ messages[0].content | trim }}{% endif %}{# tools #}"
+    other = with_config(context, tmp_path / "tools", "llama", trims)
+    modelfile.preflight(other, reporter)
+    assert capsys.readouterr().out == ""
+    assert modelfile.run(other, reporter)["path"] == "jinja"
+    parsed = parse_modelfile(other.run.modelfile().read_text(encoding="utf-8"))
+    assert parsed.template is not None and parsed.renderer is None
+    assert not {path.name for path in modelfile.inputs(other).values()} & {"config.json"}
+
+
+def test_gpt_oss_keeps_its_tools(context: Context, reporter: PlainReporter, tmp_path: Path) -> None:
+    """With a TEMPLATE that looks like harmony, Ollama would not read the GGUF's template."""
+    folder = with_config(context, tmp_path / "base", "gpt_oss").base
+    serving = modelfile.derive_format(folder, HARMONY, "gpt-oss")
+    assert serving.template is not None and serving.path == "harmony"
+    with_tools = modelfile.derive_format(folder, HARMONY + "{# tools #}", "gpt-oss")
+    assert with_tools.template is None and with_tools.path == "jinja" and "tools" in with_tools.reason
+    assert set(with_tools.stops) == set(serving.stops)
+    assert modelfile.derive_format(folder, HARMONY + "{# tools #}", "llama").template is not None
