@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all test-container fuzz faults lint format lock bench clean
+.PHONY: setup demo test test-all test-container test-ollama fuzz faults lint format lock bench clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,11 @@ test-container: setup
 	    ! { command -v dockerd && command -v debootstrap && command -v docker-registry; } >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap docker-registry; fi
 	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m "container and not slow"
+
+# Against the real Ollama that OLLAMA_HOST names, instead of the stand-in; test models are removed from it.
+test-ollama: setup
+	KOLOTUNE_REAL_OLLAMA=1 $(BIN)/python -m pytest -m "slow or not slow" tests/unit/ollama/test_install.py \
+	    tests/integration/test_ollama.py
 
 # Looks for inputs that break a parser, for so many minutes in all; guided by coverage where atheris is installed.
 MINUTES ?= 30

@@ -400,8 +400,13 @@ def ollama_stand_in(tmp_path: Path, go: Renderer) -> Iterator[OllamaStandIn]:
 
 @pytest.fixture
 def any_ollama(request: pytest.FixtureRequest) -> str:
-    """The address of an Ollama server: the real one that OLLAMA_HOST names, else the stand-in."""
+    """The address of an Ollama server: the real one that OLLAMA_HOST names, else the stand-in.
+
+    With KOLOTUNE_REAL_OLLAMA in the environment, there has to be a real one.
+    """
     real = os.environ.get("OLLAMA_HOST")
+    if not real and os.environ.get("KOLOTUNE_REAL_OLLAMA"):
+        pytest.fail("KOLOTUNE_REAL_OLLAMA is set, but OLLAMA_HOST names no server")
     return real if real else str(request.getfixturevalue("ollama_stand_in").host)
 
 

@@ -9,25 +9,25 @@ from typing import Any
 
 
 def tiny_llama(seed: int, **more: Any) -> Any:
-    """A random Llama of 2 layers with SmolLM2's vocabulary, in fp32; `more` is added to its config."""
+    """A random Llama of 2 layers with SmolLM2's vocabulary, in fp32; `more` replaces parts of its config."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    shape = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        **more,
-    )
+    values = {
+        "vocab_size": 49152,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    shape = transformers.LlamaConfig(**{**values, **more})
     return transformers.LlamaForCausalLM(shape)
 
 

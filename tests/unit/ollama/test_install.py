@@ -131,16 +131,11 @@ def test_uninstall(any_ollama: str, name: str, run_copy: RunFolder, reporter: Pl
 def test_a_template_that_ollama_chooses(
     any_ollama: str, name: str, run_copy: RunFolder, reporter: PlainReporter
 ) -> None:
-    """Without TEMPLATE, a server from 0.30 on uses the GGUF's: the prompt has the same length."""
-    import ollama
-
+    """Without TEMPLATE, Ollama takes one that it knows for SmolLM2's, which lacks the default system text."""
     lines = run_copy.modelfile("Q4_K_M").read_text(encoding="utf-8").split("\n")
     run_copy.modelfile("Q4_K_M").write_text("\n".join([lines[0], *(x for x in lines if x.startswith("PARAMETER"))]))
-    install(run_copy, name, reporter, client=OllamaClient(any_ollama))
-    turns = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hello?"}]
-    response = ollama.Client(any_ollama).chat(name, turns, options={"num_predict": 1})
-    here = open_chat(run_copy, reporter)
-    assert response.prompt_eval_count == len(here._model.tokens(here._template.render(turns, None, True)))
+    with pytest.raises(OllamaError, match="prompts are not as trained"):
+        install(run_copy, name, reporter, client=OllamaClient(any_ollama))
 
 
 # ---------------------------------------------------------------- faults, which only the fake server has
