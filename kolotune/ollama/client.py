@@ -194,7 +194,11 @@ class OllamaClient:
             raise OllamaError(f"talking to {name}: the answer was interrupted")
 
     def render(
-        self, name: str, messages: Iterable[JsonObject], tools: Sequence[Mapping[str, object]] = ()
+        self,
+        name: str,
+        messages: Iterable[JsonObject],
+        tools: Sequence[Mapping[str, object]] = (),
+        think: bool | None = None,
     ) -> RenderedPrompt:
         """Ask for the prompt that a model gets for a conversation; nothing is generated.
 
@@ -202,16 +206,15 @@ class OllamaClient:
             name: of the model.
             messages: turns as in Ollama's API.
             tools: definitions in the OpenAI format.
+            think: whether to think; None to say nothing.
 
         Raises:
             OllamaError: there is no such model, or the server fails.
         """
         import httpx
 
-        request: JsonObject = {
-            "model": name, "messages": list(messages), "stream": False, "_debug_render_only": True,
-            "options": {"num_predict": 1},  # an older server generates an answer
-        }  # fmt: skip
+        # An older server generates an answer.
+        request = _one_token(name, messages, think) | {"_debug_render_only": True}
         with self._translate_errors(f"asking for prompts of {name}"):
             response = self._http.post("/api/chat", json=request | ({"tools": list(tools)} if tools else {}))
             if response.status_code == httpx.codes.BAD_REQUEST:
@@ -221,13 +224,13 @@ class OllamaClient:
             text = debug.get("rendered_template") if isinstance(debug, dict) else None
             return RenderedPrompt(text if isinstance(text, str) else None)
 
-    def count_tokens(self, name: str, messages: Iterable[JsonObject]) -> int | None:
+    def count_tokens(self, name: str, messages: Iterable[JsonObject], think: bool | None = None) -> int | None:
         """Return how many tokens a model reads for a conversation; None when the server does not say.
 
         Raises:
             OllamaError: there is no such model, or the server fails.
         """
-        request = {"model": name, "messages": list(messages), "stream": False, "options": {"num_predict": 1}}
+        request = _one_token(name, messages, think)
         with self._translate_errors(f"counting tokens of {name}"):
             response = self._http.post("/api/chat", json=request)
             self._check(response)
@@ -281,6 +284,17 @@ class OllamaClient:
                 f"{doing}: {self.url} does not respond as Ollama does",
                 "Check what listens there; OLLAMA_HOST sets the address.",
             ) from None
+
+
+def _one_token(name: str, messages: Iterable[JsonObject], think: bool | None) -> JsonObject:
+    """Return a request for one token of an answer."""
+    request: JsonObject = {
+        "model": name,
+        "messages": list(messages),
+        "stream": False,
+        "options": {"num_predict": 1},
+    }
+    return request if think is None else {**request, "think": think}
 
 
 def _object(value: object) -> JsonObject:

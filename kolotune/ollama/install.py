@@ -169,7 +169,7 @@ def _prove(
             folder = trained_folder(run)
             prompts = prompts_to_ask(
                 folder, run.prepared / HELD_OUT_CHATS, model.description, model.longest_prompt,
-                tools=rule is not None and rule.tools,
+                rule.capabilities if rule is not None else (),
             )  # fmt: skip
         except (ArtifactError, ModelError, TemplateError) as error:
             reporter.note(f"prompts were not compared: {error.cause}")

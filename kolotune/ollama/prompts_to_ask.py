@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from kolotune.foundation.errors import KolotuneError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 
 from .modelfile import ModelDescription
+from .template_capabilities import Capability
 from .template_proof import battery
 
+_OLLAMAS_SWITCH = "enable_thinking"
 _PLAIN, _OWN = 12, 4  # how many chats of the battery and of the run itself are asked for
 _TOOL: JsonObject = {
     "type": "function",
@@ -44,12 +46,14 @@ class PromptToAsk:
         tools: The tools that it offers.
         text: What training puts before the answer; without the BOS that it may begin with.
         bos: That BOS, or "".
+        think: Whether the request asks for thoughts; None for one that says nothing.
     """
 
     messages: Sequence[JsonObject]
     tools: Sequence[JsonObject]
     text: str
     bos: str
+    think: bool | None = None
 
     @property
     def roles(self) -> str:
@@ -58,7 +62,7 @@ class PromptToAsk:
 
 
 def prompts_to_ask(
-    tokenizer: Path, held_out: Path, description: ModelDescription, longest: int, *, tools: bool
+    tokenizer: Path, held_out: Path, description: ModelDescription, longest: int, capabilities: Collection[Capability]
 ) -> list[PromptToAsk]:
     """Return prompts with the texts that training has for them.
 
@@ -67,18 +71,29 @@ def prompts_to_ask(
         held_out: The run's held-out chats, if it has any.
         description: The Modelfile, whose SYSTEM and MESSAGE come before the turns of a client.
         longest: The most tokens that the server reads.
-        tools: Whether the server accepts tools.
+        capabilities: What the model can do on the server.
 
     Raises:
         TemplateError, ModelError: There is no template, or it can't be used.
     """
     template = template_of(tokenizer)
+    tools, sides = Capability.TOOLS in capabilities, _sides(template, capabilities)
     chats: list[_ToolChat] = [(messages, []) for messages in _plain_chats(template)]
     chats += _chats_with_tools(template) if tools else []
     chats += [(messages, offered) for messages, offered in _own_chats(held_out) if tools or not offered]
-    prompts = (_prompt(template, description, messages, offered) for messages, offered in chats)
+    prompts = (_prompt(template, description, *chat, *side) for chat in chats for side in sides)
     # A token has at least a byte.
     return [prompt for prompt in prompts if prompt is not None and len(prompt.text.encode()) < longest]
+
+
+def _sides(template: ChatTemplate, capabilities: Collection[Capability]) -> list[tuple[bool | None, bool]]:
+    """What requests may say about thoughts, and the value of the template's switches in training for each.
+
+    Ollama sets one variable of a template, and only if it takes it for one that thinks.
+    """
+    if _OLLAMAS_SWITCH not in template.switches or Capability.THINKING not in capabilities:
+        return [(None, False)]
+    return [(True, True), (False, False)] if len(template.switches) == 1 else [(False, False)]
 
 
 def _prompt(
@@ -86,6 +101,8 @@ def _prompt(
     description: ModelDescription,
     messages: Sequence[JsonObject],
     tools: Sequence[JsonObject],
+    think: bool | None,
+    switched: bool,
 ) -> PromptToAsk | None:
     """The prompt of a conversation; None if the template refuses it."""
     turns: list[Mapping[str, object]] = [{"role": role, "content": text} for role, text in description.messages]
@@ -93,12 +110,12 @@ def _prompt(
     if description.system and messages[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": description.system})
     try:
-        text = template.render(turns, tools, True)
+        text = template.render(turns, tools, True, switched)
     except TemplateError:
         return None
     bos = template.special_tokens.get("bos_token", "")
     bos = bos if isinstance(bos, str) and text.startswith(bos) else ""
-    return PromptToAsk(messages, tools, text.removeprefix(bos), bos)
+    return PromptToAsk(messages, tools, text.removeprefix(bos), bos, think)
 
 
 def _plain_chats(template: ChatTemplate) -> list[list[JsonObject]]:

@@ -120,7 +120,7 @@ def prove(client: OllamaClient, name: str, prompts: Sequence[PromptToAsk], token
     differences: list[PromptDifference] = []
     kind, equal = ProofKind.PROMPTS, []
     for prompt in prompts:
-        rendering = client.render(name, map(as_request, prompt.messages), prompt.tools)
+        rendering = client.render(name, map(as_request, prompt.messages), prompt.tools, prompt.think)
         if rendering.text is None and not rendering.refusal:
             kind, equal = ProofKind.TOKENS_ONLY, list(prompts)
             break
@@ -158,7 +158,7 @@ def _count(
     tokenizer = load_tokenizer(folder)
     for prompt in prompts:
         expected = len(tokenizer(prompt.bos + prompt.text, add_special_tokens=False)["input_ids"])
-        served = client.count_tokens(name, map(as_request, prompt.messages))
+        served = client.count_tokens(name, map(as_request, prompt.messages), prompt.think)
         if served is None:
             continue
         total, counted = total + expected, counted + 1

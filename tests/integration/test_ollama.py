@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.families import FAMILIES, Family, tiny_family, write_chats
+from support.families import FAMILIES, Family, tiny_family, write_chats, write_thoughtful_chats
 
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.ollama.chat import OllamaChat
@@ -91,6 +92,23 @@ def test_families_are_confirmed(
     assert isinstance(capabilities, list) and ("tools" in capabilities) == (kind.path is PromptPath.JINJA)
     install(run, name, reporter, quantization=quantization, client=server)
     assert "unchanged" in capsys.readouterr().out
+
+
+def test_both_sides_of_a_switch_are_confirmed(
+    run_all: Callable[..., Any],
+    server: OllamaClient,
+    name: str,
+    reporter: PlainReporter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tiny_family(tmp_path / "base", FAMILIES["qwen-3"], reporter)
+    options = {"train_data": write_thoughtful_chats(tmp_path / "chats.jsonl"), "epochs": 1, "lora_rank": 2}
+    run = run_all(tmp_path / "run", base, template_switch=("enable_thinking",), quantization=("Q8_0",), **options).run
+    capsys.readouterr()
+    install(run, name, reporter, client=server)
+    proven = PROVEN.search(capsys.readouterr().out)
+    assert proven is not None and int(proven[1]) >= 28  # each of 14, with thoughts and without
 
 
 def test_smollm2_is_confirmed_and_answers_as_here(

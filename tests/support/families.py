@@ -104,6 +104,21 @@ def write_chats(path: Path, *, tools: bool) -> Path:
     return path
 
 
+def write_thoughtful_chats(path: Path) -> Path:
+    """Write a few chats, every second one with a thought before its answer."""
+    answers = [{"content": f"It is {number}.", **_thought(number)} for number in range(8)]
+    chats = [
+        [{"role": "user", "content": f"Which number is {number}?"}, {"role": "assistant", **answer}]
+        for number, answer in enumerate(answers)
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    return path
+
+
+def _thought(number: int) -> dict[str, str]:
+    return {"reasoning_content": f"The number is {number}."} if number % 2 else {}
+
+
 def _tool_chat(number: int) -> str:
     arguments = json.dumps({"hour": number, "place": "Genève"}, ensure_ascii=False)
     call = {"id": f"call{number:05}", "type": "function", "function": {"name": "get_tide", "arguments": arguments}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from support.observed import GGUF_TEMPLATES
 from support.small_tokenizer import CHATML
 
+from kolotune.chats.templates.template_binding import bind
 from kolotune.ollama.modelfile import ModelDescription
 from kolotune.ollama.prompts_to_ask import PromptToAsk, as_request, prompts_to_ask
+from kolotune.ollama.template_capabilities import Capability
 
 ALTERNATING = GGUF_TEMPLATES["alternates"]
 TOOLS = GGUF_TEMPLATES["tools round"]
@@ -31,13 +34,15 @@ def prompts(tmp_path: Path) -> Make:
         own: list[dict[str, Any]] | None = None,
         longest: int = 4096,
         tools: bool = False,
+        thinks: bool = False,
     ) -> list[PromptToAsk]:
         (tmp_path / "chat_template.jinja").write_text(jinja, encoding="utf-8")
         (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}', encoding="utf-8")
         held_out = tmp_path / "held_out.jsonl"
         if own is not None:
             held_out.write_text("".join(json.dumps(chat) + "\n" for chat in own), encoding="utf-8")
-        return prompts_to_ask(tmp_path, held_out, description, longest, tools=tools)
+        named = {Capability.TOOLS: tools, Capability.THINKING: thinks}
+        return prompts_to_ask(tmp_path, held_out, description, longest, [kind for kind, has in named.items() if has])
 
     return make
 
@@ -107,3 +112,16 @@ def test_the_runs_own_chats(prompts: Make) -> None:
     assert request[2] == {"role": "tool", "content": "r", "tool_call_id": "a", "tool_name": "f"}
     assert '{"b": 1}</tool_call>' in made[1].text and '"name": "f"' in made[1].text
     assert [prompt.messages[0]["content"] for prompt in prompts(TOOLS, own=own)[12:]] == ["mine", "fourth"]
+
+
+def test_both_sides_of_a_switch(prompts: Make) -> None:
+    """Ollama sets enable_thinking, on if a request says nothing, where it takes the template for one that thinks."""
+    switched = GGUF_TEMPLATES["thinking switch"].replace("is defined and enable_thinking is false", "is false")
+    template = bind(switched, datetime.date(2026, 1, 2), {}, ["enable_thinking"])
+    on, off = prompts(template, thinks=True)[:2]
+    assert (on.think, off.think) == (True, False) and on.messages == off.messages
+    assert off.text == on.text + "<think>\n\n</think>\n\n"
+    (only,) = {(prompt.think, prompt.text.endswith("</think>\n\n")) for prompt in prompts(template)}
+    assert only == (None, True)
+    bound = bind(switched, datetime.date(2026, 1, 2), {})
+    assert {prompt.think for prompt in prompts(bound, thinks=True)} == {None}

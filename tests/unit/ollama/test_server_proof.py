@@ -22,10 +22,10 @@ class Answers:
     rendering: RenderedPrompt
     tokens: int | None
 
-    def render(self, name: str, messages: Iterable[Any], tools: Any = ()) -> RenderedPrompt:
+    def render(self, name: str, messages: Iterable[Any], *_: Any) -> RenderedPrompt:
         return self.rendering
 
-    def count_tokens(self, name: str, messages: Iterable[Any]) -> int | None:
+    def count_tokens(self, name: str, messages: Iterable[Any], *_: Any) -> int | None:
         return self.tokens
 
 
