@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kolotune.chats import Chat
 from kolotune.chats.reading.files import read_chats
-from kolotune.chats.templates.rendering import texts_of
+from kolotune.chats.templates.rendering import has_thought
 from kolotune.chats.templates.thoughts import empty_thought
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
@@ -147,9 +147,7 @@ def _add_prompts(selection: Selection, chat: Chat, compared: Sequence[ComparedCh
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
-        prompt = trained.prompt(
-            messages[:index], list(chat.tools) or None, "reasoning" in texts_of(chat.messages[index])
-        )
+        prompt = trained.prompt(messages[:index], list(chat.tools) or None, has_thought(chat.messages[index]))
         is_first = all(turn["role"] != "assistant" for turn in messages[:index])
         if (is_first or len(starts) > 1) and prompt.ids not in starts and not stands_alone(prompt.ids):
             selection.defects.append(defect(DefectKind.FIRST_PROMPT_DIFFERS))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats import Chat
+from kolotune.chats.templates.rendering import has_thought
 from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.encoded_chat import EncodedChat
@@ -128,11 +129,11 @@ class TrainedFormat:
 
     def trained_prompt(self, chat: Chat, name: str) -> Prompt:
         """Return the prompt of the chat's last turn, an answer, with the tokens that training has before it."""
-        *before, answer = chat.message_dicts()
+        *before, _ = chat.message_dicts()
         tools = list(chat.tools)
         try:
             encoded = self._whole_answers.encode(chat)
-            prompt = self.prompt(before, tools, "reasoning_content" in answer)
+            prompt = self.prompt(before, tools, has_thought(chat.messages[-1]))
         except (TemplateError, DataError) as error:
             return Prompt(before, tools, name=name, refusal=error.cause)
         if encoded.special_in_content:

@@ -65,6 +65,7 @@ class ChatRequest:
     seed: Annotated[int, Ge(0), Le(2**32 - 1)] | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, Ge(1), Le(1)] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

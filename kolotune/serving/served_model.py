@@ -63,7 +63,9 @@ class ServedModel:
         if self._description.system and turns[0]["role"] != "system":
             before.insert(0, {"role": "system", "content": self._description.system})
         try:
-            ids = self._model.tokens(self._template.render([*before, *turns], None, True))
+            values = request.chat_template_kwargs or {}
+            thinks = any(values.get(name) for name in self._template.switches)
+            ids = self._model.tokens(self._template.render([*before, *turns], None, True, thinks))
         except TemplateError as error:
             raise BadRequest(error.cause) from None
         if len(ids) >= self._model.context:

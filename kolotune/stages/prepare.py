@@ -119,6 +119,8 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
     for name, sentence in SERVED_CHATS.items():
         if facts[name]:
             reporter.note(f"{facts[name]} {sentence}")
+    if prepared.template.switches:
+        _report_switches(prepared, reporter)
     for finding in prepared.findings:
         reporter.warning(finding.text)
         _report_locations(AffectedChats(len(finding.locations), finding.locations[:_SHOWN_LOCATIONS]), reporter)
@@ -130,6 +132,17 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
         reporter.warning(f"{len(prepared.problems)} bad chats were left out:")
         for problem in prepared.problems:
             reporter.note(str(problem))
+
+
+def _report_switches(prepared: Prepared, reporter: Reporter) -> None:
+    """Report how often each side of the template's switches is trained, and a side that is not."""
+    names, on, off = " and ".join(prepared.template.switches), prepared.thinking[True], prepared.thinking[False]
+    reporter.note(f"{names}: on for {on} answers with reasoning, off for {off} without")
+    if not on or not off:
+        reporter.warning(
+            f"no answer is trained with {names} {'off' if on else 'on'}: the model answers there as its base would; "
+            f"add answers {'without' if on else 'with'} reasoning, or omit --template-switch"
+        )
 
 
 def _report_locations(affected: AffectedChats, reporter: Reporter) -> None:

@@ -10,6 +10,14 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.reasoning_content %}"
+    "{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ message.content + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+"""ChatML with thoughts, and the switch that many families have."""
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _TYPE_NORMAL, _TYPE_CONTROL = 1, 3
 _WIDTH = 32

@@ -17,6 +17,7 @@ from ..chat import Chat
 from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.files import read_chat
 from ..reading.records import AnyRecord, RawRecord
+from ..templates.rendering import has_thought
 from ..tokens.encoded_chat import EncodedChat, packed
 from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
@@ -65,6 +66,7 @@ class ChunkResult:
         refused: Problems of chats, by the chat's number in the chunk.
         lowest: The lowest hash, and its chat's number in the chunk; None without chats.
         traits: Those of all used chats.
+        thinking: The answers of all used chats, by whether they have a thought; only if the template has a switch.
     """
 
     source: int
@@ -79,6 +81,7 @@ class ChunkResult:
     refused: dict[int, Problem] = field(default_factory=dict)
     lowest: tuple[bytes, int] | None = None
     traits: set[ChatTrait] = field(default_factory=set)
+    thinking: Counter[bool] = field(default_factory=Counter)
 
 
 def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], compared: int) -> Iterator[Chunk]:
@@ -174,6 +177,9 @@ class ChunkEncoder:
                 if entry.needs_features:
                     features = pickle.dumps(ChatFeatures.of(fitting), pickle.HIGHEST_PROTOCOL)
                 result.traits |= traits_of(fitting)
+                if self.encoder.template.switches:
+                    answers = [message for message in fitting.messages if message.role == "assistant"]
+                    result.thinking.update(map(has_thought, answers))
                 result.records.append(record)
                 result.features.append(features)
         digest = entry.digest

@@ -119,6 +119,7 @@ class _Collector:
             self.lowest = result.lowest[0], self._chats + result.lowest[1]
         self._chats += len(result.rows)
         self.prepared.traits |= result.traits
+        self.prepared.thinking += result.thinking
         self.store.add(result)
 
     def finish(self) -> None:

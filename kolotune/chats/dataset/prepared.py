@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from .findings import Finding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_THOUGHTS = {True: "with_thoughts", False: "without_thoughts"}
 TRAITS = "traits"
 """Name of the `Prepared.traits` in the record."""
 _SHOWN_PROBLEMS = 20
@@ -70,6 +72,7 @@ class Prepared:
         findings: What is striking about the chats as a whole.
         not_compared: The number of chats that the findings do not cover, since there are many.
         traits: What the chats have that servers may write in another way.
+        thinking: The number of answers with a thought (True) and without (False), if the template has a switch.
     """
 
     template: ChatTemplate
@@ -93,6 +96,7 @@ class Prepared:
     findings: list[Finding] = field(default_factory=list)
     not_compared: int = 0
     traits: set[ChatTrait] = field(default_factory=set)
+    thinking: Counter[bool] = field(default_factory=Counter)
 
     def summary(self) -> JsonObject:
         """Return the counts, as they are kept in the record."""
@@ -120,6 +124,7 @@ class Prepared:
             "findings": {finding.kind.value: finding.count for finding in self.findings},
             "not_compared": self.not_compared,
             TRAITS: sorted(self.traits),
+            **{f"answers_{name}": self.thinking[has] for has, name in _THOUGHTS.items() if self.template.switches},
         }
 
 

@@ -137,9 +137,9 @@ class Rendering:
         if not self.template.switches:
             return False
         if prompt:
-            return "reasoning" in texts_of(self.messages[upto or 0])
+            return has_thought(self.messages[upto or 0])
         answers = [message for message in self.messages[:upto] if message.role == "assistant"]
-        return bool(answers) and "reasoning" in texts_of(answers[-1])
+        return bool(answers) and has_thought(answers[-1])
 
     def shows(self, index: int) -> bool:
         """Whether the template writes the content of one message anywhere."""
@@ -206,6 +206,11 @@ def texts_of(message: Message) -> dict[str, str]:
     if message.tool_calls:
         texts["call"] = str(called_function(message.tool_calls[-1]).get("name", ""))
     return {name: value for name, value in texts.items() if value.strip()}
+
+
+def has_thought(message: Message) -> bool:
+    """Whether a message has reasoning that is not blank, apart or at the start of its content."""
+    return "reasoning" in texts_of(message)
 
 
 def with_separate_thoughts(chat: Chat) -> Chat:

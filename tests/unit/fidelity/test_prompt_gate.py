@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.small_tokenizer import THINKING
 
 from kolotune.chats.traits import ChatTrait
 from kolotune.fidelity import prompt_gate
@@ -77,6 +78,13 @@ def test_prompts_are_equal_and_asked_once(make: Make, monkeypatch: pytest.Monkey
     reporter = Warnings()
     check_prompts(context, reporter, set(ChatTrait), is_prepared=False)
     assert not reporter.warnings
+
+
+def test_both_sides_of_a_switch_are_asked_for(make: Make) -> None:
+    context = make(THINKING, template_switch="enable_thinking")
+    results = find_proof(context, PlainReporter(), is_prepared=False).results
+    for trait in (ChatTrait.QUESTION, ChatTrait.SYSTEM, ChatTrait.TURNS, ChatTrait.THOUGHTS):
+        assert [result.outcome for result in results if result.name == trait] == [Outcome.EQUAL] * 2
 
 
 def test_a_difference_that_the_chats_have_ends_the_run(make: Make) -> None:

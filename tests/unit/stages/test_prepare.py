@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+from collections import Counter
 from typing import Any
 
 import pytest
+from support.small_tokenizer import THINKING
 
 from kolotune.chats.dataset.prepared import AffectedChats, Prepared
+from kolotune.chats.templates.template import ChatTemplate
+from kolotune.chats.templates.template_binding import bind
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import prepare
 
 
 def test_locations_of_left_out_chats_are_reported(reporter: PlainReporter, capsys: pytest.CaptureFixture[str]) -> None:
     nothing: Any = None
-    prepared = Prepared(nothing, nothing, "")
+    prepared = Prepared(ChatTemplate("{{ messages }}", {}), nothing, "")
     prepared.duplicates = AffectedChats(1, ("a.jsonl:9 is a.jsonl:2 again",))
     prepared.in_both = AffectedChats(1, ("held.jsonl:4",))
     prepared.shortened = AffectedChats(1, ("a.jsonl:5: 2 turns",))
@@ -29,3 +34,21 @@ def test_locations_of_left_out_chats_are_reported(reporter: PlainReporter, capsy
     ):
         assert location in printed
     assert "a.jsonl:120" not in printed and "and 5 more" in printed
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [({True: 3, False: 2}, ()), ({True: 3}, ("off", "without reasoning")), ({False: 2}, ("on", "with reasoning"))],
+)
+def test_a_side_of_a_switch_that_is_not_trained_is_reported(
+    counts: dict[bool, int], words: tuple[str, ...], reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing: Any = None
+    jinja = bind(THINKING, datetime.date(2026, 3, 5), {}, ("enable_thinking",))
+    prepared = Prepared(ChatTemplate(jinja, {}), nothing, jinja, thinking=Counter(counts))
+    prepare.report_prepared(prepared, reporter)
+    printed = capsys.readouterr().out
+    assert f"on for {counts.get(True, 0)} answers with reasoning, off for {counts.get(False, 0)}" in printed
+    assert ("--template-switch" in printed) == bool(words) and all(word in printed for word in words)
+    facts = prepared.summary()
+    assert facts["answers_with_thoughts"] == counts.get(True, 0)
