@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kolotune.foundation.errors import TemplateError
 
 from ..chat import called_function
-from .rendering import OTHER_TEMPLATE, FilledSkeleton, Rendering, Span, texts_of
+from .rendering import OTHER_TEMPLATE, FilledSkeleton, Rendering, Span, inline_reasoning, texts_of
 from .reply_format import NEVER_STOPS, ReplyFormat
 from .thoughts import (
     OpenedThought,
@@ -177,7 +177,7 @@ class AnswerSearch:
             tail = self.rendering.skeleton(upto=index, prompt=True).pieces[-1] if index else ""
             if writes_thought(before) or writes_thought(tail):
                 raise InlineThoughtError
-        has_thought = "reasoning" in turn.slots or writes_thought(message.content)
+        has_thought = "reasoning" in turn.slots or inline_reasoning(message) is not None
         texts = tuple((max(a, start) - start, b - start) for a, b in sorted(turn.slots.values()))
         empty = 0 if has_thought else empty_thought(before)
         return TrainedAnswer(prompt, turn.text[start:end], empty, True, texts, turn.skeleton.text)
@@ -244,7 +244,7 @@ class AnswerSearch:
                 before = before.removeprefix(thought.behind)
         else:
             before = self._closing(index, thought, None if "reasoning" in turn.slots else instead)
-        is_inline = not message.reasoning and writes_thought(message.content)
+        is_inline = inline_reasoning(message) is not None
         if is_inline and before.endswith("\n"):
             # The text that followed the thought in the content; the line breaks between them are there already.
             while turn.text.startswith("\n", body):

@@ -160,7 +160,7 @@ class Rendering:
         """
         message = self.messages[index]
         thought = message.reasoning
-        if inline := _inline_reasoning(message):
+        if inline := inline_reasoning(message):
             thought = inline[1]
             message = dataclasses.replace(message, content=inline[2])
         if not thought or not thought.strip():
@@ -199,7 +199,7 @@ def texts_of(message: Message) -> dict[str, str]:
         the last tool called) those that are not blank: templates ask whether a text is empty, so a mark instead
         would change what they do.
     """
-    inline = _inline_reasoning(message)
+    inline = inline_reasoning(message)
     texts = {"content": message.content, "reasoning": message.reasoning or ""}
     if inline:
         texts = {"reasoning": inline[1], "content": inline[2]}
@@ -217,7 +217,7 @@ def with_separate_thoughts(chat: Chat) -> Chat:
     """Return the chat with thoughts that are part of a content as reasoning."""
     messages = []
     for message in chat.messages:
-        if inline := _inline_reasoning(message):
+        if inline := inline_reasoning(message):
             message = dataclasses.replace(message, reasoning=inline[1].strip(), content=inline[2].lstrip("\n"))
         messages.append(message)
     return dataclasses.replace(chat, messages=tuple(messages))
@@ -247,7 +247,7 @@ def _describe(message: Message) -> str:
 
 def _with_texts(message: Message, texts: dict[str, str]) -> Message:
     """Return the message with some of the texts that `texts_of` names replaced."""
-    inline = _inline_reasoning(message)
+    inline = inline_reasoning(message)
     content, reasoning, calls = message.content, message.reasoning, message.tool_calls
     if inline:
         opening, thought, answer = inline
@@ -260,7 +260,7 @@ def _with_texts(message: Message, texts: dict[str, str]) -> Message:
     return dataclasses.replace(message, content=content, reasoning=reasoning, tool_calls=calls)
 
 
-def _inline_reasoning(message: Message) -> tuple[str, str, str] | None:
+def inline_reasoning(message: Message) -> tuple[str, str, str] | None:
     """Split an answer that starts with ``<think>…</think>`` into the opening, the reasoning and the answer."""
     if message.role != "assistant" or message.reasoning or "</think>" not in message.content:
         return None

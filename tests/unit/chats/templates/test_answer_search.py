@@ -101,7 +101,9 @@ _APART = {
     "closes a thought that it opens only in prompts": ApartReason.OPENING,
     "ends the last answer differently": ApartReason.HISTORY,
 }
-_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n{}%🎉ab")), max_size=20)
+_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n{}%🎉ab")), max_size=20).filter(
+    lambda text: "think>" not in text and not any(token in text for token in SPECIAL)
+)
 _FILLED = _TEXT.filter(lambda text: bool(text.strip()))
 
 
