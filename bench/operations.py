@@ -91,7 +91,7 @@ class Operations:
 
 def chats_of(tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
     """Return the chats' token ids, and whether each token is labelled."""
-    return [(ids.tolist(), (labels >= 0).tolist()) for ids, labels in map(tokens.chat, indices)]
+    return [(ids.tolist(), (labels >= 0).tolist()) for ids, labels in map(tokens.sequence, indices)]
 
 
 def count_operations(shape: Shape, chats: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Operations:
