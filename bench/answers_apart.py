@@ -116,12 +116,11 @@ def step_ratios(kind: str, count: int, steps: int, folder: Path) -> list[float]:
     lines = [json.dumps({"messages": chat.message_dicts()}) + "\n" for chat in chats(kind, 4, count)]
     data.write_text("".join(lines), encoding="utf-8")
     jobs = [prepared_job(folder / way, data, opening) for way, opening in _OPENINGS.items()]
-    files = [folder / f"{way}.json" for way in _OPENINGS]
-    for job, file in zip(jobs, files, strict=True):
-        job.write(file)
-    argv = [sys.executable, Path(__file__).with_name("step_times.py"), folder / "times.json", str(steps), *files]
+    jobs[0].write(folder / "job.json")
+    script, result = Path(__file__).with_name("step_times.py"), folder / "times.json"
+    argv = [sys.executable, script, result, str(steps), folder / "job.json", *(job.data for job in jobs)]
     measure(argv, folder / "steps.log", env=material.OFFLINE | ENVIRONMENT, memory=False)
-    whole, apart = map(median, json.loads((folder / "times.json").read_text(encoding="utf-8")))
+    whole, apart = map(median, json.loads(result.read_text(encoding="utf-8")))
     in_one, computed = map(computed_tokens, jobs)
     return [in_one / -(-count // _BATCH), whole, computed / in_one, apart / whole]
 

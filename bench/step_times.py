@@ -1,8 +1,8 @@
-"""Time the steps of several trainings in turns, in one process: the same step of each, then the next step.
+"""Time the steps of one training on several forms of the same chats, in turns: a step on each, then the next step.
 
-    python bench/step_times.py RESULT STEPS JOB ...
+    python bench/step_times.py RESULT STEPS JOB PREPARED ...
 
-RESULT gets a list of seconds for each JOB, as JSON. The first step of each is not counted.
+RESULT gets a list of seconds for each folder PREPARED, as JSON. The first step on each is not counted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from pathlib import Path
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native.trainer import Trainer
-from kolotune.engines.prepared_tokens import epoch_steps
+from kolotune.engines.prepared_tokens import PreparedTokens, epoch_steps
+from kolotune.run_folder.layout import TRAIN_TOKENS
 
 
 def main(arguments: list[str]) -> int:
     """Train, and write the times."""
-    result, steps, *files = arguments
-    trainers = [Trainer(TrainJob.read(Path(file))) for file in files]
-    times: list[list[float]] = [[] for _ in trainers]
-    first = trainers[0]
-    for indices in islice(epoch_steps(len(first.tokens), 0, first.job.seed, first.job.batch_size), int(steps) + 1):
-        for trainer, seconds in zip(trainers, times, strict=True):
+    result, steps, job, *folders = arguments
+    trainer = Trainer(TrainJob.read(Path(job)))
+    forms = [PreparedTokens.load(Path(folder, TRAIN_TOKENS)) for folder in folders]
+    times: list[list[float]] = [[] for _ in forms]
+    order = epoch_steps(len(forms[0]), 0, trainer.job.seed, trainer.job.batch_size)
+    for indices in islice(order, int(steps) + 1):
+        for trainer.tokens, seconds in zip(forms, times, strict=True):
             started = time.perf_counter()
             trainer.step(indices, trainer.job.learning_rate)
             seconds.append(time.perf_counter() - started)
