@@ -31,7 +31,8 @@ class Rebuilt:
 
     Attributes:
         folder: the new run folder.
-        same, different: names of results whose hashes are the same, and of those whose hashes differ.
+        same, different: names of results whose hashes are the same, and of those whose hashes differ. The comparison is
+            in neither if an earlier version made it and it came out differently.
         changes: (what, then, now) of versions and machine that differ.
     """
 
@@ -66,7 +67,7 @@ def rebuild(path: Path, output_dir: Path, reporter: Reporter) -> Rebuilt:
     repeated = read_manifest(folder.manifest)
     results = {name: artifact.sha256 for name, artifact in repeated.artifacts.items()}
     same = [name for name, artifact in manifest.artifacts.items() if results.get(name) == artifact.sha256]
-    different = sorted({*manifest.artifacts, *results} - {*same})
+    different = sorted({*manifest.artifacts, *results} - {*same} - set(_measured_otherwise(manifest, folder)))
     return Rebuilt(folder, same, different, _changes(manifest, repeated))
 
 
@@ -159,6 +160,13 @@ def _recorded_environment(manifest: Manifest) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _measured_otherwise(manifest: Manifest, folder: RunFolder) -> Iterator[str]:
+    """Yield the comparison if an earlier version made it, which measured less: its bytes can't be the same."""
+    entry = manifest.stages.get(compare.NAME)
+    if entry is not None and not set(compare.packages()) <= set(entry.versions):
+        yield folder.relative(folder.comparison)
 
 
 def _changes(then: Manifest, now: Manifest) -> list[tuple[str, str, str]]:
