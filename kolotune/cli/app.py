@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from kolotune.foundation import installation
+from kolotune.version import VERSION
 
 from . import in_container
 from .cancel import cancel
@@ -29,6 +30,7 @@ from .launch import launch
 from .merge import merge
 from .modelfile import modelfile
 from .models import models
+from .options import reporter
 from .plan import plan
 from .prepare import prepare
 from .push import push
@@ -43,6 +45,7 @@ from .sweep import sweep
 from .train import train
 from .uninstall import uninstall
 from .verify import verify
+from .version import version
 
 _HELP = "From a file of chats to a model that runs in Ollama. Begin with: kolotune run chats.jsonl"
 
@@ -82,7 +85,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb(prepare), Verb(train), Verb(merge), Verb(convert), Verb(quantize), Verb(modelfile),
     ),
     "The rest": (
-        Verb(rebuild), Verb(clean, client=True),
+        Verb(rebuild), Verb(clean, client=True), Verb(version, client=True),
     ),
 }  # fmt: skip
 _CONTAINER_GROUP = "Other machines"
@@ -118,11 +121,27 @@ app = typer.Typer(
     help=_HELP,
     epilog=in_container.HELP,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # rich's help takes longer to load than everything else
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        reporter(False).result(f"kolotune {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _any_verb(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
+
+
 for _verbs in GROUPS.values():
     for _verb in _verbs:
         app.command(_verb.name)(_checked(_verb))

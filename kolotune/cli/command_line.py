@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from kolotune.foundation import installation
 from kolotune.foundation.errors import (
@@ -39,7 +40,8 @@ def run_command_line(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal with another encoding must not stop a run
             stream.reconfigure(errors="replace")
-    command = typer.main.get_group(app)
+    command = typer.main.get_command(app)  # with the options of shell completion
+    assert isinstance(command, TyperGroup)
     try:
         result = in_container.main(command, arguments)
     except _CommandLineError as error:

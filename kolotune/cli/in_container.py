@@ -42,7 +42,7 @@ ON_THIS_MACHINE = frozenset(
     {"cancel", "follow", "init", "install", "launch", "push", "rebuild", "runs", "serve", "uninstall"}
 )
 # Verbs that change nothing that would have to come out.
-READ_ONLY = frozenset({"check", "chat", "doctor", "models", "plan", "status", "verify"})
+READ_ONLY = frozenset({"check", "chat", "doctor", "models", "plan", "status", "verify", "version"})
 
 
 def main(command: TyperGroup, arguments: Sequence[str]) -> object:

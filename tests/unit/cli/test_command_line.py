@@ -40,6 +40,7 @@ VERBS = [
     "init",
     "models",
     "doctor",
+    "version",
 ]
 FLAGS = [
     "--epochs",
