@@ -53,6 +53,23 @@ FAMILIES = {
     ),
 }
 
+# ruff: noqa: RUF001 (DeepSeek's tokens are spelled with full-width bars)
+_DEEPSEEK = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+_THINKING_CHATML = ("<|im_end|>", "<|im_start|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
+THINKING_FAMILIES = {
+    "gemma-4": Family(
+        "google-gemma-4-31B-it",
+        ("<turn|>", "<bos>", "<|turn>", "<|channel>", "<channel|>", "<|think|>", "<|tool_call>", "<tool_call|>"),
+        "<bos>",
+    ),
+    "r1-distill-llama": Family("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", _DEEPSEEK, _DEEPSEEK[1]),
+    "r1-distill-qwen": Family("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", _DEEPSEEK, _DEEPSEEK[1]),
+    "qwq": Family("Qwen-QwQ-32B", _THINKING_CHATML),
+    "nemotron-3": Family("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", _THINKING_CHATML),
+    "deepseek-v3.1": Family("deepseek-ai-DeepSeek-V3.1", _DEEPSEEK, _DEEPSEEK[1]),
+    "deepseek-v3.2": Family("deepseek-ai-DeepSeek-V3.2", _DEEPSEEK, _DEEPSEEK[1]),
+}
+
 
 def tiny_family(folder: Path, family: Family, reporter: Any) -> Path:
     """Make a random Llama of 2 layers with a family's template and special tokens."""
@@ -101,6 +118,20 @@ def write_chats(path: Path, *, tools: bool) -> Path:
     lines = [chat_line(number) for number in range(6)]
     lines += [_tool_chat(number) for number in range(4)] if tools else []
     path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def write_long_chats(path: Path) -> Path:
+    """Write a few chats of three exchanges; no two answers are the same."""
+    chats = [
+        [
+            {"role": role, "content": f"{text} {number}, {exchange}"}
+            for exchange in range(3)
+            for role, text in (("user", "Which number is"), ("assistant", "This number is"))
+        ]
+        for number in range(8)
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
     return path
 
 
