@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ SAMPLE = Path(__file__).parent.parent / "examples" / "lighthouse"
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 
+
+# Workers side by side share the cores: threads that wait for each other on a busy core make no progress. Before torch.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and so would all programs that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
