@@ -8,8 +8,13 @@ from kolotune.foundation.errors import ModelNotFoundError
 from kolotune.foundation.reporter import Reporter
 
 from . import hub, packaged_model
-from .catalog import KNOWN, canonical_name, path_exists
+from .catalog import KNOWN, canonical_name, find_known, path_exists
 from .model_folder import check_model_folder
+
+
+def is_known(name: str) -> bool:
+    """Whether it is a model that kolotune knows by name."""
+    return find_known(name) is not None
 
 
 def locate(name: str) -> Path | None:

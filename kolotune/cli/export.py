@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kolotune.foundation.errors import ConfigError
-from kolotune.weights.adapter import is_adapter, read_adapter
+from kolotune.weights.adapter_folder import is_adapter, no_adapter
+from kolotune.weights.model_config import FILE as CONFIG
 
 from .options import drop_unset, reporter, resolve_flags, with_options
 from .parameters import FileRole, Json
@@ -26,31 +27,23 @@ def export(
     **flags: Any,
 ) -> int:
     """Turn an adapter or model made elsewhere into GGUF and Modelfile."""
+    from kolotune.base_models.adapter_base import base_of, naming_the_option
     from kolotune.pipeline.run import run_pipeline
 
     say = reporter(json)
     source = folder.absolute()
     values = drop_unset(flags)
     if is_adapter(source):
-        values["base_model"] = base or base_named_by(source)
+        values["base_model"] = base_of(source, base)
         names = ["merge", "convert", "quantize", "modelfile"]
     else:
+        if not (source / CONFIG).is_file():
+            raise no_adapter(source)
         values["base_model"] = str(source)
         names = ["convert", "quantize", "modelfile"]
     resolved = resolve_flags(values)
     show_settings(resolved, say, values, verbose=verbose or json)
-    run_folder = run_pipeline(resolved, say, names, source)
+    with naming_the_option(source, base) if is_adapter(source) else nullcontext():
+        run_folder = run_pipeline(resolved, say, names, source)
     say.success(f"Done: {run_folder.root}")
     return 0
-
-
-def base_named_by(adapter: Path) -> str:
-    """Return the base model that an adapter's config names.
-
-    Raises:
-        ConfigError: it names none.
-    """
-    name = read_adapter(adapter).config.base_name
-    if not name:
-        raise ConfigError(f"{adapter}: adapter_config.json does not name a base model", "Name it with --base.")
-    return name

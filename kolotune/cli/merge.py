@@ -10,7 +10,6 @@ import typer
 from kolotune.foundation.config import DEFAULT_OUTPUT_DIR, Config
 from kolotune.foundation.errors import ConfigError
 
-from .export import base_named_by
 from .one_stage import run_one_stage
 from .options import reporter, resolve_flags, with_options
 from .parameters import FileRole, Json, Run
@@ -39,6 +38,7 @@ def merge(
 
 def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config, json: bool) -> int:
     from kolotune.base_models import lookup
+    from kolotune.base_models.adapter_base import base_of, naming_the_option
     from kolotune.foundation.files import replacing
     from kolotune.stages.merge import merge_adapter
     from kolotune.weights.merge import tokenizer_folder
@@ -46,7 +46,8 @@ def _merge_elsewhere(adapter: Path, base: str | None, out: Path, config: Config,
     say = reporter(json)
     if out.exists():
         raise ConfigError(f"{out}: already exists", "Name a new folder; nothing is overwritten.")
-    base_folder = lookup.resolve(base or base_named_by(adapter), None, say)
+    with naming_the_option(adapter, base):
+        base_folder = lookup.resolve(base_of(adapter, base), None, say)
     with replacing(out.absolute()) as partial:
         partial.mkdir()
         merge_adapter(

@@ -75,6 +75,9 @@ class _AdaptedModel:
             if delta.shape != tuple(weight.shape):
                 raise ArtifactError(f"the adapter adds {delta.shape} to {name}, which is {tuple(weight.shape)}")
             weight.add_(torch.from_numpy(delta.rows(slice(None))))
+            if delta.magnitude is not None:
+                magnitude = torch.from_numpy(delta.magnitude).unsqueeze(0 if delta.transposed else 1)
+                weight.mul_(magnitude / torch.linalg.norm(weight, dim=0 if delta.transposed else 1, keepdim=True))
 
 
 class WholeModel(_AdaptedModel):

@@ -14,7 +14,7 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
-from kolotune.weights.adapter import is_adapter
+from kolotune.weights.adapter_folder import is_adapter
 from kolotune.weights.mapped_tensors import MappedTensors
 from kolotune.weights.merge import MergedModel, companion_files, tokenizer_folder
 from kolotune.weights.weight_files import weight_files

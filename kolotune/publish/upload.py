@@ -16,7 +16,7 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import Manifest, read_manifest
 from kolotune.run_folder.records import FileHash
 from kolotune.runs.verify import compare_artifacts
-from kolotune.weights import adapter_config
+from kolotune.weights import adapter_folder
 
 from .model_card import ResultKind, make_model_card
 
@@ -76,7 +76,7 @@ def _files(manifest: Manifest, folder: RunFolder, names: list[str]) -> Iterator[
             path = folder.root / name / file if file else folder.root / name
             if folder.prepared in path.parents and folder.tokenizer not in path.parents:
                 continue  # prepared chats are never uploaded
-            if folder.adapter in path.parents and path.name == adapter_config.FILE:
+            if folder.adapter in path.parents and path.name == adapter_folder.FILE:
                 yield path.name, _adapter_config(path, manifest)
             else:
                 yield path.name, path

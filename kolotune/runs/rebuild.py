@@ -20,7 +20,7 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import Manifest, read_manifest
 from kolotune.run_folder.memory_backoff import write_memory_backoff
 from kolotune.stages import compare, convert, prepare, train
-from kolotune.weights.adapter import is_adapter
+from kolotune.weights.adapter_folder import is_adapter
 
 _THREADS = "OMP_NUM_THREADS"
 

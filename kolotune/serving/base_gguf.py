@@ -13,7 +13,7 @@ from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import convert, quantize
 from kolotune.run_folder.layout import RunFolder
-from kolotune.weights.adapter import is_adapter
+from kolotune.weights.adapter_folder import is_adapter
 
 
 def base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:

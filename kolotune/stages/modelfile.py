@@ -43,7 +43,7 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
-from kolotune.weights.adapter import is_adapter
+from kolotune.weights.adapter_folder import is_adapter
 from kolotune.weights.model_config import read_model_config
 
 NAME = "modelfile"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ArtifactError, ModelError
 
-from . import adapter_config
 from .adapter_config import AdapterConfig, read_adapter_config
 from .dtypes import FLOATS, as_f32
 from .lora_delta import Delta
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.default)?(\.weight)?$")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?$")
 _SAVED = re.compile(r"(?P<module>.+?)\.(modules_to_save(\.default)?\.)?(?P<leaf>weight|bias)$")
 
 
@@ -41,11 +41,6 @@ class LoraAdapter:
     config: AdapterConfig
     deltas: dict[str, Delta]
     replaced: dict[str, np.ndarray]
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter."""
-    return (folder / adapter_config.FILE).is_file()
 
 
 def read_adapter(folder: Path) -> LoraAdapter:
@@ -81,6 +76,7 @@ def _unmergeable(folder: Path, name: str) -> ModelError:
 def _assemble(folder: Path, config: AdapterConfig, tensors: dict[str, np.ndarray]) -> LoraAdapter:
     import numpy as np
 
+    magnitudes: dict[str, np.ndarray] = {}
     pairs: dict[str, dict[str, np.ndarray]] = {}
     embeddings: set[str] = set()
     replaced: dict[str, np.ndarray] = {}
@@ -92,6 +88,8 @@ def _assemble(folder: Path, config: AdapterConfig, tensors: dict[str, np.ndarray
             pairs.setdefault(match["module"], {})[match["part"]] = tensor
             if match["embedding"]:
                 embeddings.add(match["module"])
+        elif config.has_magnitudes and (match := _MAGNITUDE.fullmatch(plain)):
+            magnitudes[match["module"]] = tensor.reshape(-1)
         elif match := _SAVED.fullmatch(plain):
             replaced[f"{match['module'].removesuffix('.base_layer')}.{match['leaf']}"] = tensor
         else:
@@ -103,8 +101,11 @@ def _assemble(folder: Path, config: AdapterConfig, tensors: dict[str, np.ndarray
         a, b = pair["A"], pair["B"]
         if a.shape[0] != b.shape[1]:
             raise ArtifactError(f"{folder}: {module}: the ranks of A and B differ", "Copy the adapter again.")
+        if config.has_magnitudes and magnitudes.get(module, np.empty(0)).shape != b.shape[:1]:
+            raise ArtifactError(f"{folder}: {module} lacks magnitudes, but use_dora is set", "Copy the adapter again.")
         transposed = config.transposed or module in embeddings
-        deltas[f"{module}.weight"] = Delta(a, b, config.scale(module, a.shape[0]), transposed)
+        scale = config.scale(module, a.shape[0])
+        deltas[f"{module}.weight"] = Delta(a, b, scale, transposed, magnitudes.get(module))
     if not deltas and not replaced:
         raise ArtifactError(f"{folder}: the adapter is empty", "Train again.")
     return LoraAdapter(config, deltas, replaced)

@@ -12,10 +12,12 @@ from typing import TypeGuard
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ModelError
+from kolotune.foundation.typed_storage import JsonObject
 
-FILE = "adapter_config.json"
+from .adapter_folder import FILE, no_adapter
+from .adapter_kinds import METHODS, other_task, refused_initialisation, refused_variant
+
 _COPY_AGAIN = "Copy the adapter again."
-_UNSUPPORTED = ("use_dora", "use_bdlora", "alora_invocation_tokens", "megatron_config")
 _NESTED, _REPEATS, _LONGEST_PATTERN = re.compile(r"\)\s*[*+{?]"), re.compile(r"[*+{]"), 300
 
 
@@ -28,6 +30,7 @@ class AdapterConfig:
         rank_patterns, alpha_patterns: exceptions, by regular expressions for the end of a module's name.
         rank_stabilised: whether the scale is alpha / sqrt(rank) (Kalajdzievski, 2023).
         transposed: whether the weights are stored ``[in, out]``.
+        has_magnitudes: whether rows are scaled to a trained length (DoRA; Liu et al., 2024).
         ties_weights: whether embedding and head stay tied although the adapter changes one of them.
         base_name: the base model's name; "" when the file does not say.
     """
@@ -38,6 +41,7 @@ class AdapterConfig:
     alpha_patterns: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
     transposed: bool = False
+    has_magnitudes: bool = False
     ties_weights: bool = False
     base_name: str = ""
 
@@ -70,16 +74,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     try:
         values = typed_storage.read_object(path)
     except OSError:
-        raise ModelError(f"{folder}: holds no adapter (no {FILE})", "Give a folder in PEFT's format.") from None
+        raise no_adapter(folder) from None
     except typed_storage.StorageError as error:
         raise ArtifactError(f"{path}: can't be read: {error}", _COPY_AGAIN) from None
-    if values.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: is not a LoRA adapter", "Only LoRA adapters can be merged.")
-    for option in _UNSUPPORTED:
-        if values.get(option):
-            raise ModelError(
-                f"{path}: {option} is not supported", "Merge it with the tool that made it, then `kolotune export`."
-            )
+    _check_mergeable(path, values)
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1:
         raise ArtifactError(f"{path}: r is not a rank", _COPY_AGAIN)
@@ -92,9 +90,34 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         _patterns(path, "alpha_pattern", values.get("alpha_pattern") or {}),
         rank_stabilised=bool(values.get("use_rslora")),
         transposed=bool(values.get("fan_in_fan_out")),
+        has_magnitudes=bool(values.get("use_dora")),
         ties_weights=bool(values.get("ensure_weight_tying")),
         base_name=str(values.get("base_model_name_or_path") or ""),
     )
+
+
+def _check_mergeable(path: Path, values: JsonObject) -> None:
+    """Check that the config is of a LoRA adapter whose change of the base model is known.
+
+    Raises:
+        ModelError: it is not; the method is named.
+    """
+    method = str(values.get("peft_type") or "")
+    if method != "LORA":
+        if method in METHODS:
+            raise ModelError(f"{path}: is made with {METHODS[method].name}", METHODS[method].instead.value)
+        known = f"of the unknown kind {method[:40]!r}" if method else "not in PEFT's format (it has no peft_type)"
+        raise ModelError(f"{path}: the adapter is {known}", "Only LoRA adapters can be merged.")
+    task = other_task(values)
+    if task:
+        raise ModelError(f"{path}: is an adapter of {task} ({values['task_type']})", "Only models that write text fit.")
+    refusal = refused_variant(values)
+    if refusal is not None:
+        raise ModelError(f"{path}: is made with {refusal.name}", refusal.instead.value)
+    refusal = refused_initialisation(values.get("init_lora_weights", True))
+    if refusal is not None:
+        cause = f"{path}: starts with {refusal.name}, which changed the base model's weights before training"
+        raise ModelError(cause, refusal.instead.value)
 
 
 def _patterns(path: Path, option: str, value: object) -> dict[str, float]:

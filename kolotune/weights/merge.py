@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
@@ -67,6 +68,8 @@ class MergedModel:
         self.adapted = len(adapter.deltas)
         self.stored_wider: list[str] = []
         self._unties = _HEAD not in names and _changes_one_of_two(adapter, {*self._deltas, *self._replaced})
+        self._prepared: tuple[str, Delta] | None = None
+        self._preparing = Lock()
         self._check()
 
     def _check(self) -> None:
@@ -162,22 +165,40 @@ class MergedModel:
         name = entry.name
         source = name if name in self._base.entries else _EMBEDDING
         stored = self._base.entries[source].dtype
-        base = self._base[source]
-        block = base[rows] if base.ndim else base.reshape(1)
+        block = _rows(self._base[source], rows)
         if entry.dtype not in FLOATS:
             return block
         delta, whole = self._deltas.get(name), self._replaced.get(name)
         with np.errstate(all="ignore"):
             # PEFT saves an adapted embedding or head whole beside its adapter; the two are added.
-            values = as_f32(block, stored) if whole is None else (whole[rows] if whole.ndim else whole.reshape(1))
+            values = as_f32(block, stored) if whole is None else _rows(whole, rows)
             if delta is not None:
-                values = np.add(product := delta.rows(rows), values, out=product)
+                values = self._measured(name, delta, source).added_to(values, rows)
             largest = max(abs(float(values.max())), abs(float(values.min()))) if values.size else 0.0
         if not np.isfinite(largest):
             raise ArtifactError(f"{name}: a merged weight is not finite", "Train again with a lower --learning-rate.")
         if entry.dtype == "F16" and largest > _LARGEST_F16:
             raise _OutOfRange
         return block if stored == entry.dtype and delta is None and whole is None else from_f32(values, entry.dtype)
+
+    def _measured(self, name: str, delta: Delta, source: str) -> Delta:
+        """Return a weight's update with all that has to be known of the whole weight; the newest one is kept."""
+        if delta.magnitude is None or not delta.transposed:
+            return delta
+        with self._preparing:
+            if self._prepared is None or self._prepared[0] != name:
+                self._prepared = (name, delta.measured(self._base_rows(name, source)))
+            return self._prepared[1]
+
+    def _base_rows(self, name: str, source: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the values, fp32, of all rows that the update of a weight is added to."""
+        entry, whole = self._base.entries[source], self._replaced.get(name)
+        for rows in row_blocks(entry):
+            yield rows, as_f32(self._base[source][rows], entry.dtype) if whole is None else whole[rows]
+
+
+def _rows(tensor: np.ndarray, rows: slice) -> np.ndarray:
+    return tensor[rows] if tensor.ndim else tensor.reshape(1)
 
 
 def companion_files(base: Path, tokenizer: Path) -> dict[str, Path]:

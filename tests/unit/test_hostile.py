@@ -25,7 +25,8 @@ from kolotune.ollama.modelfile_writer import render_modelfile
 from kolotune.run_folder.layout import RunFolder
 from kolotune.runners import local
 from kolotune.runners.container import names as places
-from kolotune.weights.adapter import is_adapter, read_adapter
+from kolotune.weights.adapter import read_adapter
+from kolotune.weights.adapter_folder import is_adapter
 
 Call = Callable[..., tuple[int, str]]
 

@@ -41,7 +41,7 @@ _WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
 _SINGLE = re.compile(rf"(?:{'|'.join(each for each in WORDS if ' ' not in each)})", re.IGNORECASE)
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Names on disk, on the command line or in an event; they keep their meaning.
-ALLOWED = frozenset({"halvings", "anew", "--anew", "halvings.json"})
+ALLOWED = frozenset({"halvings", "anew", "--anew", "halvings.json", "ROAD", "RoAd"})
 CHATS = frozenset({("bench/docstring_chats.py", "Tell me about {}."), ("tests/unit/fidelity/conftest.py", "road")})
 """Strings of chats that a model is trained on, with their file: there, people use any words."""
 SHORT_LIVED = frozenset({"each", "found", "made", "told"})

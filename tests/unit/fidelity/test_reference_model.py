@@ -20,13 +20,14 @@ CHATS = [
 ]
 
 
-def with_adapter(model: Any, folder: Path, targets: list[str]) -> Any:
+def with_adapter(model: Any, folder: Path, targets: list[str], *, use_dora: bool = False) -> Any:
     """Add a random adapter to the model, and save it with PEFT."""
     import peft
     import torch
 
     torch.manual_seed(3)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets))
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=use_dora)
+    tuned = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_" in name:
@@ -36,22 +37,30 @@ def with_adapter(model: Any, folder: Path, targets: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "more"),
+    ("kind", "targets", "more", "use_dora"),
     [
-        ("llama", ["q_proj", "down_proj"], {}),
-        ("llama", ["q_proj", "embed_tokens"], {"tie_word_embeddings": True}),
-        ("gemma", ["o_proj"], {}),
-        ("qwen2", ["v_proj"], {}),
-        ("gpt2", ["c_attn", "c_proj"], {}),
+        ("llama", ["q_proj", "down_proj"], {}, False),
+        ("llama", ["q_proj", "embed_tokens"], {"tie_word_embeddings": True}, False),
+        ("llama", ["q_proj", "embed_tokens"], {}, True),
+        ("gemma", ["o_proj"], {}, False),
+        ("qwen2", ["v_proj"], {}, False),
+        ("gpt2", ["c_attn", "c_proj"], {}, False),
+        ("gpt2", ["c_attn", "c_proj"], {}, True),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
 def test_layer_by_layer_as_peft(
-    kind: str, targets: list[str], more: dict[str, Any], tiny_model: Callable[..., Any], tmp_path: Path
+    kind: str,
+    targets: list[str],
+    more: dict[str, Any],
+    use_dora: bool,
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     import torch
 
-    tuned = with_adapter(tiny_model(kind, tmp_path / "base", **more), tmp_path / "adapter", targets)
+    base = tiny_model(kind, tmp_path / "base", **more)
+    tuned = with_adapter(base, tmp_path / "adapter", targets, use_dora=use_dora)
     for kind_of_model in (reference_model.WholeModel, reference_model.LayeredModel):
         model: Any = kind_of_model(tmp_path / "base")
         before = list(model.log_probabilities(CHATS))

@@ -242,13 +242,6 @@ def test_a_head_of_a_different_size_is_refused(tmp_path: Path, tiny_model: Calla
         merge_into(tmp_path / "adapter", tmp_path / "other", tmp_path / "merged")
 
 
-def test_dora_is_refused(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
-    options = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
-    randomized(tiny_model("llama", tmp_path / "base"), options).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match="use_dora"):
-        merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
-
-
 def test_a_cut_base_leaves_no_merged_model(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     _simple(tmp_path, tiny_model)
     file = tmp_path / "base" / "model.safetensors"

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kolotune.foundation.errors import ArtifactError, ModelError
-from kolotune.weights.adapter import is_adapter, read_adapter
+from kolotune.weights.adapter import read_adapter
+from kolotune.weights.adapter_folder import is_adapter
 
 NAME = "base_model.model.model.layers.0.q_proj"
 GOOD = {f"{NAME}.lora_A.weight": torch.randn(2, 6), f"{NAME}.lora_B.weight": torch.randn(5, 2)}
@@ -92,12 +93,18 @@ def test_unknown_tensors_are_refused(write: Callable[..., Path], leaf: str) -> N
 
 @pytest.mark.parametrize(
     "config",
-    [{"use_dora": True}, {"peft_type": "LOHA"}, {"peft_type": "-"}, {"alora_invocation_tokens": [1]},
-     {"use_bdlora": {"x": 1}}],
-)  # fmt: skip
+    [{"peft_type": "LOHA"}, {"peft_type": "-"}, {"alora_invocation_tokens": [1]}, {"use_bdlora": {"x": 1}}],
+)
 def test_unsupported_adapters_are_refused(write: Callable[..., Path], config: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         read_adapter(write(**config))
+
+
+@pytest.mark.parametrize("count", [None, 4])
+def test_dora_needs_a_magnitude_for_each_output(write: Callable[..., Path], count: int | None) -> None:
+    magnitudes = {} if count is None else {f"{NAME}.lora_magnitude_vector": torch.ones(count)}
+    with pytest.raises(ArtifactError, match="magnitudes"):
+        read_adapter(write({**GOOD, **magnitudes}, use_dora=True))
 
 
 @pytest.mark.parametrize("rank", [0, -1, None, "x"])
