@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kolotune.foundation.errors import ArtifactError, ToolchainError
+from kolotune.foundation.errors import ArtifactError
 
+from . import library
 from .log import print_only_problems
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 BATCH = 256
 """Tokens that are computed together."""
 
-_TYPE_F32 = 0
-_NO_FLASH_ATTENTION = 0
 _LONGEST_PIECE = 4096
 
 
@@ -38,36 +37,32 @@ class ExactGguf:
 
     Raises:
         ArtifactError: llama.cpp can't load it.
-        ToolchainError: llama-cpp-python is not installed.
+        ToolchainError: llama.cpp's library is missing or can't be used.
     """
 
     def __init__(self, path: Path, context: int, on_tensor: Callable[[int, bool, object], bool] | None = None) -> None:
-        try:
-            import llama_cpp
-        except (ImportError, OSError, RuntimeError) as error:
-            raise ToolchainError(f"llama-cpp-python can't be loaded: {error}") from None
-        self._library: Any = llama_cpp
+        self._library = library.load()
         print_only_problems()
-        llama_cpp.llama_backend_init()
-        model_parameters: Any = llama_cpp.llama_model_default_params()
+        self._library.llama_backend_init()
+        model_parameters = self._library.llama_model_default_params()
         model_parameters.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
+        self._model = self._library.llama_model_load_from_file(os.fsencode(path), model_parameters)
         if not self._model:
             raise ArtifactError(f"{path.name}: llama.cpp can't load it")
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
-        context_parameters: Any = llama_cpp.llama_context_default_params()
+        self._vocab = self._library.llama_model_get_vocab(self._model)
+        context_parameters = self._library.llama_context_default_params()
         context_parameters.n_ctx = context
         context_parameters.n_batch = context_parameters.n_ubatch = BATCH
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         context_parameters.n_threads = context_parameters.n_threads_batch = threads
-        context_parameters.type_k = context_parameters.type_v = _TYPE_F32
-        context_parameters.flash_attn_type = _NO_FLASH_ATTENTION
+        context_parameters.type_k = context_parameters.type_v = library.F32
+        context_parameters.flash_attn_type = library.NO_FLASH_ATTENTION
         if on_tensor is not None:
-            callback: Any = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback
-            self._callback = context_parameters.cb_eval = callback(on_tensor)  # must live as long as the context
-        self._context = llama_cpp.llama_init_from_model(self._model, context_parameters)
+            self._callback = library.EvaluationCallback(on_tensor)  # must live as long as the context
+            context_parameters.cb_eval = ctypes.cast(self._callback, ctypes.c_void_p)
+        self._context = self._library.llama_init_from_model(self._model, context_parameters)
         if not self._context:
-            llama_cpp.llama_model_free(self._model)
+            self._library.llama_model_free(self._model)
             raise ArtifactError(f"{path.name}: llama.cpp can't run it")
         self._path = path
 
@@ -117,7 +112,7 @@ class ExactGguf:
         """Tokenize a prompt as a server does: special tokens are recognised, and a BOS is added if the file says so."""
         data = text.encode("utf-8")
         size = len(data) + 8
-        buffer = (self._library.llama_token * size)()
+        buffer = (ctypes.c_int32 * size)()
         count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, size, True, True)
         return list(buffer[: max(count, 0)])
 

@@ -1,13 +1,13 @@
-"""Functions and structures of ggml, llama.cpp's tensor library, that llama-cpp-python does not declare."""
+"""Functions and structures of ggml, llama.cpp's tensor library."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolotune.foundation.errors import ToolchainError
+
+from .library import load
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,28 +37,13 @@ Tensor._fields_ = [
 ]
 
 
-@functools.cache
 def library() -> Any:
-    """Load the library and declare the functions that are used.
+    """Return an object that has ggml's functions as attributes.
 
     Raises:
-        ToolchainError: it is not installed with llama-cpp-python.
+        ToolchainError: llama.cpp's library is missing or can't be used.
     """
-    import llama_cpp
-
-    files = sorted(Path(llama_cpp.__file__).parent.glob("lib/*ggml-base*"))
-    if not files:
-        raise ToolchainError("llama-cpp-python was installed without its ggml library")
-    loaded: Any = ctypes.CDLL(str(files[0]))
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    loaded.ggml_quantize_chunk.restype = size
-    loaded.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer]
-    loaded.ggml_get_name.restype, loaded.ggml_get_name.argtypes = ctypes.c_char_p, [pointer]
-    loaded.ggml_nbytes.restype, loaded.ggml_nbytes.argtypes = size, [pointer]
-    loaded.ggml_op_name.restype, loaded.ggml_op_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
-    loaded.ggml_backend_tensor_get.restype = None
-    loaded.ggml_backend_tensor_get.argtypes = [pointer, pointer, size, size]
-    return loaded
+    return load()
 
 
 def tensor_at(address: int) -> Tensor:

@@ -7,13 +7,14 @@ is registered for good, and handlers come and go behind it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from kolotune.foundation.reporter import clean
+
+from . import library
 
 MessageHandler = Callable[[int, str], None]
 """Called with ggml's level and a text that need not be a whole line."""
@@ -30,9 +31,9 @@ _handlers: list[MessageHandler] = [_print_problems]
 
 def print_only_problems() -> None:
     """From now on, write warnings and errors to standard error and drop llama.cpp's other messages."""
-    import llama_cpp
-
-    llama_cpp.llama_log_set(_registered(), ctypes.c_void_p(0))
+    library.load().llama_log_set(_registered(), None)
+    if "llama_cpp" in sys.modules:  # which still quantizes
+        sys.modules["llama_cpp"].llama_log_set(_registered(), None)
 
 
 @contextlib.contextmanager
@@ -62,10 +63,7 @@ def collect_problems() -> Iterator[list[str]]:
 
 @functools.cache
 def _registered() -> Any:
-    import llama_cpp
-
     def on_message(level: int, text: bytes, _: object) -> None:
         _handlers[-1](level, text.decode("utf-8", errors="replace"))
 
-    callback: Any = llama_cpp.llama_log_callback
-    return callback(on_message)
+    return library.LogCallback(on_message)

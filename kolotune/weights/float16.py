@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from kolotune.foundation import shared_libraries
+from kolotune.foundation.errors import ToolchainError
 
 if TYPE_CHECKING:
     import numpy as np
 
-_NAMES = ("libggml-cpu.so", "libggml-cpu.dylib", "ggml-cpu.dll")
+_NAMES = ("ggml_cpu_fp32_to_fp16", "ggml_fp32_to_fp16_row")  # the first is the faster one
 
 
 def from_f32(values: np.ndarray) -> np.ndarray:
@@ -33,15 +34,15 @@ def from_f32(values: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _ggml_function() -> Callable[[int, int, int], None] | None:
-    """Return the function of llama-cpp-python's library; None when there is none that rounds as numpy does."""
+    """Return the function of llama.cpp's library; None when there is none that rounds as numpy does."""
     import numpy as np
 
     try:
-        package = importlib.util.find_spec("llama_cpp")
-        folders = [Path(path) / "lib" for path in (package.submodule_search_locations or ())] if package else []
-        file = next(folder / name for folder in folders for name in _NAMES if (folder / name).is_file())
-        convert = ctypes.CDLL(str(file)).ggml_cpu_fp32_to_fp16
-    except (StopIteration, OSError, AttributeError, ImportError, ValueError):
+        libraries = shared_libraries.load()
+    except ToolchainError:
+        return None
+    convert = next(filter(None, (shared_libraries.function_in(libraries, name) for name in _NAMES)), None)
+    if convert is None:
         return None
     convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     # Compare with numpy: every finite f16 value, and the midpoints between neighbours.
@@ -50,4 +51,4 @@ def _ggml_function() -> Callable[[int, int, int], None] | None:
     result = np.empty(values.shape, np.float16)
     convert(values.ctypes.data, result.ctypes.data, values.size)
     agrees = np.array_equal(result.view(np.uint16), values.astype(np.float16).view(np.uint16))
-    return convert if agrees else None
+    return cast("Callable[[int, int, int], None]", convert) if agrees else None

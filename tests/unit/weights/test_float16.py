@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from kolotune.foundation import shared_libraries
+from kolotune.foundation.errors import ToolchainError
 from kolotune.weights import float16
 
 
@@ -41,7 +42,21 @@ def test_slices_of_a_matrix() -> None:
         assert float16.from_f32(part).flags["C_CONTIGUOUS"]
 
 
+def test_the_slower_function_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where code for processors is in separate files, only this one can be found."""
+    monkeypatch.setattr(float16, "_NAMES", float16._NAMES[1:])
+    assert float16._ggml_function() is not None
+
+
 def test_numpy_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def load() -> tuple[()]:
+        raise ToolchainError("not here")
+
+    monkeypatch.setattr(shared_libraries, "load", load)
     assert float16._ggml_function() is None
     assert float16.from_f32(np.float32([1.5, 1e-7])).tolist() == np.float16([1.5, 1e-7]).tolist()
+
+
+def test_a_function_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float16, "_NAMES", ("ggml_fp32_to_bf16_row",))
+    assert float16._ggml_function() is None
