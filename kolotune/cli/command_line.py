@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import typer
@@ -21,6 +20,7 @@ from kolotune.foundation.errors import (
     SpaceError,
     ToolchainError,
 )
+from kolotune.runners import signals
 
 from . import hints, in_container
 from .app import app
@@ -36,7 +36,7 @@ def run_command_line(arguments: list[str]) -> int:
     Returns:
         0, the exit code of the error (see `errors`), or 2 for a wrong command line.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signals.interrupt_on_termination()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal with another encoding must not stop a run
             stream.reconfigure(errors="replace")
@@ -90,8 +90,3 @@ def _fail(error: KolotuneError, arguments: list[str]) -> int:
             signal.signal(number, signal.SIG_IGN)
     reporter("--json" in arguments).failure(error.cause, error.hint, error.exit_code)
     return error.exit_code
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM like Ctrl-C, so that child processes end and the state is recorded."""
-    raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import os
 import socket
 
 from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.hardware import cores
 
 from .job import TrainJob
 
@@ -53,8 +54,7 @@ def variables(job: TrainJob) -> dict[str, str]:
     Raises:
         TrainingError: as in `arguments`.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chosen = {"OMP_NUM_THREADS": str(max(1, cores // job.nproc))}
+    chosen = {"OMP_NUM_THREADS": str(max(1, cores() // job.nproc))}
     if job.nnodes > 1:
         chosen["GLOO_SOCKET_IFNAME"] = _interface_of(_addresses(*_rendezvous(job.rdzv or ""))[0])
     kept = {name: value for name, value in chosen.items() if name not in os.environ}

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def explained(error: OSError, path: Path) -> SpaceError | ArtifactError:
 
 def _is_out_of_inodes(path: Path) -> bool:
     """Whether a disk that refused a file has (almost) no inodes left; removing the partial file may have freed some."""
-    if not hasattr(os, "statvfs"):
+    if sys.platform == "win32":  # which has no such limit
         return False
     while not path.exists():
         path = path.parent
@@ -101,7 +102,7 @@ def flush(path: Path) -> None:
 
 
 def _flush_entry(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders; its renames are ordered
+    if sys.platform == "win32":  # Windows cannot open folders; its renames are ordered
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

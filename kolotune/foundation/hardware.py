@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import os
 import platform
+import shutil
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -54,16 +56,22 @@ def best_dtype() -> Literal["bf16", "fp32"]:
 
 def machine() -> dict[str, str]:
     """Return what the last bits of a result may depend on besides inputs: versions, processor, cores, settings."""
-    affinity = getattr(os, "sched_getaffinity", None)
     facts = {
         "kolotune": VERSION,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "instructions": " ".join(each for each in _INSTRUCTIONS if each in _cpu_words()),
-        "cores": str(len(affinity(0)) if affinity else os.cpu_count() or 1),
+        "cores": str(cores()),
     }
     return facts | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _processor() -> str:
@@ -78,6 +86,13 @@ def _may_have_gpu() -> bool:
     if platform.system() != "Linux":
         return True
     return any(any(_DEVICES.glob(name)) for name in ("nvidia*", "kfd", "dxg"))
+
+
+def has_nvidia_device() -> bool:
+    """Whether PyTorch's CUDA build would find a device here; asks neither PyTorch nor the driver."""
+    if sys.platform != "linux":
+        return shutil.which("nvidia-smi") is not None
+    return any(any(_DEVICES.glob(name)) for name in ("nvidia[0-9]*", "dxg"))
 
 
 def _cpu_has_bf16() -> bool:

@@ -13,18 +13,17 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
-from kolotune.foundation import typed_storage
+from kolotune.foundation import locks, typed_storage
 from kolotune.foundation.errors import KolotuneError, LaunchError, RunFolderError
-from kolotune.runners import local
+from kolotune.runners import local, signals
 from kolotune.version import VERSION
 
 from .node_task import NodeTask, report_failure, run_task
@@ -47,11 +46,12 @@ class _DetachedTask:
     """The files of a task that outlives the connection: its log, its process id, its exit code, and a lock."""
 
     def __init__(self, folder: Path, number: int) -> None:
-        from filelock import FileLock
-
         folder.mkdir(parents=True, exist_ok=True)
         self.log, self._process, self._end = (folder / f"{number}.{kind}" for kind in ("log", "process", "end"))
-        self.lock = FileLock(folder / f"{number}.lock")
+        self._lock = folder / f"{number}.lock"
+
+    def lock(self) -> AbstractContextManager[None]:
+        return locks.hold(self._lock, _START_SECONDS)
 
     def write_process(self) -> None:
         self._process.write_text(str(os.getpid()), encoding="ascii")
@@ -70,13 +70,7 @@ class _DetachedTask:
         return None
 
     def is_running(self) -> bool:
-        from filelock import Timeout
-
-        try:
-            with self.lock.acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+        return locks.is_held(self._lock)
 
     def has_ended(self) -> bool:
         return self._end.is_file() or (self.process() is not None and not self.is_running())
@@ -85,7 +79,7 @@ class _DetachedTask:
 def _run(task: NodeTask, number: int, detached: _DetachedTask | None) -> int:
     if detached is None:
         return run_task(task, number)
-    with detached.lock.acquire(timeout=_START_SECONDS):
+    with detached.lock():
         detached.write_process()
         code = run_task(task, number)
         detached.write_end(code)
@@ -129,16 +123,11 @@ def _watch(detached: _DetachedTask, begin: int) -> int:
 def _stop(detached: _DetachedTask) -> int:
     number = detached.process()
     if number is not None and detached.is_running():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGTERM)
+        signals.request_stop(number)
         deadline = time.monotonic() + _START_SECONDS
         while detached.is_running() and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
     return 0
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
             return _start(task, options.number, options.state)
         except KolotuneError as error:
             return report_failure(error)
-    signal.signal(signal.SIGTERM, _terminate)
+    signals.interrupt_on_termination()
     return _run(task, options.number, detached)
 
 

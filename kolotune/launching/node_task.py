@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -21,7 +20,7 @@ from kolotune.foundation.errors import Interrupted, KolotuneError, LaunchError
 from kolotune.foundation.reporter import JsonReporter
 from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
 from kolotune.run_folder.layout import RunFolder
-from kolotune.runners import local
+from kolotune.runners import local, signals
 
 from .job_output import ENDED
 
@@ -104,7 +103,7 @@ def _run_verb(argv: list[str], folder: RunFolder) -> int:
         return False  # also log it in the run folder
 
     code = local.run(argv, log=folder.log("launched"), env=env, on_line=on_line, ends_with_parent=True)
-    if code in (-signal.SIGTERM, -signal.SIGINT):  # stopped before it could handle the signal
+    if signals.was_stopped(code):
         return Interrupted.exit_code
     return code if code >= 0 else 128 - code  # a shell's code for a signal
 

@@ -27,7 +27,7 @@ from kolotune.foundation.installation import install_command
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.secrets import is_secret_variable
 from kolotune.run_folder.layout import RunFolder
-from kolotune.runners import local
+from kolotune.runners import local, signals
 from kolotune.runners.container.path_map import PathMap
 
 from .job_names import require_word
@@ -56,7 +56,7 @@ class SlurmTask:
 
         machine = submitit.JobEnvironment()
         if machine.cluster == HERE:  # see `_ignoring_ctrl_c`; a session of its own is out of reach of the terminal
-            os.setsid()
+            signals.leave_terminal()
             signal.signal(signal.SIGINT, signal.default_int_handler)
         port = _FIRST_PORT + int(re.sub(r"\D", "", machine.job_id)) % _PORTS
         rdzv = f"{machine.hostnames[0]}:{port}" if self.task.machines > 1 else ""
@@ -170,8 +170,7 @@ class Slurm:
 
     def cancel(self, job: LaunchedJob, reporter: Reporter) -> None:
         if self.on == HERE:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(job.job), signal.SIGTERM)
+            signals.request_stop(int(job.job))
             return
         try:
             list(local.stream(["scancel", job.job]))

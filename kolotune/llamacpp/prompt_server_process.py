@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, ToolchainError
 from kolotune.foundation.installation import INSTALL_LOCAL
-from kolotune.runners import limits
+from kolotune.runners import limits, signals
 from kolotune.runners.child_process import emit, emit_error
 
 _PROBLEMS_ONLY = 1  # of llama.cpp's levels of messages
@@ -44,7 +43,7 @@ class _Task:
 
 def main() -> int:
     """Serve until standard input closes; return the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signals.ignore_ctrl_c()
     events, sys.stdout = sys.stdout, sys.stderr
     source = sys.stdin.buffer
     task = typed_storage.parse(_Task, source.readline().decode())

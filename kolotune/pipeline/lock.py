@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+from kolotune.foundation import locks
 from kolotune.foundation.errors import RunFolderError
 from kolotune.foundation.files import explained, write_text
 from kolotune.run_folder.layout import RunFolder
@@ -19,41 +20,31 @@ def locked(folder: RunFolder) -> Iterator[None]:
         RunFolderError: another process works in it.
         SpaceError, ArtifactError: the folder can't be made or written to.
     """
-    from filelock import FileLock, Timeout
-
     try:
         folder.state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explained(error, folder.root) from error
     holder = folder.lock_holder
-    lock = FileLock(folder.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        user = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-        raise RunFolderError(
-            f"{folder.root}: is in use by {user.strip()}", "Wait for it to end, or choose another --output-dir."
-        ) from None
-    except OSError as error:
-        raise explained(error, folder.lock) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(locks.hold(folder.lock, 0))
+        except locks.LockHeld:
+            user = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise RunFolderError(
+                f"{folder.root}: is in use by {user.strip()}", "Wait for it to end, or choose another --output-dir."
+            ) from None
+        except OSError as error:
+            raise explained(error, folder.lock) from error
+        held.callback(holder.unlink, missing_ok=True)
         write_text(holder, f"process {os.getpid()}\n")
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def is_locked(folder: RunFolder) -> bool:
     """Whether a process works in the folder. Only the lock knows: a killed process leaves its name behind."""
-    from filelock import FileLock, Timeout
-
     if not folder.lock_holder.is_file():
         return False
     try:
-        with FileLock(folder.lock, timeout=0):
-            return False
-    except Timeout:
-        return True
+        return locks.is_held(folder.lock)
     except OSError:
         return False

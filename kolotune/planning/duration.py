@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from kolotune.engines.engine import get_engine
 from kolotune.engines.events import Calibration
 from kolotune.foundation.files import replacing
+from kolotune.foundation.hardware import cores
 from kolotune.foundation.hashing import HashedFile, hash_file
 from kolotune.gguf.importance_matrix import tokens_read
 from kolotune.gguf.run_matrix import with_matrix
@@ -112,9 +112,8 @@ def stage_seconds(
         seconds["convert"] = sizes.gguf * rates.merging
     if "quantize" in disk:
         unquantized = disk["quantize"].passes * rates.merging
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         seconds["quantize"] = unquantized + sum(
-            _QUANTIZER_START + size.seconds / cores + sizes.gguf * rates.hashing / 2 + size.size * rates.merging
+            _QUANTIZER_START + size.seconds / cores() + sizes.gguf * rates.hashing / 2 + size.size * rates.merging
             for size in sizes.quantized.values()
         )
         if with_matrix(context, sizes.quantized):

@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def confine() -> None:
     """Prepare this process for running strangers' programs. Call it in the main thread."""
     global _confined
     _confined = True
-    if hasattr(signal, "setitimer"):
+    if sys.platform != "win32":
         signal.signal(signal.SIGPROF, _raise)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
@@ -78,11 +79,11 @@ def library_limits(seconds: int, memory: int) -> Iterator[None]:
         seconds: processor time within the block.
         memory: bytes that the process may write to, in the block and afterwards; only Linux enforces it.
     """
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # which has no such limits for a process
         yield
         return
+    import resource
+
     for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, memory)):
         resource.setrlimit(limit, (most, most))
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -93,8 +94,10 @@ def library_limits(seconds: int, memory: int) -> Iterator[None]:
 
 
 def exceeded_by(exit_code: int | None) -> str:
-    """Describe the limit that ended a confined process, from its exit code; "" when no limit did."""
-    return TIME_EXCEEDED if hasattr(signal, "SIGVTALRM") and exit_code == -signal.SIGVTALRM else ""
+    """Describe the limit that ended a confined process, from its exit code; "" when no limit did, or on Windows."""
+    if sys.platform == "win32":  # the exit code there is that of any failure
+        return ""
+    return TIME_EXCEEDED if exit_code == -signal.SIGVTALRM else ""
 
 
 def _limited(work: Callable[[], Result]) -> Result:
@@ -109,11 +112,11 @@ def _limited(work: Callable[[], Result]) -> Result:
 
 def _set_timers(seconds: float) -> None:
     """Start the timers, or stop them with 0; the first one repeats."""
-    if hasattr(signal, "setitimer"):
+    if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds, _GRACE_SECONDS if seconds else 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds + _GRACE_SECONDS if seconds else 0)
         return
-    import faulthandler  # Windows has no such timers; this thread ends the process too
+    import faulthandler  # it has no such timers; this thread ends the process too
 
     if seconds:
         faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
@@ -122,8 +125,8 @@ def _set_timers(seconds: float) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Limit the address space to its size plus `more` bytes; 0 removes the limit."""
-    if not (_base_bytes or _measure()):
+    """Limit the address space to its size plus `more` bytes, where that can be measured; 0 removes the limit."""
+    if sys.platform == "win32" or not (_base_bytes or _measure()):
         return
     import resource
 
@@ -135,8 +138,10 @@ def _limit_memory(more: int) -> None:
 def _measure() -> bool:
     """Measure the process; False where that is not possible, or it has not grown."""
     global _base_bytes
+    if sys.platform == "win32":
+        return False
     try:
-        size = int(_SIZES.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        size = int(_SIZES.read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return False
     has_grown, _base_bytes = size > _base_bytes, max(size, _base_bytes)

@@ -18,6 +18,7 @@ from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import explained
 from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
 
+from . import signals
 from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0
@@ -171,7 +172,7 @@ def start_detached(argv: Sequence[str], log: Path) -> int:
     """
     with log.open("ab") as output:
         child = subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, **signals.detached()
         )
     return child.pid
 
@@ -212,7 +213,7 @@ def run_interactive(argv: Sequence[str]) -> int:
 
 
 def _stop(child: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
-    """Stop a child that still runs: with SIGTERM first, then with SIGKILL."""
+    """Stop a child that still runs: with SIGTERM first, then with SIGKILL; on Windows both end it at once."""
     if child.poll() is None:
         with contextlib.suppress(OSError):
             child.send_signal(signal.SIGTERM)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
+
+from . import signals
 
 WATCH_STDIN = "KOLOTUNE_WATCH_STDIN"
 """Variable that is 1 for a process whose standard input is a pipe that stays open as long as its parent lives."""
@@ -22,8 +23,8 @@ def end_with_parent() -> bool:
     """Watch standard input in a thread, if the parent asks for it, and stop this process when it closes.
 
     A killed parent can't notify its children, but the system closes its pipes. Unlike process ids and death signals,
-    this works on every system and through a container engine. The process gets SIGTERM, so that it can stop its own
-    children, and exits without further ado after 20 seconds.
+    this works on every system and through a container engine. The process is asked to stop, so that it can stop its
+    own children, and exits without further ado after 20 seconds.
 
     Returns:
         Whether standard input is watched; children that inherit it may be asked to watch it too.
@@ -44,6 +45,6 @@ def _stop_at_end_of_input() -> None:
     # Not sys.stdin: a waiting thread would hold its lock, and the interpreter would abort when it exits.
     while os.read(_STDIN, 65536):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    signals.stop_this_process()
     time.sleep(_PATIENCE_SECONDS)
     os._exit(1)

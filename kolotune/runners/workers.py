@@ -14,7 +14,6 @@ import gc
 import importlib
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +24,10 @@ from queue import SimpleQueue
 from typing import BinaryIO, TypeVar, cast
 
 from kolotune.foundation.errors import KolotuneError, TemplateError
+from kolotune.foundation.hardware import cores
 from kolotune.foundation.ordered_tasks import results_in_order
 
-from . import limits, local
+from . import limits, local, signals
 
 _MAX_WORKERS = 4  # each takes some 80 MB
 _LOOK_AHEAD = 2  # tasks that wait for each worker
@@ -38,8 +38,7 @@ Result = TypeVar("Result")
 
 def available() -> int:
     """Return how many workers this machine can run at the same time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MAX_WORKERS)
+    return min(cores(), _MAX_WORKERS)
 
 
 class Pool:
@@ -130,7 +129,7 @@ def _started(modules: Sequence[str]) -> Iterator[_Worker]:
 
 
 def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signals.ignore_ctrl_c()
     limits.confine()  # the work may include a chat template
     tasks, answers = sys.stdin.buffer, _own_output()
     for name in sys.argv[1:]:

@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import IO, cast
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import TemplateError
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.runners import limits, local
+from kolotune.runners import limits, local, signals
 
 from .signature import TemplateSignature
 
@@ -177,7 +176,7 @@ def _receive(stream: IO[bytes]) -> object:
 def _main() -> None:
     from . import jinja
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signals.ignore_ctrl_c()
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     limits.confine()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 
 from kolotune.foundation.errors import Interrupted, TrainingError
+from kolotune.runners import signals
 from kolotune.runners.child_process import carry_out
 
 from .. import events
@@ -17,7 +16,7 @@ from ..job import TrainJob
 
 def main(arguments: list[str]) -> int:
     """Train the job in the file `arguments[0]`; return the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals.interrupt_on_termination()  # so that torchtune's process is ended too
     try:
         return carry_out(lambda: _train(Path(arguments[0])))
     except MemoryError:
@@ -33,11 +32,6 @@ def _train(job_file: Path) -> None:
     from .driver import train
 
     train(job)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle a request to stop like Ctrl-C, so that torchtune's process is ended too."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.foundation import typed_storage
+from kolotune.foundation import locks, typed_storage
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import KolotuneError, OfflineError, ToolchainError
 from kolotune.foundation.files import explained, remove
@@ -92,15 +93,12 @@ def ensure(doing: Callable[[str], None]) -> Environment:
 
 def make(folder: Path, doing: Callable[[str], None]) -> Environment:
     """Install the environment in `folder`, unless it is there; a second process waits for the first."""
-    from filelock import FileLock
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        lock.acquire()
-    except OSError as error:
-        raise explained(error, folder) from error
-    try:
+    with ExitStack() as held:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locks.hold(folder.with_name(f".{folder.name}.lock")))
+        except OSError as error:
+            raise explained(error, folder) from error
         there = _if_complete(folder)
         if there is not None:
             return there
@@ -113,8 +111,6 @@ def make(folder: Path, doing: Callable[[str], None]) -> Environment:
             raise
         typed_storage.write(folder / _MARKER, {"requirements": pinned()})
         return Environment(folder, pinned())
-    finally:
-        lock.release()
 
 
 def _install(folder: Path, log: Path) -> None:

@@ -30,10 +30,12 @@ _DOWNLOADING = (
     "foundation/files.py",
     "foundation/hashing.py",
     "foundation/installation.py",
+    "foundation/locks.py",
     "foundation/typed_storage.py",
     "foundation/secrets.py",
     "runners/__init__.py",
     "runners/local.py",
+    "runners/signals.py",
     "runners/watchdog.py",
     "version.py",
 )
