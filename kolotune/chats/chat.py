@@ -25,6 +25,7 @@ class Message:
         tool_calls: The assistant's tool calls in the OpenAI format.
         name: The name of the tool (tool messages only), or None.
         tool_call_id: The call that a tool message answers, or None.
+        is_trained: Whether the loss may fall on it. Only an assistant turn may be excluded.
     """
 
     role: str
@@ -33,10 +34,11 @@ class Message:
     tool_calls: tuple[JsonObject, ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
+    is_trained: bool = True
 
     @property
     def is_plain(self) -> bool:
-        """Whether the message has a role and a text and nothing else."""
+        """Whether templates get a role and a text of the message and nothing else."""
         return self.reasoning is None and not self.tool_calls and self.name is None and self.tool_call_id is None
 
     def as_dict(self) -> JsonObject:
@@ -85,6 +87,8 @@ class Chat:
             for message in self.messages
         ]
         text = f"[[{', '.join(messages)}], {_CANONICAL.encode(list(self.tools)) if self.tools else '[]'}]"
+        if excluded := [number for number, message in enumerate(self.messages) if not message.is_trained]:
+            text += f" {excluded}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -92,3 +96,8 @@ def called_function(call: JsonObject) -> JsonObject:
     """Return the part of a tool call that has its name and arguments. Some files leave out the object around it."""
     function = call.get("function", call)
     return function if isinstance(function, dict) else {}
+
+
+def trained_answers(chat: Chat) -> list[int]:
+    """Return the numbers of the messages that the loss falls on."""
+    return [index for index, message in enumerate(chat.messages) if message.role == "assistant" and message.is_trained]

@@ -21,7 +21,9 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     """Validate chats and show problems with their lines."""
     from kolotune.base_models import lookup
     from kolotune.chats.dataset.prepare import prepare_chats
+    from kolotune.chats.dataset.prepared import hint_against, nothing_to_train_on
     from kolotune.chats.dataset.row_store import first_encoded
+    from kolotune.chats.reading.problem_report import problem_lines
     from kolotune.stages import prepare
 
     say = reporter(json)
@@ -40,18 +42,16 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
         say.note(f"The first chat as it is trained on{several}; the loss covers what is between ⟦ and ⟧:")
         for ids, labels in first:
             say.note(_with_marks(ids, labels, prepared.tokenizer))
-    for problem in problems[:_SHOWN_PROBLEMS]:
-        say.warning(str(problem))
+    prepared.problems = problems
+    lines = problem_lines(problems)
+    for line in lines[:_SHOWN_PROBLEMS]:
+        say.warning(line)
     if problems:
-        hidden = len(problems) - _SHOWN_PROBLEMS
-        raise DataError(
-            f"{_count(len(problems), 'problem')} in the chats" + (f" ({hidden} not shown)" if hidden > 0 else ""),
-            "Fix them, or leave these chats out with --skip-bad."
-            if prepared.train.chats
-            else "No chat can be used. `kolotune init FOLDER` writes a few valid ones to compare with.",
-        )
+        hidden = len(lines) - _SHOWN_PROBLEMS
+        cause = f"{_count(len(problems), 'problem')} in the chats"
+        raise DataError(cause + (f" ({hidden} kinds not shown)" if hidden > 0 else ""), hint_against(prepared))
     if not prepared.train.chats:
-        raise DataError("no chat is left to train on", "Raise --max-seq-length, or fix the chats.")
+        raise nothing_to_train_on(prepared)
     say.success(f"No problems found in {_count(prepared.train.chats + prepared.held_out.chats, 'chat')}")
     return 0
 

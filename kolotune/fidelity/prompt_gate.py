@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kolotune.chats import Chat
 from kolotune.chats.dataset.prepared import TRAITS
 from kolotune.chats.reading.files import opened, read_chat
 from kolotune.chats.tokens.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES
@@ -154,8 +153,8 @@ def _held_out_prompts(run: RunFolder) -> Callable[[TrainedFormat], list[Prompt]]
         if not file.is_file() or not file.stat().st_size:
             return []
         with opened(file) as (_, records):
-            chats = [read_chat(file, record)[1] for record in itertools.islice(records, _HELD_OUT)]
-        return [trained.trained_prompt(chat, "") for chat in chats if isinstance(chat, Chat)]
+            chats = [read_chat(file, record).chat for record in itertools.islice(records, _HELD_OUT)]
+        return [trained.trained_prompt(chat, "") for chat in chats if chat is not None]
 
     return prompts
 

@@ -188,7 +188,7 @@ def _training_texts(selection: Selection, task: ModelsTask, trained: TrainedForm
     }
     texts: list[Chat | None] = [None] * len(selection.sequences)
     try:
-        read = read_chats([Path(path) for path in task.train_data])
+        read = read_chats([Path(path) for path in task.train_data], task.reading)
     except KolotuneError:
         return []
     for chat in read.chats[: _SEARCHED * len(texts)]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.traits import ChatTrait
 from kolotune.foundation.typed_storage import JsonObject
 
@@ -28,6 +29,7 @@ class ModelsTask:
         tokens: file with the prepared tokens of the compared chats.
         chats_file: the same chats as JSON lines; "" to find their texts in `train_data`.
         train_data: files of chats, for a run that holds none out.
+        reading: what the user decided about reading them.
         most_chats, most_tokens: limits of what is compared.
         own_prompts: the user's prompts, answered in place of those in the chats.
         system: the system prompt of the run.
@@ -51,6 +53,7 @@ class ModelsTask:
     longest_answer: int
     scratch: str
     learns_empty_thoughts: bool
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kolotune.chats import Chat
 from kolotune.chats.reading.files import opened, read_chat
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.tokenizer import template_of
@@ -150,8 +149,8 @@ def _own_chats(held_out: Path) -> Iterator[_ToolChat]:
         return
     with contextlib.suppress(KolotuneError), opened(held_out) as (_, records):
         for record in itertools.islice(records, _OWN):
-            _, chat = read_chat(held_out, record)
-            if not isinstance(chat, Chat):
+            chat = read_chat(held_out, record).chat
+            if chat is None:
                 continue
             last = max(number for number, message in enumerate(chat.messages) if message.role == "assistant")
             before = chat.messages[:last]

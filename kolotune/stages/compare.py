@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune import llamacpp
+from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.fidelity import judge, tasks
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
@@ -199,6 +200,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         learns_empty_thoughts=config.empty_thoughts == "learn",
         chats_file=str(run.prepared / HELD_OUT_CHATS) if held_out else "",
         train_data=[str(path) for path in config.train_data],
+        reading=ReadingOptions.of(config),
         most_chats=config.compare_chats,
         most_tokens=config.compare_length,
         own_prompts=list(config.compare_prompt),

@@ -29,6 +29,8 @@ CHANGED_CHATS = {
     "in_both_parts": "held-out chats are also in the training data and were left out of the held-out chats",
     "shortened": "chats are too long: {turns_left_out} whole turns at their ends were left out",
     "too_long": "chats were left out: not even their first answer fits --max-seq-length",
+    "excluded": "records were left out, as their own weights or flags say",
+    "untrained_turns": "answers are not trained on, as their own weights or flags say",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
     "and can't be served with the same ids",
     "reduced_tools": "chats have tool definitions that say more than Ollama hands to a template (default, minimum, "
@@ -97,6 +99,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
 def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
     """Report what was read, what is trained on, and every chat that was changed or left out."""
     from kolotune.chats.dataset.prepared import AffectedChats
+    from kolotune.chats.reading.problem_report import affected_records, problem_lines
 
     for name, shape in prepared.shapes.items():
         reporter.note(f"{name}: {shape}")
@@ -112,6 +115,9 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
         "shortened": prepared.shortened,
         "too_long": prepared.too_long,
     }
+    _report_unread(prepared, reporter)
+    for fix, count in prepared.fixes.items():
+        reporter.warning(f"{count} {fix}")
     for name, sentence in CHANGED_CHATS.items():
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
@@ -129,9 +135,25 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
             f"{prepared.not_compared} chats were not searched for near-duplicates; `kolotune check` searches all"
         )
     if prepared.problems:
-        reporter.warning(f"{len(prepared.problems)} bad chats were left out:")
-        for problem in prepared.problems:
-            reporter.note(str(problem))
+        reporter.warning(f"{affected_records(prepared.problems)} bad chats were left out:")
+        for line in problem_lines(prepared.problems):
+            reporter.note(line)
+
+
+def _report_unread(prepared: Prepared, reporter: Reporter) -> None:
+    """Report each key that is filled and not read, with the number of its records."""
+    from kolotune.chats.reading.record_keys import METADATA, canonical
+    from kolotune.chats.reading.shapes import TURN_PREFIX
+
+    for key, count in prepared.unread.most_common():
+        plain = key.removeprefix(TURN_PREFIX)
+        sentence = f"{plain!r} is filled in {'turns of ' if plain != key else ''}{count:,} records and not read"
+        if canonical(plain) in METADATA:
+            reporter.note(f"{sentence}; it seems to describe the record")
+        elif plain != key:
+            reporter.warning(f"{sentence}; --ignore-keys {plain} confirms that")
+        else:
+            reporter.warning(f"{sentence}; --map context={plain} reads it, --ignore-keys {plain} confirms that")
 
 
 def _report_switches(prepared: Prepared, reporter: Reporter) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from kolotune.foundation.errors import DataError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 
-from ..chat import Chat
+from ..chat import Chat, trained_answers
 from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.files import read_chat
+from ..reading.reading_options import DEFAULT, ReadingOptions
 from ..reading.records import AnyRecord, RawRecord
+from ..reading.turn_fixes import TurnFix
 from ..templates.rendering import has_thought
 from ..tokens.encoded_chat import EncodedChat, packed
 from ..tokens.encoder import Encoder
@@ -56,6 +58,10 @@ class ChunkResult:
     Attributes:
         source: The number of its file.
         shapes: The number of records of each shape.
+        unread: The number of records with each key that is filled and not read.
+        fixes: The number of chats with each change to the order of turns.
+        excluded: The number of records that their author excludes from training.
+        untrained_turns: The number of answers that their author excludes, in the other chats.
         problems: Problems of records that are not chats.
         rows: One for each chat.
         ids: The tokens of all used chats, as int32 in memory.
@@ -71,6 +77,10 @@ class ChunkResult:
 
     source: int
     shapes: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    fixes: Counter[TurnFix] = field(default_factory=Counter)
+    excluded: int = 0
+    untrained_turns: int = 0
     problems: list[Problem] = field(default_factory=list)
     rows: list[ChatRow] = field(default_factory=list)
     ids: bytearray = field(default_factory=bytearray)
@@ -106,6 +116,7 @@ class _ChatEntry:
     chat: Chat
     number: int
     digest: bytes
+    unread: int
     held_out: bool
     needs_record: bool
     needs_features: bool
@@ -118,23 +129,32 @@ class ChunkEncoder:
     Attributes:
         encoder: Makes the tokens.
         longest: The most tokens of a sequence.
+        reading: What the user decides about the reading of chats.
     """
 
     encoder: Encoder
     longest: int
+    reading: ReadingOptions = DEFAULT
 
     def __call__(self, chunk: Chunk) -> ChunkResult:
         result = ChunkResult(chunk.source)
         chats: list[Chat] = []
+        unread: list[int] = []
         compared = 0
         for number, record in enumerate(chunk.records):
-            shape, chat = read_chat(chunk.path, record)
-            result.shapes[shape] += bool(shape)
-            if isinstance(chat, Chat):
-                chats.append(chat)
+            read = read_chat(chunk.path, record, self.reading)
+            result.shapes[read.shape] += bool(read.shape)
+            result.problems += read.problems
+            if read.chat is not None:
+                chats.append(read.chat)
+                unread.append(read.unread_hash)
                 compared += number < chunk.compared
-            else:
-                result.problems += chat
+                result.untrained_turns += _untrained_answers(read.chat)
+                if read.unread or read.fixes:
+                    result.unread.update(read.unread)
+                    result.fixes.update(read.fixes)
+            elif not read.problems:
+                result.excluded += 1
         digests = [chat.content_hash() for chat in chats]
         if digests:
             lowest = min(range(len(digests)), key=digests.__getitem__)
@@ -143,7 +163,7 @@ class ChunkEncoder:
         for number, (chat, digest, encoding) in enumerate(zip(chats, digests, encodings, strict=True)):
             held_out = is_held_out(digest, chunk.share)
             may_be_held_out = held_out or (chunk.share > 0 and result.lowest == (digest, number))
-            entry = _ChatEntry(chat, number, digest, held_out, may_be_held_out, number < compared)
+            entry = _ChatEntry(chat, number, digest, unread[number], held_out, may_be_held_out, number < compared)
             self._add(result, entry, encoding)
         return result
 
@@ -185,7 +205,9 @@ class ChunkEncoder:
         digest = entry.digest
         hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
         counts = turns, state, flags, tokens, sequences, masked, dropped
-        result.rows.append(ChatRow(*hashes, chat.line, result.source, *counts, len(record), len(features)))
+        result.rows.append(
+            ChatRow(*hashes, entry.unread, chat.line, result.source, *counts, len(record), len(features))
+        )
 
     def _fit(self, chat: Chat, encoding: Encoding) -> tuple[Chat, EncodedChat | None]:
         """Return the chat, or as many of its first turns as fit, ending with an answer; None if not even one fits."""
@@ -193,7 +215,7 @@ class ChunkEncoder:
             raise encoding
         if len(encoding) <= self.longest or max(encoding.lengths) <= self.longest:
             return chat, encoding
-        answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
+        answers = trained_answers(chat)
         if encoding.ends:  # what fits does not change with what follows
             too_long = next(at for at, length in enumerate(encoding.lengths) if length > self.longest)
             answers = answers[: too_long + 1]
@@ -208,7 +230,15 @@ class ChunkEncoder:
 
 
 def _json_line(chat: Chat) -> bytes:
-    record: JsonObject = {"messages": chat.message_dicts()}
+    messages = chat.message_dicts()
+    for message, record_of_turn in zip(chat.messages, messages, strict=True):
+        if not message.is_trained:
+            record_of_turn["weight"] = 0
+    record: JsonObject = {"messages": messages}
     if chat.tools:
         record["tools"] = list(chat.tools)
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def _untrained_answers(chat: Chat) -> int:
+    return sum([message.role == "assistant" and not message.is_trained for message in chat.messages])

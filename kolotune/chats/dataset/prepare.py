@@ -25,6 +25,7 @@ from kolotune.runners import workers
 
 from ..reading.faults import Problem
 from ..reading.files import describe_shapes, no_chats, opened, require_file
+from ..reading.reading_options import ReadingOptions
 from ..tokens.encoder import Encoder
 from ..tokens.tokenizer import chat_template, load_tokenizer, special_tokens
 from ..tokens.trained_template import trained_template
@@ -73,7 +74,7 @@ def prepare_chats(
             jinja = trained_template(config, base, special_tokens(tokenizer))
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
             encode = Encoder(prepared.template, tokenizer, config.empty_thoughts == "learn")
-            encoder = ChunkEncoder(encode, config.max_seq_length)
+            encoder = ChunkEncoder(encode, config.max_seq_length, ReadingOptions.of(config))
             collector = _Collector(prepared, paths, store)
             for result in pool.map(encoder, collector.chunks(config, compared)):
                 collector.add(result)
@@ -93,15 +94,17 @@ class _Collector:
         self._shapes: list[Counter[str]] = [Counter() for _ in paths]
         self._problems: list[list[Problem]] = [[] for _ in paths]
         self._chats = 0
+        self._reading = ReadingOptions()
 
     def chunks(self, config: Config, compared: int | None) -> Iterator[Chunk]:
         """Yield the records of all files."""
+        self._reading = ReadingOptions.of(config)
         most = sys.maxsize if compared is None else compared
         to_compare = {False: most, True: most}  # of the training data, and of separate held-out data
         for source, path in enumerate(self.paths):
             from_eval = source >= len(config.train_data)
             share = float(from_eval) if config.eval_data else config.eval_split
-            with opened(path) as (self._formats[source], records):
+            with opened(path, self._reading) as (self._formats[source], records):
                 empty = True
                 for chunk in chunks(source, path, share, records, to_compare[from_eval]):
                     empty = False
@@ -114,6 +117,10 @@ class _Collector:
         """Add the result of the next chunk."""
         self._shapes[result.source] += result.shapes
         self._problems[result.source] += result.problems
+        self.prepared.unread += result.unread
+        self.prepared.fixes += result.fixes
+        self.prepared.excluded += result.excluded
+        self.prepared.untrained_turns += result.untrained_turns
         self.refused += [(self._chats + number, problem) for number, problem in result.refused.items()]
         if result.lowest and result.lowest[0] < self.lowest[0]:
             self.lowest = result.lowest[0], self._chats + result.lowest[1]

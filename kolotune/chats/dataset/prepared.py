@@ -10,6 +10,8 @@ from kolotune.foundation.errors import DataError
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..reading.faults import Problem
+from ..reading.problem_report import affected_records, problem_lines, what_helps
+from ..reading.turn_fixes import TurnFix
 from ..templates.loss_mask import ApartReason
 from ..templates.template import ChatTemplate
 from ..traits import ChatTrait
@@ -59,6 +61,10 @@ class Prepared:
         lengths: Tokens of the shortest, the median and the longest sequence that is trained on.
         problems: Every problem; the chats that have one are not used.
         shapes: For each file its format and the shapes of its records.
+        unread: The number of chats whose record has each key that is filled and not read.
+        fixes: The number of chats with each change to the order of turns.
+        excluded: The number of records that their author excludes from training.
+        untrained_turns: The number of answers that their author excludes, in the other chats.
         duplicates: Copies of earlier chats, which are not used.
         in_both: Held-out chats that are not used since they are trained on.
         shortened: Chats that were too long and lost turns.
@@ -83,6 +89,10 @@ class Prepared:
     lengths: tuple[int, int, int] = (0, 0, 0)
     problems: list[Problem] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    fixes: Counter[TurnFix] = field(default_factory=Counter)
+    excluded: int = 0
+    untrained_turns: int = 0
     duplicates: AffectedChats = field(default_factory=AffectedChats)
     in_both: AffectedChats = field(default_factory=AffectedChats)
     shortened: AffectedChats = field(default_factory=AffectedChats)
@@ -111,6 +121,10 @@ class Prepared:
             "longest": self.lengths[2],
             "shapes": self.shapes,
             "bad": [str(problem) for problem in self.problems],
+            "unread_keys": dict(self.unread.most_common()),
+            "excluded": self.excluded,
+            "untrained_turns": self.untrained_turns,
+            "turn_fixes": {fix.name.lower(): count for fix, count in self.fixes.items()},
             "duplicates": self.duplicates.count,
             "in_both_parts": self.in_both.count,
             "shortened": self.shortened.count,
@@ -134,15 +148,37 @@ def require_good(prepared: Prepared, skip_bad: bool) -> None:
     Raises:
         DataError: With the first problems, each with file and line, and their number.
     """
-    count = len(prepared.problems)
-    if count and not skip_bad:
-        shown = [str(problem) for problem in prepared.problems[:_SHOWN_PROBLEMS]]
-        if count > _SHOWN_PROBLEMS:
-            shown.append(f"… and {count - _SHOWN_PROBLEMS} more")
+    if prepared.problems and not skip_bad:
+        count = len(prepared.problems)
+        lines = problem_lines(prepared.problems)
+        shown = lines[:_SHOWN_PROBLEMS]
+        if len(lines) > _SHOWN_PROBLEMS:
+            shown.append(f"… and {len(lines) - _SHOWN_PROBLEMS} more kinds")
         raise DataError(
-            f"{count} problem{'s' if count > 1 else ''} in the chats:\n" + "\n".join(shown),
-            "Fix them, or skip those chats with --skip-bad.",
+            f"{count:,} problem{'s' if count > 1 else ''} in the chats:\n" + "\n".join(shown),
+            hint_against(prepared),
         )
     if not prepared.train.chats:
-        reason = f"{prepared.too_long.count} are too long" if prepared.too_long.count else "none could be used"
-        raise DataError(f"no chat is left to train on: {reason}", "Raise --max-seq-length, or fix the chats.")
+        raise nothing_to_train_on(prepared)
+
+
+def hint_against(prepared: Prepared) -> str:
+    """Return what helps against the problems of the chats."""
+    helps = what_helps(prepared.problems)
+    if prepared.train.chats:
+        bad = affected_records(prepared.problems)
+        skip = f"Fix them, or skip {'that chat' if bad == 1 else f'those {bad:,} chats'} with --skip-bad."
+        return f"{helps} {skip}".strip()
+    return f"{helps} `kolotune init FOLDER` writes a few valid chats to compare with.".strip()
+
+
+def nothing_to_train_on(prepared: Prepared) -> DataError:
+    """Return the error of chats of which none can be trained on, with the reason that affects most of them."""
+    bad = affected_records(prepared.problems)
+    reasons = [
+        (prepared.too_long.count, "are too long", "Raise --max-seq-length."),
+        (prepared.excluded, "are excluded by their own weights or flags", "Change these, or give --ignore-keys."),
+        (bad, "are bad", what_helps(prepared.problems) or "Fix the chats."),
+    ]
+    count, reason, hint = max(reasons, key=lambda each: each[0])
+    return DataError(f"no chat is left to train on: {f'{count} {reason}' if count else 'none could be used'}", hint)

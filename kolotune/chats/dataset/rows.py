@@ -21,6 +21,7 @@ class ChatRow(NamedTuple):
 
     Attributes:
         hash, hash_too: The first 16 bytes of its hash.
+        unread: A hash of what its record says beside the chat; 0 if nothing.
         line, source: Its line, and the number of its file.
         turns: The turns that were dropped since it is too long.
         state: `USED`, `TOO_LONG` or `REFUSED`.
@@ -33,6 +34,7 @@ class ChatRow(NamedTuple):
 
     hash: int
     hash_too: int
+    unread: int
     line: int
     source: int
     turns: int
@@ -48,5 +50,5 @@ class ChatRow(NamedTuple):
 
 def row_type() -> np.dtype:
     """Return the type of a row on disk."""
-    types = ("<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4")
+    types = ("<u8", "<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4")
     return np.dtype(list(zip(ChatRow._fields, types, strict=True)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from .faults import Fault, FaultKind
 from .lines import BOM, MAX_LINE_BYTES, Line, bounded_lines, foreign_encoding, too_long
 from .printable import printable
+from .reading_options import ReadingOptions
 from .records import ParsedRecord
 from .shapes import columns_fault
 from .value_checks import value_fault
@@ -46,7 +47,7 @@ class _TextLines:
         return fault and dataclasses.replace(fault, line_offset=number - start)
 
 
-def read_csv(path: Path) -> Iterator[ParsedRecord]:
+def read_csv(path: Path, options: ReadingOptions) -> Iterator[ParsedRecord]:
     """Yield the records of a CSV or TSV file. After a broken quote nothing more is read, and the fault says so.
 
     The suffix ``.tsv`` means tabs; in other files a semicolon is recognised by the header.
@@ -61,7 +62,7 @@ def read_csv(path: Path) -> Iterator[ParsedRecord]:
         if fault is not None:
             yield ParsedRecord(1, fault=fault)
             return
-        yield from _records(_TextLines(bounded_lines(stream)), _delimiter(path))
+        yield from _records(_TextLines(bounded_lines(stream)), _delimiter(path), options)
 
 
 def _delimiter(path: Path) -> str:
@@ -73,7 +74,7 @@ def _delimiter(path: Path) -> str:
     return next((mark for mark in ",;\t" if mark.encode() in header), ",")
 
 
-def _records(lines: _TextLines, delimiter: str) -> Iterator[ParsedRecord]:
+def _records(lines: _TextLines, delimiter: str, options: ReadingOptions) -> Iterator[ParsedRecord]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[str] = []
     while True:
@@ -90,7 +91,7 @@ def _records(lines: _TextLines, delimiter: str) -> Iterator[ParsedRecord]:
             continue
         if not columns:
             columns = [cell.strip() for cell in cells]
-            fault = fault or columns_fault(columns)
+            fault = fault or columns_fault(columns, options)
             if fault is not None:
                 yield ParsedRecord(start, fault=fault)
                 return

@@ -74,6 +74,7 @@ class Fault:
         line_offset: Lines between the start of the record and the fault.
         turn: Number of the turn that it is about, or None.
         field: Name of the field that it is about, or "".
+        subject: What it is about, where faults of one kind are about several things: a role, a key; or "".
     """
 
     kind: FaultKind
@@ -81,6 +82,7 @@ class Fault:
     line_offset: int = 0
     turn: int | None = None
     field: str = ""
+    subject: str = ""
 
     @property
     def message(self) -> str:
@@ -102,9 +104,9 @@ class RecordError(Exception):
         return RecordError(dataclasses.replace(fault, kind=kind or fault.kind, field=field or fault.field))
 
 
-def fail(kind: FaultKind, detail: str, line_offset: int = 0) -> NoReturn:
+def fail(kind: FaultKind, detail: str, line_offset: int = 0, subject: str = "") -> NoReturn:
     """Raise a `RecordError` with a fault of this kind."""
-    raise RecordError(Fault(kind, detail, line_offset))
+    raise RecordError(Fault(kind, detail, line_offset, subject=subject))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from kolotune.foundation.errors import DataError
 
@@ -21,8 +21,10 @@ from .json_files import read_json
 from .jsonl_files import is_array, read_jsonl
 from .parquet_files import read_parquet
 from .printable import printable
+from .reading_options import DEFAULT, ReadingOptions
 from .records import AnyRecord, RawRecord
 from .shapes import ShapedRecord, read_record
+from .turn_fixes import TurnFix
 
 MAX_PROBLEMS_PER_RECORD = 3
 _KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
@@ -30,8 +32,26 @@ _KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
 Records: TypeAlias = Iterator[AnyRecord]
 
 
+class ReadChat(NamedTuple):
+    """What a record says.
+
+    Attributes:
+        shape: The name of its shape; "" if none fits.
+        chat: Its chat; None if there are problems, or if its author excludes it from training.
+        problems: What is wrong with it.
+        unread, unread_hash, fixes: As in `ShapedRecord`.
+    """
+
+    shape: str
+    chat: Chat | None
+    problems: tuple[Problem, ...] = ()
+    unread: tuple[str, ...] = ()
+    unread_hash: int = 0
+    fixes: tuple[TurnFix, ...] = ()
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[str, Records]]:
+def opened(path: Path, options: ReadingOptions = DEFAULT) -> Iterator[tuple[str, Records]]:
     """Open a file of chats as the name of its format and its records, each to be read by `read_chat`.
 
     Raises:
@@ -41,23 +61,23 @@ def opened(path: Path) -> Iterator[tuple[str, Records]]:
     """
     try:
         require_file(path)
-        yield _open(path)
+        yield _open(path, options)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def read_chat(path: Path, record: AnyRecord) -> tuple[str, Chat | list[Problem]]:
-    """Read a record.
-
-    Returns:
-        The name of its shape ("" if none fits), and its chat or what is wrong with it.
-    """
+def read_chat(path: Path, record: AnyRecord, options: ReadingOptions = DEFAULT) -> ReadChat:
+    """Read a record."""
     parsed = record.parse() if isinstance(record, RawRecord) else record
-    shaped = ShapedRecord("", faults=(parsed.fault,)) if parsed.fault else read_record(parsed.value)
+    shaped = ShapedRecord("", faults=(parsed.fault,)) if parsed.fault else read_record(parsed.value, options)
     if shaped.faults:
         faults = shaped.faults[:MAX_PROBLEMS_PER_RECORD]
-        return shaped.shape, [Problem(path, parsed.line + fault.line_offset, fault) for fault in faults]
-    return shaped.shape, in_served_form(Chat(shaped.messages, path, parsed.line, shaped.tools))
+        problems = tuple([Problem(path, parsed.line + fault.line_offset, fault) for fault in faults])
+        return ReadChat(shaped.shape, None, problems)
+    if shaped.excluded:
+        return ReadChat(shaped.shape, None)
+    chat = in_served_form(Chat(shaped.messages, path, parsed.line, shaped.tools))
+    return ReadChat(shaped.shape, chat, (), shaped.unread, shaped.unread_hash, shaped.fixes)
 
 
 def no_chats(path: Path) -> DataError:
@@ -80,30 +100,28 @@ class ReadResult:
     shapes: dict[str, str] = field(default_factory=dict)
 
 
-def read_chats(paths: Sequence[Path]) -> ReadResult:
+def read_chats(paths: Sequence[Path], options: ReadingOptions = DEFAULT) -> ReadResult:
     """Read a few chats into memory; `dataset.prepare` reads many, chunk by chunk.
 
     Raises:
         DataError, ToolchainError: As in `opened`.
     """
     result = ReadResult()
-    seen: set[bytes] = set()
+    seen: set[tuple[bytes, int]] = set()
     chats: list[Chat] = []
     for path in paths:
         counts: Counter[str] = Counter()
         problems: list[Problem] = []
         empty = True
-        with opened(path) as (file_format, records):
+        with opened(path, options) as (file_format, records):
             for record in records:
                 empty = False
-                shape, chat = read_chat(path, record)
-                counts[shape] += bool(shape)
-                if isinstance(chat, Chat):
-                    if (digest := chat.content_hash()) not in seen:
-                        seen.add(digest)
-                        chats.append(chat)
-                else:
-                    problems += chat
+                read = read_chat(path, record, options)
+                counts[read.shape] += bool(read.shape)
+                problems += read.problems
+                if read.chat is not None and (digest := (read.chat.content_hash(), read.unread_hash)) not in seen:
+                    seen.add(digest)
+                    chats.append(read.chat)
         if empty:
             raise no_chats(path)
         result.problems += tuple(sorted(problems, key=lambda problem: problem.line))
@@ -145,16 +163,16 @@ def _shown(path: Path) -> str:
     return printable(str(path), 200)
 
 
-def _open(path: Path) -> tuple[str, Records]:
+def _open(path: Path, options: ReadingOptions) -> tuple[str, Records]:
     suffix = path.suffix.lower()
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and is_array(path)):
         return read_json(path)
     if suffix in (".jsonl", ".ndjson"):
         return "JSONL", read_jsonl(path)
     if suffix in (".csv", ".tsv"):
-        return suffix[1:].upper(), read_csv(path)
+        return suffix[1:].upper(), read_csv(path, options)
     if suffix == ".parquet":
-        return "Parquet", read_parquet(path)
+        return "Parquet", read_parquet(path, options)
     kind = f"unknown file format {printable(suffix, 20)}" if suffix else "the file name has no extension"
     raise DataError(f"{_shown(path)}: {kind}", f"Known are {_KNOWN}; unpack archives, and rename or convert others.")
 

@@ -3,227 +3,242 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import ROLES, Message
+from .content_parts import Content, read_content
 from .faults import Fault, FaultKind, RecordError, fail
-from .printable import printable, quoted
-from .strict_json import parse_text
+from .json_values import is_filled, kind_of
+from .loss_flags import turn_is_trained
+from .printable import quoted
+from .reading_options import DEFAULT, ReadingOptions
+from .record_keys import COMPANIONS, CONTENT_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
+from .roles import CALL_ROLES, ROLE_NAMES, role_of
+from .tool_calls import calls_of_text, read_calls, read_tools
 
-ROLE_NAMES = {
-    **{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant",
-    "model": "assistant", "function_call": "assistant", "function": "tool", "observation": "tool",
-}  # fmt: skip
-"""Every known name of a role, and the role that it means."""
-
-# Training on a turn that its author excluded would be worse than rejecting the chat.
-_EXCLUSIONS = {"weight": 1, "train": True, "training": True}
-_TYPE_NAMES: dict[type, str] = {
-    str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
-    type(None): "null",
-}  # fmt: skip
+_REASONING_KEYS = COMPANIONS[RecordPart.REASONING]
+_OTHER_ROLES = ("human", "gpt", "function_call", "observation")
+_TOOLS_KEYS = COMPANIONS[RecordPart.TOOLS]
 
 
-def read_turns(raw: object, first: int = 1) -> tuple[list[Message], list[Fault]]:
-    """Read a list of turns with OpenAI's keys (role, content) or ShareGPT's (from, value).
+@dataclass
+class Turns:
+    """The turns of a record.
+
+    Attributes:
+        messages: The messages, complete only if there is no fault.
+        numbers: The number of the turn that each message comes from.
+        faults: What is wrong with the turns.
+        tools: Tool definitions that stand in a system turn.
+        unread: Keys of turns that say something and are not read, with their values.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    tools: tuple[JsonObject, ...] = ()
+    unread: list[tuple[str, object]] = field(default_factory=list)
+
+    def insert_system(self, text: str) -> None:
+        """Put a system turn first, unless the same one is there."""
+        if not self.messages or self.messages[0] != Message("system", text):
+            self.messages.insert(0, Message("system", text))
+            self.numbers.insert(0, 0)
+
+
+def plain_messages(raw: object) -> tuple[Message, ...] | None:
+    """Return the messages of turns that are a role and a text and nothing else, as most are; None for others."""
+    if type(raw) is not list or not raw:
+        return None
+    messages = []
+    for turn in raw:
+        if type(turn) is not dict or len(turn) != 2 or "role" not in turn or "content" not in turn:
+            return None
+        role, content = turn["role"], turn["content"]
+        if type(content) is not str or type(role) is not str or role not in ROLES:
+            return None
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def read_turns(raw: object, options: ReadingOptions = DEFAULT, trained: Sequence[bool] | None = None) -> Turns:
+    """Read a list of turns with OpenAI's keys (role, content), ShareGPT's (from, value) and many others.
 
     Args:
         raw: The value that should be the turns.
-        first: The number of the first turn in messages to the user.
-
-    Returns:
-        The messages and every fault. The messages are complete only if there is no fault.
+        options: What the user decides.
+        trained: For each turn whether it is trained on, if the record says so.
     """
+    turns = Turns()
     if not isinstance(raw, list):
-        return [], [Fault(FaultKind.NO_MESSAGES, f"the turns are {kind_of(raw)}; they must be a list of objects")]
+        cause = f"the turns are {kind_of(raw)}; they must be a list of objects"
+        turns.faults.append(Fault(FaultKind.NO_MESSAGES, cause))
+        return turns
     if not raw:
-        return [], [Fault(FaultKind.NO_MESSAGES, "the list of turns is empty")]
-    messages: list[Message] = []
-    faults: list[Fault] = []
-    for number, turn in enumerate(raw, first):
-        if (plain := _plain_turn(turn)) is not None:
-            messages.append(plain)
-            continue
+        turns.faults.append(Fault(FaultKind.NO_MESSAGES, "the list of turns is empty"))
+        return turns
+    raw = _as_objects(raw)
+    for number, turn in enumerate(raw, 1):
+        flag = trained is None or number > len(trained) or trained[number - 1]
         try:
-            messages.append(_read_turn(turn))
+            _add_turn(turns, turn, number, flag, options)
         except RecordError as error:
-            faults.append(dataclasses.replace(error.fault, turn=number))
-    return messages, faults
+            turns.faults.append(dataclasses.replace(error.fault, turn=number))
+    return turns
 
 
-def kind_of(value: object) -> str:
-    """Return the JSON name of a value's type with its article, for messages."""
-    return _TYPE_NAMES.get(type(value), type(value).__name__)
+def plain_turns(pairs: Sequence[tuple[str, object]]) -> list[JsonObject]:
+    """Return turns made of (role, content) pairs, to be checked like any other turns."""
+    return [{"role": role, "content": content} for role, content in pairs]
 
 
-def json_or_value(value: object) -> object:
-    """Parse a list that is written as JSON text, as in tables and some JSON Lines files; return other values as is.
-
-    Raises:
-        RecordError: The text is not JSON.
-    """
-    if isinstance(value, str) and value.strip():
-        return parse_text(value)
-    return value
-
-
-def read_tools(value: object) -> tuple[JsonObject, ...]:
-    """Read the tool definitions of a record: a list of objects, the same as JSON text, or nothing.
-
-    Raises:
-        RecordError: The value is something else.
-    """
-    try:
-        tools = json_or_value(value)
-    except RecordError as error:
-        raise error.within(FaultKind.BAD_TOOLS, "tools") from None
-    if tools is None or tools == "" or tools == []:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        fail(FaultKind.BAD_TOOLS, "tools must be a list of objects")
-    return tuple(tools)
+def _as_objects(raw: list[object]) -> list[object]:
+    """Return turns that are texts, or pairs of a question and an answer, as objects with a role."""
+    if len(raw) > 1 and all([isinstance(turn, str) for turn in raw]):
+        return list(plain_turns([(("user", "assistant")[at % 2], text) for at, text in enumerate(raw)]))
+    turns: list[object] = []
+    for turn in raw:
+        if isinstance(turn, list) and len(turn) == 2 and all([isinstance(text, str) for text in turn]):
+            turns += plain_turns(list(zip(("user", "assistant"), turn, strict=True)))
+        elif isinstance(turn, dict) and turn and (pairs := _named_by_role(turn)):
+            turns += plain_turns(pairs)
+        else:
+            turns.append(turn)
+    return turns
 
 
-def _plain_turn(turn: object) -> Message | None:
-    """Read a turn that is a role and a text and nothing else, as most are: the fast path of `_read_turn`."""
-    if type(turn) is dict and len(turn) == 2 and "role" in turn and "content" in turn:
-        role, content = turn["role"], turn["content"]
-        if type(content) is str and type(role) is str and role in ROLES:
-            return Message(role, content)
-    return None
+def _named_by_role(turn: Mapping[str, object]) -> list[tuple[str, object]]:
+    """Return the role and text of each key, if all keys are roles, or a question and its answer."""
+    known = {**ROLE_NAMES, "input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
+    roles = [(known.get(canonical(key)), value) for key, value in turn.items()]
+    if all([role is not None and isinstance(value, str) for role, value in roles]):
+        return [(str(role), value) for role, value in roles]
+    return []
 
 
-def _read_turn(turn: object) -> Message:
-    if not isinstance(turn, dict):
-        fail(FaultKind.BAD_MESSAGE, f"{kind_of(turn)}; it must be an object with role and content")
-    name = _role_name(turn)
-    role = ROLE_NAMES[name]
-    _refuse_exclusion(turn)
-    raw_content = _first_of(turn, "content", "value")
-    calls = _tool_calls(turn, role)
-    if name == "function_call":
-        calls, raw_content = (_call_in_text(raw_content),), None
-    return Message(
-        role=role,
-        content=_content(raw_content, role, bool(calls)),
-        reasoning=_reasoning(turn, role),
-        tool_calls=calls,
-        name=_text_or_none(turn, "name") if role == "tool" else None,
-        tool_call_id=_text_or_none(turn, "tool_call_id") if role == "tool" else None,
-    )
-
-
-def _first_of(turn: JsonObject, *keys: str) -> object:
+def _add_turn(turns: Turns, raw: object, number: int, is_trained: bool, options: ReadingOptions) -> None:
+    if not isinstance(raw, dict):
+        fail(FaultKind.BAD_MESSAGE, f"{kind_of(raw)}; it must be an object with role and content")
     # Parquet gives every turn every key of the column, most of them null: null means absent.
+    turn = {canonical(key): value for key, value in raw.items() if value is not None}
+    for key in options.ignored:
+        if key not in ROLE_KEYS and key not in CONTENT_KEYS:
+            turn.pop(key, None)
+    name = _role_name(turn)
+    role = str(role_of(name))
+    turns.unread += _unread(turn, role)
+    if role == "system":
+        for key in _TOOLS_KEYS:
+            turns.tools = turns.tools or read_tools(turn.get(key))
+    is_call = canonical(name) in CALL_ROLES
+    content = _content(turn, role, is_call)
+    for message in _messages(turn, role, content, is_trained):
+        previous = turns.messages[-1] if turns.messages else None
+        joins = is_call and previous is not None and previous.role == "assistant"
+        if joins and previous is not None and previous.is_trained == message.is_trained:
+            turns.messages[-1] = dataclasses.replace(previous, tool_calls=(*previous.tool_calls, *message.tool_calls))
+            continue
+        turns.messages.append(message)
+        turns.numbers.append(number)
+
+
+def _unread(turn: Mapping[str, object], role: str) -> list[tuple[str, object]]:
+    """Return the filled keys of a turn that are not read, with their values."""
+    also_read = ("name",) if role == "tool" else _TOOLS_KEYS if role == "system" else ()
+    unread = [(key, turn[key]) for key in turn if key not in TURN_KEYS and key not in also_read]
+    for keys in (ROLE_KEYS, CONTENT_KEYS):
+        given = [key for key in keys if key in turn]
+        unread += [(key, turn[key]) for key in given[1:] if turn[key] != turn[given[0]]]
+    return [(key, value) for key, value in unread if is_filled(value)]
+
+
+def _first_of(turn: Mapping[str, object], *keys: str) -> object:
     return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
-def _role_name(turn: JsonObject) -> str:
-    name = _first_of(turn, "role", "from")
+def _role_name(turn: Mapping[str, object]) -> str:
+    name = _first_of(turn, *ROLE_KEYS)
     if name is None:
         fail(FaultKind.MISSING_ROLE, f"no role; known: {', '.join(ROLES)}")
     if not isinstance(name, str):
         fail(FaultKind.UNKNOWN_ROLE, f"the role is {kind_of(name)}; known: {', '.join(ROLES)}")
-    if name not in ROLE_NAMES:
-        fail(FaultKind.UNKNOWN_ROLE, f"unknown role {quoted(name, 30)}; known: {', '.join(ROLE_NAMES)}")
+    if role_of(name) is None:
+        cause = f"unknown role {quoted(name, 30)}; known: {', '.join(ROLES)}, {', '.join(_OTHER_ROLES)} and others"
+        fail(FaultKind.UNKNOWN_ROLE, cause, subject=quoted(name, 30))
     return name
 
 
-def _refuse_exclusion(turn: JsonObject) -> None:
-    for key, neutral in _EXCLUSIONS.items():
-        value = turn.get(key)
-        if value is not None and value != neutral:
-            shown = printable(str(value).lower(), 20)
-            cause = f"{key}: {shown} (don't train on this turn) is not supported; remove the turn or the key"
-            fail(FaultKind.NOT_SUPPORTED, cause)
-
-
-def _content(raw: object, role: str, has_calls: bool) -> str:
-    if isinstance(raw, str):
-        return raw
-    if isinstance(raw, list):
-        return "".join(_part_text(part) for part in raw)
-    if raw is None and role == "assistant" and has_calls:
-        return ""
-    if raw is None:
+def _content(turn: Mapping[str, object], role: str, is_call: bool) -> Content:
+    """Return what a turn contains: its texts, thoughts, calls and results."""
+    raw = _first_of(turn, *CONTENT_KEYS)
+    calls = _tool_calls(turn, role)
+    if is_call and not calls:
+        return Content(thoughts=_reasoning(turn, role), calls=list(calls_of_text(raw)))
+    content = read_content(raw, role)
+    if content is None and not (role == "assistant" and calls):
         fail(FaultKind.MISSING_CONTENT, f"the {role}'s content is missing or null")
-    fail(FaultKind.BAD_CONTENT, f"the {role}'s content is {kind_of(raw)}; it must be a text")
+    content = content or Content()
+    content.calls += calls
+    content.thoughts += _reasoning(turn, role)
+    if content.calls and role != "assistant":
+        fail(FaultKind.BAD_TOOL_CALL, f"a {role} turn has tool_calls; only an assistant turn may")
+    return content
 
 
-def _part_text(part: object) -> str:
-    if not isinstance(part, dict):
-        fail(FaultKind.UNSUPPORTED_CONTENT, f"a content part is {kind_of(part)}; it must be an object")
-    kind, text = part.get("type"), part.get("text")
-    if kind == "text" and isinstance(text, str):
-        return text
-    shown = quoted(kind, 30) if isinstance(kind, str) else kind_of(kind)
-    fail(FaultKind.UNSUPPORTED_CONTENT, f"unsupported content of type {shown}; only text can be trained on")
-
-
-def _reasoning(turn: JsonObject, role: str) -> str | None:
-    reasoning = _first_of(turn, "reasoning_content", "reasoning")
-    if reasoning is None or reasoning == "":
-        return None
-    if not isinstance(reasoning, str):
-        fail(FaultKind.BAD_REASONING, f"the reasoning is {kind_of(reasoning)}; it must be a text")
+def _messages(turn: Mapping[str, object], role: str, content: Content, is_trained: bool) -> list[Message]:
+    """Return the messages of a turn: results of tools in it are messages of their own."""
+    results = [Message("tool", text, name=name, tool_call_id=call) for call, name, text in content.results]
+    if results and not content.texts and not content.calls:
+        return results
+    if role == "tool":
+        name, call = _text_or_none(turn, "name"), _text_or_none(turn, "tool_call_id")
+        return [*results, Message(role, "".join(content.texts), name=name, tool_call_id=call)]
     if role != "assistant":
-        fail(FaultKind.BAD_REASONING, f"a {role} turn has reasoning; only an assistant turn may")
-    return reasoning
+        return [*results, Message(role, "".join(content.texts))]
+    return [
+        *results,
+        Message(
+            role,
+            "".join(content.texts),
+            reasoning="\n\n".join(content.thoughts) or None,
+            tool_calls=tuple(content.calls),
+            is_trained=is_trained and turn_is_trained(turn),
+        ),
+    ]
 
 
-def _text_or_none(turn: JsonObject, key: str) -> str | None:
+def _reasoning(turn: Mapping[str, object], role: str) -> list[str]:
+    thoughts = []
+    for key in _REASONING_KEYS:
+        value = turn.get(key)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            fail(FaultKind.BAD_REASONING, f"the reasoning is {kind_of(value)}; it must be a text")
+        if role != "assistant":
+            fail(FaultKind.BAD_REASONING, f"a {role} turn has reasoning; only an assistant turn may")
+        thoughts.append(value)
+    return list(dict.fromkeys(thoughts))  # some tools write one thought under two keys
+
+
+def _text_or_none(turn: Mapping[str, object], key: str) -> str | None:
     value = turn.get(key)
     if value is not None and not isinstance(value, str):
         fail(FaultKind.BAD_TOOL_TURN, f"{key} is {kind_of(value)}; it must be a text")
     return value
 
 
-def _tool_calls(turn: JsonObject, role: str) -> tuple[JsonObject, ...]:
-    calls = turn.get("tool_calls")
-    legacy = turn.get("function_call")
+def _tool_calls(turn: Mapping[str, object], role: str) -> tuple[JsonObject, ...]:
+    calls = _first_of(turn, "tool_calls", "toolcalls")
+    legacy = _first_of(turn, "function_call", "functioncall")
     if legacy is not None and not calls:
         # OpenAI's format before tool_calls; without this the answer would lose its call.
-        calls = [{"function": legacy}]
-    if calls is None or calls == []:
+        calls = [{"function": legacy}] if isinstance(legacy, dict) else [legacy]
+    if calls is None or calls == [] or calls == "":
         return ()
     if role != "assistant":
         fail(FaultKind.BAD_TOOL_CALL, f"a {role} turn has tool_calls; only an assistant turn may")
-    if not isinstance(calls, list):
-        fail(FaultKind.BAD_TOOL_CALL, f"tool_calls is {kind_of(calls)}; it must be a list")
-    return tuple(_tool_call(call) for call in calls)
-
-
-def _tool_call(call: object) -> JsonObject:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict):
-        fail(FaultKind.BAD_TOOL_CALL, "a tool call must be an object with a function")
-    name, arguments = function.get("name"), function.get("arguments")
-    if not isinstance(name, str) or not name.strip():
-        fail(FaultKind.BAD_TOOL_CALL, "a tool call has no function.name")
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_text(arguments)
-        except RecordError as error:
-            raise error.within(FaultKind.BAD_TOOL_CALL, "function.arguments") from None
-    if not isinstance(arguments, dict):
-        fail(FaultKind.BAD_TOOL_CALL, "function.arguments must be an object, or JSON text of one")
-    kept = {key: value for key, value in call.items() if value is not None}
-    # The same object for both spellings: templates print the arguments as JSON, and would quote a text twice.
-    return {"type": "function", **kept, "function": {**function, "arguments": arguments}}
-
-
-def _call_in_text(content: object) -> JsonObject:
-    """Read a ShareGPT ``function_call`` turn, whose text is the call as JSON: {"name": …, "arguments": …}."""
-    if not isinstance(content, str):
-        fail(FaultKind.BAD_TOOL_CALL, "a function_call turn must contain the call as JSON text")
-    try:
-        return _tool_call({"function": parse_text(content)})
-    except RecordError as error:
-        raise error.within(FaultKind.BAD_TOOL_CALL, error.fault.field) from None
-
-
-def plain_turns(pairs: Sequence[tuple[str, object]]) -> list[JsonObject]:
-    """Return turns made of (role, content) pairs, to be checked like any other turns."""
-    return [{"role": role, "content": content} for role, content in pairs]
+    return read_calls(calls)

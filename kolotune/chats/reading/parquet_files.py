@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from kolotune.foundation.errors import DataError, ToolchainError
 
 from .faults import Fault, FaultKind
+from .json_values import is_filled
 from .printable import printable
+from .reading_options import ReadingOptions
+from .record_keys import READ_KEYS, canonical
 from .records import ParsedRecord
-from .shapes import KNOWN_COLUMNS, columns_fault
+from .shapes import columns_fault
 from .value_checks import value_fault
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 _BATCH = 128
 
 
-def read_parquet(path: Path) -> Iterator[ParsedRecord]:
+def read_parquet(path: Path, options: ReadingOptions) -> Iterator[ParsedRecord]:
     """Yield the records of a Parquet file, with their number, starting at 1, as line.
 
     Raises:
@@ -38,11 +41,14 @@ def read_parquet(path: Path) -> Iterator[ParsedRecord]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
-            fault = columns_fault(columns)
+            fault = columns_fault(columns, options)
             if fault is not None:
                 yield ParsedRecord(1, fault=fault)
                 return
-            yield from _records(file, [name for name in columns if name in KNOWN_COLUMNS])
+            mapped = {key for key, _ in options.parts}
+            read = {name for name in columns if canonical(name) in READ_KEYS | mapped}
+            kept = [name for name in columns if name in read or canonical(name) not in options.ignored]
+            yield from _records(file, kept, read)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
@@ -50,19 +56,35 @@ def read_parquet(path: Path) -> Iterator[ParsedRecord]:
         raise DataError(f"{path}: can't be read as Parquet: {cause}", "Get the file again; it may be cut.") from error
 
 
-def _records(file: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[ParsedRecord]:
+def _records(file: pyarrow.parquet.ParquetFile, columns: list[str], read: set[str]) -> Iterator[ParsedRecord]:
     number = 0
     for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
         for index in range(batch.num_rows):
             number += 1
-            yield _record(number, batch.slice(index, 1))
+            yield _record(number, batch.slice(index, 1), read)
 
 
-def _record(number: int, one: pyarrow.RecordBatch) -> ParsedRecord:
+def _record(number: int, one: pyarrow.RecordBatch, read: set[str]) -> ParsedRecord:
     try:
         # A map column comes as a list of pairs, a dictionary column as its values; the rest as in JSON.
-        record = one.to_pylist()[0]
+        row = one.to_pylist()[0]
     except UnicodeDecodeError:
         fault = Fault(FaultKind.BAD_UTF_8, "a text of this record is not UTF-8; write the file again")
         return ParsedRecord(number, fault=fault)
+    # Dates, bytes and others are fine in a column that is not read.
+    record = {name: _without_nulls(value) if name in read else _shown(value) for name, value in row.items()}
     return ParsedRecord(number, record, value_fault(record))
+
+
+def _without_nulls(value: object) -> object:
+    """Return a value without the keys that are null: a struct has every key that any record has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _shown(value: object) -> object:
+    """Return a value that is not read as a text, or nothing if it says nothing."""
+    return str(value) if is_filled(value) else None

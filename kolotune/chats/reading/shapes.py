@@ -1,26 +1,35 @@
-"""Shapes of a record (messages, conversations, alpaca, prompt/completion, …), and how each becomes turns."""
+"""Shapes of a record (messages, conversations, alpaca, prompt/completion, …), and how each becomes a chat."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import Message
+from .content_parts import plain_text
 from .faults import Fault, FaultKind, RecordError, fail
-from .messages import json_or_value, kind_of, plain_turns, read_tools, read_turns
+from .json_values import json_or_value, kind_of
+from .loss_flags import record_flags
+from .messages import Turns, plain_messages, read_turns
 from .printable import quoted
-from .turn_order import order_faults
+from .questions import question_and_answer
+from .reading_options import DEFAULT, ReadingOptions
+from .record_fields import RecordFields, unread_hash
+from .record_keys import LOSS_KEYS, MEDIA, PAIRS, TURN_LISTS, RecordPart
+from .tool_calls import read_tools, separate_calls, writes_call
+from .transcripts import turns_of_text
+from .turn_fixes import TurnFix, fix_order
+from .turn_order import is_orderly, order_faults
 
-ANSWER_KEYS = {"prompt": ("completion", "response"), "question": ("answer",)}
-_ALPACA_KEYS = ("instruction", "input", "output", "history")
-_PAIR_KEYS = ("prompt", "completion", "response", "question", "answer")
-KNOWN_COLUMNS = frozenset(("messages", "conversations", "tools", "system", *_ALPACA_KEYS, *_PAIR_KEYS))
-"""The keys of a record that are read; other columns of a table are skipped."""
-
-_KNOWN = "messages, conversations, instruction+output, prompt+completion, prompt+response, question+answer"
+_TEXT = "text"
+_SYSTEM_MARK = "SYSTEM: "  # of Glaive
+TURN_PREFIX = "turns: "
+"""Before the names of unread keys of turns."""
+_KNOWN = "messages, conversations, instruction+output, prompt+completion, prompt+response, question+answer and others"
 
 
 @dataclass(frozen=True)
@@ -32,141 +41,188 @@ class ShapedRecord:
         messages: The turns; complete only if there are no faults.
         tools: The tool definitions.
         faults: Everything that is wrong with the record.
+        excluded: The record says that it is not to be trained on.
+        unread: The filled keys that are not read; those of turns as "turns: key".
+        unread_hash: A hash of their values, but for those that only describe a record; 0 if there are none.
+        fixes: How the order of turns was changed.
     """
 
     shape: str
     messages: tuple[Message, ...] = ()
     tools: tuple[JsonObject, ...] = ()
     faults: tuple[Fault, ...] = ()
+    excluded: bool = False
+    unread: tuple[str, ...] = ()
+    unread_hash: int = 0
+    fixes: tuple[TurnFix, ...] = ()
 
 
-def read_record(record: object) -> ShapedRecord:
+def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedRecord:
     """Recognise the shape of a parsed record and read its chat, or the faults that keep it from being one."""
+    if type(record) is dict and len(record) == 1 and "messages" in record and not options.parts:
+        messages = plain_messages(record["messages"])
+        if messages is not None and is_orderly(messages):
+            return ShapedRecord("messages", messages)
+    if isinstance(record, list) and record and isinstance(record[0], dict):
+        record = {"messages": record}
     if not isinstance(record, dict):
         fault = Fault(FaultKind.NOT_AN_OBJECT, f"the record is {kind_of(record)}, not an object")
         return ShapedRecord("", faults=(fault,))
-    shape = recognise(record)
-    if not shape:
+    fields = RecordFields(record, options)
+    shape = _recognise(fields)
+    if shape is None:
         return ShapedRecord("", faults=(unknown_shape(list(record)),))
     try:
-        turns = _READERS[shape](record)
-        tools = read_tools(record.get("tools"))
-        system = _system_text(record)
+        return _read(fields, shape, options)
     except RecordError as error:
-        return ShapedRecord(shape, faults=(error.fault,))
-    messages, faults = read_turns(turns, first=1)
-    if system:
-        messages.insert(0, Message("system", system))
-    # The order can only be checked once every turn was read.
-    faults = faults or order_faults(messages, first=0 if system else 1)
-    return ShapedRecord(shape, tuple(messages), tools, tuple(faults))
+        return ShapedRecord(shape.name, faults=(error.fault,))
 
 
-def recognise(record: Mapping[str, object]) -> str:
-    """Return the name of a record's shape, or "" if its keys fit none.
-
-    Empty texts and nulls count as absent at first, since a table gives every record every key.
-    """
-    filled = {key for key, value in record.items() if value is not None and value != ""}
-    return _shape_of(filled) or _shape_of(set(record))
+def columns_fault(columns: Sequence[str], options: ReadingOptions = DEFAULT) -> Fault | None:
+    """Return the fault of columns that fit no shape; it is reported once, not for each record."""
+    twin = next((name for name, count in Counter(columns).items() if count > 1), None)
+    if twin is not None:
+        cause = f"two columns are named {quoted(twin)}, so no record was read; rename one"
+        return Fault(FaultKind.DUPLICATE_KEY, cause)
+    # A column may have texts with turns in them, which only its records show.
+    if _recognise(RecordFields(dict.fromkeys(columns), options)) is None and _TEXT not in columns:
+        fault = unknown_shape(columns)
+        return dataclasses.replace(fault, detail=f"{fault.detail}; no record was read")
+    return None
 
 
 def unknown_shape(keys: Sequence[str]) -> Fault:
     """Return the fault of a record, or of a table's columns, that fit no shape."""
     shown = ", ".join(quoted(str(key), 20) for key in keys[:8]) + (", …" if len(keys) > 8 else "")
-    return Fault(FaultKind.UNKNOWN_SHAPE, f"no shape recognised in the keys {shown or '(none)'}; known: {_KNOWN}")
+    cause = f"no shape recognised in the keys {shown or '(none)'}; known: {_KNOWN}"
+    return Fault(FaultKind.UNKNOWN_SHAPE, cause, subject=shown)
 
 
-def columns_fault(columns: Sequence[str]) -> Fault | None:
-    """Return the fault of columns that fit no shape; it is reported once, not for each record."""
-    twin = next((name for name, count in Counter(columns).items() if count > 1), None)
-    if twin is not None:
-        return Fault(
-            FaultKind.DUPLICATE_KEY, f"two columns are named {quoted(twin)}, so no record was read; rename one"
-        )
-    if not recognise(dict.fromkeys(columns)):
-        fault = unknown_shape(columns)
-        return Fault(fault.kind, f"{fault.detail}; no record was read")
-    return None
+@dataclass(frozen=True)
+class _Shape:
+    """The keys that the turns are in: a list of turns, or a question and its answer."""
+
+    turns: str = ""
+    question: str = ""
+    answer: str = ""
+
+    @property
+    def name(self) -> str:
+        if self.turns:
+            return self.turns
+        pair = f"{self.question}/{self.answer}"
+        return "alpaca" if pair == "instruction/output" else pair
 
 
-def _shape_of(keys: set[str]) -> str:
-    for name in ("messages", "conversations"):
-        if name in keys:
-            return name
-    if {"instruction", "output"} <= keys:
-        return "alpaca"
-    for question, answers in ANSWER_KEYS.items():
-        for answer in answers:
+def _recognise(fields: RecordFields) -> _Shape | None:
+    """Return the shape of a record, or None if its keys fit none.
+
+    Empty values count as absent at first, since a table gives every record every key.
+    """
+    return _shape_of(fields, fields.filled) or _shape_of(fields, set(fields.values))
+
+
+def _shape_of(fields: RecordFields, keys: set[str]) -> _Shape | None:
+    turns, questions, answers = map(fields.mapped, (RecordPart.TURNS, RecordPart.QUESTION, RecordPart.ANSWER))
+    given = {key for part in RecordPart for key in fields.mapped(part)}
+    if turns:
+        return _Shape(turns[0])
+    if questions or answers:
+        known_answers = [answer for several in PAIRS.values() for answer in several]
+        question = next((key for key in questions or PAIRS if key in keys), "")
+        answer = next((key for key in answers or known_answers if key in keys and key != question), "")
+        return _Shape(question=question, answer=answer) if question and answer else None
+    keys = keys - given
+    for name in TURN_LISTS:
+        if name in keys and (name in TURN_LISTS[:2] or _may_be_turns(fields.values[name])):
+            return _Shape(name)
+    for question, known in PAIRS.items():
+        for answer in known:
             if {question, answer} <= keys:
-                return f"{question}/{answer}"
-    return ""
+                return _Shape(question=question, answer=answer)
+    text = fields.values.get(_TEXT)
+    return _Shape(_TEXT) if isinstance(text, str) and turns_of_text(text) else None
 
 
-def _system_text(record: JsonObject) -> str:
-    system = record.get("system")
-    if system is None:
-        return ""
-    if not isinstance(system, str):
-        fail(FaultKind.BAD_CONTENT, f"system is {kind_of(system)}; it must be a text")
-    return system if system.strip() else ""
+def _may_be_turns(value: object) -> bool:
+    """Whether the value of a key that is also used for other things is a list of turns, or a text with turns."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[{") or turns_of_text(value) is not None
+    return value is None or (isinstance(value, list) and all([isinstance(turn, dict | str | list) for turn in value]))
 
 
-def _turn_list(key: str) -> Callable[[JsonObject], object]:
-    """Return the reader of a record that has its turns in a list, which may be JSON text."""
+def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> ShapedRecord:
+    for key in sorted(MEDIA & fields.filled):
+        cause = f"{key} is filled; only text can be trained on"
+        fail(FaultKind.UNSUPPORTED_CONTENT, f"{cause}, or the text alone with --ignore-keys {key}", subject=key)
+    if shape.turns:
+        raw: object = _turn_list(shape.turns, fields.read(shape.turns))
+    else:
+        raw = question_and_answer(fields, shape.question, shape.answer)
+    flags = record_flags({key: fields.read(key) for key in LOSS_KEYS if key in fields.filled})
+    if flags.excludes:
+        return ShapedRecord(shape.name, excluded=True)
+    turns = read_turns(raw, options, _flags_of_turns(raw, flags.turns))
+    tools = tuple([tool for _, value in fields.read_all(RecordPart.TOOLS) for tool in read_tools(value)]) or turns.tools
+    system = "\n\n".join(plain_text(value, key) for key, value in fields.read_all(RecordPart.SYSTEM))
+    if shape.turns:
+        system = system.removeprefix(_SYSTEM_MARK)
+    if system.strip():
+        turns.insert_system(system)
+    fixes: tuple[TurnFix, ...] = ()
+    if not turns.faults:
+        tools = _with_calls_of_texts(turns, tools)
+        # The order can only be checked once every turn was read.
+        turns.faults += order_faults(turns.messages, turns.numbers)
+        if turns.faults and options.fixes_turns:
+            fixes = fix_order(turns)
+            turns.faults = order_faults(turns.messages, turns.numbers)
+    answers = [message for message in turns.messages if message.role == "assistant"]
+    if not turns.faults and not any([message.is_trained for message in answers]):
+        return ShapedRecord(shape.name, excluded=True)
+    unread = fields.unread(message.content for message in turns.messages)
+    unread += [(f"{TURN_PREFIX}{key}", value) for key, value in turns.unread]
+    names = tuple(dict.fromkeys(name for name, _ in unread))
+    return ShapedRecord(
+        shape.name, tuple(turns.messages), tools, tuple(turns.faults), False, names, unread_hash(unread), fixes
+    )
 
-    def turns(record: JsonObject) -> object:
-        try:
-            return json_or_value(record[key])
-        except RecordError as error:
-            raise error.within(field=f"in {key}") from None
 
-    return turns
-
-
-def _alpaca(record: JsonObject) -> list[JsonObject]:
-    texts = []
-    for name in ("instruction", "input"):
-        value = record.get(name)
-        if isinstance(value, str):
-            texts.append(value)
-        elif value is not None:
-            fail(FaultKind.BAD_CONTENT, f"{name} is {kind_of(value)}; it must be a text")
-    question = "\n\n".join(text for text in texts if text.strip())
-    return [*_history(record), *plain_turns([("user", question), ("assistant", record["output"])])]
-
-
-def _history(record: JsonObject) -> list[JsonObject]:
+def _turn_list(key: str, value: object) -> object:
+    """Return the turns in a list, which may be JSON text, or in a text with marks."""
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")) and (turns := turns_of_text(value)):
+        return turns
     try:
-        history = json_or_value(record.get("history"))
+        return json_or_value(value)
     except RecordError as error:
-        raise error.within(FaultKind.BAD_HISTORY, "history") from None
-    if history is None or history == "":
-        return []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        fail(FaultKind.BAD_HISTORY, "history must be a list of [question, answer] pairs")
-    return plain_turns([turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)])
+        raise error.within(field=f"in {key}") from None
 
 
-def _question_and_answer(question_key: str, answer_key: str) -> Callable[[JsonObject], list[object]]:
-    """Return the reader of a pair. Each side is a text, or a list of turns as in TRL; all answers are trained on."""
+def _flags_of_turns(raw: object, flags: tuple[str, tuple[bool, ...]] | None) -> list[bool] | None:
+    """Return for each turn whether it is trained on, from a list that has an entry for each turn or each answer."""
+    if flags is None or not isinstance(raw, list):
+        return None
+    key, trained = flags
+    if len(trained) != len(raw):
+        cause = f"{key} has {len(trained)} entries for {len(raw)} turns"
+        fail(FaultKind.NOT_SUPPORTED, f"{cause}; give each turn one, or read past it with --ignore-keys {key}")
+    return list(trained)
 
-    def turns(record: JsonObject) -> list[object]:
-        question, answer = record[question_key], record[answer_key]
-        questions = question if isinstance(question, list) else plain_turns([("user", question)])
-        answers = answer if isinstance(answer, list) else plain_turns([("assistant", answer)])
-        return [*questions, *answers]
 
-    return turns
+def _with_calls_of_texts(turns: Turns, tools: tuple[JsonObject, ...]) -> tuple[JsonObject, ...]:
+    """Bring calls that are written as text into the form of the tools beside them, and return the tools.
 
-
-_READERS: dict[str, Callable[[JsonObject], object]] = {
-    "messages": _turn_list("messages"),
-    "conversations": _turn_list("conversations"),
-    "alpaca": _alpaca,
-    **{
-        f"{question}/{answer}": _question_and_answer(question, answer)
-        for question, answers in ANSWER_KEYS.items()
-        for answer in answers
-    },
-}
+    If the system turn has the definitions as text, calls are text too, and the tools say nothing more.
+    """
+    if not tools or any(message.tool_calls for message in turns.messages):
+        return tools
+    if not any(message.role == "assistant" and writes_call(message.content) for message in turns.messages):
+        return tools
+    if turns.messages[0].role == "system" and "<tools>" in turns.messages[0].content:
+        return ()
+    for index, message in enumerate(turns.messages):
+        separated = separate_calls(message.content) if message.role == "assistant" else None
+        if separated is not None and separated[1]:
+            content, calls = separated
+            turns.messages[index] = dataclasses.replace(message, content=content, tool_calls=calls)
+    return tools

@@ -6,27 +6,34 @@ from collections.abc import Sequence
 
 from ..chat import Message
 from .faults import Fault, FaultKind
+from .tool_calls import writes_call
 
 
-def order_faults(messages: Sequence[Message], first: int = 1) -> list[Fault]:
-    """Return every fault in the order of the turns, which are numbered from `first` in messages to the user."""
-    if _is_orderly(messages):
+def order_faults(messages: Sequence[Message], numbers: Sequence[int] | None = None) -> list[Fault]:
+    """Return every fault in the order of the turns.
+
+    Args:
+        messages: The turns.
+        numbers: The number of each in messages to the user; None to count from 1.
+    """
+    if is_orderly(messages):
         return []
     faults: list[Fault] = []
     previous: Message | None = None
-    for number, message in enumerate(messages, first):
-        faults += _turn_faults(message, previous, number, number == first)
+    counted = list(numbers if numbers is not None else range(1, len(messages) + 1))
+    for at, (number, message) in enumerate(zip(counted, messages, strict=True)):
+        faults += _turn_faults(message, previous, number, at == 0)
         if message.role != "system":
             previous = message
     if not any(message.role == "assistant" for message in messages):
         return [Fault(FaultKind.NO_ASSISTANT, "no assistant turn: nothing to train on"), *faults]
     if messages[-1].role in ("user", "tool"):
         cause = f"the last turn is the {messages[-1].role}'s; add an answer, or remove the turn"
-        faults.append(Fault(FaultKind.NO_ANSWER, cause, turn=first + len(messages) - 1))
+        faults.append(Fault(FaultKind.NO_ANSWER, cause, turn=counted[-1]))
     return faults
 
 
-def _is_orderly(messages: Sequence[Message]) -> bool:
+def is_orderly(messages: Sequence[Message]) -> bool:
     """Whether the chat is questions and answers in alternation, as most chats are."""
     start = 1 if messages and messages[0].role == "system" else 0
     questions, answers = messages[start::2], messages[start + 1 :: 2]
@@ -57,7 +64,9 @@ def _turn_faults(message: Message, previous: Message | None, number: int, is_fir
 
 
 def _may_precede_tool(message: Message | None) -> bool:
-    return message is not None and (message.role == "tool" or bool(message.tool_calls))
+    if message is None:
+        return False
+    return message.role == "tool" or bool(message.tool_calls) or writes_call(message.content)
 
 
 def _is_silent(message: Message) -> bool:

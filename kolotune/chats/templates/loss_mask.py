@@ -15,7 +15,7 @@ are spans of it. Otherwise the answers are trained apart, each behind its own pr
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
@@ -43,11 +43,18 @@ class MaskedChat:
         spans: Start and end of each assistant turn, in order; its end token is inside. Empty if the answers are
             trained apart.
         empty_thoughts: The length of the empty thought at the start of each of these turns.
+        trained: For each of these turns whether it is trained on; None if all are.
     """
 
     text: str
     spans: tuple[Span, ...]
     empty_thoughts: tuple[int, ...]
+    trained: tuple[bool, ...] | None = field(default=None, kw_only=True)
+
+    @property
+    def is_trained(self) -> tuple[bool, ...]:
+        """For each assistant turn, whether it is trained on."""
+        return self.trained if self.trained is not None else (True,) * len(self.spans)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,16 @@ class ChatApart:
     reason: ApartReason
     dropped_thoughts: int = 0
 
+    @property
+    def trained(self) -> list[TrainedAnswer]:
+        """The answers that are trained on; those of others are in prompts only."""
+        numbers = [index for index, message in enumerate(self.chat.messages) if message.role == "assistant"]
+        return [
+            answer
+            for number, answer in zip(numbers, self.answers, strict=True)
+            if self.chat.messages[number].is_trained
+        ]
+
 
 def take_apart(chat: Chat, masked: MaskedChat) -> ChatApart:
     """Return a chat in one piece with its answers apart, since a prompt and an answer would share a token."""
@@ -95,7 +105,8 @@ class ApartEncoder:
         ids: list[int] = []
         labels = bytearray()
         ends = []
-        for answer in apart.answers:
+        answers = apart.trained
+        for answer in answers:
             if has_special_text:
                 prompt = self._as_plain_text(answer.prompt, answer.prompt_texts, answer.skeleton).ids
                 tokens = self._as_plain_text(answer.answer, answer.texts, answer.skeleton)
@@ -107,7 +118,7 @@ class ApartEncoder:
             ids += prompt + tokens.ids
             labels += bytes(len(prompt)) + bytes(end > thought for end in tokens.ends)
             ends.append(len(ids))
-        masked = 0 if self._learns_empty_thoughts else sum(bool(answer.empty_thought) for answer in apart.answers)
+        masked = 0 if self._learns_empty_thoughts else sum(bool(answer.empty_thought) for answer in answers)
         has_several = len(ends) > 1
         return EncodedChat(
             packed(ids),

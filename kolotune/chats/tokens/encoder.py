@@ -5,6 +5,7 @@ Tokens come from the whole text, as a server tokenizes it. `strategies` has the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,9 @@ class Encoder:
             return error
         if isinstance(masked, LocatedChat) and masked.reason is not None:
             return ChatApart(chat, masked.apart, masked.reason, masked.dropped_thoughts)
+        if not all([message.is_trained for message in chat.messages]):
+            trained = tuple([message.is_trained for message in chat.messages if message.role == "assistant"])
+            masked = dataclasses.replace(masked, trained=trained)
         return ChatToEncode(chat, masked)
 
     def _encode_apart(self, chat: ChatApart) -> Encoding:

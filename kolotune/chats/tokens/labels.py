@@ -57,14 +57,16 @@ class Labeller:
         first, number = 0, 0
         for chat, packed_ids in chats:
             labels, is_apart = bytearray(len(packed_ids) // 4), False
-            for end_ids, thought in zip(self.prompt_ends.of_chat(chat), chat.empty_thoughts, strict=True):
+            ends = self.prompt_ends.of_chat(chat)
+            for end_ids, thought, is_trained in zip(ends, chat.empty_thoughts, chat.is_trained, strict=True):
                 start, stop = tokens[number] - first, tokens[number + 1] - first
                 if is_inside[number] or packed_ids[4 * start - len(end_ids) : 4 * start] != end_ids:
                     is_apart = True
                 if thought and not self.learns_empty_thoughts:
                     reach = token_starts[tokens[number]] + thought
                     start = int(np.searchsorted(token_starts, reach, "right")) - 1 - first
-                labels[start:stop] = b"\1" * (stop - start)
+                if is_trained:
+                    labels[start:stop] = b"\1" * (stop - start)
                 number += 2
             first += len(labels)
             encoded.append(None if is_apart else self._encoded(chat, packed_ids, labels))
@@ -102,19 +104,21 @@ class Labeller:
         packed_ids = packed(tokens.ids)
         labels = bytearray(len(tokens.ids))
         ends = self.prompt_ends.of_chat(chat)
-        for (start, stop), (begin, _), end_ids, thought in zip(
-            bounds, chat.spans, ends, chat.empty_thoughts, strict=True
+        for (start, stop), (begin, _), end_ids, thought, is_trained in zip(
+            bounds, chat.spans, ends, chat.empty_thoughts, chat.is_trained, strict=True
         ):
             if packed_ids[4 * start - len(end_ids) : 4 * start] != end_ids:
                 return None
             first = start
             if thought and not self.learns_empty_thoughts:
                 first += sum(end <= begin + thought for end in tokens.ends[start:stop])
-            labels[first:stop] = b"\1" * (stop - first)
+            if is_trained:
+                labels[first:stop] = b"\1" * (stop - first)
         return self._encoded(chat, packed_ids, labels)
 
     def _encoded(self, chat: MaskedChat, packed_ids: bytes, labels: bytearray) -> EncodedChat:
-        masked = 0 if self.learns_empty_thoughts else sum(map(bool, chat.empty_thoughts))
+        thoughts = zip(chat.empty_thoughts, chat.is_trained, strict=True)
+        masked = 0 if self.learns_empty_thoughts else sum([bool(length) and trained for length, trained in thoughts])
         return EncodedChat(packed_ids, bytes(labels), masked_thoughts=masked)
 
 

@@ -11,7 +11,7 @@ from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, find_problem
 
 from .normalize import exists
-from .options import Config, Kind, option_names
+from .options import RECORD_PARTS, Config, Kind, option_names
 
 
 def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterator[str]:
@@ -30,6 +30,10 @@ def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterat
         for setting in _items(values, name):
             if "=" not in str(setting):
                 yield f"{_flag(name)}: {setting!r} is not of the form name=value"
+    for entry in _items(values, "map"):
+        part, sign, key = str(entry).partition("=")
+        if not sign or not key.strip() or part.strip().lower() not in RECORD_PARTS:
+            yield f"map: {entry!r} is not of the form part=key; parts are {', '.join(RECORD_PARTS)}"
     yield from _path_problems(values)
     if config is not None:
         yield from _conflicts(config, values)

@@ -21,6 +21,10 @@ T = TypeVar("T")
 DEFAULT_OUTPUT_DIR = Path("outputs")
 # Defaults of the verbs that talk to a model; these are not options of a run.
 DEFAULT_TEMPERATURE, DEFAULT_MAX_TOKENS, DEFAULT_SEED = 0.7, 512, 0
+RECORD_PARTS = (
+    "messages", "question", "answer", "context", "system", "reasoning", "tools", "history", "choices", "documents",
+)  # fmt: skip
+"""Parts of a chat that a key of a record may have; what `map` names."""
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 
 
@@ -130,6 +134,31 @@ class Config:
         False, "Skip bad chats instead of stopping; they are counted and listed.", Group.DATA, stages="prepare",
         without="check"
     )  # fmt: skip
+    map: tuple[str, ...] = option(
+        (),
+        "Which key of the records has which part of a chat, such as question=Frage,context=Table; parts: "
+        f"{', '.join(RECORD_PARTS)}.",
+        Group.DATA,
+        kind=Kind.NAMES,
+        stages="prepare",
+        is_default_recorded=False,
+    )
+    ignore_keys: tuple[str, ...] = option(
+        (),
+        "Keys of records and turns that are not to be read, such as weight,rating; they are not reported either.",
+        Group.DATA,
+        kind=Kind.NAMES,
+        stages="prepare",
+        is_default_recorded=False,
+    )
+    fix_turns: bool = option(
+        False,
+        "Fix the order of turns: drop a last question and a greeting before the first, join turns of one role in a "
+        "row; each change is counted.",
+        Group.DATA,
+        stages="prepare",
+        is_default_recorded=False,
+    )
     max_seq_length: Annotated[int, Ge(8)] = option(
         2048,
         "Longest chat in tokens. Longer chats lose whole turns; the number is reported.",

@@ -153,9 +153,9 @@ def test_any_number_of_processes_gives_the_same_result(base: Path, tmp_path: Pat
     for processes in (1, 2, 3):
         prepared = prepare_chats(config, base, new_folder(tmp_path), processes=processes)
         files.append({path.name: path.read_bytes() for path in (tmp_path / "prepared").iterdir()})
+        facts = prepared.summary()
         results.append(dataclasses.replace(prepared, template=None, tokenizer=None))
     assert files[0] == files[1] == files[2] and results[0] == results[1] == results[2]
-    facts = results[0].summary()
     assert len(facts["bad"]) == 15 and facts["special_tokens_in_content"] > 300
     assert min(facts[name] for name in ("duplicates", "shortened", "too_long", "held_out_chats")) > 5
 

@@ -237,6 +237,36 @@ def test_parquet(tmp_path: Path) -> None:
     assert result.shapes == {str(path): "Parquet, messages"}
 
 
+def test_parquet_of_chats_with_different_tools_is_the_same_as_their_jsonl(tmp_path: Path) -> None:
+    records = [
+        {
+            "messages": [QA[0], turn("assistant", None, tool_calls=[{"function": {"name": name, "arguments": given}}])],
+            "tools": [{"name": name, "parameters": {"type": "object", "properties": {key: {"type": "string"}}}}],
+            "when": key,
+        }
+        for name, key, given in (("f", "a", {"a": "1"}), ("g", "b", {"b": "2"}))
+    ]
+    columns = {key: [record[key] for record in records] for key in records[0]}
+    table = read_chats([write_parquet(tmp_path / "chats.parquet", columns)])
+    lines = read(tmp_path, "chats.jsonl", "\n".join(map(json.dumps, records)))
+    assert table.chats == lines.chats
+    assert called(table.chats[0]) == {"a": "1"} and called(table.chats[1]) == {"b": "2"}
+
+
+def called(chat: Chat) -> Any:
+    """Return the arguments of a chat's only call."""
+    function: Any = chat.messages[1].tool_calls[0]["function"]
+    return function["arguments"]
+
+
+def test_columns_that_are_not_read_may_have_any_type(tmp_path: Path) -> None:
+    import datetime
+
+    day = datetime.datetime(2026, 1, 2)
+    columns = {"question": ["q"] * 3, "answer": ["a"] * 3, "made": [day, day, day], "raw": [b"\xff", b"\xff", b"\xfe"]}
+    assert len(read_chats([write_parquet(tmp_path / "chats.parquet", columns)]).chats) == 2
+
+
 def test_parquet_with_json_text_and_alpaca(tmp_path: Path) -> None:
     text = write_parquet(tmp_path / "text.parquet", {"conversations": [json.dumps(QA), "[{]"]})
     alpaca = write_parquet(
@@ -252,7 +282,7 @@ def map_range(count: int) -> list[str]:
 
 
 def test_parquet_faults(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "chats.parquet", {"text": ["a", "b"]})
+    path = write_parquet(tmp_path / "chats.parquet", {"words": ["a", "b"]})
     assert [(p.line, p.kind) for p in read_chats([path]).problems] == [(1, "unknown-shape")]
     pa = pytest.importorskip("pyarrow")
     broken = pa.array([b"q\xff", b"p"], pa.binary()).view(pa.string())

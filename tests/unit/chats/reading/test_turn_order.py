@@ -65,4 +65,4 @@ def test_system_and_tool_turns_may_be_empty() -> None:
 
 def test_faults_name_the_turn() -> None:
     assert order_faults(turns("uua"))[0].turn == 2
-    assert order_faults(turns("suua"), first=0)[0].turn == 2
+    assert order_faults(turns("suua"), [0, 1, 2, 3])[0].turn == 2

@@ -1,0 +1,127 @@
+"""Records that are a question and its answer: how their keys become turns."""
+
+from __future__ import annotations
+
+from .content_parts import plain_text
+from .faults import FaultKind, RecordError, fail
+from .json_values import json_or_value, kind_of
+from .messages import plain_turns
+from .record_fields import RecordFields
+from .record_keys import RecordPart
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def question_and_answer(fields: RecordFields, question_key: str, answer_key: str) -> list[object]:
+    """Return the turns of a pair. Each side is a text, or a list of turns as in TRL; all answers are trained on.
+
+    The question is followed by its context, its choices and its documents, with blank lines between.
+
+    Raises:
+        RecordError: A value is not what its key should have.
+    """
+    question, answer = fields.read(question_key), fields.read(answer_key)
+    history = [turn for _, value in fields.read_all(RecordPart.HISTORY) for turn in _history(value)]
+    more = [_text(key, value) for key, value in fields.read_all(RecordPart.CONTEXT)]
+    choices: list[tuple[str, str]] = []
+    for key, value in fields.read_all(RecordPart.CHOICES):
+        choices += _choices(key, value)
+    if choices:
+        more.append("\n".join(f"{letter}. {text}" for letter, text in choices))
+        answer = _chosen(answer, choices)
+    more += [_documents(key, value) for key, value in fields.read_all(RecordPart.DOCUMENTS)]
+    answers = _answers(answer_key, answer)
+    if isinstance(question, list):
+        more = [text for text in more if text.strip()]
+        added = plain_turns([("user", "\n\n".join(more))]) if more else []
+        return [*history, *question, *added, *answers]
+    if question is not None and not isinstance(question, str):
+        fail(FaultKind.BAD_CONTENT, f"{question_key} is {kind_of(question)}; it must be a text")
+    text = "\n\n".join(text for text in [question or "", *more] if text.strip())
+    turns = [*history, *plain_turns([("user", text)]), *answers]
+    reasoning = [thought for _, thought in fields.read_all(RecordPart.REASONING)]
+    if reasoning and isinstance(turns[-1], dict):
+        turns[-1] = {**turns[-1], "reasoning": reasoning[0]}
+    return turns
+
+
+def _answers(key: str, answer: object) -> list[object]:
+    """Return the turns of an answer: a text, turns, tool calls (xLAM), or texts of which there is one (SQuAD)."""
+    if isinstance(answer, str) and key == "answers" and answer.lstrip().startswith(("[", "{")):
+        answer = _parsed(answer)
+    if isinstance(answer, dict) and isinstance(answer.get("text"), list):
+        answer = answer["text"]
+    if not isinstance(answer, list):
+        return list(plain_turns([("assistant", answer)]))
+    if answer and all([isinstance(item, dict) and "name" in item and "role" not in item for item in answer]):
+        return [{"role": "assistant", "content": "", "tool_calls": answer}]
+    if answer and all([isinstance(item, str) for item in answer]):
+        if len(set(answer)) > 1:
+            fail(FaultKind.BAD_CONTENT, f"{key} has {len(answer)} different texts; keep the one to train on")
+        return list(plain_turns([("assistant", answer[0])]))
+    return answer
+
+
+def _text(key: str, value: object) -> str:
+    if isinstance(value, list) and all([isinstance(item, str) for item in value]):
+        return "\n\n".join(value)
+    return plain_text(value, key)
+
+
+def _history(value: object) -> list[object]:
+    try:
+        history = json_or_value(value)
+    except RecordError as error:
+        raise error.within(FaultKind.BAD_HISTORY, "history") from None
+    if isinstance(history, list) and all([isinstance(turn, dict) for turn in history]):
+        return list(history)
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        fail(FaultKind.BAD_HISTORY, "history must be a list of [question, answer] pairs")
+    return list(plain_turns([turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]))
+
+
+def _choices(key: str, value: object) -> list[tuple[str, str]]:
+    """Return choices with their letters: a list of texts, texts by letter, or ``{"text": […], "label": […]}``."""
+    value = _parsed(value)
+    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+        pairs = list(zip(value["label"], value["text"], strict=False))
+    elif isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and len(value) <= len(_LETTERS):
+        pairs = list(zip(_LETTERS, value, strict=False))
+    else:
+        pairs = [("", value)]
+    if not all([isinstance(text, str | int | float) and letter for letter, text in pairs]):
+        fail(FaultKind.BAD_CONTENT, f"{key} is {kind_of(value)}; it must be a list of texts")
+    return [(str(letter), str(text)) for letter, text in pairs]
+
+
+def _chosen(answer: object, choices: list[tuple[str, str]]) -> object:
+    """Return the letter and text of the choice that an answer names by its number or letter; others stay."""
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        letter, text = choices[answer]
+        return f"{letter}. {text}"
+    named = answer.strip().rstrip(".)").lower() if isinstance(answer, str) else None
+    return next((f"{letter}. {text}" for letter, text in choices if letter.lower() == named), answer)
+
+
+def _documents(key: str, value: object) -> str:
+    documents = value if isinstance(value, list) else [value]
+    return "\n\n".join(_document(key, document) for document in documents)
+
+
+def _document(key: str, document: object) -> str:
+    if not isinstance(document, dict):
+        return _text(key, document)
+    title = document.get("title")
+    text = next((document[name] for name in ("text", "content", "contents", "snippet") if document.get(name)), None)
+    if not isinstance(text, str):
+        fail(FaultKind.BAD_CONTENT, f"{key} has a document without a text; it needs the key text or content")
+    return f"{title}\n{text}" if isinstance(title, str) and title else text
+
+
+def _parsed(value: object) -> object:
+    try:
+        return json_or_value(value)
+    except RecordError:
+        return value

@@ -1,0 +1,37 @@
+"""What the user decides about the reading of chats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kolotune.foundation.config import Config
+
+from .record_keys import RecordPart, canonical
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """What the user decides about the reading of chats.
+
+    Attributes:
+        parts: Keys in canonical form, and the part of a chat that each has.
+        ignored: Keys in canonical form that are not read, in records and in turns, and not reported.
+        fixes_turns: Whether the order of turns is changed where that makes a chat of a record.
+    """
+
+    parts: tuple[tuple[str, RecordPart], ...] = ()
+    ignored: tuple[str, ...] = ()
+    fixes_turns: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> ReadingOptions:
+        """Return what a config says."""
+        pairs = [entry.split("=", 1) for entry in config.map]
+        return cls(
+            tuple((canonical(key), RecordPart(canonical(part))) for part, key in pairs),
+            tuple(map(canonical, config.ignore_keys)),
+            config.fix_turns,
+        )
+
+
+DEFAULT = ReadingOptions()

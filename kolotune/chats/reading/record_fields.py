@@ -1,0 +1,82 @@
+"""The filled keys of a record, which of them were read, and what becomes of the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+from .json_values import is_filled
+from .printable import printable
+from .reading_options import ReadingOptions
+from .record_keys import COMPANIONS, METADATA, RecordPart, canonical
+
+
+class RecordFields:
+    """The keys of a record in canonical form.
+
+    Args:
+        record: The record.
+        options: Which keys have a part of the chat, and which are ignored.
+
+    Attributes:
+        values: All values by key; of keys that differ only in their case, the first.
+        filled: The keys that say something.
+    """
+
+    def __init__(self, record: Mapping[str, object], options: ReadingOptions) -> None:
+        self.values: dict[str, object] = {}
+        self._names: dict[str, str] = {}
+        for name, value in record.items():
+            key = canonical(name)
+            if key in options.ignored:
+                continue
+            key = f" {name}" if key in self.values else key  # no canonical key starts with a space
+            self.values[key], self._names[key] = value, name
+        self.filled = {key for key, value in self.values.items() if is_filled(value)}
+        self._mapped = [(key, part) for key, part in options.parts if key in self.values]
+        self._read: set[str] = set()
+
+    def mapped(self, part: RecordPart) -> list[str]:
+        """Return the keys that the user gave for a part."""
+        return [key for key, given in self._mapped if given is part]
+
+    def companions(self, part: RecordPart) -> list[str]:
+        """Return the filled keys of a part beside question, answer or turns."""
+        given = {key for key, _ in self._mapped}
+        known = [key for key in COMPANIONS.get(part, ()) if key not in given]
+        return [key for key in [*self.mapped(part), *known] if key in self.filled and key not in self._read]
+
+    def read(self, key: str) -> object:
+        """Return a value, and remember that it was read."""
+        self._read.add(key)
+        return self.values.get(key)
+
+    def read_all(self, part: RecordPart) -> list[tuple[str, object]]:
+        """Return the values of a part with their keys, and remember that they were read."""
+        return [(key, self.read(key)) for key in self.companions(part)]
+
+    def unread(self, said: Iterable[str]) -> list[tuple[str, object]]:
+        """Return the filled keys that were not read, as they are spelled, with their values.
+
+        Args:
+            said: The texts of the chat. A key whose text is among them is not lost.
+        """
+        rest = self.filled - self._read
+        if not rest:
+            return []
+        texts = {text.strip() for text in said}
+        return [
+            (printable(self._names[key], 40), value)
+            for key in self.values
+            if key in rest and not (isinstance((value := self.values[key]), str) and value.strip() in texts)
+        ]
+
+
+def unread_hash(unread: Iterable[tuple[str, object]]) -> int:
+    """Return a hash of what is not read, but for what only describes a record; 0 if that is nothing."""
+    rest = {key: value for key, value in unread if canonical(key) not in METADATA}
+    if not rest:
+        return 0
+    text = json.dumps(rest, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8])

@@ -1,0 +1,101 @@
+"""The names that data sets give to the parts of a chat: every key of a record that is read, as tables.
+
+Names are compared in canonical form (`canonical`), so that "System Prompt" and "system_prompt" are one name.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RecordPart(StrEnum):
+    """A part of a chat that a record may have a key for; the value is its name for ``--map``."""
+
+    TURNS = "messages"
+    QUESTION = "question"
+    ANSWER = "answer"
+    CONTEXT = "context"
+    SYSTEM = "system"
+    REASONING = "reasoning"
+    TOOLS = "tools"
+    HISTORY = "history"
+    CHOICES = "choices"
+    DOCUMENTS = "documents"
+
+
+TURN_LISTS = (
+    "messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "contents", "items", "data",
+)  # fmt: skip
+"""Keys of a list of turns, or of a text with turns; the first that is filled is read."""
+
+PAIRS = {
+    "instruction": ("output", "response", "answer", "completion"),
+    "prompt": ("completion", "response", "output", "answer"),
+    "question": ("answer", "response", "solution", "generated_solution", "answerkey", "answers", "output"),
+    "query": ("response", "answer", "answers", "output"),
+    "problem": ("solution", "generated_solution", "answer", "response"),
+    "input": ("output", "response", "target"),
+    "inputs": ("targets", "outputs"),
+    "user": ("assistant",),
+    "human": ("assistant", "bot", "gpt"),
+    "message_1": ("message_2",),
+}
+"""Keys of a question, each with the keys of its answer; the first pair that is filled is read."""
+
+COMPANIONS = {
+    RecordPart.SYSTEM: (
+        "system", "system_prompt", "system_message", "system_instruction", "systeminstruction", "systemprompt",
+        "sys_prompt",
+    ),
+    RecordPart.CONTEXT: ("input", "context"),
+    RecordPart.REASONING: (
+        "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "chain_of_thought", "cot",
+        "complex_cot", "rationale",
+    ),
+    RecordPart.TOOLS: ("tools", "functions", "available_tools"),
+    RecordPart.HISTORY: ("history", "chat_history"),
+    RecordPart.CHOICES: ("choices", "options"),
+    RecordPart.DOCUMENTS: ("documents",),
+}  # fmt: skip
+"""Keys beside a question and its answer. Beside a list of turns, `SYSTEM` and `TOOLS` are read."""
+
+LOSS_KEYS = {
+    "weight": True, "weights": True, "loss": True, "loss_mask": True, "loss_masks": True, "loss_weight": True,
+    "train": True, "training": True, "trainable": True, "is_trained": True, "train_mask": True, "train_on_turn": True,
+    "kto_tag": True, "mask": False, "masked": False,
+}  # fmt: skip
+"""Keys that say whether a turn or a record is trained on, and whether a true value says so."""
+
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Keys of what is no text; a filled one can't be trained on."""
+
+METADATA = frozenset({
+    "id", "_id", "idx", "index", "uid", "uuid", "hash", "prompt_id", "message_id", "conversation_id", "chat_id",
+    "source", "source_dataset", "dataset", "data_source", "subset", "split", "category", "categories", "topic",
+    "topics", "sub_topic", "subtopic", "tag", "tags", "type", "task", "task_type", "domain", "subject",
+    "language", "lang", "url", "link", "title", "author", "license", "model", "model_name", "generator",
+    "created", "created_at", "timestamp", "date", "version", "score", "rating", "quality", "difficulty",
+    "level", "length", "num_turns", "n_turns", "num_tokens", "token_count", "views", "avatarurl", "temperature",
+    "top_p", "max_tokens", "seed", "stream", "tool_choice", "parallel_tool_calls",
+})  # fmt: skip
+"""Keys that describe a record. They are reported too, but records that differ only there are copies."""
+
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "parts", "utterance")
+CALL_KEYS = ("tool_calls", "toolcalls", "function_call", "functioncall")
+TURN_KEYS = frozenset({
+    *ROLE_KEYS, *CONTENT_KEYS, *CALL_KEYS, *LOSS_KEYS, *COMPANIONS[RecordPart.REASONING], "tool_call_id",
+})  # fmt: skip
+"""Keys of a turn that are read; `name` is read in turns of tools, tool definitions in system turns."""
+
+
+def canonical(key: str) -> str:
+    """Return a key as it is compared: in lower case, with underscores."""
+    return key.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+READ_KEYS = frozenset({
+    *TURN_LISTS, *PAIRS, *(answer for answers in PAIRS.values() for answer in answers),
+    *(key for keys in COMPANIONS.values() for key in keys), *LOSS_KEYS, *MEDIA,
+})  # fmt: skip
+"""Keys of a record that may be read."""

@@ -1,0 +1,79 @@
+"""Read chats that are written as one text, with marks before what each side says.
+
+Known are the marks of ChatML (``<|im_start|>user``), of Llama 2 (``[INST] … [/INST]``), ``### Human:`` or ``Human:``
+with ``### Assistant:`` or ``Assistant:``, Alpaca's ``### Instruction:`` and ``### Response:``, and Glaive's ``USER:``,
+``ASSISTANT:`` and ``FUNCTION RESPONSE:``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kolotune.foundation.typed_storage import JsonObject
+
+_CHATML = re.compile(r"<\|im_start\|>\s*(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_INST = re.compile(r"\[INST\]\s*(.*?)\s*\[/INST\]\s*(.*?)\s*(?=</s>|<s>|\[INST\]|\Z)", re.DOTALL)
+_INST_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
+_SIDES = {
+    "system": "system", "human": "user", "user": "user", "instruction": "user", "assistant": "assistant",
+    "gpt": "assistant", "response": "assistant", "function response": "tool", "input": "input",
+}  # fmt: skip
+_MARK = re.compile(
+    r"(?:#{2,3}[ \t]*(Human|User|Assistant|Instruction|Input|Response|System)[ \t]*:"
+    r"|^[ \t]*(Human|User|Assistant|System|FUNCTION RESPONSE|USER|ASSISTANT|SYSTEM)[ \t]*:)[ \t]*",
+    re.MULTILINE,
+)
+_ENDS = ("<|endoftext|>", "</s>", "<s>")
+
+
+def turns_of_text(text: str) -> list[JsonObject] | None:
+    """Return the turns of a chat that is written as one text; None if it has no known marks."""
+    if "<|im_start|>" in text:
+        return [_turn(side, said) for side, said in _CHATML.findall(text)] or None
+    if "[INST]" in text:
+        return _llama_2(text)
+    return _marked(text)
+
+
+def _llama_2(text: str) -> list[JsonObject]:
+    turns = []
+    for question, answer in _INST.findall(text):
+        if match := _INST_SYSTEM.match(question):
+            turns.append(_turn("system", match[1]))
+            question = question[match.end() :]
+        turns.append(_turn("user", question))
+        if answer:
+            turns.append(_turn("assistant", answer))
+    return turns
+
+
+def _marked(text: str) -> list[JsonObject] | None:
+    marks = list(_MARK.finditer(text))
+    # An answer may contain the marks of another style.
+    marks = [mark for mark in marks if _style(mark) == _style(marks[0])]
+    sides = [_SIDES[(mark[1] or mark[2]).lower()] for mark in marks]
+    if "user" not in sides or "assistant" not in sides:
+        return None
+    turns: list[JsonObject] = []
+    if before := text[: marks[0].start()].strip():
+        turns.append(_turn("system", before))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    for mark, side, end in zip(marks, sides, ends, strict=True):
+        said = text[mark.end() : end].strip()
+        for token in _ENDS:
+            said = said.removesuffix(token).strip()
+        if side == "input" and turns:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{said}".strip()
+        elif side == "assistant" and said.startswith("<functioncall>"):
+            turns.append(_turn("function_call", said))
+        else:
+            turns.append(_turn(side, said))
+    return turns
+
+
+def _style(mark: re.Match[str]) -> tuple[bool, bool]:
+    return mark[1] is not None, (mark[1] or mark[2]).isupper()
+
+
+def _turn(role: str, content: str) -> JsonObject:
+    return {"role": role, "content": content.strip()}

@@ -1,0 +1,247 @@
+"""Shapes of records: each row of the tables in docs/chat-files.md, and keys that are read, used or named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune.chats import Chat, Message
+from kolotune.chats.chat import called_function, trained_answers
+from kolotune.chats.reading.files import ReadChat, read_chat
+from kolotune.chats.reading.reading_options import ReadingOptions
+from kolotune.chats.reading.record_keys import RecordPart
+from kolotune.chats.reading.records import parsed_record
+
+DOC = Path(__file__).parents[4] / "docs" / "chat-files.md"
+OPTIONS = ReadingOptions()
+LETTERS = {"system": "S", "user": "U", "assistant": "A", "tool": "T"}
+
+
+def rows(*heads: str) -> Iterator[list[str]]:
+    """Yield the cells of the rows of each table whose head has these columns."""
+    is_wanted = False
+    for line in DOC.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")]
+        if not line.startswith("|"):
+            is_wanted = False
+        elif cells == list(heads):
+            is_wanted = True
+        elif is_wanted and not line.startswith("|---"):
+            yield [cell.replace("\0", "|") for cell in cells]
+
+
+def read(record: Any, options: ReadingOptions = OPTIONS) -> ReadChat:
+    data = record if isinstance(record, str) else json.dumps(record)
+    return read_chat(Path("chats.jsonl"), parsed_record(1, data.encode()), options)
+
+
+def shown(chat: Chat | None) -> str:
+    """Return a chat as the tables write it."""
+    assert chat is not None
+    offered = [f"{called_function(tool)['name']} offered" for tool in chat.tools]
+    return " · ".join([*offered, *map(turn_shown, chat.messages)])
+
+
+def turn_shown(message: Message) -> str:
+    thought = f"({message.reasoning})" if message.reasoning else ""
+    functions = map(called_function, message.tool_calls)
+    calls = [f"{each['name']}{json.dumps(each['arguments'])}" for each in functions]
+    content = message.content.replace("\n", "\\n")
+    return " ".join([f"{LETTERS[message.role]}{thought}", *([content] if content else []), *calls])
+
+
+@pytest.mark.parametrize(("name", "record", "chat"), rows("as in", "record", "chat"))
+def test_shapes(name: str, record: str, chat: str) -> None:
+    result = read(record.strip("`"))
+    assert result.problems == (), name
+    assert shown(result.chat) == chat
+
+
+def test_the_tables_are_read() -> None:
+    assert len(list(rows("as in", "record", "chat"))) > 55
+    assert len(list(rows("says", "record", "trained answers"))) == 12
+    assert len(list(rows("record", "without", "with `--fix-turns`"))) == 6
+
+
+@pytest.mark.parametrize(("name", "record", "answers"), rows("says", "record", "trained answers"))
+def test_what_its_author_says_is_trained_on(name: str, record: str, answers: str) -> None:
+    result = read(record.strip("`"))
+    assert result.problems == (), name
+    trained = [result.chat.messages[number].content for number in trained_answers(result.chat)] if result.chat else []
+    assert trained == ([] if answers == "none: left out" else [answers])
+
+
+@pytest.mark.parametrize(("turns", "kind", "fixed"), rows("record", "without", "with `--fix-turns`"))
+def test_fixed_orders(turns: str, kind: str, fixed: str) -> None:
+    record = {"messages": json.loads(turns.strip("`"))}
+    assert [problem.kind for problem in read(record).problems] == [kind]
+    result = read(record, ReadingOptions(fixes_turns=True))
+    assert shown(result.chat) == fixed
+    assert len(result.fixes) == 1
+
+
+# Keys
+
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("record", "unread", "differs"),
+    [
+        ({"messages": [Q, A]}, (), False),
+        ({"messages": [Q, A], "id": 3, "Source": "x"}, ("id", "Source"), False),
+        ({"messages": [Q, A], "notes": "x", "id": 3}, ("notes", "id"), True),
+        ({"messages": [Q, A], "notes": "", "more": None, "list": []}, (), False),
+        ({"messages": [{**Q, "name": "ann"}, A]}, ("turns: name",), True),
+        ({"messages": [Q, {**A, "feedback": {"good": True}}]}, ("turns: feedback",), True),
+        ({"messages": [Q, {**A, "value": "another"}]}, ("turns: value",), True),
+        ({"question": "q", "answer": "a", "passage": "p"}, ("passage",), True),
+        ({"messages": [Q, A], "prompt": "q", "prompt_id": "1"}, ("prompt_id",), False),
+        ({"messages": [Q, A], "prompt": "another"}, ("prompt",), True),
+        ({"problem": "q", "solution": "a", "answer": "42"}, ("answer",), True),
+        ({"instruction": "q", "output": "a", "context": "c", "text": "### Instruction: q"}, ("text",), True),
+        ({"Question": "q", "question": "r", "answer": "a"}, ("question",), True),
+    ],
+)
+def test_keys_that_are_not_read_are_named(record: Any, unread: tuple[str, ...], differs: bool) -> None:
+    result = read(record)
+    assert result.chat is not None
+    assert result.unread == unread
+    assert bool(result.unread_hash) is differs
+
+
+def options(mapping: dict[str, RecordPart], *ignored: str) -> ReadingOptions:
+    return ReadingOptions(tuple(mapping.items()), ignored)
+
+
+@pytest.mark.parametrize(
+    ("record", "mapping", "chat"),
+    [
+        ({"frage": "q", "antwort": "a"}, {"frage": RecordPart.QUESTION, "antwort": RecordPart.ANSWER}, "U q · A a"),
+        ({"question": "q", "answer": "a", "schema": "s"}, {"schema": RecordPart.CONTEXT}, "U q\\n\\ns · A a"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"chosen": RecordPart.ANSWER}, "U q · A a"),
+        ({"chosen": [Q, A], "rejected": [Q]}, {"chosen": RecordPart.TURNS}, "U q · A a"),
+        ({"chosen": "Human: q\n\nAssistant: a"}, {"chosen": RecordPart.TURNS}, "U q · A a"),
+        ({"messages": [Q, A], "persona": "s"}, {"persona": RecordPart.SYSTEM}, "S s · U q · A a"),
+        ({"problem": "q", "solution": "b", "answer": "a"}, {"answer": RecordPart.ANSWER}, "U q · A a"),
+        ({"question": "q", "answer": "a", "why": "t"}, {"why": RecordPart.REASONING}, "U q · A(t) a"),
+        (
+            {"question": "q", "answer": "a", "b": "1", "c": "2"},
+            {"b": RecordPart.CONTEXT, "c": RecordPart.CONTEXT},
+            "U q\\n\\n1\\n\\n2 · A a",
+        ),
+    ],
+)
+def test_mapped_keys(record: Any, mapping: dict[str, RecordPart], chat: str) -> None:
+    assert shown(read(record, options(mapping)).chat) == chat
+
+
+def test_ignored_keys_are_neither_read_nor_named() -> None:
+    record = {"messages": [Q, {**A, "weight": 0.5, "note": "x"}], "system": "s", "other": "x"}
+    result = read(record, options({}, "system", "other", "weight", "note"))
+    assert shown(result.chat) == "U q · A a"
+    assert result.unread == () and result.unread_hash == 0
+
+
+@pytest.mark.parametrize("media", ["image", "images", "audio", "videos"])
+def test_media_are_refused_unless_they_are_ignored(media: str) -> None:
+    record = {"messages": [Q, A], media: ["x.png"]}
+    assert [problem.kind for problem in read(record).problems] == ["unsupported-content"]
+    assert read(record, options({}, media)).chat is not None
+    assert read({**record, media: None}).chat is not None
+
+
+# Loss
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "loss_mask", "train", "training", "trainable", "loss_weight"])
+@pytest.mark.parametrize(
+    ("value", "trained"),
+    [(0, False), (0.0, False), ("0", False), (False, False), ("False", False), (1, True), ("1.0", True), (True, True)],
+)
+def test_every_spelling_of_a_flag(key: str, value: Any, trained: bool) -> None:
+    chat = read({"messages": [Q, {**A, key: value}, Q, A]}).chat
+    assert chat is not None
+    assert trained_answers(chat) == ([1, 3] if trained else [3])
+
+
+@pytest.mark.parametrize("value", [0.5, 2, -1, "half", [1], {"a": 1}])
+def test_a_weight_between_is_refused(value: Any) -> None:
+    assert [problem.kind for problem in read({"messages": [Q, {**A, "weight": value}]}).problems] == ["not-supported"]
+    assert read({"messages": [{**Q, "weight": value}, A]}).chat is not None
+
+
+def test_lists_of_another_length_are_refused() -> None:
+    assert [problem.kind for problem in read({"messages": [Q, A], "loss_mask": [1]}).problems] == ["not-supported"]
+
+
+def test_a_chat_without_a_trained_answer_is_left_out() -> None:
+    result = read({"messages": [Q, {**A, "weight": 0}]})
+    assert result.chat is None and result.problems == ()
+
+
+def test_flags_take_part_in_what_a_chat_is() -> None:
+    plain, masked = (read({"messages": [Q, {**A, "weight": weight}, Q, A]}).chat for weight in (1, 0))
+    assert plain is not None and masked is not None
+    assert plain.content_hash() != masked.content_hash()
+
+
+# Calls
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", "", None, "null", " "])
+def test_calls_without_arguments(arguments: Any) -> None:
+    calls = [
+        {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        {"function_call": {"name": "f", "arguments": arguments}},
+        {"tool_calls": [{"name": "f", "arguments": arguments}]},
+    ]
+    for call in calls:
+        assert shown(read({"messages": [Q, {"role": "assistant", **call}]}).chat) == "U q · A f{}"
+    chat = read({"messages": [Q, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}).chat
+    assert shown(chat) == "U q · A f{}"
+
+
+def test_nulls_in_arguments_of_json_stay() -> None:
+    call = {"function": {"name": "f", "arguments": '{"x": null}'}}
+    chat = read({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}).chat
+    assert shown(chat) == 'U q · A f{"x": null}'
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "f", "args": {"x": 1}},
+        {"name": "f", "input": {"x": 1}},
+        {"name": "f", "parameters": '{"x": 1}'},
+        {"tool_name": "f", "tool_input": {"x": 1}},
+        {"function": "f", "arguments": {"x": 1}},
+        '{"name": "f", "arguments": {"x": 1}}',
+    ],
+)
+def test_flat_calls(call: Any) -> None:
+    assert shown(read({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}).chat) == 'U q · A f{"x": 1}'
+
+
+@pytest.mark.parametrize("key", ["thinking", "thought", "thoughts", "reasoning", "reasoning_content", "cot", "think"])
+def test_thoughts_under_every_key(key: str) -> None:
+    assert shown(read({"messages": [Q, {**A, key: "t"}]}).chat) == "U q · A(t) a"
+    assert shown(read({"question": "q", "answer": "a", key: "t"}).chat) == "U q · A(t) a"
+
+
+@pytest.mark.parametrize("user", ["Human", "USER", "human", "prompter"])
+@pytest.mark.parametrize("assistant", ["Assistant", "GPT", "model", "bot", "ChatGPT", "ai"])
+def test_roles_in_any_case(user: str, assistant: str) -> None:
+    turns = [{"from": user, "value": "q"}, {"from": assistant, "value": "a"}]
+    assert shown(read({"conversations": turns}).chat) == "U q · A a"
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "observation", "tool_response", "tool_result", "ipython"])
+def test_results_of_tools(role: str) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    assert shown(read({"messages": [Q, call, {"role": role, "content": "r"}, A]}).chat) == "U q · A f{} · T r · A a"
