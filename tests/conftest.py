@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def _configs() -> dict[str, Callable[..., Any]]:
 def tiny_model() -> Callable[..., Any]:
     """Return a function that makes a random model of 2 layers.
 
-    It is called as ``tiny_model(kind, folder, seed=…, dtype=…, shard=…, **config)``.
+    It is called as ``tiny_model(kind, folder, seed=…, dtype=…, shard=…, **config)``; kind: a model type of
+    transformers.
     """
 
     def make(
@@ -121,7 +123,8 @@ def tiny_model() -> Callable[..., Any]:
         if kind == "mistral":
             shape |= {"sliding_window": None}
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(_configs()[kind](**{**shape, **more}))
+        make_config = _configs().get(kind) or partial(transformers.AutoConfig.for_model, kind)
+        model = transformers.AutoModelForCausalLM.from_config(make_config(**{**shape, **more}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name or name.endswith("bias"):  # otherwise all ones and zeros: nothing to get wrong

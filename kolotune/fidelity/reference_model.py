@@ -70,14 +70,27 @@ class _AdaptedModel:
         """Change a weight in place by the adapter's entry `key`, if it has one."""
         if key in adapter.replaced:
             weight.copy_(torch.from_numpy(np.ascontiguousarray(adapter.replaced[key])))
+        if key in adapter.added:
+            weight.add_(torch.from_numpy(adapter.added[key]))
+        if key in adapter.experts:
+            experts = adapter.experts[key]
+            update = torch.from_numpy(np.ascontiguousarray(experts.b)) @ torch.from_numpy(experts.a) * experts.scale
+            if update.shape != weight.shape:
+                update = update.transpose(1, 2)
+            weight.add_(update)
         if key in adapter.deltas:
             delta = self._oriented(name, adapter.deltas[key])
+            if delta.initial is not None:
+                raise ArtifactError(f"{name}: the adapter started as a part of it ({delta.initial.value})")
             if delta.shape != tuple(weight.shape):
                 raise ArtifactError(f"the adapter adds {delta.shape} to {name}, which is {tuple(weight.shape)}")
             weight.add_(torch.from_numpy(delta.rows(slice(None))))
             if delta.magnitude is not None:
                 magnitude = torch.from_numpy(delta.magnitude).unsqueeze(0 if delta.transposed else 1)
                 weight.mul_(magnitude / torch.linalg.norm(weight, dim=0 if delta.transposed else 1, keepdim=True))
+        if key in adapter.token_rows:
+            tokens = adapter.token_rows[key]
+            weight[torch.from_numpy(tokens.indices)] = torch.from_numpy(np.ascontiguousarray(tokens.values))
 
 
 class WholeModel(_AdaptedModel):
@@ -114,7 +127,7 @@ class WholeModel(_AdaptedModel):
         if head is not None and head.weight is embedding.weight and _unties(adapter):
             head.weight = nn.Parameter(head.weight.detach().clone())
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for key in {**adapter.replaced, **adapter.deltas}:
+        for key in adapter.changed:
             name = _parameter_of(key, parameters)
             self._add_to(parameters[name], adapter, name, key)
 
@@ -185,7 +198,7 @@ class LayeredModel(_AdaptedModel):
         """Add an adapter to the weights whenever they are read; see `WholeModel.add`."""
         self._adapter = read_adapter(folder)
         names = {name: None for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        for key in {**self._adapter.replaced, **self._adapter.deltas}:
+        for key in self._adapter.changed:
             _parameter_of(key, names)
 
     @torch.no_grad()

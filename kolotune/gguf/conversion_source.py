@@ -98,7 +98,7 @@ def expected_skeleton(context: Context, *, is_prepared: bool = True) -> tuple[Mo
     folder = source_folder(context)
     if context.source is not None and folder == context.source:
         return read_skeleton(folder), exact_type(MappedTensors(weight_files(folder)).entries)
-    model = MergedModel(None, context.base, context.config.merge_dtype)
+    model = MergedModel(context.source, context.base, context.config.merge_dtype)
     companions: dict[str, Path | str]
     if context.source is not None:
         companions = {**companion_files(context.base, _tokenizer(context))}

@@ -118,6 +118,7 @@ def convert_adapter(
     """
     toolchain, hasher = llamacpp.ensure(reporter), hasher or Hasher()
     model = MergedModel(adapter, base, dtype)
+    model.check_tokenizer(tokenizer)
 
     def write(partial: Path) -> JsonObject:
         entries = {entry.name: entry for entry in model.entries}

@@ -11,7 +11,6 @@ from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.stage import Context
-from kolotune.weights.adapter import read_adapter
 from kolotune.weights.merge import MergedModel, companion_files, tokenizer_folder
 from kolotune.weights.shards import split_into_shards, write_shards
 from kolotune.weights.weight_files import weight_files
@@ -41,11 +40,13 @@ def packages() -> Sequence[str]:
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
-    """Check that the base model's weights can be read, and that an adapter made elsewhere can be merged."""
+    """Check that the base model's weights can be read, and that an adapter made elsewhere can be merged into them."""
     del reporter
     weight_files(context.base)
     if context.source is not None:
-        read_adapter(context.source)
+        MergedModel(context.source, context.base, context.config.merge_dtype).check_tokenizer(
+            _tokenizer_folder(context)
+        )
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
@@ -102,6 +103,7 @@ def merge_adapter(
         ArtifactError, ModelError: the adapter does not belong to the base model, or a file is damaged.
     """
     model = MergedModel(adapter_folder, base, dtype)
+    model.check_tokenizer(tokenizer)
     model.write(lambda: write_shards(target, split_into_shards(model.entries), model.blocks, hasher), reporter)
     (target / "config.json").write_text(model.config_text(), encoding="utf-8", newline="")
     for name, source in companion_files(base, tokenizer).items():

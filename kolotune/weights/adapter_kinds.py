@@ -8,6 +8,8 @@ from enum import Enum
 
 from kolotune.foundation.typed_storage import JsonObject
 
+from .initial_matrices import Initial
+
 
 class Instead(Enum):
     """What to do with an adapter that can't be merged here."""
@@ -104,9 +106,9 @@ _BASE_CHANGING = {
     "corda": Refusal("CorDA", Instead.INITIAL),
     "lora_ga": Refusal("LoRA-GA", Instead.INITIAL),
     "loftq": Refusal("LoftQ"),
-    "pissa": Refusal("PiSSA", Instead.INITIAL),
-    "olora": Refusal("OLoRA", Instead.INITIAL),
+    "pissa": Refusal("PiSSA by fast decomposition, which starts from random numbers", Instead.INITIAL),
 }
+_REPEATABLE = {"pissa": Initial.PISSA, "olora": Initial.OLORA}
 _HARMLESS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 _OTHER_TASKS = {
     "SEQ_CLS": "a classifier",
@@ -127,13 +129,19 @@ def refused_variant(values: JsonObject) -> Refusal | None:
 def refused_initialisation(value: object) -> Refusal | None:
     """Return the refusal for an ``init_lora_weights`` that takes something out of the base model's weights.
 
-    An unknown value is refused by its own name, since nobody knows what it did to the base.
+    What is taken out can be computed again for some; see `initial_matrices`. An unknown value is refused by its own
+    name, since nobody knows what it did to the base.
     """
     name = str(value).lower()
-    if name in _HARMLESS:
+    if name in _HARMLESS or name in _REPEATABLE:
         return None
     known = next((refusal for prefix, refusal in _BASE_CHANGING.items() if name.startswith(prefix)), None)
     return known or Refusal(f"the initialisation {str(value)[:40]!r}")
+
+
+def initial_matrices(value: object) -> Initial | None:
+    """Return what an ``init_lora_weights`` takes out of the base model's weights, where that can be computed again."""
+    return _REPEATABLE.get(str(value).lower())
 
 
 def other_task(values: JsonObject) -> str:

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Iterator, Set
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES
-from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.errors import ArtifactError, ModelError
 from kolotune.foundation.ordered_tasks import run_in_order
 from kolotune.foundation.reporter import Reporter
+from kolotune.foundation.typed_storage import JsonObject
 
 from .adapter import LoraAdapter, read_adapter
+from .adapter_changes import check_changes, stored_changes
 from .adapter_config import AdapterConfig
+from .adapter_kinds import Instead
 from .dtypes import FLOATS, as_f32, from_f32
-from .lora_delta import Delta
+from .lora_delta import Delta, ExpertDelta
 from .mapped_tensors import MappedTensors, row_blocks
 from .model_config import read_model_config
 from .safetensors_header import Entry
+from .stored_names import StoredNames
+from .vocabulary import check_sizes, find_vocabulary, token_count
 from .weight_files import weight_files
 
 if TYPE_CHECKING:
     import numpy as np
 
 T = TypeVar("T")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _STORED_AS = {"f16": "F16", "bf16": "BF16", "fp32": "F32"}
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _LARGEST_F16 = 65504.0
-_NO_ADAPTER = LoraAdapter(AdapterConfig(rank=1), {}, {})
+_NO_ADAPTER = LoraAdapter(AdapterConfig(rank=1))
 
 
 class _OutOfRange(Exception):
@@ -62,55 +63,72 @@ class MergedModel:
         self._base = MappedTensors(weight_files(base))
         self._dtype = dtype
         self._config = read_model_config(base)
-        names = self._base.entries
-        self._deltas = {_base_name(name, names): self._oriented(delta, name) for name, delta in adapter.deltas.items()}
-        self._replaced = {_base_name(name, names): weight for name, weight in adapter.replaced.items()}
-        self.adapted = len(adapter.deltas)
+        self._vocabulary = find_vocabulary(self._base.entries, self._config)
+        self._changes = stored_changes(adapter, StoredNames(base, self._base.entries), self._shapes(), self._config)
+        self._deltas, self._replaced = self._changes.deltas, self._changes.replaced
+        self.adapted = len(adapter.deltas) + len(adapter.experts)
         self.stored_wider: list[str] = []
-        self._unties = _HEAD not in names and _changes_one_of_two(adapter, {*self._deltas, *self._replaced})
-        self._prepared: tuple[str, Delta] | None = None
+        self._unties = self._vocabulary.is_untied_by(adapter.config, self._deltas, self._replaced)
+        if self._unties:
+            self._changes.share_new_tokens(self._vocabulary, self._shapes())
+        elif self._vocabulary.is_tied:
+            self._changes.tie(self._vocabulary)
+        self._prepared: tuple[str, Delta | ExpertDelta] | None = None
         self._preparing = Lock()
         self._check()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._base.entries.items()}
 
     def _check(self) -> None:
         """Check that the adapter belongs to the base."""
         shapes = {entry.name: entry.shape for entry in self.entries}
-        hint = "Give the base model that the adapter was trained on (--base)."
-        for name in (*self._deltas, *self._replaced):
-            if name not in shapes:
-                raise ArtifactError(f"the adapter changes {name}, which the base model does not have", hint)
-        for name, delta in self._deltas.items():
-            if delta.shape != shapes[name]:
-                cause = f"the adapter does not belong to this base model: it adds {delta.shape} to a weight of"
-                raise ArtifactError(f"{cause} {shapes[name]}", hint)
-        for name, weight in self._replaced.items():
-            if weight.shape != shapes[name]:
-                raise ArtifactError(f"{name}: the adapter has {weight.shape}, the base model {shapes[name]}", hint)
+        check_changes(self._changes, shapes, self._shapes(), self._vocabulary)
+        check_sizes({name: shape[0] for name, shape in shapes.items() if shape}, self._vocabulary)
+        head = self._deltas.get(self._vocabulary.head)
+        if self._unties and isinstance(head, Delta) and head.initial is not None:
+            raise ModelError(
+                "the adapter's update of a tied head started as a part of it, which the embedding lost, too",
+                Instead.INITIAL.value,
+            )
 
-    def _oriented(self, delta: Delta, name: str) -> Delta:
-        """GPT-2 stores all weights but its head as [in, out]; the adapter's config has the flag of its last module."""
-        if self._config.model_type != "gpt2" or name.endswith((".wte.weight", ".wpe.weight")):
-            return delta
-        return replace(delta, transposed=_CONV1D.search(name) is not None)
+    def check_tokenizer(self, folder: Path) -> None:
+        """Check that there is an embedding for every token of a tokenizer.
+
+        Raises:
+            ArtifactError: there is not.
+        """
+        embedding = next((entry for entry in self.entries if entry.name == self._vocabulary.embedding), None)
+        tokens = token_count(folder)
+        if embedding is not None and tokens > embedding.rows:
+            raise ArtifactError(
+                f"{folder}: its tokenizer has {tokens} tokens, the model embeddings of {embedding.rows}",
+                "Save the adapter again with save_pretrained(…, save_embedding_layers=True).",
+            )
 
     @property
     def entries(self) -> list[Entry]:
         """Every tensor as it is stored, in the order of the base."""
         entries = []
         for name, entry in self._base.entries.items():
-            if self._unties and name == _EMBEDDING:
-                entries.append(self._stored(_HEAD, entry))
+            if self._unties and name == self._vocabulary.embedding and not self._vocabulary.is_stored_twice:
+                entries.append(self._stored(self._vocabulary.head, entry))
             entries.append(self._stored(name, entry))
+            bias = f"{name.removesuffix('weight')}bias"
+            if bias in self._changes.new_biases:
+                entries.append(self._stored(bias, Entry(bias, entry.dtype, self._changes.new_biases[bias])))
         return entries
 
     def _stored(self, name: str, source: Entry) -> Entry:
-        dtype = source.dtype
+        dtype, shape = source.dtype, source.shape
         if dtype in FLOATS:
-            unchanged = dtype == "BF16" and name not in self._deltas and name not in self._replaced
+            unchanged = dtype == "BF16" and name not in self._changes
             dtype = _STORED_AS[self._dtype]
             if name in self.stored_wider:
                 dtype = "BF16" if unchanged else "F32"
-        return Entry(name, dtype, source.shape)
+        if name in self._replaced:
+            shape = self._replaced[name].shape
+        return Entry(name, dtype, shape)
 
     def config_text(self) -> str:
         """Return the base's config with the dtype that the model is to be computed in.
@@ -125,10 +143,22 @@ class MergedModel:
                 config[key] = arithmetic
         text = config.get("text_config")
         if isinstance(text, dict):
-            config["text_config"] = {key: value for key, value in text.items() if key not in _DTYPE_KEYS}
+            section = {key: value for key, value in text.items() if key not in _DTYPE_KEYS}
+            config["text_config"] = section | self._vocabulary_settings(section)
+        config |= self._changes.settings | self._vocabulary_settings(config)
         if self._unties:
             config["tie_word_embeddings"] = False
         return json.dumps(config, indent=2) + "\n"
+
+    def _vocabulary_settings(self, section: JsonObject) -> JsonObject:
+        """Return the settings of a section of the config that the adapter changes."""
+        settings: JsonObject = {}
+        if self._unties and "tie_word_embeddings" in section:
+            settings["tie_word_embeddings"] = False
+        embedding = self._replaced.get(self._vocabulary.embedding)
+        if embedding is not None and "vocab_size" in section:
+            settings["vocab_size"] = len(embedding)
+        return settings
 
     def write(self, write: Callable[[], T], reporter: Reporter) -> T:
         """Call a function that reads all `blocks`; call it again when a weight did not fit f16.
@@ -136,6 +166,9 @@ class MergedModel:
         Raises:
             ArtifactError: a merged weight is not finite.
         """
+        started = [delta.initial for delta in self._deltas.values() if isinstance(delta, Delta) and delta.initial]
+        if started:
+            reporter.note(f"computing again what {len(started)} weights were reduced by: {started[0].value}")
         try:
             return write()
         except _OutOfRange:
@@ -163,7 +196,9 @@ class MergedModel:
         import numpy as np
 
         name = entry.name
-        source = name if name in self._base.entries else _EMBEDDING
+        source = name if name in self._base.entries else self._vocabulary.embedding
+        if name in self._changes.new_biases:
+            return from_f32(self._changes.bias(name)[rows], entry.dtype)
         stored = self._base.entries[source].dtype
         block = _rows(self._base[source], rows)
         if entry.dtype not in FLOATS:
@@ -173,26 +208,29 @@ class MergedModel:
             # PEFT saves an adapted embedding or head whole beside its adapter; the two are added.
             values = as_f32(block, stored) if whole is None else _rows(whole, rows)
             if delta is not None:
-                values = self._measured(name, delta, source).added_to(values, rows)
+                values = self._completed(name, delta, source).added_to(values, rows)
+            values = self._changes.with_vectors(name, values, rows)
             largest = max(abs(float(values.max())), abs(float(values.min()))) if values.size else 0.0
         if not np.isfinite(largest):
             raise ArtifactError(f"{name}: a merged weight is not finite", "Train again with a lower --learning-rate.")
         if entry.dtype == "F16" and largest > _LARGEST_F16:
             raise _OutOfRange
-        return block if stored == entry.dtype and delta is None and whole is None else from_f32(values, entry.dtype)
+        return block if stored == entry.dtype and name not in self._changes else from_f32(values, entry.dtype)
 
-    def _measured(self, name: str, delta: Delta, source: str) -> Delta:
+    def _completed(self, name: str, delta: Delta | ExpertDelta, source: str) -> Delta | ExpertDelta:
         """Return a weight's update with all that has to be known of the whole weight; the newest one is kept."""
-        if delta.magnitude is None or not delta.transposed:
+        if isinstance(delta, ExpertDelta) or delta.is_complete:
             return delta
         with self._preparing:
             if self._prepared is None or self._prepared[0] != name:
-                self._prepared = (name, delta.measured(self._base_rows(name, source)))
+                self._prepared = (name, delta.completed(partial(self._base_rows, name, source)))
             return self._prepared[1]
 
     def _base_rows(self, name: str, source: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the values, fp32, of all rows that the update of a weight is added to."""
         entry, whole = self._base.entries[source], self._replaced.get(name)
+        if whole is not None:
+            entry = Entry(name, "F32", whole.shape)
         for rows in row_blocks(entry):
             yield rows, as_f32(self._base[source][rows], entry.dtype) if whole is None else whole[rows]
 
@@ -214,13 +252,3 @@ def companion_files(base: Path, tokenizer: Path) -> dict[str, Path]:
 def tokenizer_folder(adapter: Path, base: Path) -> Path:
     """Return the adapter's folder if it has a tokenizer, else the base's."""
     return adapter if (adapter / "tokenizer_config.json").is_file() and (adapter / "tokenizer.json").is_file() else base
-
-
-def _changes_one_of_two(adapter: LoraAdapter, changed: Set[str]) -> bool:
-    """Whether the adapter makes tied embedding and head differ: PEFT changes only the one that it names."""
-    return _HEAD in changed or (_EMBEDDING in changed and not adapter.config.ties_weights)
-
-
-def _base_name(name: str, names: Collection[str]) -> str:
-    """Return the base's name of an adapted weight; some bases are saved without the outer module's name."""
-    return next((each for each in (name, name.removeprefix("model."), f"model.{name}") if each in names), name)

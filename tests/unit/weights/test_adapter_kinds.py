@@ -50,10 +50,7 @@ def test_where_peft_is_named_it_can_merge() -> None:
 @pytest.mark.parametrize(
     ("initialisation", "name", "words"),
     [
-        ("pissa", "PiSSA", "path_initial_model_for_weight_conversion"),
         ("pissa_niter_16", "PiSSA", "path_initial_model_for_weight_conversion"),
-        ("olora", "OLoRA", "path_initial_model_for_weight_conversion"),
-        ("OLoRA", "OLoRA", "path_initial_model_for_weight_conversion"),
         ("corda", "CorDA", "path_initial_model_for_weight_conversion"),
         ("lora_ga", "LoRA-GA", "path_initial_model_for_weight_conversion"),
         ("loftq", "LoftQ", "merge_and_unload"),
@@ -65,8 +62,10 @@ def test_an_initialisation_that_changes_the_base(initialisation: str, name: str,
     assert name in error.cause and words in error.hint
 
 
-@pytest.mark.parametrize("initialisation", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
-def test_an_initialisation_that_leaves_the_base_alone(initialisation: Any) -> None:
+@pytest.mark.parametrize(
+    "initialisation", [True, False, None, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora"]
+)
+def test_an_initialisation_that_leaves_the_base_alone_or_can_be_computed_again(initialisation: Any) -> None:
     assert refused_initialisation(initialisation) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,26 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from kolotune.foundation.errors import ArtifactError, ModelError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import merge
+from kolotune.weights.merge import MergedModel, tokenizer_folder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-4
+EXPERTS = {
+    "hidden_size": 32, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}  # fmt: skip
+DEEPSEEK = {
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SMALL = {"initializer_range": 0.08}  # PEFT's own decomposition, in fp32, is only so exact
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,95 @@ KINDS = {
     "DoRA with a trained head": Kind(
         "llama", {"target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}
     ),
+    "PiSSA": Kind("llama", {"target_modules": LINEAR, "init_lora_weights": "pissa"}, SMALL, is_slow=False),
+    "PiSSA on Conv1D": Kind(
+        "gpt2", {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": "pissa", "fan_in_fan_out": True}, SMALL
+    ),
+    "PiSSA and DoRA": Kind("qwen3", {"target_modules": LINEAR, "init_lora_weights": "pissa", "use_dora": True}, SMALL),
+    "OLoRA": Kind("llama", {"target_modules": LINEAR, "init_lora_weights": "olora"}, is_slow=False),
+    "OLoRA, rank-stabilised": Kind(
+        "qwen2", {"target_modules": LINEAR, "init_lora_weights": "olora", "use_rslora": True}
+    ),
+    "EVA's start": Kind("llama", {"target_modules": LINEAR, "init_lora_weights": "eva"}),
+    "orthogonal": Kind("llama", {"target_modules": LINEAR, "init_lora_weights": "orthogonal"}),
+    "MiCA": Kind("llama", {"target_modules": LINEAR, "init_lora_weights": "mica"}),
+    "Gaussian": Kind("llama", {"target_modules": LINEAR, "init_lora_weights": "gaussian"}),
+    "VeLoRA": Kind("llama", {"target_modules": LINEAR, "velora_config": peft.tuners.lora.config.VeloraConfig()}),
+    "Monte Carlo LoRA": Kind(
+        "llama", {"target_modules": LINEAR, "monteclora_config": peft.tuners.lora.config.MontecloraConfig()}
+    ),
+    "trained tokens": Kind("llama", {"target_modules": LINEAR, "trainable_token_indices": [3, 70, 5]}, is_slow=False),
+    "trained tokens of a tied embedding": Kind(
+        "qwen3",
+        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [90, 1]}},
+        {"tie_word_embeddings": True},
+        is_slow=False,
+    ),
+    "trained tokens of the head": Kind(
+        "llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2, 4], "embed_tokens": [9]}}
+    ),
+    "trained tokens of GPT-2": Kind(
+        "gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [2, 4]}, "fan_in_fan_out": True}
+    ),
+    "biases of LoRA": Kind("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}, is_slow=False),
+    "biases of LoRA on Conv1D": Kind(
+        "gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "fan_in_fan_out": True}
+    ),
+    "biases of LoRA that the base lacks": Kind(
+        "llama", {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}, is_slow=False
+    ),
+    "all biases": Kind("qwen2", {"target_modules": ["q_proj"], "bias": "all"}),
+    "head trained, tied": Kind(
+        "llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"tie_word_embeddings": True}
+    ),
+    "embedding trained, tied": Kind(
+        "llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, {"tie_word_embeddings": True}
+    ),
+    "both trained, tied": Kind(
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"tie_word_embeddings": True},
+    ),
+    "LoRA on GPT-2's tied head": Kind(
+        "gpt2", {"target_modules": ["attn.c_proj", "lm_head"], "fan_in_fan_out": True}, {"tie_word_embeddings": True}
+    ),
+    "LoRA on GPT-2's tied embedding": Kind(
+        "gpt2", {"target_modules": ["wte"], "fan_in_fan_out": True}, {"tie_word_embeddings": True}
+    ),
+    "everything linear of Mixtral": Kind("mixtral", {"target_modules": "all-linear"}, EXPERTS, is_slow=False),
+    "everything linear of Qwen 3 MoE": Kind("qwen3_moe", {"target_modules": "all-linear"}, EXPERTS, is_slow=False),
+    "everything linear of OLMoE": Kind("olmoe", {"target_modules": "all-linear"}, EXPERTS),
+    "everything linear of DeepSeek V3": Kind("deepseek_v3", {"target_modules": "all-linear"}, EXPERTS | DEEPSEEK),
+    "everything linear of Qwen 2 MoE": Kind("qwen2_moe", {"target_modules": "all-linear"}, EXPERTS),
+    "experts and router of PhiMoE": Kind(
+        "phimoe", {"target_modules": ["q_proj"], "target_parameters": [*FUSED, "router.weight"]}, EXPERTS
+    ),
+    "experts stored in one weight": Kind(
+        "gpt_oss", {"target_modules": ["q_proj"], "target_parameters": FUSED}, EXPERTS | {"head_dim": 8}, is_slow=False
+    ),
+    "biases of experts": Kind(
+        "gpt_oss",
+        {"target_modules": [], "target_parameters": [*FUSED, "gate_up_proj_bias", "router.weight"]},
+        EXPERTS | {"head_dim": 8},
+    ),
+    "experts under other names": Kind(
+        "granitemoe", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}, EXPERTS
+    ),
+    "a router under another name": Kind(
+        "granitemoe", {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]}, EXPERTS, is_slow=False
+    ),
+    "half of the experts": Kind("qwen3_moe", {"target_modules": [], "target_parameters": FUSED[1:]}, EXPERTS),
+    "experts, rank-stabilised, ranks and alphas by pattern": Kind(
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": FUSED,
+            "use_rslora": True,
+            "rank_pattern": {"down_proj": 2, "q_proj": 3},
+            "alpha_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 3},
+        },
+        EXPERTS,
+    ),
 }
 
 
@@ -57,11 +160,96 @@ def make_adapter(root: Path, kind: Kind, tiny_model: Callable[..., Any]) -> None
     tiny_model(kind.family, root / "base", **kind.base)
     torch.manual_seed(5)
     adapted = peft.get_peft_model(load(root / "base"), peft.LoraConfig(**{"r": 4, "lora_alpha": 10, **kind.options}))
+    change(adapted)
+    adapted.save_pretrained(root / "adapter")
+
+
+TRAINED_BOTH = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_tied"),
+    [
+        ({"target_modules": ["q_proj"]}, False),
+        pytest.param({"target_modules": ["q_proj"]}, True, marks=pytest.mark.slow),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 99]}, True),
+        pytest.param({"target_modules": ["q_proj"], "trainable_token_indices": [5, 99]}, False, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj", "embed_tokens"]}, True, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj", "lm_head"]}, True, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj"], "modules_to_save": TRAINED_BOTH}, True, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj"], "modules_to_save": TRAINED_BOTH}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_vocabulary_with_new_tokens(
+    options: dict[str, Any], is_tied: bool, tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    tiny_model("llama", tmp_path / "base", tie_word_embeddings=is_tied)
+    torch.manual_seed(5)
+    adapted = peft.get_peft_model(resized(tmp_path / "base"), peft.LoraConfig(r=4, lora_alpha=10, **options))
+    change(adapted)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    expected = peft.PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "adapter").eval()
+    merged = load(tmp_path / "merged")
+    assert merged.config.vocab_size == 104 == len(merged.get_output_embeddings().weight)
+    ids = torch.arange(104)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected(ids).logits, atol=TOLERANCE, rtol=0)
+
+
+def test_new_tokens_without_their_embeddings(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    """PEFT leaves the embeddings out when it can't find the base's config."""
+    make_adapter(tmp_path, KINDS["plain"], tiny_model)
+    tokens = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 95}}, "added_tokens": [{"id": 96, "content": "<new>"}]}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "adapter" / name).write_text(json.dumps(tokens), encoding="utf-8")
+    assert tokenizer_folder(tmp_path / "adapter", tmp_path / "base") == tmp_path / "adapter"
+    model = MergedModel(tmp_path / "adapter", tmp_path / "base", "fp32")
+    with pytest.raises(ArtifactError, match="97 tokens, the model embeddings of 96") as caught:
+        model.check_tokenizer(tmp_path / "adapter")
+    assert "save_embedding_layers" in caught.value.hint
+
+
+def test_only_one_of_embedding_and_head_has_new_tokens(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    make_adapter(tmp_path, KINDS["plain"], tiny_model)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": torch.randn(104, 64)}, file)
+    with pytest.raises(ArtifactError, match="has not both") as caught:
+        MergedModel(tmp_path / "adapter", tmp_path / "base", "fp32")
+    assert "save_embedding_layers" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options", "words"),
+    [
+        ("a bias that has no place", "qwen3", {"target_modules": ["q_proj"], "lora_bias": True}, "no place for a bias"),
+        ("OLoRA on Conv1D", "gpt2", {"target_modules": ["attn.c_proj"], "init_lora_weights": "olora"}, "OLoRA"),
+        ("PiSSA on a tied head", "llama", {"target_modules": ["lm_head"], "init_lora_weights": "pissa"}, "tied head"),
+    ],
+)
+def test_what_has_no_merged_form(
+    name: str, family: str, options: dict[str, Any], words: str, tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    del name
+    make_adapter(tmp_path, Kind(family, options, {"tie_word_embeddings": True}), tiny_model)
+    with pytest.raises(ModelError) as caught:
+        MergedModel(tmp_path / "adapter", tmp_path / "base", "fp32")
+    assert words in f"{caught.value.cause} {caught.value.hint}"
+
+
+def resized(base: Path) -> Any:
+    """Return the model with 8 more tokens, whose embeddings the adapter has."""
+    model = load(base)
+    model.resize_token_embeddings(104, mean_resizing=False)
+    return model
+
+
+def change(adapted: Any) -> None:
+    """Change every trained weight a little."""
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    adapted.save_pretrained(root / "adapter")
 
 
 def load(folder: Path) -> Any:
