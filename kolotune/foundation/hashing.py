@@ -64,7 +64,7 @@ class Hasher:
     def replacing(self, target: Path) -> Iterator[Path]:
         """Replace a file or folder as `files.replacing` does, and keep the digests of what was written in the block.
 
-        In the block, `create` and `flush` note digests.
+        In the block, `create`, `flush` and `note` keep digests.
         """
         try:
             with replacing(target) as temporary:
@@ -84,7 +84,11 @@ class Hasher:
         """Create a file that is hashed, and flushed to disk, while it is written from start to end."""
         with HashedFile(path) as file:
             yield file
-        self._written[_identity(path.stat())] = file.digest
+        self.note(path, file.digest)
+
+    def note(self, path: Path, digest: str) -> None:
+        """Keep the digest of a file that another process hashed while it wrote it."""
+        self._written[_identity(path.stat())] = digest
 
     def flush(self, path: Path) -> None:
         """Flush a file that another program wrote to disk, and hash it meanwhile."""
@@ -92,7 +96,7 @@ class Hasher:
             flushed = pool.submit(flush, path)
             digest = hash_file(path)
             flushed.result()
-        self._written[_identity(path.stat())] = digest
+        self.note(path, digest)
 
     def save(self) -> None:
         """Keep the hashes for the next process. Not being able to is no failure."""

@@ -6,11 +6,10 @@ Quantizers spend their precision where the inputs are large. The file is a GGUF 
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ArtifactError
 
@@ -102,22 +101,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 means[weight] = np.ascontiguousarray(mean.reshape(-1), np.float32)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ArtifactError(f"{path}: not an importance matrix: {error}") from None
+    if not all(np.isfinite(mean).all() for mean in means.values()):
+        raise ArtifactError(f"{path}: not an importance matrix: a number is not finite")
     if not means:
         raise ArtifactError(f"{path}: not an importance matrix: it has no sums")
     return means
-
-
-def as_parameter(means: Mapping[str, np.ndarray]) -> Any:
-    """Return means as llama.cpp's quantizer takes them: an array that ends with an entry without a name.
-
-    The array points into `means`, which must live as long as it.
-    """
-    import llama_cpp
-
-    kind: Any = llama_cpp.llama_model_imatrix_data
-    numbers = ctypes.POINTER(ctypes.c_float)
-    entries = [kind(name.encode(), mean.ctypes.data_as(numbers), mean.size) for name, mean in means.items()]
-    return (kind * (len(entries) + 1))(*entries, kind(None, None, 0))
 
 
 def chosen_sequences(offsets: Sequence[int]) -> list[int]:

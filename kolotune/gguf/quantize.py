@@ -61,14 +61,17 @@ def quantize_file(
     """
     toolchain, hasher = llamacpp.ensure(reporter), hasher or Hasher()
     with hasher.replacing(target) as partial:
+        digests: list[str] = []
         files = [str(source.absolute()), str(partial.absolute())]
         matrix_file = [] if matrix is None else [str(matrix.absolute())]
         if toolchain.quantizer is not None:
             options = ["--imatrix", *matrix_file] if matrix_file else []
             code = local.run([str(toolchain.quantizer), *options, *files, name], log=log)
         else:
-            arguments = (*files, name, *matrix_file)
-            code = child_process.run("kolotune.gguf.quantizer", *arguments, log=log, otherwise=ToolchainError)
+            code = child_process.run(
+                "kolotune.gguf.quantizer", *files, name, *matrix_file, log=log, otherwise=ToolchainError,
+                on_event=lambda _, fields: digests.append(str(fields["sha256"])),
+            )  # fmt: skip
         if code != 0 or not partial.is_file():
             raise ToolchainError(f"quantizing to {name} failed: {local.last_lines(log)}", f"The log is {log}.")
         summary = header.read(partial)
@@ -77,4 +80,7 @@ def quantize_file(
             raise ArtifactError(f"{target}: its tensors are not those of {source.name}")
         if summary.integer("general.file_type", -1) != FILE_TYPES[name]:
             raise ArtifactError(f"{target}: not of type {name}")
-        hasher.flush(partial)
+        if digests:
+            hasher.note(partial, digests[-1])
+        else:
+            hasher.flush(partial)

@@ -1,39 +1,36 @@
-"""Size of a GGUF after quantizing, computed by llama.cpp itself: ``python -m … GGUF TYPE…``.
+"""Size of a GGUF after quantizing, from a conversion plan alone, and the time that it takes.
 
-The GGUF needs its header only; its weights may be zeros that take no space on disk. For each type of tensor that
-llama.cpp chooses, some weights are quantized to measure the time. A separate process, because the library may abort.
+Sizes follow from the rules in `tensor_types`. For the time, ``python -m … TYPE…`` measures how long some weights take
+in each type that occurs: a separate process, because the library may abort.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import re
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
-from kolotune.foundation.quantization_types import FILE_TYPES
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp import ggml
-from kolotune.llamacpp.log import messages_to
 from kolotune.runners import child_process
 
 from . import header
-from .conversion_plan import ConversionPlan, write_sparse_gguf
+from .conversion_plan import ConversionPlan
+from .header import HeaderReader
+from .quantized_header import aligned, quantized_header
+from .tensor_types import tensor_types
 
-# "[ 264/ 272] blk.29.attn_k.weight - [ 576, 192, 1, 1], type = f16, size = 0.21 MiB -> 0.07 MiB (q5_0)"
-_LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[\d, ]+\], type = +(\S+?),.*?(?:-> .*\((\S+)\))?\s*$")
-_ALIGNMENT = 32
-_CACHED = "quantized.json"
+_CACHED = "seconds_per_weight.json"
 _SAMPLE_ROWS, _SAMPLE_WIDTH = 8, 2048  # multiples of every block; some hundredths of a second for the slowest type
 _NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"})
+_CASTS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -49,101 +46,79 @@ class QuantizedSize:
     seconds: float
 
 
-def quantized_sizes(plan: ConversionPlan, names: Sequence[str], cache: Path, log: Path) -> dict[str, QuantizedSize]:
-    """Return the sizes by quantization; those that the library can't compute are missing.
+def quantized_sizes(
+    plan: ConversionPlan, names: Sequence[str], with_matrix: Collection[str], cache: Path, log: Path
+) -> dict[str, QuantizedSize]:
+    """Return the sizes by quantization; those that the model can't be quantized to are missing.
 
     Args:
         plan: of the unquantized GGUF.
         names: the quantizations.
-        cache: the plan's folder in the cache, which keeps the sizes too.
-        log: receives the library's messages.
+        with_matrix: those that are made with an importance matrix.
+        cache: the plan's folder in the cache, which keeps the measured times too.
+        log: receives what the measurement prints.
 
     Raises:
         SpaceError: the disk is full.
     """
-    file = cache / _CACHED
+    reader = HeaderReader(plan.header)
+    sizes, weights = {}, {}
+    for name in names:
+        with suppress(ToolchainError):
+            types = tensor_types(reader.summary(), name, has_matrix=name in with_matrix)
+            sizes[name] = len(quantized_header(plan.header, reader, types, name)) + sum(
+                aligned(header.size_of(reader.tensors[tensor].shape, kind)) for tensor, kind in types.items()
+            )
+            weights[name] = _quantized_weights(reader, types)
+    speeds = _seconds_per_weight({kind for counts in weights.values() for kind in counts}, cache / _CACHED, log)
+    return {
+        name: QuantizedSize(size, sum(count * speeds.get(kind, 0.0) for kind, count in weights[name].items()))
+        for name, size in sizes.items()
+    }
+
+
+def _quantized_weights(reader: HeaderReader, types: Mapping[str, str]) -> Counter[str]:
+    """Return how many weights get each type, without those that are only cast."""
+    counts: Counter[str] = Counter()
+    for name, kind in types.items():
+        if kind not in _CASTS:
+            counts[kind] += math.prod(reader.tensors[name].shape)
+    return counts
+
+
+def _seconds_per_weight(kinds: Iterable[str], cached: Path, log: Path) -> dict[str, float]:
+    """Return the time of one core for a weight of each type; 0 where it could not be measured."""
     try:
-        sizes = typed_storage.read(dict[str, QuantizedSize], file)
+        speeds = typed_storage.read(dict[str, float], cached)
     except (OSError, typed_storage.StorageError):
-        sizes = {}
-    missing = [name for name in names if name not in sizes]
-    if missing:
-        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-            gguf = Path(folder, "sparse.gguf")
-            write_sparse_gguf(plan, gguf)
-            sizes |= _measure(gguf, missing, log)
-        typed_storage.write(file, {name: asdict(size) for name, size in sizes.items()})
-    return {name: sizes[name] for name in names if name in sizes}
-
-
-def _measure(source: Path, names: Sequence[str], log: Path) -> dict[str, QuantizedSize]:
-    sizes: dict[str, QuantizedSize] = {}
+        speeds = {}
+    missing = sorted({*kinds} - {*speeds})
 
     def on_event(event: str, fields: JsonObject) -> None:
-        if event == "size":
-            sizes[str(fields["type"])] = typed_storage.convert(QuantizedSize, fields)
+        if event == "speed":
+            speeds[str(fields["type"])] = typed_storage.convert(float, fields["seconds"])
 
-    with suppress(ArtifactError, ToolchainError):  # the plan then shows a bound; the reason is in the log
-        child_process.run(__name__, str(source), *names, log=log, otherwise=ToolchainError, on_event=on_event)
-    return sizes
+    if missing:
+        with suppress(ArtifactError, ToolchainError):  # the reason is in the log
+            child_process.run(__name__, *missing, log=log, otherwise=ToolchainError, on_event=on_event)
+            typed_storage.write(cached, speeds)
+    return speeds
 
 
 def main(arguments: list[str]) -> int:
-    """Report the sizes; return the exit code."""
-    return child_process.carry_out(lambda: _report_sizes(Path(arguments[0]), arguments[1:]))
+    """Report the time that a weight takes in each type; return the exit code."""
+    return child_process.carry_out(lambda: _report_speeds(arguments))
 
 
-def _report_sizes(source: Path, names: Sequence[str]) -> None:
-    tensors = header.read(source).tensors
-    start = source.stat().st_size - sum(_aligned(tensor.size) for tensor in tensors.values())
-    speeds: dict[str, float] = {}
-    for name in names:
-        chosen = _chosen_types(source, name)
-        if set(chosen) != set(tensors):
-            raise ToolchainError(f"llama.cpp listed {len(chosen)} tensors of {len(tensors)}")
-        size, seconds = start, 0.0
-        for tensor_name, tensor in tensors.items():
-            count, kind = math.prod(tensor.shape), chosen[tensor_name].upper()
-            block, block_bytes = header.block_of(kind)
-            size += _aligned(count // block * block_bytes)
-            if kind != tensor.type.upper():
-                speeds.setdefault(kind, _seconds_per_weight(kind))
-                seconds += count * speeds[kind]
-        child_process.emit("size", type=name, size=size, seconds=seconds)
+def _report_speeds(kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        child_process.emit("speed", type=kind, seconds=_measured_seconds(kind))
 
 
-def _chosen_types(source: Path, name: str) -> dict[str, str]:
-    """Return the type that each tensor gets in the quantization `name`."""
-    import llama_cpp
-
-    texts: list[str] = []
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = FILE_TYPES[name]
-    parameters.dry_run = True
-    with messages_to(lambda _, text: texts.append(text)):
-        code = llama_cpp.llama_model_quantize(str(source).encode(), b"", ctypes.byref(parameters))
-    if code != 0:
-        raise ArtifactError(f"llama.cpp can't quantize to {name}: {''.join(texts)[-300:]}")
-    matches = (_LINE.search(line) for line in "".join(texts).splitlines())
-    return {match[1]: match[3] or match[2] for match in matches if match}
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _seconds_per_weight(kind: str) -> float:
-    """Return the time of one core; 0 for a type that needs no more than a cast."""
-    import gguf
+def _measured_seconds(kind: str) -> float:
     import numpy as np
 
-    number = next((known.value for known in gguf.GGMLQuantizationType if known.name == kind), None)
-    if kind in ("F32", "F16", "BF16") or number is None:
-        return 0.0
-    try:
-        quantize = ggml.library().ggml_quantize_chunk
-    except ToolchainError:
-        return 0.0
+    quantize, number = ggml.library().ggml_quantize_chunk, header.type_number(kind)
     values = np.random.default_rng(0).standard_normal((_SAMPLE_ROWS, _SAMPLE_WIDTH), np.float32)
     target = np.empty(values.nbytes, np.uint8)
     uniform = np.ones(_SAMPLE_WIDTH, np.float32)

@@ -23,8 +23,10 @@ FACT = "form"
 SWITCH = "KOLOTUNE_GGUF_FORM"
 FILE_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1, "bf16": 32}
 """llama.cpp's numbers for the types of an unquantized GGUF."""
-_QUANTIZATION_VERSION, _FILE_TYPE = "general.quantization_version", "general.file_type"
-_SPLIT = frozenset({"split.no", "split.count", "split.tensors.count"})  # of a file that is one of several
+QUANTIZATION_VERSION, FILE_TYPE = "general.quantization_version", "general.file_type"
+"""The last fields of a header."""
+SPLIT = frozenset({"split.no", "split.count", "split.tensors.count"})
+"""Fields of a file that is one of several."""
 _LAYER = re.compile(r"blk\.(\d+)")
 
 
@@ -51,12 +53,12 @@ def arrange(writer: gguf.GGUFWriter, gguf_type: str) -> None:
 
     (tensors,), (fields,) = writer.tensors, writer.kv_data
     for tensor in tensors.values():
-        tensor.shape = _significant(tuple(tensor.shape))
-    writer.tensors[0] = dict(sorted(tensors.items(), key=lambda item: _position(item[0])))
+        tensor.shape = significant(tuple(tensor.shape))
+    writer.tensors[0] = dict(sorted(tensors.items(), key=lambda item: position(item[0])))
     for field in fields.values():
         field.value = _as_c_strings(field.value)
-    fields.pop(_QUANTIZATION_VERSION, None)
-    file_type = fields.pop(_FILE_TYPE, None)
+    fields.pop(QUANTIZATION_VERSION, None)
+    file_type = fields.pop(FILE_TYPE, None)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[gguf_type] if file_type is None else file_type.value)
 
@@ -65,20 +67,20 @@ def is_in_form(summary: GgufSummary) -> bool:
     """Whether a GGUF is in the form of llama.cpp's own writer, as far as its header's summary shows."""
     names = [*summary.tensors]
     return (
-        names == sorted(names, key=_position)
-        and [*summary.fields][-2:] == [_QUANTIZATION_VERSION, _FILE_TYPE]
-        and _SPLIT.isdisjoint(summary.fields)
-        and all(tensor.shape == _significant(tensor.shape[::-1])[::-1] for tensor in summary.tensors.values())
+        names == sorted(names, key=position)
+        and [*summary.fields][-2:] == [QUANTIZATION_VERSION, FILE_TYPE]
+        and SPLIT.isdisjoint(summary.fields)
+        and all(tensor.shape == significant(tensor.shape[::-1])[::-1] for tensor in summary.tensors.values())
     )
 
 
-def _position(name: str) -> tuple[int, str]:
+def position(name: str) -> tuple[int, str]:
     """Return the sort key of a tensor: outside of layers first, then by layer, then by name."""
     layer = _LAYER.match(name)
     return (int(layer[1]) if layer else -1, name)
 
 
-def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+def significant(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape, slowest dimension first, without the dimensions of 1 in front; at least one remains."""
     first = next((number for number, size in enumerate(shape) if size != 1), len(shape) - 1)
     return shape[max(0, first) :] or (1,)

@@ -17,7 +17,7 @@ from kolotune.foundation.errors import ArtifactError
 T = TypeVar("T")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_LONGEST_ARRAY = 64
+_LONGEST_ARRAY, _MOST_TEXTS = 512, 64  # llama.cpp's models have at most 512 layers, with a number for each
 DAMAGED = (
     ValueError, OSError, KeyError, struct.error, OverflowError, MemoryError, ZeroDivisionError, TypeError,
     RecursionError,
@@ -29,7 +29,7 @@ class MetadataReader:
     """Reads a GGUF from the front up to its metadata's end; damaged data raises the errors in `DAMAGED`.
 
     Attributes:
-        fields: the metadata; an array of more than 64 values is represented by its length.
+        fields: the metadata; an array of more than 512 numbers or 64 texts is represented by its length.
         flags: the positions of the boolean fields.
         spans: where each field's type and value are.
         tensor_count: the number of tensors that follow.
@@ -90,7 +90,7 @@ class MetadataReader:
 
     def _array(self) -> object:
         kind, count = self.integer("<I"), self.integer("<Q")
-        if count <= _LONGEST_ARRAY:
+        if count <= (_MOST_TEXTS if kind == _STRING else _LONGEST_ARRAY):
             return [self._array() if kind == _ARRAY else self._value(kind) for _ in range(count)]
         if kind == _STRING:
             length = struct.Struct("<Q").unpack_from
@@ -102,7 +102,7 @@ class MetadataReader:
 
 
 def read_metadata(path: Path) -> dict[str, object]:
-    """Return the metadata of a GGUF; an array of more than 64 values is represented by its length.
+    """Return the metadata of a GGUF; a long array is represented by its length, as in `MetadataReader`.
 
     Raises:
         ArtifactError: it is not a GGUF, or it is truncated.

@@ -144,6 +144,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result, then the arg
     "ggml_get_name": (_TEXT, _POINTER),
     "ggml_nbytes": (_SIZE, _POINTER),
     "ggml_backend_tensor_get": (None, _POINTER, _POINTER, _SIZE, _SIZE),
+    "ggml_fp16_to_fp32_row": (None, _POINTER, _POINTER, ctypes.c_int64),
+    "ggml_bf16_to_fp32_row": (None, _POINTER, _POINTER, ctypes.c_int64),
+    "ggml_validate_row_data": (_BOOL, _INT, _POINTER, _SIZE),
     "ggml_quantize_chunk": (_SIZE, _INT, _POINTER, _POINTER, *[ctypes.c_int64] * 3, _POINTER),
 }  # fmt: skip
 

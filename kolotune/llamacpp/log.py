@@ -32,8 +32,6 @@ _handlers: list[MessageHandler] = [_print_problems]
 def print_only_problems() -> None:
     """From now on, write warnings and errors to standard error and drop llama.cpp's other messages."""
     library.load().llama_log_set(_registered(), None)
-    if "llama_cpp" in sys.modules:  # which still quantizes
-        sys.modules["llama_cpp"].llama_log_set(_registered(), None)
 
 
 @contextlib.contextmanager
@@ -45,20 +43,6 @@ def messages_to(handler: MessageHandler) -> Iterator[None]:
         yield
     finally:
         _handlers.remove(handler)
-
-
-@contextlib.contextmanager
-def collect_problems() -> Iterator[list[str]]:
-    """Within the block, write every message to standard error; the list receives warnings and errors."""
-    problems: list[str] = []
-
-    def handle(level: int, text: str) -> None:
-        sys.stderr.write(text)
-        if level in _PROBLEM_LEVELS and text.strip():
-            problems.append(text.strip())
-
-    with messages_to(handle):
-        yield problems
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""How large the exports get. llama.cpp itself is asked, with a GGUF whose weights are a hole in the disk."""
+"""How large the exports get, from the conversion plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kolotune import llamacpp
 from kolotune.gguf import plan_cache
 from kolotune.gguf.conversion_source import expected_skeleton
 from kolotune.gguf.quantized_sizes import QuantizedSize, quantized_sizes
+from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
 
@@ -22,7 +23,7 @@ class ExportSizes:
         merged: the merged model folder.
         gguf: the unquantized GGUF.
         quantized: each quantization, by its name.
-        is_exact: whether llama.cpp reported the sizes; otherwise those of quantizations are upper bounds.
+        is_exact: whether the sizes of quantizations are known; otherwise some are upper bounds.
     """
 
     merged: int
@@ -48,9 +49,9 @@ def measure_exports(context: Context, log: Path) -> ExportSizes:
         bound = int(weights * 8.5 / (32 if gguf_type == "f32" else 16))
         return ExportSizes(merged, merged, {name: QuantizedSize(bound, 0.0) for name in names}, is_exact=False)
     cache = plan_cache.plan_folder(skeleton, gguf_type, toolchain)
-    reported = quantized_sizes(plan, names, cache, log)
-    bounds = {name: QuantizedSize(plan.size, 0.0) for name in names if name not in reported}
-    return ExportSizes(merged, plan.size, {**reported, **bounds}, is_exact=not bounds)
+    known = quantized_sizes(plan, names, with_matrix(context, names), cache, log)
+    bounds = {name: QuantizedSize(plan.size, 0.0) for name in names if name not in known}
+    return ExportSizes(merged, plan.size, {**known, **bounds}, is_exact=not bounds)
 
 
 def _text_bytes(content: Path | str) -> int:
