@@ -156,6 +156,7 @@ class ChunkEncoder:
             elif not read.problems:
                 result.excluded += 1
         digests = [chat.content_hash() for chat in chats]
+        chats = [self.encoder.accepted(chat) for chat in chats]
         if digests:
             lowest = min(range(len(digests)), key=digests.__getitem__)
             result.lowest = digests[lowest], lowest

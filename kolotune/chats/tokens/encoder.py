@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import DataError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import Chat
+from ..templates.call_ids import CallIds, call_ids_of, with_accepted_ids
 from ..templates.loss_mask import AnswerLocator, LocatedChat
 from ..templates.signature_cache import SignatureCache
 from ..templates.template import ChatTemplate
@@ -93,9 +95,20 @@ class Encoder:
             return encoded
         raise encoded
 
+    def accepted(self, chat: Chat) -> Chat:
+        """Return the chat with ids of calls that the template takes; the same object if it has such."""
+        if not any([message.tool_calls for message in chat.messages]):
+            return chat
+        return with_accepted_ids(chat, self._call_ids)
+
+    @cached_property
+    def _call_ids(self) -> CallIds:
+        return call_ids_of(self.template)
+
     def encode_all(self, chats: Sequence[Chat]) -> list[Encoding]:
         """Encode each chat, or return the error that `encode` would raise."""
-        results: list[Encoding | ChatApart | ChatToEncode] = [self._locate_answers(chat) for chat in chats]
+        accepted = [self.accepted(chat) for chat in chats]
+        results: list[Encoding | ChatApart | ChatToEncode] = [self._locate_answers(chat) for chat in accepted]
         with bare(self._backend):
             for strategy in self._strategies:
                 pending = [(at, chat) for at, chat in enumerate(results) if isinstance(chat, ChatToEncode)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+_FOR_TOOLS, _MORE_TEMPLATES = "tool_use", "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json", _CONFIG_FILE, "tokenizer.model", TEMPLATE_FILE, "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
@@ -79,24 +80,45 @@ def _read_object(file: Path) -> JsonObject:
 def template_text(folder: Path) -> str:
     """Return the Jinja source of the folder's chat template.
 
+    If there is another one for chats with tools, by the name of ``tool_use``, the two are one text that chooses as
+    transformers does.
+
     Raises:
         TemplateError: There is none.
         ModelError: A file of the tokenizer can't be read.
     """
-    single = folder / TEMPLATE_FILE
-    if single.is_file():
-        return single.read_text(encoding="utf-8")
-    files = (folder / name for name in ("chat_template.json", _CONFIG_FILE))
-    source = next((text for file in files if (text := _read_object(file).get("chat_template"))), None)
-    if isinstance(source, list):  # several named templates: the one for plain chats
-        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-        source = named.get("default")
-    if not isinstance(source, str) or not source:
+    named = _named_templates(folder)
+    source = named.get("default")
+    if not source:
         raise TemplateError(
             f"{folder}: the base model has no chat template",
             "Use an instruction-tuned model, or put a chat_template.jinja into its folder.",
         )
-    return source
+    for_tools = named.get(_FOR_TOOLS)
+    if not for_tools or for_tools == source:
+        return source
+    # A line break behind a tag, and the last one of a template, are not written.
+    for_tools, source = (text.removesuffix("\n") for text in (for_tools, source))
+    return f"{{% if tools %}}\n{for_tools}{{% else %}}\n{source}{{% endif %}}"
+
+
+def _named_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates of a folder by name; "default" is the one for plain chats."""
+    named: dict[str, str] = {}
+    files = (folder / name for name in ("chat_template.json", _CONFIG_FILE))
+    source = next((text for file in files if (text := _read_object(file).get("chat_template"))), None)
+    if isinstance(source, str):
+        named["default"] = source
+    elif isinstance(source, list):
+        for item in source:
+            if isinstance(item, dict) and isinstance(item.get("template"), str):
+                named[str(item.get("name"))] = item["template"]
+    single, more = folder / TEMPLATE_FILE, folder / _MORE_TEMPLATES / f"{_FOR_TOOLS}.jinja"
+    if single.is_file():
+        named = {"default": single.read_text(encoding="utf-8")}
+    if more.is_file():
+        named[_FOR_TOOLS] = more.read_text(encoding="utf-8")
+    return named
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:

@@ -349,3 +349,96 @@ def test_what_is_done_for_serving_is_reported(thinking: Preparer, capsys: pytest
     output = capsys.readouterr().out
     assert "1 chats are trained with a sequence for each answer: the template writes earlier" in output
     assert "1 answers have no thought" in output and "1 thoughts are left out of later prompts" in output
+
+
+def write_records(path: Path, records: list[Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def prepared_of(records: list[Any], base: Path, tmp_path: Path, **more: Any) -> Prepared:
+    values = {"train_data": [write_records(tmp_path / "records.jsonl", records)], "eval_split": 0, **more}
+    return prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path), processes=1)
+
+
+def test_excluded_answers_have_no_labels_and_are_counted(base: Path, tmp_path: Path) -> None:
+    def turns(number: int) -> list[dict[str, Any]]:
+        texts = ["q", f"first {number}", "r", f"second {number}"]
+        return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+
+    masked, excluded = turns(1), turns(2)
+    masked[1]["weight"] = 0
+    excluded[1]["train"] = excluded[3]["train"] = False
+    prepared = prepared_of([{"messages": each} for each in (masked, excluded, turns(3))], base, tmp_path)
+    facts = prepared.summary()
+    assert (facts["chats"], facts["excluded"], facts["untrained_turns"]) == (2, 1, 1)
+    trained = [prepared.tokenizer.decode(labelled) for _, labelled in encoded(tmp_path / "prepared" / TRAIN_TOKENS)]
+    assert trained == ["second 1<|im_end|>", "first 3<|im_end|>second 3<|im_end|>"]
+
+
+def test_excluded_answers_stay_excluded_in_held_out_chats(base: Path, tmp_path: Path) -> None:
+    turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "second")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    held_out = write_records(tmp_path / "held_out.jsonl", [{"messages": messages, "loss_mask": [0, 0, 0, 1]}])
+    values = {"train_data": [write(tmp_path / "chats.jsonl", [chat(1)])], "eval_data": [held_out]}
+    prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path), processes=1)
+    (first,), (second,) = read_chats([held_out]).chats, read_chats([tmp_path / "prepared" / HELD_OUT_CHATS]).chats
+    assert first == second
+    assert [message.is_trained for message in second.messages] == [True, False, True, True]
+
+
+def test_records_that_differ_in_what_is_not_read_are_no_copies(base: Path, tmp_path: Path) -> None:
+    records = [
+        {"question": "q", "answer": "a", "passage": "one", "id": 1},
+        {"question": "q", "answer": "a", "passage": "two", "id": 2},
+        {"question": "q", "answer": "a", "passage": "two", "id": 3},
+        {"question": "q", "answer": "a", "context": "three", "passage": None},
+    ]
+    prepared = prepared_of(records, base, tmp_path)
+    assert (prepared.train.chats, prepared.duplicates.count) == (3, 1)
+    assert prepared.summary()["unread_keys"] == {"passage": 3, "id": 3}
+    read = prepared_of(records, base, tmp_path, map=["context=passage"])
+    assert read.train.chats == 3 and read.summary()["unread_keys"] == {"id": 3}
+    ignored = prepared_of(records, base, tmp_path, ignore_keys="passage,id")
+    assert ignored.train.chats == 2 and ignored.summary()["unread_keys"] == {}
+
+
+def test_held_out_records_whose_chat_is_trained_on_are_left_out(base: Path, tmp_path: Path) -> None:
+    record = {"question": "q", "answer": "a"}
+    held_out = write_records(
+        tmp_path / "held_out.jsonl", [{**record, "passage": "x"}, {"question": "r", "answer": "b"}]
+    )
+    values = {"train_data": [write_records(tmp_path / "chats.jsonl", [record])], "eval_data": [held_out]}
+    prepared = prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path), processes=1)
+    assert (prepared.held_out.chats, prepared.in_both.count) == (1, 1)
+
+
+def test_problems_are_a_line_for_each_kind(prepare: Preparer) -> None:
+    chats = [*map(chat, range(3)), *([*chat(number), ("user", "and?")] for number in range(3, 83)), [("narrator", "x")]]
+    prepared = prepare(chats, eval_split=0)
+    with pytest.raises(DataError) as caught:
+        require_good(prepared, skip_bad=False)
+    first, *lines = caught.value.cause.splitlines()
+    assert first == "81 problems in the chats:"
+    assert len(lines) == 2
+    assert "chats.jsonl:4: turn 3: the last turn is the user's" in lines[0]
+    assert lines[0].endswith("(80 of this kind; the next in 5, 6, 7, …)")
+    assert 'unknown role "narrator"' in lines[1]
+    assert "--fix-turns" in caught.value.hint and "81 chats with --skip-bad" in caught.value.hint
+    fixed = prepare(chats, eval_split=0, fix_turns=True)
+    assert len(fixed.problems) == 1 and fixed.train.chats == 83
+    assert fixed.summary()["turn_fixes"] == {"last_turn": 80}
+
+
+def test_what_was_read_and_what_was_not_is_reported(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kolotune.stages.prepare import report_prepared
+
+    messages = [{"role": "user", "content": "q", "name": "ann"}, {"role": "assistant", "content": "a"}]
+    prepared = prepared_of([{"messages": messages, "notes": "x", "id": 1}], base, tmp_path)
+    report_prepared(prepared, PlainReporter())
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert "'notes' is filled in 1 records and not read; --map context=notes reads it" in shown
+    assert "'name' is filled in turns of 1 records and not read; --ignore-keys name" in shown
+    assert "'id' is filled in 1 records and not read; it seems to describe the record" in shown

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from itertools import groupby
+from collections.abc import Callable
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -276,3 +278,25 @@ def test_labels_by_bytes_are_those_by_offsets(pairs: list[tuple[str, str]]) -> N
         (ids,) = ByTokenBytes(backend, token_bytes, labeller)._ids([located.text])
         assert ids is not None
         assert labeller.by_bytes([(located, ids)], token_bytes) == [labeller.by_offsets(located, backend)]
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ messages | length }}" + CHATML])
+@pytest.mark.parametrize("excluded", [[1], [3], [1, 3], []])
+@pytest.mark.parametrize(("text", "make"), [("a", byte_level), ("a <|im_end|> é", byte_level), ("a é", metaspace)])
+def test_excluded_answers_have_no_labels_and_the_others_as_usual(
+    template: str, text: str, excluded: list[int], make: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    messages = [Message((USER, ANSWER)[at % 2], f"{text} {at}") for at in range(6)]
+    masked = [dataclasses.replace(message, is_trained=at not in excluded) for at, message in enumerate(messages)]
+    encoder = Encoder(ChatTemplate(template, {"eos_token": "<|im_end|>"}), make(CHATML_SPECIAL))
+    everything, some = encoder.encode(Chat(tuple(messages))), encoder.encode(Chat(tuple(masked)))
+    kept = [at for at in (1, 3, 5) if at not in excluded]
+    if everything.ends:
+        spans = dict(zip((1, 3, 5), pairwise((0, *everything.ends)), strict=True))
+        assert some.ids == [token for at in kept for token in everything.ids[slice(*spans[at])]]
+        assert some.labelled == [label for at in kept for label in everything.labelled[slice(*spans[at])]]
+        return
+    assert some.ids == everything.ids
+    runs = [list(group) for is_on, group in groupby(enumerate(everything.labelled), lambda each: each[1]) if is_on]
+    expected = {at for number, run in zip((1, 3, 5), runs, strict=True) if number in kept for at, _ in run}
+    assert [at for at, label in enumerate(some.labelled) if label] == sorted(expected)
