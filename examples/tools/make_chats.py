@@ -17,7 +17,7 @@ import yaml
 FOLDER = Path(__file__).parent
 CALLS_OF_EACH = 50
 """Chats that start with a call, for each function."""
-FOLLOW_UPS, THANKS, OTHER_QUESTIONS, OPENINGS = 10, 5, 5, 9
+FOLLOW_UPS, THANKS, OTHER_QUESTIONS, OPENINGS = 10, 5, 8, 10
 """How many of them then have a second call, thanks, or a question that needs none, or open with a question that lacks
 what the call needs. The others have one exchange."""
 UNKNOWN = 3

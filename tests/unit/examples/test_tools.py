@@ -38,7 +38,7 @@ def test_the_chats_are_what_the_script_makes() -> None:
 def test_a_good_quarter_of_the_chats_needs_no_call() -> None:
     chats = lines("chats.jsonl")
     without = [chat for chat in chats if all("tool_calls" not in message for message in chat["messages"])]
-    assert (len(chats), len(without)) == (210, 60)
+    assert (len(chats), len(without)) == (243, 93)
     assert sum(len(chat["messages"]) > 4 for chat in chats) > 80, "chats of several exchanges"
 
 
