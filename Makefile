@@ -13,14 +13,10 @@ setup: $(VENV)/.ready
 # AMX code ends in an illegal instruction (findings/gcc12-drops-amx-tile-config.sh). Compilers without these flags build no AMX code either.
 NO_AMX := $(shell $(or $(CC),cc) -mno-amx-tile -mno-amx-int8 -x c -E /dev/null >/dev/null 2>&1 && \
   echo -mno-amx-tile -mno-amx-int8)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 
-$(VENV)/.ready: requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	@echo "Installing the pinned packages into $(VENV)/. llama.cpp is compiled on the way: 3 to 5 minutes, once."
+$(VENV)/.ready: requirements.lock pyproject.toml tools/setup_environment.py
 	CFLAGS="$(CFLAGS) $(NO_AMX)" CXXFLAGS="$(CXXFLAGS) $(NO_AMX)" CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
-	  $(PIP) install --progress-bar off -r requirements.lock
-	$(PIP) install --quiet --no-deps --editable .
+	  $(PYTHON) tools/setup_environment.py $(VENV)
 	touch $@
 
 demo: setup
@@ -28,9 +24,12 @@ demo: setup
 	$(BIN)/python examples/lighthouse/judge.py $(DEMO) --limit 1
 
 # By files, since tests of one file share what is costly to make; two at a time, since a training has threads of its own.
-TEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# In the order of the folders: the integration tests, whose files take longest, begin.
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Tests start many processes, which would each compile kolotune where Python is set to keep no bytecode.
 test: setup
+	@$(BIN)/python -m compileall -q kolotune tests
 	$(TEST)
 
 test-all: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -249,6 +250,34 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
     for part in ("python", "torch", "llama.cpp library", "llama.cpp converter", "torchtune", "hub token", "disk"):
         assert f"\n  {part} " in output
     assert TOKEN not in output
+
+
+@pytest.mark.parametrize(
+    ("devices", "needed", "words"),
+    [
+        ([], ["nvidia-cudnn-cu13==9; platform_system == 'Linux'"], "with CUDA; there is no NVIDIA device"),
+        (["nvidia0"], ["nvidia-cudnn-cu13==9; platform_system == 'Linux'"], ""),
+        (["dxg"], ["nvidia-cudnn-cu13==9; platform_system == 'Linux'"], ""),
+        (["nvidiactl"], ["filelock"], ""),
+        ([], None, "; there is no NVIDIA device"),
+        (["nvidia0"], None, ""),
+    ],
+)
+def test_doctor_leads_to_the_build_of_pytorch_for_this_machine(
+    devices: list[str], needed: list[str] | None, words: str, monkeypatch: Any, tmp_path: Path
+) -> None:
+    from kolotune.cli import doctor
+    from kolotune.foundation import hardware
+
+    for device in devices:
+        (tmp_path / device).touch()
+    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needed)
+    if needed is None:
+        monkeypatch.setattr(doctor, "_package", lambda name: (name, "missing", "pip install"))
+    name, state, what = doctor._torch()
+    assert (name, state) == ("torch", "missing" if needed is None else "ok")
+    assert words in what and ("--torch-backend=cpu" in what) == bool(words)
 
 
 def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -> None:
