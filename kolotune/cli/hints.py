@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kolotune.foundation.chat_paths import CHAT_SUFFIXES
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, DataError
 
-_CHATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CONFIG_NAME, CHATS_NAME = "kolotune.yaml", "chats.jsonl"
 
 
@@ -28,7 +28,7 @@ def explained(error: Any) -> ConfigError:
         verb = cause.split("'")[1] if "'" in cause else ""
         cause = f"{path}: there is no verb {verb!r}"
         near = difflib.get_close_matches(verb, context.command.commands, n=2)
-        if verb.lower().endswith(_CHATS):
+        if verb.lower().endswith(CHAT_SUFFIXES):
             hint = f"Did you mean: {path} run {verb}"
         elif near:
             hint = f"Did you mean {' or '.join(near)}? {hint}"
@@ -77,7 +77,7 @@ def require_files(config: Config) -> None:
         except (OSError, ValueError):
             continue  # a name that no file can have, or an unreadable folder: reading it reports the error
         near = difflib.get_close_matches(
-            path.name, [name for name in beside if name.endswith((*_CHATS, ".jinja"))], n=1, cutoff=0.8
+            path.name, [name for name in beside if name.endswith((*CHAT_SUFFIXES, ".jinja"))], n=1, cutoff=0.8
         )
         hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the name and the folder."
         raise DataError(f"{path}: no such file", hint)

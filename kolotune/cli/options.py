@@ -16,6 +16,7 @@ from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.reporter import Reporter, make_reporter
 
 from .parameters import FileRole
+from .piped import is_pipe, saved_pipe
 
 _HINTS = get_type_hints(Config, include_extras=True)
 _ROLES = {
@@ -128,5 +129,9 @@ def resolve_flags(
     if data:
         more = values.get("train_data", [])
         values["train_data"] = [*data, *(more if isinstance(more, list) else [more])]
+    for name in configs.option_names(kind=Kind.CHAT_FILES):
+        files = values.get(name)
+        if isinstance(files, list) and any(map(is_pipe, files)):
+            values[name] = [saved_pipe(file) if is_pipe(file) else file for file in files]
     layers.append((values, "command line", Path.cwd()))
     return configs.resolve(*layers)

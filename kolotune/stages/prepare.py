@@ -23,6 +23,8 @@ NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
 TEMPLATE_INPUT = "the chat template"  # that the user gives in place of the base's
 _SHOWN_LOCATIONS = 20
+_FEW = 20
+_FEW_HINT = "the model will repeat them; a style takes about 50, a task some hundreds"
 # What happened to chats that are not trained on as they are, as a sentence after their number; by the fact's name.
 CHANGED_CHATS = {
     "duplicates": "exact copies of other chats were left out",
@@ -115,9 +117,7 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
         "shortened": prepared.shortened,
         "too_long": prepared.too_long,
     }
-    _report_unread(prepared, reporter)
-    for fix, count in prepared.fixes.items():
-        reporter.warning(f"{count} {fix}")
+    _report_reading(prepared, reporter)
     for name, sentence in CHANGED_CHATS.items():
         if facts[name]:
             reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
@@ -140,20 +140,30 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
             reporter.note(line)
 
 
-def _report_unread(prepared: Prepared, reporter: Reporter) -> None:
-    """Report each key that is filled and not read, with the number of its records."""
+def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
+    """Report each key that is filled and not read, each change to the order of turns, and a small number of chats."""
+    if 0 < prepared.train.chats < _FEW:
+        chats = "chat is" if prepared.train.chats == 1 else "chats are"
+        reporter.warning(f"{prepared.train.chats} {chats} few: {_FEW_HINT}")
+    for key, count in prepared.unread.most_common():
+        _report_unread(key, count, reporter)
+    for fix, count in prepared.fixes.items():
+        reporter.warning(f"{count} {fix}")
+
+
+def _report_unread(key: str, count: int, reporter: Reporter) -> None:
     from kolotune.chats.reading.record_keys import METADATA, canonical
     from kolotune.chats.reading.shapes import TURN_PREFIX
 
-    for key, count in prepared.unread.most_common():
-        plain = key.removeprefix(TURN_PREFIX)
-        sentence = f"{plain!r} is filled in {'turns of ' if plain != key else ''}{count:,} records and not read"
-        if canonical(plain) in METADATA:
-            reporter.note(f"{sentence}; it seems to describe the record")
-        elif plain != key:
-            reporter.warning(f"{sentence}; --ignore-keys {plain} confirms that")
-        else:
-            reporter.warning(f"{sentence}; --map context={plain} reads it, --ignore-keys {plain} confirms that")
+    name = key.removeprefix(TURN_PREFIX)
+    records = f"{'turns of ' if name != key else ''}{count:,} record{'' if count == 1 else 's'}"
+    sentence = f"{name!r} is filled in {records} and not read"
+    if canonical(name) in METADATA:
+        reporter.note(f"{sentence}; it seems to describe the record")
+    elif name != key:
+        reporter.warning(f"{sentence}; --ignore-keys {name} confirms that")
+    else:
+        reporter.warning(f"{sentence}; --map context={name} reads it, --ignore-keys {name} confirms that")
 
 
 def _report_switches(prepared: Prepared, reporter: Reporter) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from kolotune.foundation.chat_paths import CHAT_SUFFIXES, PACKED_SUFFIXES, chat_files_in, is_other_split
 from kolotune.foundation.errors import DataError
 
 from ..chat import Chat
@@ -19,6 +20,7 @@ from .csv_files import read_csv
 from .faults import Problem
 from .json_files import read_json
 from .jsonl_files import is_array, read_jsonl
+from .packed_files import unpacked
 from .parquet_files import read_parquet
 from .printable import printable
 from .reading_options import DEFAULT, ReadingOptions
@@ -27,7 +29,17 @@ from .shapes import ShapedRecord, read_record
 from .turn_fixes import TurnFix
 
 MAX_PROBLEMS_PER_RECORD = 3
-_KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
+_KNOWN = f"{', '.join(CHAT_SUFFIXES)}, also packed ({', '.join(PACKED_SUFFIXES)})"
+_JSONL = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+_A_LINE = f"Chats have questions and answers. Write one chat on each line of a .jsonl file: {_JSONL}"
+_OTHER_FORMATS = {
+    **dict.fromkeys((".txt", ".md", ".log"), _A_LINE),
+    **dict.fromkeys((".docx", ".doc", ".pdf", ".odt", ".html"), f"Documents are no chats. {_A_LINE}"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the table as CSV (UTF-8); its first line names the columns."),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "Unpack it, and give the files of chats inside it."),
+    ".arrow": "Save it as Parquet or JSON Lines: Dataset.to_parquet, Dataset.to_json.",
+    ".yaml": f"Options are given with --config. {_A_LINE}",
+}
 
 Records: TypeAlias = Iterator[AnyRecord]
 
@@ -61,7 +73,8 @@ def opened(path: Path, options: ReadingOptions = DEFAULT) -> Iterator[tuple[str,
     """
     try:
         require_file(path)
-        yield _open(path, options)
+        with unpacked(path) as file:
+            yield _open(file, options, path)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -140,7 +153,7 @@ def require_file(path: Path) -> int:
         raise DataError(f"{_shown(path)}: no file can have this name ({error})", "Check the name.") from None
     mode = status.st_mode
     if stat.S_ISDIR(mode):
-        raise DataError(f"{_shown(path)}: is a folder", "Give the file of chats inside it.")
+        raise DataError(f"{_shown(path)}: is a folder", _files_in(path))
     if not stat.S_ISREG(mode):
         # A pipe can't be read twice, and a device may never end.
         raise DataError(f"{_shown(path)}: is not a regular file", "Save the chats into a file first.")
@@ -163,7 +176,7 @@ def _shown(path: Path) -> str:
     return printable(str(path), 200)
 
 
-def _open(path: Path, options: ReadingOptions) -> tuple[str, Records]:
+def _open(path: Path, options: ReadingOptions, given: Path) -> tuple[str, Records]:
     suffix = path.suffix.lower()
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and is_array(path)):
         return read_json(path)
@@ -174,7 +187,18 @@ def _open(path: Path, options: ReadingOptions) -> tuple[str, Records]:
     if suffix == ".parquet":
         return "Parquet", read_parquet(path, options)
     kind = f"unknown file format {printable(suffix, 20)}" if suffix else "the file name has no extension"
-    raise DataError(f"{_shown(path)}: {kind}", f"Known are {_KNOWN}; unpack archives, and rename or convert others.")
+    raise DataError(f"{_shown(given)}: {kind}", _OTHER_FORMATS.get(suffix, f"Known are {_KNOWN}; convert others."))
+
+
+def _files_in(folder: Path) -> str:
+    """Return what to give in place of a folder."""
+    files = chat_files_in(folder) or chat_files_in(folder / "data")
+    if not files:
+        return f"It has no files of chats ({_KNOWN})."
+    tests = [printable(file.name, 40) for file in files if is_other_split(file)]
+    rest = [printable(file.name, 40) for file in files if not is_other_split(file)]
+    named = f"to train on: {', '.join(rest[:3]) or 'none'}; kept for testing: {', '.join(tests[:3])}"
+    return f"It has files of several kinds ({named}). Name those to train on, and others with --eval-data."
 
 
 def describe_shapes(counts: Counter[str]) -> str:

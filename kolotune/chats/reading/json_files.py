@@ -16,14 +16,16 @@ from .json_spans import ByteSpan, JsonText, keys_of, list_value, skip_blank, spl
 from .jsonl_files import read_jsonl
 from .lines import BLANK, BOM, MAX_LINE_BYTES, foreign_encoding
 from .printable import printable, quoted
+from .record_keys import CALL_KEYS, CONTENT_KEYS, PAIRS, ROLE_KEYS
 from .records import AnyRecord, ParsedRecord, parsed_record
 
 MAX_JSON_BYTES = 1 << 30
 """Largest file that is read as one JSON text; JSON Lines has no such limit."""
 
 _HEAD_BYTES = 1 << 16
-_CHAT_KEYS = {b"instruction", b"prompt", b"question"}
-_TURN_KEYS = {b"role", b"from", b"content", b"value"}
+_CHAT_KEYS = {key.encode() for key in PAIRS}
+_ROLES, _CONTENTS = ({key.encode() for key in keys} for keys in (ROLE_KEYS, (*CONTENT_KEYS, *CALL_KEYS)))
+_TURN_KEYS = _ROLES | _CONTENTS
 
 
 def read_json(path: Path) -> tuple[str, Iterator[AnyRecord]]:
@@ -78,7 +80,10 @@ def _is_lines(data: bytes, start: int, end: int) -> bool:
 
 
 def _array(text: JsonText, start: int, parts: list[ByteSpan], end: int) -> Iterator[ParsedRecord]:
-    yield from _elements(text, parts, end)
+    if _is_one_chat(text.data, start):
+        yield text.record(start, end if end >= 0 else len(text.data), at_end=end < 0)
+    else:
+        yield from _elements(text, parts, end)
     if end >= 0:
         yield from text.trailing(end, len(text.data), "the closing bracket")
 
@@ -107,7 +112,9 @@ def _object(text: JsonText, start: int, parts: list[ByteSpan], end: int) -> Iter
     data = text.data
     keys = keys_of(data, parts)
     lists = [opening for begin, _ in parts if (opening := list_value(data, begin)) >= 0]
-    is_chat = bool(keys & _CHAT_KEYS) or any(_contains_turns(data, opening) for opening in lists)
+    is_chat = bool({key.lower() for key in keys} & _CHAT_KEYS) or any(
+        _contains_turns(data, opening) for opening in lists
+    )
     if is_chat or not lists:
         yield text.record(start, end if end >= 0 else len(data), at_end=end < 0)
     elif len(lists) > 1:
@@ -142,7 +149,18 @@ def _list_in_object(text: JsonText, parts: list[ByteSpan], end: int) -> Iterator
 
 def _contains_turns(data: bytes, opening: int) -> bool:
     """Whether the elements of this list are turns of one chat, not chats."""
+    return bool(_keys_of_first(data, opening) & _TURN_KEYS)
+
+
+def _is_one_chat(data: bytes, opening: int) -> bool:
+    """Whether this list is the turns of one chat: its first element has a role and says something."""
+    keys = _keys_of_first(data, opening)
+    return bool(keys & _ROLES and keys & _CONTENTS)
+
+
+def _keys_of_first(data: bytes, opening: int) -> set[bytes]:
+    """Return the keys of the first element of a list, in lower case."""
     first = skip_blank(data, opening + 1)
     # The first key of a turn comes early; with a limit, unclosed brackets don't cost the whole file.
     head = data[first : first + _HEAD_BYTES]
-    return head.startswith(b"{") and bool(keys_of(head, split(head, 0)[0]) & _TURN_KEYS)
+    return {key.lower() for key in keys_of(head, split(head, 0)[0])} if head.startswith(b"{") else set()

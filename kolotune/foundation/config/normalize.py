@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from kolotune.foundation.chat_paths import files_of
 from kolotune.foundation.quantization_types import canonical_name
 
 from .options import OPTIONS, Kind
@@ -23,7 +24,10 @@ def normalize(name: str, value: object, folder: Path) -> object:
     kind = OPTIONS[name].kind
     if kind is Kind.CHAT_FILES:
         files = [value] if isinstance(value, (str, Path)) else value
-        return tuple(_absolute(each, folder) for each in files) if isinstance(files, (list, tuple)) else files
+        if not isinstance(files, (list, tuple)):
+            return files
+        paths = [_absolute(each, folder) for each in files]
+        return tuple([file for path in paths for file in (files_of(path) if isinstance(path, Path) else (path,))])
     if kind in (Kind.FILE, Kind.FOLDER):
         return _absolute(value, folder)
     if kind is Kind.SECRET_SOURCE and value != "-":

@@ -439,6 +439,6 @@ def test_what_was_read_and_what_was_not_is_reported(
     prepared = prepared_of([{"messages": messages, "notes": "x", "id": 1}], base, tmp_path)
     report_prepared(prepared, PlainReporter())
     shown = " ".join("".join(capsys.readouterr()).split())
-    assert "'notes' is filled in 1 records and not read; --map context=notes reads it" in shown
-    assert "'name' is filled in turns of 1 records and not read; --ignore-keys name" in shown
-    assert "'id' is filled in 1 records and not read; it seems to describe the record" in shown
+    assert "'notes' is filled in 1 record and not read; --map context=notes reads it" in shown
+    assert "'name' is filled in turns of 1 record and not read; --ignore-keys name" in shown
+    assert "'id' is filled in 1 record and not read; it seems to describe the record" in shown

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import tempfile
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -308,7 +312,12 @@ def test_parquet_faults(tmp_path: Path) -> None:
         ("chats.json", b"[ ]", "has no chats"),
         ("chats.json", b'{"data": []}', "has no chats"),
         ("chats.csv", b"prompt,completion\n", "has no chats"),
-        ("chats.jsonl.gz", b"x", "unknown file format .gz"),
+        ("chats.jsonl.gz", b"x", "can't be unpacked"),
+        ("chats.jsonl.zst", b"x", "can't be unpacked"),
+        ("chats.txt.gz", gzip.compress(b"x"), "unknown file format .txt"),
+        ("chats.jsonl.xz", lzma.compress(b""), "is empty"),
+        ("chats.txt", b"x", "unknown file format .txt"),
+        ("chats.xlsx", b"x", "unknown file format .xlsx"),
         ("chats", b"x", "no extension"),
         ("chats.parquet", b"PAR1 no PAR1", "can't be read as Parquet"),
     ],
@@ -318,6 +327,46 @@ def test_unreadable(tmp_path: Path, name: str, data: bytes, reason: str) -> None
         read(tmp_path, name, data)
     assert name in caught.value.cause
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", None)]
+)
+def test_packed_files(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes] | None, cut: bool) -> None:
+    data = b"\n".join(map(good, range(500)))
+    packed = pack(data) if pack else pytest.importorskip("pyarrow").compress(data, "zstd", asbytes=True)
+    path = put(tmp_path, f"chats.jsonl.{suffix}", packed[: len(packed) // 2] if cut else packed)
+    if cut:
+        with pytest.raises(DataError, match="can't be unpacked"):
+            read_chats([path])
+        return
+    result = read_chats([path])
+    assert [chat.line for chat in result.chats] == list(range(1, 501))
+    assert result.chats[0].source == path and result.shapes == {str(path): "JSONL, messages"}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("a.txt", "one chat on each line"), ("a.xlsx", "as CSV"), ("a.zip", "Unpack")]
+)
+def test_other_formats_get_the_hint_that_fits(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, name, b"x")
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["chats.json", "chats.jsonl"])
+@pytest.mark.parametrize("turns", [QA, [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]])
+def test_a_file_that_is_the_turns_of_one_chat(tmp_path: Path, indent: int | None, name: str, turns: Any) -> None:
+    assert spoken(read(tmp_path, name, json.dumps(turns, indent=indent)).chats[0]) == SPOKEN
+
+
+def test_lines_that_are_lists_of_turns(tmp_path: Path) -> None:
+    lines = [[turn("user", f"q{number}"), QA[1]] for number in range(3)]
+    result = read(tmp_path, "chats.jsonl", "\n".join(map(json.dumps, lines)))
+    assert [chat.line for chat in result.chats] == [1, 2, 3]
+    assert len(read(tmp_path, "chats.json", json.dumps(lines)).chats) == 3
 
 
 def test_missing_folder_and_forbidden(tmp_path: Path) -> None:

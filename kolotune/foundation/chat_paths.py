@@ -1,0 +1,48 @@
+"""Paths of chat files: the formats that are read, and the files in a folder of chats."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CHAT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""Packed files of one of these formats are read too: chats.jsonl.gz."""
+_NO_CHATS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"})
+_OTHER_SPLIT = re.compile(r"(test|eval|evaluation|valid|validation|val|dev)([^a-z].*)?$")
+
+
+def is_chat_file(path: Path) -> bool:
+    """Whether a file has the name of a file of chats."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in PACKED_SUFFIXES and len(suffixes) > 1:
+        suffix = suffixes[0]
+    return suffix in CHAT_SUFFIXES and path.name.lower() not in _NO_CHATS and not path.name.startswith(".")
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of chats in a folder, or in its folder ``data``, by name.
+
+    Returns:
+        The path itself if it is no folder, has no such files, or has files that are kept for testing: which of them to
+        train on is for the user to say.
+    """
+    for folder in (path, path / "data"):
+        files = chat_files_in(folder)
+        if files:
+            return (path,) if any(map(is_other_split, files)) else files
+    return (path,)
+
+
+def chat_files_in(folder: Path) -> tuple[Path, ...]:
+    """Return the files of chats in a folder, by name; none if it can't be read."""
+    try:
+        return tuple(sorted(file for file in folder.iterdir() if is_chat_file(file) and file.is_file()))
+    except (OSError, ValueError):
+        return ()
+
+
+def is_other_split(file: Path) -> bool:
+    """Whether the name of a file says that it is kept for testing."""
+    return _OTHER_SPLIT.match(file.name.lower().split(".")[0]) is not None
