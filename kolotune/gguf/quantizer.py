@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 from kolotune.foundation.files import explained
 from kolotune.foundation.hardware import cores
-from kolotune.foundation.hashing import Hasher
+from kolotune.foundation.hashing import HashedFile
 from kolotune.foundation.ordered_tasks import results_in_order
 from kolotune.llamacpp import ggml
 from kolotune.llamacpp.gguf_metadata import DAMAGED, not_whole
@@ -36,42 +36,53 @@ if TYPE_CHECKING:
 
     Matrix = Mapping[str, np.ndarray]
 
-_WEIGHTS_AT_ONCE = 1 << 19  # a few milliseconds of work, and with their fp32 form in the cache of a core
+WEIGHTS_AT_ONCE = 1 << 19
+"""Of a piece: some milliseconds of work."""
 _WIDENED = ("F16", "BF16", "F32")
 _Task = Callable[[], "np.ndarray | bytes"]
 
 
 def main(arguments: list[str]) -> int:
-    """Quantize; return the exit code."""
-    return child_process.carry_out(lambda: quantize(*arguments))
+    """Quantize, and report the hash of the result; return the exit code."""
+    source, target, file_type, *matrix = arguments
+
+    def task() -> None:
+        means = importance_matrix.read(Path(matrix[0])) if matrix else {}
+        child_process.emit("written", sha256=quantize(Path(source), Path(target), file_type, means))
+
+    return child_process.carry_out(task)
 
 
-def quantize(source: str, target: str, file_type: str, matrix: str = "") -> None:
-    """Quantize the file `source` to the file `target`, with an importance matrix if one is given; report its hash.
+def quantize(source: Path, target: Path, file_type: str, matrix: Matrix) -> str:
+    """Quantize the file `source` to the file `target`; return the target's hash.
+
+    Args:
+        source: an unquantized GGUF.
+        target: the GGUF to write.
+        file_type: name of the quantization.
+        matrix: the importance matrix, as `importance_matrix.read` returns it; empty: without one.
 
     Raises:
         ToolchainError: the quantization does not fit the model, or needs a matrix.
-        ArtifactError: the GGUF or the matrix can't be read.
+        ArtifactError: the source is damaged, or the matrix belongs to another model.
         SpaceError: the disk is full.
     """
-    source_path, path, hasher = Path(source), Path(target), Hasher()
-    means = importance_matrix.read(Path(matrix)) if matrix else {}
     try:
-        with source_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            reader = header.read_whole(data, source_path)
-            types = tensor_types(reader.summary(), file_type, has_matrix=bool(means))
+        with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            reader = header.read_whole(data, source)
+            types = tensor_types(reader.summary(), file_type, has_matrix=bool(matrix))
             content = quantized_header(data, reader, types, file_type)
     except DAMAGED as error:
-        raise not_whole(source_path, error) from None
-    _check(reader.tensors, types, file_type, means)
+        raise not_whole(source, error) from None
+    _check(reader.tensors, types, file_type, matrix)
     try:
-        with hasher.create(path) as stream:
+        with HashedFile(target) as stream:
             stream.write(content)
-            for piece in _Quantization(source_path, reader, types, means).pieces():
+            for piece in _Quantization(source, reader, types, matrix).pieces():
                 stream.write(piece)
     except OSError as error:
-        raise explained(error, path) from error
-    child_process.emit("written", sha256=stream.digest)
+        raise explained(error, target.parent) from error
+    return stream.digest
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class _Quantization:
         for name, kind in self._types.items():
             tensor = self._reader.tensors[name]
             if kind == tensor.type:
-                step = 4 * _WEIGHTS_AT_ONCE  # whole blocks of every type
+                step = 4 * WEIGHTS_AT_ONCE  # whole blocks of every type
                 for start in range(0, tensor.size, step):
                     yield partial(self._values, name, start, min(step, tensor.size - start))
             else:
@@ -142,7 +153,7 @@ class _Quantization:
         means = self._matrix.get(name)
         if means is not None and means.size != columns * experts:
             means = None  # of an embedding
-        step = max(1, _WEIGHTS_AT_ONCE // columns)
+        step = max(1, WEIGHTS_AT_ONCE // columns)
         for expert in range(experts):
             importance = None if means is None else means[expert * columns : (expert + 1) * columns]
             for row in range(0, height, step):

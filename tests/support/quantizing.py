@@ -98,7 +98,7 @@ class TinyModel:
         return {
             name: random.lognormal(0, 1, shape[-1] * (shape[0] if len(shape) > 2 else 1)).astype(np.float32)
             for name, shape in self.shapes()
-            if name.startswith("blk.") and len(shape) > 1
+            if "blk." in name and len(shape) > 1
         }
 
     def _common_fields(self) -> dict[str, Any]:
