@@ -283,7 +283,7 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "Python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
-        "llama.cpp": f"that of llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",
+        "llama.cpp": f"that of xllamacpp {importlib.metadata.version('xllamacpp')}",
     }
 
 

@@ -4,8 +4,8 @@
 
 The original's steps: transformers loads and saves, llama.cpp's converter runs as a child, then llama.cpp's quantizer.
 kolotune's: the stages merge, convert and quantize as `kolotune run` runs them, with hashes and records, and everything
-flushed to disk; and the same with --lean. One run is cold: it has to make the conversion plan. Models and results are
-in a temporary folder inside --folder, which needs about six times the size of a model.
+flushed to disk; the quantizer alone; and the same with --lean. One run is cold: it has to make the conversion plan.
+Models and results are in a temporary folder inside --folder, which needs about six times the size of a model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import environments
 import measuring
 from measuring import Measured, Result, Table, measure, medians
 
@@ -39,6 +40,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
            "num_key_value_heads": 8, "head_dim": 128},
 }  # fmt: skip
+TWO_FORMS = 1.28  # of a tensor, as f16 and as Q4_K, relative to the first
 RANK, QUANTIZATION = 16, "Q4_K_M"
 TIMED = "1b"
 TARGET_SECONDS, TARGET_SHARE, BASE_MEMORY_MB = 10.0, 1 / 3, 350.0
@@ -50,12 +52,7 @@ model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
 model.save_pretrained(target)
 AutoTokenizer.from_pretrained(source).save_pretrained(target)
 """
-_ORIGINAL_QUANTIZE = """
-import ctypes, sys, llama_cpp
-parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.ftype = int(sys.argv[3])
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(parameters)))
-"""
+_ORIGINAL_QUANTIZER = environments.PEERS / "quantize.py"
 _STAGES = """
 import json, sys
 from pathlib import Path
@@ -143,8 +140,11 @@ def one_round(folder: Path, quantize: bool) -> dict[str, Measured]:
     shutil.rmtree(run, ignore_errors=True)
     steps["kolotune: merge, convert"], _ = run_stages(folder, "merge,convert", log)
     if quantize:
-        argv = [*python, _ORIGINAL_QUANTIZE, gguf, small, str(FILE_TYPES[QUANTIZATION])]
-        steps["quantize"] = measure(argv, log)
+        job = json.dumps({"source": str(gguf), "target": str(small), "type": FILE_TYPES[QUANTIZATION]})
+        steps["quantize"] = measure([environments.ensure("llama_cpp") / "python", _ORIGINAL_QUANTIZER, job], log)
+        small.unlink()
+        argv = [sys.executable, "-P", "-m", "kolotune.gguf.quantizer", gguf, small, QUANTIZATION]
+        steps["kolotune: quantizer"] = measure(argv, log)
         total, seconds = run_stages(folder, "merge,convert,quantize", log)
         steps["kolotune: quantize"] = Measured(seconds["quantize"], total.peak_mb, total.anonymous_mb, 0)
         small.unlink()
@@ -182,9 +182,11 @@ def measure_size(size: str, folder: Path, rounds: int, quantize: bool, result: R
             result.figures.append(measuring.Figure(f"{size}: {name}", target, times, passed))
         result.at_most(f"{size}: {name}, anonymous memory", measured.anonymous_mb, memory_limit, " MB")
     if quantize:
-        ratio = steps["kolotune: quantize"].seconds / steps["quantize"].seconds
-        what = f"{size}: time of quantize relative to llama.cpp's own, within noise"
+        ratio = steps["kolotune: quantizer"].seconds / steps["quantize"].seconds
+        what = f"{size}: time of the quantizer relative to llama.cpp's own, within noise"
         result.at_most(what, ratio, measuring.NOISE, " x")
+        memory = steps["kolotune: quantizer"].anonymous_mb
+        result.at_most(f"{size}: quantizer, anonymous memory", memory, TWO_FORMS * largest, " MB")
 
 
 def main() -> int:
@@ -196,7 +198,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to make the temporary models")
     arguments = parser.parse_args()
     result = Result("merge_convert", "From adapter to GGUF", quick=arguments.quick)
-    result.versions = measuring.versions("torch", "transformers", "llama-cpp-python", "numpy")
+    result.versions = measuring.versions("torch", "transformers", "xllamacpp", "numpy")
     rounds = 1 if arguments.quick else arguments.rounds
     for size in ("tiny",) if arguments.quick else arguments.sizes.split(","):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

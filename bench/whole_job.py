@@ -24,6 +24,7 @@ import yaml
 from measuring import KOLOTUNE, ROOT, Measured, Result, Table, measure, median, options, versions
 
 from kolotune.foundation.errors import FidelityError
+from kolotune.foundation.quantization_types import FILE_TYPES
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.llamacpp import toolchain
 from kolotune.run_folder.layout import RunFolder
@@ -83,8 +84,10 @@ def original(chats: material.Chats, folder: Path) -> Job:
     converter = toolchain.ensure(PlainReporter()).converter
     convert = [PYTHON, converter, merged, "--outtype", "f16", "--outfile", gguf]
     job.steps["convert"] = measure(convert, log, env=material.OFFLINE)
-    quantize = [PYTHON, "-m", "kolotune.gguf.quantizer", gguf, folder / "model-Q4_K_M.gguf", "Q4_K_M"]
-    job.steps["quantize"] = measure(quantize, log, cwd=ROOT)
+    target = folder / "model-Q4_K_M.gguf"
+    quantizing = json.dumps({"source": str(gguf), "target": str(target), "type": FILE_TYPES["Q4_K_M"]})
+    quantize = [environments.ensure("llama_cpp") / "python", environments.PEERS / "quantize.py", quantizing]
+    job.steps["quantize"] = measure(quantize, log)
     job.adapter = as_peft(job.adapter, folder)
     return job
 

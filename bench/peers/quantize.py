@@ -1,8 +1,9 @@
 """Quantize with llama.cpp's own function: runs in the environment of llama-cpp-python, not in kolotune's.
 
-Reads jobs from standard input, a JSON object a line: "source", "target", "type" (its number), and optionally "matrix",
-an .npz file of the mean squares by the names of weights, and "threads". Without a target, it only says which types it
-would choose. Answers each job with a line: "code" (0: done), "log", and what it chose.
+A job is a JSON object: "source", "target", "type" (its number), and optionally "matrix", an .npz file of the mean
+squares by the names of weights. Without a target, it only says which types it would choose. Does the job given as an
+argument, and ends; or those on standard input, one a line, and answers each with a line: "code" (0: done), "log", and
+the types that it would choose.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def on_message(_level: int, text: bytes, _data: object) -> None:
 def quantize(job: dict[str, object]) -> dict[str, object]:
     """Do one job; return the answer."""
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = job["type"], job.get("threads", 0)
+    parameters.ftype = job["type"]
     parameters.dry_run = "target" not in job
     if "matrix" in job:
         means = dict(np.load(job["matrix"]))
@@ -45,5 +46,7 @@ def quantize(job: dict[str, object]) -> dict[str, object]:
 
 
 llama_cpp.llama_log_set(on_message, None)
+if len(sys.argv) > 1:
+    sys.exit(quantize(json.loads(sys.argv[1]))["code"])
 for line in sys.stdin:
     print(json.dumps(quantize(json.loads(line))), flush=True)

@@ -1,8 +1,8 @@
 """The form in which llama.cpp's own writer leaves a GGUF: the order of tensors and fields, and how shapes are written.
 
 A file in this form passes through that writer without a change, so a server that passes every GGUF through it, as
-Ollama does, stores the bytes that were sent. Quantized files come from that writer. llama.cpp's converter has a writer
-of its own, which keeps the model's order; `arrange` changes what it is about to write. See docs/conversion-plan.md.
+Ollama does, stores the bytes that were sent. llama.cpp's converter has a writer of its own, which keeps the model's
+order; `arrange` changes what it is about to write. See docs/conversion-plan.md.
 """
 
 from __future__ import annotations

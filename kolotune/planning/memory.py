@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from kolotune.engines.engine import get_engine
 from kolotune.engines.memory import SMALLEST_BATCH, BatchShape, Memory, TrainingMemory
+from kolotune.foundation.hardware import cores
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.llamacpp.evaluation import BATCH
 from kolotune.run_folder.retention import kept_models
@@ -16,7 +15,8 @@ from .workload import Workload
 
 # Measured on SmolLM2-135M with 40 short chats: the peak of each process, less the tensors that the formulas count.
 MAIN_PROCESS = Memory(320_000_000, 60_000_000)
-_QUANTIZER = Memory(30_000_000, 20_000_000)
+_QUANTIZER = Memory(30_000_000, 30_000_000)
+_QUANTIZER_CORE = 6_000_000  # pieces that a core works on, and those that wait to be written
 _MATRIX_READER = Memory(100_000_000, 40_000_000)  # llama.cpp computing an importance matrix: a guess, not measured
 
 
@@ -33,7 +33,7 @@ def stage_memory(
     """
     training = training_memory(context, shape, workload.largest if workload else SMALLEST_BATCH, free)
     merging = Memory(MAIN_PROCESS.own, MAIN_PROCESS.mapped + shape.stored_bytes)
-    quantizing = quantizer_memory(shape)
+    quantizing = quantizer_memory()
     if with_matrix(context, kept_models(context.config).quantized):
         longest = workload.largest.longest if workload else context.config.max_seq_length
         matrix = importance_matrix_memory(shape, longest, BATCH)
@@ -52,10 +52,9 @@ def training_memory(context: Context, shape: ModelShape, batch: BatchShape, free
     return get_engine(context.config.engine).training_memory(context.config, context.base, shape, batch, free)
 
 
-def quantizer_memory(shape: ModelShape) -> Memory:
-    """Return the memory of llama.cpp's quantizer: a tensor at a time, as fp32 and in its new type."""
-    largest = max(math.prod(entry.shape) for entry in shape.entries)
-    return Memory(_QUANTIZER.own + 5 * largest, _QUANTIZER.mapped + 2 * largest)
+def quantizer_memory() -> Memory:
+    """Return the memory of the quantizer, which holds pieces of tensors."""
+    return _QUANTIZER + Memory(cores() * _QUANTIZER_CORE, 0)
 
 
 def importance_matrix_memory(shape: ModelShape, longest: int, batch: int) -> Memory:

@@ -47,7 +47,7 @@ def outputs(context: Context) -> list[Path]:
 
 
 def packages() -> Sequence[str]:
-    return ("llama-cpp-python",)
+    return ("xllamacpp",)
 
 
 def preflight(context: Context, reporter: Reporter) -> None:
@@ -76,7 +76,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     """Make the missing GGUFs; keep those that were made before from the same unquantized GGUF, remove others.
 
     Raises:
-        ToolchainError: the quantizer failed.
+        ToolchainError: a quantization does not fit the model, or the quantizer failed.
         ArtifactError: the unquantized GGUF is missing, or what the quantizer wrote is damaged.
     """
     folder, hasher, names = context.run, context.hasher, kept_models(context.config).quantized
