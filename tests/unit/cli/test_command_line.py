@@ -341,6 +341,42 @@ def test_merge_elsewhere_gives_the_runs_own_merged_model(kolotune: Call, finishe
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
+@pytest.mark.parametrize("verb", ["export", "merge"])
+def test_a_folder_of_checkpoints_names_the_newest(verb: str, kolotune: Call, finished: Config, tmp_path: Path) -> None:
+    source = tmp_path / "trained"
+    for step in (500, 1000):
+        shutil.copytree(RunFolder(finished.output_dir).adapter, source / f"checkpoint-{step}")
+    arguments = {
+        "export": [source, "--output-dir", tmp_path / "e"],
+        "merge": ["--adapter", source, "--base", finished.base_model, "--out", tmp_path / "m"],
+    }
+    code, output = kolotune(verb, *arguments[verb])
+    assert code == 4
+    assert "holds no adapter" in output and str(source / "checkpoint-1000") in output.replace("\n", "")
+    assert not (tmp_path / "e").exists() and not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "guess"),
+    [
+        ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "unsloth/Qwen3-4B"),
+        ("/kaggle/input/gemma-2/transformers/gemma-2-2b-it/2", "--base"),
+        (None, "--base"),
+    ],
+)
+def test_an_adapter_whose_base_is_not_at_hand(
+    base: str | None, guess: str, kolotune: Call, finished: Config, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(RunFolder(finished.output_dir).adapter, tmp_path / "adapter"))
+    file = adapter / "adapter_config.json"
+    config = {**json.loads(file.read_text(encoding="utf-8")), "base_model_name_or_path": base}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    code, output = kolotune("export", adapter, "--output-dir", tmp_path / "e")
+    assert code == 2
+    assert "--base" in output and guess in output
+    assert not (tmp_path / "e").exists()
+
+
 def test_an_adapter_of_another_base_is_refused_and_nothing_is_left(
     kolotune: Call, finished: Config, tmp_path: Path, tiny_model: Any, tiny_base: Path
 ) -> None:

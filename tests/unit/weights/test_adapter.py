@@ -80,6 +80,68 @@ def test_matrices_of_different_rank_are_refused(write: Callable[..., Path]) -> N
         read_adapter(write({**GOOD, f"{NAME}.lora_B.weight": torch.randn(5, 3)}))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.q_proj.lora_{}.weight",
+        "base_model.model.model.layers.0.q_proj.lora_{}.default.weight",
+        "base_model.model.model.layers.0.q_proj.lora_{}.chat-v2.weight",
+        "base_model.model.model.layers.0._fsdp_wrapped_module.q_proj.lora_{}.weight",
+        "_orig_mod.base_model.model.model.layers.0.q_proj.lora_{}.default.weight",
+        "base_model.model._orig_mod.model.layers.0.q_proj.lora_{}.weight",
+    ],
+)
+def test_names_that_other_tools_write(write: Callable[..., Path], name: str) -> None:
+    pair = {name.format(part): GOOD[f"{NAME}.lora_{part}.weight"] for part in "AB"}
+    assert list(read_adapter(write(pair)).deltas) == ["model.layers.0.q_proj.weight"]
+
+
+def test_several_adapters_in_one_file_are_refused(write: Callable[..., Path]) -> None:
+    tensors = {
+        name.replace(".weight", f".{adapter}.weight"): each.clone()
+        for name, each in GOOD.items()
+        for adapter in ("one", "two")
+    }
+    with pytest.raises(ModelError, match="several adapters: one, two"):
+        read_adapter(write(tensors))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 6), (12,)])
+def test_sharded_weights_are_refused(write: Callable[..., Path], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ArtifactError, match="sharded"):
+        read_adapter(write({**GOOD, f"{NAME}.lora_A.weight": torch.ones(shape)}))
+
+
+def test_a_convolution_is_refused(write: Callable[..., Path]) -> None:
+    pair = {f"{NAME}.lora_A.weight": torch.ones(2, 1, 4), f"{NAME}.lora_B.weight": torch.ones(5, 2, 1)}
+    with pytest.raises(ModelError, match="convolution"):
+        read_adapter(write(pair))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("target_parameters", "experts.down_proj"),
+        ("target_parameters", [1]),
+        ("modules_to_save", {"a": 1}),
+        ("target_modules", 5),
+        ("trainable_token_indices", [-1]),
+        ("trainable_token_indices", {"embed_tokens": "1"}),
+        ("trainable_token_indices", [1 << 40]),
+    ],
+)
+def test_an_option_of_a_wrong_type_is_refused(write: Callable[..., Path], option: str, value: Any) -> None:
+    with pytest.raises(ArtifactError, match=option):
+        read_adapter(write(**{option: value}))
+
+
+@pytest.mark.parametrize("indices", [[1], [1, 1], [1, 2, 3], {"wte": [1, 2]}])
+def test_token_rows_that_are_not_those_of_the_config(write: Callable[..., Path], indices: Any) -> None:
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 6)}
+    with pytest.raises(ArtifactError, match="embed_tokens"):
+        read_adapter(write({**GOOD, **rows}, trainable_token_indices=indices))
+
+
 def test_empty(write: Callable[..., Path]) -> None:
     with pytest.raises(ArtifactError, match="empty"):
         read_adapter(write({}))

@@ -164,6 +164,33 @@ def make_adapter(root: Path, kind: Kind, tiny_model: Callable[..., Any]) -> None
     adapted.save_pretrained(root / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("family", "module", "leaves"),
+    [
+        ("mixtral", "block_sparse_moe", ["w1", "w2", "w3"]),
+        pytest.param("qwen3_moe", "mlp", ["gate_proj", "up_proj", "down_proj"], marks=pytest.mark.slow),
+        pytest.param("mixtral", "block_sparse_moe", ["w2"], marks=pytest.mark.slow),
+    ],
+)
+def test_experts_one_by_one_as_in_transformers_4(
+    family: str, module: str, leaves: list[str], tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    tiny_model(family, tmp_path / "base", **EXPERTS)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    torch.manual_seed(7)
+    tensors = {}
+    for name, weight in base.items():
+        if f"{module}.experts." in name and name.split(".")[-2] in leaves:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, weight.shape[1])
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], 4) * 0.05
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=leaves, base_model_name_or_path="a/b")
+    config.save_pretrained(tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    assert largest_difference(tmp_path) < TOLERANCE
+
+
 TRAINED_BOTH = ["embed_tokens", "lm_head"]
 
 
