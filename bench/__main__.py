@@ -23,6 +23,7 @@ SCRIPTS = (
     "merge_convert",
     "preparing",
     "answers_apart",
+    "serving",
     "growth",
     "scaling",
     "plan_accuracy",

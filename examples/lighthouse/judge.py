@@ -39,9 +39,10 @@ def main() -> int:
     answers: dict[str, list[str]] = {}
     for name, base in (("base", True), ("tuned", False)):
         answers[name] = []
-        for question in questions:
-            talk = open_chat(RunFolder(arguments.run.absolute()), say, base=base)
-            answers[name].append("".join(talk.ask(question, temperature=0.0, max_tokens=120, seed=0)).strip())
+        with open_chat(RunFolder(arguments.run.absolute()), say, base=base) as talk:
+            for question in questions:
+                answers[name].append("".join(talk.ask(question, temperature=0.0, max_tokens=120, seed=0)).strip())
+                talk.forget()
         counts[name] = sum(map(has_manner, answers[name]))
     rows = zip(questions, answers["base"], answers["tuned"], strict=True)
     say.table("Held-out questions", ("question", "base", "tuned"), [list(row) for row in rows])

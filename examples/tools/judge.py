@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import secrets
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import Reporter, make_reporter
+from kolotune.llamacpp.model_server import ModelServer, ServerSettings
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import installed_name
 from kolotune.run_folder.layout import RunFolder
@@ -80,24 +79,12 @@ def judge(run: RunFolder, reporter: Reporter, *, base: bool = False, in_ollama: 
 @contextmanager
 def served(run: RunFolder, reporter: Reporter, base: bool) -> Iterator[Client]:
     """Serve a run's GGUF, or its base with the trained template, by llama.cpp."""
-    import xllamacpp
-
     config = saved_config(run)
     name = choose_quantization(config, None)
-    parameters = xllamacpp.CommonParams()
-    if base:
-        parameters.model.path = str(base_gguf(run, config, name, reporter))
-        parameters.chat_template = template_of(trained_folder(run)).jinja
-    else:
-        parameters.model.path = str(verified_gguf(run, name)[0])
-    key = secrets.token_urlsafe()
-    parameters.hostnames, parameters.port, parameters.api_keys = ["127.0.0.1"], 0, [key]
-    parameters.n_ctx, parameters.n_parallel, parameters.use_jinja = CONTEXT, 1, True
-    parameters.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    parameters.warmup, parameters.ui, parameters.verbosity = False, False, 1
-    server = xllamacpp.Server(parameters)
-    yield Client(server.listening_address, key, "tuned")
-    del server
+    gguf = base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
+    template = template_of(trained_folder(run)).jinja if base else ""
+    with ModelServer(gguf, ServerSettings(context=CONTEXT, template=template)) as server:
+        yield Client(server.address, server.key, "tuned", server.end_texts)
 
 
 @contextmanager
@@ -113,19 +100,19 @@ class Client:
         address: The server's.
         key: What requests must have.
         model: The model's name there.
+        stops: Stops that the server does not know itself.
     """
 
-    def __init__(self, address: str, key: str, model: str) -> None:
+    def __init__(self, address: str, key: str, model: str, stops: tuple[str, ...] = ()) -> None:
         import openai
 
         self._api, self._model = openai.OpenAI(base_url=f"{address}/v1", api_key=key), model
+        self._fixed = {"temperature": 0, "max_tokens": LONGEST_ANSWER, "seed": 0} | ({"stop": stops} if stops else {})
 
     def reply(self, messages: list[dict[str, Any]], functions: list[dict[str, Any]]) -> Any:
         """Return the most likely reply: an object with `content` and `tool_calls`."""
         create: Any = self._api.chat.completions.create
-        completion = create(
-            model=self._model, messages=messages, tools=functions, temperature=0, max_tokens=LONGEST_ANSWER, seed=0
-        )
+        completion = create(model=self._model, messages=messages, tools=functions, **self._fixed)
         return completion.choices[0].message
 
 

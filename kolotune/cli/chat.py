@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kolotune.foundation.config import DEFAULT_MAX_TOKENS, DEFAULT_OUTPUT_DIR, DEFAULT_SEED, DEFAULT_TEMPERATURE
-from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.errors import ConfigError, Terminated
 from kolotune.foundation.reporter import print_pieces
 from kolotune.run_folder.layout import RunFolder
 
@@ -44,32 +45,32 @@ def chat(
 ) -> int:
     """Chat with the result, through llama.cpp or in Ollama."""
     say = reporter()
-    if ollama:
-        if base or quantization:
-            raise ConfigError("chat: --ollama cannot be combined with --base or --quantization")
-        ask = _in_ollama(run, name, system, temperature, max_tokens, seed)
-    elif name is not None:
-        raise ConfigError(f"chat: {name!r} can only be a name in Ollama", "Add --ollama.")
-    else:
-        from kolotune.serving.terminal_chat import open_chat
+    with contextlib.ExitStack() as opened:
+        if ollama:
+            if base or quantization:
+                raise ConfigError("chat: --ollama cannot be combined with --base or --quantization")
+            ask = _in_ollama(run, name, system, temperature, max_tokens, seed)
+        elif name is not None:
+            raise ConfigError(f"chat: {name!r} can only be a name in Ollama", "Add --ollama.")
+        else:
+            from kolotune.serving.terminal_chat import open_chat
 
-        talk = open_chat(RunFolder(run.absolute()), say, quantization=quantization, base=base, system=system)
-        ask = partial(
-            talk.ask,
-            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-            max_tokens=max_tokens or DEFAULT_MAX_TOKENS,
-            seed=DEFAULT_SEED if seed is None else seed,
-        )
-
-    if prompt is not None:
-        print_pieces(ask(prompt))
-    else:
-        say.note("Type a message; an empty line or Ctrl-D ends the chat.")
-        _converse(ask)
+            talk = open_chat(RunFolder(run.absolute()), say, quantization=quantization, base=base, system=system)
+            ask = partial(
+                opened.enter_context(talk).ask,
+                temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+                max_tokens=max_tokens or DEFAULT_MAX_TOKENS,
+                seed=DEFAULT_SEED if seed is None else seed,
+            )
+        if prompt is not None:
+            print_pieces(ask(prompt))
+        else:
+            say.note("Type a message; an empty line or Ctrl-D ends the chat, Ctrl-C an answer.")
+            _converse(ask)
     return 0
 
 
-def _converse(ask: Callable[[str], Iterable[str]]) -> None:
+def _converse(ask: Callable[[str], Generator[str]]) -> None:
     """Answer each line, until an empty one or the end of the input."""
     while True:
         try:
@@ -78,12 +79,18 @@ def _converse(ask: Callable[[str], Iterable[str]]) -> None:
             return
         if not text.strip():
             return
-        print_pieces(ask(text))
+        try:
+            with contextlib.closing(ask(text)) as answer:
+                print_pieces(answer)
+        except Terminated:
+            raise
+        except KeyboardInterrupt:  # this answer only; it is forgotten
+            print_pieces(())
 
 
 def _in_ollama(
     run: Path, name: str | None, system: str | None, temperature: float | None, max_tokens: int | None, seed: int | None
-) -> Callable[[str], Iterator[str]]:
+) -> Callable[[str], Generator[str]]:
     from kolotune.ollama.chat import OllamaChat
     from kolotune.ollama.install import installed_name
 

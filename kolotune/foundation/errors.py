@@ -195,3 +195,7 @@ class LaunchError(KolotuneError):
 class Interrupted(KolotuneError):
     exit_code = 130
     default_hint = "Run the same command again; with --use-checkpoint, training resumes where it stopped."
+
+
+class Terminated(KeyboardInterrupt):
+    """A termination signal. It ends a command as Ctrl-C does, also where Ctrl-C ends a part of it only."""

@@ -1,7 +1,7 @@
 """Evaluate a GGUF with llama.cpp as exactly as it can: log-probabilities, greedy answers, tokens.
 
 It runs on the CPU, with attention's keys and values in fp32 and without flash attention, so that differences come from
-the weights. Text as a server generates it comes from `kolotune.gguf.inference`.
+the weights. Text as a server generates it comes from `model_server`.
 """
 
 from __future__ import annotations

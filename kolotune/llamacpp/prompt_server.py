@@ -7,34 +7,28 @@ needs neither time nor memory to compute. It runs a stranger's template, so it h
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import secrets
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import Self
 
 from kolotune.foundation import typed_storage
-from kolotune.foundation.errors import ArtifactError, TemplateError
+from kolotune.foundation.errors import ArtifactError, KolotuneError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.runners import child_process, local
 
-if TYPE_CHECKING:
-    import httpx
+from .child_server import ChildServer
 
 _PROCESS = "kolotune.llamacpp.prompt_server_process"
 _START_SECONDS = 120.0  # the largest vocabularies take 2 s of processor time
 _CALL_SECONDS = 20.0  # the longest known template takes some milliseconds
-_LOG_BYTES = 4000
 # How llama.cpp's messages about a template begin, and how one ends.
 _TEMPLATE_PROBLEM = re.compile(
     r"(?:common_chat_templates_init: error:|chat template parsing error:)(.*?)(?=\n\d+\.\d\d\.\d{3}\.|\nTraceback |\Z)",
     re.DOTALL,
 )
+_OUT_OF_MEMORY = "std::bad_alloc"
 _EXCEPTION = re.compile(r"^Error: (?:Jinja Exception: )?(.*)", re.MULTILINE)
 
 
@@ -64,13 +58,13 @@ class PromptServer:
     """
 
     def __init__(self, gguf: SparseGguf) -> None:
-        self._open = contextlib.ExitStack()
-        try:
-            log = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with the rest
-            self._client = self._start(gguf, log)
-        except BaseException:
-            self._open.close()
-            raise
+        import httpx
+
+        task = {"header": len(gguf.header), "size": gguf.size}
+        self._server = ChildServer(_PROCESS, task, gguf.header, seconds=_START_SECONDS, explain=_explained)
+        self._client = httpx.Client(
+            base_url=self._server.address, headers=self._server.headers, trust_env=False, timeout=_CALL_SECONDS
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -82,12 +76,13 @@ class PromptServer:
 
     def close(self) -> None:
         """End the server."""
-        self._open.close()
+        self._client.close()
+        self._server.close()
 
     @property
     def address(self) -> str:
         """Where it listens."""
-        return str(self._client.base_url).rstrip("/")
+        return self._server.address
 
     def render(
         self,
@@ -121,27 +116,6 @@ class PromptServer:
         request = {"content": text, "add_special": True, "parse_special": True}
         return typed_storage.convert(list[int], self._call("/tokenize", request)["tokens"])
 
-    def _start(self, gguf: SparseGguf, log: IO[bytes]) -> httpx.Client:
-        import httpx
-
-        process = self._open.enter_context(local.piped(local.python(_PROCESS), {}, log))
-        assert process.stdin is not None and process.stdout is not None
-        key = secrets.token_urlsafe()
-        watch = threading.Timer(_START_SECONDS, process.kill)
-        watch.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it ended, and says why
-                head = {"key": key, "header": len(gguf.header), "size": gguf.size}
-                process.stdin.write(json.dumps(head).encode() + b"\n" + gguf.header)
-                process.stdin.flush()
-            address = _address(process.stdout, log)
-        finally:
-            watch.cancel()
-        self._kill = process.kill
-        headers = {"Authorization": f"Bearer {key}"}
-        client = httpx.Client(base_url=address, headers=headers, trust_env=False, timeout=_CALL_SECONDS)
-        return self._open.enter_context(client)
-
     def _call(self, path: str, request: Mapping[str, object]) -> JsonObject:
         import httpx
 
@@ -149,41 +123,29 @@ class PromptServer:
             answer = self._client.post(path, content=json.dumps(request).encode())
             fields = typed_storage.parse_object(answer.text)
         except httpx.TimeoutException:
-            self._kill()
+            self._server.kill()
             reason = f"llama.cpp's server does not answer within {_CALL_SECONDS:.0f} s"
             raise TemplateError(f"the chat template can't be used: {reason}") from None
         except (httpx.HTTPError, typed_storage.StorageError):
-            self._kill()
+            self._server.kill()
             raise TemplateError("the chat template can't be used: it ends llama.cpp's server") from None
         error = fields.get("error")
         if error is not None:
             message = str(error.get("message") if isinstance(error, dict) else error)
+            if _OUT_OF_MEMORY in message:  # and may be out of order
+                self._server.kill()
+                raise TemplateError("the chat template can't be used: it takes too much memory")
             raise TemplateError(f"llama.cpp's server refuses these messages: {_reason(message)}")
         return fields
 
 
-def _address(events: IO[bytes], log: IO[bytes]) -> str:
-    """Return the address in the child's first event.
-
-    Raises:
-        KolotuneError: the error that it reports.
-        TemplateError, ArtifactError: it ended without one, because of the template or the tokenizer.
-    """
-    for line in events:
-        event = child_process.event_in(line.decode("utf-8", "replace").strip())
-        if event is None:
-            continue
-        name, fields = event
-        if name == "error":
-            raise child_process.error_in(fields, ArtifactError)
-        return str(fields["address"])
-    log.seek(0)
-    said = log.read(_LOG_BYTES).decode("utf-8", "replace").strip()
+def _explained(said: str) -> KolotuneError:
+    """Return what ended the child as it started: the template or the tokenizer."""
     if not said:
-        raise TemplateError("the chat template can't be used: it ends llama.cpp's server as it starts")
+        return TemplateError("the chat template can't be used: it ends llama.cpp's server as it starts")
     if match := _TEMPLATE_PROBLEM.search(said):
-        raise TemplateError(f"llama.cpp's server can't use the chat template: {_reason(match[1])}")
-    raise ArtifactError(f"llama.cpp's server can't load the tokenizer: {said.splitlines()[0].partition(' E ')[2]}")
+        return TemplateError(f"llama.cpp's server can't use the chat template: {_reason(match[1])}")
+    return ArtifactError(f"llama.cpp's server can't load the tokenizer: {said.splitlines()[0].partition(' E ')[2]}")
 
 
 def _as_request(message: Mapping[str, object]) -> JsonObject:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from .client import OllamaClient
 from .model_name import check_name
@@ -24,7 +24,7 @@ class OllamaChat:
 
     def ask(
         self, text: str, *, temperature: float | None = None, max_tokens: int | None = None, seed: int | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Yield the answer to `text` in pieces; the model's own parameters apply where None is given.
 
         Raises:

@@ -15,6 +15,8 @@ import sys
 from types import FrameType
 from typing import TypedDict
 
+from kolotune.foundation.errors import Terminated
+
 _CONTROL_C_EXIT = 0xC000013A  # what Windows says of a process that Ctrl-C ended
 
 
@@ -71,4 +73,4 @@ def detached() -> Detached:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise Terminated

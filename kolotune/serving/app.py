@@ -1,39 +1,46 @@
-"""The server: OpenAI's chat completions for one model, one answer at a time."""
+"""The server: OpenAI's API in front of llama.cpp's own servers, one for each model.
+
+What is ours is in front: who may ask, the Modelfile's defaults, the names of models, errors in OpenAI's form. The rest
+passes as it is, streams included.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import socket
-import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.addresses import is_loopback
-from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.errors import ConfigError, KolotuneError
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
+from kolotune.llamacpp.model_server import ModelServer
 
-from .requests import BadRequest, ChatRequest, read_request
-from .responses import CompletionBodies, error_body, usage_of
+from .requests import PATHS, BadRequest
+from .responses import as_openais, error_body
 from .served_model import ServedModel
 
 if TYPE_CHECKING:
-    from anyio import Lock
+    import httpx
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
 _GRACE_SECONDS = 1
+_UNUSED_FIELDS = "x-unused-fields"
+_EVENTS = "text/event-stream"
 
 
-def serve(model: ServedModel, host: str, port: int, reporter: Reporter) -> None:
-    """Serve a model until Ctrl-C or a termination signal.
+def serve(models: Sequence[ServedModel], host: str, port: int, reporter: Reporter) -> None:
+    """Serve models until Ctrl-C or a termination signal.
 
     Args:
-        model: the model.
+        models: the models.
         host: address to listen on.
         port: 0 for any free port.
         reporter: shows the address, and a warning for a host that other machines can reach.
@@ -51,12 +58,13 @@ def serve(model: ServedModel, host: str, port: int, reporter: Reporter) -> None:
                 f"anyone who can reach {shown} can use this model and read requests and answers on the network: "
                 "there is no password and no encryption"
             )
-        if model.unused:
-            reporter.note(f"these parameters of the Modelfile apply only in Ollama: {', '.join(model.unused)}")
-        reporter.success(f"serving {model.name} ({model.gguf.name}); press Ctrl-C to stop")
-        reporter.result(url, url=url, model=model.name)
+        for model in models:
+            if unused := model.defaults.unused:
+                reporter.note(f"these parameters of the Modelfile apply only in Ollama: {', '.join(unused)}")
+            reporter.success(f"serving {model.name} ({model.gguf.name}); press Ctrl-C to stop")
+        reporter.result(url, url=url, model=models[0].name, models=[model.name for model in models])
         config = uvicorn.Config(
-            make_app(model, only_here=is_loopback(host)),
+            make_app(models, only_here=is_loopback(host), reporter=reporter),
             log_level="error",
             access_log=False,
             lifespan="off",
@@ -80,96 +88,153 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def make_app(model: ServedModel, only_here: bool) -> Starlette:
+def make_app(models: Sequence[ServedModel], only_here: bool, reporter: Reporter) -> Starlette:
     """Return the ASGI application.
 
     Args:
-        model: the model that answers.
+        models: the models that answer.
         only_here: refuse requests whose Host is not a loopback name: another name may belong to a web page that attacks
             this server through the user's browser (DNS rebinding).
+        reporter: shows which fields of requests have no effect, once each, and crashes.
     """
-    from anyio import Lock
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.routing import Route
 
-    endpoints = _Endpoints(model, only_here, Lock())
+    endpoints = _Endpoints(models, only_here, reporter)
+    reads: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/health": endpoints.health,
+        "/v1/models": endpoints.models,
+        "/v1/models/{name:path}": endpoints.model,
+    }
     return Starlette(
         routes=[
-            Route("/v1/models", endpoints.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", endpoints.model, methods=["GET"]),
-            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
-        ]
+            *(Route(path, endpoint, methods=["GET"]) for path, endpoint in reads.items()),
+            *(Route(path, endpoints.ask, methods=["POST"]) for path in PATHS),
+        ],
+        exception_handlers={HTTPException: _refused_by_route, BadRequest: _bad_request},
     )
 
 
-class _Endpoints:
-    """One method for each route."""
+async def _refused_by_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    if status == 405:
+        return _json(error_body(f"{request.method} is not allowed for {request.url.path}"), status)
+    return _json(error_body(f"{request.url.path} is not served; these are: /v1/models, {', '.join(PATHS)}"), status)
 
-    def __init__(self, model: ServedModel, only_here: bool, lock: Lock) -> None:
-        self._model, self._only_here, self._lock = model, only_here, lock
+
+async def _bad_request(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BadRequest)
+    return _json(error_body(str(error), code=error.code), error.status)
+
+
+class _Endpoints:
+    """One method for each kind of request."""
+
+    def __init__(self, models: Sequence[ServedModel], only_here: bool, reporter: Reporter) -> None:
+        import httpx
+
+        self._models, self._only_here, self._reporter = {model.name: model for model in models}, only_here, reporter
+        self._noted: set[str] = set()
+        # llama.cpp's server closes connections after a stream: none is used twice.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(trust_env=False, timeout=None, limits=limits)
+
+    async def health(self, request: Request) -> Response:
+        self._check_host(request)
+        return _json({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
-        return self._refuse(request) or _json({"object": "list", "data": [self._entry()]})
+        self._check_host(request)
+        return _json({"object": "list", "data": [_entry(model) for model in self._models.values()]})
 
     async def model(self, request: Request) -> Response:
-        return self._refuse(request) or _json(self._entry())
+        self._check_host(request)
+        return _json(_entry(self._named(request.path_params["name"])))
 
-    def _entry(self) -> JsonObject:
-        created = int(self._model.gguf.stat().st_mtime)
-        return {"id": self._model.name, "object": "model", "created": created, "owned_by": "kolotune"}
-
-    async def chat(self, request: Request) -> Response:
+    async def ask(self, request: Request) -> Response:
+        """Pass a request on to llama.cpp's server, with the Modelfile's defaults."""
         from starlette.concurrency import run_in_threadpool
 
-        if refusal := self._refuse(request):
-            return refusal
+        self._check_host(request)
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             # A web page can send other types to any address without the user's consent.
-            return _json(error_body("the body must be application/json"), 415)
+            raise BadRequest("the body must be application/json", status=415)
         try:
-            chat_request = read_request(await request.body())
-            prompt = await run_in_threadpool(self._model.prompt, chat_request)
-        except BadRequest as error:
-            return _json(error_body(str(error), code=error.code), 400)
-        bodies = CompletionBodies(f"chatcmpl-{uuid.uuid4().hex}", self._model.name)
-        if chat_request.stream:
-            return _streaming_response(self._stream(chat_request, prompt, bodies))
-        return await self._whole(request, chat_request, prompt, bodies)
+            fields = typed_storage.parse_object(await request.body())
+        except typed_storage.StorageError as error:
+            raise BadRequest(f"the body is {error}") from None
+        model, path = self._named(fields.get("model")), request.url.path
+        whole, unused = model.defaults.apply(path, fields)
+        self._note(unused)
+        try:
+            server = await run_in_threadpool(lambda: model.server)  # it may have to start again
+        except KolotuneError as error:
+            return _json(error_body(error.cause, "server_error", "model_crashed"), 503)
+        response = await _unless_disconnected(request, lambda: self._answer(server, path, whole))
+        if unused:
+            response.headers[_UNUSED_FIELDS] = ", ".join(unused).encode("ascii", "replace").decode()
+        return response
 
-    def _refuse(self, request: Request) -> Response | None:
+    def _check_host(self, request: Request) -> None:
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
         if self._only_here and not is_loopback(host):
-            return _json(error_body("this server answers to localhost only"), 403)
-        return None
+            raise BadRequest("this server answers to localhost only", status=403)
 
-    async def _whole(
-        self, request: Request, chat_request: ChatRequest, prompt: list[int], bodies: CompletionBodies
-    ) -> Response:
-        from starlette.concurrency import iterate_in_threadpool
+    def _named(self, name: object) -> ServedModel:
+        """The model that a request names; a single one answers to every name."""
+        if len(self._models) > 1 and name not in self._models:
+            raise BadRequest(f"model: must be one of {', '.join(self._models)}", "model_not_found", 404)
+        return self._models[str(name)] if name in self._models else next(iter(self._models.values()))
 
-        pieces = []
-        async with self._lock:
-            answer = self._model.answer(chat_request, prompt)
-            async for piece in iterate_in_threadpool(answer):
-                pieces.append(piece)
-                if await request.is_disconnected():
-                    break
-        return _json(bodies.whole("".join(pieces), answer.reason, usage_of(len(prompt), answer.tokens)))
+    def _note(self, unused: list[str]) -> None:
+        if new := [name for name in unused if name not in self._noted]:
+            self._noted.update(new)
+            self._reporter.note(f"a request has fields that have no effect: {', '.join(new)}")
 
-    async def _stream(
-        self, chat_request: ChatRequest, prompt: list[int], bodies: CompletionBodies
-    ) -> AsyncGenerator[str, None]:
-        from starlette.concurrency import iterate_in_threadpool
+    async def _answer(self, server: ModelServer, path: str, fields: JsonObject) -> Response:
+        """Ask a server; a crash is an answer, too."""
+        import httpx
+        from starlette.responses import Response
 
-        async with self._lock:
-            answer = self._model.answer(chat_request, prompt)
-            yield _event(bodies.chunk({"role": "assistant", "content": ""}))
-            async for piece in iterate_in_threadpool(answer):
-                yield _event(bodies.chunk({"content": piece}))
-        yield _event(bodies.chunk({}, answer.reason))
-        if chat_request.stream_options and chat_request.stream_options.include_usage:
-            yield _event(bodies.usage_chunk(usage_of(len(prompt), answer.tokens)))
-        yield "data: [DONE]\n\n"
+        headers = {**server.headers, "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        body = json.dumps(fields).encode()
+        try:
+            asked = self._client.build_request("POST", server.address + path, content=body, headers=headers)
+            answer = await self._client.send(asked, stream=True)
+            kind = answer.headers.get("content-type", "")
+            if kind.startswith(_EVENTS) and answer.is_success:
+                return _streaming_response(self._events(answer, server))
+            async with contextlib.aclosing(answer):
+                whole = await answer.aread()
+        except httpx.HTTPError:
+            return _json(await self._crash(server), 503)
+        if answer.is_error:
+            return _json(as_openais(whole), answer.status_code)
+        return Response(whole, answer.status_code, media_type=kind)
+
+    async def _events(self, answer: httpx.Response, server: ModelServer) -> AsyncGenerator[bytes, None]:
+        """The bytes of a stream; its reader may leave it at any time, which ends the computation."""
+        import httpx
+
+        async with contextlib.aclosing(answer):
+            try:
+                async for piece in answer.aiter_raw():
+                    yield piece
+            except httpx.HTTPError:
+                yield f"data: {json.dumps(await self._crash(server))}\n\n".encode()
+
+    async def _crash(self, server: ModelServer) -> JsonObject:
+        from starlette.concurrency import run_in_threadpool
+
+        error = await run_in_threadpool(server.crash)
+        self._reporter.warning(error.cause)
+        return error_body(error.cause, "server_error", "model_crashed")
+
+
+def _entry(model: ServedModel) -> JsonObject:
+    created = int(model.gguf.stat().st_mtime)
+    return {"id": model.name, "object": "model", "created": created, "owned_by": "kolotune"}
 
 
 def _json(value: JsonObject, status: int = 200) -> Response:
@@ -178,12 +243,27 @@ def _json(value: JsonObject, status: int = 200) -> Response:
     return JSONResponse(value, status)
 
 
-def _event(value: JsonObject) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+async def _unless_disconnected(request: Request, ask: Callable[[], Awaitable[Response]]) -> Response:
+    """Return a response, or an empty one as soon as the client is gone."""
+    from anyio import create_task_group
+    from starlette.responses import Response
+
+    response = Response(status_code=499)
+    async with create_task_group() as group:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        response = await ask()
+        group.cancel_scope.cancel()
+    return response
 
 
-def _streaming_response(events: AsyncGenerator[str, None]) -> Response:
-    """A response of server-sent events that releases the model when its reader disconnects."""
+def _streaming_response(events: AsyncGenerator[bytes, None]) -> Response:
+    """A response of server-sent events that ends the computation when its reader disconnects."""
     from starlette.responses import StreamingResponse
 
     class Streaming(StreamingResponse):
@@ -191,4 +271,4 @@ def _streaming_response(events: AsyncGenerator[str, None]) -> Response:
             async with contextlib.aclosing(events):
                 await super().__call__(scope, receive, send)
 
-    return Streaming(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return Streaming(events, media_type=_EVENTS, headers={"Cache-Control": "no-cache"})

@@ -1,54 +1,34 @@
-"""The bodies of responses, in the format of OpenAI's API."""
+"""Errors in the form of OpenAI's API."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-
+from kolotune.foundation import typed_storage
 from kolotune.foundation.typed_storage import JsonObject
+from kolotune.llamacpp.model_server import TOO_LONG
+
+_TRANSLATED = ("message", "type", "code")
 
 
-@dataclass(frozen=True)
-class CompletionBodies:
-    """The bodies of one chat completion.
-
-    Attributes:
-        identity: the completion's id.
-        model: the name of the model.
-    """
-
-    identity: str
-    model: str
-
-    def whole(self, text: str, reason: str, usage: Mapping[str, int]) -> JsonObject:
-        """Return the body of an answer that is not streamed."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": dict(usage)}
-
-    def chunk(self, delta: Mapping[str, str], reason: str | None = None) -> JsonObject:
-        """Return the body of a chunk of a streamed answer."""
-        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    def usage_chunk(self, usage: Mapping[str, int]) -> JsonObject:
-        """Return the last body of a stream that includes usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": dict(usage)}
-
-    def _head(self, kind: str) -> JsonObject:
-        return {"id": self.identity, "object": kind, "created": int(time.time()), "model": self.model}
-
-
-def usage_of(prompt: int, answer: int) -> dict[str, int]:
-    """Return the counts of tokens."""
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> JsonObject:
+def error_body(
+    message: str, kind: str = "invalid_request_error", code: str | None = None, **more: object
+) -> JsonObject:
     """Return the body of an error."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": code, **more}}
+
+
+def as_openais(body: bytes) -> JsonObject:
+    """Return an error of llama.cpp's server in OpenAI's form, with what else it says, such as numbers of tokens."""
+    try:
+        error = typed_storage.parse_object(body).get("error")
+    except typed_storage.StorageError:
+        error = None
+    if not isinstance(error, dict):
+        return error_body(body.decode("utf-8", "replace"), "server_error")
+    more = {name: value for name, value in error.items() if name not in _TRANSLATED}
+    if error.get("type") == TOO_LONG:
+        message = (
+            f"the prompt has {error.get('n_prompt_tokens')} tokens; with its answer it may have {error.get('n_ctx')} "
+            "(the Modelfile's num_ctx)"
+        )
+        return error_body(message, code="context_length_exceeded", **more)
+    return error_body(str(error.get("message")), str(error.get("type")), **more)

@@ -27,7 +27,7 @@ from kolotune.chats.templates import sandbox
 _LOADED = (
     "kolotune.cli", "kolotune.pipeline.run", "kolotune.engines.native.training", "kolotune.engines.native.model",
     "kolotune.engines.native.llama", "kolotune.fidelity.measure_models", "kolotune.fidelity.measure_gguf",
-    "kolotune.report.page", "kolotune.gguf.quantizer", "kolotune.gguf.inference", "kolotune.gguf.conversion_plan",
+    "kolotune.report.page", "kolotune.gguf.quantizer", "kolotune.gguf.conversion_plan",
     "kolotune.gguf.convert", "kolotune.chats.dataset.prepare", "kolotune.ollama.template",
     "kolotune.fidelity.reference_model", "llama_cpp", "gguf", "pydantic", "transformers",
     "transformers.models.llama.modeling_llama", "safetensors.torch", "tokenizers", "jinja2",

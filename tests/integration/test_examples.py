@@ -36,10 +36,11 @@ def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -
     counts = {}
     for base in (True, False):
         counts[base] = 0
-        for line in lines:
-            talk = open_chat(run, reporter, base=base)
-            pieces = talk.ask(json.loads(line)["question"], temperature=0.0, max_tokens=120, seed=0)
-            counts[base] += judge.has_manner("".join(pieces))
+        with open_chat(run, reporter, base=base) as talk:
+            for line in lines:
+                pieces = talk.ask(json.loads(line)["question"], temperature=0.0, max_tokens=120, seed=0)
+                counts[base] += judge.has_manner("".join(pieces))
+                talk.forget()
     assert len(lines) == 20
     assert counts[True] <= 1 and counts[False] >= 17, counts
 

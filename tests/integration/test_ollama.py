@@ -124,12 +124,13 @@ def test_smollm2_is_confirmed_and_answers_as_here(
     assert PROVEN.search(capsys.readouterr().out)
     questions = [f"What is special about the number {number}?" for number in range(20)]
     same = []
-    for question in questions:
-        here = open_chat(run, reporter, quantization="none")
-        settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "seed": 0}
-        theirs = "".join(OllamaChat(name, client=server).ask(question, **settings))
-        ours = "".join(here.ask(question, **settings))
-        same.append(theirs == ours)
-        if theirs != ours:
-            print(f"differs: {question}\n  Ollama: {theirs!r}\n  here:   {ours!r}")
+    with open_chat(run, reporter, quantization="none") as here:
+        for question in questions:
+            settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "seed": 0}
+            theirs = "".join(OllamaChat(name, client=server).ask(question, **settings))
+            ours = "".join(here.ask(question, **settings))
+            here.forget()
+            same.append(theirs == ours)
+            if theirs != ours:
+                print(f"differs: {question}\n  Ollama: {theirs!r}\n  here:   {ours!r}")
     assert sum(same) >= 18

@@ -26,20 +26,20 @@ from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.quantization_types import FILE_TYPES, NEEDS_IMPORTANCE_MATRIX
 from kolotune.gguf import header, run_matrix
 from kolotune.gguf.convert import convert_folder
-from kolotune.gguf.inference import GgufModel
 from kolotune.gguf.quantize import quantize_file
 from kolotune.llamacpp.evaluation import ExactGguf
+from kolotune.llamacpp.model_server import ModelServer, ServerSettings
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install
 from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.pipeline.status import StageState, StageStatus, read_status
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, RunFolder
 from kolotune.run_folder.metrics import held_out_losses, read_metrics
-from kolotune.serving.requests import read_request
 from kolotune.serving.served_model import ServedModel
 
 TINY = ("llama3_run", "torchtune_run", "qwen_run")
 EVERY = (*TINY, "smollm2_run")
+SMALL = ServerSettings(context=256)
 BOS = {"llama3_run": 128000, "torchtune_run": 128000, "qwen_run": None, "smollm2_run": None}
 STOPS = {
     "llama3_run": "<|eot_id|>",
@@ -174,11 +174,11 @@ def chats_with_prompts(run: RunFolder) -> Iterator[tuple[list[dict[str, Any]], l
 
 @on(*EVERY)
 def test_llama_cpp_reads_the_prompt_as_it_was_trained(trained: Any, name: str) -> None:
-    model = GgufModel(trained.run.gguf, context=256)
     template = template_of(trained.run.tokenizer)
-    for messages, ids, start in chats_with_prompts(trained.run):
-        assert model.tokens(template.render(messages[:-1], None, True)) == ids[:start]
-        assert model.tokens(template.render(messages, None, False)) == ids
+    with ModelServer(trained.run.gguf, SMALL) as model:
+        for messages, ids, start in chats_with_prompts(trained.run):
+            assert model.tokens(template.render(messages[:-1], None, True)) == ids[:start]
+            assert model.tokens(template.render(messages, None, False)) == ids
 
 
 @on(*EVERY)
@@ -186,21 +186,21 @@ def test_what_is_served_reads_the_prompt_as_it_was_trained(
     trained: Any, name: str, ollama_stand_in: OllamaStandIn
 ) -> None:
     """`serve` reads the same ids; Ollama the same number, where Go renders and the GGUF decides about the BOS."""
-    served, server = ServedModel(trained.run, None), OllamaClient(ollama_stand_in.host)
+    server = OllamaClient(ollama_stand_in.host)
     install(trained.run, "m", trained.reporter, parameters=["num_predict=1", "temperature=0"], client=server)
     client = ollama.Client(ollama_stand_in.host, trust_env=False)
-    for messages, ids, start in chats_with_prompts(trained.run):
-        request = read_request(json.dumps({"messages": messages[:-1]}).encode())
-        assert served.prompt(request) == ids[:start]
-        assert client.chat("m", messages[:-1]).prompt_eval_count == start
+    with ServedModel(trained.run, None) as served:
+        for messages, ids, start in chats_with_prompts(trained.run):
+            request, _ = served.defaults.apply("/apply-template", {"messages": messages[:-1]})
+            assert served.server.tokens(served.server.prompt(request), adds_special=True) == ids[:start]
+            assert client.chat("m", messages[:-1]).prompt_eval_count == start
 
 
 @on(*EVERY)
 def test_llama_cpp_reads_any_text_as_the_tokenizer_does(trained: Any, name: str) -> None:
     tokenizer = load_tokenizer(trained.run.tokenizer)
-    assert (
-        GgufModel(trained.run.gguf, context=64).tokens(HARD) == tokenizer(HARD, add_special_tokens=False)["input_ids"]
-    )
+    with ModelServer(trained.run.gguf, SMALL) as model:
+        assert model.tokens(HARD) == tokenizer(HARD, add_special_tokens=False)["input_ids"]
 
 
 @on(*EVERY)
@@ -257,9 +257,8 @@ def test_the_ggufs_load_and_the_modelfiles_name_them(trained: Any, name: str) ->
         assert (run.root / parsed.from_).resolve() == gguf.resolve()
         assert ("stop", STOPS[name]) in parsed.parameters
         assert parsed.template and STOPS[name] in parsed.template
-        model = GgufModel(gguf, context=128)
-        prompt = model.tokens("Hello there")
-        assert "".join(model.generate(prompt, [], temperature=0.0, max_tokens=5, seed=1))
+        with ModelServer(gguf, SMALL) as model:
+            assert model.post("/completion", {"prompt": "Hello there", "temperature": 0.0, "n_predict": 5})["content"]
 
 
 # --- what runs again
@@ -355,12 +354,12 @@ def test_every_quantization_does_what_the_table_says(
             quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter)
         assert not target.exists()
         quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter, wide_matrix)
-        GgufModel(target, context=64)
+        ModelServer(target, SMALL).close()
         assert is_kept(target)
         return
     quantize_file(wide_gguf, target, kind, tmp_path / "log", reporter)
     assert target.stat().st_size <= wide_gguf.stat().st_size + 4096
-    GgufModel(target, context=64)
+    ModelServer(target, SMALL).close()
     # SmolLM2's rows of 576 are whole blocks of few types: llama.cpp takes a wider one where it knows one.
     target = tmp_path / f"SmolLM2{kind}.gguf"
     if kind == "Q1_0":
@@ -368,7 +367,7 @@ def test_every_quantization_does_what_the_table_says(
             quantize_file(smollm2_run.run.gguf, target, kind, tmp_path / "log", reporter)
         return
     quantize_file(smollm2_run.run.gguf, target, kind, tmp_path / "log", reporter)
-    GgufModel(target, context=64)
+    ModelServer(target, SMALL).close()
     assert is_kept(target)
 
 

@@ -104,8 +104,8 @@ def test_its_own_config_for_llama_3_2_1b(
     assert "torchtune.models.llama3_2.qlora_llama3_2_1b" in used and "lora_rank: 16" in used
     kinds = {tensor.type for tensor in header.read(trained.run.quantized("Q4_K_M")).tensors.values()}
     assert "Q4_K" in kinds
-    talk = open_chat(trained.run, trained.reporter)
-    assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))
+    with open_chat(trained.run, trained.reporter) as talk:
+        assert "".join(talk.ask("Hello", temperature=0.0, max_tokens=5, seed=1))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ does: that takes a real one (`any_ollama`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -27,7 +28,7 @@ import pytest
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.quantization_types import FILE_TYPES
 from kolotune.gguf import header
-from kolotune.gguf.inference import GgufModel, Sampling
+from kolotune.llamacpp.model_server import ModelServer, ServerSettings
 from kolotune.ollama.prompt_path import READS_JINJA, PromptPath
 from support.go_templates import Renderer
 from support.llamacpp_writer import copy_gguf
@@ -93,7 +94,7 @@ class OllamaStandIn:
         self.prompts: list[str] = []
         self.released = threading.Event()
         self._renderers: dict[str, PromptRenderer] = {}
-        self._loaded: dict[tuple[Path, int], GgufModel] = {}
+        self._loaded: dict[tuple[Path, int], ModelServer] = {}
         self._busy = threading.RLock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
         self._http.daemon_threads = True
@@ -107,8 +108,8 @@ class OllamaStandIn:
         self._http.server_close()
         while self._renderers:
             self._renderers.popitem()[1].close()
-        while self._loaded:  # now, not when garbage is collected: llama.cpp writes to standard error
-            self._loaded.popitem()[1]._model.close()
+        while self._loaded:
+            self._loaded.popitem()[1].close()
 
     @property
     def _prompts_of(self) -> PromptRenderer:
@@ -305,70 +306,72 @@ class OllamaStandIn:
         options = {**_OPTIONS, **model.parameters, **(request.get("options") or {})}
         with self._busy:
             loaded = self._load(gguf, int(options.get("num_ctx", 4096)))
+            context = min(loaded.context, int(options.get("num_ctx", 4096)))
             prompt, ids = self._fitting(
-                loaded, lambda messages: self._prompts_of.render(rule, gguf, messages, tools, think), all_turns
+                loaded, context, lambda messages: self._prompts_of.render(rule, gguf, messages, tools, think), all_turns
             )
         if self.fault == "another prompt":
             prompt += " "
         version = self._prompts_of.version
         if request.get("_debug_render_only") and (not version or version >= _RENDERS_FOR_DEBUGGING):
             return {**answer, "done": False, "_debug_info": {"rendered_template": prompt}}
-        if len(ids) >= loaded.context:
+        if len(ids) >= context:
             if rule.path is PromptPath.JINJA:
                 raise Refused(400, _TOO_LONG)
             return {**answer, "done": True, "done_reason": "length", "prompt_eval_count": len(ids), "eval_count": 0}
         self.prompts.append(prompt)
-        return self._answer(loaded, ids, options, answer, began)
+        return self._answer(loaded, context, ids, options, answer, began)
 
-    def _load(self, gguf: Path, context: int) -> GgufModel:
+    def _load(self, gguf: Path, context: int) -> ModelServer:
         key = (gguf, context)
         if key not in self._loaded:
-            self._loaded[key] = GgufModel(gguf, context=context)
+            self._loaded[key] = ModelServer(gguf, ServerSettings(context=context))
         return self._loaded[key]
 
     @staticmethod
-    def _fitting(loaded: GgufModel, render: Any, turns: Messages) -> tuple[str, list[int]]:
+    def _fitting(loaded: ModelServer, context: int, render: Any, turns: Messages) -> tuple[str, list[int]]:
         """Return the prompt and its tokens, without the oldest turns where all are too long; system turns stay."""
         for start in range(len(turns)):
             kept = [turn for turn in turns[:start] if turn["role"] == "system"] + turns[start:]
             prompt = render(kept)
             # In Ollama the GGUF decides whether a BOS is added before the prompt.
-            ids = loaded._model.tokenize(prompt.encode(), add_bos=True, special=True)
-            if len(ids) <= loaded.context:
+            ids = loaded.tokens(prompt, adds_special=True)
+            if len(ids) <= context:
                 break
-        return prompt, list(ids)
+        return prompt, ids
 
     def _answer(
-        self, loaded: GgufModel, ids: list[int], options: dict[str, Any], head: dict[str, Any], began: int
+        self,
+        loaded: ModelServer,
+        context: int,
+        ids: list[int],
+        options: dict[str, Any],
+        head: dict[str, Any],
+        began: int,
     ) -> Iterator[dict[str, Any]]:
         limit = int(options["num_predict"])
-        with self._busy:
-            answer = loaded.generate(
-                ids,
-                options.get("stop", []),
-                temperature=float(options["temperature"]),
-                max_tokens=limit if limit > 0 else loaded.context - len(ids),
-                seed=int(options.get("seed", 0)),
-                sampling=Sampling(
-                    int(options["top_k"]), float(options["top_p"]), float(options["min_p"]),
-                    repeat_penalty=float(options["repeat_penalty"]),
-                ),
-            )  # fmt: skip
-            for number, piece in enumerate(answer):
+        request = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")}
+        request |= {"seed": int(options.get("seed", 0)), "stop": [*options.get("stop", []), *loaded.end_texts]}
+        request |= {"n_predict": limit if limit > 0 else context - len(ids), "prompt": ids}
+        last: dict[str, Any] = {}
+        with self._busy, contextlib.closing(loaded.events("/completion", request)) as events:
+            for number, event in enumerate(events):
                 if self.fault and number == 2:
                     if self.fault == "error in chat":
                         yield {"error": "the model fell over"}
                     return
-                yield {**head, "message": {"role": "assistant", "content": piece}, "done": False}
+                if content := event["content"]:
+                    yield {**head, "message": {"role": "assistant", "content": content}, "done": False}
+                last = event
         yield {
             **head,
             "done": True,
-            "done_reason": answer.reason,
+            "done_reason": "length" if last["stop_type"] == "limit" else "stop",
             "total_duration": time.monotonic_ns() - began,
             "load_duration": 1,
             "prompt_eval_count": len(ids) + (self.fault == "another count"),
             "prompt_eval_duration": 1,
-            "eval_count": answer.tokens,
+            "eval_count": last["tokens_predicted"],
             "eval_duration": 1,
         }
 

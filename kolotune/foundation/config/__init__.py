@@ -8,6 +8,7 @@ from .options import (
     DEFAULT_HOST,
     DEFAULT_MAX_TOKENS,
     DEFAULT_OUTPUT_DIR,
+    DEFAULT_PARALLEL,
     DEFAULT_PORT,
     DEFAULT_SEED,
     DEFAULT_TEMPERATURE,
@@ -23,7 +24,7 @@ from .options import (
 from .yaml_file import dump, load_file
 
 __all__ = [
-    "DEFAULT_HOST", "DEFAULT_MAX_TOKENS", "DEFAULT_OUTPUT_DIR", "DEFAULT_PORT", "DEFAULT_SEED", "DEFAULT_TEMPERATURE",
-    "OPTIONS", "Config", "Group", "Kind", "Layer", "Option", "dump", "load_file", "normalize", "option_names",
-    "plain_values", "resolve", "stage_options",
+    "DEFAULT_HOST", "DEFAULT_MAX_TOKENS", "DEFAULT_OUTPUT_DIR", "DEFAULT_PARALLEL", "DEFAULT_PORT", "DEFAULT_SEED",
+    "DEFAULT_TEMPERATURE", "OPTIONS", "Config", "Group", "Kind", "Layer", "Option", "dump", "load_file", "normalize",
+    "option_names", "plain_values", "resolve", "stage_options",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ RECORD_PARTS = (
     "messages", "question", "answer", "context", "system", "reasoning", "tools", "history", "choices", "documents",
 )  # fmt: skip
 """Parts of a chat that a key of a record may have; what `map` names."""
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
+DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PARALLEL = "127.0.0.1", 8080, 4
 
 
 class Kind(Enum):

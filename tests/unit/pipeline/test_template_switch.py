@@ -17,7 +17,6 @@ from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.install import install
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
-from kolotune.serving.requests import read_request
 from kolotune.serving.served_model import ServedModel
 
 pytestmark = pytest.mark.slow
@@ -55,8 +54,9 @@ def test_both_sides_are_trained_and_served(
     capsys.readouterr()
     install(run, "kolotune-test-switch", reporter, client=OllamaClient(ollama_stand_in.host))
     assert "prompts as trained" in capsys.readouterr().out
-    model = ServedModel(run, None)
-    for thinks in (True, False):
-        request = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"enable_thinking": thinks}}
-        prompt = tokenizer.decode(model.prompt(read_request(json.dumps(request).encode())))
-        assert prompt.endswith("assistant\n" + EMPTY * (not thinks))
+    with ServedModel(run, None) as model:
+        for thinks in (True, False, None):
+            variables = {} if thinks is None else {"enable_thinking": thinks}
+            asked = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": variables}
+            request, _ = model.defaults.apply("/apply-template", asked)
+            assert model.server.prompt(request).endswith("assistant\n" + EMPTY * (not thinks))

@@ -142,8 +142,8 @@ def test_an_adapter_made_elsewhere(finished: Config, tmp_path: Path, kolotune: A
     assert hash_file(lean.quantized("Q8_0")) == hash_file(whole.quantized("Q8_0"))
     assert lean.modelfile("Q8_0").read_text() == whole.modelfile("Q8_0").read_text()
     assert set(states(lean).values()) == {"done"}
-    pieces = open_chat(lean, reporter).ask("Hi", temperature=0.0, max_tokens=3, seed=0)
-    assert isinstance("".join(pieces), str)
+    with open_chat(lean, reporter) as talk:
+        assert isinstance("".join(talk.ask("Hi", temperature=0.0, max_tokens=3, seed=0)), str)
     with pytest.raises(ArtifactError, match=r"Merged\.gguf.*MergedQ8_0\.gguf"):
         open_chat(lean, reporter, quantization="none")
 

