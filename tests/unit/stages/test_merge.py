@@ -310,7 +310,8 @@ print(json.dumps(peak - before))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_memory_is_that_of_the_largest_tensor(use_dora: bool, tmp_path: Path) -> None:
     """400 MB of weights in tensors of 32 MB (bf16, 4096 x 4096)."""
     size, layers = 4096, 12
     generator = torch.Generator().manual_seed(1)
@@ -322,8 +323,10 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     halves = {f"base_model.model.{name}.lora_A.weight": torch.randn(2, size) for name in names}
     halves |= {f"base_model.model.{name}.lora_B.weight": torch.randn(size, 2) for name in names}
+    if use_dora:
+        halves |= {f"base_model.model.{name}.lora_magnitude_vector": torch.rand(size) + 1 for name in names}
     save_file(halves, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": use_dora}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     child = subprocess.run([sys.executable, "-c", _CHILD, str(tmp_path)], capture_output=True, text=True, check=True)
     peak = int(child.stdout.splitlines()[-1])

@@ -191,6 +191,35 @@ def test_experts_one_by_one_as_in_transformers_4(
     assert largest_difference(tmp_path) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_the_language_model_of_a_composite_model(tmp_path: Path) -> None:
+    """The modules of such a model have another prefix than its files."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = transformers.Gemma3TextConfig(
+        **sizes, vocab_size=96, head_dim=16, num_key_value_heads=1, initializer_range=0.2
+    )
+    vision = transformers.SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95
+    )
+    library = transformers.AutoModelForImageTextToText
+    torch.manual_seed(5)
+    library.from_config(config).save_pretrained(tmp_path / "base")
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    adapted = peft.get_peft_model(
+        library.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=4, target_modules=targets)
+    )
+    change(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_into(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    ids = torch.arange(3, 60)[None]
+    base, merged = (library.from_pretrained(tmp_path / name).eval() for name in ("base", "merged"))
+    with torch.no_grad():
+        result, expected, before = merged(ids).logits, adapted.eval()(input_ids=ids).logits, base(ids).logits
+    assert (before - expected).abs().max() > 100 * TOLERANCE
+    assert (result - expected).abs().max() < TOLERANCE
+
+
 TRAINED_BOTH = ["embed_tokens", "lm_head"]
 
 
