@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from kolotune.foundation.errors import ArtifactError, ModelError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.stages import merge
+from kolotune.weights.adapter import read_adapter
 from kolotune.weights.merge import MergedModel, tokenizer_folder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -162,6 +163,55 @@ def make_adapter(root: Path, kind: Kind, tiny_model: Callable[..., Any]) -> None
     adapted = peft.get_peft_model(load(root / "base"), peft.LoraConfig(**{"r": 4, "lora_alpha": 10, **kind.options}))
     change(adapted)
     adapted.save_pretrained(root / "adapter")
+
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "VeRA": (lambda: peft.VeraConfig(r=8, **ATTENTION), "VeRA"),
+    "LoHa": (lambda: peft.LoHaConfig(**ATTENTION), "LoHa"),
+    "LoKr": (lambda: peft.LoKrConfig(**ATTENTION), "LoKr"),
+    "IA3": (lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "(IA)³"),
+    "OFT": (lambda: peft.OFTConfig(**ATTENTION), "OFT"),
+    "BOFT": (lambda: peft.BOFTConfig(boft_block_size=4, **ATTENTION), "BOFT"),
+    "HRA": (lambda: peft.HRAConfig(**ATTENTION), "HRA"),
+    "AdaLoRA": (lambda: peft.AdaLoraConfig(total_step=10, **ATTENTION), "AdaLoRA"),
+    "FourierFT": (lambda: peft.FourierFTConfig(n_frequency=10, **ATTENTION), "FourierFT"),
+    "VB-LoRA": (lambda: peft.VBLoRAConfig(vector_length=16, num_vectors=8, topk=2, **ATTENTION), "VB-LoRA"),
+    "LayerNorm tuning": (lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]), "LayerNorm tuning"),
+    "trainable tokens alone": (
+        lambda: peft.TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"]),
+        "trainable tokens",
+    ),
+    "prompt tuning": (lambda: peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=4), "prompt tuning"),
+    "prefix tuning": (lambda: peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=4), "prefix tuning"),
+    "P-tuning": (lambda: peft.PromptEncoderConfig("CAUSAL_LM", num_virtual_tokens=4), "P-tuning"),
+    "PiSSA by fast decomposition": (
+        lambda: peft.LoraConfig(init_lora_weights="pissa_niter_4", **ATTENTION),
+        "fast decomposition",
+    ),
+    "KaSA": (lambda: peft.LoraConfig(kasa_config=peft.tuners.lora.config.KasaConfig(), **ATTENTION), "KaSA"),
+    "replicated layers": (
+        lambda: peft.LoraConfig(layer_replication=[[0, 2], [1, 2]], **ATTENTION),
+        "replicated layers",
+    ),
+    "aLoRA": (lambda: peft.LoraConfig("CAUSAL_LM", alora_invocation_tokens=[1, 2], **ATTENTION), "aLoRA"),
+    "a classifier": (lambda: peft.LoraConfig("SEQ_CLS", **ATTENTION), "a classifier"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_peft_saves_of_other_methods_is_refused_by_name(
+    name: str, tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    make, words = REFUSED[name]
+    model = tiny_model("llama", hidden_size=64)
+    if name == "a classifier":
+        model = transformers.AutoModelForSequenceClassification.from_config(model.config)
+    peft.get_peft_model(model, make()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        read_adapter(tmp_path)
+    assert words in caught.value.cause
 
 
 @pytest.mark.parametrize(
