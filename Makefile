@@ -8,15 +8,8 @@ DEMO := demo
 
 setup: $(VENV)/.ready
 
-# llama.cpp is compiled from its source archive; pip keeps the wheel for the next time. Without AMX: the header of GCC
-# 12.2 says that loading a tile configuration reads 8 of its 64 bytes, so the compiler drops the rest, and llama.cpp's
-# AMX code ends in an illegal instruction (findings/gcc12-drops-amx-tile-config.sh). Compilers without these flags build no AMX code either.
-NO_AMX := $(shell $(or $(CC),cc) -mno-amx-tile -mno-amx-int8 -x c -E /dev/null >/dev/null 2>&1 && \
-  echo -mno-amx-tile -mno-amx-int8)
-
 $(VENV)/.ready: requirements.lock pyproject.toml tools/setup_environment.py
-	CFLAGS="$(CFLAGS) $(NO_AMX)" CXXFLAGS="$(CXXFLAGS) $(NO_AMX)" CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
-	  $(PYTHON) tools/setup_environment.py $(VENV)
+	$(PYTHON) tools/setup_environment.py $(VENV)
 	touch $@
 
 demo: setup

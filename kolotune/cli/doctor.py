@@ -87,10 +87,10 @@ def _package(name: str) -> Row:
 
 
 def _library() -> Row:
-    from kolotune.llamacpp import toolchain
+    from kolotune.foundation import shared_libraries
 
     try:
-        return "llama.cpp library", _OK, toolchain.check_library()
+        return "llama.cpp library", _OK, shared_libraries.find().origin
     except KolotuneError as error:
         return "llama.cpp library", _MISSING, f"{error.cause}. {error.hint}"
 

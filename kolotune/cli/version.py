@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
+from kolotune.foundation import installation
 from kolotune.version import VERSION
 
 from .options import reporter
@@ -20,10 +21,8 @@ _NONE = "not installed"
 
 def version(json: Json = False) -> int:
     """Show the versions of kolotune, of Python, and of the packages that it works with."""
-    from kolotune.llamacpp import toolchain
-
     packages: dict[str, str | None] = {name: _installed(name) for name in _PACKAGES}
-    packages["llama.cpp converter"] = toolchain.VERSION
+    packages["llama.cpp converter"] = installation.CONVERTER_VERSION
     python, system = platform.python_version(), platform.platform()
     say = reporter(json)
     if json:

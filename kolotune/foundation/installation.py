@@ -6,9 +6,13 @@ weights or GGUFs needs the packages of the extra ``local``.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 from .errors import ToolchainError
+
+CONVERTER_PACKAGE, CONVERTER_VERSION = "llama-cpp-python", "0.3.36"
+"""The package whose source archive has llama.cpp's converter; it is never installed."""
 
 
 def install_command(extra: str) -> str:
@@ -18,7 +22,7 @@ def install_command(extra: str) -> str:
 
 INSTALL_LOCAL = install_command("local")
 LOCAL_PACKAGES = (
-    "gguf", "jinja2", "llama_cpp", "matplotlib", "numpy", "psutil", "pyarrow", "safetensors", "starlette", "tokenizers",
+    "gguf", "jinja2", "matplotlib", "numpy", "psutil", "pyarrow", "safetensors", "starlette", "tokenizers",
     "torch", "transformers", "uvicorn", "xllamacpp",
 )  # fmt: skip
 
@@ -26,6 +30,16 @@ LOCAL_PACKAGES = (
 def missing_packages() -> list[str]:
     """Return the packages of the extra ``local`` that are not installed; none is imported to find out."""
     return [name for name in LOCAL_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def version_in_use(package: str) -> str | None:
+    """Return the version of a package that results depend on; None when it is not installed."""
+    if package == CONVERTER_PACKAGE:
+        return CONVERTER_VERSION
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def require_local(verb: str) -> None:

@@ -59,6 +59,11 @@ def own_file(*names: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def is_own() -> bool:
+    """Whether the user's own llama.cpp has libraries, which are then used."""
+    return _own() is not None
+
+
 def find() -> SharedLibraries:
     """Return the libraries that are used; none is loaded.
 

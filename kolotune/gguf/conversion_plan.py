@@ -8,6 +8,7 @@ byte for byte, without the converter's imports. See docs/conversion-plan.md.
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +69,12 @@ class ConversionPlan:
 
 def _padding(tensor: TensorPlan) -> int:
     return -tensor.size % _ALIGNMENT
+
+
+def write_sparse_gguf(plan: ConversionPlan, target: Path) -> None:
+    """Write a GGUF of full size whose weights are zeros that take no space on disk."""
+    target.write_bytes(plan.header)
+    os.truncate(target, plan.size)
 
 
 def write_gguf(

@@ -25,7 +25,7 @@ from kolotune.weights.safetensors_header import Entry
 from kolotune.weights.shards import index_file, split_into_shards, write_shards
 from kolotune.weights.weight_files import weight_files
 
-from . import conversion_plan, header, plan_cache, writer_form
+from . import conversion_plan, header, load_proof, plan_cache, writer_form
 from .model_skeleton import ModelSkeleton, read_skeleton
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ def merged_skeleton(model: MergedModel, companions: Mapping[str, Path | str], na
 
 
 def prove(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter) -> None:
-    """Prove without the weights' values that llama.cpp can convert a model; its plan is in the cache afterwards.
+    """Prove without the weights' values that llama.cpp converts a model, and loads the result.
+
+    Its plan is in the cache afterwards.
 
     Raises:
         ToolchainError: it can't.
@@ -153,8 +155,25 @@ def prove(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter
     toolchain = llamacpp.ensure(reporter)
     if not plan_cache.is_planned(skeleton, gguf_type, toolchain):
         reporter.doing("dry conversion: can llama.cpp convert this model?")
-    if plan_cache.find_plan(skeleton, gguf_type, toolchain, log).is_convertible:
+    result = plan_cache.find_plan(skeleton, gguf_type, toolchain, log)
+    if not result.is_convertible:
+        _convert_dry(skeleton, gguf_type, toolchain, log)
+    folder = plan_cache.plan_folder(skeleton, gguf_type, toolchain)
+    if load_proof.is_proven(folder):
         return
+    with plan_cache.temporary_folder(skeleton) as model:
+        hollow = model.with_name("hollow.gguf")
+        if result.plan is not None:
+            conversion_plan.write_sparse_gguf(result.plan, hollow)
+        else:
+            _convert_by_converter(
+                _Conversion(skeleton, gguf_type, hollow, toolchain, log), model, hollow, "--vocab-only"
+            )
+        load_proof.prove_loadable(hollow, log, vocabulary=result.plan is None)
+    load_proof.remember(folder)
+
+
+def _convert_dry(skeleton: ModelSkeleton, gguf_type: str, toolchain: llamacpp.Toolchain, log: Path) -> None:
     with plan_cache.temporary_folder(skeleton, zeros=True) as folder:
         target = folder / "none.gguf"
         code = _run_converter(_Conversion(skeleton, gguf_type, target, toolchain, log), folder, target, "--dry-run")

@@ -24,6 +24,9 @@ F32 = 0
 NO_FLASH_ATTENTION = 0
 """llama.cpp's number for attention as it is defined."""
 
+READ_WHOLE = 0
+"""llama.cpp's number for reading a file rather than mapping it."""
+
 LogCallback = ctypes.CFUNCTYPE(None, _INT, _TEXT, _POINTER)
 EvaluationCallback = ctypes.CFUNCTYPE(_BOOL, _POINTER, _BOOL, _POINTER)
 
@@ -117,6 +120,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result, then the arg
     "llama_log_set": (None, LogCallback, _POINTER),
     "llama_print_system_info": (_TEXT,),
     "llama_flash_attn_type_name": (_TEXT, _INT),
+    "llama_load_mode_name": (_TEXT, _INT),
     "llama_model_default_params": (ModelParameters,),
     "llama_model_load_from_file": (_POINTER, _TEXT, ModelParameters),
     "llama_model_free": (None, _POINTER),
@@ -189,8 +193,13 @@ def prove(library: Any) -> None:
     if batch.n_tokens or batch.embd or not all(arrays) or not _ends_after(batch.seq_id, _TOKENS):
         raise _unfit(f"has another layout of {batch.C_NAME}")
     library.llama_batch_free(batch)
-    if library.ggml_type_name(F32) != b"f32" or library.llama_flash_attn_type_name(NO_FLASH_ATTENTION) != b"disabled":
-        raise _unfit("has other numbers of types")
+    for name, number, text in (
+        ("ggml_type_name", F32, b"f32"),
+        ("llama_flash_attn_type_name", NO_FLASH_ATTENTION, b"disabled"),
+        ("llama_load_mode_name", READ_WHOLE, b"none"),
+    ):
+        if getattr(library, name)(number) != text:
+            raise _unfit(f"has other numbers: {name}")
 
 
 def _ends_after(pointers: Any, count: int) -> bool:

@@ -45,6 +45,20 @@ def messages_to(handler: MessageHandler) -> Iterator[None]:
         _handlers.remove(handler)
 
 
+@contextlib.contextmanager
+def collect_problems() -> Iterator[list[str]]:
+    """Within the block, write every message to standard error; the list receives warnings and errors."""
+    problems: list[str] = []
+
+    def handle(level: int, text: str) -> None:
+        sys.stderr.write(text)
+        if level in _PROBLEM_LEVELS and text.strip():
+            problems.append(text.strip())
+
+    with messages_to(handle):
+        yield problems
+
+
 @functools.cache
 def _registered() -> Any:
     def on_message(level: int, text: bytes, _: object) -> None:

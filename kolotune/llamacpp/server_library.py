@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any
 
+from kolotune.foundation import shared_libraries
 from kolotune.foundation.errors import KolotuneError, ToolchainError
 from kolotune.foundation.installation import INSTALL_LOCAL
 from kolotune.runners import signals
@@ -47,6 +48,7 @@ def load() -> Any:
     Raises:
         ToolchainError: it is missing, or can't be loaded.
     """
+    shared_libraries.provide_openmp()
     try:
         import xllamacpp
     except ImportError as error:

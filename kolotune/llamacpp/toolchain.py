@@ -1,25 +1,25 @@
-"""The pinned llama.cpp: the converter from llama-cpp-python's source archive, the library from its wheel.
+"""llama.cpp's converter, a Python program, from the source archive of llama-cpp-python, which is never installed.
 
-Both have the same version. With `LLAMA_CPP_DIR`, a user's own llama.cpp replaces converter and quantizer.
+The library that reads what it writes is another package's (`kolotune.foundation.shared_libraries`), of another version:
+`kolotune.gguf.load_proof` proves for each model that the two agree. With `LLAMA_CPP_DIR`, a user's own llama.cpp
+replaces what it has of converter, quantizer and library.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kolotune.base_models.downloads import download_package
+from kolotune.foundation import shared_libraries
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.files import replacing
-from kolotune.foundation.installation import INSTALL_LOCAL
+from kolotune.foundation.installation import CONVERTER_PACKAGE, CONVERTER_VERSION
 from kolotune.foundation.reporter import Reporter
 
-VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _CONVERTER = "convert_hf_to_gguf.py"
 _UNPACKED = (_CONVERTER, "conversion", "gguf-py", "models/templates", "models/ggml-vocab-qwen2.gguf", "LICENSE")
@@ -32,8 +32,8 @@ class Toolchain:
 
     Attributes:
         root: the converter's folder.
-        version: of the pinned package, or "own" for a user's llama.cpp.
-        quantizer: a user's own llama-quantize program; None for the library's function.
+        version: of the converter's package, or "own" for a user's llama.cpp.
+        quantizer: a user's own llama-quantize program; None for ours.
     """
 
     root: Path
@@ -49,59 +49,43 @@ def find() -> Toolchain | None:
     """Return the toolchain if it is on this machine; None otherwise.
 
     Raises:
-        ToolchainError: LLAMA_CPP_DIR is set, but has no converter.
+        ToolchainError: LLAMA_CPP_DIR is set, but has nothing of llama.cpp.
     """
-    own = os.environ.get("LLAMA_CPP_DIR")
-    if own:
-        root = Path(own).expanduser().absolute()
-        if not (root / _CONVERTER).is_file():
-            raise ToolchainError(
-                f"LLAMA_CPP_DIR={root}: has no {_CONVERTER}", "Unset it, or set it to a llama.cpp folder."
-            )
-        programs = [root / "build" / "bin" / "llama-quantize", root / "llama-quantize"]
-        return Toolchain(root, "own", next((path for path in programs if path.is_file()), None))
+    own = shared_libraries.own_folder()
+    quantizer = shared_libraries.own_file("llama-quantize.exe", "llama-quantize")
+    if own is not None and (own / _CONVERTER).is_file():
+        return Toolchain(own, "own", quantizer)
+    if own is not None and quantizer is None and not shared_libraries.is_own():
+        raise ToolchainError(
+            f"LLAMA_CPP_DIR={own}: has neither {_CONVERTER} nor llama.cpp's libraries",
+            "Unset it, or set it to the folder of a llama.cpp.",
+        )
     root = _pinned_root()
-    return Toolchain(root, VERSION) if root.is_dir() else None
+    return Toolchain(root, CONVERTER_VERSION, quantizer) if root.is_dir() else None
 
 
 def ensure(reporter: Reporter) -> Toolchain:
-    """Return the toolchain; download it the first time.
+    """Return the toolchain; download the converter the first time.
 
     Raises:
-        ToolchainError: the library is missing, or its version differs from the converter's.
+        ToolchainError: the library is missing, or of another version than kolotune is made for.
         OfflineError: the converter can't be downloaded.
     """
+    shared_libraries.find()
     toolchain = find()
-    if toolchain is None or toolchain.quantizer is None:
-        check_library()
     if toolchain is not None:
         return toolchain
     reporter.doing("downloading llama.cpp's converter (77 MB), once")
     target = _pinned_root()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        archive = download_package(f"llama-cpp-python=={VERSION}", _SHA256, Path(temporary), source=True)
+        package = f"{CONVERTER_PACKAGE}=={CONVERTER_VERSION}"
+        archive = download_package(package, _SHA256, Path(temporary), source=True)
         with replacing(target) as partial:
             _unpack(archive, partial)
-    return Toolchain(target, VERSION)
-
-
-def check_library() -> str:
-    """Return the version of the installed library.
-
-    Raises:
-        ToolchainError: it is missing, or its version differs from the converter's.
-    """
-    try:
-        version = importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        raise ToolchainError("llama-cpp-python is not installed", f"To install it, {INSTALL_LOCAL}.") from None
-    if version != VERSION:
-        raise ToolchainError(
-            f"llama-cpp-python is version {version}, but the converter needs {VERSION}",
-            f"Install the pinned version: pip install llama-cpp-python=={VERSION}",
-        )
-    return version
+    toolchain = find()
+    assert toolchain is not None
+    return toolchain
 
 
 def templates_folder() -> Path:
@@ -117,12 +101,12 @@ def templates_folder() -> Path:
 
 
 def _pinned_root() -> Path:
-    return cache_folder("toolchain") / f"llama.cpp-{VERSION}-{_FORMAT}"
+    return cache_folder("toolchain") / f"llama.cpp-{CONVERTER_VERSION}-{_FORMAT}"
 
 
 def _unpack(archive: Path, target: Path) -> None:
     """Unpack the files that are used; the tar filter keeps every path inside `target`."""
-    prefix = PurePosixPath(f"llama_cpp_python-{VERSION}", "vendor", "llama.cpp")
+    prefix = PurePosixPath(f"llama_cpp_python-{CONVERTER_VERSION}", "vendor", "llama.cpp")
     with tarfile.open(archive) as tar:
         members = []
         for member in tar:

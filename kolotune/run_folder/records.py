@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import dataclass, field
 
-from kolotune.foundation import hardware, typed_storage
+from kolotune.foundation import hardware, installation, typed_storage
 from kolotune.foundation.files import size_of
 from kolotune.foundation.typed_storage import JsonObject
 
@@ -91,13 +90,7 @@ def write_record(stage: Stage, context: Context, facts: JsonObject, started: str
 
 def package_versions(stage: Stage) -> dict[str, str]:
     """Return the versions of the packages that a stage depends on; `NOT_INSTALLED` for those that are missing."""
-    versions = {}
-    for name in stage.packages():
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = NOT_INSTALLED
-    return versions
+    return {name: installation.version_in_use(name) or NOT_INSTALLED for name in stage.packages()}
 
 
 def _digest(fields: JsonObject) -> str:

@@ -50,7 +50,7 @@ class Stage(Protocol):
         """Return the files and folders that the stage makes."""
 
     def packages(self) -> Sequence[str]:
-        """Return the installed packages whose version the outputs depend on."""
+        """Return the packages whose version the outputs depend on."""
 
     def preflight(self, context: Context, reporter: Reporter) -> None:
         """Raise now what could only fail later; called before any stage runs."""

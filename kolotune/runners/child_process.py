@@ -121,6 +121,6 @@ def run(
     if code in _ILLEGAL_INSTRUCTION:
         raise ToolchainError(
             f"{module} used an instruction that this processor does not have: a library was built for another one",
-            f"The log is {log}. If it is llama.cpp, build it again on this machine: README.md, section Limits.",
+            f"The log is {log}. If it is llama.cpp, use one that is built for this machine: README.md, section Limits.",
         )
     return code

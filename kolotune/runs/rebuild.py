@@ -163,9 +163,9 @@ def _recorded_environment(manifest: Manifest) -> Iterator[None]:
 
 
 def _measured_otherwise(manifest: Manifest, folder: RunFolder) -> Iterator[str]:
-    """Yield the comparison if an earlier version made it, which measured less: its bytes can't be the same."""
+    """Yield the comparison if an earlier version made it, by less or other packages: its bytes can't be the same."""
     entry = manifest.stages.get(compare.NAME)
-    if entry is not None and not set(compare.packages()) <= set(entry.versions):
+    if entry is not None and set(compare.packages()) != set(entry.versions):
         yield folder.relative(folder.comparison)
 
 

@@ -55,7 +55,7 @@ def outputs(context: Context) -> list[Path]:
 
 
 def packages() -> Sequence[str]:
-    return ("torch", "transformers", "llama-cpp-python", "xllamacpp")
+    return ("torch", "transformers", "xllamacpp")
 
 
 def preflight(context: Context, reporter: Reporter) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kolotune.foundation.config import Config, plain_values
 from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.installation import CONVERTER_PACKAGE
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import conversion_source
@@ -29,7 +30,7 @@ def outputs(context: Context) -> list[Path]:
 
 
 def packages() -> Sequence[str]:
-    return ("llama-cpp-python",)
+    return (CONVERTER_PACKAGE,)
 
 
 def preflight(context: Context, reporter: Reporter) -> None:

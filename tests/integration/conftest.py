@@ -17,6 +17,8 @@ from kolotune import llamacpp
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.reporter import PlainReporter
+from kolotune.llamacpp.prompt_server import PromptServer
+from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
@@ -135,7 +137,6 @@ def llama3_1b_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp
 @pytest.fixture(scope="session")
 def qwen_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Toolchain) -> Path:
     """A random model of 2 layers in the shape of Qwen 2.5, with its real vocabulary and template."""
-    import llama_cpp
     import torch
     from tokenizers import normalizers
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -145,9 +146,8 @@ def qwen_base(tmp_path_factory: pytest.TempPathFactory, toolchain: llamacpp.Tool
     tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=name)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as in Qwen2's tokenizer.json
     tokenizer.eos_token = "<|im_end|>"
-    vocabulary = llama_cpp.Llama(str(models / name), vocab_only=True, verbose=False)
-    expected = vocabulary.tokenize(TEXT.encode(), add_bos=False, special=True)
-    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
+    with PromptServer(read_tokenizer_model(models / name)) as server:
+        assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == server.tokens(TEXT)
     torch.manual_seed(4)
     shape = Qwen2Config(
         vocab_size=151936,

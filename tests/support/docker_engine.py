@@ -241,8 +241,8 @@ def _make_base(api: Any) -> None:
 
 
 def wheels() -> Path:
-    """Return a folder with this machine's large wheels, so that builds don't compile or download PyTorch for GPUs."""
-    pins = [line for line in _LOCK.read_text().splitlines() if line.startswith(("torch==", "llama-cpp-python=="))]
+    """Return a folder with this machine's large wheels, so that builds don't download PyTorch for GPUs."""
+    pins = [line for line in _LOCK.read_text().splitlines() if line.startswith("torch==")]
     folder = _cache() / "wheels" / "-".join(pins)
     if not folder.is_dir():
         partial = folder.with_name("partial")

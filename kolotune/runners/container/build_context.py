@@ -44,6 +44,7 @@ _STEPS = {
         *_DOWNLOADING,
         "foundation/formatting.py",
         "foundation/reporter",
+        "foundation/shared_libraries.py",
         "llamacpp/__init__.py",
         "llamacpp/toolchain.py",
     ),

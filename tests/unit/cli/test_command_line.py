@@ -118,7 +118,7 @@ def test_help_loads_nothing_large(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import sys; from kolotune.cli import run_command_line; run_command_line(sys.argv[1:]);"
         # not pydantic: typer itself takes it for the verbs' help since 0.29
-        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich', 'yaml', 'llama_cpp', 'psutil'};"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich', 'yaml', 'xllamacpp', 'psutil'};"
         "print('LOADED', sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.llamacpp import toolchain
+from kolotune.foundation import installation
 from kolotune.version import VERSION
 
 Call = Callable[..., tuple[int, str]]
@@ -36,7 +36,7 @@ def test_version_for_programs(kolotune: Call) -> None:
     packages = event["packages"]
     assert packages["transformers"] == importlib.metadata.version("transformers")
     assert packages["bitsandbytes"] is None
-    assert packages["llama.cpp converter"] == toolchain.VERSION
+    assert packages["llama.cpp converter"] == installation.CONVERTER_VERSION
 
 
 def test_the_flag_prints_one_line_and_does_nothing_else(kolotune: Call) -> None:

@@ -1,8 +1,9 @@
-"""The table of quantizations, compared with the library's constants."""
+"""The table of quantizations, compared with llama.cpp's constants."""
 
 from __future__ import annotations
 
-import llama_cpp
+import re
+
 import pytest
 
 from kolotune.foundation.quantization_types import (
@@ -12,16 +13,18 @@ from kolotune.foundation.quantization_types import (
     find_problem,
     is_made_with_matrix,
 )
+from kolotune.llamacpp import Toolchain
 
-PREFIX = "LLAMA_FTYPE_MOSTLY_"
+_CONSTANT = re.compile(r"^    MOSTLY_(\w+) += (\d+)", re.MULTILINE)
 CHOICES = ("auto", "always", "never")
 
 
-def test_the_table_equals_the_library_s() -> None:
-    library = {name.removeprefix(PREFIX): getattr(llama_cpp, name) for name in dir(llama_cpp) if PREFIX in name}
-    assert library.pop("F16") == 1  # that is "none" here: the converter writes it
-    assert library.pop("NVFP4") == 39  # has a number, but llama_model_quantize calls it invalid (see the slow test)
-    assert library == FILE_TYPES
+def test_the_table_equals_llama_cpps(toolchain: Toolchain) -> None:
+    source = (toolchain.root / "gguf-py" / "gguf" / "constants.py").read_text(encoding="utf-8")
+    numbers = {name: int(number) for name, number in _CONSTANT.findall(source)}
+    assert numbers.pop("F16") == 1  # that is "none" here: the converter writes it
+    assert numbers.pop("NVFP4") == 39  # has a number, but llama_model_quantize calls it invalid
+    assert numbers == FILE_TYPES
 
 
 def test_what_needs_a_matrix_is_in_the_table() -> None:

@@ -56,11 +56,11 @@ def test_another_layout_is_refused(functions: SimpleNamespace, function: str, st
         library.prove(functions)
 
 
-@pytest.mark.parametrize("name", ["ggml_type_name", "llama_flash_attn_type_name"])
+@pytest.mark.parametrize("name", ["ggml_type_name", "llama_flash_attn_type_name", "llama_load_mode_name"])
 def test_other_numbers_are_refused(functions: SimpleNamespace, name: str) -> None:
     original: Callable[[int], bytes] = getattr(functions, name)
     setattr(functions, name, lambda number: original(number + 1))
-    with pytest.raises(ToolchainError, match="other numbers"):
+    with pytest.raises(ToolchainError, match=f"other numbers: {name}"):
         library.prove(functions)
 
 
