@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import environments
 import pytest
 from support.tiny import chat_line
 
@@ -28,13 +29,16 @@ _OPTIONS = ["--epochs", "1", "--lora-rank", "2", "--dtype", "fp32", "--compile",
 
 @pytest.fixture(scope="module")
 def old_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the old version's package."""
+    """A folder with the old version's package, and llama-cpp-python, which it needs."""
     folder = tmp_path_factory.mktemp("old version")
     archive = folder / "package.tar"
     command = ["git", "-C", str(_REPOSITORY), "archive", "--output", str(archive), OLD_VERSION, "kolotune"]
     if shutil.which("git") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip(f"commit {OLD_VERSION} is not in this clone: fetch its whole history (git fetch --unshallow)")
     shutil.unpack_archive(archive, folder, filter="data")
+    (packages,) = environments.ensure("llama_cpp").parent.glob("lib/python*/site-packages")
+    for path in (*packages.glob("llama_cpp*"), *packages.glob("diskcache*")):
+        (folder / path.name).symlink_to(path)
     return folder
 
 
