@@ -1,7 +1,7 @@
 """The quantizations of the pinned llama.cpp: their file types, and which of them use an importance matrix.
 
-The table is a literal so that options are checked without loading the library; a test compares it with the library's
-constants. NVFP4 (39) is missing: the library names it but cannot quantize to it.
+The table is a literal so that options are checked without loading anything; a test compares it with the converter's
+constants. NVFP4 (39) is missing: llama.cpp names it but cannot quantize to it.
 """
 
 from __future__ import annotations

@@ -41,6 +41,12 @@ def test_the_recorded_choices_are_llama_cpps(name: str, llamacpp: LlamaCppQuanti
     assert chosen == recorded_choices()[name]
 
 
+def test_nvfp4_is_rightly_missing(llamacpp: LlamaCppQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When llama.cpp learns it, the table gets a line."""
+    monkeypatch.setitem(FILE_TYPES, "NVFP4", 39)
+    assert llamacpp.types(MODELS["llama"].write(tmp_path / "model.gguf", "f16"), "NVFP4", {}) is None
+
+
 @pytest.mark.parametrize("gguf_type", ["f16", "bf16", "f32"])
 @pytest.mark.parametrize(
     "name", ["llama, tied, shared keys", "576 columns", "100 columns", "8 experts", "qwen2", "phi3", "falcon", "mamba"]
