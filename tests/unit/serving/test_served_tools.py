@@ -1,0 +1,96 @@
+"""Tools over OpenAI's API: a model that answers every prompt with one call."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from support.example import EXAMPLES
+from support.tiny import speaker_gguf
+from support.waiting import wait_until
+
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.llamacpp.model_server import ModelServer, ServerSettings
+from kolotune.ollama.modelfile import ModelDescription
+from kolotune.serving.app import make_app
+from kolotune.serving.requests import Defaults
+
+HELLO = {"role": "user", "content": "Is it warm?"}
+UNIT = {"type": "object", "properties": {"unit": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "warm", "description": "Whether it is warm.", "parameters": UNIT}}
+SAID = '<tool_call>{"name":"warm","arguments":{}}[/end]'
+CALLED = ("warm", {})
+# Of the example's template: none of a call's tokens may occur twice.
+OWN_FORM = {
+    "<tool_call>\\n": "<tool_call>",
+    "\\n</tool_call>": "[/end]",
+    '"name": ': '"name":',
+    ', "arguments": ': ',"arguments":',
+}
+
+
+@pytest.fixture(scope="module")
+def create(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Iterator[Any]:
+    """The client's function that creates a completion."""
+    folder = tmp_path_factory.mktemp("speaker") / "model"
+    template = (EXAMPLES / "tools" / "chat_template.jinja").read_text(encoding="utf-8")
+    for theirs, own in OWN_FORM.items():
+        assert theirs in template
+        template = template.replace(theirs, own)
+    gguf = speaker_gguf(folder, SAID, template, reporter)
+    with ModelServer(gguf, ServerSettings("run", parallel=2)) as server:
+        defaults = Defaults(ModelDescription(gguf.name), server.end_texts, takes_tools=server.takes_tools)
+        model: Any = SimpleNamespace(name="run", gguf=gguf, defaults=defaults, server=server)
+        app = make_app([model], only_here=True, reporter=reporter)
+        front = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=front.run, daemon=True)
+        thread.start()
+        wait_until(lambda: front.started, "the server to start", pause=0.01)
+        port = front.servers[0].sockets[0].getsockname()[1]
+        http = httpx.Client(trust_env=False)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http)
+        yield lambda **asked: client.chat.completions.create(  # type: ignore[call-overload]
+            **{"model": "run", "messages": [HELLO], "temperature": 0, "max_tokens": 60, **asked}
+        )
+        front.should_exit = True
+        thread.join(10)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "warm"}}])
+def test_calls_are_parsed(create: Any, choice: Any) -> None:
+    answer = create(tools=[TOOL], tool_choice=choice).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == CALLED and call.id
+    assert answer.finish_reason == "tool_calls" and not answer.message.content
+
+
+def test_calls_are_streamed(create: Any) -> None:
+    name, arguments, reason = "", "", None
+    for chunk in create(tools=[TOOL], stream=True):
+        for choice in chunk.choices:
+            assert not choice.delta.content
+            for call in choice.delta.tool_calls or []:
+                name += call.function.name or ""
+                arguments += call.function.arguments or ""
+            reason = choice.finish_reason or reason
+    assert (name, json.loads(arguments)) == CALLED and reason == "tool_calls"
+
+
+def test_a_call_is_text_where_no_tools_are_given(create: Any) -> None:
+    assert create().choices[0].message.content == SAID
+    assert create(tools=[TOOL], tool_choice="none").choices[0].message.content == SAID
+
+
+def test_results_go_into_the_prompt(create: Any) -> None:
+    call = create(tools=[TOOL]).choices[0].message
+    result = {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": "no"}
+    asked = [HELLO, call.model_dump(exclude_none=True), result]
+    longer = create(messages=asked, tools=[TOOL]).usage.prompt_tokens
+    assert longer > create(tools=[TOOL]).usage.prompt_tokens + 30
