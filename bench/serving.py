@@ -95,15 +95,22 @@ def main() -> int:
     rounds, questions = (2, 2) if arguments.quick else (arguments.rounds, 4)
     result = Result("serving", "Serving", versions("xllamacpp", "openai", "uvicorn"), quick=arguments.quick)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running:
-        run = Path(name, "run")
-        made = [*KOLOTUNE, "export", material.base(), "--output-dir", run, "--quantization", "Q4_K_M"]
-        measure(made, Path(name, "log"), env=material.OFFLINE)
+
+        def made(program: tuple[str, ...]) -> Path:
+            """Return a run folder of its own."""
+            run = Path(tempfile.mkdtemp(dir=name), "run")
+            argv = [*program, "export", material.base(), "--output-dir", run, "--quantization", "Q4_K_M"]
+            measure(argv, Path(name, "log"), env=material.OFFLINE)
+            return run
+
+        run = made(KOLOTUNE)
         programs = {
             OURS: [*KOLOTUNE, "serve", str(run), "--port=0", f"--parallel={PARALLEL}", "--json"],
             ALONE: [sys.executable, __file__, "--alone", str(run / "MergedQ4_K_M.gguf")],
         }
         if arguments.earlier:
-            programs[EARLIER] = [str(arguments.earlier), "-m", "kolotune", "serve", str(run), "--port=0", "--json"]
+            earlier = (str(arguments.earlier), "-P", "-m", "kolotune")
+            programs[EARLIER] = [*earlier, "serve", str(made(earlier)), "--port=0", "--json"]
         apis = {program: running.enter_context(started(argv)) for program, argv in programs.items()}
         rates: dict[tuple[str, int], list[float]] = {(program, count): [] for count in CLIENTS for program in apis}
         for program in apis:
