@@ -36,18 +36,19 @@ def turn_is_trained(turn: Mapping[str, object]) -> bool:
 
 
 def record_flags(fields: Mapping[str, object]) -> RecordFlags:
-    """Return what the keys of a record, in canonical form, say about its turns.
+    """Return what the filled keys of `LOSS_KEYS` in a record say about its turns.
 
     Raises:
         RecordError: A value is neither yes nor no, nor a list of such.
     """
-    excludes, turns = False, None
-    for key in LOSS_KEYS:
-        value = fields.get(key)
-        if value is None or value == "" or value == []:
-            continue
+    excludes = False
+    turns: tuple[str, tuple[bool, ...]] | None = None
+    for key, value in fields.items():
         if isinstance(value, list):
-            turns = key, tuple([_says_train(key, item) for item in value])
+            trained = tuple([_says_train(key, item) for item in value])
+            if turns is not None and len(turns[1]) == len(trained):
+                trained = tuple([each and other for each, other in zip(trained, turns[1], strict=True)])
+            turns = key, trained
         elif isinstance(value, str) and (role := role_of(value)) is not None:
             excludes |= role == "assistant" and not LOSS_KEYS[key]  # NeMo names the role that is masked
         else:

@@ -55,11 +55,20 @@ def plain_messages(raw: object) -> tuple[Message, ...] | None:
         return None
     messages = []
     for turn in raw:
-        if type(turn) is not dict or len(turn) != 2 or "role" not in turn or "content" not in turn:
+        if type(turn) is not dict or len(turn) != 2:
             return None
-        role, content = turn["role"], turn["content"]
-        if type(content) is not str or type(role) is not str or role not in ROLES:
+        if "role" in turn and "content" in turn:
+            role, content = turn["role"], turn["content"]
+        elif "from" in turn and "value" in turn:
+            role, content = turn["from"], turn["value"]
+        else:
             return None
+        if type(content) is not str or type(role) is not str:
+            return None
+        if role not in ROLES:
+            if role not in ROLE_NAMES or role in CALL_ROLES:
+                return None
+            role = ROLE_NAMES[role]
         messages.append(Message(role, content))
     return tuple(messages)
 
@@ -72,6 +81,8 @@ def read_turns(raw: object, options: ReadingOptions = DEFAULT, trained: Sequence
         options: What the user decides.
         trained: For each turn whether it is trained on, if the record says so.
     """
+    if trained is None and (plain := plain_messages(raw)) is not None:
+        return Turns(list(plain), list(range(1, len(plain) + 1)))
     turns = Turns()
     if not isinstance(raw, list):
         cause = f"the turns are {kind_of(raw)}; they must be a list of objects"

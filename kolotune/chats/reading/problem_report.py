@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from .faults import FaultKind, Problem
 
@@ -11,8 +12,12 @@ _ORDER = frozenset({
     FaultKind.SYSTEM_NOT_FIRST, FaultKind.ASSISTANT_FIRST, FaultKind.TWO_USERS, FaultKind.TWO_ASSISTANTS,
     FaultKind.NO_ANSWER,
 })  # fmt: skip
+_SWAPPED = frozenset({FaultKind.ASSISTANT_FIRST, FaultKind.NO_ANSWER})
 _HINTS = {
     **dict.fromkeys(_ORDER, "--fix-turns drops or joins such turns, and counts them."),
+    FaultKind.UNKNOWN_ROLE: "Rename such roles, or leave those chats out.",
+    FaultKind.TEMPLATE: "--chat-template FILE trains with a template that can write such chats.",
+    FaultKind.NO_ASSISTANT: "Chats need answers to learn from.",
     FaultKind.UNKNOWN_SHAPE: "--map question=KEY,answer=KEY or --map messages=KEY names the keys; "
     "docs/chat-files.md lists the known ones.",
     FaultKind.FIELD_COUNT: "Save the table again with a program that quotes fields.",
@@ -38,7 +43,15 @@ def affected_records(problems: Sequence[Problem]) -> int:
 
 def what_helps(problems: Sequence[Problem]) -> str:
     """Return what helps against problems of these kinds, apart from leaving the chats out; "" if only a look does."""
-    return " ".join(dict.fromkeys(_HINTS[problem.kind] for problem in problems if problem.kind in _HINTS))
+    hints = dict.fromkeys(_HINTS[problem.kind] for problem in problems if problem.kind in _HINTS)
+    kinds: dict[tuple[Path, int], set[FaultKind]] = {}
+    for problem in problems:
+        kinds.setdefault((problem.source, problem.line), set()).add(problem.kind)
+    swapped = sum(found >= _SWAPPED for found in kinds.values())
+    if 2 * swapped > len(kinds):
+        guess = f"In {swapped:,} records the assistant speaks first and the user last: are the roles swapped?"
+        return " ".join([guess, *hints])
+    return " ".join(hints)
 
 
 def _and_more(group: Sequence[Problem]) -> str:

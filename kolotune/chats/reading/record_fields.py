@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from .json_values import is_filled
 from .printable import printable
@@ -34,7 +35,7 @@ class RecordFields:
             key = f" {name}" if key in self.values else key  # no canonical key starts with a space
             self.values[key], self._names[key] = value, name
         self.filled = {key for key, value in self.values.items() if is_filled(value)}
-        self._mapped = [(key, part) for key, part in options.parts if key in self.values]
+        self._mapped = [(key, part) for key, part in options.parts if key in self.values] if options.parts else []
         self._read: set[str] = set()
 
     def mapped(self, part: RecordPart) -> list[str]:
@@ -43,9 +44,16 @@ class RecordFields:
 
     def companions(self, part: RecordPart) -> list[str]:
         """Return the filled keys of a part beside question, answer or turns."""
-        given = {key for key, _ in self._mapped}
-        known = [key for key in COMPANIONS.get(part, ()) if key not in given]
+        known = COMPANIONS.get(part, ())
+        if not self._mapped and self.filled.isdisjoint(known):
+            return []
+        known = tuple([key for key in known if key not in self.given])
         return [key for key in [*self.mapped(part), *known] if key in self.filled and key not in self._read]
+
+    @property
+    def given(self) -> set[str]:
+        """The keys that the user gave a part."""
+        return {key for key, _ in self._mapped}
 
     def read(self, key: str) -> object:
         """Return a value, and remember that it was read."""
@@ -65,12 +73,16 @@ class RecordFields:
         rest = self.filled - self._read
         if not rest:
             return []
-        texts = {text.strip() for text in said}
-        return [
-            (printable(self._names[key], 40), value)
-            for key in self.values
-            if key in rest and not (isinstance((value := self.values[key]), str) and value.strip() in texts)
-        ]
+        unread = [(key, self.values[key]) for key in self.values if key in rest]
+        if any([key not in METADATA for key, _ in unread]):
+            texts = {text.strip() for text in said}
+            unread = [each for each in unread if not (isinstance(each[1], str) and each[1].strip() in texts)]
+        return [(_shown(self._names[key]), value) for key, value in unread]
+
+
+@lru_cache(4096)
+def _shown(name: str) -> str:
+    return printable(name, 40)
 
 
 def unread_hash(unread: Iterable[tuple[str, object]]) -> int:

@@ -6,6 +6,7 @@ Names are compared in canonical form (`canonical`), so that "System Prompt" and 
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import lru_cache
 
 
 class RecordPart(StrEnum):
@@ -89,6 +90,7 @@ TURN_KEYS = frozenset({
 """Keys of a turn that are read; `name` is read in turns of tools, tool definitions in system turns."""
 
 
+@lru_cache(4096)
 def canonical(key: str) -> str:
     """Return a key as it is compared: in lower case, with underscores."""
     return key.strip().lower().replace(" ", "_").replace("-", "_")

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kolotune.foundation.typed_storage import JsonObject
 
@@ -32,8 +33,7 @@ TURN_PREFIX = "turns: "
 _KNOWN = "messages, conversations, instruction+output, prompt+completion, prompt+response, question+answer and others"
 
 
-@dataclass(frozen=True)
-class ShapedRecord:
+class ShapedRecord(NamedTuple):
     """A record whose shape is recognised, with its chat or its faults.
 
     Attributes:
@@ -124,7 +124,6 @@ def _recognise(fields: RecordFields) -> _Shape | None:
 
 def _shape_of(fields: RecordFields, keys: set[str]) -> _Shape | None:
     turns, questions, answers = map(fields.mapped, (RecordPart.TURNS, RecordPart.QUESTION, RecordPart.ANSWER))
-    given = {key for part in RecordPart for key in fields.mapped(part)}
     if turns:
         return _Shape(turns[0])
     if questions or answers:
@@ -132,14 +131,15 @@ def _shape_of(fields: RecordFields, keys: set[str]) -> _Shape | None:
         question = next((key for key in questions or PAIRS if key in keys), "")
         answer = next((key for key in answers or known_answers if key in keys and key != question), "")
         return _Shape(question=question, answer=answer) if question and answer else None
-    keys = keys - given
+    keys = keys - fields.given
     for name in TURN_LISTS:
         if name in keys and (name in TURN_LISTS[:2] or _may_be_turns(fields.values[name])):
             return _Shape(name)
-    for question, known in PAIRS.items():
-        for answer in known:
-            if {question, answer} <= keys:
-                return _Shape(question=question, answer=answer)
+    for question in PAIRS:
+        if question in keys:
+            for answer in PAIRS[question]:
+                if answer in keys:
+                    return _Shape(question=question, answer=answer)
     text = fields.values.get(_TEXT)
     return _Shape(_TEXT) if isinstance(text, str) and turns_of_text(text) else None
 
@@ -152,14 +152,14 @@ def _may_be_turns(value: object) -> bool:
 
 
 def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> ShapedRecord:
-    for key in sorted(MEDIA & fields.filled):
+    for key in sorted(fields.filled & MEDIA):
         cause = f"{key} is filled; only text can be trained on"
         fail(FaultKind.UNSUPPORTED_CONTENT, f"{cause}, or the text alone with --ignore-keys {key}", subject=key)
     if shape.turns:
         raw: object = _turn_list(shape.turns, fields.read(shape.turns))
     else:
         raw = question_and_answer(fields, shape.question, shape.answer)
-    flags = record_flags({key: fields.read(key) for key in LOSS_KEYS if key in fields.filled})
+    flags = record_flags({key: fields.read(key) for key in sorted(fields.filled & LOSS_KEYS.keys())})
     if flags.excludes:
         return ShapedRecord(shape.name, excluded=True)
     turns = read_turns(raw, options, _flags_of_turns(raw, flags.turns))
