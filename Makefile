@@ -25,16 +25,19 @@ test: setup
 	@$(BIN)/python -m compileall -q kolotune tests
 	$(TEST)
 
+# Collecting the others takes half a minute.
+IN_CONTAINER := tests/container tests/contracts.py
+
 test-all: setup
 	$(TEST) -m "not container"
-	$(BIN)/python -m pytest -m container
+	$(BIN)/python -m pytest -m container $(IN_CONTAINER)
 
 # A real Docker engine of its own, with a data folder that is kept, so that a second time is quick. Needs root.
 test-container: setup
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    ! { command -v dockerd && command -v debootstrap && command -v docker-registry; } >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq docker.io debootstrap docker-registry; fi
-	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m "container and not slow"
+	KOLOTUNE_NEEDS_DOCKER=1 $(BIN)/python -m pytest -m "container and not slow" $(IN_CONTAINER)
 
 # Against the real Ollama that OLLAMA_HOST names, instead of the stand-in; test models are removed from it.
 test-ollama: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -40,10 +41,8 @@ def run_command_line(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal with another encoding must not stop a run
             stream.reconfigure(errors="replace")
-    command = typer.main.get_command(app)  # with the options of shell completion
-    assert isinstance(command, TyperGroup)
     try:
-        result = in_container.main(command, arguments)
+        result = in_container.main(_command(), arguments)
     except _CommandLineError as error:
         return _fail_on_usage(error, arguments)
     except (KeyboardInterrupt, typer.Abort):
@@ -65,6 +64,14 @@ def run_command_line(arguments: list[str]) -> int:
     if result == Interrupted.exit_code:  # typer has caught the interruption itself
         return _fail(Interrupted("interrupted"), arguments)
     return result if isinstance(result, int) else 0
+
+
+@functools.cache
+def _command() -> TyperGroup:
+    """Return all verbs, with the options of shell completion."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    return command
 
 
 def _error_at_file(error: OSError) -> KolotuneError:

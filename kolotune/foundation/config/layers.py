@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,6 +16,7 @@ from .normalize import normalize
 from .options import DEFAULT_OUTPUT_DIR, OPTIONS, Config, Kind
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
 Layer: TypeAlias = tuple[Mapping[str, object], str, Path]
@@ -52,12 +54,20 @@ def resolve(*layers: Layer) -> Config:
 
 def _validate(values: Mapping[str, object], origins: Mapping[str, str]) -> tuple[Config | None, list[str]]:
     """Return the config, or None and what is wrong with single values."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(Config).validate_python(values), []
+        return _adapter().validate_python(values), []
     except ValidationError as error:
         return None, list(_describe(error.errors(), origins))
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    """Return what validates; making it takes longer than all the rest."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
 
 
 def _describe(errors: list[ErrorDetails], origins: Mapping[str, str]) -> Iterator[str]:
