@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import other_systems
 
+from kolotune.foundation.errors import ToolchainError
 from kolotune.run_folder.layout import RunFolder
 
 # torchtune's environment has other packages; the rest are programs.
@@ -83,14 +84,17 @@ def test_every_module_can_be_imported(python: Call, system: str) -> None:
 
 
 @pytest.mark.parametrize("system", ["win32", pytest.param("darwin", marks=pytest.mark.slow)], indirect=True)
-def test_check_plan_and_status(python: Call, run_copy: RunFolder, tiny_base: Path) -> None:
+def test_check_plan_and_status(python: Call, system: str, run_copy: RunFolder, tiny_base: Path) -> None:
     chats = run_copy.root.parent / "chats.jsonl"
     checked = python("-m", "kolotune", "check", chats, "--base-model", tiny_base)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "in 3 chats" in checked.stdout
     planned = python("-m", "kolotune", "plan", chats, "--base-model", tiny_base, "--output-dir", "new")
-    assert (planned.returncode, planned.stderr) == (0, "")
-    assert "memory" in planned.stdout
+    assert "of memory" in planned.stdout
+    if system == "win32":  # where llama.cpp's own libraries, which are not here, say how large a quantization gets
+        assert planned.returncode == ToolchainError.exit_code and "LLAMA_CPP_DIR" in planned.stderr
+    else:
+        assert (planned.returncode, planned.stderr) == (0, "")
     status = python("-m", "kolotune", "status", run_copy.root)
     assert (status.returncode, status.stderr) == (0, "")
     assert status.stdout.count("done") == 6
