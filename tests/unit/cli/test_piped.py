@@ -25,7 +25,7 @@ def pipe(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "suffix"), [(b"{}\n", ".jsonl"), (b"PAR1...", ".parquet"), (gzip.compress(b"{}"), ".jsonl.gz")]
+    ("data", "suffix"), [(b"{}\n", ".jsonl"), (b"PAR1...", ".parquet"), (gzip.compress(b"{}", mtime=0), ".jsonl.gz")]
 )
 def test_the_same_content_is_the_same_file(data: bytes, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(data, monkeypatch)

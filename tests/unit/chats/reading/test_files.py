@@ -314,7 +314,7 @@ def test_parquet_faults(tmp_path: Path) -> None:
         ("chats.csv", b"prompt,completion\n", "has no chats"),
         ("chats.jsonl.gz", b"x", "can't be unpacked"),
         ("chats.jsonl.zst", b"x", "can't be unpacked"),
-        ("chats.txt.gz", gzip.compress(b"x"), "unknown file format .txt"),
+        ("chats.txt.gz", gzip.compress(b"x", mtime=0), "unknown file format .txt"),
         ("chats.jsonl.xz", lzma.compress(b""), "is empty"),
         ("chats.txt", b"x", "unknown file format .txt"),
         ("chats.xlsx", b"x", "unknown file format .xlsx"),
