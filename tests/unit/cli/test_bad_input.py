@@ -127,7 +127,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "no config": (["c.jsonl", "--config", "none.yaml"], 2, "none.yaml: can't be read"),
     "too long for the model": (["{good}", "--base-model", "{base}", "--max-seq-length", "4096"], 2, "at most 2048"),
     "no data file": (["none.jsonl", "--base-model", "{base}"], 3, "none.jsonl: no such file"),
-    "a folder of data": ([".", "--base-model", "{base}"], 3, "is a folder"),
+    "a folder without chats": (["empty", "--base-model", "{base}"], 3, "is a folder"),
     "nothing fits": (["{good}", "--base-model", "{base}", "--max-seq-length", "8"], 3, "1 are too long"),
     "unknown model": (["{good}", "--base-model", "gpt-5"], 5, "base model 'gpt-5': no such folder"),
     "missing folder": (["{good}", "--base-model", "./none"], 5, "no such folder"),
@@ -141,6 +141,7 @@ def test_bad_options_are_reported_before_any_work(
 ) -> None:
     arguments, wanted, words = OPTIONS[name]
     (tmp_path / "good.jsonl").write_bytes(GOOD)
+    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     filled = [each.format(good=tmp_path / "good.jsonl", base=tiny_base) for each in arguments]
     code, output = kolotune("run", *filled, "--output-dir", "o")
