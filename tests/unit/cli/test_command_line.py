@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -237,58 +236,6 @@ def test_train_with_another_base_wants_its_chats_prepared(
     code, output = kolotune("train", run_copy.root, "--base-model", other)
     assert code == 12
     assert "train needs prepare" in output and "tokenizer_config.json" in output
-
-
-def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    code, output = kolotune("models")
-    assert code == 0
-    assert "smollm2-135m" in output
-    assert "needs a login and an approval" in output
-    code, output = kolotune("doctor")
-    assert code == 0
-    for part in ("python", "torch", "llama.cpp library", "llama.cpp converter", "torchtune", "hub token", "disk"):
-        assert f"\n  {part} " in output
-    assert TOKEN not in output
-
-
-@pytest.mark.parametrize(
-    ("devices", "needed", "words"),
-    [
-        ([], ["nvidia-cudnn-cu13==9; platform_system == 'Linux'"], "with CUDA; there is no NVIDIA device"),
-        (["nvidia0"], ["nvidia-cudnn-cu13==9; platform_system == 'Linux'"], ""),
-        (["dxg"], ["nvidia-cudnn-cu13==9; platform_system == 'Linux'"], ""),
-        (["nvidiactl"], ["filelock"], ""),
-        ([], None, "; there is no NVIDIA device"),
-        (["nvidia0"], None, ""),
-    ],
-)
-def test_doctor_leads_to_the_build_of_pytorch_for_this_machine(
-    devices: list[str], needed: list[str] | None, words: str, monkeypatch: Any, tmp_path: Path
-) -> None:
-    from kolotune.cli import doctor
-    from kolotune.foundation import hardware
-
-    for device in devices:
-        (tmp_path / device).touch()
-    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needed)
-    if needed is None:
-        monkeypatch.setattr(doctor, "_package", lambda name: (name, "missing", "pip install"))
-    name, state, what = doctor._torch()
-    assert (name, state) == ("torch", "missing" if needed is None else "ok")
-    assert words in what and ("--torch-backend=cpu" in what) == bool(words)
-
-
-def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -> None:
-    """Not there yet is nothing missing; a variable that names nothing is."""
-    from kolotune.cli.doctor import _engine_environments
-
-    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path))
-    ((name, state, what),) = _engine_environments()
-    assert (name, state) == ("torchtune", "none") and "python -m kolotune.engines.torchtune.environment" in what
-    monkeypatch.setenv("KOLOTUNE_TORCHTUNE", str(tmp_path / "nowhere"))
-    assert [state for _, state, _ in _engine_environments()] == ["missing"]
 
 
 def test_modelfile_rewrites_only_the_modelfiles(kolotune: Call, run_copy: RunFolder) -> None:
