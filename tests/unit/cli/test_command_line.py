@@ -344,7 +344,8 @@ def test_export_of_a_merged_folder(kolotune: Call, finished: Config, tmp_path: P
     code, output = kolotune("export", source, "--output-dir", tmp_path / "e", "--quantization", "none")
     assert code == 0, output
     made = RunFolder(tmp_path / "e")
-    assert sorted(path.name for path in made.root.iterdir()) == [".kolotune", "Merged.gguf", "Modelfile", "config.yaml"]
+    names = {".kolotune", "Merged.gguf", "Modelfile", "config.yaml", "manifest.json"}
+    assert {path.name for path in made.root.iterdir()} == names
     assert made.modelfile().read_text() == run.modelfile().read_text()
     output = kolotune("status", made.root)[1]
     assert "will run" not in output
