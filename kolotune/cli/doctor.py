@@ -90,7 +90,8 @@ def _library() -> Row:
     from kolotune.foundation import shared_libraries
 
     try:
-        return "llama.cpp library", _OK, shared_libraries.find().origin
+        parts = [shared_libraries.find().origin, shared_libraries.faster_one()]
+        return "llama.cpp library", _OK, "; ".join(filter(None, parts))
     except KolotuneError as error:
         return "llama.cpp library", _MISSING, f"{error.cause}. {error.hint}"
 

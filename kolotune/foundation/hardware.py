@@ -95,6 +95,16 @@ def has_nvidia_device() -> bool:
     return any(any(_DEVICES.glob(name)) for name in ("nvidia[0-9]*", "dxg"))
 
 
+def lacks_avx2() -> bool:
+    """Whether this is an x86-64 processor without AVX2; only Linux says so."""
+    return "sse2" in _cpu_words() and "avx2" not in _cpu_words()
+
+
+def has_avx512() -> bool:
+    """Whether the processor has AVX-512; only Linux says so."""
+    return "avx512f" in _cpu_words()
+
+
 def _cpu_has_bf16() -> bool:
     return bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
 

@@ -48,6 +48,7 @@ def load() -> Any:
     Raises:
         ToolchainError: it is missing, or can't be loaded.
     """
+    shared_libraries.require_processor()
     shared_libraries.provide_openmp()
     try:
         import xllamacpp

@@ -26,6 +26,20 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
     assert TOKEN not in output
 
 
+def test_doctor_names_what_a_processor_lacks_or_has_for_llama_cpp(monkeypatch: Any) -> None:
+    from kolotune.cli import doctor
+    from kolotune.foundation import hardware
+
+    for words, state, said in (
+        ("sse2 avx", "missing", "needs a processor with AVX2"),
+        ("sse2 avx2", "ok", "xllamacpp"),
+        ("sse2 avx2 avx512f", "ok", "up to twice as fast"),
+    ):
+        monkeypatch.setattr(hardware, "_cpu_text", lambda words=words: f"flags : {words}")
+        _, seen, what = doctor._library()
+        assert seen == state and said in what, words
+
+
 @pytest.mark.parametrize(
     ("devices", "needed", "words"),
     [

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kolotune.foundation import shared_libraries
+from kolotune.foundation import hardware, shared_libraries
 from kolotune.foundation.errors import ToolchainError
+from kolotune.llamacpp import server_library
 
 BUILT = ("libggml-base.so", "libggml-cpu.so", "libggml.so", "libllama.so")
 
@@ -58,6 +59,31 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.files == (released[0], released[2], released[3]) and found.has_backends
     with pytest.raises(ToolchainError, match=r"the llama.cpp in LLAMA_CPP_DIR=.* can't be loaded"):
         shared_libraries.load.__wrapped__()
+
+
+def test_a_processor_without_avx2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hardware, "_cpu_text", lambda: "flags : fpu sse2 avx")
+    with pytest.raises(ToolchainError, match="needs a processor with AVX2") as raised:
+        shared_libraries.find()
+    assert "LLAMA_CPP_DIR" in raised.value.hint and shared_libraries.BUILD in raised.value.hint
+    with pytest.raises(ToolchainError, match="needs a processor with AVX2"):
+        server_library.load()
+    if sys.platform == "linux":
+        monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+        files(tmp_path, *BUILT)
+        assert str(tmp_path) in shared_libraries.find().origin
+
+
+@pytest.mark.parametrize(
+    ("text", "is_faster"),
+    [("flags : sse2 avx2", False), ("flags : sse2 avx2 avx512f", True), ("Features : asimd", False)],
+)
+def test_what_is_faster_than_the_package(text: str, is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_cpu_text", lambda: text)
+    assert bool(shared_libraries.faster_one()) == is_faster
+    assert shared_libraries.find()
+    monkeypatch.setattr(shared_libraries, "is_own", lambda: True)
+    assert not shared_libraries.faster_one()
 
 
 def test_nothing_there(no_package: None) -> None:
