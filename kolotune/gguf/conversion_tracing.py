@@ -28,7 +28,7 @@ from kolotune.runners import child_process
 from kolotune.weights.dtypes import FLOATS
 from kolotune.weights.safetensors_header import read_header
 
-from . import writer_form
+from . import converter_settings, writer_form
 from .conversion_plan import TensorPlan
 from .plan_cache import HEADER, PLAN, StoredPlan
 
@@ -82,12 +82,14 @@ def trace(root: Path, folder: Path, gguf_type: str, target: Path) -> None:
     import torch
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
 
+    converter_settings.give_file_settings(ModelBase)
     with torch.inference_mode():
         architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
         try:
             model_class = get_model_class(architecture)
         except NotImplementedError:
             raise ToolchainError(f"llama.cpp's converter does not support {architecture}") from None
+        converter_settings.leave_out_missing_drafts(model_class, folder)
         try:
             plan = StoredPlan(_traced(model_class, folder, gguf_type, target / HEADER))
         except NoPlanError as error:

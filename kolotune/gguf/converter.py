@@ -13,7 +13,7 @@ from typing import Any
 
 from kolotune.runners import child_process
 
-from . import writer_form
+from . import converter_settings, writer_form
 
 
 def main(arguments: list[str]) -> int:
@@ -27,8 +27,24 @@ def convert(script: Path, folder: str, gguf_type: str, target: str, *options: st
     sys.path[:0] = [str(script.parent / "gguf-py"), str(script.parent)]
     if writer_form.wanted_form() is writer_form.Form.WRITER:
         _arrange_before_writing(gguf_type)
+    if (script.parent / "conversion").is_dir():  # a user's own may be older, in one file
+        _adapt(Path(folder))
     sys.argv = [str(script), "--outtype", gguf_type, "--outfile", target, *options, folder]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _adapt(folder: Path) -> None:
+    import conversion  # type: ignore[import-not-found]
+
+    converter_settings.give_file_settings(conversion.ModelBase)
+    find_class = conversion.get_model_class
+
+    def get_model_class(*arguments: Any, **named: Any) -> Any:
+        model_class = find_class(*arguments, **named)
+        converter_settings.leave_out_missing_drafts(model_class, folder)
+        return model_class
+
+    conversion.get_model_class = get_model_class
 
 
 def _arrange_before_writing(gguf_type: str) -> None:

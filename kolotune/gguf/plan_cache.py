@@ -24,7 +24,7 @@ from .model_skeleton import ModelSkeleton
 HEADER, PLAN = "header.gguf", "tensors.json"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment of the converter: it must find everything in the folder."""
-_VERSION = 3  # raised when the files or the tracing change
+_VERSION = 4  # raised when the files or the tracing change
 _MOST_PLANS = 16
 _SWITCH = "KOLOTUNE_CONVERSION_PLAN"
 
