@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,24 +77,24 @@ def download_model(name: str, token: Secret | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     plain = token.reveal() if token else None
-    with _explained_errors(name):
+    with explained_errors(name):
         files = [sibling.rfilename for sibling in HfApi().model_info(name, token=plain).siblings or []]
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(
                 f"{name}: has no safetensors weights", "Pickled weights can run code and are never loaded."
             )
         folder = Path(snapshot_download(name, token=plain, allow_patterns=_FILES, ignore_patterns=_IGNORED))
-    _check_hashes(name, folder)
+    check_hashes(name, folder.glob("*.safetensors"))
     return folder
 
 
-def _check_hashes(name: str, folder: Path) -> None:
-    """Compare downloaded weights with the hashes that name them in the hub's cache; the hub's client compares sizes.
+def check_hashes(name: str, files: Iterable[Path]) -> None:
+    """Compare downloaded files with the hashes that name them in the hub's cache; the hub's client compares sizes.
 
     Raises:
         OfflineError: a file differs from the hub's; it is removed.
     """
-    for path in folder.glob("*.safetensors"):
+    for path in files:
         blob = path.parent / os.readlink(path) if path.is_symlink() else path
         if _SHA256.fullmatch(blob.name) and hash_file(path) != blob.name:
             blob.unlink()
@@ -103,8 +103,13 @@ def _check_hashes(name: str, folder: Path) -> None:
 
 
 @contextmanager
-def _explained_errors(name: str) -> Iterator[None]:
-    """Turn the hub client's errors into errors of the tree; none repeats the hub's text."""
+def explained_errors(name: str, kind: str = "model") -> Iterator[None]:
+    """Turn the hub client's errors into errors of the tree; none repeats the hub's text.
+
+    Args:
+        name: what is asked for.
+        kind: what it is, "model" or "data set".
+    """
     import httpx2
     from huggingface_hub import errors
 
@@ -114,13 +119,17 @@ def _explained_errors(name: str) -> Iterator[None]:
     except errors.GatedRepoError:
         raise AccessError(
             f"{name}: is gated, and this account has no access",
-            f"Ask for access on the model's page, then give the account's token ({HUB_TOKEN} or --hf-token FILE).",
+            f"Ask for access on the {kind}'s page, then give the account's token ({HUB_TOKEN} or --hf-token FILE).",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFoundError(
+            f"{name}: the hub has no such revision of this {kind}", "Check the spelling."
         ) from None
     except errors.RepositoryNotFoundError as error:
         if getattr(error.response, "status_code", 404) == 401 and not os.environ.get(HUB_TOKEN):
-            raise AccessError(f"{name}: the hub requires a login (401), or there is no such model") from None
+            raise AccessError(f"{name}: the hub requires a login (401), or there is no such {kind}") from None
         raise ModelNotFoundError(
-            f"{name}: the hub has no such model, or this account may not see it", "Check the spelling, or log in."
+            f"{name}: the hub has no such {kind}, or this account may not see it", "Check the spelling, or log in."
         ) from None
     except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         code = hub_errors.status_of(error)

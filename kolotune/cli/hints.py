@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kolotune.foundation.chat_paths import CHAT_SUFFIXES
+from kolotune.foundation.chat_paths import CHAT_SUFFIXES, hub_source
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, DataError
 
@@ -80,6 +80,8 @@ def require_files(config: Config) -> None:
             path.name, [name for name in beside if name.endswith((*CHAT_SUFFIXES, ".jinja"))], n=1, cutoff=0.8
         )
         hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the name and the folder."
+        if source := hub_source(path):
+            hint = f"It came from the hub; give its name to get it again: {source}"
         raise DataError(f"{path}: no such file", hint)
 
 

@@ -15,6 +15,7 @@ from kolotune.foundation.config import OPTIONS, Config, Kind, Layer, Option
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.reporter import Reporter, make_reporter
 
+from .hub_data import with_downloaded_data
 from .parameters import FileRole
 from .piped import is_pipe, saved_pipe
 
@@ -134,4 +135,4 @@ def resolve_flags(
         if isinstance(files, list) and any(map(is_pipe, files)):
             values[name] = [saved_pipe(file) if is_pipe(file) else file for file in files]
     layers.append((values, "command line", Path.cwd()))
-    return configs.resolve(*layers)
+    return with_downloaded_data(configs.resolve(*layers))

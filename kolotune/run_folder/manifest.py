@@ -13,6 +13,7 @@ from typing import Literal
 
 from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
+from kolotune.foundation.chat_paths import hub_source
 from kolotune.foundation.errors import ManifestError
 from kolotune.foundation.files import files_of, remove, size_of
 from kolotune.foundation.hashing import Hasher
@@ -40,11 +41,17 @@ class Artifact:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of chats, and which part of the data it is."""
+    """A file of chats, and which part of the data it is.
+
+    Attributes:
+        part, path, sha256: as they are named.
+        hub: where the hub has it, with its revision; None for a file that is not from there.
+    """
 
     part: DataPart
     path: str
     sha256: str
+    hub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ def _manifest_of(
     return Manifest(
         format=FORMAT,
         data=Data(
-            files=[DataFile(part, str(path), inputs[path]) for part, path in parts if path in inputs],
+            files=[DataFile(part, str(path), inputs[path], hub_source(path)) for part, path in parts if path in inputs],
             counts=entries["prepare"].facts if "prepare" in entries else {},
         ),
         base=BaseModel(config.base_model, inputs.get(context.base, "")),

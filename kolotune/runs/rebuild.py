@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kolotune.base_models import lookup
 from kolotune.foundation import config as configs
+from kolotune.foundation.chat_paths import hub_source
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, DataError, ModelError, ModelNotFoundError
 from kolotune.foundation.hashing import Hasher
@@ -102,7 +103,9 @@ def _find_file(recorded: Path, sha256: str, kind: str, manifest: Path, hasher: H
             f"{existing[0]}: is not the file that was used (sha256 {hasher.of(existing[0])}, not {sha256})",
             "Restore the original file. To train with another one, use `kolotune run`.",
         )
-    raise DataError(f"{candidates[0]}: the {kind} is missing", f"Put it there, or beside {manifest.name}.")
+    source = hub_source(recorded)
+    again = f" The hub has it: `kolotune check {source}` gets it again." if source else ""
+    raise DataError(f"{candidates[0]}: the {kind} is missing", f"Put it there, or beside {manifest.name}.{again}")
 
 
 def _require_base(manifest: Manifest, hasher: Hasher) -> None:
