@@ -80,7 +80,7 @@ bench: setup
 
 # The lock names no index and no build of torch, so that it serves machines with and without a GPU.
 lock: setup
-	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra local --extra cluster --extra sweep --extra dev --no-emit-index-url \
+	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra local --extra cluster --extra sweep --extra spreadsheets --extra dev --no-emit-index-url \
 	  --no-emit-find-links --no-header --no-annotate --constraint constraints.txt -o requirements.lock pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
 	# The part of it that the container's image needs.

@@ -14,7 +14,7 @@ from .parameters import Json
 # Of the packages that are installed with kolotune, those that results and faults depend on.
 _PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes", "gguf", "xllamacpp", "pyarrow",
-    "huggingface-hub", "ollama", "docker", "submitit", "optuna",
+    "huggingface-hub", "ollama", "docker", "submitit", "optuna", "python-calamine",
 )  # fmt: skip
 _NONE = "not installed"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-CHAT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+CHAT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".xls", ".ods")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Packed files of one of these formats are read too: chats.jsonl.gz."""
+_HUB_CACHE = re.compile(r"/datasets--(.+?)--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$")
 _NO_CHATS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"})
 _OTHER_SPLIT = re.compile(r"(test|eval|evaluation|valid|validation|val|dev)([^a-z].*)?$")
 
@@ -33,6 +34,12 @@ def files_of(path: Path) -> tuple[Path, ...]:
         if files:
             return (path,) if any(map(is_other_split, files)) else files
     return (path,)
+
+
+def hub_source(path: Path) -> str | None:
+    """Return the name of a file in the hub's cache of data sets, with its revision; None for other files."""
+    match = _HUB_CACHE.search(path.as_posix())
+    return None if match is None else f"hf://datasets/{match[1]}/{match[2]}@{match[3]}/{match[4]}"
 
 
 def chat_files_in(folder: Path) -> tuple[Path, ...]:

@@ -26,6 +26,7 @@ from .printable import printable
 from .reading_options import DEFAULT, ReadingOptions
 from .records import AnyRecord, RawRecord
 from .shapes import ShapedRecord, read_record
+from .spreadsheets import SPREADSHEETS, read_spreadsheet
 from .turn_fixes import TurnFix
 
 MAX_PROBLEMS_PER_RECORD = 3
@@ -35,7 +36,6 @@ _A_LINE = f"Chats have questions and answers. Write one chat on each line of a .
 _OTHER_FORMATS = {
     **dict.fromkeys((".txt", ".md", ".log"), _A_LINE),
     **dict.fromkeys((".docx", ".doc", ".pdf", ".odt", ".html"), f"Documents are no chats. {_A_LINE}"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the table as CSV (UTF-8); its first line names the columns."),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "Unpack it, and give the files of chats inside it."),
     ".arrow": "Save it as Parquet or JSON Lines: Dataset.to_parquet, Dataset.to_json.",
     ".yaml": f"Options are given with --config. {_A_LINE}",
@@ -69,7 +69,7 @@ def opened(path: Path, options: ReadingOptions = DEFAULT) -> Iterator[tuple[str,
     Raises:
         DataError: The file is missing, a folder, empty, or of an unknown format; also inside the block, when reading
             fails later.
-        ToolchainError: It is a Parquet file, and pyarrow is not installed.
+        ToolchainError: It is a Parquet file or a spreadsheet, and the package that reads these is not installed.
     """
     try:
         require_file(path)
@@ -186,6 +186,8 @@ def _open(path: Path, options: ReadingOptions, given: Path) -> tuple[str, Record
         return suffix[1:].upper(), read_csv(path, options)
     if suffix == ".parquet":
         return "Parquet", read_parquet(path, options)
+    if suffix in SPREADSHEETS:
+        return "Spreadsheet", read_spreadsheet(path, options)
     kind = f"unknown file format {printable(suffix, 20)}" if suffix else "the file name has no extension"
     raise DataError(f"{_shown(given)}: {kind}", _OTHER_FORMATS.get(suffix, f"Known are {_KNOWN}; convert others."))
 

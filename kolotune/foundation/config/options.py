@@ -122,7 +122,7 @@ class Config:
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read by pydantic, not a field
 
     train_data: tuple[Path, ...] = option(
-        (), "Files of chats: JSONL, JSON, CSV or Parquet.", Group.DATA, kind=Kind.CHAT_FILES
+        (), "Files of chats: JSONL, JSON, CSV, Parquet or Excel.", Group.DATA, kind=Kind.CHAT_FILES
     )
     eval_data: tuple[Path, ...] = option(
         (), "Held-out chats, instead of a share of the training data.", Group.DATA, kind=Kind.CHAT_FILES
