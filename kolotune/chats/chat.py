@@ -25,7 +25,7 @@ class Message:
         tool_calls: The assistant's tool calls in the OpenAI format.
         name: The name of the tool (tool messages only), or None.
         tool_call_id: The call that a tool message answers, or None.
-        is_trained: Whether the loss may fall on it. Only an assistant turn may be excluded.
+        weight: How much the loss on it counts, from 0 to 1; 0 excludes it. Only an assistant turn may have less than 1.
     """
 
     role: str
@@ -34,7 +34,12 @@ class Message:
     tool_calls: tuple[JsonObject, ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
-    is_trained: bool = True
+    weight: float = 1.0
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the loss falls on it."""
+        return self.weight > 0
 
     @property
     def is_plain(self) -> bool:
@@ -87,8 +92,8 @@ class Chat:
             for message in self.messages
         ]
         text = f"[[{', '.join(messages)}], {_CANONICAL.encode(list(self.tools)) if self.tools else '[]'}]"
-        if excluded := [number for number, message in enumerate(self.messages) if not message.is_trained]:
-            text += f" {excluded}"
+        if lighter := [(number, message.weight) for number, message in enumerate(self.messages) if message.weight < 1]:
+            text += f" {[number if not weight else (number, weight) for number, weight in lighter]}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -53,6 +53,7 @@ class Engine(Protocol):
         name: as in `Config.engine`.
         module: started as ``python -m MODULE JOB``; see `events` for what it answers.
         has_compiled_step: whether it can compile parts of the training step (`Config.compile`).
+        weighs_labels: whether it can let the loss on some labels count less.
         knows_shard_traffic: whether sharded processes send what `planning.network` computes.
         process_memory: memory of its process without tensors.
     """
@@ -60,6 +61,7 @@ class Engine(Protocol):
     name: str
     module: str
     has_compiled_step: bool
+    weighs_labels: bool
     knows_shard_traffic: bool
     process_memory: Memory
 

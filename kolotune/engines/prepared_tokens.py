@@ -33,12 +33,14 @@ class PreparedTokens:
         offsets: int64 ``[sequences + 1]``: the start of each sequence, and the end of the last.
         chats: int64 ``[chats + 1]``: the first sequence of each chat, and the number of sequences; None where each
             sequence is a chat.
+        weights: fp32 ``[tokens]``: how much the loss on each label counts; None where each counts in full.
     """
 
     ids: Tensor
     labelled: Tensor
     offsets: Tensor
     chats: Tensor | None = None
+    weights: Tensor | None = None
 
     @classmethod
     def load(cls, path: Path) -> PreparedTokens:
@@ -49,7 +51,8 @@ class PreparedTokens:
         """
         try:
             loaded = load_file(path)
-            return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"], loaded.get("chats"))
+            labelled, optional = loaded["labelled"].view(torch.bool), (loaded.get("chats"), loaded.get("weights"))
+            return cls(loaded["ids"], labelled, loaded["offsets"], *optional)
         except (SafetensorError, KeyError, OSError) as error:
             raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
 
@@ -65,6 +68,10 @@ class PreparedTokens:
         span = self._span(number)
         ids = self.ids[span].long()
         return ids, torch.where(self.labelled[span], ids, IGNORED)
+
+    def sequence_weights(self, number: int) -> Tensor | None:
+        """Return how much the loss on each token of a sequence counts, fp32 ``[length]``; None: each label in full."""
+        return None if self.weights is None else self.weights[self._span(number)]
 
     def sequence_length(self, number: int) -> int:
         """Count the tokens of one sequence."""
@@ -96,6 +103,12 @@ class PreparedTokens:
     def label_count(self, chat: int) -> int:
         """Count the labels of one chat, without the first token of a sequence, which nothing could predict."""
         return sum(int(self.labelled[self._span(number)][1:].sum()) for number in self.sequences(chat))
+
+    def label_weight(self, chat: int) -> float:
+        """Add up how much the labels that `label_count` counts count in the loss."""
+        if self.weights is None:
+            return self.label_count(chat)
+        return sum(float(self.weights[self._span(number)][1:].double().sum()) for number in self.sequences(chat))
 
     def _span(self, number: int) -> slice:
         return slice(int(self.offsets[number]), int(self.offsets[number + 1]))

@@ -33,6 +33,8 @@ CHANGED_CHATS = {
     "too_long": "chats were left out: not even their first answer fits --max-seq-length",
     "excluded": "records were left out, as their own weights or flags say",
     "untrained_turns": "answers are not trained on, as their own weights or flags say",
+    "weighted_turns": "answers count less in the loss, as their own weights say: from {lowest_weight:g} to "
+    "{highest_weight:g}",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
     "and can't be served with the same ids",
     "reduced_tools": "chats have tool definitions that say more than Ollama hands to a template (default, minimum, "

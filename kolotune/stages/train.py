@@ -17,7 +17,7 @@ from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config, option_names, plain_values, stage_options
-from kolotune.foundation.errors import ArtifactError, TrainingError
+from kolotune.foundation.errors import ArtifactError, ConfigError, TrainingError
 from kolotune.foundation.installation import install_command
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -107,6 +107,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     """
     if not context.run.prepared.is_dir():
         raise ArtifactError(f"{context.run.root}: the chats are not prepared", "Run `kolotune prepare` first.")
+    _require_weights_are_used(context)
     job = make_job(context)
     job = dataclasses.replace(job, halvings=read_memory_backoff(context.run, job.identity()))
     if context.config.batch_size is None:
@@ -123,6 +124,17 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     if progress.backoff_steps:
         facts["halved_from"] = ",".join(map(str, progress.backoff_steps))
     return facts
+
+
+def _require_weights_are_used(context: Context) -> None:
+    from kolotune.chats.dataset.row_store import has_weights
+
+    engine, tokens = get_engine(context.config.engine), context.run.prepared / TRAIN_TOKENS
+    if not engine.weighs_labels and tokens.is_file() and has_weights(tokens):
+        raise ConfigError(
+            f"some answers have weights between 0 and 1, which {engine.name} can't train with",
+            "Train with --engine native, or read past the weights: --ignore-keys weight.",
+        )
 
 
 @dataclass

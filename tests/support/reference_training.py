@@ -30,20 +30,23 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
     for epoch in range(job.epochs):
         order = epoch_order(epoch, len(tokens), job.seed)
         for start in range(0, len(order), size):
-            step = [tokens.sequence(each) for index in order[start : start + size] for each in tokens.sequences(index)]
-            labelled = sum(int((labels[1:] != -100).sum()) for _, labels in step)
+            numbers = [each for index in order[start : start + size] for each in tokens.sequences(index)]
+            step = [(*tokens.sequence(each), weights_of(tokens, each)) for each in numbers]
+            labelled = sum(float(weights[1:].sum()) for _, _, weights in step)
             total = 0.0
             for first in range(0, len(step), job.batch_size):
-                ids, labels = zip(*step[first : first + job.batch_size], strict=True)
+                ids, labels, weights = zip(*step[first : first + job.batch_size], strict=True)
                 padded_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=77)
                 padded_labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
                 attention_mask = torch.nn.utils.rnn.pad_sequence(
                     [torch.ones_like(chat) for chat in ids], batch_first=True
                 )
                 logits = model(input_ids=padded_ids, attention_mask=attention_mask).logits[:, :-1]
-                summed = torch.nn.functional.cross_entropy(
-                    logits.reshape(-1, logits.shape[-1]), padded_labels[:, 1:].reshape(-1), reduction="sum"
+                losses = torch.nn.functional.cross_entropy(
+                    logits.reshape(-1, logits.shape[-1]), padded_labels[:, 1:].reshape(-1), reduction="none"
                 )
+                padded_weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+                summed = (losses * padded_weights[:, 1:].reshape(-1)).sum()
                 (summed / labelled).backward()
                 total += float(summed.detach()) / labelled
             torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
@@ -54,16 +57,23 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
     return curve, peft.get_peft_model_state_dict(model)
 
 
+def weights_of(tokens: PreparedTokens, number: int) -> torch.Tensor:
+    """Return how much the loss on each token of a sequence counts."""
+    given, (_, labels) = tokens.sequence_weights(number), tokens.sequence(number)
+    return (labels != -100).float() if given is None else given
+
+
 @torch.no_grad()
 def held_out_loss(base: Path, adapter: Path, prepared: Path) -> float:
-    """Return the mean loss of the held-out chats' trained tokens, in fp32, one chat at a time."""
+    """Return the weighted mean loss of the held-out chats' trained tokens, in fp32, one chat at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     tokens = PreparedTokens.load(prepared / "held_out.safetensors")
-    total, labelled = 0.0, 0
+    total, labelled = 0.0, 0.0
     for number in range(len(tokens.offsets) - 1):
         ids, labels = tokens.sequence(number)
         logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
-        labelled += int((labels[1:] != -100).sum())
+        weights = weights_of(tokens, number)[1:]
+        total += float((torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none") * weights).sum())
+        labelled += float(weights.sum())
     return total / labelled

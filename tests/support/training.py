@@ -12,8 +12,8 @@ from kolotune.engines.job import TrainJob
 VOCABULARY = 96
 
 
-LabelledIds: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""A sequence: ids and loss mask."""
+LabelledIds: TypeAlias = tuple[Sequence[int], Sequence[float]]
+"""A sequence: ids, and for each how much the loss on it counts: 0 or 1, or a weight in between."""
 
 
 def write_tokens(path: Path, chats: Sequence[LabelledIds | list[LabelledIds]]) -> None:
@@ -24,9 +24,11 @@ def write_tokens(path: Path, chats: Sequence[LabelledIds | list[LabelledIds]]) -
     sequences = [each for chat in chats for each in (chat if isinstance(chat, list) else [chat])]
     arrays = {
         "ids": np.array([token for ids, _ in sequences for token in ids], np.int32),
-        "labelled": np.array([flag for _, mask in sequences for flag in mask], np.uint8),
+        "labelled": np.array([weight > 0 for _, weights in sequences for weight in weights], np.uint8),
         "offsets": np.cumsum([0, *(len(ids) for ids, _ in sequences)], dtype=np.int64),
     }
+    if any(0 < weight < 1 for _, weights in sequences for weight in weights):
+        arrays["weights"] = np.array([weight for _, weights in sequences for weight in weights], np.float32)
     if len(sequences) > len(chats):
         sizes = [len(chat) if isinstance(chat, list) else 1 for chat in chats]
         arrays["chats"] = np.cumsum([0, *sizes], dtype=np.int64)

@@ -25,7 +25,7 @@ from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
 from ..traits import ChatTrait, traits_of
 from .holdout import is_held_out
-from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, USED, ChatRow
+from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, USED, WEIGHTED, ChatRow
 from .shingles import ChatFeatures
 
 _RECORDS = 512
@@ -62,10 +62,12 @@ class ChunkResult:
         fixes: The number of chats with each change to the order of turns.
         excluded: The number of records that their author excludes from training.
         untrained_turns: The number of answers that their author excludes, in the other chats.
+        weights: The number of answers of the other chats with each weight between 0 and 1.
         problems: Problems of records that are not chats.
         rows: One for each chat.
         ids: The tokens of all used chats, as int32 in memory.
         labelled: A byte for each of them.
+        label_weights: The weights of the tokens of the chats with the flag `WEIGHTED`, as fp32 in memory.
         lengths: The tokens of each sequence of the chats that have several, as int32 in memory.
         records: The chats that may be held out, as lines of JSON.
         features: Pickled `ChatFeatures` of the chats that are searched for near-duplicates.
@@ -81,10 +83,12 @@ class ChunkResult:
     fixes: Counter[TurnFix] = field(default_factory=Counter)
     excluded: int = 0
     untrained_turns: int = 0
+    weights: Counter[float] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     rows: list[ChatRow] = field(default_factory=list)
     ids: bytearray = field(default_factory=bytearray)
     labelled: bytearray = field(default_factory=bytearray)
+    label_weights: bytearray = field(default_factory=bytearray)
     lengths: bytearray = field(default_factory=bytearray)
     records: list[bytes] = field(default_factory=list)
     features: list[bytes] = field(default_factory=list)
@@ -149,7 +153,9 @@ class ChunkEncoder:
                 chats.append(read.chat)
                 unread.append(read.unread_hash)
                 compared += number < chunk.compared
-                result.untrained_turns += _untrained_answers(read.chat)
+                if lighter := [turn.weight for turn in read.chat.messages if turn.weight < 1]:
+                    result.untrained_turns += lighter.count(0)
+                    result.weights.update(filter(None, lighter))
                 if read.unread or read.fixes:
                     result.unread.update(read.unread)
                     result.fixes.update(read.fixes)
@@ -190,6 +196,8 @@ class ChunkEncoder:
                 masked, dropped = encoded.masked_thoughts, encoded.dropped_thoughts
                 result.ids += encoded.packed_ids
                 result.labelled += encoded.packed_labels
+                result.label_weights += encoded.packed_weights
+                flags |= bool(encoded.packed_weights) * WEIGHTED
                 if encoded.apart is not None:
                     flags |= APART[encoded.apart]
                     sequences = len(encoded.ends)
@@ -233,13 +241,9 @@ class ChunkEncoder:
 def _json_line(chat: Chat) -> bytes:
     messages = chat.message_dicts()
     for message, record_of_turn in zip(chat.messages, messages, strict=True):
-        if not message.is_trained:
-            record_of_turn["weight"] = 0
+        if message.weight < 1:
+            record_of_turn["weight"] = message.weight or 0
     record: JsonObject = {"messages": messages}
     if chat.tools:
         record["tools"] = list(chat.tools)
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-
-
-def _untrained_answers(chat: Chat) -> int:
-    return sum([message.role == "assistant" and not message.is_trained for message in chat.messages])

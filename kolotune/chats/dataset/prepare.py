@@ -121,6 +121,7 @@ class _Collector:
         self.prepared.fixes += result.fixes
         self.prepared.excluded += result.excluded
         self.prepared.untrained_turns += result.untrained_turns
+        self.prepared.weights += result.weights
         self.refused += [(self._chats + number, problem) for number, problem in result.refused.items()]
         if result.lowest and result.lowest[0] < self.lowest[0]:
             self.lowest = result.lowest[0], self._chats + result.lowest[1]

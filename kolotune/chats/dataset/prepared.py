@@ -65,6 +65,7 @@ class Prepared:
         fixes: The number of chats with each change to the order of turns.
         excluded: The number of records that their author excludes from training.
         untrained_turns: The number of answers that their author excludes, in the other chats.
+        weights: The number of answers of these chats with each weight between 0 and 1.
         duplicates: Copies of earlier chats, which are not used.
         in_both: Held-out chats that are not used since they are trained on.
         shortened: Chats that were too long and lost turns.
@@ -93,6 +94,7 @@ class Prepared:
     fixes: Counter[TurnFix] = field(default_factory=Counter)
     excluded: int = 0
     untrained_turns: int = 0
+    weights: Counter[float] = field(default_factory=Counter)
     duplicates: AffectedChats = field(default_factory=AffectedChats)
     in_both: AffectedChats = field(default_factory=AffectedChats)
     shortened: AffectedChats = field(default_factory=AffectedChats)
@@ -124,6 +126,9 @@ class Prepared:
             "unread_keys": dict(self.unread.most_common()),
             "excluded": self.excluded,
             "untrained_turns": self.untrained_turns,
+            "weighted_turns": self.weights.total(),
+            "lowest_weight": min(self.weights, default=1.0),
+            "highest_weight": max(self.weights, default=1.0),
             "turn_fixes": {fix.name.lower(): count for fix, count in self.fixes.items()},
             "duplicates": self.duplicates.count,
             "in_both_parts": self.in_both.count,

@@ -18,12 +18,12 @@ from typing import BinaryIO
 import numpy as np
 
 from .chunks import ChunkResult
-from .rows import row_type
+from .rows import WEIGHTED, row_type
 from .shingles import ChatFeatures
 
 _CHATS_AT_ONCE = 16_384
-_FILES = ("rows", "ids", "labelled", "lengths", "records", "features")
-_IDS, _LABELLED, _LENGTHS = "<i4", "u1", "<i4"
+_FILES = ("rows", "ids", "labelled", "label_weights", "lengths", "records", "features")
+_IDS, _LABELLED, _WEIGHTS, _LENGTHS = "<i4", "u1", "<f4", "<i4"
 
 
 class RowStore:
@@ -51,6 +51,9 @@ class RowStore:
         self._open["rows"].write(np.array(result.rows, dtype=row_type()).tobytes())
         self._open["ids"].write(np.frombuffer(result.ids, "i4").astype(_IDS, copy=False).tobytes())
         self._open["labelled"].write(result.labelled)
+        self._open["label_weights"].write(
+            np.frombuffer(result.label_weights, "f4").astype(_WEIGHTS, copy=False).tobytes()
+        )
         self._open["lengths"].write(np.frombuffer(result.lengths, "i4").astype(_LENGTHS, copy=False).tobytes())
         self._open["records"].writelines(result.records)
         self._open["features"].writelines(result.features)
@@ -86,7 +89,8 @@ class RowStore:
 
         ``ids`` and ``labelled`` are those of all sequences, end to end. ``offsets`` has the start of each sequence
         and the end of the last. If a chat has several sequences, ``chats`` has the number of the first sequence of
-        each chat, and the number of all sequences; otherwise each sequence is a chat.
+        each chat, and the number of all sequences; otherwise each sequence is a chat. If some labels count less,
+        ``weights`` has how much the loss on each token counts.
 
         Returns:
             The number of labelled tokens.
@@ -96,11 +100,13 @@ class RowStore:
         if len(offsets) - 1 > np.count_nonzero(chosen):
             tables["chats"] = _sums(rows["sequences"][chosen])
         total, labelled = int(offsets[-1]), 0
+        weighted = (rows["flags"] & WEIGHTED) > 0
+        has_weights = bool(np.any(weighted & chosen))
         header, end = {}, 0
         # The widest first, so that each starts at a multiple of its width and can be mapped.
         for name, kind, shape, width in (
             *((name, "I64", len(table), 8) for name, table in tables.items()),
-            ("ids", "I32", total, 4), ("labelled", "U8", total, 1),
+            ("ids", "I32", total, 4), *[("weights", "F32", total, 4)] * has_weights, ("labelled", "U8", total, 1),
         ):  # fmt: skip
             header[name] = {"dtype": kind, "shape": [shape], "data_offsets": [end, end + shape * width]}
             end += shape * width
@@ -111,6 +117,8 @@ class RowStore:
             for table in tables.values():
                 file.write(table.tobytes())
             for part in self._tokens("ids", _IDS, rows["tokens"], chosen):
+                file.write(part.tobytes())
+            for part in self._weights(rows["tokens"], weighted, chosen) if has_weights else ():
                 file.write(part.tobytes())
             for part in self._tokens("labelled", _LABELLED, rows["tokens"], chosen):
                 file.write(part.tobytes())
@@ -130,6 +138,17 @@ class RowStore:
         lengths[~is_of_several] = rows["tokens"][chosen][counts == 1]
         return lengths
 
+    def _weights(self, lengths: np.ndarray, weighted: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield how much the loss on each token of the chosen chats counts; in full where a chat says nothing."""
+        with (self._folder / "labelled").open("rb") as labels, (self._folder / "label_weights").open("rb") as given:
+            for start in range(0, len(lengths), _CHATS_AT_ONCE):
+                block = slice(start, start + _CHATS_AT_ONCE)
+                counts = lengths[block]
+                values = np.fromfile(labels, dtype=_LABELLED, count=int(counts.sum(dtype=np.int64))).astype(_WEIGHTS)
+                own = np.repeat(weighted[block], counts)
+                values[own] = np.fromfile(given, dtype=_WEIGHTS, count=int(np.count_nonzero(own)))
+                yield values[np.repeat(chosen[block], counts)]
+
     def _tokens(self, name: str, kind: str, lengths: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:
         with (self._folder / name).open("rb") as file:
             for start in range(0, len(lengths), _CHATS_AT_ONCE):
@@ -140,6 +159,14 @@ class RowStore:
 
 def _sums(counts: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(counts, dtype="<i8")), dtype="<i8")
+
+
+def has_weights(path: Path) -> bool:
+    """Return whether some labels count less in a file that `RowStore.write_tokens` wrote; only its header is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return "weights" in file.keys()  # noqa: SIM118 - no mapping
 
 
 def first_encoded(path: Path) -> list[tuple[list[int], list[bool]]]:

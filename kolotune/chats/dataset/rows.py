@@ -12,6 +12,8 @@ USED, TOO_LONG, REFUSED = range(3)
 """States of a chat."""
 SPECIAL, REDUCED, HELD_OUT = 1, 2, 4
 """Flags of a chat: special tokens in its text, tool definitions that said more, selected to be held out."""
+WEIGHTED = 64
+"""Flag of a chat some of whose labels count less."""
 APART = {ApartReason.OPENING: 8, ApartReason.HISTORY: 16, ApartReason.BOUNDARY: 32}
 """Flags of a chat that is several sequences, by the reason."""
 
@@ -25,7 +27,7 @@ class ChatRow(NamedTuple):
         line, source: Its line, and the number of its file.
         turns: The turns that were dropped since it is too long.
         state: `USED`, `TOO_LONG` or `REFUSED`.
-        flags: `SPECIAL`, `REDUCED`, `HELD_OUT` and those of `APART`, added up.
+        flags: `SPECIAL`, `REDUCED`, `HELD_OUT`, `WEIGHTED` and those of `APART`, added up.
         tokens: The number of its tokens, in all its sequences.
         sequences: The number of its sequences.
         masked, dropped: Its empty thoughts that are not trained on, and its thoughts that later prompts leave out.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .faults import Fault, FaultKind, RecordError
 from .printable import printable, quoted
-from .record_keys import LOSS_KEYS
+from .record_keys import LOSS_KEYS, WEIGHT_KEYS
 from .roles import role_of
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -18,53 +18,56 @@ class RecordFlags:
     """What a record says about its turns.
 
     Attributes:
-        excludes: The record is not to be trained on.
-        turns: For each turn whether it is trained on, and the key that says so; None where only turns say it.
+        weight: How much the loss on its answers counts, from 0 to 1.
+        turns: The same for each turn, and the key that says so; None where only turns say it.
     """
 
-    excludes: bool = False
-    turns: tuple[str, tuple[bool, ...]] | None = None
+    weight: float = 1.0
+    turns: tuple[str, tuple[float, ...]] | None = None
 
 
-def turn_is_trained(turn: Mapping[str, object]) -> bool:
-    """Return whether an answer is trained on, by its keys in canonical form; the most cautious one counts.
+def turn_weight(turn: Mapping[str, object]) -> float:
+    """Return how much the loss on an answer counts, by its keys in canonical form; the lowest counts.
 
     Raises:
-        RecordError: A value is neither yes nor no.
+        RecordError: A value is no weight from 0 to 1.
     """
-    return all([_says_train(key, turn[key]) for key in LOSS_KEYS if turn.get(key) is not None])
+    return min([_weight(key, turn[key]) for key in LOSS_KEYS if turn.get(key) is not None], default=1.0)
 
 
 def record_flags(fields: Mapping[str, object]) -> RecordFlags:
     """Return what the filled keys of `LOSS_KEYS` in a record say about its turns.
 
     Raises:
-        RecordError: A value is neither yes nor no, nor a list of such.
+        RecordError: A value is no weight from 0 to 1, nor a list of such.
     """
-    excludes = False
-    turns: tuple[str, tuple[bool, ...]] | None = None
+    weight = 1.0
+    turns: tuple[str, tuple[float, ...]] | None = None
     for key, value in fields.items():
         if isinstance(value, list):
-            trained = tuple([_says_train(key, item) for item in value])
-            if turns is not None and len(turns[1]) == len(trained):
-                trained = tuple([each and other for each, other in zip(trained, turns[1], strict=True)])
-            turns = key, trained
+            weights = tuple([_weight(key, item) for item in value])
+            if turns is not None and len(turns[1]) == len(weights):
+                weights = tuple(map(min, weights, turns[1]))
+            turns = key, weights
         elif isinstance(value, str) and (role := role_of(value)) is not None:
-            excludes |= role == "assistant" and not LOSS_KEYS[key]  # NeMo names the role that is masked
+            if role == "assistant" and not LOSS_KEYS[key]:  # NeMo names the role that is masked
+                weight = 0.0
         else:
-            excludes |= not _says_train(key, value)
-    return RecordFlags(excludes, turns)
+            weight = min(weight, _weight(key, value))
+    return RecordFlags(weight, turns)
 
 
-def _says_train(key: str, value: object) -> bool:
+def _weight(key: str, value: object) -> float:
     number = _WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
     try:
         weight = float(number) if isinstance(number, bool | int | float | str) else -1.0
     except ValueError:
         weight = -1.0
-    if weight not in (0, 1):
-        shown = printable(str(value), 20)
-        cause = f"{key} is {shown}: a turn is trained on (1) or not (0), and nothing in between"
-        detail = f"{cause}; round it, or read past it with --ignore-keys {printable(key, 20)}"
+    is_weight = 0 <= weight <= 1 if key in WEIGHT_KEYS else weight in (0, 1)
+    if not is_weight:
+        allowed = "a weight lies between 0 and 1" if key in WEIGHT_KEYS else "it is 0 or 1"
+        helps = "divide all weights by the largest" if key in WEIGHT_KEYS and weight > 1 else "change it"
+        cause = f"{key} is {printable(str(value), 20)}, but {allowed}"
+        detail = f"{cause}; {helps}, or read past it with --ignore-keys {printable(key, 20)}"
         raise RecordError(Fault(FaultKind.NOT_SUPPORTED, detail, subject=quoted(key)))
-    return bool(weight) == LOSS_KEYS[key]
+    return weight if LOSS_KEYS[key] else 1 - weight

@@ -12,7 +12,7 @@ from ..chat import ROLES, Message
 from .content_parts import Content, read_content
 from .faults import Fault, FaultKind, RecordError, fail
 from .json_values import is_filled, kind_of
-from .loss_flags import turn_is_trained
+from .loss_flags import turn_weight
 from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
 from .record_keys import COMPANIONS, CONTENT_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
@@ -41,6 +41,12 @@ class Turns:
     faults: list[Fault] = field(default_factory=list)
     tools: tuple[JsonObject, ...] = ()
     unread: list[tuple[str, object]] = field(default_factory=list)
+
+    def weigh(self, weight: float) -> None:
+        """Let the loss on each answer count less, by this factor."""
+        for index, message in enumerate(self.messages):
+            if message.role == "assistant":
+                self.messages[index] = dataclasses.replace(message, weight=weight * message.weight)
 
     def insert_system(self, text: str) -> None:
         """Put a system turn first, unless the same one is there."""
@@ -73,15 +79,15 @@ def plain_messages(raw: object) -> tuple[Message, ...] | None:
     return tuple(messages)
 
 
-def read_turns(raw: object, options: ReadingOptions = DEFAULT, trained: Sequence[bool] | None = None) -> Turns:
+def read_turns(raw: object, options: ReadingOptions = DEFAULT, weights: Sequence[float] | None = None) -> Turns:
     """Read a list of turns with OpenAI's keys (role, content), ShareGPT's (from, value) and many others.
 
     Args:
         raw: The value that should be the turns.
         options: What the user decides.
-        trained: For each turn whether it is trained on, if the record says so.
+        weights: How much the loss on each turn counts, if the record says so.
     """
-    if trained is None and (plain := plain_messages(raw)) is not None:
+    if weights is None and (plain := plain_messages(raw)) is not None:
         return Turns(list(plain), list(range(1, len(plain) + 1)))
     turns = Turns()
     if not isinstance(raw, list):
@@ -93,9 +99,9 @@ def read_turns(raw: object, options: ReadingOptions = DEFAULT, trained: Sequence
         return turns
     raw = _as_objects(raw)
     for number, turn in enumerate(raw, 1):
-        flag = trained is None or number > len(trained) or trained[number - 1]
+        weight = 1.0 if weights is None or number > len(weights) else weights[number - 1]
         try:
-            _add_turn(turns, turn, number, flag, options)
+            _add_turn(turns, turn, number, weight, options)
         except RecordError as error:
             turns.faults.append(dataclasses.replace(error.fault, turn=number))
     return turns
@@ -130,7 +136,7 @@ def _named_by_role(turn: Mapping[str, object]) -> list[tuple[str, object]]:
     return []
 
 
-def _add_turn(turns: Turns, raw: object, number: int, is_trained: bool, options: ReadingOptions) -> None:
+def _add_turn(turns: Turns, raw: object, number: int, weight: float, options: ReadingOptions) -> None:
     if not isinstance(raw, dict):
         fail(FaultKind.BAD_MESSAGE, f"{kind_of(raw)}; it must be an object with role and content")
     # Parquet gives every turn every key of the column, most of them null: null means absent.
@@ -146,10 +152,10 @@ def _add_turn(turns: Turns, raw: object, number: int, is_trained: bool, options:
             turns.tools = turns.tools or read_tools(turn.get(key))
     is_call = canonical(name) in CALL_ROLES
     content = _content(turn, role, is_call)
-    for message in _messages(turn, role, content, is_trained):
+    for message in _messages(turn, role, content, weight):
         previous = turns.messages[-1] if turns.messages else None
         joins = is_call and previous is not None and previous.role == "assistant"
-        if joins and previous is not None and previous.is_trained == message.is_trained:
+        if joins and previous is not None and previous.weight == message.weight:
             turns.messages[-1] = dataclasses.replace(previous, tool_calls=(*previous.tool_calls, *message.tool_calls))
             continue
         turns.messages.append(message)
@@ -199,7 +205,7 @@ def _content(turn: Mapping[str, object], role: str, is_call: bool) -> Content:
     return content
 
 
-def _messages(turn: Mapping[str, object], role: str, content: Content, is_trained: bool) -> list[Message]:
+def _messages(turn: Mapping[str, object], role: str, content: Content, weight: float) -> list[Message]:
     """Return the messages of a turn: results of tools in it are messages of their own."""
     results = [Message("tool", text, name=name, tool_call_id=call) for call, name, text in content.results]
     if results and not content.texts and not content.calls:
@@ -216,7 +222,7 @@ def _messages(turn: Mapping[str, object], role: str, content: Content, is_traine
             "".join(content.texts),
             reasoning="\n\n".join(content.thoughts) or None,
             tool_calls=tuple(content.calls),
-            is_trained=is_trained and turn_is_trained(turn),
+            weight=min(weight, turn_weight(turn)),
         ),
     ]
 

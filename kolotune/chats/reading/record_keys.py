@@ -62,10 +62,13 @@ COMPANIONS = {
 
 LOSS_KEYS = {
     "weight": True, "weights": True, "loss": True, "loss_mask": True, "loss_masks": True, "loss_weight": True,
-    "train": True, "training": True, "trainable": True, "is_trained": True, "train_mask": True, "train_on_turn": True,
-    "kto_tag": True, "mask": False, "masked": False,
+    "loss_scale": True, "train": True, "training": True, "trainable": True, "is_trained": True, "train_mask": True,
+    "train_on_turn": True, "kto_tag": True, "mask": False, "masked": False,
 }  # fmt: skip
 """Keys that say whether a turn or a record is trained on, and whether a true value says so."""
+
+WEIGHT_KEYS = frozenset({"weight", "weights", "loss_mask", "loss_masks", "loss_weight", "loss_scale"})
+"""Those of `LOSS_KEYS` whose value may be a fraction."""
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Keys of what is no text; a filled one can't be trained on."""

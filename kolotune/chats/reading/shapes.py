@@ -160,9 +160,9 @@ def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> Shape
     else:
         raw = question_and_answer(fields, shape.question, shape.answer)
     flags = record_flags({key: fields.read(key) for key in sorted(fields.filled & LOSS_KEYS.keys())})
-    if flags.excludes:
+    if not flags.weight:
         return ShapedRecord(shape.name, excluded=True)
-    turns = read_turns(raw, options, _flags_of_turns(raw, flags.turns))
+    turns = read_turns(raw, options, _weights_of_turns(raw, flags.turns))
     tools = tuple([tool for _, value in fields.read_all(RecordPart.TOOLS) for tool in read_tools(value)]) or turns.tools
     system = "\n\n".join(plain_text(value, key) for key, value in fields.read_all(RecordPart.SYSTEM))
     if shape.turns:
@@ -177,6 +177,8 @@ def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> Shape
         if turns.faults and options.fixes_turns:
             fixes = fix_order(turns)
             turns.faults = order_faults(turns.messages, turns.numbers)
+    if flags.weight < 1:
+        turns.weigh(flags.weight)
     answers = [message for message in turns.messages if message.role == "assistant"]
     if not turns.faults and not any([message.is_trained for message in answers]):
         return ShapedRecord(shape.name, excluded=True)
@@ -198,15 +200,15 @@ def _turn_list(key: str, value: object) -> object:
         raise error.within(field=f"in {key}") from None
 
 
-def _flags_of_turns(raw: object, flags: tuple[str, tuple[bool, ...]] | None) -> list[bool] | None:
-    """Return for each turn whether it is trained on, from a list that has an entry for each turn or each answer."""
+def _weights_of_turns(raw: object, flags: tuple[str, tuple[float, ...]] | None) -> list[float] | None:
+    """Return how much the loss on each turn counts, from a list that has an entry for each."""
     if flags is None or not isinstance(raw, list):
         return None
-    key, trained = flags
-    if len(trained) != len(raw):
-        cause = f"{key} has {len(trained)} entries for {len(raw)} turns"
+    key, weights = flags
+    if len(weights) != len(raw):
+        cause = f"{key} has {len(weights)} entries for {len(raw)} turns"
         fail(FaultKind.NOT_SUPPORTED, f"{cause}; give each turn one, or read past it with --ignore-keys {key}")
-    return list(trained)
+    return list(weights)
 
 
 def _with_calls_of_texts(turns: Turns, tools: tuple[JsonObject, ...]) -> tuple[JsonObject, ...]:

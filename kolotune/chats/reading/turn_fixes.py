@@ -49,7 +49,7 @@ def fix_order(turns: Turns) -> tuple[TurnFix, ...]:
 
 
 def _can_join(first: Message, second: Message) -> bool:
-    is_answer = first.role == "assistant" and first.is_trained == second.is_trained
+    is_answer = first.role == "assistant" and first.weight == second.weight
     return first.role == second.role and (first.role == "user" or is_answer)
 
 

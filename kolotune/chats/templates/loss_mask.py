@@ -43,18 +43,18 @@ class MaskedChat:
         spans: Start and end of each assistant turn, in order; its end token is inside. Empty if the answers are
             trained apart.
         empty_thoughts: The length of the empty thought at the start of each of these turns.
-        trained: For each of these turns whether it is trained on; None if all are.
+        given_weights: How much the loss on each of these turns counts; None if it counts in full everywhere.
     """
 
     text: str
     spans: tuple[Span, ...]
     empty_thoughts: tuple[int, ...]
-    trained: tuple[bool, ...] | None = field(default=None, kw_only=True)
+    given_weights: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     @property
-    def is_trained(self) -> tuple[bool, ...]:
-        """For each assistant turn, whether it is trained on."""
-        return self.trained if self.trained is not None else (True,) * len(self.spans)
+    def weights(self) -> tuple[float, ...]:
+        """How much the loss on each assistant turn counts; 0 where it is not trained on."""
+        return self.given_weights if self.given_weights is not None else (1.0,) * len(self.spans)
 
 
 @dataclass(frozen=True)

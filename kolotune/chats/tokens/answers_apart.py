@@ -14,7 +14,7 @@ from ..templates.answer_search import TrainedAnswer
 from ..templates.loss_mask import ApartReason, LocatedChat, MaskedChat
 from ..templates.reply_format import token_pattern
 from .backend import OffsetTokens, SpecialToken, check_decodes, encode_text
-from .encoded_chat import EncodedChat, packed
+from .encoded_chat import EncodedChat, packed, packed_weights
 from .special_text import contains_special_text, encode_as_plain_text
 from .token_bytes import TokenBytes, decodes_bytes
 from .word_cache import WordCache
@@ -40,14 +40,10 @@ class ChatApart:
     dropped_thoughts: int = 0
 
     @property
-    def trained(self) -> list[TrainedAnswer]:
-        """The answers that are trained on; those of others are in prompts only."""
-        numbers = [index for index, message in enumerate(self.chat.messages) if message.role == "assistant"]
-        return [
-            answer
-            for number, answer in zip(numbers, self.answers, strict=True)
-            if self.chat.messages[number].is_trained
-        ]
+    def trained(self) -> list[tuple[TrainedAnswer, float]]:
+        """The answers that are trained on, each with its weight; those of others are in prompts only."""
+        weights = [message.weight for message in self.chat.messages if message.role == "assistant"]
+        return [(answer, weight) for answer, weight in zip(self.answers, weights, strict=True) if weight]
 
 
 def take_apart(chat: Chat, masked: MaskedChat) -> ChatApart:
@@ -105,8 +101,9 @@ class ApartEncoder:
         ids: list[int] = []
         labels = bytearray()
         ends = []
-        answers = apart.trained
-        for answer in answers:
+        lighter = []
+        answers = [answer for answer, _ in apart.trained]
+        for answer, weight in apart.trained:
             if has_special_text:
                 prompt = self._as_plain_text(answer.prompt, answer.prompt_texts, answer.skeleton).ids
                 tokens = self._as_plain_text(answer.answer, answer.texts, answer.skeleton)
@@ -117,6 +114,8 @@ class ApartEncoder:
             thought = 0 if self._learns_empty_thoughts else answer.empty_thought
             ids += prompt + tokens.ids
             labels += bytes(len(prompt)) + bytes(end > thought for end in tokens.ends)
+            if weight < 1:
+                lighter.append((len(ids) - len(tokens.ids), len(ids), weight))
             ends.append(len(ids))
         masked = 0 if self._learns_empty_thoughts else sum(bool(answer.empty_thought) for answer in answers)
         has_several = len(ends) > 1
@@ -128,6 +127,7 @@ class ApartEncoder:
             apart.reason if has_several else None,
             masked,
             apart.dropped_thoughts,
+            packed_weights(labels, lighter),
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:

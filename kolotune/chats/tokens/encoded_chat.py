@@ -26,6 +26,8 @@ class EncodedChat:
         apart: Why there are several sequences.
         masked_thoughts: The number of empty thoughts that the loss does not fall on.
         dropped_thoughts: The number of thoughts that later prompts don't have, since the template leaves them out.
+        packed_weights: For each token how much the loss on it counts, as fp32 in memory; empty where each label counts
+            in full.
     """
 
     packed_ids: bytes
@@ -35,6 +37,7 @@ class EncodedChat:
     apart: ApartReason | None = None
     masked_thoughts: int = 0
     dropped_thoughts: int = 0
+    packed_weights: bytes = b""
 
     def __len__(self) -> int:
         return len(self.packed_labels)
@@ -53,6 +56,21 @@ class EncodedChat:
     def labelled(self) -> list[bool]:
         """For each id, whether the loss falls on it."""
         return [bool(label) for label in self.packed_labels]
+
+
+def packed_weights(labels: bytes | bytearray, spans: Sequence[tuple[int, int, float]]) -> bytes:
+    """Return the weight of each token as fp32 in memory; empty without spans.
+
+    Args:
+        labels: A byte for each token: whether the loss falls on it.
+        spans: Labels that count less: where each span starts and ends, and its weight.
+    """
+    if not spans:
+        return b""
+    weights = array("f", list(labels))
+    for start, stop, weight in spans:
+        weights[start:stop] = array("f", [weight if label else 0.0 for label in labels[start:stop]])
+    return weights.tobytes()
 
 
 def packed(ids: Sequence[int]) -> bytes:

@@ -146,9 +146,9 @@ class Encoder:
             return error
         if isinstance(masked, LocatedChat) and masked.reason is not None:
             return ChatApart(chat, masked.apart, masked.reason, masked.dropped_thoughts)
-        if not all([message.is_trained for message in chat.messages]):
-            trained = tuple([message.is_trained for message in chat.messages if message.role == "assistant"])
-            masked = dataclasses.replace(masked, trained=trained)
+        if any([message.weight < 1 for message in chat.messages]):
+            weights = tuple([message.weight for message in chat.messages if message.role == "assistant"])
+            masked = dataclasses.replace(masked, given_weights=weights)
         return ChatToEncode(chat, masked)
 
     def _encode_apart(self, chat: ChatApart) -> Encoding:

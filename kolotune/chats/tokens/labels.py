@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..templates.loss_mask import LocatedChat, MaskedChat
 from .backend import OffsetTokens, check_decodes, encode_text
-from .encoded_chat import EncodedChat, packed
+from .encoded_chat import EncodedChat, packed, packed_weights
 from .prompt_ends import PromptEnds
 from .token_bytes import TokenBytes
 
@@ -57,19 +57,22 @@ class Labeller:
         first, number = 0, 0
         for chat, packed_ids in chats:
             labels, is_apart = bytearray(len(packed_ids) // 4), False
+            lighter = []
             ends = self.prompt_ends.of_chat(chat)
-            for end_ids, thought, is_trained in zip(ends, chat.empty_thoughts, chat.is_trained, strict=True):
+            for end_ids, thought, weight in zip(ends, chat.empty_thoughts, chat.weights, strict=True):
                 start, stop = tokens[number] - first, tokens[number + 1] - first
                 if is_inside[number] or packed_ids[4 * start - len(end_ids) : 4 * start] != end_ids:
                     is_apart = True
                 if thought and not self.learns_empty_thoughts:
                     reach = token_starts[tokens[number]] + thought
                     start = int(np.searchsorted(token_starts, reach, "right")) - 1 - first
-                if is_trained:
+                if weight:
                     labels[start:stop] = b"\1" * (stop - start)
+                if 0 < weight < 1:
+                    lighter.append((start, stop, weight))
                 number += 2
             first += len(labels)
-            encoded.append(None if is_apart else self._encoded(chat, packed_ids, labels))
+            encoded.append(None if is_apart else self._encoded(chat, packed_ids, labels, lighter))
         return encoded
 
     def by_offsets(self, chat: LocatedChat, backend: Tokenizer) -> EncodedChat | None:
@@ -104,22 +107,28 @@ class Labeller:
         packed_ids = packed(tokens.ids)
         labels = bytearray(len(tokens.ids))
         ends = self.prompt_ends.of_chat(chat)
-        for (start, stop), (begin, _), end_ids, thought, is_trained in zip(
-            bounds, chat.spans, ends, chat.empty_thoughts, chat.is_trained, strict=True
+        lighter = []
+        for (start, stop), (begin, _), end_ids, thought, weight in zip(
+            bounds, chat.spans, ends, chat.empty_thoughts, chat.weights, strict=True
         ):
             if packed_ids[4 * start - len(end_ids) : 4 * start] != end_ids:
                 return None
             first = start
             if thought and not self.learns_empty_thoughts:
                 first += sum(end <= begin + thought for end in tokens.ends[start:stop])
-            if is_trained:
+            if weight:
                 labels[first:stop] = b"\1" * (stop - first)
-        return self._encoded(chat, packed_ids, labels)
+            if 0 < weight < 1:
+                lighter.append((first, stop, weight))
+        return self._encoded(chat, packed_ids, labels, lighter)
 
-    def _encoded(self, chat: MaskedChat, packed_ids: bytes, labels: bytearray) -> EncodedChat:
-        thoughts = zip(chat.empty_thoughts, chat.is_trained, strict=True)
-        masked = 0 if self.learns_empty_thoughts else sum([bool(length) and trained for length, trained in thoughts])
-        return EncodedChat(packed_ids, bytes(labels), masked_thoughts=masked)
+    def _encoded(
+        self, chat: MaskedChat, packed_ids: bytes, labels: bytearray, lighter: Sequence[tuple[int, int, float]]
+    ) -> EncodedChat:
+        thoughts = zip(chat.empty_thoughts, chat.weights, strict=True)
+        masked = 0 if self.learns_empty_thoughts else sum([length > 0 and weight > 0 for length, weight in thoughts])
+        weights = packed_weights(labels, lighter)
+        return EncodedChat(packed_ids, bytes(labels), masked_thoughts=masked, packed_weights=weights)
 
 
 def _tokens_before(tokens: OffsetTokens, bound: int) -> int:

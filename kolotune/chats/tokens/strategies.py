@@ -130,7 +130,7 @@ class ByOffsets:
     def _encode(self, chat: ChatToEncode) -> Encoding | ChatApart:
         try:
             located = chat.masked if isinstance(chat.masked, LocatedChat) else self.locator.locate(chat.chat)
-            located = dataclasses.replace(located, trained=chat.masked.trained)
+            located = dataclasses.replace(located, given_weights=chat.masked.given_weights)
             return self.labeller.by_offsets(located, self.backend) or take_apart(chat.chat, located)
         except (TemplateError, DataError) as error:
             return error

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..prepared_tokens import IGNORED
+
+LabelledSequence: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Ids and labels of a sequence, and how much the loss on each label counts; None: in full."""
 
 
 @dataclass(frozen=True)
@@ -24,26 +28,28 @@ class Branch:
         shared: tokens from the start that are those of the branch (or trunk) before.
         label_positions: int64 ``[labels]``: indices into `ids` of tokens whose next token is a label.
         targets: int64 ``[labels]``: that next token.
+        weights: fp32 ``[labels]``: how much the loss on it counts; None: in full.
     """
 
     ids: Tensor
     shared: int
     label_positions: Tensor
     targets: Tensor
+    weights: Tensor | None = None
 
 
-def branches_of(sequences: Iterable[tuple[Tensor, Tensor]], share: bool) -> list[Branch]:
+def branches_of(sequences: Iterable[LabelledSequence], share: bool) -> list[Branch]:
     """Return the trunk of a chat and then its branches; sequences without labels are left out.
 
     No token predicts two labels: where a sequence and the one that it shares with both have one, sharing ends.
 
     Args:
-        sequences: ids and labels of each, in the order of the chat's answers.
+        sequences: ids, labels and weights of each, in the order of the chat's answers.
         share: whether branches share anything.
     """
     branches: list[Branch] = []
     predicts = torch.zeros(0, dtype=torch.bool)  # of each token of the branch before: whether its next one is a label
-    for ids, labels in reversed(list(sequences)):
+    for ids, labels, weights in reversed(list(sequences)):
         positions = (labels[1:] != IGNORED).nonzero().squeeze(1)
         if not len(positions):
             continue
@@ -55,7 +61,8 @@ def branches_of(sequences: Iterable[tuple[Tensor, Tensor]], share: bool) -> list
             shared = int(both[0])
         predicts = torch.cat([predicts[:shared], torch.zeros(len(ids) - shared, dtype=torch.bool)])
         predicts[positions] = True
-        branches.append(Branch(ids, shared, positions, labels[positions + 1]))
+        own = None if weights is None else weights[positions + 1]
+        branches.append(Branch(ids, shared, positions, labels[positions + 1], own))
     return branches
 
 

@@ -132,13 +132,16 @@ class Decoder:
         normed = torch.empty_like(x)
         x, norm_factor = self.operations.norm(self.norm, x, added, normed)
         total, gradients = 0.0, []
-        for part, wanted in zip(
-            torch.split(normed, LOGITS_AT_ONCE), torch.split(packed.targets, LOGITS_AT_ONCE), strict=True
-        ):
-            loss, gradient = self.operations.cross_entropy(self.head.forward(part, None), wanted, factor)
-            total += loss
+        for start in range(0, packed.labels, LOGITS_AT_ONCE):
+            block = slice(start, start + LOGITS_AT_ONCE)
+            logits = self.head.forward(normed[block], None)
+            losses, gradient = self.operations.cross_entropy(logits, packed.targets[block], factor)
+            del logits
+            weights = None if packed.weights is None else packed.weights[block]
+            total += float((losses if weights is None else losses * weights).sum())
             if factor:
-                gradients.append(self.head.backward(gradient))
+                d_part = self.head.backward(gradient)
+                gradients.append(d_part if weights is None else d_part.mul_(weights[:, None]))
         if not gradients:
             return x, total
         d_normed = InputGradient(torch.cat(gradients), x.shape[1], None)

@@ -36,6 +36,7 @@ class NativeEngine:
     name = "native"
     module = "kolotune.engines.native"
     has_compiled_step = True
+    weighs_labels = True
     knows_shard_traffic = True
     process_memory: Memory = memory.PROCESS
 

@@ -56,10 +56,10 @@ class TrainingModel(Protocol):
         """Return the cost of each chat, in tokens, so that processes get equal shares."""
 
     def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
-        """Add ``factor`` times the gradient of a group's summed loss to the adapters' gradients; return that loss."""
+        """Add ``factor`` times the gradient of a group's weighted loss to the adapters' gradients; return that sum."""
 
     def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
-        """Return the summed cross-entropy of a group's labels, without dropout."""
+        """Return the sum of the cross-entropy of a group's labels, each by its weight, without dropout."""
 
     def updated(self) -> None:
         """Take over new values of the adapters; called after each change."""
@@ -209,15 +209,17 @@ class TransformersModel:
         """Do nothing: the layers read the adapters themselves."""
 
     def _loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
-        """Return the summed cross-entropy, fp32 ``[]``; logits are computed only where a sequence has a label next."""
+        """Return the weighted, summed cross-entropy, fp32 ``[]``; logits are computed only where a label is next."""
         batch = pad_batch(tokens, group).to(self._device)
         kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
         logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
         if not self._keeps_logits:
             logits = logits[:, batch.positions]
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        flat, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
+        if batch.weights is None:
+            return nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+        losses = nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="none")
+        return (losses * batch.weights.flatten()).sum()
 
 
 def load_model(job: TrainJob, device: str) -> nn.Module:

@@ -76,10 +76,10 @@ class Operations(Protocol):
     def gate_backward(self, d_out: InputGradient, gate_up: Tensor) -> Tensor:
         """Return the gradient of gate_up, ``[tokens, 2 * width]``."""
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[float, Tensor]:
-        """Return the summed loss of ``logits [labels, vocabulary]``, and `factor` times its gradient in their dtype.
+    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Return the fp32 loss of each row of ``logits [labels, vocabulary]``, and `factor` times its gradient.
 
-        The gradient may overwrite the logits.
+        The gradient is in the logits' dtype, and may overwrite them.
         """
 
 
@@ -123,9 +123,9 @@ class PlainOperations:
         _silu_backward.grad_input(d_product * up, gate, grad_input=d_gate)
         return gradient
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[float, Tensor]:
+    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         logs = torch.log_softmax(logits, -1, dtype=torch.float32)
-        loss = -float(logs.gather(1, targets[:, None]).sum())
+        losses = -logs.gather(1, targets[:, None]).squeeze(1)
         shares = logs.exp_()
         shares[torch.arange(len(targets)), targets] -= 1
-        return loss, shares.mul_(factor).to(logits.dtype)
+        return losses, shares.mul_(factor).to(logits.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class PaddedBatch:
         positions: int64 ``[positions]``: positions at which at least one sequence has a label next.
         tokens: number of tokens without padding.
         labels: number of labels.
+        weights: fp32 ``[sequences, positions]``: how much the loss on each target counts; None: in full.
     """
 
     ids: Tensor
@@ -28,10 +29,15 @@ class PaddedBatch:
     positions: Tensor
     tokens: int
     labels: int
+    weights: Tensor | None = None
 
     def to(self, device: str) -> PaddedBatch:
-        return PaddedBatch(
-            self.ids.to(device), self.targets.to(device), self.positions.to(device), self.tokens, self.labels
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            targets=self.targets.to(device),
+            positions=self.positions.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
         )
 
 
@@ -52,4 +58,16 @@ def pad_batch(tokens: PreparedTokens, numbers: Sequence[int]) -> PaddedBatch:
         positions=positions - 1,
         tokens=sum(len(own_ids) for own_ids, _ in sequences),
         labels=int((labels != IGNORED).sum()),
+        weights=_padded_weights(tokens, numbers, longest, positions),
     )
+
+
+def _padded_weights(tokens: PreparedTokens, numbers: Sequence[int], longest: int, positions: Tensor) -> Tensor | None:
+    if tokens.weights is None:
+        return None
+    weights = torch.zeros(len(numbers), longest)
+    for row, number in enumerate(numbers):
+        own = tokens.sequence_weights(number)
+        assert own is not None
+        weights[row, : len(own)] = own
+    return weights[:, positions]

@@ -55,6 +55,7 @@ class PackedSequence:
         fronts: for each chat or branch, int64: the tokens that it shares, the prefix or more.
         label_positions: int64 ``[labels]``: indices into `ids` of tokens whose next token is a label, ascending.
         targets: int64 ``[labels]``: that next token.
+        weights: fp32 ``[labels]``: how much the loss on it counts; None: in full.
     """
 
     ids: Tensor
@@ -64,6 +65,7 @@ class PackedSequence:
     fronts: tuple[Tensor, ...]
     label_positions: Tensor
     targets: Tensor
+    weights: Tensor | None = None
 
     @property
     def labels(self) -> int:
@@ -136,11 +138,22 @@ def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> PackedS
         fronts=tuple(fronts),
         label_positions=sorted_positions,
         targets=torch.cat([branch.targets for chat in chats for branch in chat])[order],
+        weights=_weights(chats, order),
     )
 
 
+def _weights(chats: Sequence[Sequence[Branch]], order: Tensor) -> Tensor | None:
+    weights = [branch.weights for chat in chats for branch in chat if branch.weights is not None]
+    return torch.cat(weights)[order] if weights else None
+
+
 def _branches(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> list[list[Branch]]:
-    return [branches_of(map(tokens.sequence, tokens.sequences(index)), share) for index in indices]
+    return [
+        branches_of(
+            [(*tokens.sequence(each), tokens.sequence_weights(each)) for each in tokens.sequences(index)], share
+        )
+        for index in indices
+    ]
 
 
 def _without_labels(tokens: PreparedTokens, index: int) -> list[Branch]:

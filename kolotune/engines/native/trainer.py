@@ -51,7 +51,7 @@ class Trainer:
         self.state = TrainingState()
 
     def step(self, indices: Sequence[int], rate: float) -> float:
-        """Make an optimizer step on the mean loss of all labels of the chats `indices`; return that loss.
+        """Make an optimizer step on the weighted mean loss of all labels of the chats `indices`; return that loss.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights stay as they were.
@@ -59,7 +59,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.group.seed_step(self.job.seed, self.state.step)
         self._apply_backoff()
-        labels = max(1, sum(self.tokens.label_count(index) for index in indices))
+        labels = sum(self.tokens.label_weight(index) for index in indices) or 1
         total = 0.0
         for group, counts in self._groups(self.tokens, indices):
             total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
@@ -99,14 +99,14 @@ class Trainer:
         return norm
 
     def evaluate(self) -> float | None:
-        """Return the mean loss of the held-out chats' labels; None when nothing is held out."""
+        """Return the weighted mean loss of the held-out chats' labels; None when nothing is held out."""
         held_out = self.held_out
         if held_out is None or len(held_out) == 0:
             return None
         self._apply_backoff()
         groups = self._groups(held_out, longest_first(held_out))
         total = self.group.sum(sum(self.model.loss(held_out, group) * counts for group, counts in groups))
-        return total / max(1, sum(held_out.label_count(index) for index in range(len(held_out))))
+        return total / (sum(held_out.label_weight(index) for index in range(len(held_out))) or 1)
 
     def snapshot(self) -> TrainingState:
         """Return the whole state, as a checkpoint stores it."""

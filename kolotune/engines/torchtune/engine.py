@@ -27,6 +27,7 @@ class TorchtuneEngine:
     name = "torchtune"
     module = "kolotune.engines.torchtune"
     has_compiled_step = False
+    weighs_labels = False
     knows_shard_traffic = False
     process_memory = Memory(0, 0)  # not measured
 

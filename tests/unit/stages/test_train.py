@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.training import write_tokens
 
 from kolotune.engines.torchtune import environment
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, ModelError
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.stages import train
 
@@ -70,3 +71,11 @@ def test_the_native_engine_does_not_need_torchtune(tmp_path: Path, reporter: Any
 
 def test_an_explicit_batch_size_is_kept(tmp_path: Path) -> None:
     assert train.make_job(context_of(tmp_path, LLAMA, batch_size=7)).batch_size == 7
+
+
+def test_weights_between_0_and_1_are_refused_for_torchtune(tmp_path: Path, reporter: Any) -> None:
+    context = context_of(tmp_path, LLAMA, engine="torchtune")
+    write_tokens(context.run.prepared / TRAIN_TOKENS, [([1, 2, 3], [0, 0.5, 1])])
+    with pytest.raises(ConfigError, match="weights between 0 and 1"):
+        train.run(context, reporter)
+    assert not context.run.job.exists(), "nothing was started"

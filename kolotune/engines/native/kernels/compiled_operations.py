@@ -152,10 +152,10 @@ class CompiledOperations:
         )
         return gradient
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[float, Tensor]:
+    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(logits), dtype=torch.float32)
         self.functions["cross_entropy"](logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *logits.shape, factor)
-        return float(losses.sum()), logits
+        return losses, logits
 
 
 class CompiledAttention:

@@ -63,7 +63,7 @@ def test_shapes(name: str, record: str, chat: str) -> None:
 
 def test_the_tables_are_read() -> None:
     assert len(list(rows("as in", "record", "chat"))) > 55
-    assert len(list(rows("says", "record", "trained answers"))) == 12
+    assert len(list(rows("says", "record", "trained answers"))) == 16
     assert len(list(rows("record", "without", "with `--fix-turns`"))) == 6
 
 
@@ -71,8 +71,9 @@ def test_the_tables_are_read() -> None:
 def test_what_its_author_says_is_trained_on(name: str, record: str, answers: str) -> None:
     result = read(record.strip("`"))
     assert result.problems == (), name
-    trained = [result.chat.messages[number].content for number in trained_answers(result.chat)] if result.chat else []
-    assert trained == ([] if answers == "none: left out" else [answers])
+    messages = [result.chat.messages[number] for number in trained_answers(result.chat)] if result.chat else []
+    trained = [each.content + (f" ({each.weight})" if each.weight < 1 else "") for each in messages]
+    assert (", ".join(trained) or "none: left out") == answers
 
 
 @pytest.mark.parametrize(("turns", "kind", "fixed"), rows("record", "without", "with `--fix-turns`"))
@@ -170,10 +171,38 @@ def test_every_spelling_of_a_flag(key: str, value: Any, trained: bool) -> None:
     assert trained_answers(chat) == ([1, 3] if trained else [3])
 
 
-@pytest.mark.parametrize("value", [0.5, 2, -1, "half", [1], {"a": 1}])
-def test_a_weight_between_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("value", [1.5, 2, -1, "half", [1], {"a": 1}, "nan"])
+def test_what_is_no_weight_is_refused(value: Any) -> None:
     assert [problem.kind for problem in read({"messages": [Q, {**A, "weight": value}]}).problems] == ["not-supported"]
     assert read({"messages": [{**Q, "weight": value}, A]}).chat is not None
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss_mask", "loss_scale"])
+@pytest.mark.parametrize("value", [0.5, "0.5", 0.125])
+def test_a_fraction_weighs_an_answer(key: str, value: Any) -> None:
+    chat = read({"messages": [{**Q, key: 0.1}, {**A, key: value}, Q, A]}).chat
+    assert chat is not None
+    assert [message.weight for message in chat.messages] == [1, float(value), 1, 1]
+    of_record = read({"messages": [Q, {**A, key: value}, Q, A], key: 0.5}).chat
+    assert of_record is not None
+    assert [message.weight for message in of_record.messages] == [1, float(value) / 2, 1, 0.5]
+    of_list = read({"messages": [Q, {**A, "weight": 0.75}, Q, A], key: [0, value, 0, 0.25]}).chat
+    assert of_list is not None
+    assert [message.weight for message in of_list.messages] == [1, float(value), 1, 0.25]
+
+
+@pytest.mark.parametrize("key", ["train", "trainable", "masked", "loss"])
+def test_a_flag_is_no_fraction(key: str) -> None:
+    (problem,) = read({"messages": [Q, {**A, key: 0.5}]}).problems
+    assert problem.kind == "not-supported" and "it is 0 or 1" in str(problem)
+
+
+def test_a_call_and_its_text_have_the_weight_of_their_turn() -> None:
+    call = {"from": "function_call", "value": '{"name": "f"}', "weight": 0.5}
+    text, result = {"from": "gpt", "value": "a"}, {"from": "observation", "value": "r"}
+    chat = read({"conversations": [{"from": "human", "value": "q"}, call, result, text], "weight": 0.5}).chat
+    assert chat is not None
+    assert [message.weight for message in chat.messages] == [1, 0.25, 1, 0.5]
 
 
 def test_lists_of_another_length_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from array import array
 from collections.abc import Callable
 from itertools import groupby, pairwise
 
@@ -281,13 +282,32 @@ def test_labels_by_bytes_are_those_by_offsets(pairs: list[tuple[str, str]]) -> N
 
 
 @pytest.mark.parametrize("template", [CHATML, "{{ messages | length }}" + CHATML])
+@pytest.mark.parametrize(("text", "make"), [("a", byte_level), ("a <|im_end|> é", byte_level), ("a é", metaspace)])
+def test_each_label_of_an_answer_has_its_weight(
+    template: str, text: str, make: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    messages = [Message((USER, ANSWER)[at % 2], f"{text} {at}") for at in range(6)]
+    weighted = [
+        dataclasses.replace(message, weight={3: 0.0, 5: 0.25}.get(at, 1.0)) for at, message in enumerate(messages)
+    ]
+    encoder = Encoder(ChatTemplate(template, {"eos_token": "<|im_end|>"}), make(CHATML_SPECIAL))
+    everything, some = encoder.encode(Chat(tuple(messages))), encoder.encode(Chat(tuple(weighted)))
+    assert everything.packed_weights == b""
+    weights = array("f", some.packed_weights).tolist()
+    assert [weight > 0 for weight in weights] == some.labelled
+    runs = [(weight, len(list(group))) for weight, group in groupby(weights) if weight]
+    labels = [len(list(group)) for label, group in groupby(everything.labelled) if label]
+    assert runs == [(1.0, labels[0]), (0.25, labels[2])]
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ messages | length }}" + CHATML])
 @pytest.mark.parametrize("excluded", [[1], [3], [1, 3], []])
 @pytest.mark.parametrize(("text", "make"), [("a", byte_level), ("a <|im_end|> é", byte_level), ("a é", metaspace)])
 def test_excluded_answers_have_no_labels_and_the_others_as_usual(
     template: str, text: str, excluded: list[int], make: Callable[..., PreTrainedTokenizerFast]
 ) -> None:
     messages = [Message((USER, ANSWER)[at % 2], f"{text} {at}") for at in range(6)]
-    masked = [dataclasses.replace(message, is_trained=at not in excluded) for at, message in enumerate(messages)]
+    masked = [dataclasses.replace(message, weight=float(at not in excluded)) for at, message in enumerate(messages)]
     encoder = Encoder(ChatTemplate(template, {"eos_token": "<|im_end|>"}), make(CHATML_SPECIAL))
     everything, some = encoder.encode(Chat(tuple(messages))), encoder.encode(Chat(tuple(masked)))
     kept = [at for at in (1, 3, 5) if at not in excluded]

@@ -18,11 +18,11 @@ from kolotune.engines.native.sequence_packing import pack
 from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
 
 
-def labelled(ids: list[int], *places: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and labels, with labels at some places."""
+def labelled(ids: list[int], *places: int) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Return ids and labels, with labels at some places that count in full."""
     labels = torch.full((len(ids),), IGNORED)
     labels[list(places)] = torch.tensor(ids)[list(places)]
-    return torch.tensor(ids), labels
+    return torch.tensor(ids), labels, None
 
 
 def test_a_branch_shares_the_tokens_before_it_leaves() -> None:
