@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kolotune.chats import Chat
+from kolotune.chats.dataset.exchanges import exchanges_of
 from kolotune.chats.reading.files import read_chats
 from kolotune.chats.templates.rendering import has_thought
 from kolotune.chats.templates.thoughts import empty_thought
@@ -191,7 +192,9 @@ def _training_texts(selection: Selection, task: ModelsTask, trained: TrainedForm
         read = read_chats([Path(path) for path in task.train_data], task.reading)
     except KolotuneError:
         return []
-    for chat in read.chats[: _SEARCHED * len(texts)]:
+    split = task.reading.splits_thoughts
+    candidates = [each for chat in read.chats for each in ([chat, *exchanges_of(chat)] if split else [chat])]
+    for chat in candidates[: _SEARCHED * len(texts)]:
         try:
             number = numbers.get(tuple(trained.encoder.encode(chat).ids))
         except KolotuneError:

@@ -48,7 +48,9 @@ SERVED_CHATS = {
     "apart_boundary": _APART + "the last token of a prompt would merge with the answer",
     "masked_thoughts": "answers have no thought: the empty one before them is not trained on; "
     "--empty-thoughts learn trains on it",
-    "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer",
+    "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer; "
+    "--split-thoughts makes one chat of each exchange",
+    "split_chats": "chats became {split_exchanges}, one of each exchange (--split-thoughts)",
 }
 
 
@@ -126,7 +128,7 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
             _report_locations(locations.get(name, AffectedChats()), reporter)
     for name, sentence in SERVED_CHATS.items():
         if facts[name]:
-            reporter.note(f"{facts[name]} {sentence}")
+            reporter.note(f"{facts[name]} {sentence.format(**facts)}")
     if prepared.template.switches:
         _report_switches(prepared, reporter)
     for finding in prepared.findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickle
 from collections import Counter
@@ -24,6 +25,7 @@ from ..tokens.encoded_chat import EncodedChat, packed
 from ..tokens.encoder import Encoder
 from ..tokens.strategies import Encoding
 from ..traits import ChatTrait, traits_of
+from .exchanges import exchanges_of
 from .holdout import is_held_out
 from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, USED, WEIGHTED, ChatRow
 from .shingles import ChatFeatures
@@ -71,8 +73,9 @@ class ChunkResult:
         lengths: The tokens of each sequence of the chats that have several, as int32 in memory.
         records: The chats that may be held out, as lines of JSON.
         features: Pickled `ChatFeatures` of the chats that are searched for near-duplicates.
-        refused: Problems of chats, by the chat's number in the chunk.
-        lowest: The lowest hash, and its chat's number in the chunk; None without chats.
+        split, exchanges: The number of chats of which each exchange became a chat, and the number of these.
+        refused: Problems of chats, by the number of the chat's row in the chunk.
+        lowest: The lowest hash, and the number of its chat's row in the chunk; None without chats.
         traits: Those of all used chats.
         thinking: The answers of all used chats, by whether they have a thought; only if the template has a switch.
     """
@@ -92,6 +95,8 @@ class ChunkResult:
     lengths: bytearray = field(default_factory=bytearray)
     records: list[bytes] = field(default_factory=list)
     features: list[bytes] = field(default_factory=list)
+    split: int = 0
+    exchanges: int = 0
     refused: dict[int, Problem] = field(default_factory=dict)
     lowest: tuple[bytes, int] | None = None
     traits: set[ChatTrait] = field(default_factory=set)
@@ -115,7 +120,7 @@ def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], 
 
 @dataclass(frozen=True)
 class _ChatEntry:
-    """A chat of a chunk: its number, its hash, what the hash decides, and what the row store needs of it."""
+    """A chat of a chunk: the number of its row, its hash, what the hash decides, and what the row store needs of it."""
 
     chat: Chat
     number: int
@@ -163,16 +168,34 @@ class ChunkEncoder:
                 result.excluded += 1
         digests = [chat.content_hash() for chat in chats]
         chats = [self.encoder.accepted(chat) for chat in chats]
-        if digests:
-            lowest = min(range(len(digests)), key=digests.__getitem__)
-            result.lowest = digests[lowest], lowest
+        lowest = min(digests, default=b"")
         encodings = self.encoder.encode_all(chats)
         for number, (chat, digest, encoding) in enumerate(zip(chats, digests, encodings, strict=True)):
             held_out = is_held_out(digest, chunk.share)
-            may_be_held_out = held_out or (chunk.share > 0 and result.lowest == (digest, number))
-            entry = _ChatEntry(chat, number, digest, unread[number], held_out, may_be_held_out, number < compared)
-            self._add(result, entry, encoding)
+            if digest == lowest and result.lowest is None:
+                result.lowest = digest, len(result.rows)
+            may_be_held_out = held_out or (chunk.share > 0 and digest == lowest)
+            for part, (exchange, encoded) in enumerate(self._exchanges(result, chat, encoding)):
+                own = hashlib.sha256(digest + bytes([part % 256, part // 256])).digest() if part else digest
+                at = len(result.rows)
+                entry = _ChatEntry(exchange, at, own, unread[number], held_out, may_be_held_out, number < compared)
+                self._add(result, entry, encoded)
         return result
+
+    def _exchanges(self, result: ChunkResult, chat: Chat, encoding: Encoding) -> list[tuple[Chat, Encoding]]:
+        """Return a chat, or one chat of each of its exchanges if earlier thoughts would be left out otherwise."""
+        splits = self.reading.splits_thoughts and isinstance(encoding, EncodedChat) and encoding.dropped_thoughts
+        exchanges = exchanges_of(chat) if splits else []
+        if not exchanges:
+            return [(chat, encoding)]
+        result.split += 1
+        result.exchanges += len(exchanges)
+        encodings = self.encoder.encode_all(exchanges)
+        undropped = [
+            dataclasses.replace(each, dropped_thoughts=0) if isinstance(each, EncodedChat) else each
+            for each in encodings
+        ]
+        return list(zip(exchanges, undropped, strict=True))
 
     def _add(self, result: ChunkResult, entry: _ChatEntry, encoding: Encoding) -> None:
         chat = entry.chat

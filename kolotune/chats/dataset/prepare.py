@@ -122,6 +122,8 @@ class _Collector:
         self.prepared.excluded += result.excluded
         self.prepared.untrained_turns += result.untrained_turns
         self.prepared.weights += result.weights
+        self.prepared.split += result.split
+        self.prepared.exchanges += result.exchanges
         self.refused += [(self._chats + number, problem) for number, problem in result.refused.items()]
         if result.lowest and result.lowest[0] < self.lowest[0]:
             self.lowest = result.lowest[0], self._chats + result.lowest[1]
@@ -152,6 +154,9 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
         held_out = (rows["flags"] & HELD_OUT) > 0
         lowest = int(np.count_nonzero(~copied[: collector.lowest[1]]))
         held_out[~copied] = final_split(held_out[~copied], lowest, config.eval_split)
+        if held_out[collector.lowest[1]]:  # with its other exchanges
+            of_lowest = rows[["source", "line"]] == rows[["source", "line"]][collector.lowest[1]]
+            held_out |= of_lowest
     kept = ~copied & ~in_both
     used = kept & (rows["state"] == USED)
 

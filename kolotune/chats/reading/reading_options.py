@@ -17,11 +17,13 @@ class ReadingOptions:
         parts: Keys in canonical form, and the part of a chat that each has.
         ignored: Keys in canonical form that are not read, in records and in turns, and not reported.
         fixes_turns: Whether the order of turns is changed where that makes a chat of a record.
+        splits_thoughts: Whether each exchange becomes a chat where the template leaves out earlier thoughts.
     """
 
     parts: tuple[tuple[str, RecordPart], ...] = ()
     ignored: tuple[str, ...] = ()
     fixes_turns: bool = False
+    splits_thoughts: bool = False
 
     @classmethod
     def of(cls, config: Config) -> ReadingOptions:
@@ -31,6 +33,7 @@ class ReadingOptions:
             tuple((canonical(key), RecordPart(canonical(part))) for part, key in pairs),
             tuple(map(canonical, config.ignore_keys)),
             config.fix_turns,
+            config.split_thoughts,
         )
 
 

@@ -151,6 +151,13 @@ class Config:
         stages="prepare",
         is_default_recorded=False,
     )
+    split_thoughts: bool = option(
+        False,
+        "Make one chat of each exchange where the template leaves thoughts out of later prompts.",
+        Group.DATA,
+        stages="prepare",
+        is_default_recorded=False,
+    )
     fix_turns: bool = option(
         False,
         "Fix the order of turns: drop a last question and a greeting before the first, join turns of one role in a "

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -385,51 +385,6 @@ def test_excluded_answers_stay_excluded_in_held_out_chats(base: Path, tmp_path: 
     (first,), (second,) = read_chats([held_out]).chats, read_chats([tmp_path / "prepared" / HELD_OUT_CHATS]).chats
     assert first == second
     assert [message.is_trained for message in second.messages] == [True, False, True, True]
-
-
-def test_weights_of_turns_and_records_weigh_their_labels(base: Path, tmp_path: Path) -> None:
-    def turns(number: int, *weights: float) -> list[dict[str, Any]]:
-        pairs = [({"role": "user", "content": f"q {number} {at}"}, weight) for at, weight in enumerate(weights)]
-        answers = [
-            {"role": "assistant", "content": f"a {number} {at}", "weight": weight}
-            for at, (_, weight) in enumerate(pairs)
-        ]
-        return [turn for (question, _), answer in zip(pairs, answers, strict=True) for turn in (question, answer)]
-
-    records = [
-        {"messages": turns(1, 0.25, 1)},
-        {"messages": turns(2, 1, 1)},
-        {"messages": turns(3, 0, 0.5), "weight": 0.5},
-        {"messages": turns(4, 1, 0)},
-    ]
-    prepared = prepared_of(records, base, tmp_path)
-    facts = prepared.summary()
-    assert [facts[name] for name in ("weighted_turns", "lowest_weight", "highest_weight", "untrained_turns")] == [
-        2,
-        0.25,
-        0.25,
-        2,
-    ]
-    tokens = load_file(tmp_path / "prepared" / TRAIN_TOKENS)
-    assert ((tokens["weights"] > 0) == (tokens["labelled"] == 1)).all()
-    spans = list(pairwise(tokens["offsets"].tolist()))
-    per_chat = [[value for value, _ in groupby(tokens["weights"][start:end].tolist()) if value] for start, end in spans]
-    assert per_chat == [[0.25, 1.0], [1.0, 1.0], [0.25], [1.0]]
-    assert facts["labelled_tokens"] == tokens["labelled"].sum()
-    plain = prepared_of(records[1:2], base, tmp_path)
-    assert plain.summary()["weighted_turns"] == 0
-    assert "weights" not in load_file(tmp_path / "prepared" / TRAIN_TOKENS)
-
-
-def test_weights_stay_with_held_out_chats(base: Path, tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    held_out = write_records(tmp_path / "held_out.jsonl", [{"messages": messages, "weight": 0.3}])
-    values = {"train_data": [write(tmp_path / "chats.jsonl", [chat(1)])], "eval_data": [held_out]}
-    prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path), processes=1)
-    (first,), (second,) = read_chats([held_out]).chats, read_chats([tmp_path / "prepared" / HELD_OUT_CHATS]).chats
-    assert first == second and second.messages[1].weight == 0.3
-    assert "weights" not in load_file(tmp_path / "prepared" / TRAIN_TOKENS)
-    assert "weights" in load_file(tmp_path / "prepared" / HELD_OUT_TOKENS)
 
 
 def test_records_that_differ_in_what_is_not_read_are_no_copies(base: Path, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from kolotune.chats.dataset.chunks import ChunkResult
-from kolotune.chats.dataset.row_store import RowStore, first_encoded
+from kolotune.chats.dataset.row_store import RowStore, first_encoded, has_weights
 from kolotune.chats.dataset.rows import USED, ChatRow
+from kolotune.chats.reading.files import read_chats
+from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS
 
 
 def _result(chats: list[list[int]]) -> ChunkResult:
@@ -58,3 +62,44 @@ def test_without_such_chats_there_is_no_table(tmp_path: Path) -> None:
     assert sorted(tokens) == ["ids", "labelled", "offsets"]
     assert tokens["offsets"].tolist() == [0, 2, 7, 8]
     assert first_encoded(tmp_path / "tokens.safetensors") == [([0, 1], [True, False])]
+
+
+def _turns(number: int, *weights: float) -> list[dict[str, Any]]:
+    return [
+        turn
+        for at, weight in enumerate(weights)
+        for turn in (
+            {"role": "user", "content": f"q {number} {at}"},
+            {"role": "assistant", "content": f"a {number} {at}", "weight": weight},
+        )
+    ]
+
+
+def test_weights_are_those_of_turns_and_records(prepare_records: Any) -> None:
+    records = [
+        {"messages": _turns(1, 0.25, 1)},
+        {"messages": _turns(2, 1, 1)},
+        {"messages": _turns(3, 0, 0.5), "weight": 0.5},
+        {"messages": _turns(4, 1, 0)},
+    ]
+    prepared, folder = prepare_records(records, eval_split=0)
+    facts = prepared.summary()
+    assert (facts["weighted_turns"], facts["lowest_weight"], facts["highest_weight"]) == (2, 0.25, 0.25)
+    assert facts["untrained_turns"] == 2
+    tokens = load_file(folder / TRAIN_TOKENS)
+    assert ((tokens["weights"] > 0) == (tokens["labelled"] == 1)).all()
+    spans = list(pairwise(tokens["offsets"].tolist()))
+    per_chat = [[value for value, _ in groupby(tokens["weights"][start:end].tolist()) if value] for start, end in spans]
+    assert per_chat == [[0.25, 1.0], [1.0, 1.0], [0.25], [1.0]]
+    assert facts["labelled_tokens"] == tokens["labelled"].sum()
+    assert has_weights(folder / TRAIN_TOKENS)
+    plain, folder = prepare_records(records[1:2], eval_split=0)
+    assert plain.summary()["weighted_turns"] == 0 and not has_weights(folder / TRAIN_TOKENS)
+
+
+def test_weights_stay_with_held_out_chats(prepare_records: Any, tmp_path: Path) -> None:
+    held_out = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "weight": 0.3}]
+    _, folder = prepare_records([{"messages": _turns(1, 1)}], held_out)
+    (first,), (second,) = (read_chats([path]).chats for path in (tmp_path / "held_out.jsonl", folder / HELD_OUT_CHATS))
+    assert first == second and second.messages[1].weight == 0.3
+    assert not has_weights(folder / TRAIN_TOKENS) and has_weights(folder / HELD_OUT_TOKENS)
