@@ -50,6 +50,7 @@ SERVED_CHATS = {
     "--empty-thoughts learn trains on it",
     "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer; "
     "--split-thoughts makes one chat of each exchange",
+    "renamed_calls": "chats got short ids of tool calls, the same in call and result: the template refuses theirs",
     "split_chats": "chats became {split_exchanges}, one of each exchange (--split-thoughts)",
 }
 

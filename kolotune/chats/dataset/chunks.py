@@ -73,6 +73,7 @@ class ChunkResult:
         lengths: The tokens of each sequence of the chats that have several, as int32 in memory.
         records: The chats that may be held out, as lines of JSON.
         features: Pickled `ChatFeatures` of the chats that are searched for near-duplicates.
+        renamed_calls: The number of chats whose calls got other ids, since the template refuses theirs.
         split, exchanges: The number of chats of which each exchange became a chat, and the number of these.
         refused: Problems of chats, by the number of the chat's row in the chunk.
         lowest: The lowest hash, and the number of its chat's row in the chunk; None without chats.
@@ -95,6 +96,7 @@ class ChunkResult:
     lengths: bytearray = field(default_factory=bytearray)
     records: list[bytes] = field(default_factory=list)
     features: list[bytes] = field(default_factory=list)
+    renamed_calls: int = 0
     split: int = 0
     exchanges: int = 0
     refused: dict[int, Problem] = field(default_factory=dict)
@@ -167,7 +169,9 @@ class ChunkEncoder:
             elif not read.problems:
                 result.excluded += 1
         digests = [chat.content_hash() for chat in chats]
-        chats = [self.encoder.accepted(chat) for chat in chats]
+        accepted = [self.encoder.accepted(chat) for chat in chats]
+        result.renamed_calls += sum([new is not old for new, old in zip(accepted, chats, strict=True)])
+        chats = accepted
         lowest = min(digests, default=b"")
         encodings = self.encoder.encode_all(chats)
         for number, (chat, digest, encoding) in enumerate(zip(chats, digests, encodings, strict=True)):

@@ -122,6 +122,7 @@ class _Collector:
         self.prepared.excluded += result.excluded
         self.prepared.untrained_turns += result.untrained_turns
         self.prepared.weights += result.weights
+        self.prepared.renamed_calls += result.renamed_calls
         self.prepared.split += result.split
         self.prepared.exchanges += result.exchanges
         self.refused += [(self._chats + number, problem) for number, problem in result.refused.items()]

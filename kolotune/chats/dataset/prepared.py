@@ -76,6 +76,7 @@ class Prepared:
         apart: The number of chats with a sequence for each answer, by the reason.
         masked_thoughts: The number of empty thoughts that are not trained on.
         dropped_thoughts: The number of thoughts that the template leaves out of later prompts.
+        renamed_calls: The number of chats whose calls got other ids, since the template refuses theirs.
         split, exchanges: The number of chats of which each exchange became a chat, and the number of these.
         findings: What is striking about the chats as a whole.
         not_compared: The number of chats that the findings do not cover, since there are many.
@@ -106,6 +107,7 @@ class Prepared:
     apart: dict[ApartReason, int] = field(default_factory=dict)
     masked_thoughts: int = 0
     dropped_thoughts: int = 0
+    renamed_calls: int = 0
     split: int = 0
     exchanges: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -143,6 +145,7 @@ class Prepared:
             **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},
             "masked_thoughts": self.masked_thoughts,
             "dropped_thoughts": self.dropped_thoughts,
+            "renamed_calls": self.renamed_calls,
             "split_chats": self.split,
             "split_exchanges": self.exchanges,
             "findings": {finding.kind.value: finding.count for finding in self.findings},

@@ -78,10 +78,10 @@ def test_the_same_tokens_are_trained(empty_thoughts: str, excluded: tuple[int, .
 
 
 def test_exchanges_of_a_chat_are_held_out_together(thinking: PrepareRecords) -> None:
-    chats: list[list[Turn]] = [
-        [(f"q {at}", "a", "t"), (f"r {at}", "b", "u"), (f"s {at}", "c", None)] for at in range(20)
-    ]
-    prepared, folder = thinking(chats, split_thoughts=True, eval_split=1e-9)
+    def chat(at: int) -> list[Turn]:
+        return [(f"q {at}", "a", "t"), (f"r {at}", "b", "u"), (f"s {at}", "c", None)]
+
+    prepared, folder = thinking(list(map(chat, range(20))), split_thoughts=True, eval_split=1e-9)
     assert (prepared.train.chats, prepared.held_out.chats) == (57, 3)
     lines = (folder / HELD_OUT_CHATS).read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line)["messages"][0]["content"] for line in lines]
@@ -97,8 +97,8 @@ def test_copies_are_whole_chats(thinking: PrepareRecords) -> None:
 def test_calls_stay_with_their_exchange() -> None:
     call = {"function": {"name": "f", "arguments": {}}}
     turns = (
-        Message("system", "s"), Message("user", "q"), Message("assistant", "", tool_calls=(call,)), Message("tool", "r"),
-        Message("assistant", "a"), Message("user", "r"), Message("assistant", "b", weight=0.5),
+        Message("system", "s"), Message("user", "q"), Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "r"), Message("assistant", "a"), Message("user", "r"), Message("assistant", "b", weight=0.5),
     )  # fmt: skip
     first, second = exchanges_of(Chat(turns))
     assert first.messages == turns[:5] and trained_answers(first) == [2, 4]
