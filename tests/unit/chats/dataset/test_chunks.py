@@ -9,11 +9,13 @@ import pytest
 from safetensors.numpy import load_file
 
 NEEDS_SHORT_IDS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id | length != 9 %}"
     "{{ raise_exception('ids have nine letters') }}{% endif %}{% endfor %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.id }}]{% endfor %}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }} {{ c.id }}]"
+    "{% endfor %}"
     "{% if m.role == 'tool' %} {{ m.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{% if tools %}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -38,8 +40,8 @@ def test_short_ids_are_put_in_and_counted(prepare_records: Any, tmp_path: Path) 
     prepared, folder = prepare_records(records, eval_split=0, chat_template=template)
     assert prepared.problems == [] and prepared.summary()["renamed_calls"] == 2
     text = prepared.tokenizer.decode(load_file(folder / "train.safetensors")["ids"])
-    assert text.count("[f call00001]") == text.count(" call00001<") == 2
-    assert text.count("[f abcdefghi]") == text.count(" abcdefghi<") == 1
+    assert text.count("} call00001]") == text.count(" call00001<") == 2
+    assert text.count("} abcdefghi]") == text.count(" abcdefghi<") == 1
 
 
 @pytest.mark.parametrize("call_id", ["call_1", None])
