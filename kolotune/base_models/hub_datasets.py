@@ -64,11 +64,11 @@ def download_dataset(reference: DatasetReference, token: Secret | None) -> tuple
 
     plain = token.reveal() if token else None
     with explained_errors(str(reference), "data set"):
-        found = HfApi().dataset_info(reference.name, revision=reference.revision, token=plain)
-        names = chosen_files(reference, [sibling.rfilename for sibling in found.siblings or []])
+        info = HfApi().dataset_info(reference.name, revision=reference.revision, token=plain)
+        names = chosen_files(reference, [sibling.rfilename for sibling in info.siblings or []])
         # By commit: all files are of one revision, also if another one is pushed meanwhile.
         files = [
-            Path(hf_hub_download(reference.name, name, repo_type="dataset", revision=found.sha, token=plain))
+            Path(hf_hub_download(reference.name, name, repo_type="dataset", revision=info.sha, token=plain))
             for name in names
         ]
     check_hashes(str(reference), files)
