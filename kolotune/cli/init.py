@@ -24,7 +24,7 @@ def init(
 
     from kolotune.foundation.files import write_text
 
-    chats = importlib.resources.files("kolotune.cli.starter").joinpath(CHATS_NAME).read_text(encoding="utf-8")
+    chats = importlib.resources.files("kolotune.chats.starter").joinpath(CHATS_NAME).read_text(encoding="utf-8")
     files = {folder / CHATS_NAME: chats, folder / CONFIG_NAME: commented_config()}
     for path in files:
         if path.exists():

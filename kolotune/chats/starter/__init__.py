@@ -1,1 +1,1 @@
-"""The starter chats that `kolotune init` copies into a new folder."""
+"""The starter chats: `kolotune init` copies them into a new folder, and exported models are compared on them."""

@@ -57,7 +57,7 @@ def share_of(one: str, other: str) -> float:
 
 def test_ordinary_chats_and_the_samples_have_no_findings() -> None:
     assert findings(ordinary(300), ordinary(30, 1001)) == {}
-    for name in ("examples/lighthouse/chats.jsonl", "kolotune/cli/starter/chats.jsonl"):
+    for name in ("examples/lighthouse/chats.jsonl", "kolotune/chats/starter/chats.jsonl"):
         chats = read_chats([REPOSITORY / name]).chats
         assert findings(list(chats[::2]), list(chats[1::2])) == {}
 

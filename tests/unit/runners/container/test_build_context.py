@@ -35,7 +35,7 @@ def pins(path: Path) -> set[str]:
 def test_it_contains_the_package_without_caches() -> None:
     files = files_of_context()
     package = Path(kolotune.__file__).parent
-    for name in ("pipeline/run.py", "cli/starter/chats.jsonl", "engines/native/__main__.py", "py.typed"):
+    for name in ("pipeline/run.py", "chats/starter/chats.jsonl", "engines/native/__main__.py", "py.typed"):
         assert files[f"kolotune/{name}"] == (package / name).read_bytes()
     assert not [name for name in files if "__pycache__" in name or name.endswith(".pyc")]
     assert {name.split("/")[0] for name in files} == {"Dockerfile", "build", "kolotune", "toolchain", "torchtune"}
