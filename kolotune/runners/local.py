@@ -19,6 +19,7 @@ from kolotune.foundation.files import explained
 from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
 
 from . import signals
+from .waiting_threads import SLEEPING
 from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0
@@ -41,7 +42,7 @@ def run(
     Args:
         argv: the program and its arguments, never a shell string.
         log: the file that gets standard output and standard error.
-        env: variables to add to this process's own. The hub's tokens are not inherited.
+        env: variables to add to `waiting_threads.SLEEPING` and this process's own. The hub's tokens are not inherited.
         cwd: the working directory.
         on_line: called with each line of output first; a line for which it returns True is not logged.
         ends_with_parent: the program calls `watchdog.end_with_parent`, and stops when this process is killed.
@@ -88,9 +89,9 @@ def run(
 
 
 def _inherited() -> dict[str, str]:
-    """Return this process's variables without the hub's tokens. Another thread may remove some meanwhile."""
+    """Return this process's variables without the hub's tokens, and how threads wait; other threads may change some."""
     values = {name: os.environ.get(name) for name in list(os.environ) if name not in HUB_TOKEN_VARIABLES}
-    return {name: value for name, value in values.items() if value is not None}
+    return SLEEPING | {name: value for name, value in values.items() if value is not None}
 
 
 class ProgramError(Exception):

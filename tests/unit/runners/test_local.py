@@ -244,3 +244,17 @@ def test_a_detached_program_outlives_its_parent(tmp_path: Path) -> None:
     while (tmp_path / "log").read_text() != "True\n":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def waiting_variables(log: Path) -> list[str]:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    local.run(code(f"import os; [print(os.environ.get(name)) for name in {names}]"), log=log)
+    return log.read_text(encoding="utf-8").split()
+
+
+def test_threads_of_programs_sleep_while_they_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert waiting_variables(tmp_path / "log") == ["passive", "0", "0"]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "300")
+    assert waiting_variables(tmp_path / "other") == ["passive", "300", "0"]
