@@ -88,7 +88,7 @@ def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float |
     names = [stage.NAME for stage in busy]
     with _temporary_run(real) as trial:
         facts, prepare_seconds = _prepare_chats(real, trial, reporter, prepare in busy)
-        workload = read_workload(trial.run.prepared, config)
+        workload = read_workload(trial.run.prepared, config, trial.run.log("plan"))
         problems, converts = _run_preflights(busy, trial, reporter)
         if converts is False:
             names = [name for name in names if name in ("prepare", "train", "merge")]

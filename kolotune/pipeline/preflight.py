@@ -49,7 +49,7 @@ def check_training(stages: Sequence[Stage], context: Context, reporter: Reporter
         SpaceError, TemplateError, ToolchainError: they won't.
     """
     if context.run.prepared.is_dir():
-        workload = read_workload(context.run.prepared, context.config)
+        workload = read_workload(context.run.prepared, context.config, context.run.log("plan"))
         reporter.note(describe_workload(workload, context.config))
         check_capacity([train], context, workload)
         _check_prompts(stages, context, reporter, is_prepared=True)

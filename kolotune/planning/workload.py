@@ -1,16 +1,27 @@
-"""What a training works through: chats, tokens, steps, and the batch that needs most memory."""
+"""What a training works through: chats, tokens, steps, and the batch that needs most memory.
+
+The batches are packed as the engine does it, with PyTorch: in a child (``python -m kolotune.planning.workload TASK``),
+so that the process that waits for the engine does not hold PyTorch, too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.engines.engine import get_engine
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.training_length import TrainingLength, automatic_batch_size
-from kolotune.foundation.config import Config
+from kolotune.foundation import typed_storage
+from kolotune.foundation.config import Config, option_names, plain_values
+from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.files import size_of
+from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
+from kolotune.runners import child_process, local
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,44 @@ class Workload:
     largest: BatchShape
 
 
-def read_workload(prepared: Path, config: Config) -> Workload:
-    """Return what training on a prepared folder takes."""
+@dataclass(frozen=True)
+class _WorkloadTask:
+    """What the child computes: see `read_workload`."""
+
+    prepared: Path
+    config: Config
+
+
+def read_workload(prepared: Path, config: Config, log: Path) -> Workload:
+    """Return what training on a prepared folder takes.
+
+    Args:
+        prepared: the folder.
+        config: the options of the training.
+        log: file that the child's output is appended to.
+
+    Raises:
+        TrainingError: the prepared chats can't be read.
+    """
+    if "torch" in sys.modules:  # a child would save nothing
+        return _compute(prepared, config)
+    computed: list[Workload] = []
+
+    def on_event(_: str, fields: JsonObject) -> None:
+        computed.append(typed_storage.convert(Workload, fields))
+
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder, "task.json")
+        names = [name for name in option_names() if name != "hf_token"]
+        typed_storage.write(task, {"prepared": str(prepared), "config": plain_values(config, names)})
+        code = child_process.run(__name__, str(task), log=log, otherwise=TrainingError, on_event=on_event)
+    if code != 0 or not computed:
+        reason = f"counting the tokens of a training ended with code {code}: {local.last_lines(log)}"
+        raise TrainingError(reason, f"The log is {log}.")
+    return computed[0]
+
+
+def _compute(prepared: Path, config: Config) -> Workload:
     from kolotune.engines.prepared_tokens import PreparedTokens
 
     files = [file for file in (prepared / TRAIN_TOKENS, prepared / HELD_OUT_TOKENS) if file.is_file()]
@@ -77,3 +124,17 @@ def describe_workload(workload: Workload, config: Config) -> str:
         f"{workload.tokens} tokens, {share:.0f}% of them answers, in batches of {workload.batch_size}; "
         f"warmup: {workload.warmup} steps"
     )
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out the task in the file `arguments[0]`; return the exit code."""
+
+    def compute() -> None:
+        task = typed_storage.read(_WorkloadTask, Path(arguments[0]))
+        child_process.emit("workload", **dataclasses.asdict(_compute(task.prepared, task.config)))
+
+    return child_process.carry_out(compute)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -45,7 +45,7 @@ def test_export_sizes_match_the_files(finished: Config, tiny_base: Path, tmp_pat
 def test_a_second_run_reuses_the_disk_space_of_the_first(finished: Config, tiny_base: Path, tmp_path: Path) -> None:
     context = Context(finished, RunFolder(finished.output_dir), tiny_base)
     names = {"merge", "convert", "quantize"}
-    workload = read_workload(context.run.prepared, finished)
+    workload = read_workload(context.run.prepared, finished, tmp_path / "log")
     needed = estimate_needs(context, names, tmp_path / "log", workload)
     largest = max(use.stays for use in needed.disk.values())
     assert needed.end == pytest.approx(0, abs=5_000)
@@ -56,7 +56,7 @@ def test_importance_matrices_and_trial_quantizations_are_counted(
     finished: Config, tiny_base: Path, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
-    workload = read_workload(RunFolder(finished.output_dir).prepared, finished)
+    workload = read_workload(RunFolder(finished.output_dir).prepared, finished, tmp_path / "log")
 
     def estimate(**changes: Any) -> Needs:
         context = Context(dataclasses.replace(finished, **changes), run, tiny_base)
