@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,25 @@ def test_what_is_faster_than_the_package(text: str, is_faster: bool, monkeypatch
     assert shared_libraries.find()
     monkeypatch.setattr(shared_libraries, "is_own", lambda: True)
     assert not shared_libraries.faster_one()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another library for threads")
+@pytest.mark.parametrize(("given", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7")], ids=["unset", "set"])
+def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
+    program = (
+        "import os; from kolotune.foundation import shared_libraries as s; s.provide_openmp();"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**env, "OMP_DISPLAY_ENV": "verbose", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert done.stdout.strip() == str(given.get("GOMP_SPINCOUNT"))
 
 
 def test_nothing_there(no_package: None) -> None:
