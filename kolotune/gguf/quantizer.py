@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
     Matrix = Mapping[str, np.ndarray]
 
-WEIGHTS_AT_ONCE = 1 << 19
-"""Of a piece: some milliseconds of work."""
+WEIGHTS_AT_ONCE = 1 << 18
+"""Of a piece: between a millisecond and a quarter of a second of work, by the type."""
+_AHEAD = 8
+"""Pieces for each thread that wait to be written, so that no thread waits for a slow one or behind small tensors."""
 _WIDENED = ("F16", "BF16", "F32")
 _Task = Callable[[], "np.ndarray | bytes"]
 
@@ -133,7 +135,7 @@ class _Quantization:
         """Yield the bytes of all tensors with their padding, in order."""
         threads = cores()
         with ThreadPoolExecutor(threads) as pool:
-            yield from results_in_order(pool, self._tasks(), 2 * threads)
+            yield from results_in_order(pool, self._tasks(), _AHEAD * threads)
 
     def _tasks(self) -> Iterator[_Task]:
         for name, kind in self._types.items():
@@ -144,7 +146,8 @@ class _Quantization:
                     yield partial(self._values, name, start, min(step, tensor.size - start))
             else:
                 yield from (partial(self._quantized, rows, kind) for rows in self._pieces_of(name))
-            yield partial(bytes, -header.size_of(tensor.shape, kind) % ALIGNMENT)
+            if padding := -header.size_of(tensor.shape, kind) % ALIGNMENT:
+                yield partial(bytes, padding)
 
     def _pieces_of(self, name: str) -> Iterator[_Rows]:
         """Yield the rows of a tensor, some at a time and from one expert only."""

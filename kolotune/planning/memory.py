@@ -16,7 +16,7 @@ from .workload import Workload
 # Measured on SmolLM2-135M with 40 short chats: the peak of each process, less the tensors that the formulas count.
 MAIN_PROCESS = Memory(320_000_000, 60_000_000)
 _QUANTIZER = Memory(30_000_000, 30_000_000)
-_QUANTIZER_CORE = 6_000_000  # pieces that a core works on, and those that wait to be written
+_QUANTIZER_CORE = 10_000_000  # pieces that a core works on, and those that wait to be written
 _MATRIX_READER = Memory(100_000_000, 40_000_000)  # llama.cpp computing an importance matrix: a guess, not measured
 
 
