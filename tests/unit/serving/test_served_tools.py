@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
-import httpx
-import openai
 import pytest
-import uvicorn
 from support.example import EXAMPLES
-from support.tiny import speaker_gguf
-from support.waiting import wait_until
+from support.served_text import Clients, serving_text
 
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.llamacpp.model_server import ModelServer, ServerSettings
-from kolotune.ollama.modelfile import ModelDescription
-from kolotune.serving.app import make_app
-from kolotune.serving.requests import Defaults
 
 HELLO = {"role": "user", "content": "Is it warm?"}
 UNIT = {"type": "object", "properties": {"unit": {"type": "string"}}}
@@ -37,30 +27,23 @@ OWN_FORM = {
 
 
 @pytest.fixture(scope="module")
-def create(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Iterator[Any]:
-    """The client's function that creates a completion."""
-    folder = tmp_path_factory.mktemp("speaker") / "model"
+def clients(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> Iterator[Clients]:
     template = (EXAMPLES / "tools" / "chat_template.jinja").read_text(encoding="utf-8")
     for theirs, own in OWN_FORM.items():
         assert theirs in template
         template = template.replace(theirs, own)
-    gguf = speaker_gguf(folder, SAID, template, reporter)
-    with ModelServer(gguf, ServerSettings("run", parallel=2)) as server:
-        defaults = Defaults(ModelDescription(gguf.name), server.end_texts, takes_tools=server.takes_tools)
-        model: Any = SimpleNamespace(name="run", gguf=gguf, defaults=defaults, server=server)
-        app = make_app([model], only_here=True, reporter=reporter)
-        front = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=front.run, daemon=True)
-        thread.start()
-        wait_until(lambda: front.started, "the server to start", pause=0.01)
-        port = front.servers[0].sockets[0].getsockname()[1]
-        http = httpx.Client(trust_env=False)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http)
-        yield lambda **asked: client.chat.completions.create(  # type: ignore[call-overload]
-            **{"model": "run", "messages": [HELLO], "temperature": 0, "max_tokens": 60, **asked}
-        )
-        front.should_exit = True
-        thread.join(10)
+    folder = tmp_path_factory.mktemp("speaker") / "model"
+    with serving_text(folder, SAID, template, reporter) as started:
+        yield started
+
+
+@pytest.fixture(params=Clients._fields)
+def create(request: pytest.FixtureRequest, clients: Clients) -> Any:
+    """The function of a client that creates a completion. llama.cpp's server alone answers the same."""
+    client = getattr(clients, request.param)
+    return lambda **asked: client.chat.completions.create(
+        **{"model": "run", "messages": [HELLO], "temperature": 0, "max_tokens": 60, "stop": ["<|im_end|>"], **asked}
+    )
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "warm"}}])
