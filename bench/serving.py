@@ -3,8 +3,9 @@
     python bench/serving.py [--rounds N] [--earlier PYTHON] [--json FILE] [--quick]
 
 All serve SmolLM2 as Q4_K_M. Each client asks one question after another over OpenAI's API, streamed, for answers of at
-most 64 tokens; the tokens of all answers are divided by the time until the last one, prompts included. The programs
-take turns. With --earlier, the Python of an environment that has an earlier kolotune, that one's `serve` takes part.
+most 64 tokens, five in all from one client and eight from four; the tokens of all answers are divided by the time until
+the last one, prompts included. The programs take turns. With --earlier, the Python of an environment that has an
+earlier kolotune, that one's `serve` takes part.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def answer(client: openai.OpenAI, question: str) -> int:
     return sum(chunk.usage.completion_tokens for chunk in stream if chunk.usage)
 
 
-def rate(client: openai.OpenAI, clients: int, questions: int) -> float:
+def rate(client: openai.OpenAI, clients: int) -> float:
     """Return the tokens per second of all clients together."""
-    texts = [f"Write a few sentences about the number {number}." for number in range(clients * questions)]
+    texts = [f"Write a few sentences about the number {number}." for number in range(max(CLIENTS) + clients)]
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         tokens = sum(pool.map(lambda text: answer(client, text), texts))
@@ -86,13 +87,13 @@ def rate(client: openai.OpenAI, clients: int, questions: int) -> float:
 def main() -> int:
     """Measure and report."""
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--earlier", type=Path, metavar="PYTHON", help="of an environment with an earlier kolotune")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
         serve_alone(arguments.alone)
-    rounds, questions = (2, 2) if arguments.quick else (arguments.rounds, 4)
+    rounds = 2 if arguments.quick else arguments.rounds
     result = Result("serving", "Serving", versions("xllamacpp", "openai", "uvicorn"), quick=arguments.quick)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running:
 
@@ -117,7 +118,8 @@ def main() -> int:
             answer(apis[program], "Hello!")  # the first answer finds the file in no cache
         for _ in range(rounds):
             for program, count in rates:
-                rates[program, count].append(rate(apis[program], count, questions))
+                rates[program, count].append(rate(apis[program], count))
+                print(f"{program}, {count} clients: {rates[program, count][-1]:.1f} tokens/s", flush=True)
     rows = [[program, count, median(seen), min(seen), max(seen)] for (program, count), seen in rates.items()]
     result.tables.append(Table(f"{rounds} rounds", ["", "clients", "tokens/s", "slowest", "fastest"], rows))
     for count, target in zip(CLIENTS, (1.7, 2.7), strict=True):
