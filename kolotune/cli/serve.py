@@ -35,17 +35,29 @@ def serve(
         int, typer.Option(min=1, help="Requests that are answered at the same time; each takes memory for a context.")
     ] = DEFAULT_PARALLEL,
     quantization: Quantization = None,
+    share_base: Annotated[
+        bool,
+        typer.Option(
+            "--share-base",
+            help="Load the base model of several runs once, and add the adapter of the run that a request names.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> int:
     """Serve the result on this machine through an OpenAI-compatible API."""
     from kolotune.serving.app import serve as serve_models
     from kolotune.serving.served_model import ServedModel
+    from kolotune.serving.shared_base import open_models
 
     folders = [RunFolder(run.absolute()) for run in runs or [DEFAULT_OUTPUT_DIR]]
     names = Counter(folder.root.name for folder in folders)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ConfigError(f"serve: several runs have the name {twice[0]!r}", "Rename one of the folders.")
+    say = reporter(json)
     with contextlib.ExitStack() as models:
-        served = [models.enter_context(ServedModel(folder, quantization, parallel)) for folder in folders]
-        serve_models(served, host, port, reporter(json))
+        if share_base:
+            served = open_models(folders, quantization, parallel, say, models)
+        else:
+            served = [models.enter_context(ServedModel(folder, quantization, parallel)) for folder in folders]
+        serve_models(served, host, port, say)
     return 0

@@ -95,7 +95,7 @@ def convert_folder(
 
 
 def convert_adapter(
-    adapter: Path,
+    adapter: Path | None,
     base: Path,
     tokenizer: Path,
     *,
@@ -108,7 +108,8 @@ def convert_adapter(
 ) -> JsonObject:
     """Merge and convert at once: the GGUF that a merged folder called `name` would give, without making the folder.
 
-    When there is no conversion plan, the folder is written beside `target` and removed afterwards.
+    When there is no conversion plan, the folder is written beside `target` and removed afterwards. Without an adapter
+    it is the base model with that tokenizer.
 
     Returns:
         Facts for the record: those of `convert_folder`, and those of merging.
@@ -135,6 +136,16 @@ def convert_adapter(
     with hasher.replacing(target) as partial:
         facts = model.write(lambda: write(partial), reporter)
     return {**facts, "adapted": model.adapted, "stored_wider": model.stored_wider}
+
+
+def plan_without_adapter(
+    base: Path, tokenizer: Path, *, dtype: str, name: str, log: Path, reporter: Reporter
+) -> conversion_plan.ConversionPlan | None:
+    """Return how `convert_adapter` makes a GGUF without an adapter; None when llama.cpp's converter makes it."""
+    model = MergedModel(None, base, dtype)
+    skeleton = merged_skeleton(model, companion_files(base, tokenizer), name)
+    gguf_type = _exact_type({entry.name: entry for entry in model.entries}, reporter)
+    return plan_cache.find_plan(skeleton, gguf_type, llamacpp.ensure(reporter), log).plan
 
 
 def merged_skeleton(model: MergedModel, companions: Mapping[str, Path | str], name: str) -> ModelSkeleton:

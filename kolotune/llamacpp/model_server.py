@@ -41,6 +41,7 @@ class ServerSettings:
         gpu_layers: layers in the memory of a GPU, if there is one; -1 for all.
         batch: tokens of prompts that are computed at once.
         embeds: whether embeddings can be asked for, too.
+        adapters: GGUFs of adapters. A request for an answer has to say how strong each of them is (``lora``).
     """
 
     name: str = "model"
@@ -51,6 +52,7 @@ class ServerSettings:
     gpu_layers: int = -1
     batch: int = 2048
     embeds: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

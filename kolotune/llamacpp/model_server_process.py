@@ -50,8 +50,11 @@ def _start(source: IO[bytes]) -> Any:
     parameters.n_batch = parameters.n_ubatch = task.batch
     parameters.n_gpu_layers = task.gpu_layers
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = task.threads or _threads()
-    parameters.cache_ram_mib = _CACHE_MIB if task.parallel > 1 else 0
-    parameters.cache_idle_slots = task.parallel > 1
+    parameters.lora_adapters = [library.CommonAdapterLoraInfo(path, 0.0) for path in task.adapters]
+    # The cache does not know which adapter a prompt was computed with.
+    caches = task.parallel > 1 and not task.adapters
+    parameters.cache_ram_mib = _CACHE_MIB if caches else 0
+    parameters.cache_idle_slots = caches
     if task.embeds:
         parameters.embedding = True
         parameters.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN

@@ -21,7 +21,7 @@ from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp.model_server import ModelServer
 
 from .requests import PATHS, BadRequest
-from .responses import as_openais, error_body
+from .responses import as_openais, error_body, renamed, renamed_in
 from .served_model import ServedModel
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class _Endpoints:
             server = await run_in_threadpool(lambda: model.server)  # it may have to start again
         except KolotuneError as error:
             return _json(error_body(error.cause, "server_error", "model_crashed"), 503)
-        response = await _unless_disconnected(request, lambda: self._answer(server, path, whole))
+        response = await _unless_disconnected(request, lambda: self._answer(model, server, path, whole))
         if unused:
             response.headers[_UNUSED_FIELDS] = ", ".join(unused).encode("ascii", "replace").decode()
         return response
@@ -192,7 +192,7 @@ class _Endpoints:
             self._noted.update(new)
             self._reporter.note(f"a request has fields that have no effect: {', '.join(new)}")
 
-    async def _answer(self, server: ModelServer, path: str, fields: JsonObject) -> Response:
+    async def _answer(self, model: ServedModel, server: ModelServer, path: str, fields: JsonObject) -> Response:
         """Ask a server; a crash is an answer, too."""
         import httpx
         from starlette.responses import Response
@@ -204,9 +204,9 @@ class _Endpoints:
             answer = await self._client.send(asked, stream=True)
             kind = answer.headers.get("content-type", "")
             if kind.startswith(_EVENTS) and answer.is_success:
-                return _streaming_response(self._events(answer, server))
+                return _streaming_response(renamed(self._events(answer, server), model.alias, model.name))
             async with contextlib.aclosing(answer):
-                whole = await answer.aread()
+                whole = renamed_in(await answer.aread(), model.alias, model.name)
         except httpx.HTTPError:
             return _json(await self._crash(server), 503)
         if answer.is_error:

@@ -37,6 +37,19 @@ def base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> 
     if not plain.is_file():
         reporter.doing(f"converting {config.base_model}, once")
         convert.convert_folder(base, plain, run.log("base"), reporter, exact=False)
+    return quantized(plain, run, config, name, reporter)
+
+
+def quantized(plain: Path, run: RunFolder, config: Config, name: str, reporter: Reporter) -> Path:
+    """Return a quantization of a base model's GGUF in the cache; it is made once.
+
+    Args:
+        plain: the unquantized GGUF, which is returned for "none".
+        run, config, name, reporter: as for `base_gguf`.
+
+    Raises:
+        ArtifactError: the quantization needs an importance matrix, and the run has none yet.
+    """
     if name == NONE:
         return plain
     matrix = run.importance_matrix if is_made_with_matrix(name, config.importance_matrix) else None
@@ -44,7 +57,7 @@ def base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> 
         if name in NEEDS_IMPORTANCE_MATRIX:
             raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")
         matrix = None  # an exported model was trained elsewhere
-    target = folder / (f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
+    target = plain.with_name(f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
     if not target.is_file():
         quantize.quantize_file(plain, target, name, run.log("base"), reporter, matrix)
     return target

@@ -12,9 +12,9 @@ from kolotune.ollama.parameters import as_options
 
 from .request_fields import NOT_SUPPORTED, unused_fields
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, _EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _PROMPT_OF_CHAT = "/apply-template"
-PATHS = (CHAT, COMPLETION, "/v1/embeddings", _PROMPT_OF_CHAT, "/tokenize", "/detokenize")
+PATHS = (CHAT, COMPLETION, _EMBEDDINGS, _PROMPT_OF_CHAT, "/tokenize", "/detokenize")
 """What llama.cpp's server is asked for."""
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
@@ -43,12 +43,14 @@ class Defaults:
         end_texts: what ends every answer.
         takes_tools: whether the template has a place for tools.
         switches: variables of the trained template that a request may set; false where it does not.
+        adapters: how strong each of the server's adapters is in an answer; () for a server without any.
     """
 
     description: ModelDescription
     end_texts: tuple[str, ...] = ()
     switches: tuple[str, ...] = ()
     takes_tools: bool = True
+    adapters: tuple[float, ...] = ()
 
     @property
     def unused(self) -> list[str]:
@@ -82,6 +84,10 @@ class Defaults:
                 raise BadRequest("tools: not supported by the model's chat template")
             whole |= self._sampling(whole)
             whole["stop"] = self._stops(request.get("stop"))
+            if self.adapters:
+                whole["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(self.adapters)]
+        if path == _EMBEDDINGS and self.adapters:
+            raise BadRequest("embeddings: not supported for runs that share their base model (--share-base)")
         return whole, unused
 
     def _turns(self, messages: object) -> list[object]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+
 from kolotune.foundation import typed_storage
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp.model_server import TOO_LONG
@@ -32,3 +36,25 @@ def as_openais(body: bytes) -> JsonObject:
         )
         return error_body(message, code="context_length_exceeded", **more)
     return error_body(str(error.get("message")), str(error.get("type")), **more)
+
+
+def renamed_in(body: bytes, alias: str, name: str) -> bytes:
+    """Return JSON of llama.cpp's server with a model's name in place of an alias; "" stands for no alias."""
+    # In a text, the quotation marks would be escaped.
+    return body.replace(_model(alias), _model(name)) if alias else body
+
+
+async def renamed(pieces: AsyncGenerator[bytes, None], alias: str, name: str) -> AsyncGenerator[bytes, None]:
+    """Yield a stream of events with a model's name in place of an alias."""
+    async with contextlib.aclosing(pieces):
+        rest = b""
+        async for piece in pieces:
+            lines, end, rest = (rest + piece).rpartition(b"\n") if alias else (piece, b"", b"")
+            if lines or end:
+                yield renamed_in(lines, alias, name) + end
+        if rest:
+            yield renamed_in(rest, alias, name)
+
+
+def _model(name: str) -> bytes:
+    return b'"model":' + json.dumps(name).encode()

@@ -16,7 +16,7 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 
 from .adapter import LoraAdapter, read_adapter
-from .adapter_changes import check_changes, stored_changes
+from .adapter_changes import StoredChanges, check_changes, stored_changes
 from .adapter_config import AdapterConfig
 from .adapter_kinds import Instead
 from .dtypes import FLOATS, as_f32, from_f32
@@ -91,6 +91,16 @@ class MergedModel:
                 "the adapter's update of a tied head started as a part of it, which the embedding lost, too",
                 Instead.INITIAL.value,
             )
+
+    @property
+    def changes(self) -> StoredChanges:
+        """What the adapter changes."""
+        return self._changes
+
+    @property
+    def vocabulary_names(self) -> frozenset[str]:
+        """The names of the base's embedding and head."""
+        return frozenset((self._vocabulary.embedding, self._vocabulary.head))
 
     def check_tokenizer(self, folder: Path) -> None:
         """Check that there is an embedding for every token of a tokenizer.
