@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +14,28 @@ if TYPE_CHECKING:
 
 
 def save_adapter(
-    folder: Path, tensors: dict[str, Tensor], *, base_name: str, rank: int, alpha: float, dropout: float
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    base_name: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    parameters: Sequence[str] = (),
 ) -> None:
     """Write a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all.
 
     Args:
         folder: to create or replace.
-        tensors: A ``[rank, in]`` and B ``[out, rank]`` under PEFT's names, fp32, on the CPU.
+        tensors: A and B under PEFT's names and in its form, fp32, on the CPU.
         base_name: the base model's name in the config.
         rank, alpha, dropout: of the training.
+        parameters: PEFT's ``target_parameters``: the weights with updates of their own that are no module's only one.
     """
     from safetensors.torch import save_file
 
-    modules = sorted({name.split(".")[-3] for name in tensors})
+    wrapped = {"base_layer", *(name.split(".")[-2] for name in parameters)}
+    modules = sorted({name.split(".")[-3] for name in tensors} - wrapped)
     config = {
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -33,11 +43,13 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": dropout,
+        # PEFT refuses to load updates of parameters with dropout, which acts in training only.
+        "lora_dropout": 0.0 if parameters else dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "target_modules": modules,
+        **({"target_parameters": list(parameters)} if parameters else {}),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.engine_registry import ENGINES
+from kolotune.foundation.formatting import format_size
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_shape import ModelShape
 
@@ -44,6 +45,31 @@ class EnvironmentStatus:
 
     folder: Path | None
     install: str
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Whether experts get adapters.
+
+    Attributes:
+        is_trained: whether they do.
+        reached: share of the weights in the layers that get an adapter, from 0 to 1.
+        needed, free: bytes of memory that training them needs, and that there are; 0 if memory does not decide.
+    """
+
+    is_trained: bool
+    reached: float
+    needed: int = 0
+    free: int = 0
+
+    def __str__(self) -> str:
+        reached = f"adapters reach {self.reached:.1%} of the weights in the layers"
+        if self.is_trained:
+            return f"experts get adapters, too (--target-parameters): {reached}"
+        if not self.needed:
+            return f"experts get no adapters (--target-parameters all-experts): {reached}"
+        sizes = f"{format_size(self.needed)} of memory, and {format_size(self.free)} are free"
+        return f"experts get no adapters, as that would need {sizes} (--target-parameters): {reached}"
 
 
 class Engine(Protocol):
@@ -98,6 +124,9 @@ class Engine(Protocol):
 
     def is_sharded(self, config: Config, base: Path) -> bool:
         """Return whether the base model is sharded over the processes."""
+
+    def choose_experts(self, config: Config, base: Path) -> ExpertChoice | None:
+        """Return whether experts get adapters where that is left to us; None if the model has no experts."""
 
     def checkpoint_dtype(self, config: Config) -> str:
         """Return the dtype of adapter and optimizer in a checkpoint, as in `Config.dtype`."""

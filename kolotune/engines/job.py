@@ -37,6 +37,7 @@ class TrainJob:
         compile: whether the step uses compiled kernels, where the engine has some.
         halvings: steps at which memory ran out, so that micro-batches are half as large from there on. Entries that
             no checkpoint knows yet count from the step at which the training resumes. A step has the same chats anyway.
+        target_parameters: weights of experts that get an adapter; [] for none.
         The rest are the options of the same names in `Config`.
     """
 
@@ -74,6 +75,7 @@ class TrainJob:
     early_stopping: int
     checkpoint_steps: int
     halvings: list[int] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
 
     @property
     def processes(self) -> int:
@@ -98,7 +100,10 @@ class TrainJob:
 
     def identity(self) -> JsonObject:
         """Return the settings that a checkpoint of this job must agree with."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _MAY_DIFFER_ON_RESUME}
+        fields = dataclasses.asdict(self)
+        if not self.target_parameters:
+            del fields["target_parameters"]  # as in jobs of earlier versions
+        return {name: value for name, value in fields.items() if name not in _MAY_DIFFER_ON_RESUME}
 
     def require_same(self, identity: JsonObject, checkpoint: str) -> None:
         """Refuse a checkpoint of another training.

@@ -10,11 +10,15 @@ from typing import Literal
 from kolotune.engines.engine import get_engine
 from kolotune.foundation import hardware, typed_storage
 from kolotune.foundation.config import Config
+from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import now
+from kolotune.run_folder.stage import Context
 from kolotune.stages import train
 
 from .stages import STAGE_NAMES
+
+_AUTO = ("auto",)
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class Choices:
         template_date: the date that the chat template shows, as YYYY-MM-DD.
         dtype: in which the model is trained.
         compile: "on" or "off": whether the training step is compiled.
+        target_parameters: "all-experts" or "none": whether experts get adapters, in a model that has some.
     """
 
     template_date: str | None = None
     dtype: Literal["bf16", "fp32"] | None = None
     compile: Literal["on", "off"] | None = None
+    target_parameters: Literal["all-experts", "none"] | None = None
 
 
 def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAMES) -> tuple[Config, Choices]:
@@ -58,6 +64,25 @@ def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAM
     if config.compile == "auto":
         config = dataclasses.replace(config, compile=choices.compile or "auto")
     return config, choices
+
+
+def choose_experts(context: Context, choices: Choices, reporter: Reporter) -> tuple[Context, Choices]:
+    """Replace the option that is chosen by the base model: whether experts get adapters; see `choose`.
+
+    A folder whose adapter was trained by a version without them keeps its adapter.
+    """
+    config, folder = context.config, context.run
+    is_older = choices.target_parameters is None and folder.record(train.NAME).exists()
+    if config.target_parameters != _AUTO or is_older:
+        return context, choices
+    choice = get_engine(config.engine).choose_experts(config, context.base)
+    if choice is None:
+        return context, choices
+    if choices.target_parameters is None:
+        choices = dataclasses.replace(choices, target_parameters="all-experts" if choice.is_trained else "none")
+        reporter.note(str(choice))
+    chosen = (choices.target_parameters or "none",)
+    return dataclasses.replace(context, config=dataclasses.replace(config, target_parameters=chosen)), choices
 
 
 def write_choices(folder: RunFolder, choices: Choices) -> None:

@@ -30,7 +30,7 @@ from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import compare, prepare, train
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
-from .choices import choose
+from .choices import choose, choose_experts
 from .selection import select_stages
 from .stages import STAGE_NAMES
 
@@ -81,9 +81,10 @@ def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float |
     """
     started = _process_age()
     target = RunFolder(config.output_dir)
-    config, _ = choose(config, target)
+    config, choices = choose(config, target)
     base = lookup.resolve(config.base_model, config.hf_token, reporter)
-    real = Context(config, target, base)
+    real, _ = choose_experts(Context(config, target, base), choices, reporter)
+    config = real.config
     busy = select_stages(STAGE_NAMES, real).pending
     names = [stage.NAME for stage in busy]
     with _temporary_run(real) as trial:
@@ -186,7 +187,7 @@ def _estimate_traffic(plan: RunPlan, trial: Context, link: float | None) -> Traf
     """Return what the machines send each other, and for how long; the training's time grows by that."""
     config, workload = plan.config, plan.workload
     shape, processes = read_shape(trial.base), config.nproc * config.nnodes
-    weights = AdapterShape.of(shape, config.lora_rank, config.target_modules).weight_count
+    weights = AdapterShape.of(shape, config.lora_rank, config.target_modules, config.target_parameters).weight_count
     gradients, base = network.gradient_bytes(weights, processes), 0
     engine = get_engine(config.engine)
     is_sharded = engine.is_sharded(config, trial.base)

@@ -79,6 +79,7 @@ def _config_of(manifest: Manifest, path: Path, output_dir: Path, hasher: Hasher)
         for file in manifest.data.files
     ]
     values = {
+        "target_parameters": ("none",),  # of versions that did not train experts
         **manifest.config,
         "output_dir": str(output_dir),
         "train_data": [file for part, file in data if part == "training"],

@@ -75,6 +75,8 @@ def make_job(context: Context) -> TrainJob:
     engine = get_engine(config.engine)
     chosen = plain_values(config, [name for name in option_names(stage=NAME) if name != "engine"])
     chosen["compile"] = engine.has_compiled_step and config.compile == "on"
+    if config.target_parameters in (("auto",), ("none",)):
+        chosen["target_parameters"] = []
     if config.batch_size is None:
         chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS)
     return TrainJob(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .model_config import read_model_config
@@ -18,6 +21,12 @@ HEADER_ENTRY_BYTES = 170
 """Header bytes per tensor of an adapter or an optimizer, measured on SmolLM2."""
 
 _ALL_LINEAR = "all-linear"
+_ALL_EXPERTS = "all-experts"
+_ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:.+\.)?(\w+)\.weight")
+_ALL_IN_ONE = re.compile(r"(.+\.(?:experts|block_sparse_moe))\.(\w+?)(?:\.weight)?")
+_LEAVES = {"w2": "down_proj", "output_linear": "down_proj", "down_proj": "down_proj"}
+"""The last matrix of an expert, in the names of files; the others are computed as one, except where there is one."""
+_ROUTER = re.compile(r".+\.(gate|router|router\.layer)$")
 _STATE_FILE_BYTES = 2_000  # the JSON file beside a checkpoint's tensors
 
 
@@ -35,6 +44,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class ExpertWeights:
+    """One weight of all experts of a layer, as transformers has it: gate and up are one.
+
+    Attributes:
+        name: such as ``model.layers.0.mlp.experts.down_proj``.
+        experts: how many.
+        sides: inputs and outputs, added, of each.
+        weight_count: weights of all.
+    """
+
+    name: str
+    experts: int
+    sides: int
+    weight_count: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model without its weights.
 
@@ -47,6 +73,7 @@ class ModelShape:
         head_size: width of a head.
         vocabulary_size: the number of tokens.
         tied: whether the embedding also serves as the output head.
+        experts_per_token: how many experts of a layer compute a token; 0 without experts.
     """
 
     entries: tuple[Entry, ...]
@@ -58,6 +85,12 @@ class ModelShape:
     head_size: int
     vocabulary_size: int
     tied: bool
+    experts_per_token: int = 0
+
+    @cached_property
+    def experts(self) -> tuple[ExpertWeights, ...]:
+        """The weights of experts, whether the files have them one by one or in one."""
+        return _expert_weights(self.entries)
 
     @property
     def weight_count(self) -> int:
@@ -106,6 +139,7 @@ def read_shape(folder: Path) -> ModelShape:
         head_size=config.head_size,
         vocabulary_size=config.vocabulary_size,
         tied=not any(entry.name.endswith("lm_head.weight") for entry in entries),
+        experts_per_token=config.integer("num_experts_per_tok", "num_experts_per_token") or 0,
     )
 
 
@@ -120,6 +154,24 @@ def _linears_in_layers(entries: Sequence[Entry]) -> tuple[Linear, ...]:
     return tuple(linear for _, linear in linears)
 
 
+def _expert_weights(entries: Sequence[Entry]) -> tuple[ExpertWeights, ...]:
+    single: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    weights = []
+    for entry in entries:
+        if len(entry.shape) == 2 and (match := _ONE_EXPERT.fullmatch(entry.name)):
+            single[match[1], _LEAVES.get(match[2], "gate_up_proj")].append(entry)
+        elif len(entry.shape) == 3 and (match := _ALL_IN_ONE.fullmatch(entry.name)):
+            count, *sides = entry.shape
+            name = f"{match[1]}.{_LEAVES.get(match[2], 'gate_up_proj')}"
+            weights.append(ExpertWeights(name, count, sum(sides), math.prod(entry.shape)))
+    for (prefix, leaf), parts in single.items():
+        count = len({part.name.removeprefix(prefix).split(".")[1] for part in parts})
+        outputs = sum(part.shape[0] for part in parts) // count
+        total = sum(math.prod(part.shape) for part in parts)
+        weights.append(ExpertWeights(f"{prefix}.{leaf}", count, outputs + parts[0].shape[1], total))
+    return tuple(weights)
+
+
 @dataclass(frozen=True)
 class AdapterShape:
     """A LoRA adapter without its weights.
@@ -128,7 +180,7 @@ class AdapterShape:
         weight_count: weights in all matrices.
         matrices: the number of matrices, two per adapted layer.
         rank: of the matrices.
-        adapted: names of the linear layers that have an adapter.
+        adapted: names of the linear layers and of the experts' weights that have an adapter.
     """
 
     weight_count: int
@@ -137,22 +189,38 @@ class AdapterShape:
     adapted: frozenset[str]
 
     @classmethod
-    def of(cls, shape: ModelShape, rank: int, targets: Sequence[str]) -> AdapterShape:
+    def of(cls, shape: ModelShape, rank: int, targets: Sequence[str], parameters: Sequence[str] = ()) -> AdapterShape:
         """Return the adapter's shape for a model.
 
         Args:
             shape: the model's shape.
             rank: the LoRA rank.
             targets: the last parts of the linear layers' names, or ``["all-linear"]``.
+            parameters: the ends of names of experts' weights, or ``["all-experts"]``; [] for none.
         """
         all_linear = list(targets) == [_ALL_LINEAR]
-        chosen = [linear for linear in shape.linears if all_linear or linear.name.rpartition(".")[2] in targets]
+        chosen = [
+            linear
+            for linear in shape.linears
+            if (all_linear or linear.name.rpartition(".")[2] in targets)
+            and not (shape.experts and (_ONE_EXPERT.fullmatch(f"{linear.name}.weight") or _ROUTER.match(linear.name)))
+        ]
+        leaves = {parameter.rpartition(".")[2] for parameter in parameters}
+        experts = [each for each in shape.experts if _ALL_EXPERTS in leaves or each.name.rpartition(".")[2] in leaves]
         return cls(
-            weight_count=sum(rank * (linear.inputs + linear.outputs) for linear in chosen),
-            matrices=2 * len(chosen),
+            weight_count=sum(rank * (linear.inputs + linear.outputs) for linear in chosen)
+            + sum(each.experts * rank * each.sides for each in experts),
+            matrices=2 * (len(chosen) + len(experts)),
             rank=rank,
-            adapted=frozenset(linear.name for linear in chosen),
+            adapted=frozenset([*(linear.name for linear in chosen), *(each.name for each in experts)]),
         )
+
+    def share_of(self, shape: ModelShape) -> float:
+        """Return which share of the weights in a model's layers has an adapter, from 0 to 1."""
+        apart = [linear for linear in shape.linears if not _ONE_EXPERT.fullmatch(f"{linear.name}.weight")]
+        matrices: list[Linear | ExpertWeights] = [*apart, *shape.experts]
+        reached = sum(each.weight_count for each in matrices if each.name in self.adapted)
+        return reached / max(1, sum(each.weight_count for each in matrices))
 
     @property
     def file_bytes(self) -> int:

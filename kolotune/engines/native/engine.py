@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
-from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.errors import ConfigError, TrainingError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import child_process, local
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, ModelShape, read_shape
 
 from .. import events
-from ..engine import CalibrationGap, Engine, EnvironmentStatus
+from ..engine import CalibrationGap, Engine, EnvironmentStatus, ExpertChoice
 from ..events import Calibration
 from ..job import TrainJob
 from ..memory import SMALLEST_BATCH, BatchShape, Memory, MemoryGap, TrainingMemory
@@ -44,7 +44,13 @@ class NativeEngine:
         return ("torch", "transformers", *(("bitsandbytes",) if config.load_in_4bit else ()))
 
     def check(self, config: Config, base: Path) -> None:
-        """Accept everything: the engine has an answer to every option and architecture."""
+        """Refuse adapters on the experts of a model that has none.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if config.target_parameters not in (("auto",), ("none",)) and not read_shape(base).experts:
+            raise ConfigError("target-parameters: the base model has no experts", "Leave out --target-parameters.")
 
     def install(self, report: Callable[[str], None]) -> None:
         """Do nothing: the engine runs in kolotune's own environment."""
@@ -65,6 +71,31 @@ class NativeEngine:
             return config.sharding == "on"
         size = read_shape(base).weight_count * DTYPE_BYTES[config.dtype]
         return size * config.nproc > hardware.memory_for_processes(config.nproc) * _BASE_SHARE
+
+    def choose_experts(self, config: Config, base: Path) -> ExpertChoice | None:
+        """Choose to train them with all-linear, where they fit into memory; several machines choose the same."""
+        shape = read_shape(base)
+        if not shape.experts:
+            return None
+        options = (shape, config.lora_rank, config.target_modules)
+        without, adapter = AdapterShape.of(*options), AdapterShape.of(*options, ["all-experts"])
+        if list(config.target_modules) != ["all-linear"] or config.load_in_4bit:
+            return ExpertChoice(False, without.share_of(shape))
+        needed = (
+            config.nproc
+            * memory.transformers_training(
+                shape,
+                adapter,
+                SMALLEST_BATCH,
+                DTYPE_BYTES[config.dtype],
+                recompute=True,
+                keeps_best=config.early_stopping > 0,
+            ).own
+        )
+        free = hardware.memory_for_processes(config.nproc)
+        if config.nnodes > 1 or needed <= free:
+            return ExpertChoice(True, adapter.share_of(shape))
+        return ExpertChoice(False, without.share_of(shape), needed, free)
 
     def checkpoint_dtype(self, config: Config) -> str:
         return "fp32"
@@ -93,7 +124,7 @@ class NativeEngine:
             return TrainingMemory(None, gap=MemoryGap.FOUR_BIT)
         if hardware.best_device() != "cpu":
             return TrainingMemory(None, gap=MemoryGap.DEVICE, detail=hardware.best_device())
-        adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules)
+        adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules, config.target_parameters)
         dtype_bytes, keeps_best = DTYPE_BYTES[config.dtype], config.early_stopping > 0
         if self.is_sharded(config, base):
             recompute = True

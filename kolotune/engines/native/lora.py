@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from kolotune.foundation.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+
+
+class Adapter(Protocol):
+    """The two trained matrices of one layer, or of one weight of all experts (`expert_lora.LoraExpertWeight`)."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
 
 class LoraPair:
@@ -132,7 +140,7 @@ class FlatAdapters:
         parameter: fp32 ``[weights]``; its gradient is allocated at once.
     """
 
-    def __init__(self, adapters: Mapping[str, LoraPair | LoraLinear], order: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], order: Sequence[tuple[str, str]]) -> None:
         matrices = {f"{name}.{part}": getattr(adapters[name], part) for name, part in order}
         flat = torch.cat([each.detach().flatten() for each in matrices.values()])
         self.parameter = nn.Parameter(flat)
@@ -152,19 +160,28 @@ class FlatAdapters:
         return {name: flat[start : start + shape.numel()].view(shape) for name, (start, shape) in self._offsets.items()}
 
 
-def adapter_tensors(adapters: Mapping[str, LoraPair | LoraLinear]) -> dict[str, Tensor]:
-    """Return the adapters' weights under PEFT's names: A ``[rank, in]`` and B ``[out, rank]``, fp32, on the CPU."""
+def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Return the adapters' weights under PEFT's names and in its form, fp32, on the CPU.
+
+    Of a linear layer these are A ``[rank, in]`` and B ``[out, rank]``; of a weight of all experts, A ``[experts * rank,
+    in]``, expert by expert, and B ``[out, rank * experts]``, with the experts side by side for each rank.
+    """
     tensors = {}
     for name, adapter in adapters.items():
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(adapter, part).detach().to("cpu", copy=True).contiguous()
-            tensors[f"base_model.model.{name}.{part}.weight"] = weight
+        for part, weight in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
+            stored = weight.detach()
+            if weight.ndim == 3:
+                stored = stored.flatten(0, 1) if part == "lora_A" else stored.permute(1, 2, 0).flatten(1, 2)
+            tensors[f"base_model.model.{name}.{part}.weight"] = stored.to("cpu", copy=True).contiguous()
     return tensors
 
 
-def load_tensors(adapters: Mapping[str, LoraPair | LoraLinear], tensors: dict[str, Tensor]) -> None:
+def load_tensors(adapters: Mapping[str, Adapter], tensors: dict[str, Tensor]) -> None:
     """Load weights that `adapter_tensors` returned."""
     with torch.no_grad():
         for name, adapter in adapters.items():
-            for part in ("lora_A", "lora_B"):
-                getattr(adapter, part).copy_(tensors[f"base_model.model.{name}.{part}.weight"])
+            for part, weight in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
+                stored = tensors[f"base_model.model.{name}.{part}.weight"]
+                if weight.ndim == 3 and part == "lora_B":
+                    stored = stored.view(*weight.shape[1:], len(weight)).permute(2, 0, 1)
+                weight.copy_(stored.view(weight.shape) if part == "lora_A" else stored)

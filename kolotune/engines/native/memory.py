@@ -37,6 +37,8 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
     ranks = adapter.rank * sum(linear.name in adapter.adapted for linear in shape.first_layer)
     # The layer's input, the inputs of both norms, the sum between them, attention's output, gate, up and their product.
     per_token = 4 * shape.hidden_size + attention + 3 * shape.mlp_size + ranks
+    # Each expert of a token has its input and output, gate, up and their product.
+    per_token += shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.mlp_size + 2 * adapter.rank)
     heads = shape.attention_heads + 2 * shape.key_value_heads
     if not batch.padded:
         token_bytes = dtype_bytes * (per_token + heads * shape.head_size) + FP32_BYTES * (2 + shape.attention_heads)

@@ -18,7 +18,7 @@ from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 from ..job import TrainJob
 from ..memory import BatchShape
 from ..prepared_tokens import IGNORED, PreparedTokens
-from . import llama, lora, sharding, supported_models
+from . import expert_lora, llama, lora, sharding, supported_models
 from .kernels import build
 from .kernels.compiled_operations import CompiledOperations
 from .memory import transformers_activation_bytes
@@ -38,8 +38,8 @@ class TrainingModel(Protocol):
     """How many times memory ran out; each time halves the number of chats that are computed at once."""
 
     @property
-    def adapters(self) -> Mapping[str, lora.LoraPair | lora.LoraLinear]:
-        """Adapters by the full names of their layers, in the model's order."""
+    def adapters(self) -> Mapping[str, lora.Adapter]:
+        """Adapters by the full names of their layers, in the model's order; those of experts are the last."""
 
     @property
     def flat(self) -> lora.FlatAdapters:
@@ -156,14 +156,16 @@ class TransformersModel:
         self.model = sharding.without_weights(folder, _DTYPES[job.dtype]) if is_sharded else load_model(job, device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         torch.manual_seed(job.seed)
-        self.adapters = lora.add_adapters(
-            self.model, job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules
-        )
+        options = (job.lora_rank, job.lora_alpha, job.lora_dropout)
+        self.adapters: dict[str, lora.Adapter] = {
+            **lora.add_adapters(self.model, *options, job.target_modules),
+            **expert_lora.add_expert_adapters(self.model, *options, job.target_parameters),
+        }
         if is_sharded:
             trained = [part for each in self.adapters.values() for part in (each.lora_A, each.lora_B)]
             sharding.shard(self.model, folder, trained, device)
         self._shape, self._width, self._sharded = read_shape(folder), DTYPE_BYTES[job.dtype], is_sharded
-        self._adapter = AdapterShape.of(self._shape, job.lora_rank, job.target_modules)
+        self._adapter = AdapterShape.of(self._shape, job.lora_rank, job.target_modules, job.target_parameters)
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 

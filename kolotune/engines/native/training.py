@@ -16,7 +16,7 @@ from ..events import EvaluationDone, StepDone, TrainingBegins, TrainingEvent, Tr
 from ..job import TrainJob
 from ..metrics import MetricsWriter
 from ..prepared_tokens import epoch_steps
-from . import checkpointer, lora
+from . import checkpointer, expert_lora, lora
 from .checkpointer import TrainingState
 from .learning_rate import learning_rate_factor
 from .process_group import ProcessGroup
@@ -127,6 +127,7 @@ def _save(trainer: Trainer) -> None:
         rank=job.lora_rank,
         alpha=job.lora_alpha,
         dropout=job.lora_dropout,
+        parameters=expert_lora.target_parameters(trainer.adapters),
     )
 
 

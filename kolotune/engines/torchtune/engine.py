@@ -11,7 +11,7 @@ from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_shape import ModelShape
 
-from ..engine import CalibrationGap, Engine, EnvironmentStatus
+from ..engine import CalibrationGap, Engine, EnvironmentStatus, ExpertChoice
 from ..events import Calibration
 from ..job import TrainJob
 from ..memory import BatchShape, Memory, MemoryGap, TrainingMemory
@@ -54,6 +54,9 @@ class TorchtuneEngine:
 
     def is_sharded(self, config: Config, base: Path) -> bool:
         return config.nproc * config.nnodes > 1
+
+    def choose_experts(self, config: Config, base: Path) -> ExpertChoice | None:
+        return None
 
     def checkpoint_dtype(self, config: Config) -> str:
         return config.dtype

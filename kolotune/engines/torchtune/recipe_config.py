@@ -40,6 +40,10 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
             f"scheduler-type {settings.scheduler_type}: torchtune 0.6.1 only has the cosine schedule",
             f"Leave --scheduler-type out, {_OTHERWISE}",
         )
+    if settings.target_parameters not in ([], ("auto",), ("none",)):
+        raise ConfigError(
+            "target-parameters: torchtune's models have no experts", f"Leave --target-parameters out, {_OTHERWISE}"
+        )
     if settings.early_stopping:
         raise ConfigError(
             "early-stopping: torchtune trains all epochs and keeps the last",

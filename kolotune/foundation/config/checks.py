@@ -34,6 +34,9 @@ def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterat
         part, sign, key = str(entry).partition("=")
         if not sign or not key.strip() or part.strip().lower() not in RECORD_PARTS:
             yield f"map: {entry!r} is not of the form part=key; parts are {', '.join(RECORD_PARTS)}"
+    experts = _items(values, "target_parameters")
+    if len(experts) > 1 and {"auto", "none", "all-experts"} & set(map(str, experts)):
+        yield "target-parameters: auto, none and all-experts can't be combined with names"
     yield from _path_problems(values)
     if config is not None:
         yield from _conflicts(config, values)

@@ -277,6 +277,15 @@ class Config:
         kind=Kind.NAMES,
         stages="train",
     )
+    target_parameters: tuple[str, ...] = option(
+        ("auto",),
+        "Names of experts' weights that get an adapter, such as experts.down_proj; all-experts; none; auto: all, if "
+        "all-linear is trained and they fit into memory.",
+        Group.TRAINING,
+        kind=Kind.NAMES,
+        stages="train",
+        is_default_recorded=False,
+    )
     early_stopping: Annotated[int, Ge(0)] = option(
         0,
         "Stop if the held-out loss has not improved for this many epochs, and keep the best; 0: never.",
