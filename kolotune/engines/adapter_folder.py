@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ def save_adapter(
     alpha: float,
     dropout: float,
     parameters: Sequence[str] = (),
+    language_model: str = "",
 ) -> None:
     """Write a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all.
 
@@ -31,11 +33,14 @@ def save_adapter(
         base_name: the base model's name in the config.
         rank, alpha, dropout: of the training.
         parameters: PEFT's ``target_parameters``: the weights with updates of their own that are no module's only one.
+        language_model: the module inside of which they are, in a composite model; its other parts may have modules of
+            the same names.
     """
     from safetensors.torch import save_file
 
     wrapped = {"base_layer", *(name.split(".")[-2] for name in parameters)}
     modules = sorted({name.split(".")[-3] for name in tensors} - wrapped)
+    inside = f"{re.escape(language_model)}\\..+\\.({'|'.join(map(re.escape, modules))})"
     config = {
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -48,7 +53,7 @@ def save_adapter(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": modules,
+        "target_modules": inside if language_model else modules,
         **({"target_parameters": list(parameters)} if parameters else {}),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,

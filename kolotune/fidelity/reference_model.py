@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kolotune.foundation.errors import ArtifactError, SpaceError
 from kolotune.foundation.formatting import format_size
 from kolotune.weights.adapter import LoraAdapter, read_adapter
+from kolotune.weights.composite_models import language_module, model_class
 from kolotune.weights.lora_delta import Delta
 from kolotune.weights.mapped_tensors import MappedTensors
 from kolotune.weights.torch_tensors import TensorFiles
@@ -106,7 +107,8 @@ class WholeModel(_AdaptedModel):
 
     def __init__(self, folder: Path) -> None:
         try:
-            model, loading = _library.AutoModelForCausalLM.from_pretrained(
+            config = _library.AutoConfig.from_pretrained(folder, local_files_only=True)
+            model, loading = model_class(config).from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
@@ -171,15 +173,16 @@ class LayeredModel(_AdaptedModel):
 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model = _library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = model_class(config).from_config(config, dtype=torch.float32)
         self.model = model.eval()
         self._files = TensorFiles(weight_files(folder))
         self._adapter: LoraAdapter | None = None
         paths = {id(module): path for path, module in self.model.named_modules()}
         self._embedding = f"{paths[id(self.model.get_input_embeddings())]}.weight"
         self._head = f"{paths[id(self.model.get_output_embeddings())]}.weight"
-        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        layers = next((modules for modules in lists if len(modules) == config.num_hidden_layers), None)
+        lists = [module for module in language_module(model)[1].modules() if isinstance(module, nn.ModuleList)]
+        count = config.get_text_config().num_hidden_layers
+        layers = next((modules for modules in lists if len(modules) == count), None)
         names = [name for name, _ in self.model.named_parameters() if name != self._head]
         if layers is None or any(self._stored_name(name) is None for name in names):
             raise SpaceError(

@@ -106,6 +106,7 @@ def _traced(
 
     _forbid_values(LazyTorchTensor)
     model = model_class(folder, gguf.LlamaFileType(writer_form.FILE_TYPES[gguf_type]), header)
+    model = getattr(model, "impl", model)  # Mistral 3's class only hands on to another one
     modify = model.modify_tensors
     sources: dict[str, list[tuple[str, int | None]]] = {}
 
@@ -118,7 +119,7 @@ def _traced(
     model.modify_tensors = recording
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
-    if dict(model.model_tensors) != known or len(model.gguf_writer.tensors) != 1:
+    if dict(model.model_tensors) != known or len(model.gguf_writer.tensors) != 1 or not model.gguf_writer.tensors[0]:
         raise NoPlanError("the converter changes the list of tensors")
     names = _names_by_offset(folder)
     positions = {name: _position(load(), LazyTorchTensor) for name, load in known.items()}

@@ -25,6 +25,7 @@ from kolotune.run_folder.layout import TRAIN_TOKENS
 from kolotune.run_folder.memory_backoff import read_memory_backoff, write_memory_backoff
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local, memory_kills
+from kolotune.weights import composite_models
 
 NAME = "train"
 DOING = "training the adapter"
@@ -50,6 +51,7 @@ def packages() -> Sequence[str]:
 def preflight(context: Context, reporter: Reporter) -> None:
     """Check that the engine can train as configured, and install it where that is needed."""
     check(context)
+    composite_models.check(context.base)
     get_engine(context.config.engine).install(reporter.doing)
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _STORED_AS = {"f16": "F16", "bf16": "BF16", "fp32": "F32"}
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What a composite model's other parts read their inputs by."""
 _LARGEST_F16 = 65504.0
 _NO_ADAPTER = LoraAdapter(AdapterConfig(rank=1))
 
@@ -252,7 +254,7 @@ def _rows(tensor: np.ndarray, rows: slice) -> np.ndarray:
 def companion_files(base: Path, tokenizer: Path) -> dict[str, Path]:
     """Return the files that go with a merged model's weights and config, by name: mainly the tokenizer's."""
     files = {}
-    for name in ("generation_config.json", *TOKENIZER_FILES):
+    for name in ("generation_config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES):
         source = next((folder / name for folder in (tokenizer, base) if (folder / name).is_file()), None)
         if source is not None:
             files[name] = source

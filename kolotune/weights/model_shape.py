@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .model_config import read_model_config
+from kolotune.foundation.errors import ModelError
+
+from .composite_models import language_shapes
+from .model_config import ModelConfig, read_model_config
 from .safetensors_header import Entry, read_header
 from .weight_files import weight_files
 
@@ -129,9 +132,10 @@ def read_shape(folder: Path) -> ModelShape:
     entries: list[Entry] = []
     for path in weight_files(folder):
         entries += read_header(path).entries
+    language = _language_weights(entries, config)
     return ModelShape(
         entries=tuple(entries),
-        linears=_linears_in_layers(entries),
+        linears=_linears_in_layers([entry for entry in entries if entry.name in language]),
         layers=config.layers,
         hidden_size=config.hidden_size,
         attention_heads=config.attention_heads,
@@ -141,6 +145,15 @@ def read_shape(folder: Path) -> ModelShape:
         tied=not any(entry.name.endswith("lm_head.weight") for entry in entries),
         experts_per_token=config.integer("num_experts_per_tok", "num_experts_per_token") or 0,
     )
+
+
+def _language_weights(entries: Sequence[Entry], config: ModelConfig) -> Collection[str]:
+    """Return the names of the language model's weights; of all weights where it can't be found."""
+    shapes = {entry.name: entry.shape for entry in entries}
+    try:
+        return language_shapes(shapes, config)
+    except ModelError:
+        return shapes
 
 
 def _linears_in_layers(entries: Sequence[Entry]) -> tuple[Linear, ...]:
@@ -206,13 +219,15 @@ class AdapterShape:
             and not (shape.experts and (_ONE_EXPERT.fullmatch(f"{linear.name}.weight") or _ROUTER.match(linear.name)))
         ]
         leaves = {parameter.rpartition(".")[2] for parameter in parameters}
-        experts = [each for each in shape.experts if _ALL_EXPERTS in leaves or each.name.rpartition(".")[2] in leaves]
+        experts = [
+            weight for weight in shape.experts if _ALL_EXPERTS in leaves or weight.name.rpartition(".")[2] in leaves
+        ]
         return cls(
             weight_count=sum(rank * (linear.inputs + linear.outputs) for linear in chosen)
-            + sum(each.experts * rank * each.sides for each in experts),
+            + sum(weight.experts * rank * weight.sides for weight in experts),
             matrices=2 * (len(chosen) + len(experts)),
             rank=rank,
-            adapted=frozenset([*(linear.name for linear in chosen), *(each.name for each in experts)]),
+            adapted=frozenset([*(linear.name for linear in chosen), *(weight.name for weight in experts)]),
         )
 
     def share_of(self, shape: ModelShape) -> float:

@@ -8,13 +8,14 @@ as large as the experts, are never computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kolotune.foundation.errors import ConfigError
+from kolotune.weights.composite_models import language_module
 
 ALL_EXPERTS = "all-experts"
 _MARKS = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
@@ -113,8 +114,8 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
         return ()
     parameters = dict(module.named_parameters(recurse=False))
     names = ("gate_up_proj" if getattr(module, "has_gate") else "up_proj", "down_proj")  # noqa: B009
-    found = [parameters.get(name) for name in names]
-    fits = all(each is not None and each.ndim == 3 and each.is_floating_point() for each in found)
+    weights = [parameters.get(name) for name in names]
+    fits = all(weight is not None and weight.ndim == 3 and weight.is_floating_point() for weight in weights)
     return names if fits else ()
 
 
@@ -135,17 +136,15 @@ def add_expert_adapters(
     Raises:
         ConfigError: a target is no weight of experts.
     """
-    found = {name: module for name, module in model.named_modules() if targets and weights_of(module)}
-    known = {f"{name}.{weight}" for name, module in found.items() for weight in weights_of(module)}
-    unknown = [each for each in targets if each != ALL_EXPERTS and not any(_is_end(each, name) for name in known)]
-    if unknown:
-        endings = sorted({".".join(name.split(".")[-2:]) for name in known})
-        raise ConfigError(
-            f"target-parameters: this model has no experts' weight {', '.join(unknown)}",
-            f"Its experts' weights are: {', '.join(endings)}." if endings else "Leave out --target-parameters.",
-        )
+    prefix, language = language_module(model)
+    modules = {
+        ".".join(filter(None, (prefix, name))): module
+        for name, module in language.named_modules()
+        if targets and weights_of(module)
+    }
+    _check(targets, {f"{name}.{weight}" for name, module in modules.items() for weight in weights_of(module)})
     adapters = {}
-    for name, module in found.items():
+    for name, module in modules.items():
         updates = {
             weight: LoraExpertWeight(
                 getattr(module, weight),
@@ -156,13 +155,28 @@ def add_expert_adapters(
                 dropout,
             )
             for weight in weights_of(module)
-            if any(each == ALL_EXPERTS or _is_end(each, f"{name}.{weight}") for each in targets)
+            if any(target == ALL_EXPERTS or _is_end(target, f"{name}.{weight}") for target in targets)
         }
         for depth, update in enumerate(reversed(updates.values())):
             adapters[name + depth * ".base_layer"] = update
         if updates:
             model.set_submodule(name, LoraExperts(module, updates))
     return adapters
+
+
+def _check(targets: Sequence[str], weights: Collection[str]) -> None:
+    """Check that each target is the end of the name of a weight.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    unknown = [name for name in targets if name != ALL_EXPERTS and not any(_is_end(name, known) for known in weights)]
+    if unknown:
+        endings = sorted({".".join(name.split(".")[-2:]) for name in weights})
+        raise ConfigError(
+            f"target-parameters: this model has no experts' weight {', '.join(unknown)}",
+            f"Its experts' weights are: {', '.join(endings)}." if endings else "Leave out --target-parameters.",
+        )
 
 
 def target_parameters(adapters: Mapping[str, object]) -> list[str]:

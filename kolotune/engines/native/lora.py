@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kolotune.foundation.errors import ConfigError
+from kolotune.weights.composite_models import language_module
 
 ALL_LINEAR = "all-linear"
 
@@ -93,8 +94,11 @@ def add_adapters(
     model.requires_grad_(False)
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
+    prefix, language = language_module(model) if hasattr(model, "get_decoder") else ("", model)
     linear = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+        ".".join(filter(None, (prefix, name))): layer
+        for name, layer in language.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head and not _is_more(layer)
     }
     leaves = target_leaves({name.rpartition(".")[2] for name in linear}, targets)
     adapters = {}
@@ -108,6 +112,11 @@ def add_adapters(
             "base-model: it has no linear layer that could get an adapter", "Choose a different --base-model."
         )
     return adapters
+
+
+def _is_more(layer: nn.Linear) -> bool:
+    """Whether it is a class of a model's own, such as a router that returns more than the product."""
+    return type(layer).__module__.startswith("transformers.models.")
 
 
 def target_leaves(leaves: set[str], targets: Sequence[str]) -> set[str]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from kolotune.foundation import hardware
 from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.installation import install_command
+from kolotune.weights.composite_models import is_composite, language_module, model_class
+from kolotune.weights.model_config import read_model_config
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
 from ..job import TrainJob
@@ -44,6 +46,10 @@ class TrainingModel(Protocol):
     @property
     def flat(self) -> lora.FlatAdapters:
         """The adapters' matrices as one flat tensor."""
+
+    @property
+    def language_model(self) -> str:
+        """The name of the module that is trained, in a composite model; "" where it is the whole model."""
 
     @property
     def kernels(self) -> str:
@@ -85,6 +91,8 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
 
 class PackedModel:
     """Models of the Llama family on the CPU; see `decoder`."""
+
+    language_model = ""
 
     def __init__(self, job: TrainJob) -> None:
         torch.manual_seed(job.seed)
@@ -154,7 +162,10 @@ class TransformersModel:
         folder = Path(job.base_model)
         is_sharded = job.sharded
         self.model = sharding.without_weights(folder, _DTYPES[job.dtype]) if is_sharded else load_model(job, device)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        arguments = inspect.signature(self.model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in arguments
+        self._says_what_is_text = "token_type_ids" in arguments and is_composite(read_model_config(folder))
+        self.language_model = language_module(self.model)[0]
         torch.manual_seed(job.seed)
         options = (job.lora_rank, job.lora_alpha, job.lora_dropout)
         self.adapters: dict[str, lora.Adapter] = {
@@ -214,6 +225,8 @@ class TransformersModel:
         """Return the weighted, summed cross-entropy, fp32 ``[]``; logits are computed only where a label is next."""
         batch = pad_batch(tokens, group).to(self._device)
         kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
+        if self._says_what_is_text:
+            kept["token_type_ids"] = torch.zeros_like(batch.ids)  # Gemma 3 asks for it in training
         logits: Tensor = self.model(input_ids=batch.ids, use_cache=False, **kept).logits
         if not self._keeps_logits:
             logits = logits[:, batch.positions]
@@ -230,7 +243,7 @@ def load_model(job: TrainJob, device: str) -> nn.Module:
     Raises:
         TrainingError: transformers can't load it, or bitsandbytes is missing.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
     dtype = _DTYPES[job.dtype]
     options: dict[str, Any] = {"dtype": dtype}
@@ -239,7 +252,8 @@ def load_model(job: TrainJob, device: str) -> nn.Module:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(job.base_model, local_files_only=True, trust_remote_code=False)
+        model: Any = model_class(config).from_pretrained(
             job.base_model, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
         )
     except ImportError as error:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kolotune.foundation.errors import TrainingError
+from kolotune.weights.composite_models import model_class
 from kolotune.weights.weight_files import weight_files
 
 _ROWS = 8192  # rows of a matrix that are in memory twice while they are read or multiplied
@@ -27,13 +28,12 @@ def without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
         TrainingError: transformers can't create it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    auto: Any = AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: nn.Module = model_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise TrainingError(f"the base model can't be created: {str(error).splitlines()[0]}") from error
     _tie(model)

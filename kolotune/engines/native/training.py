@@ -127,6 +127,7 @@ def _save(trainer: Trainer) -> None:
         rank=job.lora_rank,
         alpha=job.lora_alpha,
         dropout=job.lora_dropout,
+        language_model=trainer.model.language_model,
         parameters=expert_lora.target_parameters(trainer.adapters),
     )
 
