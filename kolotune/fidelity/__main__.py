@@ -1,4 +1,7 @@
-"""``python -m kolotune.fidelity models|gguf TASK``: measure in a child process, so that its memory is given back."""
+"""``python -m kolotune.fidelity models|gguf|computation TASK``: measure in a child process.
+
+Its memory is given back when it ends, and llama.cpp may end it.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,10 @@ def _measure(kind: str, file: Path) -> None:
         from . import measure_models
 
         measure_models.measure(file)
+    elif kind == "computation":
+        from . import computation_proof
+
+        computation_proof.measure(file)
     else:
         from . import measure_gguf
 

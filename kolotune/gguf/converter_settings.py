@@ -33,13 +33,30 @@ def _always(value: object) -> Callable[[JsonObject], object]:
     return lambda _: value
 
 
+def _head_size(settings: JsonObject) -> object:
+    hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+
+
+def _falcon_heads(settings: JsonObject) -> object:
+    """Return 1 for Falcons with one key head, for which transformers has the number of query heads in its settings."""
+    if settings.get("multi_query") and not settings.get("new_decoder_architecture"):
+        return 1
+    return settings.get("num_kv_heads")
+
+
 # Settings that files saved by transformers 5 lack, by the type of the model.
 _DERIVED: Mapping[str, Mapping[str, Callable[[JsonObject], object]]] = {
     "cohere2": {"rotary_pct": _rotary("partial_rotary_factor", 1.0)},
     "deepseek_v3": {"scoring_func": _always("sigmoid")},
+    "falcon": {"num_kv_heads": _falcon_heads},
+    "falcon_h1": {"head_dim": _head_size},
     "gpt2": {"n_ctx": _named("n_positions", "max_position_embeddings")},
     "gpt_neox": {"rotary_pct": _rotary("partial_rotary_factor", 0.25)},
 }
+
+
+_CORRECTED = frozenset({"num_kv_heads"})
 
 
 def read_settings(folder: Path, read: Callable[[], JsonObject]) -> JsonObject:
@@ -54,7 +71,7 @@ def read_settings(folder: Path, read: Callable[[], JsonObject]) -> JsonObject:
         return read()
     settings = _with_file(read(), typed_storage.read_object(path))
     for name, derive in _DERIVED.get(str(settings.get("model_type")), {}).items():
-        if settings.get(name) is None and (value := derive(settings)) is not None:
+        if (settings.get(name) is None or name in _CORRECTED) and (value := derive(settings)) is not None:
             settings[name] = value
     return settings
 

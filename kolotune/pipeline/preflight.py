@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kolotune.fidelity import prompt_gate
+from kolotune.fidelity import computation_gate, prompt_gate
 from kolotune.foundation.reporter import Reporter
 from kolotune.planning import fit
 from kolotune.planning.workload import Workload, describe_workload, read_workload
 from kolotune.run_folder.stage import Context, Stage
-from kolotune.stages import modelfile, prepare, train
+from kolotune.stages import convert, modelfile, prepare, quantize, train
 
 
 def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) -> None:
@@ -22,6 +22,8 @@ def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) 
         check_capacity([train], context)  # takes no time, so it comes first
     for stage in stages:
         stage.preflight(context, reporter)
+    if train in stages and (convert in stages or quantize in stages):
+        computation_gate.check_computation(context, reporter)
     if prepare in stages:
         _check_prompts(stages, context, reporter, is_prepared=False)
     if stages:

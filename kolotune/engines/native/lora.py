@@ -68,6 +68,22 @@ class LoraLinear(nn.Module):
         device = torch.device("cpu") if base.weight.is_meta else base.weight.device
         self.lora_A, self.lora_B = _new_matrices(base.in_features, base.out_features, rank, device)
 
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight ``[out, in]``, for code that reads it instead of calling the layer, as Mamba's does.
+
+        Weights of 4 bits are returned as they are.
+        """
+        weight = self.base.weight
+        if not weight.is_floating_point():
+            return weight
+        return torch.add(weight, (self.lora_B @ self.lora_A).to(weight.dtype), alpha=self.scale)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] → [..., out]`` in x's dtype."""
         low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))

@@ -131,3 +131,12 @@ def test_tensors_survive_a_round_trip(tiny_model: Callable[..., Any]) -> None:
     with torch.no_grad():
         next(iter(other.values())).lora_A.zero_()
     assert all(torch.equal(loaded[name], each) for name, each in tensors.items())
+
+
+def test_code_that_reads_the_weight_gets_the_adapted_one() -> None:
+    layer = lora.LoraLinear(nn.Linear(6, 5), rank=2, alpha=3.0, dropout=0.0)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+    layer.weight.sum().backward()  # type: ignore[no-untyped-call]
+    assert layer.lora_A.grad is not None and layer.lora_A.grad.abs().max() > 0

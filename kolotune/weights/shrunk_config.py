@@ -1,0 +1,146 @@
+"""Shrink a model's ``config.json``: the same architecture with the same rules and few weights.
+
+Kept are the number of layers and what each is, the width of attention heads, the rotary embedding, activations,
+factors and switches. Widths shrink in proportion; heads, experts, tokens and windows become few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeGuard
+
+from kolotune.foundation.typed_storage import JsonObject
+
+VOCABULARY = 512
+"""Tokens of a shrunk model."""
+WINDOW = 24
+"""Tokens that a layer with a sliding window, chunks or dynamic scaling sees in a shrunk model."""
+
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+_WIDTHS = frozenset(
+    {
+        "block_ff_dim",
+        "dense_intermediate_size",
+        "dim_model_base",
+        "ffn_hidden_size",
+        "hidden_size_per_layer_input",
+        "index_n_heads",
+        "intermediate_size",
+        "intermediate_size_mlp",
+        "kv_lora_rank",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "mamba_d_ssm",
+        "mamba_dt_rank",
+        "mamba_n_heads",
+        "mamba_num_heads",
+        "mlp_hidden_size",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "n_inner",
+        "num_heads",
+        "o_lora_rank",
+        "q_lora_rank",
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "time_step_rank",
+    }
+)
+_WINDOWS = frozenset({"sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "local_window"})
+_IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"})
+_MOST = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "top_k", "moe_topk", "moe_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "n_groups", "mamba_n_groups"), 2),
+    "topk_group": 1,
+    "index_topk": 16,
+}
+_SMALL_HIDDEN = 128
+_MOST_WIDTH = 256
+_STEP = 16  # kernels ask for widths of whole vectors
+
+
+def reach(config: Mapping[str, object]) -> int | None:
+    """Return the number of tokens up to which a window or the dynamic scaling of a model changes nothing, if any.
+
+    In a shrunk model that is `WINDOW`.
+    """
+    lengths = [value for name, value in config.items() if name in _WINDOWS and _is_integer(value) and value > 0]
+    if _has_dynamic_scaling(config) and _is_integer(longest := config.get("max_position_embeddings")):
+        lengths.append(longest)
+    return min(lengths, default=None)
+
+
+def shrink(config: Mapping[str, object]) -> JsonObject:
+    """Return the config of a tiny model of the same architecture.
+
+    Args:
+        config: of a language model, as in its file; not of a composite model.
+    """
+    hidden, heads = _integer(config, _HIDDEN), _integer(config, _HEADS)
+    factor = 1.0
+    shrunk: JsonObject = {name: value for name, value in config.items() if name not in _IRRELEVANT}
+    if hidden and heads:
+        few, own_size = _few_heads(config, heads), _integer(config, ("head_dim",))
+        factor = few / heads if own_size in (None, hidden // heads) else _SMALL_HIDDEN / hidden
+        keys = _integer(config, _KEY_HEADS)
+        for name in _HEADS:
+            _replace(shrunk, name, few)
+        for name in _KEY_HEADS:
+            _replace(shrunk, name, few if keys == heads else max(1, few // 2) if keys != 1 else 1)
+    elif hidden:
+        factor = _SMALL_HIDDEN / hidden
+    for name in _HIDDEN:
+        _replace(shrunk, name, round((hidden or 0) * factor))
+    for name, value in list(shrunk.items()):
+        if name in _WIDTHS:
+            shrunk[name] = _scaled(value, factor, 1 if name.endswith("heads") else _STEP)
+        elif (name in _WINDOWS and _is_integer(value) and value > 0) or (
+            name == "max_position_embeddings" and _has_dynamic_scaling(config)
+        ):
+            shrunk[name] = WINDOW
+        elif name in _MOST and _is_integer(value):
+            shrunk[name] = min(value, _MOST[name])
+        elif name.startswith("vocab_size"):
+            shrunk[name] = VOCABULARY
+        elif name.endswith("_token_id"):
+            shrunk[name] = 1 if value is not None else None
+    return shrunk
+
+
+def _has_dynamic_scaling(config: Mapping[str, object]) -> bool:
+    sections = (config.get(name) for name in ("rope_parameters", "rope_scaling"))
+    return any(
+        isinstance(section, dict) and "dynamic" in (section.get("rope_type"), section.get("type"))
+        for section in sections
+    )
+
+
+def _few_heads(config: Mapping[str, object], heads: int) -> int:
+    keys = _integer(config, _KEY_HEADS) or heads
+    return min(heads, 2 if keys in (1, heads) else 4)
+
+
+def _scaled(value: object, factor: float, step: int) -> object:
+    if isinstance(value, list):
+        return [_scaled(item, factor, step) for item in value]
+    if not _is_integer(value) or value <= 0:
+        return value
+    scaled = max(1, min(_MOST_WIDTH, math.ceil(value * factor)))
+    return -(-scaled // step) * step
+
+
+def _replace(config: JsonObject, name: str, value: int) -> None:
+    if _is_integer(config.get(name)):
+        config[name] = value
+
+
+def _integer(config: Mapping[str, object], names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if _is_integer(value := config.get(name))), None)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

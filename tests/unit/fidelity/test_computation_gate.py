@@ -1,0 +1,128 @@
+"""Before training: whether llama.cpp computes an architecture as transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kolotune.fidelity import computation_gate
+from kolotune.fidelity.computation_gate import Verdict, check_computation, describe, judge
+from kolotune.fidelity.computation_proof import ComputationProof, Obstacle
+from kolotune.foundation import config as configs
+from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.reporter import PlainReporter
+from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.stage import Context
+from kolotune.weights.model_config import ModelConfig
+
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "sliding_window": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+LLAMA = {**MISTRAL, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "sliding_window": None}
+Make = Callable[..., Context]
+
+
+class Messages(PlainReporter):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run of a base model that has settings only: ``make(settings, **options)``."""
+
+    def context(settings: dict[str, Any], **options: object) -> Context:
+        base = tmp_path / "base"
+        base.mkdir(exist_ok=True)
+        (base / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        values = {"base_model": str(base), "output_dir": tmp_path / "run", "train_data": tmp_path / "c.jsonl"}
+        config = configs.resolve(({**values, **options}, "test", tmp_path))
+        return Context(config, RunFolder(tmp_path / "run"), base)
+
+    return context
+
+
+@pytest.mark.parametrize(
+    ("proof", "verdict"),
+    [
+        (ComputationProof(1e-8, 1e-8), Verdict.EQUAL),
+        (ComputationProof(0.3, 1e-8), Verdict.LONG_CHATS),
+        (ComputationProof(1e-4, 1e-4), Verdict.NEARLY),
+        (ComputationProof(0.3, 0.2), Verdict.DIFFERENT),
+        (ComputationProof(obstacle=Obstacle.LLAMACPP, reason="why"), Verdict.NOT_COMPUTED),
+        (ComputationProof(obstacle=Obstacle.CONVERTER, reason="why"), Verdict.NOT_COMPARED),
+    ],
+    ids=lambda value: value.name if isinstance(value, Verdict) else "",
+)
+def test_verdicts(proof: ComputationProof, verdict: Verdict) -> None:
+    config = ModelConfig(Path("config.json"), MISTRAL)
+    assert judge(proof, config) is verdict
+    sentence = describe(proof, config)
+    assert bool(sentence) == (verdict is not Verdict.EQUAL)
+    assert ("1024" in sentence) == (verdict is Verdict.LONG_CHATS)
+
+
+def test_without_a_window_all_lengths_differ() -> None:
+    assert judge(ComputationProof(0.3, 1e-8), ModelConfig(Path("config.json"), LLAMA)) is Verdict.DIFFERENT
+
+
+def test_llama_is_equal_and_asked_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, messages = make(LLAMA), Messages()
+    check_computation(context, messages)
+    monkeypatch.setattr(computation_gate, "_run", None)
+    check_computation(context, messages)
+    assert not messages.warnings and not messages.notes
+
+
+def test_a_window_that_llamacpp_has_not_is_warned_of_with_its_length(make: Make) -> None:
+    messages = Messages()
+    check_computation(make(MISTRAL, max_seq_length=2048), messages)
+    assert len(messages.warnings) == 1 and "1024 tokens" in messages.warnings[0]
+    check_computation(make(MISTRAL, max_seq_length=1024), messages)
+    assert len(messages.warnings) == 1, "no chat is longer"
+
+
+def test_what_differs_is_refused_before_training(make: Make) -> None:
+    moe = {
+        **{name: value for name, value in LLAMA.items() if name != "intermediate_size"},
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+    }
+    with pytest.raises(ToolchainError) as refused:
+        check_computation(make(moe), Messages())
+    assert "Qwen3Moe" in refused.value.cause and "--no-compare" in refused.value.hint
+    check_computation(make(moe, compare=False), Messages())
+
+
+def test_what_transformers_does_not_know_is_not_compared(make: Make) -> None:
+    messages = Messages()
+    check_computation(make({**LLAMA, "model_type": "unheard-of"}), messages)
+    assert len(messages.notes) == 1 and not messages.warnings
