@@ -11,9 +11,11 @@ from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 
-_CHECKS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "ends", "verdict")
+_CHECKS = ("what", "size", "prompts", "top-1", "KL mean", "KL 99%", "loss", "gain kept", "ends", "verdict")
 _PATHS = ("GGUF", "prompts rendered by", "the newest Ollama's way", "prompts", "kinds of chats")
-_QUANTIZATIONS = ("quantization", "size", "loss", "KL mean", "top-1", "importance matrix", "kept")
+_QUANTIZATIONS = (
+    "quantization", "size", "loss", "gain kept", "change kept", "KL mean", "top-1", "importance matrix", "kept"
+)  # fmt: skip
 
 
 @contextmanager
@@ -42,6 +44,11 @@ def show(comparison: Comparison, reporter: Reporter) -> None:
     if len(comparison.quantizations) > 1:
         cells = [_quantization_cells(figures) for figures in comparison.quantizations]
         reporter.table("Quantizations, smallest first", _QUANTIZATIONS, cells)
+    if any(figures.matrices for figures in comparison.quantizations):
+        reporter.note(
+            "gain kept: share of what training gained, by the loss; change kept: share of the adapter's change that is "
+            "left in the matrices, on average"
+        )
     if comparison.recommended:
         reporter.note(f"recommended: {comparison.recommended}, {comparison.recommended_because}")
     for name in comparison.not_kept:
@@ -65,6 +72,7 @@ def _check_cells(check: StageCheck) -> tuple[str, ...]:
         _format(check.kl_mean, ".1e"),
         _format(check.kl_p99, ".1e"),
         _format(check.loss, ".4f"),
+        _share(check.gain_kept, check.gain_kept_error),
         str(check.stops),
         "ok" if check.passed else "FAILED",
     )
@@ -80,11 +88,19 @@ def _quantization_cells(figures: QuantizationFigures) -> tuple[str, ...]:
         figures.name,
         format_size(figures.size_bytes),
         f"{figures.loss:.4f}",
+        _share(figures.gain_kept, figures.gain_kept_error),
+        _format(figures.change_kept, ".0%"),
         f"{figures.kl_mean:.1e}",
         f"{figures.top1_agreement:.1%}",
         "yes" if figures.importance_matrix else "no",
         "yes" if figures.kept else "no",
     )
+
+
+def _share(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if error is None else f"{value:.1%} ± {error:.1%}"
 
 
 def _format(value: float | None, specification: str) -> str:

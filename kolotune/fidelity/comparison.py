@@ -30,6 +30,22 @@ class Count:
 
 
 @dataclass(frozen=True)
+class MatrixSurvival:
+    """How much of the adapter's change is left in one matrix of a GGUF.
+
+    Attributes:
+        tensor: its name in the GGUF.
+        type: of its blocks, such as "Q4_K".
+        change_kept: projection of (what is in the file - the base) onto the adapter's change, weighed by the inputs of
+            the compared chats: 1 is all of it, 0 is the base.
+    """
+
+    tensor: str
+    type: str
+    change_kept: float
+
+
+@dataclass(frozen=True)
 class StageCheck:
     """One artifact of the pipeline, compared with the one before it.
 
@@ -44,9 +60,12 @@ class StageCheck:
             measured.
         kl_mean, kl_p99: mean and 99th percentile of the divergence at answer positions; None: not measured.
         loss: on the compared chats; None: not measured.
+        gain_kept: share of what training gained that is left, (loss of the base - loss) / (loss of the base - loss of
+            the tuned model); None: not measured, or training gained nothing that stands out.
+        gain_kept_error: its standard error over the chats; None: one chat.
         stops: ends of answers where the end token is the most likely one, of those where it is in the reference. For
             what is served: answers that end, of those that end in the reference.
-        bounds: the bound of each figure that has one, as {"kl_mean": 0.0001}.
+        bounds: the bound of each figure that has one, as {"kl_mean": 0.0001}; `gain_kept` has to reach its own.
         failed: a sentence for each defect; empty when there is none.
     """
 
@@ -63,6 +82,8 @@ class StageCheck:
     stops: Count = Count(0, 0)
     bounds: dict[str, float] = dataclasses.field(default_factory=dict)
     failed: tuple[str, ...] = ()
+    gain_kept: float | None = None
+    gain_kept_error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -123,9 +144,10 @@ class QuantizationFigures:
     Attributes:
         name: as "Q4_K_M".
         size_bytes: of the GGUF.
-        loss, kl_mean, top1_agreement: see `StageCheck`.
+        loss, kl_mean, top1_agreement, gain_kept, gain_kept_error: see `StageCheck`.
         importance_matrix: it was made with an importance matrix.
         kept: the run has it; otherwise it was made only to be measured, and deleted.
+        matrices: how much of the adapter's change is left in each; () where that was not measured.
     """
 
     name: str
@@ -135,6 +157,15 @@ class QuantizationFigures:
     top1_agreement: float
     importance_matrix: bool = False
     kept: bool = True
+    gain_kept: float | None = None
+    gain_kept_error: float | None = None
+    matrices: tuple[MatrixSurvival, ...] = ()
+
+    @property
+    def change_kept(self) -> float | None:
+        """The mean of its matrices; None where that was not measured."""
+        kept = [matrix.change_kept for matrix in self.matrices]
+        return sum(kept) / len(kept) if kept else None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class DefectKind(StrEnum):
     VOCABULARY_MOVED = "vocabulary-moved"
     END_TOKEN_DIFFERS = "end-token-differs"
     OVER_BOUND = "over-bound"
+    GAIN_LOST = "gain-lost"
+    GAIN_LOST_HERE = "gain-lost-here"
     ENDS_MISSED = "ends-missed"
     MODELFILE_UNREADABLE = "modelfile-unreadable"
     FROM_DIFFERS = "from-differs"
@@ -93,6 +95,11 @@ _DEFECTS = {
     DefectKind.VOCABULARY_MOVED: "vocabulary entry {piece!r} is token {index}, but was token {expected} in training",
     DefectKind.END_TOKEN_DIFFERS: "its answers end with {token!r}, but ended with {expected!r} in training",
     DefectKind.OVER_BOUND: "{figure} {value:.2g} exceeds its bound of {bound:.2g}",
+    DefectKind.GAIN_LOST: "it keeps {kept:.0%} of what training gained, less than the {bound:.0%} that are required",
+    DefectKind.GAIN_LOST_HERE: (
+        "it keeps {kept:.0%} of what training gained, less than the {bound:.0%} that are required; "
+        "{keeping} keeps {keeping_kept:.0%}"
+    ),
     DefectKind.ENDS_MISSED: "only {count} of {of} answers end where they should",
     DefectKind.MODELFILE_UNREADABLE: "{reason}",
     DefectKind.FROM_DIFFERS: "FROM names {path}, not {expected}",

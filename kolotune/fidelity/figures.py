@@ -28,13 +28,13 @@ def compute_figures(
     """
     apart = divergence.between(before, after)
     by_chat = list(split(after, reference.chats))
-    loss = sum(loss_of(array, chat) for array, chat in by_chat) / sum(reference.labels)
+    losses = [loss_of(array, chat) for array, chat in by_chat]
     stops = 0
     for number, end in reference.stops:
         array, chat = by_chat[number]
         stops += int(array[end].argmax()) == chat.ids[chat.positions[end] + 1]
     return Figures(
-        loss=loss,
+        loss=sum(losses) / sum(reference.labels),
         top1_agreement=apart.top1_agreement,
         kl_mean=apart.kl_mean,
         kl_p99=apart.kl_p99,
@@ -42,4 +42,5 @@ def compute_figures(
         prompts_equal=prompts.equal,
         prompts=prompts.of,
         defects=[*prompts.defects, *defects],
+        chat_losses=losses,
     )

@@ -15,6 +15,7 @@ from .compared_prompts import compare_prompts
 from .comparison import ComparedAnswer, Comparison, Count, Failure, PathCheck, QuantizationFigures, StageCheck
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
+from .gain import GAIN_KEPT, GainKept, gain_kept, smallest_that_keeps
 from .likely_cause import Cause, describe_cause, likely_cause
 from .prompt_proof import Outcome, PromptResult
 from .recommendation import describe_recommendation, recommend
@@ -24,13 +25,11 @@ _MERGED_KL = {"f16": 1e-4, "fp32": 1e-4, "bf16": 1e-2}
 _F16_KL = 1e-3
 # Mean KL to the unquantized GGUF, by the bits that a quantization's name begins with; fewer bits have no bound.
 _QUANTIZED_KL = {"BF": 1e-2, "Q8": 2e-2, "Q6": 0.06, "Q5": 0.12, "Q4": 0.4, "IQ4": 0.4, "MXFP4": 0.4, "Q3": 1.0}
-_FIGURES = {"kl_mean": "mean KL", "loss": "loss"}
+_GAIN = "gain_kept"  # as the bound of a check is named
 _ENDS_MISSED = 0.1  # share of the ends that may be missed
 _LOSS_APART = 0.01  # from what training measured: it computes in bf16 where that is fast
 _LOSS_APART_4BIT = 0.1
 _STANDARD_ERRORS = 4.0
-_LOSS_KEPT = 0.5  # share of what training gained that a quantization has to keep
-_NOTABLE_GAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,11 @@ def _quantizations(evidence: Evidence) -> Iterator[QuantizationFigures]:
         if figures.defects or size is None or loss is None or kl_mean is None or agreement is None:
             continue
         with_matrix = name in evidence.with_matrix
-        yield QuantizationFigures(name, size, loss, kl_mean, agreement, with_matrix, is_kept)
+        gain = gain_kept(evidence.reference, figures)
+        yield QuantizationFigures(
+            name, size, loss, kl_mean, agreement, with_matrix, is_kept, gain.share if gain else None,
+            gain.error if gain else None, tuple(figures.survival),
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- checks
@@ -142,7 +145,7 @@ def _judge_all(evidence: Evidence) -> Iterator[JudgedCheck]:
     for measured in evidence.ggufs:
         name, figures = measured.gguf.name, measured.measurement.figures
         stage = "convert" if name == F16 else "quantize"
-        yield _judge_weights(evidence, measured.gguf, stage, before, figures, _bounds(name, reference))
+        yield _judge_weights(evidence, measured.gguf, stage, before, figures, _bounds(name, reference, figures))
         before = name if name == F16 else before
     for measured in evidence.ggufs:
         if measured.modelfile:
@@ -169,18 +172,30 @@ def _judge_weights(
     evidence: Evidence, artifact: MeasuredFile, stage: str, against: str, figures: Figures, bounds: dict[str, float]
 ) -> JudgedCheck:
     defects = list(figures.defects)
-    for name, bound in bounds.items():
-        value = {"kl_mean": figures.kl_mean, "loss": figures.loss}[name]
-        if value is not None and not value <= bound:
-            defects.append(defect(DefectKind.OVER_BOUND, figure=_FIGURES[name], value=value, bound=bound))
+    bound = bounds.get("kl_mean")
+    if bound is not None and figures.kl_mean is not None and not figures.kl_mean <= bound:
+        defects.append(defect(DefectKind.OVER_BOUND, figure="mean KL", value=figures.kl_mean, bound=bound))
+    gain = gain_kept(evidence.reference, figures)
+    if gain is not None and _GAIN in bounds and gain.share < bounds[_GAIN]:
+        defects.append(_lost_gain(gain, bounds[_GAIN], evidence))
     stops = Count(figures.stops, len(evidence.reference.stops) if figures.loss is not None else 0)
     if bounds and stops.of - stops.good > max(1.0, _ENDS_MISSED * stops.of):
         defects.append(defect(DefectKind.ENDS_MISSED, count=stops.good, of=stops.of))
     check = StageCheck(
         artifact.name, stage, artifact.file, artifact.size, against, Count(figures.prompts_equal, figures.prompts),
         figures.top1_agreement, figures.kl_mean, figures.kl_p99, figures.loss, stops, bounds,
+        gain_kept=gain.share if gain else None, gain_kept_error=gain.error if gain else None,
     )  # fmt: skip
     return JudgedCheck(check, tuple(defects))
+
+
+def _lost_gain(gain: GainKept, bound: float, evidence: Evidence) -> Defect:
+    """Return the defect of a file that lost too much of what training gained, with the smallest that keeps it."""
+    keeping = smallest_that_keeps(evidence)
+    if keeping is None:
+        return defect(DefectKind.GAIN_LOST, kept=gain.share, bound=bound)
+    name, share = keeping
+    return defect(DefectKind.GAIN_LOST_HERE, kept=gain.share, bound=bound, keeping=name, keeping_kept=share)
 
 
 def _judge_served(measured: MeasuredGguf) -> JudgedCheck:
@@ -217,18 +232,13 @@ def _by_trait(results: Sequence[PromptResult]) -> dict[str, str]:
     return outcomes
 
 
-def _bounds(name: str, reference: Reference) -> dict[str, float]:
+def _bounds(name: str, reference: Reference, figures: Figures) -> dict[str, float]:
     """The bounds of a GGUF's figures."""
     if name == F16:
         return {"kl_mean": _F16_KL}
     kl_mean = next((bound for bits, bound in _QUANTIZED_KL.items() if name.startswith(bits)), None)
-    if kl_mean is None:
-        return {}
-    bounds = {"kl_mean": kl_mean}
-    gain = reference.base_loss - reference.tuned_loss
-    if gain > _NOTABLE_GAIN:
-        bounds["loss"] = reference.tuned_loss + (1 - _LOSS_KEPT) * gain
-    return bounds
+    bounds = {} if gain_kept(reference, figures) is None else {_GAIN: GAIN_KEPT}
+    return bounds if kl_mean is None else {"kl_mean": kl_mean, **bounds}
 
 
 # ---------------------------------------------------------------- training

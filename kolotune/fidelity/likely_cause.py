@@ -8,6 +8,7 @@ from enum import Enum
 from .comparison import StageCheck
 from .defects import Defect, DefectKind
 from .evidence import Evidence
+from .gain import rounded_back
 from .prompt_proof import MismatchKind
 
 
@@ -32,6 +33,10 @@ class Cause(Enum):
     TOKENIZER = "llama.cpp does not split texts as the trained tokenizer does"
     DAMAGED_OR_TOO_COARSE = (
         "a tensor of the file is damaged, or the quantization is too coarse for this model (Q8_0 keeps more)"
+    )
+    ROUNDED_BACK = (
+        "rounding takes the training's changes back, because the base model's weights lie on the grid that they are "
+        "rounded to"
     )
     CONVERTER = (
         "the converter reads this model differently from transformers (is it another version?), or the file is damaged"
@@ -66,6 +71,8 @@ def likely_cause(check: StageCheck, defects: Sequence[Defect], evidence: Evidenc
         return Cause.VOCABULARY_ORDER
     if DefectKind.PROMPTS_DIFFER in kinds:
         return _cause_of_mismatch(defects)
+    if check.stage == "quantize" and check.name in rounded_back(evidence):
+        return Cause.ROUNDED_BACK
     if check.stage == "quantize":
         return Cause.DAMAGED_OR_TOO_COARSE
     if check.stage == "convert":

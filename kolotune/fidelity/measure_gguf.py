@@ -16,12 +16,13 @@ from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.ollama.prompt_path import PromptPath
 
 from . import log_probabilities
+from .change_survival import change_survival
 from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, Note, NoteKind, defect, note
 from .figures import compute_figures
 from .measure_prompts import ask_paths, ollama_path
 from .prompt_proof import Outcome
-from .tasks import AskedPath, Figures, GgufMeasurement, GgufTask, Reference
+from .tasks import CHANGES_FILE, AskedPath, Figures, GgufMeasurement, GgufTask, Reference
 from .vocabulary import moved_entry
 
 
@@ -87,7 +88,9 @@ def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference, prompt
     except KolotuneError as error:
         defects.append(defect(DefectKind.NOT_MEASURABLE, reason=error.cause))
         return Figures(prompts_equal=prompts.equal, prompts=prompts.of, defects=[*prompts.defects, *defects])
-    return compute_figures(reference, log_probabilities.load(Path(task.before)), after, prompts, defects)
+    figures = compute_figures(reference, log_probabilities.load(Path(task.before)), after, prompts, defects)
+    changes = Path(task.reference).with_name(CHANGES_FILE)
+    return dataclasses.replace(figures, survival=change_survival(Path(task.gguf), changes))
 
 
 def _measure_served(

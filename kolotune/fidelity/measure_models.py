@@ -14,8 +14,14 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, SpaceError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners.child_process import emit
+from kolotune.weights.adapter import LoraAdapter, read_adapter
+from kolotune.weights.mapped_tensors import MappedTensors
+from kolotune.weights.stored_names import StoredNames
+from kolotune.weights.weight_files import weight_files
 
 from . import log_probabilities
+from .adapter_change import ChangeRecorder
+from .adapter_place import GgufPlace
 from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
@@ -24,6 +30,7 @@ from .prompt_proof import Prompt, ask
 from .reference_model import MissingWeightsError, open_model
 from .selection import Selection, select
 from .tasks import (
+    CHANGES_FILE,
     MERGED_FILE,
     REFERENCE_FILE,
     TUNED_FILE,
@@ -66,9 +73,13 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
     base_losses = [loss_of(array, chat) for array, chat in by_chat]
     base_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
     model.add(Path(task.adapter))
-    tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
+    adapter = read_adapter(Path(task.adapter))
+    recorder = ChangeRecorder(model, adapter)
+    with recorder.recording():
+        tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
+    recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
     tuned_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
-    del model
+    del model, recorder
     gc.collect()
     tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
     notes = list(selection.notes)
@@ -99,6 +110,14 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
         bos=special_tokens(trained.tokenizer).get("bos_token", ""),
     )
     return reference, tuned
+
+
+def _places(task: ModelsTask, adapter: LoraAdapter) -> dict[str, GgufPlace]:
+    """Return where the GGUF has what the adapter changes, by the adapter's names."""
+    entries = MappedTensors(weight_files(Path(task.base))).entries
+    names = StoredNames(Path(task.base), entries)
+    stored = {name: names.find(name) or name for name in adapter.deltas}
+    return {name: task.places[place] for name, place in stored.items() if place in task.places}
 
 
 def _prompts_to_answer(

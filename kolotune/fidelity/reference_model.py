@@ -55,6 +55,11 @@ class _AdaptedModel:
 
     model: Any
 
+    def real_inputs(self, inputs: Tensor) -> Tensor | slice:
+        """Return which inputs of a module, ``[..., in]``, belong to tokens of chats."""
+        del inputs
+        return slice(None)
+
     def _oriented(self, name: str, delta: Delta) -> Delta:
         """The delta in the orientation of its module: GPT-2 keeps weights as [in, out], whatever the adapter says."""
         path = name.removesuffix(".weight")
@@ -177,6 +182,7 @@ class LayeredModel(_AdaptedModel):
         self.model = model.eval()
         self._files = TensorFiles(weight_files(folder))
         self._adapter: LoraAdapter | None = None
+        self._is_token: Tensor | None = None  # of the chats that are read together, [chats, longest]
         paths = {id(module): path for path, module in self.model.named_modules()}
         self._embedding = f"{paths[id(self.model.get_input_embeddings())]}.weight"
         self._head = f"{paths[id(self.model.get_output_embeddings())]}.weight"
@@ -215,9 +221,12 @@ class LayeredModel(_AdaptedModel):
         for group in _groups(chats):
             longest = max(len(chats[number].ids) for number in group)
             ids = torch.tensor([chats[number].ids + [0] * (longest - len(chats[number].ids)) for number in group])
+            lengths = torch.tensor([len(chats[number].ids) for number in group])
+            self._is_token = torch.arange(longest) < lengths[:, None]
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             for number, state in zip(group, states, strict=True):
                 hidden[number] = state[: len(chats[number].ids)].clone()
+        self._is_token = None
         for number, chat in enumerate(chats):
             output = Output(last_hidden_state=hidden.pop(number)[None])
             decoder.forward = lambda *_, output=output, **__: output  # the model continues from here to its logits
@@ -232,6 +241,12 @@ class LayeredModel(_AdaptedModel):
         """Return no answers: every token of one would read the whole model."""
         del end, longest
         return [None] * len(prompts)
+
+    def real_inputs(self, inputs: Tensor) -> Tensor | slice:
+        """See `_AdaptedModel.real_inputs`; chats that are read together are padded to the longest."""
+        if self._is_token is not None and inputs.shape[:-1] == self._is_token.shape:
+            return self._is_token
+        return slice(None)
 
     def _stored_name(self, name: str) -> str | None:
         return next((spelling for spelling in _spellings(name) if spelling in self._files), None)

@@ -12,10 +12,13 @@ from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.traits import ChatTrait
 from kolotune.foundation.typed_storage import JsonObject
 
+from .adapter_place import GgufPlace
+from .comparison import MatrixSurvival
 from .defects import Defect, Note
 from .prompt_proof import Prompt, PromptResult
 
 REFERENCE_FILE, TUNED_FILE, MERGED_FILE = "reference.json", "tuned.npy", "merged.npy"
+CHANGES_FILE = "changes.safetensors"
 """Files that a `ModelsTask` leaves in its scratch folder."""
 
 
@@ -36,6 +39,7 @@ class ModelsTask:
         most_answers, longest_answer: how many prompts are answered, and how long an answer may be, in tokens.
         scratch: folder for the files that are left.
         learns_empty_thoughts: whether the loss of the prepared tokens falls on empty thoughts.
+        places: where the GGUF has the base's weights, by their stored names; empty where that is not known.
     """
 
     base: str
@@ -54,6 +58,7 @@ class ModelsTask:
     scratch: str
     learns_empty_thoughts: bool
     reading: ReadingOptions = field(default_factory=ReadingOptions)
+    places: dict[str, GgufPlace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Figures:
         stops: of the reference's `stops`, those where this model ends too.
         prompts_equal, prompts: prompts that get the trained tokens, of all.
         defects: what is wrong besides the figures.
+        chat_losses: sums over the trained tokens of each chat.
+        survival: how much of the adapter's change is left in each matrix; empty where that was not measured.
     """
 
     loss: float | None = None
@@ -109,6 +116,8 @@ class Figures:
     prompts_equal: int = 0
     prompts: int = 0
     defects: list[Defect] = field(default_factory=list)
+    chat_losses: list[float] = field(default_factory=list)
+    survival: list[MatrixSurvival] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kolotune.weights.merge import MergedModel, companion_files, tokenizer_folde
 from kolotune.weights.weight_files import weight_files
 
 from . import convert
-from .conversion_plan import exact_type
+from .conversion_plan import TensorPlan, exact_type
 from .model_skeleton import ModelSkeleton, read_skeleton
 
 
@@ -108,6 +108,17 @@ def expected_skeleton(context: Context, *, is_prepared: bool = True) -> tuple[Mo
         companions = {**companion_files(context.base, context.base), **_expected_tokenizer(context)}
     skeleton = convert.merged_skeleton(model, companions, context.run.merged_model.name)
     return skeleton, exact_type({entry.name: entry for entry in model.entries})
+
+
+def tensor_plans(context: Context, log: Path, reporter: Reporter) -> dict[str, TensorPlan]:
+    """Return how each tensor of a finished run's GGUF is made; see `convert.tensor_plans`."""
+    run = context.run
+    if run.merged_model.is_dir():
+        entries = MappedTensors(weight_files(run.merged_model)).entries
+        return convert.tensor_plans(read_skeleton(run.merged_model), exact_type(entries), log, reporter)
+    model = MergedModel(run.adapter, context.base, context.config.merge_dtype)
+    skeleton = convert.merged_skeleton(model, companion_files(context.base, run.tokenizer), run.merged_model.name)
+    return convert.tensor_plans(skeleton, exact_type({entry.name: entry for entry in model.entries}), log, reporter)
 
 
 def _expected_tokenizer(context: Context) -> dict[str, Path | str]:

@@ -195,6 +195,14 @@ def _convert_dry(skeleton: ModelSkeleton, gguf_type: str, toolchain: llamacpp.To
         )
 
 
+def tensor_plans(
+    skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter
+) -> dict[str, conversion_plan.TensorPlan]:
+    """Return how each tensor of a model's GGUF is made, by the model's tensors; {} when there is no conversion plan."""
+    plan = plan_cache.find_plan(skeleton, gguf_type, llamacpp.ensure(reporter), log).plan
+    return {} if plan is None else {each.source: each for each in plan.tensors if each.source is not None}
+
+
 def expected_header(skeleton: ModelSkeleton, gguf_type: str, log: Path, reporter: Reporter) -> bytes:
     """Return the header of the GGUF that a model will give, or as much of it as has the tokenizer; no weights are read.
 

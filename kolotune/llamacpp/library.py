@@ -17,6 +17,7 @@ from kolotune.foundation.errors import ToolchainError
 
 _SPARE = 128  # bytes
 _TOKENS = 8  # of the batch by which its structure is proven
+_Q4_K = 12  # ggml's number of a type whose traits are known
 _POINTER, _INT, _INT32, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_size_t
 _TEXT, _FLOAT, _BOOL, _UINT32 = ctypes.c_char_p, ctypes.c_float, ctypes.c_bool, ctypes.c_uint32
 F32 = 0
@@ -106,6 +107,20 @@ class Batch(ctypes.Structure):
     )
 
 
+class TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits``."""
+
+    C_NAME = "ggml_type_traits"
+    _fields_ = (
+        ("type_name", _TEXT),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", _SIZE),
+        ("is_quantized", _BOOL),
+        ("to_float", ctypes.CFUNCTYPE(None, _POINTER, _POINTER, ctypes.c_int64)),
+    )
+
+
 # What the library's own functions fill in, where it is not zero.
 _MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True}
 _CONTEXT_DEFAULTS = {
@@ -144,6 +159,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result, then the arg
     "llama_tokenize": (_INT32, _POINTER, _TEXT, _INT32, ctypes.POINTER(_INT32), _INT32, _BOOL, _BOOL),
     "llama_token_to_piece": (_INT32, _POINTER, _INT32, _TEXT, _INT32, _INT32, _BOOL),
     "ggml_type_name": (_TEXT, _INT),
+    "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), _INT),
     "ggml_op_name": (_TEXT, _INT),
     "ggml_get_name": (_TEXT, _POINTER),
     "ggml_nbytes": (_SIZE, _POINTER),
@@ -193,6 +209,10 @@ def prove(library: Any) -> None:
     if batch.n_tokens or batch.embd or not all(arrays) or not _ends_after(batch.seq_id, _TOKENS):
         raise _unfit(f"has another layout of {batch.C_NAME}")
     library.llama_batch_free(batch)
+    traits = library.ggml_get_type_traits(_Q4_K).contents
+    found = (traits.type_name, traits.blck_size, traits.type_size, traits.is_quantized)
+    if found != (b"q4_K", 256, 144, True) or not traits.to_float:
+        raise _unfit(f"has another layout of {traits.C_NAME}")
     for name, number, text in (
         ("ggml_type_name", F32, b"f32"),
         ("llama_flash_attn_type_name", NO_FLASH_ATTENTION, b"disabled"),

@@ -19,6 +19,7 @@ from kolotune.run_folder.records import read_record
 from kolotune.stages import compare
 from kolotune.stages.prepare import CHANGED_CHATS
 
+from .change_kept import ChangeKept, changes_kept
 from .prepared_chats import ChatLengths, read_lengths, read_sample_chat
 from .training_curve import TrainingCurve, read_curve
 
@@ -43,6 +44,7 @@ class ReportFacts:
         chat: (text, whether the loss counts it) of one training chat.
         options: (name, value, whether it is the default).
         comparison: the result of `kolotune compare`.
+        survival: what is left of the adapter's change in each quantization; empty where that was not measured.
         finished: when the last stage finished.
     """
 
@@ -57,6 +59,7 @@ class ReportFacts:
     chat: list[tuple[str, bool]]
     options: list[tuple[str, str, bool]]
     comparison: Comparison | None
+    survival: list[ChangeKept]
     finished: str
 
     @property
@@ -85,6 +88,7 @@ def gather_facts(folder: RunFolder) -> ReportFacts:
     manifest = read_manifest(folder.require().manifest)
     name = manifest.base.name
     prepared = read_record(folder, "prepare")
+    comparison = _read_comparison(folder, manifest)
     facts = prepared.facts if prepared else {}
     findings = facts.get("findings")
     bad = facts.get("bad")
@@ -101,7 +105,8 @@ def gather_facts(folder: RunFolder) -> ReportFacts:
         else [],
         chat=read_sample_chat(folder) if prepared else [],
         options=_options(manifest.config),
-        comparison=_read_comparison(folder, manifest),
+        comparison=comparison,
+        survival=changes_kept(comparison) if comparison else [],
         finished=max(stage.finished for stage in manifest.stages.values()),
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune import llamacpp
 from kolotune.chats.reading.reading_options import ReadingOptions
-from kolotune.fidelity import judge, tasks
+from kolotune.fidelity import gain, judge, tasks
+from kolotune.fidelity.adapter_place import GgufPlace
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.fidelity.prompt_gate import recorded_traits
@@ -29,6 +31,7 @@ from kolotune.weights.model_config import read_model_config
 NAME = "compare"
 DOING = "comparing what was made with what was trained"
 _LONGEST_ANSWER = 96  # tokens
+_LARGER = ("Q6_K", "Q8_0")  # tried where a quantization loses what training gained
 
 
 def options(config: Config) -> JsonObject:
@@ -142,7 +145,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
             remove(after)
         file = MeasuredFile(name, run.relative(gguf), gguf.stat().st_size)
         measured.append(MeasuredGguf(file, run.relative(modelfile), measurement))
-    return Evidence(
+    evidence = Evidence(
         reference=reference,
         merged=merged,
         ggufs=measured,
@@ -152,14 +155,31 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         recorded=_recorded_losses(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
         untied=merged is not None and _ties_embeddings(context.base) and not _ties_embeddings(run.merged_model),
-        trials=tuple(_measure_trials(context, scratch, before, reporter)),
-        with_matrix=frozenset(run_matrix.with_matrix(context, [*config.quantization, *_trial_quantizations(config)])),
+        trials=tuple(_measure_trials(context, scratch, before, reporter, _trial_quantizations(config))),
+        with_matrix=frozenset(
+            run_matrix.with_matrix(context, [*config.quantization, *_trial_quantizations(config), *_LARGER])
+        ),
     )
+    return _with_keeping(context, scratch, before, reporter, evidence)
 
 
-def _measure_trials(context: Context, scratch: Path, before: Path, reporter: Reporter) -> Iterator[MeasuredGguf]:
+def _with_keeping(context: Context, scratch: Path, before: Path, reporter: Reporter, evidence: Evidence) -> Evidence:
+    """Where a quantization loses what training gained and none keeps it, measure larger ones until one does."""
+    measured = {each.gguf.name for each in (*evidence.ggufs, *evidence.trials)}
+    for name in _LARGER:
+        if not gain.lost(evidence) or gain.smallest_that_keeps(evidence):
+            break
+        if name not in measured:
+            tried = tuple(_measure_trials(context, scratch, before, reporter, [name]))
+            evidence = dataclasses.replace(evidence, trials=(*evidence.trials, *tried))
+    return evidence
+
+
+def _measure_trials(
+    context: Context, scratch: Path, before: Path, reporter: Reporter, names: Sequence[str]
+) -> Iterator[MeasuredGguf]:
     """Make, measure and remove each quantization that the run does not keep; one at a time is on the disk."""
-    run, names = context.run, _trial_quantizations(context.config)
+    run = context.run
     if not names:
         return
     source, log = run.gguf, run.log(NAME)
@@ -191,6 +211,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
     """Measure base, adapter and merged model with transformers; return what the GGUFs are compared with."""
     run, config = context.run, context.config
     held_out = (run.prepared / HELD_OUT_TOKENS).is_file()
+    plans = conversion_source.tensor_plans(context, run.log(NAME), reporter)
     task = tasks.ModelsTask(
         base=str(context.base),
         adapter=str(run.adapter),
@@ -208,6 +229,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         most_answers=config.compare_answers,
         longest_answer=_LONGEST_ANSWER,
         scratch=str(scratch),
+        places={source: GgufPlace(plan.name, plan.order) for source, plan in plans.items()},
     )
     typed_storage.write(scratch / "models.json", task)
     _run_task(run, "models", scratch / "models.json", reporter)

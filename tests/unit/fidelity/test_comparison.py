@@ -13,6 +13,7 @@ from kolotune.fidelity.comparison import (
     Comparison,
     Count,
     Failure,
+    MatrixSurvival,
     PathCheck,
     QuantizationFigures,
     StageCheck,
@@ -36,7 +37,19 @@ WHOLE = Comparison(
     answers=(ComparedAnswer("Hi", None, "Hello", "Hello."),),
     not_kept=("f16 GGUF",),
     notes=("a note",),
-    quantizations=(QuantizationFigures("Q4_K_M", 100, 2.2, 0.01, 0.97, True),),
+    quantizations=(
+        QuantizationFigures(
+            "Q4_K_M",
+            100,
+            2.2,
+            0.01,
+            0.97,
+            True,
+            gain_kept=0.95,
+            gain_kept_error=0.02,
+            matrices=(MatrixSurvival("blk.0.attn_q.weight", "Q4_K", 0.5), MatrixSurvival("output.weight", "Q6_K", 1.0)),
+        ),
+    ),
     recommended="Q4_K_M",
     recommended_because="it is small",
     failure=Failure("modelfile", "what", "why"),
@@ -60,16 +73,26 @@ def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
     assert str(read.checked[0].prompt_ids_equal) == "3/3" and str(read.checked[1].stops) == "-"
 
 
+def test_the_share_of_the_change_is_the_mean_over_the_matrices() -> None:
+    assert WHOLE.quantizations[0].change_kept == 0.75
+    assert dataclasses.replace(WHOLE.quantizations[0], matrices=()).change_kept is None
+
+
 def test_traits_that_training_refuses_do_not_count() -> None:
     assert WHOLE.paths[0].traits_equal == Count(1, 3)
 
 
-def test_comparisons_of_earlier_versions_name_no_paths(tmp_path: Path) -> None:
+def test_comparisons_of_earlier_versions_name_no_paths_and_no_shares(tmp_path: Path) -> None:
     WHOLE.write(tmp_path / "c.json")
     content = json.loads((tmp_path / "c.json").read_text())
     del content["paths"]
+    for figures in (*content["checked"], *content["quantizations"]):
+        for name in ("gain_kept", "gain_kept_error", "matrices"):
+            figures.pop(name, None)
     (tmp_path / "c.json").write_text(json.dumps(content))
-    assert Comparison.read(tmp_path / "c.json") == dataclasses.replace(WHOLE, paths=())
+    figures = dataclasses.replace(WHOLE.quantizations[0], gain_kept=None, gain_kept_error=None, matrices=())
+    expected = dataclasses.replace(WHOLE, paths=(), quantizations=(figures,))
+    assert Comparison.read(tmp_path / "c.json") == expected
 
 
 def test_the_fields_of_the_file(tmp_path: Path) -> None:
@@ -83,7 +106,7 @@ def test_the_fields_of_the_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert list(content["checked"][0]) == [
         "name", "stage", "file", "size_bytes", "against", "prompt_ids_equal", "top1_agreement", "kl_mean", "kl_p99",
-        "loss", "stops", "bounds", "failed", "passed",
+        "loss", "stops", "bounds", "failed", "gain_kept", "gain_kept_error", "passed",
     ]  # fmt: skip
     assert content["passed"] is False and [check["passed"] for check in content["checked"]] == [True, False]
     (tmp_path / "c.json").write_text(json.dumps({**content, "passed": True}))

@@ -113,6 +113,11 @@ def test_an_intact_run_passes(run_config: Config, reporter: PlainReporter) -> No
     merged, f16 = by_name["merged"], by_name["f16 GGUF"]
     assert merged.kl_mean is not None and merged.kl_mean < 1e-5
     assert f16.kl_mean is not None and f16.kl_mean < 1e-4
+    q4 = by_name["Q4_K_M"]
+    assert q4.gain_kept == pytest.approx(1, abs=0.1) and q4.gain_kept_error is not None
+    assert f16.gain_kept == pytest.approx(1, abs=1e-3)
+    matrices = comparison.quantizations[0].matrices
+    assert len(matrices) == 2 * 7 and all(abs(matrix.change_kept - 1) < 0.2 for matrix in matrices)
     for check in comparison.checked:
         assert check.prompt_ids_equal.good == check.prompt_ids_equal.of
         assert check.prompt_ids_equal.of or check.name == "adapter on base"
@@ -239,6 +244,17 @@ def damaged_tensor(config: Config) -> None:
     faults.change_tensors(run_of(config).quantized("Q4_K_M"), {"blk.1.ffn_down.weight": noise})
 
 
+def rounded_to_the_base(config: Config) -> None:
+    """What an erasing type does where the base lies on its grid: the quantized file is that of the base."""
+    run = run_of(config)
+    kept = run.gguf.read_bytes()
+    change_merged(config, lambda name, weight, added: weight - added)
+    erased = run.quantized("Q4_K_M").read_bytes()
+    change_merged(config, lambda name, weight, added: weight + added)
+    assert run.gguf.read_bytes() == kept
+    run.quantized("Q4_K_M").write_bytes(erased)
+
+
 def another_converter(config: Config) -> None:
     """Convert without reordering the rows of q and k for llama.cpp's rotary embedding."""
 
@@ -299,6 +315,7 @@ def change_later_turns(config: Config) -> None:
         ),
         pytest.param(untied_embeddings, "merge", DefectKind.OVER_BOUND, {Cause.HEAD_UNTIED}, marks=pytest.mark.slow),
         (damaged_tensor, "quantize", None, {Cause.DAMAGED_OR_TOO_COARSE}),
+        (rounded_to_the_base, "quantize", DefectKind.GAIN_LOST_HERE, {Cause.ROUNDED_BACK}),
         (another_converter, "convert", DefectKind.OVER_BOUND, {Cause.CONVERTER}),
         (changed_gguf_template, "convert", DefectKind.PROMPTS_DIFFER, {Cause.CHAT_TEMPLATE}),
     ],

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer
-from kolotune.fidelity.comparison import ComparedAnswer, Comparison, Count, Failure, QuantizationFigures, StageCheck
+from kolotune.fidelity.comparison import (
+    ComparedAnswer,
+    Comparison,
+    Count,
+    Failure,
+    MatrixSurvival,
+    QuantizationFigures,
+    StageCheck,
+)
 from kolotune.run_folder.layout import RunFolder
 
 HOSTILE = (
@@ -32,7 +40,11 @@ def comparison(text: str) -> Comparison:
         chats=9, positions=312, held_out=True, base_loss=3.5, tuned_loss=2.1, recorded_base_loss=None,
         recorded_tuned_loss=None, checked=checked,
         answers=(ComparedAnswer(text, text, text, text), ComparedAnswer("plain", None, "")), not_kept=(text,),
-        notes=(text,), quantizations=(QuantizationFigures("Q8_0", 80, 2.1, 0.001, 0.99, True),),
+        notes=(text,), quantizations=(
+            QuantizationFigures(
+                "Q8_0", 80, 2.1, 0.001, 0.99, True, True, 0.97, 0.01, (MatrixSurvival(text, text, 0.9),)
+            ),
+        ),
         recommended="Q8_0", recommended_because=text, failure=Failure("quantize", text, text),
     )  # fmt: skip
 

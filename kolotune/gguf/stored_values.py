@@ -1,0 +1,95 @@
+"""Read the values of a GGUF's tensors, of whatever type, as fp32: ggml's own functions widen them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kolotune.foundation.errors import ToolchainError
+from kolotune.llamacpp import ggml
+from kolotune.llamacpp.gguf_metadata import DAMAGED, not_whole
+
+from . import header
+from .header import GgufTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_WEIGHTS_AT_ONCE = 1 << 22
+_F32 = "F32"
+
+
+class StoredValues:
+    """The tensors of a GGUF; close it, or use it in a ``with`` statement.
+
+    Attributes:
+        tensors: by name.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import numpy as np
+
+        with path.open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            reader = header.read_whole(self._data, path)
+        except DAMAGED as error:
+            raise not_whole(path, error) from None
+        self.tensors = reader.tensors
+        self._start = reader.start
+        self._bytes = np.frombuffer(self._data, np.uint8)
+
+    def __enter__(self) -> StoredValues:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the file."""
+        del self._bytes
+        self._data.close()
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the rows of a tensor, some at a time, fp32 ``[rows, columns]``; those of all experts in order."""
+        tensor = self.tensors[name]
+        columns = tensor.shape[0]
+        row = header.size_of((columns,), tensor.type)
+        start, count = self._start + tensor.offset, tensor.size // row
+        step = max(1, _WEIGHTS_AT_ONCE // columns)
+        for first in range(0, count, step):
+            rows = slice(first, min(first + step, count))
+            yield rows, self._widened(self._bytes[start + rows.start * row : start + rows.stop * row], tensor)
+
+    def _widened(self, data: np.ndarray, tensor: GgufTensor) -> np.ndarray:
+        return dequantized(data, tensor.type).reshape(-1, tensor.shape[0])
+
+
+def dequantized(data: np.ndarray, kind: str) -> np.ndarray:
+    """Return the fp32 values of whole blocks of a type.
+
+    Args:
+        data: the blocks, uint8.
+        kind: name of the type, such as "Q4_K".
+
+    Raises:
+        ToolchainError: ggml can't widen this type.
+    """
+    import numpy as np
+
+    if kind == _F32:
+        return data.view(np.float32).copy()
+    block, size = header.block_of(kind)
+    traits = ggml.library().ggml_get_type_traits(header.type_number(kind)).contents
+    if not traits.to_float or (traits.blck_size, traits.type_size) != (block, size):
+        raise ToolchainError(f"the installed llama.cpp can't read values of type {kind}")
+    values = np.empty(data.size // size * block, np.float32)
+    traits.to_float(ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(values.ctypes.data), values.size)
+    return values
