@@ -36,8 +36,8 @@ class _Watched:
 
     def __init__(self, module: nn.Linear, delta: Delta) -> None:
         self._module = module
-        self.a = torch.from_numpy(np.ascontiguousarray(delta.a, np.float32))
-        self.b = torch.from_numpy(np.ascontiguousarray(delta.b, np.float32)) * delta.scale
+        self.a = torch.tensor(delta.a, dtype=torch.float32)
+        self.b = torch.tensor(delta.b, dtype=torch.float32) * delta.scale
         self.inputs = torch.zeros(self.a.shape[1], len(self.a))
         self.energy = self.base_part = 0.0
 

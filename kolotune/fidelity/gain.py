@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ GAIN_KEPT = 0.8
 _NOTABLE_GAIN = 0.02  # nats
 _NOTABLE_GAIN_OF_ONE_CHAT = 0.2
 _STANDARD_ERRORS = 2.0
-_ROUNDED_BACK = 0.5  # mean share of the adapter's change in the matrices
+_ROUNDED_BACK = 0.5  # median share of the adapter's change in the matrices
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def lost(evidence: Evidence) -> list[str]:
 
 
 def rounded_back(evidence: Evidence) -> set[str]:
-    """Return the quantizations in whose matrices little of the adapter's change is left."""
+    """Return the quantizations in most of whose matrices little of the adapter's change is left."""
     found = set()
     for measured in evidence.ggufs:
         kept = [matrix.change_kept for matrix in measured.measurement.figures.survival]
-        if kept and sum(kept) / len(kept) < _ROUNDED_BACK:
+        if kept and statistics.median(kept) < _ROUNDED_BACK:
             found.add(measured.gguf.name)
     return found

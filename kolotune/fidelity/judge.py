@@ -172,12 +172,12 @@ def _judge_weights(
     evidence: Evidence, artifact: MeasuredFile, stage: str, against: str, figures: Figures, bounds: dict[str, float]
 ) -> JudgedCheck:
     defects = list(figures.defects)
-    bound = bounds.get("kl_mean")
-    if bound is not None and figures.kl_mean is not None and not figures.kl_mean <= bound:
-        defects.append(defect(DefectKind.OVER_BOUND, figure="mean KL", value=figures.kl_mean, bound=bound))
     gain = gain_kept(evidence.reference, figures)
     if gain is not None and _GAIN in bounds and gain.share < bounds[_GAIN]:
         defects.append(_lost_gain(gain, bounds[_GAIN], evidence))
+    bound = bounds.get("kl_mean")
+    if bound is not None and figures.kl_mean is not None and not figures.kl_mean <= bound:
+        defects.append(defect(DefectKind.OVER_BOUND, figure="mean KL", value=figures.kl_mean, bound=bound))
     stops = Count(figures.stops, len(evidence.reference.stops) if figures.loss is not None else 0)
     if bounds and stops.of - stops.good > max(1.0, _ENDS_MISSED * stops.of):
         defects.append(defect(DefectKind.ENDS_MISSED, count=stops.good, of=stops.of))

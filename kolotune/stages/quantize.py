@@ -16,7 +16,7 @@ from kolotune.foundation.files import remove
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.gguf import conversion_source, quantize, run_matrix
+from kolotune.gguf import base_grid, conversion_source, quantize, run_matrix
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.results import QuantizedFile, quantize_facts
 from kolotune.run_folder.retention import kept_models
@@ -67,9 +67,22 @@ def preflight(context: Context, reporter: Reporter) -> None:
         )
     if kept.quantized:
         llamacpp.ensure(reporter)
+    if kept.quantized and context.source is None:
+        _note_grid(context, reporter)
     if not kept.unquantized:
         conversion_source.prove_convertible(context, reporter)
     quantize.check_blocks(context.base, kept.quantized)
+
+
+def _note_grid(context: Context, reporter: Reporter) -> None:
+    """Say where the base's weights lie on a grid that some types round the training back to."""
+    grid = base_grid.find_grid(context.base, context.run.log(NAME))
+    if grid is not None:
+        erasing = ", ".join(f"{kind} ({grid.change_kept[kind]:.0%} is left)" for kind in grid.erasing)
+        reporter.note(
+            f"the base model's weights lie on a quantization grid: rounding to {erasing} takes back what training "
+            f"changes, as far as a quantization uses it; {', '.join(grid.keeping) or 'no other type'} keep it"
+        )
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
