@@ -26,7 +26,7 @@ from kolotune.runners import child_process, local
 from kolotune.weights.model_config import ModelConfig, read_model_config
 from kolotune.weights.shrunk_config import reach, shrink
 
-from .computation_proof import ComputationProof, ComputationTask, Obstacle
+from .computation_proof import ComputationProof, ComputationTask, FailedSide
 
 _VERSION = 1  # raised when the way to compare changes
 _MOST_PROOFS = 64
@@ -49,7 +49,7 @@ class Verdict(StrEnum):
 def judge(proof: ComputationProof, config: ModelConfig) -> Verdict:
     """Return what a proof means for a model."""
     if proof.divergence is None or proof.divergence_within is None:
-        return Verdict.NOT_COMPUTED if proof.obstacle is Obstacle.LLAMACPP else Verdict.NOT_COMPARED
+        return Verdict.NOT_COMPUTED if proof.obstacle is FailedSide.LLAMACPP else Verdict.NOT_COMPARED
     if proof.divergence <= _EQUAL:
         return Verdict.EQUAL
     if proof.divergence_within <= _EQUAL and reach(config.values) is not None:
@@ -135,7 +135,7 @@ def _run(task: Path, answer: Path, log: Path) -> ComputationProof:
     )
     if code == 0:
         return typed_storage.read(ComputationProof, answer)
-    obstacle = Obstacle.LLAMACPP if "loading" in seen else Obstacle.TRANSFORMERS
+    obstacle = FailedSide.LLAMACPP if "loading" in seen else FailedSide.TRANSFORMERS
     return ComputationProof(obstacle=obstacle, reason=f"the process ended with code {code}: {local.last_lines(log)}")
 
 

@@ -21,8 +21,8 @@ _TOKENS = 4 * WINDOW
 _FIRST_TOKEN = 3  # below are those that begin, end and pad
 
 
-class Obstacle(StrEnum):
-    """Why the two can't be compared; the values are on disk."""
+class FailedSide(StrEnum):
+    """What could not compute the tiny model, so that nothing is compared; the values are on disk."""
 
     TRANSFORMERS = "transformers"
     CONVERTER = "converter"
@@ -52,13 +52,13 @@ class ComputationProof:
         divergence: mean KL at all positions; None: not compared.
         divergence_within: mean KL at the positions that a sliding window of the tiny model reaches back to the first
             token from; None: not compared.
-        obstacle: why not compared.
+        obstacle: what could not compute; None: both did.
         reason: the obstacle in its own words.
     """
 
     divergence: float | None = None
     divergence_within: float | None = None
-    obstacle: Obstacle | None = None
+    obstacle: FailedSide | None = None
     reason: str = ""
 
 
@@ -88,22 +88,22 @@ def _prove(task: ComputationTask, folder: Path) -> ComputationProof:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     except Exception as error:  # a hundred model classes raise whatever they like
-        return ComputationProof(obstacle=Obstacle.TRANSFORMERS, reason=f"{type(error).__name__}: {error}")
+        return ComputationProof(obstacle=FailedSide.TRANSFORMERS, reason=f"{type(error).__name__}: {error}")
     before = torch.log_softmax(logits.double(), dim=-1).numpy()
     try:
         convert_without_tokenizer(Path(task.toolchain), folder, gguf)
     except ToolchainError as error:
-        return ComputationProof(obstacle=Obstacle.CONVERTER, reason=error.cause)
+        return ComputationProof(obstacle=FailedSide.CONVERTER, reason=error.cause)
     emit("loading")
     try:
         load_proof.load(gguf)  # says why it can't
         read = ExactGguf(gguf, _TOKENS)
     except (ArtifactError, ToolchainError) as error:
-        return ComputationProof(obstacle=Obstacle.LLAMACPP, reason=error.cause)
+        return ComputationProof(obstacle=FailedSide.LLAMACPP, reason=error.cause)
     try:
         after = read.log_probabilities(ids, range(_TOKENS))
     except ArtifactError as error:
-        return ComputationProof(obstacle=Obstacle.LLAMACPP, reason=error.cause)
+        return ComputationProof(obstacle=FailedSide.LLAMACPP, reason=error.cause)
     finally:
         read.close()
     return ComputationProof(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Obstacle(Enum):
+class AdapterObstacle(Enum):
     """Why llama.cpp can't add an adapter to its base model, as the end of a sentence."""
 
     NONE = ""
@@ -33,7 +33,7 @@ class Obstacle(Enum):
     NO_PLAN = "the base model's GGUF has other matrices than its weights"
 
 
-def obstacle(model: MergedModel, plan: ConversionPlan | None) -> Obstacle:
+def obstacle(model: MergedModel, plan: ConversionPlan | None) -> AdapterObstacle:
     """Return why the adapter of a model can't be a GGUF of its own.
 
     Args:
@@ -42,20 +42,20 @@ def obstacle(model: MergedModel, plan: ConversionPlan | None) -> Obstacle:
     """
     changes = model.changes
     if changes.replaced or changes.added or changes.token_rows or changes.new_biases:
-        return Obstacle.WHOLE_WEIGHTS
+        return AdapterObstacle.WHOLE_WEIGHTS
     if model.vocabulary_names & changes.deltas.keys():
-        return Obstacle.VOCABULARY
+        return AdapterObstacle.VOCABULARY
     for delta in changes.deltas.values():
         if not isinstance(delta, Delta) or delta.transposed:
-            return Obstacle.EXPERTS
+            return AdapterObstacle.EXPERTS
         if delta.magnitude is not None:
-            return Obstacle.MAGNITUDES
+            return AdapterObstacle.MAGNITUDES
         if delta.initial is not None:
-            return Obstacle.INITIAL
+            return AdapterObstacle.INITIAL
     sources = [tensor.source for tensor in plan.tensors] if plan is not None else []
     if any(sources.count(name) != 1 for name in changes.deltas):
-        return Obstacle.NO_PLAN
-    return Obstacle.NONE
+        return AdapterObstacle.NO_PLAN
+    return AdapterObstacle.NONE
 
 
 def write_adapter(model: MergedModel, plan: ConversionPlan, architecture: str, target: Path) -> None:

@@ -19,7 +19,7 @@ from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.hashing import Hasher
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import convert, header
-from kolotune.gguf.adapter_file import Obstacle, obstacle, write_adapter
+from kolotune.gguf.adapter_file import AdapterObstacle, obstacle, write_adapter
 from kolotune.llamacpp.model_server import ServerSettings
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
@@ -63,12 +63,12 @@ def open_models(
     """
     groups: dict[tuple[Path, ServerSettings], list[tuple[RunFolder, Path]]] = defaultdict(list)
     for run in runs:
-        made = adapted_base(run, quantization, reporter)
-        if isinstance(made, Obstacle):
-            reporter.note(f"{run.root.name} has a server of its own: {made.value}")
+        adapted = adapted_base(run, quantization, reporter)
+        if isinstance(adapted, AdapterObstacle):
+            reporter.note(f"{run.root.name} has a server of its own: {adapted.value}")
         else:
             settings = replace(server_settings(run, quantization, parallel), name=_ALIAS, embeds=False)
-            groups[made.base, settings].append((run, made.adapter))
+            groups[adapted.base, settings].append((run, adapted.adapter))
     shared: dict[RunFolder, SharedServer] = {}
     for (base, settings), members in groups.items():
         if len(members) < 2:
@@ -82,7 +82,7 @@ def open_models(
     return [opened.enter_context(ServedModel(run, quantization, parallel, shared.get(run))) for run in runs]
 
 
-def adapted_base(run: RunFolder, quantization: str | None, reporter: Reporter) -> AdaptedBase | Obstacle:
+def adapted_base(run: RunFolder, quantization: str | None, reporter: Reporter) -> AdaptedBase | AdapterObstacle:
     """Return the base model of a run and its adapter as GGUFs, which are made once and kept in the cache.
 
     Args:
@@ -95,7 +95,7 @@ def adapted_base(run: RunFolder, quantization: str | None, reporter: Reporter) -
     """
     config, folder = saved_config(run), read_source(run) or run.adapter
     if not is_adapter(folder):
-        return Obstacle.NO_ADAPTER
+        return AdapterObstacle.NO_ADAPTER
     digest = _verified(run, folder)
     base, tokenizer, log = lookup.resolve(config.base_model, None, reporter), trained_folder(run), run.log("base")
     model, name = MergedModel(folder, base, config.merge_dtype), run.merged_model.name
@@ -103,7 +103,7 @@ def adapted_base(run: RunFolder, quantization: str | None, reporter: Reporter) -
         base, tokenizer, dtype=config.merge_dtype, name=name, log=log, reporter=reporter
     )
     problem = obstacle(model, plan)
-    if plan is None or problem is not Obstacle.NONE:
+    if plan is None or problem is not AdapterObstacle.NONE:
         return problem
     plain = _cached(base, tokenizer, config.merge_dtype) / "Base.gguf"
     adapter = plain.with_name(f"adapter-{digest[:_DIGITS]}.gguf")

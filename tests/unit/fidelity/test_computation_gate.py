@@ -11,7 +11,7 @@ import pytest
 
 from kolotune.fidelity import computation_gate
 from kolotune.fidelity.computation_gate import Verdict, check_computation, describe, judge
-from kolotune.fidelity.computation_proof import ComputationProof, Obstacle
+from kolotune.fidelity.computation_proof import ComputationProof, FailedSide
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.reporter import PlainReporter
@@ -73,8 +73,8 @@ def make(tmp_path: Path) -> Make:
         (ComputationProof(0.3, 1e-8), Verdict.LONG_CHATS),
         (ComputationProof(1e-4, 1e-4), Verdict.NEARLY),
         (ComputationProof(0.3, 0.2), Verdict.DIFFERENT),
-        (ComputationProof(obstacle=Obstacle.LLAMACPP, reason="why"), Verdict.NOT_COMPUTED),
-        (ComputationProof(obstacle=Obstacle.CONVERTER, reason="why"), Verdict.NOT_COMPARED),
+        (ComputationProof(obstacle=FailedSide.LLAMACPP, reason="why"), Verdict.NOT_COMPUTED),
+        (ComputationProof(obstacle=FailedSide.CONVERTER, reason="why"), Verdict.NOT_COMPARED),
     ],
     ids=lambda value: value.name if isinstance(value, Verdict) else "",
 )

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from kolotune.gguf.adapter_file import Obstacle, obstacle, write_adapter
+from kolotune.gguf.adapter_file import AdapterObstacle, obstacle, write_adapter
 from kolotune.gguf.conversion_plan import ConversionPlan, TensorPlan
 from kolotune.weights.merge import MergedModel
 
@@ -38,21 +38,21 @@ def adapted(base: Path, folder: Path, **options: Any) -> MergedModel:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, Obstacle.NONE),
-        ({"use_dora": True}, Obstacle.MAGNITUDES),
-        ({"modules_to_save": ["embed_tokens"]}, Obstacle.WHOLE_WEIGHTS),
-        ({"trainable_token_indices": [5]}, Obstacle.WHOLE_WEIGHTS),
-        ({"target_modules": ["embed_tokens"]}, Obstacle.VOCABULARY),
-        ({"init_lora_weights": "pissa"}, Obstacle.INITIAL),
-        ({"target_modules": ["q_proj"]}, Obstacle.NO_PLAN),
+        ({}, AdapterObstacle.NONE),
+        ({"use_dora": True}, AdapterObstacle.MAGNITUDES),
+        ({"modules_to_save": ["embed_tokens"]}, AdapterObstacle.WHOLE_WEIGHTS),
+        ({"trainable_token_indices": [5]}, AdapterObstacle.WHOLE_WEIGHTS),
+        ({"target_modules": ["embed_tokens"]}, AdapterObstacle.VOCABULARY),
+        ({"init_lora_weights": "pissa"}, AdapterObstacle.INITIAL),
+        ({"target_modules": ["q_proj"]}, AdapterObstacle.NO_PLAN),
     ],
     ids=["LoRA", "DoRA", "saved", "tokens", "embedding", "PiSSA", "other matrices"],
 )
-def test_obstacles(options: dict[str, Any], expected: Obstacle, tiny_base: Path, tmp_path: Path) -> None:
+def test_obstacles(options: dict[str, Any], expected: AdapterObstacle, tiny_base: Path, tmp_path: Path) -> None:
     model = adapted(tiny_base, tmp_path, **options)
     assert obstacle(model, PLAN) is expected
-    if expected is Obstacle.NONE:
-        assert obstacle(model, None) is Obstacle.NO_PLAN
+    if expected is AdapterObstacle.NONE:
+        assert obstacle(model, None) is AdapterObstacle.NO_PLAN
 
 
 def test_the_file_has_the_scaled_matrices_in_the_order_of_the_base(tiny_base: Path, tmp_path: Path) -> None:
