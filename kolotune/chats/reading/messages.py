@@ -49,8 +49,10 @@ class Turns:
                 self.messages[index] = dataclasses.replace(message, weight=weight * message.weight)
 
     def insert_system(self, text: str) -> None:
-        """Put a system turn first, unless the same one is there."""
-        if not self.messages or self.messages[0] != Message("system", text):
+        """Put a system turn first, unless the same one is there; an empty one is replaced."""
+        if self.messages and self.messages[0].role == "system" and not self.messages[0].content.strip():
+            self.messages[0] = Message("system", text)
+        elif not self.messages or self.messages[0] != Message("system", text):
             self.messages.insert(0, Message("system", text))
             self.numbers.insert(0, 0)
 

@@ -31,8 +31,11 @@ TURN_LISTS = (
 
 PAIRS = {
     "instruction": ("output", "response", "answer", "completion"),
-    "prompt": ("completion", "response", "output", "answer"),
-    "question": ("answer", "response", "solution", "generated_solution", "answerkey", "answers", "output"),
+    "prompt": ("completion", "response", "output", "answer", "llm_response"),
+    "question": (
+        "answer", "response", "solution", "generated_solution", "answerkey", "answers", "output", "correct_answer",
+        "reference_answer",
+    ),
     "query": ("response", "answer", "answers", "output"),
     "problem": ("solution", "generated_solution", "answer", "response"),
     "input": ("output", "response", "target"),
@@ -40,7 +43,7 @@ PAIRS = {
     "user": ("assistant",),
     "human": ("assistant", "bot", "gpt"),
     "message_1": ("message_2",),
-}
+}  # fmt: skip
 """Keys of a question, each with the keys of its answer; the first pair that is filled is read."""
 
 COMPANIONS = {

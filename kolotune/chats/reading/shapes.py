@@ -20,7 +20,7 @@ from .printable import quoted
 from .questions import question_and_answer
 from .reading_options import DEFAULT, ReadingOptions
 from .record_fields import RecordFields, unread_hash
-from .record_keys import LOSS_KEYS, MEDIA, PAIRS, TURN_LISTS, RecordPart
+from .record_keys import LOSS_KEYS, MEDIA, PAIRS, TURN_LISTS, RecordPart, canonical
 from .tool_calls import read_tools, separate_calls, writes_call
 from .transcripts import turns_of_text
 from .turn_fixes import TurnFix, fix_order
@@ -31,6 +31,15 @@ _SYSTEM_MARK = "SYSTEM: "  # of Glaive
 TURN_PREFIX = "turns: "
 """Before the names of unread keys of turns."""
 _KNOWN = "messages, conversations, instruction+output, prompt+completion, prompt+response, question+answer and others"
+_NO_CHATS = (
+    (
+        frozenset({"chosen", "rejected"}),
+        "preferences: --map messages=chosen, or --map question=prompt,answer=chosen, trains on what was chosen",
+    ),
+    (frozenset({"message_id", "parent_id"}), "one turn of a tree: make chats of its branches first"),
+    (frozenset({_TEXT}), "a text without marks of turns; chats have questions and answers"),
+)
+"""Keys of records that are no chats, and what to do; the first that are all there count."""
 
 
 class ShapedRecord(NamedTuple):
@@ -94,7 +103,9 @@ def columns_fault(columns: Sequence[str], options: ReadingOptions = DEFAULT) -> 
 def unknown_shape(keys: Sequence[str]) -> Fault:
     """Return the fault of a record, or of a table's columns, that fit no shape."""
     shown = ", ".join(quoted(str(key), 20) for key in keys[:8]) + (", …" if len(keys) > 8 else "")
-    cause = f"no shape recognised in the keys {shown or '(none)'}; known: {_KNOWN}"
+    names = {canonical(str(key)) for key in keys}
+    advice = next((text for known, text in _NO_CHATS if known <= names), f"known: {_KNOWN}")
+    cause = f"no shape recognised in the keys {shown or '(none)'}; {advice}"
     return Fault(FaultKind.UNKNOWN_SHAPE, cause, subject=shown)
 
 
