@@ -28,13 +28,26 @@ class RotaryEmbedding:
     theta: float
     values: JsonObject
 
-    def number(self, name: str) -> float:
+    def number(self, name: str, default: float | None = None) -> float:
         """Return a setting.
 
         Raises:
-            ModelError: it is missing or not a number.
+            ModelError: it is not a number, or missing or null without a default.
         """
         found = self.values.get(name)
+        return self._number(name, default if found is None else found)
+
+    def numbers(self, name: str) -> list[float]:
+        """Return a setting that is a list of numbers.
+
+        Raises:
+            ModelError: it is missing, or something else.
+        """
+        found = self.values.get(name)
+        return [self._number(name, each) for each in (found if isinstance(found, list) else [found])]
+
+    @staticmethod
+    def _number(name: str, found: object) -> float:
         if not _is_number(found):
             raise ModelError(f"rotary embedding of the model: {name} is {found!r}, not a number")
         return float(found)
@@ -124,10 +137,19 @@ class ModelConfig:
         """The rotary embedding; older files keep its settings in two places and call the kind ``type``."""
         section = self._section("rope_parameters") or self._section("rope_scaling")
         theta = section.get("rope_theta", self.values.get("rope_theta", _ROPE_THETA))
+        kind = section.get("rope_type", section.get("type")) or "default"
+        return self.rotary_embedding({**section, "rope_theta": theta}, str(kind))
+
+    def rotary_embedding(self, values: JsonObject, kind: str) -> RotaryEmbedding:
+        """Return a rotary embedding of these settings.
+
+        Raises:
+            ModelError: the base is not a number.
+        """
+        theta = values.get("rope_theta")
         if not _is_number(theta):
             raise self._error("rope_theta", theta, "a number")
-        kind = section.get("rope_type", section.get("type")) or "default"
-        return RotaryEmbedding(str(kind), float(theta), section)
+        return RotaryEmbedding(kind, float(theta), values)
 
     def integer(self, *names: str) -> int | None:
         """Return the first of these settings of the language model that is present and not null.

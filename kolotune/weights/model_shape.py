@@ -116,6 +116,16 @@ class ModelShape:
         return self.linears[: len(self.linears) // max(1, self.layers)]
 
     @property
+    def norms_heads(self) -> bool:
+        """Whether queries and keys are normalized."""
+        return any(entry.name.endswith(".q_norm.weight") for entry in self.entries)
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether the outputs of attention and MLP are normalized before they are added."""
+        return any(entry.name.endswith(".post_feedforward_layernorm.weight") for entry in self.entries)
+
+    @property
     def mlp_size(self) -> int:
         """The width inside the MLP; four times the hidden size if there is no ``down_proj``."""
         down = [linear.inputs for linear in self.first_layer if linear.name.endswith(".down_proj")]

@@ -3,7 +3,7 @@
 Short chats are computed as a padded batch, by plain batched matrix products, with the shared prefix's keys in front of
 each chat's; PyTorch's own CPU kernel takes several times as long for them. Long chats use that kernel, chat by chat,
 because the memory of the products grows with the square of the length. So do chats with branches, segment by segment:
-their lengths differ too much for a padded batch.
+their lengths differ too much for a padded batch. That kernel can't cap scores; `capped_attention` can.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import sequence_packing
+from . import capped_attention, sequence_packing
+from .attention_limits import Limits, cap_scores, hidden_keys
 from .matrix_product import InputGradient
 from .rotary import Rotary
 from .sequence_packing import PackedSequence, Segment
@@ -56,11 +57,11 @@ class Attention(Protocol):
         """Return the gradient of qkv, ``[tokens, heads.all * width]``, from the output and its gradient."""
 
 
-def attention_for(packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
+def attention_for(packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
     """Return the implementation that suits the lengths of the chats."""
     if packed.has_branches or max(packed.lengths) > sequence_packing.LONG:
-        return LongAttention(packed, heads, rotary)
-    return ShortAttention(packed, heads, rotary)
+        return LongAttention(packed, heads, rotary, limits)
+    return ShortAttention(packed, heads, rotary, limits)
 
 
 def padded_layout(packed: PackedSequence) -> tuple[Tensor, Tensor, int]:
@@ -79,17 +80,17 @@ def padded_layout(packed: PackedSequence) -> tuple[Tensor, Tensor, int]:
 class ShortAttention:
     """Attention as a padded batch: a row for each chat, and one more for a shared prefix."""
 
-    def __init__(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> None:
-        self.heads, self.prefix, self.rotary = heads, packed.prefix, rotary
+    def __init__(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> None:
+        self.heads, self.prefix, self.rotary, self.cap = heads, packed.prefix, rotary, limits.cap
         lengths, source, self.width = padded_layout(packed)
         self.rows = len(lengths)
         self.grid = source.clamp(min=0)  # the padding may hold anything
         self.unpadded = (source >= 0).nonzero().squeeze(1)
-        hidden = torch.ones(self.width, self.width, dtype=torch.bool).triu(1)
-        hidden = torch.cat([torch.zeros(self.width, packed.prefix, dtype=torch.bool), hidden], 1)
+        hidden = hidden_keys(self.width, packed.prefix, limits.window)
         hidden = hidden.repeat(self.rows if packed.prefix else 1, 1, 1)
-        if packed.prefix:
-            hidden[0, :, : packed.prefix] = True  # the prefix's row has its keys behind, like every other row
+        if packed.prefix:  # the prefix's row has its keys behind, like every other row
+            hidden[0] = torch.ones(self.width, packed.prefix + self.width, dtype=torch.bool)
+            hidden[0, :, packed.prefix :] = hidden_keys(self.width, 0, limits.window)
         mask = torch.zeros(hidden.shape, dtype=rotary.dtype).masked_fill_(hidden, torch.finfo(rotary.dtype).min)
         self.mask = mask[:, None, None]
 
@@ -102,23 +103,26 @@ class ShortAttention:
         keys = self._with_prefix(grid[:, :, heads.queries : heads.queries + heads.keys])
         values = self._with_prefix(grid[:, :, heads.queries + heads.keys :])
         scores = torch.bmm(queries, keys.transpose(1, 2))
+        slopes = cap_scores(scores, self.cap)
         shaped = scores.view(rows, heads.keys, -1, width, self.prefix + width)
         shaped += self.mask
         shares = torch.softmax(scores, -1)
         out = torch.bmm(shares, values).view(rows, heads.keys, -1, width, heads.width)
         out = out.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
         into.copy_(out.index_select(0, self.unpadded))
-        return queries, keys, values, shares
+        return queries, keys, values, shares, *slopes
 
     def backward(self, d_out: InputGradient, out: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         del out
-        queries, keys, values, shares = kept
+        queries, keys, values, shares, *slopes = kept
         heads, rows, width = self.heads, self.rows, self.width
         d_mixed = d_out.sum()
         grid = d_mixed.new_zeros(rows * width, heads.queries * heads.width).index_copy_(0, self.unpadded, d_mixed)
         d_result = self._by_head(grid.view(rows, width, heads.queries, heads.width))
         d_shares = torch.bmm(d_result, values.transpose(1, 2))
         d_scores = _softmax_backward(d_shares, shares, -1, shares.dtype)
+        for slope in slopes:
+            d_scores *= slope
         gradient = d_mixed.new_empty(rows, width, heads.all, heads.width)
         d_queries = torch.bmm(d_scores, keys).view(rows, heads.keys, -1, width, heads.width)
         torch.unflatten(gradient[:, :, : heads.queries], 2, (heads.keys, -1)).copy_(d_queries.permute(0, 3, 1, 2, 4))
@@ -153,15 +157,15 @@ class ShortAttention:
 class LongAttention:
     """PyTorch's flash attention for CPUs, segment by segment: memory grows with the length, not with its square."""
 
-    def __init__(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> None:
-        self.heads, self.rotary = heads, rotary
+    def __init__(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> None:
+        self.heads, self.rotary, self.limits = heads, rotary, limits
         self.segments = sorted(packed.segments, key=lambda segment: segment.start)  # each behind all that it sees
         self.sums_in_fp32 = packed.has_branches
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:
         kept = [apply_rotary(qkv, self.heads, self.rotary)]
         for segment in self.segments:
-            out, sums = _flash(*self._split(kept[0], segment), 0.0, **self._masking(segment))
+            out, sums = self._attend(segment, *self._split(kept[0], segment))
             result = into[segment.start : segment.end]
             torch.unflatten(result, 1, (self.heads.queries, -1)).copy_(out[0].transpose(0, 1))
             kept.append(sums)
@@ -176,9 +180,7 @@ class LongAttention:
             d_shaped, out_shaped = (
                 flat[own].reshape(1, segment.length, heads.queries, -1).transpose(1, 2) for flat in (d_mixed, out)
             )
-            d_qkv = _flash_backward(
-                d_shaped, *self._split(qkv, segment), out_shaped, sums, 0.0, **self._masking(segment)
-            )
+            d_qkv = self._attend_backward(segment, d_shaped, *self._split(qkv, segment), out_shaped, sums)
             d_keys, d_values = (
                 torch.unflatten(d_heads, 1, (heads.keys, -1)).sum(2)[0].transpose(0, 1) for d_heads in d_qkv[1:]
             )
@@ -189,12 +191,26 @@ class LongAttention:
                 gradient[:, heads.queries :].index_add_(0, segment.front, d_front.to(dtype))
         return rotary_backward(gradient.to(qkv.dtype), heads, self.rotary)
 
+    def _attend(self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.limits.cap:
+            return capped_attention.forward(queries, keys, values, self.limits)
+        result: tuple[Tensor, Tensor] = _flash(queries, keys, values, 0.0, **self._masking(segment))
+        return result
+
+    def _attend_backward(self, segment: Segment, d_out: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of queries, keys and values; `kept`: these three, the result and `_attend`'s sums."""
+        if self.limits.cap:
+            queries, keys, values, out, sums = kept
+            return capped_attention.backward(d_out, queries, keys, values, out, sums, self.limits)
+        result: tuple[Tensor, Tensor, Tensor] = _flash_backward(d_out, *kept, 0.0, **self._masking(segment))
+        return result
+
     def _masking(self, segment: Segment) -> dict[str, Any]:
-        """Return the options that let each of the segment's tokens see all in front of it and none behind."""
-        seen = len(segment.front)
-        if not seen:
+        """Return the options that let each of the segment's tokens see its window in front of it and none behind."""
+        seen, window = len(segment.front), self.limits.window
+        if not seen and (window is None or window >= segment.length):
             return {"is_causal": True, "scale": 1.0}
-        hidden = torch.ones(segment.length, seen + segment.length, dtype=torch.bool).triu(seen + 1)
+        hidden = hidden_keys(segment.length, seen, window)
         mask = torch.zeros(hidden.shape, dtype=self.rotary.dtype).masked_fill_(hidden, float("-inf"))
         return {"is_causal": False, "attn_mask": mask, "scale": 1.0}
 

@@ -1,4 +1,4 @@
-"""Decoders of the Llama family with hand-written forward and backward passes over packed sequences.
+"""Decoders of Llama's kind with hand-written forward and backward passes over packed sequences.
 
 Notable decisions:
 
@@ -8,6 +8,7 @@ Notable decisions:
 - One matrix product where transformers has three (queries, keys, values) or two (gate, up), adapters included.
 - Logits only where a label is next, some at a time; the last layer computes its MLP only there.
 - Norms return their fp32 factor, so that the backward pass does not recompute them.
+- Families differ in what layers have (`Layer`), `AttentionSetting`, `Activation` and `Factors`, not in the passes.
 - Activations are kept, or recomputed layer by layer with the same random numbers when memory is short.
 """
 
@@ -18,12 +19,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .attention import Heads
+from .architecture import Activation
+from .attention import Attention, Heads
+from .attention_limits import Limits
 from .fused_linear import FusedLinear
 from .lora import FlatAdapters
 from .matrix_product import InputGradient, Product
 from .memory import LOGITS_AT_ONCE
-from .operations import Norm, Operations
+from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
 
@@ -32,15 +35,23 @@ from .sequence_packing import PackedSequence
 class Layer:
     """One decoder layer's frozen weights with their adapters.
 
-    `query_norm` and `key_norm` exist in models that normalize each head (Qwen 3).
+    Attributes:
+        setting: index of its attention's setting.
+        attention_norm, mlp_norm: in front of attention and MLP; None where there is none (OLMo 2).
+        qkv, out, gate_up, down: its linear layers.
+        attention_norm_after, mlp_norm_after: of what attention and MLP add (Gemma 2, OLMo 2).
+        query_norm, key_norm: of each head (Qwen 3), or of all heads together (OLMo 2).
     """
 
-    attention_norm: Norm
+    setting: int
+    attention_norm: Norm | None
     qkv: FusedLinear
     out: FusedLinear
-    mlp_norm: Norm
+    mlp_norm: Norm | None
     gate_up: FusedLinear
     down: FusedLinear
+    attention_norm_after: Norm | None = None
+    mlp_norm_after: Norm | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
 
@@ -49,26 +60,62 @@ class Layer:
         return self.qkv, self.out, self.gate_up, self.down
 
 
+@dataclass(frozen=True)
+class AttentionSetting:
+    """What the attention of some layers has in common.
+
+    Attributes:
+        limits: see `Limits`.
+        frequencies: fp32 ``[rotated / 2]``, of the rotary embedding; empty if queries and keys are not turned.
+        rotary_factor: of cosine and sine.
+        scale: factor of both queries and keys.
+    """
+
+    limits: Limits
+    frequencies: Tensor
+    rotary_factor: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Constants by which a decoder multiplies.
+
+    Attributes:
+        embeddings: factor of the embeddings.
+        added: factor of what attention and MLP add.
+        logits: see `LogitScaling`.
+    """
+
+    embeddings: float
+    added: float
+    logits: LogitScaling
+
+
 @dataclass
 class Decoder:
     """A whole model.
 
     Attributes:
         heads: see `Heads`.
+        settings: of the layers' attention.
         layers: in order.
+        activation: of the MLPs.
+        factors: see `Factors`.
         embedding: ``[vocabulary, width]``.
         head: computes the logits.
         norm: in front of the head.
-        frequencies: fp32 ``[head width / 2]``, of the rotary embedding.
         operations: computes the elementwise parts.
     """
 
     heads: Heads
+    settings: list[AttentionSetting]
     layers: list[Layer]
+    activation: Activation
+    factors: Factors
     embedding: Tensor
     head: Product
     norm: Norm
-    frequencies: Tensor
     operations: Operations
 
     def join(self, flat: FlatAdapters) -> None:
@@ -89,7 +136,7 @@ class Decoder:
         if not packed.labels:
             return 0.0
         sequence = _SequencePass(self, packed)
-        x, added = self.embedding[packed.ids], None
+        x, added = self._embed(packed.ids), None
         for index, layer in enumerate(self.layers):
             x, added = sequence.forward(layer, x, added, None, last=index == len(self.layers) - 1)
         return self._head(x, added, packed, 0.0)[1]
@@ -109,7 +156,7 @@ class Decoder:
         if not packed.labels:
             return 0.0
         sequence = _SequencePass(self, packed)
-        x, added = self.embedding[packed.ids], None
+        x, added = self._embed(packed.ids), None
         kept: list[_SavedActivations] = []
         for index, layer in enumerate(self.layers):
             kept.append(_SavedActivations(torch.get_rng_state() if recompute else None))
@@ -124,6 +171,10 @@ class Decoder:
             d_x = sequence.backward(self.layers[index], d_x, saved, first=index == 0)
         return loss
 
+    def _embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding[ids]
+        return x if self.factors.embeddings == 1.0 else x.mul_(self.factors.embeddings)
+
     def _head(self, x: Tensor, added: Tensor | None, packed: PackedSequence, factor: float) -> tuple[Tensor, float]:
         """Return the gradient of ``x + added``, the last layer's output where a label is next, and the summed loss.
 
@@ -135,7 +186,7 @@ class Decoder:
         for start in range(0, packed.labels, LOGITS_AT_ONCE):
             block = slice(start, start + LOGITS_AT_ONCE)
             logits = self.head.forward(normed[block], None)
-            losses, gradient = self.operations.cross_entropy(logits, packed.targets[block], factor)
+            losses, gradient = self.operations.cross_entropy(logits, packed.targets[block], factor, self.factors.logits)
             del logits
             weights = None if packed.weights is None else packed.weights[block]
             total += float((losses if weights is None else losses * weights).sum())
@@ -164,9 +215,15 @@ class _SequencePass:
 
     def __init__(self, decoder: Decoder, packed: PackedSequence) -> None:
         self.heads, self.operations = decoder.heads, decoder.operations
+        self.activation, self.added = decoder.activation, decoder.factors.added
         self.tokens, self.labelled = len(packed.ids), packed.label_positions
-        rotary = Rotary.of(packed.positions, decoder.frequencies, decoder.embedding.dtype)
-        self.attention = self.operations.attention(packed, decoder.heads, rotary)
+        self.attentions = [self._attention(packed, decoder, setting) for setting in decoder.settings]
+
+    def _attention(self, packed: PackedSequence, decoder: Decoder, setting: AttentionSetting) -> Attention:
+        rotary = Rotary.of(
+            packed.positions, setting.frequencies, decoder.embedding.dtype, setting.scale, setting.rotary_factor
+        )
+        return self.operations.attention(packed, decoder.heads, rotary, setting.limits)
 
     def forward(
         self, layer: Layer, x: Tensor, added: Tensor | None, kept: _SavedActivations | None, last: bool
@@ -184,30 +241,32 @@ class _SequencePass:
             name: [] if kept is not None else None for name in ("qkv", "out", "gate_up", "down")
         }
         normed = layer.qkv.new_input(self.tokens)
-        x, factor = self.operations.norm(layer.attention_norm, x, added, normed[:, : layer.qkv.inputs])
+        x, factor = self._normed(layer.attention_norm, x, added, normed[:, : layer.qkv.inputs])
         qkv = layer.qkv.forward(normed, masks["qkv"])
         headed, head_kept = self._normed_heads(layer, qkv)
         attended = layer.out.new_input(self.tokens)
         mixed = attended[:, : layer.out.inputs]
-        attention_kept = self.attention.forward(headed, mixed)
+        attention_kept = self.attentions[layer.setting].forward(headed, mixed)
         if last:
             attended, residual = attended[self.labelled], x[self.labelled]
         else:
             residual = x
+        out = layer.out.forward(attended, masks["out"])
+        attention_out, out_kept = self._added(layer.attention_norm_after, out, "out")
         mlp_normed = layer.gate_up.new_input(len(attended))
-        middle, mlp_factor = self.operations.norm(
-            layer.mlp_norm, layer.out.forward(attended, masks["out"]), residual, mlp_normed[:, : layer.gate_up.inputs]
+        middle, mlp_factor = self._normed(
+            layer.mlp_norm, attention_out, residual, mlp_normed[:, : layer.gate_up.inputs]
         )
         gate_up = layer.gate_up.forward(mlp_normed, masks["gate_up"])
         product = layer.down.new_input(len(attended))
-        self.operations.gate(gate_up, product[:, : layer.down.inputs])
-        result = layer.down.forward(product, masks["down"])
+        self.operations.gate(self.activation, gate_up, product[:, : layer.down.inputs])
+        result, down_kept = self._added(layer.mlp_norm_after, layer.down.forward(product, masks["down"]), "down")
         if kept is not None:
             kept.x = x
             if kept.random_state is None:
                 kept.attention = attention_kept
                 kept.masks = {name: each for name, each in masks.items() if each}
-                kept.tensors = head_kept | {
+                kept.tensors = head_kept | out_kept | down_kept | {
                     "normed": normed, "factor": factor, "mixed": mixed, "attended": attended, "middle": middle,
                     "mlp_normed": mlp_normed, "mlp_factor": mlp_factor, "gate_up": gate_up, "product": product,
                 }  # fmt: skip
@@ -226,48 +285,98 @@ class _SequencePass:
     def backward(self, layer: Layer, d_out: Tensor, kept: _SavedActivations, first: bool) -> Tensor | None:
         """Return the gradient of the layer's input; None for the first layer, whose input is frozen."""
         saved, masks, operations = kept.tensors, kept.masks, self.operations
-        d_product = layer.down.backward(d_out, saved["product"], masks.get("down"))
-        d_gate_up = operations.gate_backward(d_product, saved["gate_up"])
+        d_down = self._added_backward(layer.mlp_norm_after, d_out, saved, "down")
+        d_product = layer.down.backward(d_down, saved["product"], masks.get("down"))
+        d_gate_up = operations.gate_backward(self.activation, d_product, saved["gate_up"])
         d_normed = layer.gate_up.backward(d_gate_up, saved["mlp_normed"], masks.get("gate_up"))
-        d_middle = operations.norm_backward(layer.mlp_norm, d_normed, saved["middle"], saved["mlp_factor"], d_out)
-        d_mixed = layer.out.backward(d_middle, saved["attended"], masks.get("out"))
+        d_middle = self._normed_backward(layer.mlp_norm, d_normed, saved["middle"], saved["mlp_factor"], d_out)
+        d_attention = self._added_backward(layer.attention_norm_after, d_middle, saved, "out")
+        d_mixed = layer.out.backward(d_attention, saved["attended"], masks.get("out"))
         if len(d_out) < self.tokens:  # the last layer
             d_mixed, d_middle = replace(d_mixed, whole=self._spread(d_mixed.whole)), self._spread(d_middle)
-        d_headed = self.attention.backward(d_mixed, saved["mixed"], kept.attention)
+        d_headed = self.attentions[layer.setting].backward(d_mixed, saved["mixed"], kept.attention)
         d_qkv = self._normed_heads_backward(layer, d_headed, saved)
         if first:
             layer.qkv.backward_of_frozen(d_qkv, saved["normed"], masks.get("qkv"))
             return None
         d_normed = layer.qkv.backward(d_qkv, saved["normed"], masks.get("qkv"))
         assert kept.x is not None
-        return operations.norm_backward(layer.attention_norm, d_normed, kept.x, saved["factor"], d_middle)
+        return self._normed_backward(layer.attention_norm, d_normed, kept.x, saved["factor"], d_middle)
 
     def _spread(self, labelled: Tensor) -> Tensor:
         """Expand ``[labels, ...]`` to ``[tokens, ...]``, with 0 elsewhere."""
         return labelled.new_zeros(self.tokens, labelled.shape[1]).index_copy_(0, self.labelled, labelled)
 
+    def _normed(self, norm: Norm | None, x: Tensor, added: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Operations.norm`; without a norm the sum itself goes into `into`."""
+        if norm is not None:
+            return self.operations.norm(norm, x, added, into)
+        total = x if added is None else x.add_(added)
+        into.copy_(total)
+        return total, total.new_empty(0)
+
+    def _normed_backward(
+        self, norm: Norm | None, d_out: InputGradient, x: Tensor, factor: Tensor, added: Tensor
+    ) -> Tensor:
+        """Return the gradient of x plus `added`."""
+        if norm is not None:
+            return self.operations.norm_backward(norm, d_out, x, factor, added)
+        return d_out.sum() + added
+
+    def _added(self, norm: Norm | None, out: Tensor, block: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what attention or MLP adds to the residual connection, and what `_added_backward` needs.
+
+        Args:
+            norm: of what is added.
+            out: the output of its last linear layer; its memory may be overwritten.
+            block: that layer: "out" or "down".
+        """
+        if norm is not None:
+            added = torch.empty_like(out)
+            out, factor = self.operations.norm(norm, out, None, added)
+            return added, {f"{block} output": out, f"{block} factor": factor}
+        return (out if self.added == 1.0 else out.mul_(self.added)), {}
+
+    def _added_backward(self, norm: Norm | None, d_added: Tensor, saved: dict[str, Tensor], block: str) -> Tensor:
+        """Return the gradient of `out` of `_added`."""
+        if norm is not None:
+            gradient = InputGradient(d_added, d_added.shape[1], None)
+            return self.operations.norm_backward(
+                norm, gradient, saved[f"{block} output"], saved[f"{block} factor"], None
+            )
+        return d_added if self.added == 1.0 else d_added * self.added
+
     def _normed_heads(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return queries, keys and values ``[tokens, heads.all * d]``, normalized by head where the model does that."""
+        """Return queries, keys and values ``[tokens, heads.all * d]``, normalized where the model does that."""
         if layer.query_norm is None or layer.key_norm is None:
             return qkv, {}
-        shaped, split = self._by_head(qkv), self.heads.queries
-        queries, query_factor = layer.query_norm.forward(shaped[:, :split])
-        keys, key_factor = layer.key_norm.forward(shaped[:, split : split + self.heads.keys])
-        headed = torch.cat([queries, keys, shaped[:, split + self.heads.keys :]], 1).view(self.tokens, -1)
-        return headed, {"qkv": qkv, "query_factor": query_factor, "key_factor": key_factor}
+        headed, factors = torch.empty_like(qkv), []
+        headed[:, self._keys.stop :] = qkv[:, self._keys.stop :]
+        for norm, columns in ((layer.query_norm, self._queries), (layer.key_norm, self._keys)):
+            normed, factor = norm.forward(torch.unflatten(qkv[:, columns], 1, (-1, len(norm.weight))))
+            headed[:, columns] = normed.flatten(1)
+            factors.append(factor)
+        return headed, {"qkv": qkv, "query_factor": factors[0], "key_factor": factors[1]}
 
     def _normed_heads_backward(self, layer: Layer, d_headed: Tensor, saved: dict[str, Tensor]) -> Tensor:
         """Return the gradient of the input of `_normed_heads` ``[tokens, heads.all * d]``; it replaces `d_headed`."""
+        d_headed = d_headed.view(self.tokens, -1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            shaped, gradient = self._by_head(saved["qkv"]), self._by_head(d_headed)
-            queries = slice(self.heads.queries)
-            keys = slice(self.heads.queries, self.heads.queries + self.heads.keys)
-            for norm, part, factor in (
-                (layer.query_norm, queries, saved["query_factor"]),
-                (layer.key_norm, keys, saved["key_factor"]),
+            for norm, columns, factor in (
+                (layer.query_norm, self._queries, saved["query_factor"]),
+                (layer.key_norm, self._keys, saved["key_factor"]),
             ):
-                gradient[:, part] = norm.backward(gradient[:, part], shaped[:, part], factor)
+                part, x = (
+                    torch.unflatten(each[:, columns], 1, (-1, len(norm.weight))) for each in (d_headed, saved["qkv"])
+                )
+                part.copy_(norm.backward(part, x, factor))
         return d_headed
 
-    def _by_head(self, qkv: Tensor) -> Tensor:
-        return qkv.view(self.tokens, self.heads.all, self.heads.width)
+    @property
+    def _queries(self) -> slice:
+        return slice(self.heads.queries * self.heads.width)
+
+    @property
+    def _keys(self) -> slice:
+        start = self._queries.stop
+        return slice(start, start + self.heads.keys * self.heads.width)

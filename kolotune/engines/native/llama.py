@@ -1,46 +1,46 @@
-"""Reads model folders of the Llama family as a `Decoder`."""
+"""Reads model folders of the families that the decoder computes as a `Decoder`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kolotune.weights.model_config import ModelConfig, RotaryEmbedding, read_model_config
+from kolotune.weights.model_config import read_model_config
 from kolotune.weights.torch_tensors import TensorFiles
 from kolotune.weights.weight_files import weight_files
 
 from . import lora
+from .architecture import Activation, Architecture, AttentionPattern, read_architecture
 from .attention import Heads
-from .decoder import Decoder, Layer
+from .attention_limits import Limits
+from .decoder import AttentionSetting, Decoder, Factors, Layer
+from .families import Norms
 from .fused_linear import FusedLinear
 from .lora import LoraPair
-from .operations import Norm, Operations
+from .operations import LogitScaling, Norm, Operations
+from .rotary_frequencies import frequencies
 
-_QKV, _OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
-_GATE_UP, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
-_LINEAR = (*_QKV, *_OUT, *_GATE_UP, *_DOWN)
-
-
-def frequencies(rotary: RotaryEmbedding, width: int) -> Tensor:
-    """Return the angles per position, fp32 ``[width / 2]``.
-
-    Sources: Su et al., "RoFormer", 2021. "llama3" is the scaling of Llama 3.1: long waves are stretched by `factor`,
-    short ones kept, and those between are blended.
-    """
-    plain: Tensor = 1.0 / rotary.theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
-    if rotary.kind == "linear":
-        return plain / rotary.number("factor")
-    if rotary.kind != "llama3":
-        return plain
-    factor, low, high = (rotary.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = rotary.number("original_max_position_embeddings") * plain / (2 * math.pi)
-    blend: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - blend) * plain / factor + blend * plain
+_OUT, _DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
+_LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "out": _OUT,
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": _DOWN,
+}  # fmt: skip
+_FUSED_LINEARS = {"out": _OUT, "qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",), "down": _DOWN}
+"""A layer's linear layers by their names in the files, in the order of transformers' modules."""
+_NORMS = {
+    Norms.BEFORE: {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    Norms.AFTER: {
+        "attention_norm_after": "post_attention_layernorm", "mlp_norm_after": "post_feedforward_layernorm",
+    },
+    Norms.AROUND: {
+        "attention_norm": "input_layernorm", "attention_norm_after": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm", "mlp_norm_after": "post_feedforward_layernorm",
+    },
+}  # fmt: skip
 
 
 def load(
@@ -66,19 +66,50 @@ def load(
         ArtifactError: a weight is missing or damaged.
     """
     config = read_model_config(folder)
-    chosen = lora.target_leaves({name.rpartition(".")[2] for name in _LINEAR}, targets)
+    architecture = read_architecture(config)
+    linears = _FUSED_LINEARS if architecture.family.is_fused else _LINEARS
+    chosen = lora.target_leaves({name.rpartition(".")[2] for names in linears.values() for name in names}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
 
-    parts = _Parts(TensorFiles(weight_files(folder)), dtype, operations, config.number("rms_norm_eps", 1e-6), pair)
-    layers = [parts.layer(f"model.layers.{index}") for index in range(config.required_integer("num_hidden_layers"))]
+    parts = _Parts(TensorFiles(weight_files(folder)), dtype, operations, architecture, pair)
+    patterns = architecture.patterns
+    layers = [
+        parts.layer(f"model.layers.{index}", linears, patterns.index(pattern))
+        for index, pattern in enumerate(architecture.layers)
+    ]
     embedding = parts.read("model.embed_tokens.weight")
     head = parts.read("lm_head.weight") if "lm_head.weight" in parts.files else embedding
-    product, heads = operations.product(head, head.shape[1]), _heads(config)
-    turns = frequencies(config.rotary, heads.width)
-    decoder = Decoder(heads, layers, embedding, product, parts.norm("model.norm"), turns, operations)
+    decoder = Decoder(
+        heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
+        settings=[_setting(architecture, pattern) for pattern in patterns],
+        layers=layers,
+        activation=Activation(architecture.activation),
+        factors=_factors(architecture, dtype),
+        embedding=embedding,
+        head=operations.product(head, head.shape[1]),
+        norm=parts.norm("model.norm"),
+        operations=operations,
+    )
     return decoder, parts.adapters
+
+
+def _setting(architecture: Architecture, pattern: AttentionPattern) -> AttentionSetting:
+    limits = Limits(pattern.window, architecture.score_cap)
+    scale: float = architecture.score_scale**0.5
+    if pattern.rotary is None:
+        return AttentionSetting(limits, torch.empty(0), 1.0, scale)
+    rotated = int(architecture.head_width * architecture.rotated_share)
+    return AttentionSetting(limits, *frequencies(pattern.rotary, rotated), scale)
+
+
+def _factors(architecture: Architecture, dtype: torch.dtype) -> Factors:
+    embeddings = architecture.embedding_factor
+    if architecture.family.scales_embeddings:
+        embeddings = float(torch.tensor(embeddings).to(dtype))  # as Gemma was trained
+    logits = LogitScaling(architecture.logit_factor, architecture.logit_cap)
+    return Factors(embeddings, architecture.block_factor, logits)
 
 
 @dataclass
@@ -88,7 +119,7 @@ class _Parts:
     files: TensorFiles
     dtype: torch.dtype
     operations: Operations
-    epsilon: float
+    architecture: Architecture
     pair: Callable[[str, int, int], LoraPair | None]
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
@@ -97,7 +128,7 @@ class _Parts:
         return self.files.read(name).to(self.dtype, copy=True)
 
     def norm(self, name: str) -> Norm:
-        return Norm(self.read(f"{name}.weight"), self.epsilon)
+        return Norm(self.read(f"{name}.weight"), self.architecture.epsilon, self.architecture.family.norms_stored_less)
 
     def fused(self, prefix: str, names: Sequence[str]) -> FusedLinear:
         """Read several linear layers as one."""
@@ -108,19 +139,21 @@ class _Parts:
         self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
         return FusedLinear(self.operations, weights, biases, pairs)
 
-    def layer(self, prefix: str) -> Layer:
-        by_head = f"{prefix}.self_attn.q_norm.weight" in self.files
+    def layer(self, prefix: str, linears: Mapping[str, Sequence[str]], setting: int) -> Layer:
+        """Read a layer; its linear layers get their adapters in the order of `linears`."""
+        fused = {part: self.fused(prefix, names) for part, names in linears.items()}
+        norms = {part: self.norm(f"{prefix}.{name}") for part, name in _NORMS[self.architecture.family.norms].items()}
+        heads_normed = f"{prefix}.self_attn.q_norm.weight" in self.files
         return Layer(
-            attention_norm=self.norm(f"{prefix}.input_layernorm"),
-            qkv=self.fused(prefix, _QKV),
-            out=self.fused(prefix, _OUT),
-            mlp_norm=self.norm(f"{prefix}.post_attention_layernorm"),
-            gate_up=self.fused(prefix, _GATE_UP),
-            down=self.fused(prefix, _DOWN),
-            query_norm=self.norm(f"{prefix}.self_attn.q_norm") if by_head else None,
-            key_norm=self.norm(f"{prefix}.self_attn.k_norm") if by_head else None,
+            setting=setting,
+            qkv=fused["qkv"],
+            out=fused["out"],
+            gate_up=fused["gate_up"],
+            down=fused["down"],
+            attention_norm=norms.get("attention_norm"),
+            attention_norm_after=norms.get("attention_norm_after"),
+            mlp_norm=norms.get("mlp_norm"),
+            mlp_norm_after=norms.get("mlp_norm_after"),
+            query_norm=self.norm(f"{prefix}.self_attn.q_norm") if heads_normed else None,
+            key_norm=self.norm(f"{prefix}.self_attn.k_norm") if heads_normed else None,
         )
-
-
-def _heads(config: ModelConfig) -> Heads:
-    return Heads(config.attention_heads, config.key_value_heads, config.head_size)

@@ -40,6 +40,8 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
     # Each expert of a token has its input and output, gate, up and their product.
     per_token += shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.mlp_size + 2 * adapter.rank)
     heads = shape.attention_heads + 2 * shape.key_value_heads
+    # What some families normalize besides: the outputs of attention and MLP; queries and keys, beside the values.
+    per_token += 2 * shape.hidden_size * shape.norms_outputs + heads * shape.head_size * shape.norms_heads
     if not batch.padded:
         token_bytes = dtype_bytes * (per_token + heads * shape.head_size) + FP32_BYTES * (2 + shape.attention_heads)
         return batch.tokens * token_bytes

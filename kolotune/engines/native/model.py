@@ -52,6 +52,10 @@ class TrainingModel(Protocol):
         """The name of the module that is trained, in a composite model; "" where it is the whole model."""
 
     @property
+    def reason_slow(self) -> str:
+        """Why the hand-written passes can't compute this model; "" if they do, or would not be used here anyway."""
+
+    @property
     def kernels(self) -> str:
         """The name of the compiled kernels, which depends on all that their machine code does; "" without kernels."""
 
@@ -83,15 +87,16 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
         TrainingError: the base can't be loaded.
         ConfigError: a target is not a linear layer of the base.
     """
-    by_hand = device == "cpu" and not job.load_in_4bit and not job.sharded
-    if by_hand and not supported_models.reason_unsupported(Path(job.base_model), longest):
-        return PackedModel(job)
-    return TransformersModel(job, device)
+    if device != "cpu" or job.load_in_4bit or job.sharded:
+        return TransformersModel(job, device)
+    reason = supported_models.reason_unsupported(Path(job.base_model), longest)
+    return TransformersModel(job, device, reason) if reason else PackedModel(job)
 
 
 class PackedModel:
-    """Models of the Llama family on the CPU; see `decoder`."""
+    """Models of the families that `decoder` computes, on the CPU."""
 
+    reason_slow = ""
     language_model = ""
 
     def __init__(self, job: TrainJob) -> None:
@@ -156,8 +161,8 @@ class TransformersModel:
 
     kernels = ""
 
-    def __init__(self, job: TrainJob, device: str) -> None:
-        self.backoffs = 0
+    def __init__(self, job: TrainJob, device: str, reason_slow: str = "") -> None:
+        self.backoffs, self.reason_slow = 0, reason_slow
         self._device, self._size = device, job.batch_size
         folder = Path(job.base_model)
         is_sharded = job.sharded

@@ -11,29 +11,53 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .architecture import Activation
 from .attention import Attention, Heads, attention_for
+from .attention_limits import Limits, cap_scores
 from .matrix_product import InputGradient, PlainProduct, Product
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
 
 _rms_norm: Any = torch.ops.aten._fused_rms_norm
 _silu_backward: Any = torch.ops.aten.silu_backward
+_gelu_backward: Any = torch.ops.aten.gelu_backward
+
+
+@dataclass(frozen=True)
+class LogitScaling:
+    """What is done to logits before the softmax.
+
+    Attributes:
+        factor: they are multiplied by this.
+        cap: then they become ``cap * tanh(logit / cap)``; 0.0 for no cap.
+    """
+
+    factor: float = 1.0
+    cap: float = 0.0
 
 
 @dataclass
 class Norm:
-    """Root-mean-square normalization (Zhang and Sennrich, 2019) with a frozen weight ``[width]``."""
+    """Root-mean-square normalization (Zhang and Sennrich, 2019) with a frozen weight ``[width]``.
+
+    Some models store the weight less 1 (`stored_less`), since the whole would lose digits in bf16.
+    """
 
     weight: Tensor
     epsilon: float
+    stored_less: int = 0
 
     def __post_init__(self) -> None:
-        self._exact = self.weight.float()
+        self._exact = self.weight.float() + self.stored_less
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize ``[..., width]``; return also the fp32 factor ``[..., 1]`` that `backward` needs."""
-        result: tuple[Tensor, Tensor] = _rms_norm(x, [len(self.weight)], self.weight, self.epsilon)
-        return result
+        if not self.stored_less:
+            result: tuple[Tensor, Tensor] = _rms_norm(x, [len(self.weight)], self.weight, self.epsilon)
+            return result
+        exact = x.float()
+        factor = exact.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
+        return exact.mul(factor).mul_(self._exact).to(x.dtype), factor
 
     def backward(self, d_out: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """Return the gradient of x, in the dtype of x."""
@@ -55,7 +79,7 @@ class Operations(Protocol):
     def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
         """Add ``factor * leftᵀ · right``, of ``[tokens, …]``, to fp32 ``gradient [left, right]``."""
 
-    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
+    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         """Return the attention for one packed sequence."""
 
     def norm(self, norm: Norm, x: Tensor, added: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,16 +94,18 @@ class Operations(Protocol):
     ) -> Tensor:
         """Return the gradient of x, ``[tokens, width]``, plus `added`, its gradient from the residual connection."""
 
-    def gate(self, gate_up: Tensor, into: Tensor) -> None:
-        """Compute SwiGLU (Shazeer, 2020), ``silu(gate) * up`` of ``gate_up [tokens, 2 * width]``, into `into`."""
+    def gate(self, activation: Activation, gate_up: Tensor, into: Tensor) -> None:
+        """Compute ``activation(gate) * up`` (Shazeer, "GLU Variants", 2020) of ``gate_up [tokens, 2 * width]``."""
 
-    def gate_backward(self, d_out: InputGradient, gate_up: Tensor) -> Tensor:
+    def gate_backward(self, activation: Activation, d_out: InputGradient, gate_up: Tensor) -> Tensor:
         """Return the gradient of gate_up, ``[tokens, 2 * width]``."""
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, factor: float, scaling: LogitScaling
+    ) -> tuple[Tensor, Tensor]:
         """Return the fp32 loss of each row of ``logits [labels, vocabulary]``, and `factor` times its gradient.
 
-        The gradient is in the logits' dtype, and may overwrite them.
+        The gradient is in the logits' dtype, and may overwrite them. They are scaled first.
         """
 
 
@@ -96,8 +122,8 @@ class PlainOperations:
     def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
         gradient.add_(left.t() @ right, alpha=factor)
 
-    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
-        return attention_for(packed, heads, rotary)
+    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
+        return attention_for(packed, heads, rotary, limits)
 
     def norm(self, norm: Norm, x: Tensor, added: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
         total = x if added is None else x.add_(added)
@@ -111,21 +137,38 @@ class PlainOperations:
         gradient = norm.backward(d_out.sum(), x, factor)
         return gradient if added is None else gradient.add_(added)
 
-    def gate(self, gate_up: Tensor, into: Tensor) -> None:
+    def gate(self, activation: Activation, gate_up: Tensor, into: Tensor) -> None:
         gate, up = gate_up.chunk(2, 1)
-        torch.mul(nn.functional.silu(gate), up, out=into)
+        torch.mul(_activated(activation, gate), up, out=into)
 
-    def gate_backward(self, d_out: InputGradient, gate_up: Tensor) -> Tensor:
+    def gate_backward(self, activation: Activation, d_out: InputGradient, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, 1)
         gradient, d_product = torch.empty_like(gate_up), d_out.sum()
         d_gate, d_up = gradient.chunk(2, 1)
-        torch.mul(d_product, nn.functional.silu(gate), out=d_up)
-        _silu_backward.grad_input(d_product * up, gate, grad_input=d_gate)
+        torch.mul(d_product, _activated(activation, gate), out=d_up)
+        if activation == Activation.SILU:
+            _silu_backward.grad_input(d_product * up, gate, grad_input=d_gate)
+        else:
+            _gelu_backward.grad_input(d_product * up, gate, approximate="tanh", grad_input=d_gate)
         return gradient
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, factor: float, scaling: LogitScaling
+    ) -> tuple[Tensor, Tensor]:
+        if scaling.factor != 1.0:
+            logits.mul_(scaling.factor)
+        slopes = cap_scores(logits, scaling.cap)
         logs = torch.log_softmax(logits, -1, dtype=torch.float32)
         losses = -logs.gather(1, targets[:, None]).squeeze(1)
         shares = logs.exp_()
         shares[torch.arange(len(targets)), targets] -= 1
-        return losses, shares.mul_(factor).to(logits.dtype)
+        shares.mul_(factor * scaling.factor)
+        for slope in slopes:
+            shares *= slope
+        return losses, shares.to(logits.dtype)
+
+
+def _activated(activation: Activation, gate: Tensor) -> Tensor:
+    if activation == Activation.SILU:
+        return nn.functional.silu(gate)
+    return nn.functional.gelu(gate, approximate="tanh")

@@ -14,21 +14,36 @@ class Rotary:
     """The rotation of each token's queries and keys.
 
     Attributes:
-        cosine, sine: fp32 ``[tokens, width / 2]``, scaled so that the product of a query and a key is the score.
+        cosine, sine: fp32 ``[tokens, rotated / 2]``, scaled so that the product of a query and a key is the score.
+        scale: factor of the numbers of a head behind the rotated ones, for the same reason.
         dtype: of queries and keys.
     """
 
     cosine: Tensor
     sine: Tensor
+    scale: float
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotary:
-        """Compute the rotation at int64 ``positions [tokens]``, with fp32 ``frequencies [width / 2]``."""
+    def of(
+        cls, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float, factor: float = 1.0
+    ) -> Rotary:
+        """Compute the rotation at int64 ``positions [tokens]``.
+
+        Args:
+            positions: of the tokens.
+            frequencies: fp32 ``[rotated / 2]``: the angles per position of the first `rotated` numbers of a head.
+            dtype: of queries and keys.
+            scale: factor of both queries and keys: the root of the scores' factor.
+            factor: of cosine and sine.
+        """
         angles = positions[:, None].float() * frequencies
-        # Attention divides scores by the root of the width; query and key share that factor equally.
-        scale = (2 * len(frequencies)) ** -0.25
-        return cls(angles.cos() * scale, angles.sin() * scale, dtype)
+        return cls(angles.cos() * (scale * factor), angles.sin() * (scale * factor), scale, dtype)
+
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head are rotated."""
+        return 2 * self.cosine.shape[1]
 
     @cached_property
     def _rounded(self) -> tuple[Tensor, Tensor]:
@@ -44,7 +59,10 @@ class Rotary:
 
     def _rotate(self, x: Tensor, out: Tensor, direction: int) -> None:
         cosine, sine = self._rounded
-        left, right = x.chunk(2, -1)
-        out_left, out_right = out.chunk(2, -1)
+        rotated = self.rotated
+        left, right = x[..., :rotated].chunk(2, -1)
+        out_left, out_right = out[..., :rotated].chunk(2, -1)
         torch.mul(left, cosine, out=out_left).addcmul_(right, sine, value=-direction)
         torch.mul(right, cosine, out=out_right).addcmul_(left, sine, value=direction)
+        if rotated < x.shape[-1]:
+            torch.mul(x[..., rotated:], self.scale, out=out[..., rotated:])

@@ -72,6 +72,8 @@ def train(job: TrainJob) -> None:
     trainer.state.halvings = [*known, *(max(each, trainer.state.step) for each in more)]
     journal = _TrainingJournal(trainer)
     journal.report(TrainingBegins(trainer.state.step, trainer.state.halvings))
+    if trainer.model.reason_slow:
+        journal.report(TrainingNote(f"transformers computes this model, which is slower: {trainer.model.reason_slow}"))
     if state is not None:
         journal.report(TrainingNote(f"resuming from step {state.step}"))
     stopped = _run(trainer, journal)

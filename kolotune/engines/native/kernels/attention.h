@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <numeric>
+
 #include "numbers.h"
 #include "products.h"
 
@@ -23,6 +25,8 @@ struct Segments {
     const int64_t *shared, *reads, *read_starts;  // tokens that several see; the rows of each, end to end
     int64_t count, shared_count;                  // segments, shared tokens
     int64_t queries, keys, depth;                 // query heads, key heads, width of a head
+    int64_t window, half;                         // tokens that a query sees; half of a head's turned numbers
+    float rest, cap;                              // factor of a head's other numbers; of scores, 0 for none
 
     int64_t all() const { return (queries + 2 * keys) * depth; }
     int64_t front(int64_t segment) const { return front_starts[segment + 1] - front_starts[segment]; }
@@ -40,24 +44,27 @@ struct Segments {
 
 // Queries and keys of a packed row are turned by their positions, in place; backwards with `direction` -1.
 template <class T>
-void turn_row(T *heads, int64_t count, int64_t depth, const float *cosine, const float *sine, float direction) {
-    const int64_t half = depth / 2;
+void turn_row(const Segments &c, T *heads, int64_t count, const float *cosine, const float *sine, float direction) {
+    const int64_t half = c.half, depth = c.depth;
     for (T *left = heads, *right = heads + half; left < heads + count * depth; left += depth, right += depth) {
         EACH (int64_t i = 0; i < half; ++i) {
             const float l = get(left + i), r = get(right + i), s = sine[i] * direction;
             put(left + i, l * cosine[i] - r * s);
             put(right + i, r * cosine[i] + l * s);
         }
+        EACH (int64_t i = 2 * half; i < depth; ++i) put(left + i, get(left + i) * c.rest);
     }
 }
 
 template <class T>
 void turn(const Segments *segments, T *qkv, const float *cosine, const float *sine, int64_t rows) {
     const Segments c = *segments;
-    const int64_t half = c.depth / 2;
+    const int64_t half = c.half;
     ROWS(int64_t row = 0; row < rows; ++row)
-        turn_row(qkv + row * c.all(), c.queries + c.keys, c.depth, cosine + row * half, sine + row * half, 1.0f);
+        turn_row(c, qkv + row * c.all(), c.queries + c.keys, cosine + row * half, sine + row * half, 1.0f);
 }
+
+constexpr int64_t STEP = std::lcm(COLUMNS, TILE);  // scores and their gradients are tiled by both
 
 // One segment before one key head. Its lines are the queries that read this head: those of one token behind each other.
 template <class T>
@@ -78,8 +85,11 @@ struct View {
           group(segments.queries / segments.keys),
           lines(length * group) {}
 
-    // A line sees the keys before this one.
+    // A line sees the keys before this one, and none before the first one.
     int64_t limit(int64_t line) const { return front + line / group + 1; }
+    int64_t first(int64_t line) const { return limit(line) > c.window ? limit(line) - c.window : 0; }
+    // The same, rounded down so that tiles fit.
+    int64_t first_column(int64_t line) const { return first(line) / STEP * STEP; }
     int64_t limit_of_lines_before(int64_t line) const { return limit((line < lines ? line : lines) - 1); }
     int64_t token(int64_t line) const { return start + line / group; }
     int64_t query_head(int64_t line) const { return head * group + line % group; }
@@ -146,6 +156,11 @@ inline float exponentials(float *scores, int64_t limit, int64_t last, float *log
     return sum;
 }
 
+inline void cap_scores(float *scores, int64_t count, float cap) {
+    if (cap == 0) return;
+    EACH (int64_t i = 0; i < count; ++i) scores[i] = capped(scores[i], cap);
+}
+
 template <class T>
 void put_line(const float *from, float scale, T *to, int64_t count) {
     EACH (int64_t i = 0; i < count; ++i) put(to + i, from[i] * scale);
@@ -164,15 +179,22 @@ void attend(const View<T> &view, Desk<T> &desk, T *out, int64_t stride, float *l
     T *shares = reinterpret_cast<T *>(desk.by_value.get());
     for (int64_t line = 0; line < view.lines; line += TILE) {
         const int64_t last = view.limit_of_lines_before(line + TILE), used = up(last, pair) * pair;
+        const int64_t from = view.first_column(line);
         lines_from<T>(line, view.lines, [&](int64_t at) { return view.query(at); }, left);
-        tiles<T, false>(left, sizeof(word), desk.by_key.get(), steps, steps, last, scores, desk.keys);
+        tiles<T, false>(left, sizeof(word), desk.by_key.get() + from * steps, steps, steps, last - from, scores + from,
+                        desk.keys);
         for (int64_t i = 0; i < TILE && line + i < view.lines; ++i) {
             float *log_sum = log_sums + view.token(line + i) * view.c.queries + view.query_head(line + i);
-            sums[i] = exponentials(scores + i * desk.keys, view.limit(line + i), used, log_sum);
-            put_line(scores + i * desk.keys, 1.0f, shares + i * desk.keys, used);
+            float *own = scores + i * desk.keys;
+            const int64_t first = view.first(line + i);
+            cap_scores(own + from, last - from, view.c.cap);
+            sums[i] = exponentials(own + first, view.limit(line + i) - first, used - first, log_sum);
+            for (int64_t j = from; j < first; ++j) own[j] = 0;
+            put_line(own + from, 1.0f, shares + i * desk.keys + from, used - from);
         }
-        lines_from<T>(0, view.lines - line, [&](int64_t at) { return shares + at * desk.keys; }, left);
-        tiles<T, false>(left, sizeof(word), desk.value_rows.get(), height, up(last, pair), depth, results, desk.depth);
+        lines_from<T>(0, view.lines - line, [&](int64_t at) { return shares + at * desk.keys + from; }, left);
+        tiles<T, false>(left, sizeof(word), desk.value_rows.get() + from / pair * COLUMNS, height, up(last - from, pair),
+                        depth, results, desk.depth);
         for (int64_t i = 0; i < TILE && line + i < view.lines; ++i)
             put_line(results + i * desk.depth, 1.0f / sums[i], out + view.result(line + i, stride), depth);
     }
@@ -217,10 +239,10 @@ struct Backward {
 };
 
 // One tile of lines on the backward pass: writes the gradients of its queries, and puts its shares and the gradients of its
-// scores into the block, pairs of lines in a word, 0 from each line's limit to `last`.
+// scores into the block, pairs of lines in a word, from the key `from` to `last`: 0 where a line doesn't see a key.
 template <class T>
 void tile_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Block<T> &block, int64_t line,
-                   int64_t in_block, int64_t last) {
+                   int64_t in_block, int64_t from, int64_t last) {
     typedef typename Word<T>::type word;
     const int64_t depth = view.c.depth, pair = Word<T>::NUMBERS, steps = depth / pair;
     const int64_t height = up(view.front + view.length, pair);
@@ -228,55 +250,68 @@ void tile_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, Blo
     float *scores = desk.scores.get(), *d_scores = desk.d_scores.get(), *results = desk.lines.get();
     const word *left[TILE];
     lines_from<T>(line, view.lines, [&](int64_t at) { return view.query(at); }, left);
-    tiles<T, false>(left, sizeof(word), desk.by_key.get(), steps, steps, own_last, scores, desk.keys);
+    tiles<T, false>(left, sizeof(word), desk.by_key.get() + from * steps, steps, steps, own_last - from, scores + from,
+                    desk.keys);
     const auto d_result = [&](int64_t at) { return b.d_out + view.result(at, b.d_out_stride); };
     lines_from<T>(line, view.lines, d_result, left);
-    tiles<T, false>(left, sizeof(word), desk.by_value.get(), steps, steps, own_last, d_scores, desk.keys);
+    tiles<T, false>(left, sizeof(word), desk.by_value.get() + from * steps, steps, steps, own_last - from,
+                    d_scores + from, desk.keys);
     T *rounded = reinterpret_cast<T *>(desk.value_rows.get());
     for (int64_t i = 0; i < TILE; ++i) {
         float *own = scores + i * desk.keys, *d_own = d_scores + i * desk.keys;
-        const int64_t at = line + i, limit = at < view.lines ? view.limit(at) : 0;
-        if (limit > 0) {
+        const int64_t at = line + i, limit = at < view.lines ? view.limit(at) : from;
+        const int64_t first = at < view.lines ? view.first(at) : from;
+        if (limit > from) {
             const T *d = d_result(at), *result = b.out + view.result(at, b.out_stride);
             float shared = 0;
             for (int64_t j = 0; j < depth; ++j) shared += get(d + j) * get(result + j);
             const float log_sum = b.log_sums[view.token(at) * view.c.queries + view.query_head(at)];
-            EACH (int64_t j = 0; j < limit; ++j) {
-                own[j] = fast_exp(own[j] - log_sum);
-                d_own[j] = own[j] * (d_own[j] - shared);
+            if (view.c.cap != 0) {
+                EACH (int64_t j = first; j < limit; ++j) {
+                    const float y = capped(own[j], view.c.cap);
+                    own[j] = fast_exp(y - log_sum);
+                    d_own[j] = own[j] * (d_own[j] - shared) * slope_of_capped(y, view.c.cap);
+                }
+            } else {
+                EACH (int64_t j = first; j < limit; ++j) {
+                    own[j] = fast_exp(own[j] - log_sum);
+                    d_own[j] = own[j] * (d_own[j] - shared);
+                }
             }
         }
+        for (int64_t j = from; j < first; ++j) own[j] = d_own[j] = 0;
         for (int64_t j = limit; j < last; ++j) own[j] = d_own[j] = 0;
-        put_line(d_own, 1.0f, rounded + i * desk.keys, up(own_last, pair) * pair);
+        put_line(d_own + from, 1.0f, rounded + i * desk.keys + from, up(own_last, pair) * pair - from);
     }
     for (int64_t i = 0; i < TILE; i += pair) {
         const float *own = scores + i * desk.keys, *d_own = d_scores + i * desk.keys;
         word *to = block.shares.get() + (in_block + i) / pair * desk.keys;
         word *d_to = block.d_scores.get() + (in_block + i) / pair * desk.keys;
-        EACH (int64_t j = 0; j < last; ++j) to[j] = Word<T>::rounded(own + j, desk.keys);
-        EACH (int64_t j = 0; j < last; ++j) d_to[j] = Word<T>::rounded(d_own + j, desk.keys);
+        EACH (int64_t j = from; j < last; ++j) to[j] = Word<T>::rounded(own + j, desk.keys);
+        EACH (int64_t j = from; j < last; ++j) d_to[j] = Word<T>::rounded(d_own + j, desk.keys);
     }
-    lines_from<T>(0, TILE, [&](int64_t at) { return rounded + at * desk.keys; }, left);
-    tiles<T, false>(left, sizeof(word), desk.key_rows.get(), height, up(own_last, pair), depth, results, desk.depth);
+    lines_from<T>(0, TILE, [&](int64_t at) { return rounded + at * desk.keys + from; }, left);
+    tiles<T, false>(left, sizeof(word), desk.key_rows.get() + from / pair * COLUMNS, height, up(own_last - from, pair),
+                    depth, results, desk.depth);
     for (int64_t i = 0; i < TILE && line + i < view.lines; ++i) {
         float *own = results + i * desk.depth;
-        const int64_t token = view.token(line + i), half = depth / 2;
-        turn_row(own, 1, depth, b.cosine + token * half, b.sine + token * half, -1.0f);
+        const int64_t token = view.token(line + i), half = view.c.half;
+        turn_row(view.c, own, 1, b.cosine + token * half, b.sine + token * half, -1.0f);
         put_line(own, 1.0f, b.d_qkv + token * view.c.all() + view.query_head(line + i) * depth, depth);
     }
 }
 
-// Adds a block of lines' part to the gradients of keys and values, of the keys before `last`.
+// Adds a block of lines' part to the gradients of keys and values, of the keys from `from` to `last`.
 template <class T>
 void block_backward(const View<T> &view, const Backward<T> &b, const Desk<T> &desk, Block<T> &block, int64_t line,
-                    int64_t lines, int64_t last) {
+                    int64_t lines, int64_t from, int64_t last) {
     typedef typename Word<T>::type word;
     const int64_t depth = view.c.depth, pair = Word<T>::NUMBERS, steps = up(lines, pair);
     pack_rows<T>(lines, depth, [&](int64_t at) { return view.query(line + at); }, block.queries.get());
     const auto d_result = [&](int64_t at) { return b.d_out + view.result(line + at, b.d_out_stride); };
     pack_rows<T>(lines, depth, d_result, block.d_results.get());
     const word *left[TILE];
-    for (int64_t key = 0; key < last; key += TILE) {
+    for (int64_t key = from; key < last; key += TILE) {
         // Lines before this one don't see the keys.
         int64_t first = (key - view.front) * view.group - line;
         first = first > 0 ? first / pair : 0;
@@ -292,9 +327,9 @@ void block_backward(const View<T> &view, const Backward<T> &b, const Desk<T> &de
 // The gradients of a key and its value, from fp32, into their token's place.
 template <class T>
 void put_key(const Segments &c, const Backward<T> &b, int64_t token, int64_t head, float *d_key, const float *d_value) {
-    const int64_t half = c.depth / 2;
+    const int64_t half = c.half;
     T *to = b.d_qkv + token * c.all() + (c.queries + head) * c.depth;
-    turn_row(d_key, 1, c.depth, b.cosine + token * half, b.sine + token * half, -1.0f);
+    turn_row(c, d_key, 1, b.cosine + token * half, b.sine + token * half, -1.0f);
     put_line(d_key, 1.0f, to, c.depth);
     put_line(d_value, 1.0f, to + c.keys * c.depth, c.depth);
 }
@@ -313,8 +348,9 @@ void attend_backward(const View<T> &view, const Backward<T> &b, Desk<T> &desk, B
     for (int64_t line = 0; line < view.lines; line += LINES) {
         const int64_t lines = view.lines - line < LINES ? view.lines - line : LINES;
         const int64_t last = view.limit_of_lines_before(line + lines), rounded = up(last, TILE) * TILE;
-        for (int64_t at = 0; at < lines; at += TILE) tile_backward(view, b, desk, block, line + at, at, rounded);
-        block_backward(view, b, desk, block, line, lines, last);
+        const int64_t from = view.first_column(line);
+        for (int64_t at = 0; at < lines; at += TILE) tile_backward(view, b, desk, block, line + at, at, from, rounded);
+        block_backward(view, b, desk, block, line, lines, from, last);
     }
     for (int64_t at = 0; at < seen; ++at) {
         float *d_key = block.d_keys.get() + at * desk.depth, *d_value = block.d_values.get() + at * desk.depth;

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architecture import Activation
 from ..attention import Attention, Heads
+from ..attention_limits import Limits
 from ..matrix_product import InputGradient, PlainProduct, Product
-from ..operations import Norm
+from ..operations import LogitScaling, Norm
 from ..rotary import Rotary
 from ..sequence_packing import PackedSequence
 from .onednn_layout import packed_or_plain
@@ -22,17 +24,25 @@ _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "norm_forward": [_POINTER] * 6 + [_COUNT] * 3 + [_REAL],
     "norm_backward": [_POINTER] * 6 + [_COUNT],
+    "norm_less_one_forward": [_POINTER] * 6 + [_COUNT] * 3 + [_REAL],
+    "norm_less_one_backward": [_POINTER] * 6 + [_COUNT],
     "join": [_POINTER] * 2 + [_COUNT],
     "swiglu_forward": [_POINTER] * 2 + [_COUNT] * 3,
     "swiglu_backward": [_POINTER] * 3 + [_COUNT],
+    "geglu_forward": [_POINTER] * 2 + [_COUNT] * 3,
+    "geglu_backward": [_POINTER] * 3 + [_COUNT],
     "lower": [_POINTER, _COUNT, _POINTER, _POINTER] + [_COUNT] * 4,
     "add_product": [_POINTER] * 2 + [_COUNT, _POINTER, _REAL, _COUNT],
     "turn": [_POINTER] * 4 + [_COUNT],
     "attention_forward": [_POINTER] * 3 + [_COUNT, _POINTER],
     "attention_backward": [_POINTER] * 2,
     "cross_entropy": [_POINTER] * 3 + [_COUNT] * 2 + [_REAL],
+    "scale_logits": [_POINTER] + [_COUNT] * 2 + [_REAL] * 2,
+    "scaled_cross_entropy": [_POINTER] * 3 + [_COUNT] * 2 + [_REAL] * 3,
     "place": [_POINTER] * 4 + [_COUNT] * 2,
 }
+_NORMS = {0: "norm", 1: "norm_less_one"}
+_GATED = {Activation.SILU: "swiglu", Activation.TANH_GELU: "geglu"}
 
 
 class _Side(ctypes.Structure):
@@ -52,6 +62,7 @@ class _Segments(ctypes.Structure):
         ("starts", _POINTER), ("lengths", _POINTER), ("fronts", _POINTER), ("front_starts", _POINTER),
         ("row_starts", _POINTER), ("shared", _POINTER), ("reads", _POINTER), ("read_starts", _POINTER),
         ("count", _COUNT), ("shared_count", _COUNT), ("queries", _COUNT), ("keys", _COUNT), ("depth", _COUNT),
+        ("window", _COUNT), ("half", _COUNT), ("rest", _REAL), ("cap", _REAL),
     )  # fmt: skip
 
 
@@ -120,13 +131,13 @@ class CompiledOperations:
             ctypes.byref(thin), ctypes.byref(wide), len(left), gradient.data_ptr(), factor, transposed
         )
 
-    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary) -> Attention:
-        return CompiledAttention(self.functions, packed, heads, rotary)
+    def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
+        return CompiledAttention(self.functions, packed, heads, rotary, limits)
 
     def norm(self, norm: Norm, x: Tensor, added: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
         factor = torch.empty(rows, 1, dtype=torch.float32)
-        self.functions["norm_forward"](
+        self.functions[f"{_NORMS[norm.stored_less]}_forward"](
             x.data_ptr(), None if added is None else added.data_ptr(), x.data_ptr(), norm.weight.data_ptr(),
             into.data_ptr(), factor.data_ptr(), rows, width, into.stride(0), norm.epsilon,
         )  # fmt: skip
@@ -136,25 +147,34 @@ class CompiledOperations:
         self, norm: Norm, d_out: InputGradient, x: Tensor, factor: Tensor, added: Tensor | None
     ) -> Tensor:
         gradient = torch.empty_like(x)
-        self.functions["norm_backward"](
+        self.functions[f"{_NORMS[norm.stored_less]}_backward"](
             ctypes.byref(_Split.of(d_out)), x.data_ptr(), norm.weight.data_ptr(), factor.data_ptr(),
             None if added is None else added.data_ptr(), gradient.data_ptr(), len(x),
         )  # fmt: skip
         return gradient
 
-    def gate(self, gate_up: Tensor, into: Tensor) -> None:
-        self.functions["swiglu_forward"](gate_up.data_ptr(), into.data_ptr(), *into.shape, into.stride(0))
+    def gate(self, activation: Activation, gate_up: Tensor, into: Tensor) -> None:
+        self.functions[f"{_GATED[activation]}_forward"](
+            gate_up.data_ptr(), into.data_ptr(), *into.shape, into.stride(0)
+        )
 
-    def gate_backward(self, d_out: InputGradient, gate_up: Tensor) -> Tensor:
+    def gate_backward(self, activation: Activation, d_out: InputGradient, gate_up: Tensor) -> Tensor:
         gradient = torch.empty_like(gate_up)
-        self.functions["swiglu_backward"](
+        self.functions[f"{_GATED[activation]}_backward"](
             ctypes.byref(_Split.of(d_out)), gate_up.data_ptr(), gradient.data_ptr(), len(gate_up)
         )
         return gradient
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, factor: float, scaling: LogitScaling
+    ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(logits), dtype=torch.float32)
-        self.functions["cross_entropy"](logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *logits.shape, factor)
+        arguments = logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *logits.shape, factor
+        if scaling == LogitScaling():
+            self.functions["cross_entropy"](*arguments)
+        else:
+            self.functions["scale_logits"](logits.data_ptr(), *logits.shape, scaling.factor, scaling.cap)
+            self.functions["scaled_cross_entropy"](*arguments, scaling.factor, scaling.cap)
         return losses, logits
 
 
@@ -162,13 +182,22 @@ class CompiledAttention:
     """`Attention` by the compiled kernels, for chats of any length."""
 
     def __init__(
-        self, functions: dict[str, Callable[..., None]], packed: PackedSequence, heads: Heads, rotary: Rotary
+        self,
+        functions: dict[str, Callable[..., None]],
+        packed: PackedSequence,
+        heads: Heads,
+        rotary: Rotary,
+        limits: Limits,
     ) -> None:
         self._functions, self._heads, self._rotary = functions, heads, rotary
         self._tables = _segment_tables(packed)  # kept alive for `_segments`
         addresses = [table.data_ptr() for table in self._tables.values()]
         counts = len(packed.segments), len(self._tables["shared"])
-        self._segments = _Segments(*addresses, *counts, heads.queries, heads.keys, heads.width)
+        window = len(packed.ids) if limits.window is None else limits.window  # no segment sees more tokens
+        self._segments = _Segments(
+            *addresses, *counts, heads.queries, heads.keys, heads.width, window, rotary.rotated // 2, rotary.scale,
+            limits.cap,
+        )  # fmt: skip
         self._address = ctypes.addressof(self._segments)
 
     def forward(self, qkv: Tensor, into: Tensor) -> tuple[Tensor, ...]:

@@ -9,8 +9,24 @@
 
 namespace {
 
+// A norm's weight as it is stored, or less 1. The kind is known to the compiler, so that the sums of one don't change with
+// the other.
+struct Stored {
+    template <class T>
+    static float of(const T *weight) {
+        return get(weight);
+    }
+};
+
+struct LessOne {
+    template <class T>
+    static float of(const T *weight) {
+        return get(weight) + 1.0f;
+    }
+};
+
 // sum = x + added (when there is an `added`), and its root-mean-square normalisation times the weight.
-template <class T>
+template <class Weight, class T>
 void norm_forward(const T *x, const T *added, T *sum, const T *weight, T *out, float *factor, int64_t rows,
                   int64_t width, int64_t out_stride, float epsilon) {
     ROWS(int64_t row = 0; row < rows; ++row) {
@@ -26,7 +42,7 @@ void norm_forward(const T *x, const T *added, T *sum, const T *weight, T *out, f
         float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + epsilon);
         factor[row] = scale;
         T *result = out + row * out_stride;
-        EACH (int64_t i = 0; i < width; ++i) put(result + i, get(own + i) * scale * get(weight + i));
+        EACH (int64_t i = 0; i < width; ++i) put(result + i, get(own + i) * scale * Weight::of(weight + i));
     }
 }
 
@@ -103,7 +119,7 @@ void join(const Split<T> *given, T *out, int64_t rows) {
 }
 
 // The gradient of `norm_forward`'s sum, plus `added`.
-template <class T>
+template <class Weight, class T>
 void norm_backward(const Split<T> *d_out, const T *x, const T *weight, const float *factor, const T *added, T *d_x,
                    int64_t rows) {
     const Tiles<T> tiles(*d_out);
@@ -118,37 +134,51 @@ void norm_backward(const Split<T> *d_out, const T *x, const T *weight, const flo
                 const float *d = buffer.get() + (row - first) * stride;
                 const T *own = x + row * width;
                 float scale = factor[row], shared = 0;
-                for (int64_t i = 0; i < width; ++i) shared += d[i] * get(weight + i) * get(own + i);
+                for (int64_t i = 0; i < width; ++i) shared += d[i] * Weight::of(weight + i) * get(own + i);
                 shared *= scale * scale / static_cast<float>(width);
                 T *result = d_x + row * width;
                 if (added == nullptr) {
                     EACH (int64_t i = 0; i < width; ++i)
-                        put(result + i, (d[i] * get(weight + i) - get(own + i) * shared) * scale);
+                        put(result + i, (d[i] * Weight::of(weight + i) - get(own + i) * shared) * scale);
                 } else {
                     const T *other = added + row * width;
                     EACH (int64_t i = 0; i < width; ++i)
-                        put(result + i, (d[i] * get(weight + i) - get(own + i) * shared) * scale + get(other + i));
+                        put(result + i,
+                            (d[i] * Weight::of(weight + i) - get(own + i) * shared) * scale + get(other + i));
                 }
             }
         }
     }
 }
 
-// out = silu(gate) * up, gate and up side by side.
-template <class T>
-void swiglu_forward(const T *gate_up, T *out, int64_t rows, int64_t width, int64_t out_stride) {
+// Activations are x · sigmoid(h(x)): h, and what x · h'(x) is.
+struct Silu {
+    static float inner(float x) { return x; }
+    static float slope(float x) { return x; }
+};
+
+// GELU by tanh (Hendrycks and Gimpel, 2016).
+struct Gelu {
+    static constexpr float FACTOR = 1.5957691216057308f, CUBIC = 0.044715f;  // 2 · sqrt(2 / π)
+    static float inner(float x) { return FACTOR * x * (1.0f + CUBIC * x * x); }
+    static float slope(float x) { return FACTOR * x * (1.0f + 3.0f * CUBIC * x * x); }
+};
+
+// out = activation(gate) * up, gate and up side by side.
+template <class Activation, class T>
+void gated_forward(const T *gate_up, T *out, int64_t rows, int64_t width, int64_t out_stride) {
     ROWS(int64_t row = 0; row < rows; ++row) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
         T *result = out + row * out_stride;
         EACH (int64_t i = 0; i < width; ++i) {
             float g = get(gate + i);
-            put(result + i, g * sigmoid(g) * get(up + i));
+            put(result + i, g * sigmoid(Activation::inner(g)) * get(up + i));
         }
     }
 }
 
-template <class T>
-void swiglu_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64_t rows) {
+template <class Activation, class T>
+void gated_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64_t rows) {
     const Tiles<T> tiles(*d_out);
     const int64_t width = d_out->width;
     constexpr int64_t AT_ONCE = 8 * COLUMNS;
@@ -162,9 +192,9 @@ void swiglu_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int6
                 const T *gate = gate_up + row * 2 * width + from, *up = gate + width;
                 T *d_gate = d_gate_up + row * 2 * width + from, *d_up = d_gate + width;
                 EACH (int64_t i = 0; i < count; ++i) {
-                    float g = get(gate + i), s = sigmoid(g);
+                    float g = get(gate + i), s = sigmoid(Activation::inner(g));
                     put(d_up + i, d[i] * g * s);
-                    put(d_gate + i, d[i] * get(up + i) * s * (1.0f + g * (1.0f - s)));
+                    put(d_gate + i, d[i] * get(up + i) * s * (1.0f + Activation::slope(g) * (1.0f - s)));
                 }
             }
         }
@@ -183,6 +213,43 @@ void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t row
         losses[row] = __builtin_logf(sum) + highest - target;
         EACH (int64_t i = 0; i < width; ++i) put(own + i, fast_exp(get(own + i) - highest) * share);
         put(own + targets[row], (fast_exp(target - highest) / sum - 1.0f) * scale);
+    }
+}
+
+// Logits are multiplied by `factor` and, unless `cap` is 0, capped.
+template <class T>
+void scale_logits(T *logits, int64_t rows, int64_t width, float factor, float cap) {
+    ROWS(int64_t row = 0; row < rows; ++row) {
+        T *own = logits + row * width;
+        if (cap == 0) {
+            EACH (int64_t i = 0; i < width; ++i) put(own + i, get(own + i) * factor);
+        } else {
+            EACH (int64_t i = 0; i < width; ++i) put(own + i, capped(get(own + i) * factor, cap));
+        }
+    }
+}
+
+// As `cross_entropy`, of what `scale_logits` left: the gradient is that of its input.
+template <class T>
+void scaled_cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t width, float scale,
+                          float factor, float cap) {
+    ROWS(int64_t row = 0; row < rows; ++row) {
+        T *own = logits + row * width;
+        const float highest = highest_of(own, width);
+        float sum = 0;
+        for (int64_t i = 0; i < width; ++i) sum += fast_exp(get(own + i) - highest);
+        const float target = get(own + targets[row]), share = scale * factor / sum;
+        losses[row] = __builtin_logf(sum) + highest - target;
+        if (cap == 0) {
+            EACH (int64_t i = 0; i < width; ++i) put(own + i, fast_exp(get(own + i) - highest) * share);
+        } else {
+            EACH (int64_t i = 0; i < width; ++i) {
+                const float y = get(own + i);
+                put(own + i, fast_exp(y - highest) * share * slope_of_capped(y, cap));
+            }
+        }
+        const float slope = cap == 0 ? factor : factor * slope_of_capped(target, cap);
+        put(own + targets[row], (fast_exp(target - highest) / sum - 1.0f) * scale * slope);
     }
 }
 

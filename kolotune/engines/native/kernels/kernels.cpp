@@ -9,21 +9,38 @@
 #include "elementwise.h"
 
 #define FOR_TYPE(T, suffix)                                                                                           \
-    extern "C" void norm_forward_##suffix(const T *x, const T *added, T *sum, const T *weight, T *out, float *factor, \
-                                          int64_t rows, int64_t width, int64_t out_stride, float epsilon) {           \
-        norm_forward(x, added, sum, weight, out, factor, rows, width, out_stride, epsilon);                           \
+    extern "C" void norm_forward_##suffix(const T *x, const T *added, T *sum, const T *weight, T *out,                \
+                                            float *factor, int64_t rows, int64_t width, int64_t out_stride,           \
+                                            float epsilon) {                                                          \
+        norm_forward<Stored>(x, added, sum, weight, out, factor, rows, width, out_stride, epsilon);                   \
     }                                                                                                                 \
     extern "C" void norm_backward_##suffix(const Split<T> *d_out, const T *x, const T *weight,                        \
-                                           const float *factor, const T *added, T *d_x, int64_t rows) {               \
-        norm_backward(d_out, x, weight, factor, added, d_x, rows);                                                    \
+                                             const float *factor, const T *added, T *d_x, int64_t rows) {             \
+        norm_backward<Stored>(d_out, x, weight, factor, added, d_x, rows);                                            \
+    }                                                                                                                 \
+    extern "C" void norm_less_one_forward_##suffix(const T *x, const T *added, T *sum, const T *weight, T *out,       \
+                                            float *factor, int64_t rows, int64_t width, int64_t out_stride,           \
+                                            float epsilon) {                                                          \
+        norm_forward<LessOne>(x, added, sum, weight, out, factor, rows, width, out_stride, epsilon);                  \
+    }                                                                                                                 \
+    extern "C" void norm_less_one_backward_##suffix(const Split<T> *d_out, const T *x, const T *weight,               \
+                                             const float *factor, const T *added, T *d_x, int64_t rows) {             \
+        norm_backward<LessOne>(d_out, x, weight, factor, added, d_x, rows);                                           \
     }                                                                                                                 \
     extern "C" void join_##suffix(const Split<T> *gradient, T *out, int64_t rows) { join(gradient, out, rows); }      \
     extern "C" void swiglu_forward_##suffix(const T *gate_up, T *out, int64_t rows, int64_t width,                    \
                                             int64_t out_stride) {                                                     \
-        swiglu_forward(gate_up, out, rows, width, out_stride);                                                        \
+        gated_forward<Silu>(gate_up, out, rows, width, out_stride);                                                   \
     }                                                                                                                 \
     extern "C" void swiglu_backward_##suffix(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64_t rows) {   \
-        swiglu_backward(d_out, gate_up, d_gate_up, rows);                                                             \
+        gated_backward<Silu>(d_out, gate_up, d_gate_up, rows);                                                        \
+    }                                                                                                                 \
+    extern "C" void geglu_forward_##suffix(const T *gate_up, T *out, int64_t rows, int64_t width,                     \
+                                           int64_t out_stride) {                                                      \
+        gated_forward<Gelu>(gate_up, out, rows, width, out_stride);                                                   \
+    }                                                                                                                 \
+    extern "C" void geglu_backward_##suffix(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64_t rows) {    \
+        gated_backward<Gelu>(d_out, gate_up, d_gate_up, rows);                                                        \
     }                                                                                                                 \
     extern "C" void lower_##suffix(const T *x, int64_t x_stride, const T *down, T *out, int64_t out_stride,           \
                                    int64_t tokens, int64_t width, int64_t rank) {                                     \
@@ -47,6 +64,13 @@
     extern "C" void cross_entropy_##suffix(T *logits, const int64_t *targets, float *losses, int64_t rows,            \
                                            int64_t width, float scale) {                                              \
         cross_entropy(logits, targets, losses, rows, width, scale);                                                   \
+    }                                                                                                                 \
+    extern "C" void scale_logits_##suffix(T *logits, int64_t rows, int64_t width, float factor, float cap) {          \
+        scale_logits(logits, rows, width, factor, cap);                                                               \
+    }                                                                                                                 \
+    extern "C" void scaled_cross_entropy_##suffix(T *logits, const int64_t *targets, float *losses, int64_t rows,     \
+                                                  int64_t width, float scale, float factor, float cap) {              \
+        scaled_cross_entropy(logits, targets, losses, rows, width, scale, factor, cap);                               \
     }                                                                                                                 \
     extern "C" void place_##suffix(const float *values, const int64_t *row_places, const int64_t *column_places,      \
                                    T *memory, int64_t rows, int64_t columns) {                                        \

@@ -49,6 +49,22 @@ inline float fast_exp(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
+// tanh within some 1e-7 of itself (Cephes: a polynomial near 0, where the other form would cancel).
+inline float fast_tanh(float x) {
+    const float size = x < 0 ? -x : x, square = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const float small = x + x * square * p, large = 1.0f - 2.0f / (fast_exp(2.0f * size) + 1.0f);
+    return size < 0.625f ? small : x < 0 ? -large : large;
+}
+
+// A number below `cap`, and the slope at it.
+inline float capped(float x, float cap) { return cap * fast_tanh(x / cap); }
+inline float slope_of_capped(float y, float cap) { return 1.0f - (y / cap) * (y / cap); }
+
 // The highest of some numbers (one at least); what is no number is passed over where another one is. By lanes, since no
 // compiler may turn a plain loop around that has to mind what is no number.
 template <class T>

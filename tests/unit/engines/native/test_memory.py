@@ -13,7 +13,7 @@ from support.training import TrainingFolder, branching_chats, random_chats
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.native import decoder, memory, sequence_packing
 from kolotune.engines.native.kernels import build
-from kolotune.engines.native.model import TransformersModel
+from kolotune.engines.native.model import PackedModel, TransformersModel
 from kolotune.engines.native.trainer import Trainer
 from kolotune.engines.native.training import train
 from kolotune.engines.prepared_tokens import PreparedTokens
@@ -61,6 +61,24 @@ def test_layer_activations_match_the_formula(make_training: MakeTraining, dtype:
     adapter = AdapterShape.of(shape, 4, ["all-linear"])
     formula = memory.layer_activation_bytes(shape, adapter, batch, DTYPE_BYTES[dtype])
     assert formula == pytest.approx(real, rel=0.06)
+
+
+@pytest.mark.parametrize("attention", ["padded", "compiled"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "phi3", "olmo2"])
+def test_layer_activations_of_other_families_match_the_formula(
+    make_training: MakeTraining, kind: str, attention: str
+) -> None:
+    compiled = attention == "compiled"
+    if compiled and build.reason_unavailable():
+        pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
+    folder = make_training(kind, chats=random_chats(4, 1, 30, 90), hidden_size=128, intermediate_size=384)
+    model = PackedModel(folder.job(compile=compiled))
+    tokens = PreparedTokens.load(folder.root / "data" / "train.safetensors")
+    packed = sequence_packing.pack(tokens, range(len(tokens)), True)
+    shape = read_shape(folder.root / "base")
+    batch, adapter = packed.batch_shape(compiled), AdapterShape.of(shape, 4, ["all-linear"])
+    formula = memory.layer_activation_bytes(shape, adapter, batch, DTYPE_BYTES["fp32"])
+    assert formula == pytest.approx(_bytes_kept(model, packed), rel=0.06)
 
 
 @pytest.mark.parametrize(("dtype", "length"), [("fp32", 90), ("bf16", 90), ("bf16", 300)])

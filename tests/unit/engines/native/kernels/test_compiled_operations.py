@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kolotune.engines.native.architecture import Activation
 from kolotune.engines.native.attention import Heads
+from kolotune.engines.native.attention_limits import Limits
 from kolotune.engines.native.kernels import build
 from kolotune.engines.native.kernels.compiled_operations import CompiledAttention, CompiledOperations
 from kolotune.engines.native.matrix_product import InputGradient
-from kolotune.engines.native.operations import Norm, PlainOperations
+from kolotune.engines.native.operations import LogitScaling, Norm, PlainOperations
 from kolotune.engines.native.rotary import Rotary
 from kolotune.engines.native.sequence_packing import PackedSequence
 
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}"
 )
 PLAIN = PlainOperations()
+NO_LIMITS = Limits()
 ROWS, WIDTH, RANK = 13, 150, 6  # neither a multiple of what the processor takes at once
 
 
@@ -42,9 +45,10 @@ def split(dtype: torch.dtype) -> InputGradient:
     return InputGradient(torch.randn(ROWS, WIDTH + RANK).to(dtype), WIDTH, torch.randn(RANK, WIDTH).mul(0.1).to(dtype))
 
 
+@pytest.mark.parametrize("stored_less", [0, 1])
 @pytest.mark.parametrize("adds", [False, True])
-def test_norm(compiled: CompiledOperations, dtype: torch.dtype, adds: bool) -> None:
-    norm = Norm(torch.rand(WIDTH).to(dtype), 1e-5)
+def test_norm(compiled: CompiledOperations, dtype: torch.dtype, adds: bool, stored_less: int) -> None:
+    norm = Norm(torch.rand(WIDTH).to(dtype), 1e-5, stored_less)
     x, added = torch.randn(2, ROWS, WIDTH).to(dtype)
     results = []
     for operations in (compiled, PLAIN):
@@ -58,44 +62,52 @@ def test_norm(compiled: CompiledOperations, dtype: torch.dtype, adds: bool) -> N
     close(*(each.norm_backward(norm, d_out, x, results[1][2], d_added) for each in (compiled, PLAIN)))
 
 
-def test_gate(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", Activation)
+def test_gate(compiled: CompiledOperations, dtype: torch.dtype, activation: Activation) -> None:
     gate_up = torch.randn(ROWS, 2 * WIDTH).mul(4).to(dtype)
     found, wanted = torch.zeros(2, ROWS, WIDTH + RANK, dtype=dtype)
     for operations, result in ((compiled, found), (PLAIN, wanted)):
-        operations.gate(gate_up, result[:, :WIDTH])
+        operations.gate(activation, gate_up, result[:, :WIDTH])
     close(found, wanted)
     d_out = split(dtype)
-    close(compiled.gate_backward(d_out, gate_up), PLAIN.gate_backward(d_out, gate_up))
+    close(*(each.gate_backward(activation, d_out, gate_up) for each in (compiled, PLAIN)))
 
 
-def test_gate_of_large_numbers(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", Activation)
+def test_gate_of_large_numbers(compiled: CompiledOperations, dtype: torch.dtype, activation: Activation) -> None:
     """Gates stay finite where e^x would overflow."""
     gate_up = torch.tensor([[-300.0, -90.0, -1e-3, 0.0, 90.0, 300.0, *[2.0] * 6]]).to(dtype)
     found, wanted = torch.zeros(2, 1, 6, dtype=dtype)
     for operations, result in ((compiled, found), (PLAIN, wanted)):
-        operations.gate(gate_up, result)
+        operations.gate(activation, gate_up, result)
     close(found, wanted)
 
 
-def test_cross_entropy(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scaling", [LogitScaling(), LogitScaling(0.3), LogitScaling(1.0, 4.0), LogitScaling(0.3, 4.0)])
+def test_cross_entropy(compiled: CompiledOperations, dtype: torch.dtype, scaling: LogitScaling) -> None:
     logits, targets = torch.randn(ROWS, 1000).mul(5).to(dtype), torch.randint(1000, (ROWS,))
-    found, gradient = compiled.cross_entropy(logits.clone(), targets, 0.25)
-    loss, wanted = PLAIN.cross_entropy(logits.clone(), targets, 0.25)
-    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
+    found, gradient = compiled.cross_entropy(logits.clone(), targets, 0.25, scaling)
+    loss, wanted = PLAIN.cross_entropy(logits.clone(), targets, 0.25, scaling)
+    # PyTorch rounds logits to bf16 again and again while it scales them.
+    tolerance = 0.1 if dtype == torch.bfloat16 and scaling != LogitScaling() else 1e-5
+    torch.testing.assert_close(found, loss, rtol=tolerance, atol=tolerance)
     close(gradient, wanted)
     one = torch.arange(ROWS)
     assert torch.equal(gradient[one, targets] < 0, wanted[one, targets] < 0)
 
 
-def test_nan_is_not_hidden(compiled: CompiledOperations, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+def test_nan_is_not_hidden(compiled: CompiledOperations, dtype: torch.dtype, cap: float) -> None:
     """The training loop stops at a loss that is not finite, so kernels must not hide it."""
     logits = torch.randn(2, 50).to(dtype)
     logits[1, 7] = float("nan")
-    losses, gradient = compiled.cross_entropy(logits, torch.tensor([1, 2]), 1.0)
+    losses, gradient = compiled.cross_entropy(logits, torch.tensor([1, 2]), 1.0, LogitScaling(cap=cap))
     assert losses.isnan().tolist() == [False, True]
     assert gradient[1].isnan().any() and not gradient[0].isnan().any()
     result = torch.zeros(1, 4, dtype=dtype)
-    compiled.gate(torch.tensor([[1.0, float("nan"), float("inf"), 1.0, 1.0, 1.0, 1.0, 2.0]]).to(dtype), result)
+    compiled.gate(
+        Activation.SILU, torch.tensor([[1.0, float("nan"), float("inf"), 1.0, 1.0, 1.0, 1.0, 2.0]]).to(dtype), result
+    )
     assert result.isfinite().tolist() == [[True, False, False, True]]
 
 
@@ -126,13 +138,24 @@ def test_attention(
     assert_same_attention(compiled, dtype, heads, prefix, lengths, (torch.arange(prefix),) * len(lengths))
 
 
+@pytest.mark.parametrize("limits", [Limits(window=1), Limits(window=4), Limits(cap=0.7), Limits(window=130, cap=0.7)])
+@pytest.mark.parametrize(("prefix", "lengths"), [(0, (7,)), (5, (3, 9, 1)), (9, (300, 20))])
+def test_limited_attention(
+    compiled: CompiledOperations, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...], limits: Limits
+) -> None:
+    """Windows shorter than the chats and the prefix, and wider than what is computed at once."""
+    fronts = (torch.arange(prefix),) * len(lengths)
+    assert_same_attention(compiled, dtype, Heads(4, 2, 16), prefix, lengths, fronts, limits, rotated=4)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(window=9), Limits(cap=0.7)])
 @pytest.mark.parametrize("heads", [Heads(4, 2, 16), Heads(2, 2, 6)])
-def test_attention_of_branches(compiled: CompiledOperations, dtype: torch.dtype, heads: Heads) -> None:
+def test_attention_of_branches(compiled: CompiledOperations, dtype: torch.dtype, heads: Heads, limits: Limits) -> None:
     """A prefix of 5 tokens, a trunk of 40, a branch of it of 3, a branch of that of 21, and another chat of 1."""
     prefix = torch.arange(5)
     first = torch.cat([prefix, torch.arange(5, 30)])
     second = torch.cat([first[:28], torch.arange(45, 47)])
-    assert_same_attention(compiled, dtype, heads, 5, (40, 3, 21, 1), (prefix, first, second, prefix))
+    assert_same_attention(compiled, dtype, heads, 5, (40, 3, 21, 1), (prefix, first, second, prefix), limits)
 
 
 def assert_same_attention(
@@ -142,6 +165,8 @@ def assert_same_attention(
     prefix: int,
     lengths: tuple[int, ...],
     fronts: tuple[Tensor, ...],
+    limits: Limits = NO_LIMITS,
+    rotated: int = 0,
 ) -> None:
     """Assert that compiled and plain attention have the same results and gradients."""
     row = prefix + sum(lengths)
@@ -151,13 +176,14 @@ def assert_same_attention(
     )
     nothing = torch.zeros(0, dtype=torch.int64)
     packed = PackedSequence(positions, positions, prefix, lengths, fronts, nothing, nothing)
-    rotary = Rotary.of(positions, 1.0 / 100.0 ** torch.linspace(0, 1, heads.width // 2), dtype)
+    frequencies = 1.0 / 100.0 ** torch.linspace(0, 1, (rotated or heads.width) // 2)
+    rotary = Rotary.of(positions, frequencies, dtype, heads.width**-0.25)
     qkv = torch.randn(row, heads.all * heads.width).to(dtype)
     width = heads.queries * heads.width
     d_out = InputGradient(torch.randn(row, width + RANK).to(dtype), width, torch.randn(RANK, width).mul(0.1).to(dtype))
     results = []
     for operations in (compiled, PLAIN):
-        attention = operations.attention(packed, heads, rotary)
+        attention = operations.attention(packed, heads, rotary, limits)
         assert isinstance(attention, CompiledAttention) == (operations is compiled)
         result = torch.zeros(row, width + RANK, dtype=dtype)
         kept = attention.forward(qkv.clone(), result[:, :width])
