@@ -18,6 +18,7 @@ from measuring import ROOT, Figure, Result, figures_table, machine, read_result
 SCRIPTS = (
     "answering",
     "training_speed",
+    "families",
     "matrix_rate",
     "whole_job",
     "merge_convert",
