@@ -24,8 +24,8 @@ _OTHER = "Choose a language model without other parts, or a different --base-mod
 
 
 def is_composite(config: ModelConfig) -> bool:
-    """Return whether a language model is only a part of the model."""
-    return isinstance(config.values.get("text_config"), dict)
+    """Return whether a language model is only a part of the model; Qwen 2.5 VL has its settings at the root."""
+    return any(isinstance(config.values.get(part), dict) for part in ("text_config", "vision_config", "audio_config"))
 
 
 def language_prefix(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> str:

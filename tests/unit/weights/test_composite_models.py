@@ -115,6 +115,16 @@ def _normalised(values: np.ndarray) -> np.ndarray:
     return exact - np.logaddexp.reduce(exact, axis=1)[:, None]
 
 
+def test_settings_of_the_language_model_may_be_at_the_root_as_in_qwens_files(tmp_path: Path) -> None:
+    tiny_composite(tmp_path, "qwen2_5_vl")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    text = config.pop("text_config")
+    (tmp_path / "config.json").write_text(json.dumps({**text, **config}), encoding="utf-8")
+    composite_models.check(tmp_path)
+    assert {linear.name.split(".")[0] for linear in read_shape(tmp_path).linears} == {"model"}
+    assert len(read_shape(tmp_path).linears) == 2 * len(LINEAR)
+
+
 def test_a_part_without_the_language_models_layers_is_refused(tmp_path: Path) -> None:
     tiny_composite(tmp_path, "gemma3")
     weights = load_file(tmp_path / "model.safetensors")
