@@ -1,8 +1,8 @@
 """Read chats that are written as one text, with marks before what each side says.
 
-Known are the marks of ChatML (``<|im_start|>user``), of Llama 2 (``[INST] … [/INST]``), ``### Human:`` or ``Human:``
-with ``### Assistant:`` or ``Assistant:``, Alpaca's ``### Instruction:`` and ``### Response:``, and Glaive's ``USER:``,
-``ASSISTANT:`` and ``FUNCTION RESPONSE:``.
+Known are the marks of ChatML (``<|im_start|>user``), of Llama 2 (``[INST] … [/INST]``), Llama 3, Gemma, and Zephyr and
+Phi (``<|user|>``), ``### Human:`` or ``Human:`` with ``### Assistant:`` or ``Assistant:``, Alpaca's
+``### Instruction:`` and ``### Response:``, and Glaive's ``USER:``, ``ASSISTANT:`` and ``FUNCTION RESPONSE:``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,22 @@ import re
 
 from kolotune.foundation.typed_storage import JsonObject
 
-_CHATML = re.compile(r"<\|im_start\|>\s*(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+# Where a mark is in a text, the pattern finds the role and what it says.
+_BY_TOKENS = (
+    ("<|im_start|>", re.compile(r"<\|im_start\|>\s*(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)),
+    (
+        "<|start_header_id|>",
+        re.compile(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(.*?)(?:<\|eo[tm]_id\|>|\Z)", re.DOTALL),
+    ),
+    ("<start_of_turn>", re.compile(r"<start_of_turn>\s*(\w+)\n(.*?)(?:<end_of_turn>|\Z)", re.DOTALL)),
+    (
+        "<|assistant|>",
+        re.compile(
+            r"<\|(system|user|assistant)\|>(.*?)(?:</s>|<\|end\|>|<\|endoftext\|>|(?=<\|(?:user|assistant)\|>)|\Z)",
+            re.DOTALL,
+        ),
+    ),
+)
 _INST = re.compile(r"\[INST\]\s*(.*?)\s*\[/INST\]\s*(.*?)\s*(?=</s>|<s>|\[INST\]|\Z)", re.DOTALL)
 _INST_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 _SIDES = {
@@ -28,8 +43,9 @@ _ENDS = ("<|endoftext|>", "</s>", "<s>")
 
 def turns_of_text(text: str) -> list[JsonObject] | None:
     """Return the turns of a chat that is written as one text; None if it has no known marks."""
-    if "<|im_start|>" in text:
-        return [_turn(side, said) for side, said in _CHATML.findall(text)] or None
+    for mark, pattern in _BY_TOKENS:
+        if mark in text:
+            return [_turn(side, said) for side, said in pattern.findall(text)] or None
     if "[INST]" in text:
         return _llama_2(text)
     return _marked(text)
