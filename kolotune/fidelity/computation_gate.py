@@ -117,7 +117,8 @@ def find_proof(config: ModelConfig, toolchain: llamacpp.Toolchain, log: Path, re
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
         typed_storage.write(task, ComputationTask(shrunk, str(toolchain.root), str(answer)))
         proof = _run(task, answer, log)
-    typed_storage.write(file, proof)
+        if answer.exists():  # else the process died, perhaps for want of memory
+            typed_storage.write(file, proof)
     _remove_old(file)
     return proof
 

@@ -98,6 +98,15 @@ def test_llama_is_equal_and_asked_once(make: Make, monkeypatch: pytest.MonkeyPat
     assert not messages.warnings and not messages.notes
 
 
+def test_a_process_that_died_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = make({**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2})
+    died = ComputationProof(obstacle=FailedSide.LLAMACPP, reason="the process ended with code -9")
+    with monkeypatch.context() as patched, pytest.raises(ToolchainError, match="-9"):
+        patched.setattr(computation_gate, "_run", lambda *_: died)
+        check_computation(context, Messages())
+    check_computation(context, Messages())
+
+
 def test_a_window_that_llamacpp_has_not_is_warned_of_with_its_length(make: Make) -> None:
     messages = Messages()
     check_computation(make(MISTRAL, max_seq_length=2048), messages)
