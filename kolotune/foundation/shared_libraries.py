@@ -20,6 +20,7 @@ from typing import Any
 from . import hardware
 from .errors import ToolchainError
 from .installation import INSTALL_LOCAL
+from .waiting_threads import SHORT_WAITS
 
 PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"
@@ -30,7 +31,7 @@ _VARIABLE = "LLAMA_CPP_DIR"
 _FOLDERS = (".", "build/bin", "bin", "lib", "build/bin/Release")  # below it, as built or as released
 _ENDINGS = {"win32": ".dll", "darwin": ".dylib"}
 _OPENMP = "libgomp.so.1"
-_SPINS, _FEW_SPINS = "GOMP_SPINCOUNT", "2000"  # some 0.1 ms
+_SPINS = "GOMP_SPINCOUNT"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def provide_openmp() -> None:
         return
     is_set = any(name in os.environ for name in (_SPINS, "OMP_WAIT_POLICY"))
     if not is_set:
-        os.environ[_SPINS] = _FEW_SPINS
+        os.environ[_SPINS] = SHORT_WAITS[_SPINS]
     try:
         _load_openmp()
     finally:

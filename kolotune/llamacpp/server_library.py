@@ -19,6 +19,7 @@ from kolotune.runners import signals
 from kolotune.runners.child_process import emit, emit_error
 
 _PROBLEMS_ONLY = 1  # of llama.cpp's levels of messages
+_SLEEPING = 0  # of llama.cpp's levels of polling, where its threads are not OpenMP's
 
 
 def run(start: Callable[[IO[bytes]], Any]) -> int:
@@ -73,5 +74,6 @@ def local_parameters(path: str, key: str) -> Any:
     parameters.ui = parameters.endpoint_slots = parameters.warmup = False
     parameters.offline = True
     parameters.verbosity = _PROBLEMS_ONLY
+    parameters.cpuparams.poll = parameters.cpuparams_batch.poll = _SLEEPING
     parameters.fit_params = False  # it would load the model twice
     return parameters

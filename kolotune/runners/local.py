@@ -17,9 +17,9 @@ from typing import IO
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import explained
 from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES
+from kolotune.foundation.waiting_threads import SHORT_WAITS
 
 from . import signals
-from .waiting_threads import SLEEPING
 from .watchdog import WATCH_STDIN
 
 _PATIENCE_SECONDS = 10.0
@@ -42,7 +42,7 @@ def run(
     Args:
         argv: the program and its arguments, never a shell string.
         log: the file that gets standard output and standard error.
-        env: variables to add to `waiting_threads.SLEEPING` and this process's own. The hub's tokens are not inherited.
+        env: variables to add to this process's own, and to `SHORT_WAITS`. The hub's tokens are not inherited.
         cwd: the working directory.
         on_line: called with each line of output first; a line for which it returns True is not logged.
         ends_with_parent: the program calls `watchdog.end_with_parent`, and stops when this process is killed.
@@ -91,7 +91,7 @@ def run(
 def _inherited() -> dict[str, str]:
     """Return this process's variables without the hub's tokens, and how threads wait; other threads may change some."""
     values = {name: os.environ.get(name) for name in list(os.environ) if name not in HUB_TOKEN_VARIABLES}
-    return SLEEPING | {name: value for name, value in values.items() if value is not None}
+    return SHORT_WAITS | {name: value for name, value in values.items() if value is not None}
 
 
 class ProgramError(Exception):

@@ -252,9 +252,9 @@ def waiting_variables(log: Path) -> list[str]:
     return log.read_text(encoding="utf-8").split()
 
 
-def test_threads_of_programs_sleep_while_they_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_programs_wait_briefly_before_they_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
-    assert waiting_variables(tmp_path / "log") == ["passive", "0", "0"]
+    assert waiting_variables(tmp_path / "log") == ["passive", "2000", "0"]
     monkeypatch.setenv("GOMP_SPINCOUNT", "300")
     assert waiting_variables(tmp_path / "other") == ["passive", "300", "0"]
