@@ -52,4 +52,4 @@ def loss_of(array: np.ndarray, chat: ComparedChat) -> float:
     import numpy as np
 
     targets = [chat.ids[position + 1] for position in chat.positions]
-    return -float(np.asarray(array, np.float64)[np.arange(len(targets)), targets].sum())
+    return -float(array[np.arange(len(targets)), targets].sum(dtype=np.float64))
