@@ -32,7 +32,7 @@ def show_when_done(run: RunFolder, reporter: Reporter, enabled: bool = True) -> 
 
 def show(comparison: Comparison, reporter: Reporter) -> None:
     """Show the checks, the losses, the quantizations, what was not compared, and the answers side by side."""
-    part = "held-out" if comparison.held_out else "training"
+    part = "held-out" if comparison.held_out else "sample" if comparison.samples else "training"
     title = f"Compared on {comparison.chats} {part} chats, {comparison.positions} answer tokens"
     reporter.table(title, _CHECKS, [_check_cells(check) for check in comparison.checked])
     if comparison.paths:

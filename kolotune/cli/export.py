@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from kolotune.run_folder.layout import RunFolder
 from kolotune.weights.adapter_folder import is_adapter, no_adapter
 from kolotune.weights.model_config import FILE as CONFIG
 
+from .comparison_table import show_when_done
 from .options import drop_unset, reporter, resolve_flags, with_options
 from .parameters import FileRole, Json
 from .settings import Verbose, show_settings
@@ -35,15 +37,16 @@ def export(
     values = drop_unset(flags)
     if is_adapter(source):
         values["base_model"] = base_of(source, base)
-        names = ["merge", "convert", "quantize", "modelfile"]
+        names = ["merge", "convert", "quantize", "modelfile", "compare"]
     else:
         if not (source / CONFIG).is_file():
             raise no_adapter(source)
         values["base_model"] = str(source)
-        names = ["convert", "quantize", "modelfile"]
+        names = ["convert", "quantize", "modelfile", "compare"]
     resolved = resolve_flags(values)
     show_settings(resolved, say, values, verbose=verbose or json)
-    with naming_the_option(source, base) if is_adapter(source) else nullcontext():
+    naming = naming_the_option(source, base) if is_adapter(source) else nullcontext()
+    with naming, show_when_done(RunFolder(resolved.output_dir), say, enabled=resolved.compare):
         run_folder = run_pipeline(resolved, say, names, source)
     say.success(f"Done: {run_folder.root}")
     return 0

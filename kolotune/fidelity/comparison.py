@@ -189,7 +189,7 @@ class Comparison:
 
     Attributes:
         chats, positions: number of compared chats, and of answer tokens in them.
-        held_out: False when training chats were compared, because the run holds none out.
+        held_out: False when training or sample chats were compared, because the run holds none out.
         base_loss, tuned_loss: of the base model, and of the adapter on it; None: not measured.
         recorded_base_loss, recorded_tuned_loss: measured by training on all held-out chats; None: not measured.
         checked: the checks, in the order of the pipeline.
@@ -202,6 +202,7 @@ class Comparison:
         failure: None when everything passed.
         paths: how each way to write prompts writes them; () in comparisons of earlier versions.
         version: of this schema.
+        samples: sample chats were compared, since the model was trained elsewhere.
     """
 
     chats: int
@@ -221,6 +222,7 @@ class Comparison:
     failure: Failure | None = None
     paths: tuple[PathCheck, ...] = ()
     version: int = VERSION
+    samples: bool = False
 
     @property
     def passed(self) -> bool:

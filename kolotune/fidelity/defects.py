@@ -47,6 +47,7 @@ class NoteKind(StrEnum):
     OWN_RENDERER = "own-renderer"
     NOTHING_HELD_OUT = "nothing-held-out"
     NO_RECORDED_LOSS = "no-recorded-loss"
+    SAMPLE_CHATS = "sample-chats"
     QUANTIZATION_NOT_MEASURED = "quantization-not-measured"
 
 
@@ -126,5 +127,6 @@ _NOTES = {
     NoteKind.OWN_RENDERER: "Ollama renders this architecture in code of its own, which was not asked for its prompts",
     NoteKind.NOTHING_HELD_OUT: "no chats are held out: the first training chats were compared",
     NoteKind.NO_RECORDED_LOSS: "training measured no held-out loss, so base and adapter were not checked against one",
+    NoteKind.SAMPLE_CHATS: "the model was trained elsewhere: kolotune's starter chats were compared",
     NoteKind.QUANTIZATION_NOT_MEASURED: "{name} could not be measured: {reason}",
 }

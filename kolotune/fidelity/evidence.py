@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .tasks import GgufMeasurement, Reference
 
-ADAPTER, MERGED, F16 = "adapter on base", "merged", "f16 GGUF"
-"""Names of artifacts in a comparison."""
+ADAPTER, MODEL, MERGED, F16 = "adapter on base", "model", "merged", "f16 GGUF"
+"""Names of artifacts in a comparison; the reference is the adapter on its base, or an exported model."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ class Evidence:
         merged: None when it is not kept.
         ggufs: the run's GGUFs, the unquantized one first, where it is kept.
         merge_dtype, load_in_4bit: see `Config`.
-        adapter: the adapter's folder.
+        adapter: the folder of the adapter, or of the exported model.
         recorded: held-out losses that training measured, of the base and of the model it kept; None: not measured.
         not_kept: see `Comparison`.
         untied: head and embedding share their weights in the base, but not in the merged model.
         trials: quantizations that were made only to be measured; they can't fail the run.
+        is_export: the model was trained elsewhere, and is compared on sample chats.
         with_matrix: names of quantizations that were made with an importance matrix.
     """
 
@@ -69,3 +70,4 @@ class Evidence:
     untied: bool = False
     trials: Sequence[MeasuredGguf] = ()
     with_matrix: frozenset[str] = frozenset()
+    is_export: bool = False

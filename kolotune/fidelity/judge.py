@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from .compared_prompts import compare_prompts
 from .comparison import ComparedAnswer, Comparison, Count, Failure, PathCheck, QuantizationFigures, StageCheck
 from .defects import Defect, DefectKind, NoteKind, defect, note
-from .evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
+from .evidence import F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
 from .gain import GAIN_KEPT, GainKept, gain_kept, smallest_that_keeps
 from .likely_cause import Cause, describe_cause, likely_cause
 from .prompt_proof import Outcome, PromptResult
@@ -60,6 +60,7 @@ def judge(evidence: Evidence) -> Comparison:
         chats=len(reference.chats),
         positions=sum(reference.labels),
         held_out=reference.held_out,
+        samples=evidence.is_export,
         base_loss=reference.base_loss,
         tuned_loss=reference.tuned_loss,
         recorded_base_loss=recorded_base,
@@ -95,9 +96,11 @@ def _notes(evidence: Evidence) -> Iterator[str]:
     notes = list(evidence.reference.notes)
     for measured in evidence.ggufs:
         notes += measured.measurement.notes
-    if not evidence.reference.held_out:
+    if evidence.is_export:
+        notes.append(note(NoteKind.SAMPLE_CHATS))
+    elif not evidence.reference.held_out:
         notes.append(note(NoteKind.NOTHING_HELD_OUT))
-    if evidence.recorded is None:
+    if evidence.recorded is None and not evidence.is_export:
         notes.append(note(NoteKind.NO_RECORDED_LOSS))
     for trial in evidence.trials:
         for wrong in trial.measurement.figures.defects[:1]:
@@ -137,7 +140,7 @@ def _judge_all(evidence: Evidence) -> Iterator[JudgedCheck]:
         StageCheck("prepared chats", "prepare", prompt_ids_equal=equal), tuple(reference.prepared_defects)
     )
     yield _judge_adapter(evidence)
-    before = ADAPTER
+    before = evidence.adapter.name
     if evidence.merged is not None and reference.merged is not None:
         bounds = {"kl_mean": _MERGED_KL[evidence.merge_dtype]}
         yield _judge_weights(evidence, evidence.merged, "merge", before, reference.merged, bounds)
@@ -155,7 +158,7 @@ def _judge_all(evidence: Evidence) -> Iterator[JudgedCheck]:
 def _judge_adapter(evidence: Evidence) -> JudgedCheck:
     stops = len(evidence.reference.stops)
     check = StageCheck(
-        ADAPTER,
+        evidence.adapter.name,
         "train",
         evidence.adapter.file,
         evidence.adapter.size,

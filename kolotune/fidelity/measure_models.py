@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -67,21 +68,25 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
     chats = selection.chats
     prompts, expected = _prompts_to_answer(task, trained, selection)
     prompt_ids = [prompt.ids for prompt in prompts]
-    emit("doing", text="the base model, and the adapter on it")
+    emit("doing", text="the base model, and the adapter on it" if task.adapter else "the model")
     model = open_model(Path(task.base))
-    by_chat = zip(model.log_probabilities(chats), chats, strict=True)
-    base_losses = [loss_of(array, chat) for array, chat in by_chat]
-    base_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
-    model.add(Path(task.adapter))
-    adapter = read_adapter(Path(task.adapter))
-    recorder = ChangeRecorder(model, adapter)
-    with recorder.recording():
+    base_losses, base_answers, recorder = None, None, None
+    if task.adapter:
+        by_chat = zip(model.log_probabilities(chats), chats, strict=True)
+        base_losses = [loss_of(array, chat) for array, chat in by_chat]
+        base_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
+        model.add(Path(task.adapter))
+        adapter = read_adapter(Path(task.adapter))
+        recorder = ChangeRecorder(model, adapter)
+    with nullcontext() if recorder is None else recorder.recording():
         tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
-    recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
+    if recorder is not None:
+        recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
     tuned_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
     del model, recorder
     gc.collect()
     tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
+    base_losses, base_answers = base_losses or tuned_losses, base_answers or tuned_answers
     notes = list(selection.notes)
     if prompts and base_answers[0] is None:
         notes.append(note(NoteKind.READ_BY_LAYER))

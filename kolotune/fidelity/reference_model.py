@@ -86,8 +86,9 @@ class _AdaptedModel:
             weight.add_(update)
         if key in adapter.deltas:
             delta = self._oriented(name, adapter.deltas[key])
-            if delta.initial is not None:
-                raise ArtifactError(f"{name}: the adapter started as a part of it ({delta.initial.value})")
+            if delta.initial is not None:  # what the adapter started as was taken out of the weight
+                whole = weight.numpy().copy()
+                delta = delta.completed(lambda: [(slice(None), whole)])
             if delta.shape != tuple(weight.shape):
                 raise ArtifactError(f"the adapter adds {delta.shape} to {name}, which is {tuple(weight.shape)}")
             weight.add_(torch.from_numpy(delta.rows(slice(None))))

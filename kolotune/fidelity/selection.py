@@ -58,13 +58,15 @@ def select(task: ModelsTask, trained: TrainedFormat) -> Selection:
         TrainingError, ArtifactError: the prepared chats can't be read, or there are none.
     """
     selection = Selection()
-    _add_chats(selection, task, trained)
+    samples = [] if task.tokens else _add_samples(selection, task, trained)
+    if task.tokens:
+        _add_chats(selection, task, trained)
     without_end = sum(not chat.ends for chat in selection.chats)
     if without_end:
         selection.defects.append(
             defect(DefectKind.END_NOT_TRAINED, count=without_end, of=len(selection.chats), token=trained.end)
         )
-    _add_texts(selection, task, trained)
+    _add_texts(selection, _texts(selection, task, trained) if task.tokens else samples, trained)
     _add_probes(selection, task, trained)
     return selection
 
@@ -85,6 +87,30 @@ def _add_chats(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
     selection.is_whole = len(selection.sequences) == len(tokens)
 
 
+def _add_samples(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> Sequence[Chat]:
+    """Encode the chats in files, for a model that was not trained on any of its own; return those that were taken."""
+    taken = []
+    for chat in read_chats([Path(path) for path in task.train_data], task.reading).chats[: task.most_chats]:
+        try:
+            encoded = trained.encoder.encode(chat)
+        except KolotuneError:
+            continue  # such as a system turn, where the template has no place for one
+        start, at = len(selection.chats), 0
+        for length in encoded.lengths:
+            ids, labels = encoded.ids[at : at + length], encoded.labelled[at : at + length]
+            selection.chats.append(_compared_chat(ids, labels, trained.end_id))
+            at += length
+        selection.sequences.append(range(start, len(selection.chats)))
+        taken.append(chat)
+        if sum(len(each.ids) for each in selection.chats) > task.most_tokens:
+            break
+    if not taken:
+        raise ArtifactError(
+            "the model's template writes none of the chats to compare with", "Skip the comparison with --no-compare."
+        )
+    return taken
+
+
 def _compared_chat(ids: list[int], labelled: list[bool], end: int) -> ComparedChat:
     positions = [index - 1 for index in range(1, len(ids)) if labelled[index]]
     last = [number for number, at in enumerate(positions) if at + 2 >= len(ids) or not labelled[at + 2]]
@@ -103,9 +129,8 @@ def _add_probes(selection: Selection, task: ModelsTask, trained: TrainedFormat) 
     selection.probes.append(probe)
 
 
-def _add_texts(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> None:
+def _add_texts(selection: Selection, texts: Sequence[Chat | None], trained: TrainedFormat) -> None:
     """Encode the chats' texts again, and add the prompts in them."""
-    texts = _texts(selection, task, trained)
     if not texts:
         selection.notes.append(note(NoteKind.TEXTS_MISSING))
     not_servable = 0

@@ -27,11 +27,11 @@ class ModelsTask:
     """Measure base, adapter and merged model. Paths are text; "" where there is none.
 
     Attributes:
-        base, adapter, merged: folders.
+        base, adapter, merged: folders. Without an adapter the base itself is the reference.
         tokenizer: folder with the trained tokenizer and template.
-        tokens: file with the prepared tokens of the compared chats.
+        tokens: file with the prepared tokens of the compared chats; "" to compare on those in `train_data`.
         chats_file: the same chats as JSON lines; "" to find their texts in `train_data`.
-        train_data: files of chats, for a run that holds none out.
+        train_data: files of chats, for a run that holds none out, or a model that was trained elsewhere.
         reading: what the user decided about reading them.
         most_chats, most_tokens: limits of what is compared.
         own_prompts: the user's prompts, answered in place of those in the chats.

@@ -116,8 +116,9 @@ def tensor_plans(context: Context, log: Path, reporter: Reporter) -> dict[str, T
     if run.merged_model.is_dir():
         entries = MappedTensors(weight_files(run.merged_model)).entries
         return convert.tensor_plans(read_skeleton(run.merged_model), exact_type(entries), log, reporter)
-    model = MergedModel(run.adapter, context.base, context.config.merge_dtype)
-    skeleton = convert.merged_skeleton(model, companion_files(context.base, run.tokenizer), run.merged_model.name)
+    model = MergedModel(context.source or run.adapter, context.base, context.config.merge_dtype)
+    companions = companion_files(context.base, _tokenizer(context))
+    skeleton = convert.merged_skeleton(model, companions, run.merged_model.name)
     return convert.tensor_plans(skeleton, exact_type({entry.name: entry for entry in model.entries}), log, reporter)
 
 

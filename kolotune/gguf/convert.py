@@ -283,6 +283,8 @@ def _checked(conversion: _Conversion, written: Path, *, streamed: bool) -> JsonO
         raise ArtifactError(f"{shown}: its chat template is not the one that was trained with")
     if adds_bos is not None and bool(summary.fields.get(_ADD_BOS, adds_bos)) != adds_bos:
         raise ArtifactError(f"{shown}: its BOS is not the one that was trained with")
+    if not streamed:  # the library has loaded only a vocabulary of it; see `prove`
+        load_proof.prove_loadable(written, conversion.log)
     return {
         "architecture": summary.architecture,
         "tensors": len(summary.tensors),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.fidelity import gain, judge, tasks
 from kolotune.fidelity.adapter_place import GgufPlace
 from kolotune.fidelity.defects import DefectKind, defect
-from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, Evidence, MeasuredFile, MeasuredGguf
+from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, MODEL, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.fidelity.prompt_gate import recorded_traits
 from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, plain_values, stage_options
@@ -26,6 +27,7 @@ from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TO
 from kolotune.run_folder.metrics import held_out_losses, kept_held_out_loss, read_metrics
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
+from kolotune.weights.adapter_folder import is_adapter
 from kolotune.weights.model_config import read_model_config
 
 NAME = "compare"
@@ -41,13 +43,13 @@ def options(config: Config) -> JsonObject:
 
 def inputs(context: Context) -> dict[str, Path]:
     run = context.run
-    paths = {
-        "the prepared chats": run.prepared,
-        "the base model": context.base,
-        "the adapter": run.adapter,
-        "the merged model": run.merged_model,
-        "what training measured": run.metrics,
-    }
+    paths = {"the base model": context.base, "the merged model": run.merged_model}
+    if context.source is None:
+        paths |= {
+            "the prepared chats": run.prepared, "the adapter": run.adapter, "what training measured": run.metrics
+        }  # fmt: skip
+    else:
+        paths["what is exported"] = context.source
     for name, gguf, modelfile in _ggufs(context):
         paths |= {f"the {name}": gguf, f"the Modelfile of the {name}": modelfile}
     return paths
@@ -80,10 +82,10 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
         FidelityError: a stage fails its bound; the comparison says which.
         ArtifactError: there is nothing to compare.
     """
-    if context.source is not None or not context.run.adapter.is_dir() or not context.run.prepared.is_dir():
+    has_own = context.run.adapter.is_dir() and context.run.prepared.is_dir()
+    if context.source is None and not has_own:
         raise ArtifactError(
-            f"{context.run.root}: has no chats and adapter of its own to compare with",
-            "Only runs that were trained here can be compared.",
+            f"{context.run.root}: has no chats and adapter of its own to compare with", "Run `kolotune run` again."
         )
     with _scratch_folder(context.run) as scratch:
         comparison = judge.judge(_gather_evidence(context, scratch, reporter))
@@ -125,7 +127,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
     merged = None
     if run.merged_model.is_dir():
         merged = MeasuredFile(MERGED, run.relative(run.merged_model), size_of(run.merged_model))
-    else:
+    elif _has_adapter(context):
         not_kept.append(MERGED)
     reference = _measure_reference(context, scratch, reporter)
     before = scratch / (tasks.MERGED_FILE if (scratch / tasks.MERGED_FILE).is_file() else tasks.TUNED_FILE)
@@ -151,7 +153,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         ggufs=measured,
         merge_dtype=config.merge_dtype,
         load_in_4bit=config.load_in_4bit,
-        adapter=MeasuredFile(ADAPTER, run.relative(run.adapter), size_of(run.adapter)),
+        adapter=_measured_reference(context),
         recorded=_recorded_losses(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),
         untied=merged is not None and _ties_embeddings(context.base) and not _ties_embeddings(run.merged_model),
@@ -159,8 +161,21 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         with_matrix=frozenset(
             run_matrix.with_matrix(context, [*config.quantization, *_trial_quantizations(config), *_LARGER])
         ),
+        is_export=context.source is not None,
     )
     return _with_keeping(context, scratch, before, reporter, evidence)
+
+
+def _has_adapter(context: Context) -> bool:
+    return context.source is None or is_adapter(context.source)
+
+
+def _measured_reference(context: Context) -> MeasuredFile:
+    """Return the adapter of the run, or what is exported, as the file of the reference."""
+    run, source = context.run, context.source
+    if source is None:
+        return MeasuredFile(ADAPTER, run.relative(run.adapter), size_of(run.adapter))
+    return MeasuredFile(ADAPTER if is_adapter(source) else MODEL, str(source), size_of(source))
 
 
 def _with_keeping(context: Context, scratch: Path, before: Path, reporter: Reporter, evidence: Evidence) -> Evidence:
@@ -210,17 +225,23 @@ def _ties_embeddings(model: Path) -> bool:
 def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> tasks.Reference:
     """Measure base, adapter and merged model with transformers; return what the GGUFs are compared with."""
     run, config = context.run, context.config
-    held_out = (run.prepared / HELD_OUT_TOKENS).is_file()
-    plans = conversion_source.tensor_plans(context, run.log(NAME), reporter)
+    source, held_out = context.source, (run.prepared / HELD_OUT_TOKENS).is_file()
+    if source is None:
+        tokens = str(run.prepared / (HELD_OUT_TOKENS if held_out else TRAIN_TOKENS))
+        train_data, adapter = [str(path) for path in config.train_data], str(run.adapter)
+    else:
+        held_out, tokens = False, ""
+        train_data, adapter = [_written_samples(scratch)], str(source) if is_adapter(source) else ""
+    plans = conversion_source.tensor_plans(context, run.log(NAME), reporter) if _has_adapter(context) else {}
     task = tasks.ModelsTask(
         base=str(context.base),
-        adapter=str(run.adapter),
+        adapter=adapter,
         merged=str(run.merged_model) if run.merged_model.is_dir() else "",
-        tokenizer=str(run.tokenizer),
-        tokens=str(run.prepared / (HELD_OUT_TOKENS if held_out else TRAIN_TOKENS)),
+        tokenizer=str(_tokenizer(context)),
+        tokens=tokens,
         learns_empty_thoughts=config.empty_thoughts == "learn",
         chats_file=str(run.prepared / HELD_OUT_CHATS) if held_out else "",
-        train_data=[str(path) for path in config.train_data],
+        train_data=train_data,
         reading=ReadingOptions.of(config),
         most_chats=config.compare_chats,
         most_tokens=config.compare_length,
@@ -234,6 +255,22 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
     typed_storage.write(scratch / "models.json", task)
     _run_task(run, "models", scratch / "models.json", reporter)
     return typed_storage.read(tasks.Reference, scratch / tasks.REFERENCE_FILE)
+
+
+def _tokenizer(context: Context) -> Path:
+    """Return the folder with the trained tokenizer and template."""
+    run = context.run
+    if context.source is None:
+        return run.tokenizer
+    return next((folder for folder in (run.merged_model, run.exported_tokenizer) if folder.is_dir()), context.base)
+
+
+def _written_samples(scratch: Path) -> str:
+    """Write the starter chats into a folder; return the file."""
+    path = scratch / "samples.jsonl"
+    chats = importlib.resources.files("kolotune.chats.starter").joinpath("chats.jsonl")
+    path.write_text(chats.read_text(encoding="utf-8"), encoding="utf-8")
+    return str(path)
 
 
 def _measure_gguf(

@@ -355,7 +355,7 @@ class Config:
         without="prepare",
     )
     compare: bool = option(
-        True, "Prove at the end that the exported model is the trained one.", Group.EXPORT, without="modelfile export"
+        True, "Prove at the end that the exported model is the trained one.", Group.EXPORT, without="modelfile"
     )
     compare_chats: Annotated[int, Ge(1)] = option(
         32,

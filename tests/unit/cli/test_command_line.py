@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support.runs import STAGES_WITHOUT_COMPARE
 
+from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation.config import Config
 from kolotune.run_folder.layout import RunFolder
 
@@ -347,6 +348,10 @@ def test_export_of_a_merged_folder(kolotune: Call, finished: Config, tmp_path: P
     names = {".kolotune", "Merged.gguf", "Modelfile", "config.yaml", "manifest.json"}
     assert {path.name for path in made.root.iterdir()} == names
     assert made.modelfile().read_text() == run.modelfile().read_text()
+    comparison = Comparison.read(made.comparison)
+    assert comparison.passed and comparison.samples and comparison.not_kept == ()
+    checks = {check.name: check.against for check in comparison.checked if check.kl_mean is not None}
+    assert checks == {"model": "", "f16 GGUF": "model"}
     output = kolotune("status", made.root)[1]
     assert "will run" not in output
     assert "train" not in output
@@ -365,6 +370,14 @@ def test_export_of_an_adapter_and_chat_with_it(kolotune: Call, finished: Config,
     made = RunFolder(tmp_path / "e")
     assert made.gguf.is_file()
     assert made.modelfile("Q4_K_M").read_text() == run.modelfile("Q4_K_M").read_text()
+    comparison = Comparison.read(made.comparison)
+    assert comparison.passed and comparison.samples
+    assert [check.name for check in comparison.checked if check.kl_mean is not None] == [
+        "adapter on base", "merged", "f16 GGUF", "Q4_K_M"
+    ]  # fmt: skip
+    assert "Compared on" in output and "sample chats" in output
+    code, output = kolotune("export", run.adapter, *flags, "--no-compare", "--system", "x")
+    assert code == 0 and "Compared on" not in output
     asked = ["--prompt", "hi", "--max-tokens", "6", "--temperature", "0"]
     assert kolotune("chat", made.root, *asked) == kolotune("chat", run.root, *asked)
 

@@ -20,13 +20,13 @@ CHATS = [
 ]
 
 
-def with_adapter(model: Any, folder: Path, targets: list[str], *, use_dora: bool = False) -> Any:
+def with_adapter(model: Any, folder: Path, targets: list[str], **options: Any) -> Any:
     """Add a random adapter to the model, and save it with PEFT."""
     import peft
     import torch
 
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=use_dora)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, **options)
     tuned = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
@@ -37,15 +37,18 @@ def with_adapter(model: Any, folder: Path, targets: list[str], *, use_dora: bool
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "more", "use_dora"),
+    ("kind", "targets", "more", "options"),
     [
-        ("llama", ["q_proj", "down_proj"], {}, False),
-        ("llama", ["q_proj", "embed_tokens"], {"tie_word_embeddings": True}, False),
-        ("llama", ["q_proj", "embed_tokens"], {}, True),
-        ("gemma", ["o_proj"], {}, False),
-        ("qwen2", ["v_proj"], {}, False),
-        ("gpt2", ["c_attn", "c_proj"], {}, False),
-        ("gpt2", ["c_attn", "c_proj"], {}, True),
+        ("llama", ["q_proj", "down_proj"], {}, {}),
+        ("llama", ["q_proj", "embed_tokens"], {"tie_word_embeddings": True}, {}),
+        ("llama", ["q_proj", "embed_tokens"], {}, {"use_dora": True}),
+        ("llama", ["q_proj", "down_proj"], {}, {"init_lora_weights": "pissa"}),
+        ("llama", ["q_proj", "down_proj"], {}, {"init_lora_weights": "olora"}),
+        ("gemma", ["o_proj"], {}, {}),
+        ("qwen2", ["v_proj"], {}, {}),
+        ("gpt2", ["c_attn", "c_proj"], {}, {}),
+        ("gpt2", ["c_attn", "c_proj"], {}, {"use_dora": True}),
+        ("gpt2", ["c_attn", "c_proj"], {}, {"init_lora_weights": "pissa"}),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
@@ -53,14 +56,14 @@ def test_layer_by_layer_as_peft(
     kind: str,
     targets: list[str],
     more: dict[str, Any],
-    use_dora: bool,
+    options: dict[str, Any],
     tiny_model: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     import torch
 
     base = tiny_model(kind, tmp_path / "base", **more)
-    tuned = with_adapter(base, tmp_path / "adapter", targets, use_dora=use_dora)
+    tuned = with_adapter(base, tmp_path / "adapter", targets, **options)
     for kind_of_model in (reference_model.WholeModel, reference_model.LayeredModel):
         model: Any = kind_of_model(tmp_path / "base")
         before = list(model.log_probabilities(CHATS))

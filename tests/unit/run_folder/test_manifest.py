@@ -128,7 +128,7 @@ def test_an_export_of_an_adapter_made_elsewhere(
     )
     assert code == 0, output
     manifest = read_manifest(tmp_path / "out" / "manifest.json")
-    assert set(manifest.stages) == {"merge", "convert", "quantize", "modelfile"}
+    assert set(manifest.stages) == {"merge", "convert", "quantize", "modelfile", "compare"}
     assert manifest.source == ExportedModel(str(tmp_path / "elsewhere"), Hasher().of(tmp_path / "elsewhere"))
     assert manifest.data == Data([], {}) and manifest.notes == {}
     code, output = kolotune("verify", tmp_path / "out")
