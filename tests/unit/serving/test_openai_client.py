@@ -246,6 +246,17 @@ def test_fields_without_effect_are_named_in_a_header(servers: Servers) -> None:
     assert "x-unused-fields" not in servers.ours.models.with_raw_response.list().headers
 
 
+def test_a_last_turn_of_the_assistant_is_continued(servers: Servers) -> None:
+    """The prompt ends with the turn, without what ends an answer; other prompts end with the opening of one."""
+    base = str(servers.ours.base_url).removesuffix("v1/")
+
+    def prompt(*messages: dict[str, Any]) -> str:
+        answer: Any = servers.ours.post(f"{base}apply-template", body={"messages": messages}, cast_to=object)
+        return str(answer["prompt"])
+
+    assert prompt(HELLO, ANSWER) == prompt(HELLO) + str(ANSWER["content"])
+
+
 def test_the_routes_for_tokens_and_prompts(servers: Servers) -> None:
     post: Any = servers.ours.post
     base = str(servers.ours.base_url).removesuffix("v1/")
