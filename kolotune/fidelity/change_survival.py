@@ -25,7 +25,7 @@ def change_survival(gguf: Path, changes: Path) -> list[MatrixSurvival]:
 
     if not changes.is_file():
         return []
-    found = []
+    survivals = []
     with safe_open(changes, framework="numpy") as file, StoredValues(gguf) as values:
         recorded = set(file.keys())
         for name, tensor in values.tensors.items():
@@ -38,5 +38,5 @@ def change_survival(gguf: Path, changes: Path) -> list[MatrixSurvival]:
             part = 0.0
             for rows, block in values.blocks(name):
                 part += float(np.sum((block @ inputs) * b[rows], dtype=np.float64))
-            found.append(MatrixSurvival(name, tensor.type, (part - float(base_part)) / float(energy)))
-    return found
+            survivals.append(MatrixSurvival(name, tensor.type, (part - float(base_part)) / float(energy)))
+    return survivals

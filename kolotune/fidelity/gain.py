@@ -84,9 +84,9 @@ def lost(evidence: Evidence) -> list[str]:
 
 def rounded_back(evidence: Evidence) -> set[str]:
     """Return the quantizations in most of whose matrices little of the adapter's change is left."""
-    found = set()
+    names = set()
     for measured in evidence.ggufs:
         kept = [matrix.change_kept for matrix in measured.measurement.figures.survival]
         if kept and statistics.median(kept) < _ROUNDED_BACK:
-            found.add(measured.gguf.name)
-    return found
+            names.add(measured.gguf.name)
+    return names
