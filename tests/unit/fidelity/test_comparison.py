@@ -85,7 +85,7 @@ def test_traits_that_training_refuses_do_not_count() -> None:
 def test_comparisons_of_earlier_versions_name_no_paths_and_no_shares(tmp_path: Path) -> None:
     WHOLE.write(tmp_path / "c.json")
     content = json.loads((tmp_path / "c.json").read_text())
-    del content["paths"]
+    del content["paths"], content["samples"]
     for figures in (*content["checked"], *content["quantizations"]):
         for name in ("gain_kept", "gain_kept_error", "matrices"):
             figures.pop(name, None)
@@ -102,7 +102,7 @@ def test_the_fields_of_the_file(tmp_path: Path) -> None:
     assert list(content) == [
         "chats", "positions", "held_out", "base_loss", "tuned_loss", "recorded_base_loss", "recorded_tuned_loss",
         "checked", "answers", "not_kept", "notes", "quantizations", "recommended", "recommended_because", "failure",
-        "paths", "version", "passed",
+        "paths", "version", "samples", "passed",
     ]  # fmt: skip
     assert list(content["checked"][0]) == [
         "name", "stage", "file", "size_bytes", "against", "prompt_ids_equal", "top1_agreement", "kl_mean", "kl_p99",
