@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,19 +23,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 EQUAL = 1e-6
 """Mean KL up to which a tuned model is equal to the adapter on its base."""
-_FEW_LAYERS = 4
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_PERIODS = ("attn_layer_period", "expert_layer_period", "sliding_window_pattern", "full_attention_interval")
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "bitnet": {"tie_word_embeddings": True},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
     "exaone4": {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 32},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "lfm2": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
+    "lfm2_moe": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
+    "nemotron": {"head_dim": 128},
+    "qwen3_moe": {"norm_topk_prob": True},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": None, "topk_group": None},
 }
 """Settings of published models where transformers' defaults are those of none."""
-_WHOLE = frozenset({"dots3_note_text", "gemma3n_text", "gemma4_text"})
-"""Types whose last layers depend on the first ones, or are named by number."""
+_PASSED = b" "
 _BEGIN, _END = "<!-- table -->", "<!-- end of the table -->"
 
 
@@ -78,19 +79,6 @@ def shared_architectures(root: Path) -> list[tuple[str, str]]:
     return [(kind, name) for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in TEXT_MODEL_MAP]
 
 
-def few_layers(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with the first layers only: as many as it takes to have one of each kind."""
-    count = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), 0)
-    by_layer = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == count > 1}
-    few = max(_FEW_LAYERS, *(1 + config[name] for name in _PERIODS if isinstance(config.get(name), int)), 0)
-    for values in by_layer.values():
-        kinds = [json.dumps(value) for value in values]
-        few = max(few, 1 + max(map(kinds.index, set(kinds))))
-    few = count if config.get("model_type") in _WHOLE else min(few, count)
-    layers = {name: few for name in _LAYERS if isinstance(config.get(name), int)}
-    return {**config, **layers, **{name: values[:few] for name, values in by_layer.items()}}
-
-
 def tiny_config(model_type: str, architecture: str, **changes: Any) -> dict[str, Any]:
     """Return the settings of a tiny model, made of transformers' defaults; `changes` are made before it is shrunk."""
     import transformers
@@ -101,11 +89,13 @@ def tiny_config(model_type: str, architecture: str, **changes: Any) -> dict[str,
     text = config.get("text_config")
     if isinstance(text, dict):
         config = text
-    return shrink({**few_layers({**config, **changes}), "architectures": [architecture]})
+    return shrink({**config, **changes, "architectures": [architecture]})
 
 
-def prove(model_type: str, architecture: str, toolchain: Path, folder: Path, **changes: Any) -> Row:
-    """Return what becomes of a type of model; `folder` is new."""
+def prove(
+    model_type: str, architecture: str, toolchain: Path, folder: Path, passed: Callable[[], object], **changes: Any
+) -> Row:
+    """Return what becomes of a type of model; `folder` is new, `passed` is called before it is trained."""
     from kolotune.fidelity import computation_gate, computation_proof
     from kolotune.fidelity.computation_gate import Verdict
     from kolotune.foundation import typed_storage
@@ -125,8 +115,9 @@ def prove(model_type: str, architecture: str, toolchain: Path, folder: Path, **c
         impossible = proof.obstacle is computation_proof.Obstacle.TRANSFORMERS
         outcome = Outcome.IMPOSSIBLE if impossible else Outcome.REFUSED
         return Row(model_type, architecture, outcome, reason=sentence)
+    passed()
     divergence, reached = train_and_compare(config, toolchain, folder / "run", long=verdict is not Verdict.LONG_CHATS)
-    outcome = Outcome.WARNED if verdict is not Verdict.EQUAL else Outcome.EQUAL
+    outcome = Outcome.EQUAL if verdict is Verdict.EQUAL else Outcome.WARNED
     if divergence > EQUAL and outcome is Outcome.EQUAL:
         outcome, sentence = Outcome.FAILED, "the tuned model differs"
     return Row(model_type, architecture, outcome, divergence, reached, sentence)
@@ -176,6 +167,7 @@ def train_and_compare(config: Any, toolchain: Path, folder: Path, *, long: bool)
 def _job(folder: Path, base: Path, adapter: Path) -> Any:
     from kolotune.engines.job import TrainJob
     from kolotune.run_folder.layout import TRAIN_TOKENS
+    from kolotune.weights.model_shape import read_shape
 
     data = folder / "prepared"
     _write_tokens(data / TRAIN_TOKENS)
@@ -199,7 +191,7 @@ def _job(folder: Path, base: Path, adapter: Path) -> Any:
         dtype="fp32",
         compile=False,
         load_in_4bit=False,
-        epochs=2,
+        epochs=1,
         learning_rate=1e-2,
         scheduler_type="constant",
         warmup_steps=None,
@@ -212,6 +204,7 @@ def _job(folder: Path, base: Path, adapter: Path) -> Any:
         lora_alpha=8.0,
         lora_dropout=0.0,
         target_modules=["all-linear"],
+        target_parameters=["all-experts"] if read_shape(base).experts else [],
         early_stopping=0,
         checkpoint_steps=0,
     )
@@ -239,7 +232,14 @@ def _in_process(model_type: str, architecture: str, toolchain: Path) -> Row:
             with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), 1)
                 os.dup2(nothing.fileno(), 2)
-                row = prove(model_type, architecture, toolchain, Path(folder) / "row", **CHANGES.get(model_type, {}))
+                row = prove(
+                    model_type,
+                    architecture,
+                    toolchain,
+                    Path(folder) / "row",
+                    lambda: os.write(sender, _PASSED),
+                    **CHANGES.get(model_type, {}),
+                )
         except BaseException as error:  # whatever it is, it is the row's
             row = Row(model_type, architecture, Outcome.FAILED, reason=f"{type(error).__name__}: {error}"[:300])
         os.write(sender, json.dumps(asdict(row)).encode())
@@ -248,8 +248,9 @@ def _in_process(model_type: str, architecture: str, toolchain: Path) -> Row:
     with open(receiver, "rb") as stream:
         answer = stream.read()
     _, status = os.waitpid(child, 0)
-    if not answer:
-        return Row(model_type, architecture, Outcome.FAILED, reason=f"the process ended with {status}")
+    if not answer.strip():
+        outcome = Outcome.FAILED if answer == _PASSED else Outcome.REFUSED
+        return Row(model_type, architecture, outcome, reason=f"llama.cpp ends the process with signal {status & 127}")
     values = json.loads(answer)
     return Row(**{**values, "outcome": Outcome(values["outcome"])})
 

@@ -1,7 +1,8 @@
 """Shrink a model's ``config.json``: the same architecture with the same rules and few weights.
 
-Kept are the number of layers and what each is, the width of attention heads, the rotary embedding, activations,
-factors and switches. Widths shrink in proportion; heads, experts, tokens and windows become few.
+Kept are the first layers, at least one of each kind, the width of attention heads, the rotary embedding, activations,
+factors and switches. Widths shrink in proportion; heads, experts, tokens and windows become few. More layers would only
+add up what both sides round.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ VOCABULARY = 512
 WINDOW = 24
 """Tokens that a layer with a sliding window, chunks or dynamic scaling sees in a shrunk model."""
 
+_FEW_LAYERS = 2
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_PERIODS = ("attn_layer_period", "expert_layer_period", "sliding_window_pattern", "full_attention_interval")
+_BY_NUMBER = "per_layer_config"
+# Types whose layers depend on how many there are, here or in llama.cpp.
+_ALL_LAYERS = frozenset({"dots3_note_text", "exaone4", "exaone_moe", "gemma3n_text"})
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
@@ -68,7 +75,7 @@ def reach(config: Mapping[str, object]) -> int | None:
 
     In a shrunk model that is `WINDOW`.
     """
-    lengths = [value for name, value in config.items() if name in _WINDOWS and _is_integer(value) and value > 0]
+    lengths = [value for name, value in config.items() if name in _WINDOWS and _is_positive(value)]
     if _has_dynamic_scaling(config) and _is_integer(longest := config.get("max_position_embeddings")):
         lengths.append(longest)
     return min(lengths, default=None)
@@ -82,7 +89,7 @@ def shrink(config: Mapping[str, object]) -> JsonObject:
     """
     hidden, heads = _integer(config, _HIDDEN), _integer(config, _HEADS)
     factor = 1.0
-    shrunk: JsonObject = {name: value for name, value in config.items() if name not in _IRRELEVANT}
+    shrunk = _first_layers({name: value for name, value in config.items() if name not in _IRRELEVANT})
     if hidden and heads:
         few, own_size = _few_heads(config, heads), _integer(config, ("head_dim",))
         factor = few / heads if own_size in (None, hidden // heads) else _SMALL_HIDDEN / hidden
@@ -95,12 +102,11 @@ def shrink(config: Mapping[str, object]) -> JsonObject:
         factor = _SMALL_HIDDEN / hidden
     for name in _HIDDEN:
         _replace(shrunk, name, round((hidden or 0) * factor))
+    dynamic = _has_dynamic_scaling(config)
     for name, value in list(shrunk.items()):
         if name in _WIDTHS:
-            shrunk[name] = _scaled(value, factor, 1 if name.endswith("heads") else _STEP)
-        elif (name in _WINDOWS and _is_integer(value) and value > 0) or (
-            name == "max_position_embeddings" and _has_dynamic_scaling(config)
-        ):
+            shrunk[name] = _scaled(name, value, hidden, factor)
+        elif (name in _WINDOWS and _is_positive(value)) or (name == "max_position_embeddings" and dynamic):
             shrunk[name] = WINDOW
         elif name in _MOST and _is_integer(value):
             shrunk[name] = min(value, _MOST[name])
@@ -109,6 +115,27 @@ def shrink(config: Mapping[str, object]) -> JsonObject:
         elif name.endswith("_token_id"):
             shrunk[name] = 1 if value is not None else None
     return shrunk
+
+
+def _first_layers(config: JsonObject) -> JsonObject:
+    """Return the config with as many of the first layers as it takes to have one of each kind."""
+    count = _integer(config, _LAYERS)
+    if not count or config.get("model_type") in _ALL_LAYERS:
+        return config
+    by_layer = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == count > 1}
+    few = max([_FEW_LAYERS, *(1 + value for name in _PERIODS if _is_integer(value := config.get(name)))])
+    if _is_integer(dense := config.get("first_k_dense_replace")):
+        few = max(few, dense + 1)
+    for values in by_layer.values():
+        kinds = [repr(value) for value in values]
+        few = max(few, 1 + max(map(kinds.index, set(kinds))))
+    few = min(few, count)
+    changed: JsonObject = {name: few for name in _LAYERS if _is_integer(config.get(name))}
+    changed |= {name: values[:few] for name, values in by_layer.items()}
+    numbered = config.get(_BY_NUMBER)
+    if isinstance(numbered, dict):
+        changed[_BY_NUMBER] = {number: value for number, value in numbered.items() if int(number) < few}
+    return {**config, **changed}
 
 
 def _has_dynamic_scaling(config: Mapping[str, object]) -> bool:
@@ -124,12 +151,14 @@ def _few_heads(config: Mapping[str, object], heads: int) -> int:
     return min(heads, 2 if keys in (1, heads) else 4)
 
 
-def _scaled(value: object, factor: float, step: int) -> object:
+def _scaled(name: str, value: object, hidden: int | None, factor: float) -> object:
     if isinstance(value, list):
-        return [_scaled(item, factor, step) for item in value]
-    if not _is_integer(value) or value <= 0:
+        return [_scaled(name, item, hidden, factor) for item in value]
+    if not _is_positive(value):
         return value
-    scaled = max(1, min(_MOST_WIDTH, math.ceil(value * factor)))
+    if hidden and value % hidden == 0:  # some models know no other width
+        return value // hidden * round(hidden * factor)
+    scaled, step = min(_MOST_WIDTH, math.ceil(value * factor)), 1 if name.endswith("heads") else _STEP
     return -(-scaled // step) * step
 
 
@@ -140,6 +169,10 @@ def _replace(config: JsonObject, name: str, value: int) -> None:
 
 def _integer(config: Mapping[str, object], names: tuple[str, ...]) -> int | None:
     return next((value for name in names if _is_integer(value := config.get(name))), None)
+
+
+def _is_positive(value: object) -> TypeGuard[int]:
+    return _is_integer(value) and value > 0
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

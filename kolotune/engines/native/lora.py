@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,35 +54,39 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus ``scale * B(A(dropout(x)))``.
 
     Args:
-        base: the layer, ``[in] → [out]``; its weights stay frozen in their dtype.
+        base: the layer, ``[in] → [out]``, an `nn.Linear` or GPT-2's `Conv1D`; its weights stay frozen in their dtype.
         rank: rows of A and columns of B.
         alpha: the product is scaled by ``alpha / rank``.
         dropout: probability with which inputs of A are zeroed in training.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        self.base = base
+        self.base: Any = base
+        self._is_transposed = _is_conv1d(base)
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        device = torch.device("cpu") if base.weight.is_meta else base.weight.device
-        self.lora_A, self.lora_B = _new_matrices(base.in_features, base.out_features, rank, device)
+        weight = cast(Tensor, base.weight)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        self.lora_A, self.lora_B = _new_matrices(*_sizes(base), rank, device)
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight ``[out, in]``, for code that reads it instead of calling the layer, as Mamba's does.
+        """The adapted weight, as the layer keeps it, for code that reads it instead of calling the layer (Mamba's).
 
         Weights of 4 bits are returned as they are.
         """
-        weight = self.base.weight
+        weight: Tensor = self.base.weight
         if not weight.is_floating_point():
             return weight
-        return torch.add(weight, (self.lora_B @ self.lora_A).to(weight.dtype), alpha=self.scale)
+        delta = self.lora_B @ self.lora_A
+        return torch.add(weight, (delta.T if self._is_transposed else delta).to(weight.dtype), alpha=self.scale)
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias."""
-        return self.base.bias
+        bias: Tensor | None = self.base.bias
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] → [..., out]`` in x's dtype."""
@@ -105,7 +109,7 @@ def add_adapters(
         The adapters by the layer's full name, in the model's order.
 
     Raises:
-        ConfigError: a target is not a linear layer of the model, or it has none (GPT-2 has another kind of layer).
+        ConfigError: a target is not a linear layer of the model, or it has none.
     """
     model.requires_grad_(False)
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
@@ -114,7 +118,7 @@ def add_adapters(
     linear = {
         ".".join(filter(None, (prefix, name))): layer
         for name, layer in language.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not head and not _is_more(layer)
+        if (isinstance(layer, nn.Linear) or _is_conv1d(layer)) and layer is not head and not _is_more(layer)
     }
     leaves = target_leaves({name.rpartition(".")[2] for name in linear}, targets)
     adapters = {}
@@ -130,9 +134,28 @@ def add_adapters(
     return adapters
 
 
-def _is_more(layer: nn.Linear) -> bool:
-    """Whether it is a class of a model's own, such as a router that returns more than the product."""
-    return type(layer).__module__.startswith("transformers.models.")
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Return the inputs and outputs of a linear layer."""
+    if _is_conv1d(layer):
+        inputs, outputs = layer.weight.shape
+        return inputs, outputs
+    return layer.in_features, layer.out_features
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, which keeps its weight ``[in, out]``."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _is_more(layer: Any) -> bool:
+    """Whether it is a class of a model's own that returns more than the product, such as a router."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return False
+    try:
+        result = layer(layer.weight.new_zeros(1, layer.in_features))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return True
+    return not isinstance(result, Tensor) or result.shape != (1, layer.out_features)
 
 
 def target_leaves(leaves: set[str], targets: Sequence[str]) -> set[str]:

@@ -26,7 +26,8 @@ LLAMA = {
 def test_the_rules_stay_and_the_widths_shrink() -> None:
     shrunk = shrink(LLAMA)
     assert shrunk == {
-        **{name: LLAMA[name] for name in ("num_hidden_layers", "rms_norm_eps", "rope_theta")},
+        **{name: LLAMA[name] for name in ("rms_norm_eps", "rope_theta")},
+        "num_hidden_layers": 2,
         "hidden_size": 512,
         "intermediate_size": 256,
         "num_attention_heads": 4,
@@ -83,3 +84,17 @@ def test_reach(config: dict[str, Any], expected: int | None) -> None:
     assert reach(config) == expected
     if expected is not None:
         assert reach(shrink(config)) == WINDOW
+
+
+def test_the_first_layers_have_one_of_each_kind() -> None:
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * 5
+    shrunk = shrink({"num_hidden_layers": 30, "layer_types": kinds, "per_layer_config": {"5": {}, "11": {}}})
+    assert shrunk["num_hidden_layers"] == 6 and shrunk["layer_types"] == kinds[:6]
+    assert shrunk["per_layer_config"] == {"5": {}}
+    assert shrink({"num_hidden_layers": 61, "first_k_dense_replace": 3})["num_hidden_layers"] == 4
+    assert shrink({"num_hidden_layers": 64, "model_type": "exaone4"})["num_hidden_layers"] == 64
+
+
+def test_multiples_of_the_width_stay_multiples() -> None:
+    shrunk = shrink({"hidden_size": 4544, "num_attention_heads": 71, "ffn_hidden_size": 4 * 4544, "num_kv_heads": 1})
+    assert shrunk["ffn_hidden_size"] == 4 * shrunk["hidden_size"]

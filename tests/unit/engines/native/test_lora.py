@@ -140,3 +140,26 @@ def test_code_that_reads_the_weight_gets_the_adapted_one() -> None:
     torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
     layer.weight.sum().backward()  # type: ignore[no-untyped-call]
     assert layer.lora_A.grad is not None and layer.lora_A.grad.abs().max() > 0
+
+
+def test_gpt_2_has_linear_layers_of_its_own() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)).eval()
+    adapters = lora.add_adapters(model, 2, 4.0, 0.0, ["all-linear"])
+    assert {name.rpartition(".")[2] for name in adapters} == {"c_attn", "c_proj", "c_fc"}
+    layer = adapters["transformer.h.0.attn.c_attn"]
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 16)
+    assert layer.lora_B.shape == (48, 2) and layer.weight.shape == (16, 48)
+    torch.testing.assert_close(x @ layer.weight + layer.bias, layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_models_own_linear_layers_get_adapters_and_its_routers_do_not() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+    from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4Router
+
+    router = Llama4Router(Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=1))
+    model = nn.ModuleDict({"query": FalconLinear(8, 6), "router": router})
+    assert set(lora.add_adapters(model, 2, 4.0, 0.0, ["all-linear"])) == {"query"}
