@@ -124,8 +124,8 @@ def provide_openmp() -> None:
     """Load OpenMP's library, which what is loaded later then finds by name.
 
     Where the system has none, as in slim containers, it is PyTorch's copy. Its threads wait for each other over a
-    thousand times for one token. By default they spin for milliseconds, in which a thread that another
-    program has displaced can't run: with one busy program on two cores, that was 0.4 tokens per second instead of 12.
+    thousand times for one token. By default they spin for milliseconds, in which a thread that another program has
+    displaced can't run: beside several busy programs, two cores made 0.4 tokens per second instead of 12.
     """
     if sys.platform != "linux":
         return
