@@ -22,6 +22,7 @@ from kolotune.weights.weight_files import weight_files
 from . import convert
 from .conversion_plan import TensorPlan, exact_type
 from .model_skeleton import ModelSkeleton, read_skeleton
+from .run_compensation import Compensation, run_compensation
 
 
 def source_folder(context: Context) -> Path | None:
@@ -120,6 +121,22 @@ def tensor_plans(context: Context, log: Path, reporter: Reporter) -> dict[str, T
     companions = companion_files(context.base, _tokenizer(context))
     skeleton = convert.merged_skeleton(model, companions, run.merged_model.name)
     return convert.tensor_plans(skeleton, exact_type({entry.name: entry for entry in model.entries}), log, reporter)
+
+
+def expected_tensor_plans(context: Context, log: Path, reporter: Reporter) -> list[TensorPlan]:
+    """Return how each tensor of a run's GGUF will be made; [] when there is no conversion plan."""
+    return list(convert.tensor_plans(*expected_skeleton(context), log, reporter).values())
+
+
+def find_compensation(context: Context, log: Path, reporter: Reporter) -> Compensation | None:
+    """Return how the quantizations of a run are compensated; None where they are not.
+
+    Raises:
+        ArtifactError: the prepared chats are missing.
+    """
+    if context.config.quantizer != "compensated":
+        return None
+    return run_compensation(context, list(tensor_plans(context, log, reporter).values()))
 
 
 def _expected_tokenizer(context: Context) -> dict[str, Path | str]:

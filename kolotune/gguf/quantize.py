@@ -15,6 +15,7 @@ from kolotune.weights.safetensors_header import read_header
 from kolotune.weights.weight_files import weight_files
 
 from . import header
+from .run_compensation import Compensation
 
 
 def check_blocks(model: Path, names: Iterable[str]) -> None:
@@ -43,6 +44,7 @@ def quantize_file(
     reporter: Reporter,
     matrix: Path | None = None,
     hasher: Hasher | None = None,
+    compensation: Compensation | None = None,
 ) -> None:
     """Quantize one GGUF, and check the result before it gets its name.
 
@@ -54,6 +56,7 @@ def quantize_file(
         reporter: shows progress.
         matrix: the importance matrix; None: without one.
         hasher: learns the hash of the GGUF.
+        compensation: fills the blocks again, with error feedback; None: they stay as ggml makes them.
 
     Raises:
         ToolchainError: the quantizer failed.
@@ -80,7 +83,9 @@ def quantize_file(
             raise ArtifactError(f"{target}: its tensors are not those of {source.name}")
         if summary.integer("general.file_type", -1) != FILE_TYPES[name]:
             raise ArtifactError(f"{target}: not of type {name}")
-        if digests:
+        if compensation is not None:
+            compensation.apply(source, partial, log, reporter)
+        if digests and compensation is None:
             hasher.note(partial, digests[-1])
         else:
             hasher.flush(partial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,12 +58,21 @@ class StoredValues:
         del self._bytes
         self._data.close()
 
+    def position(self, name: str) -> int:
+        """Return where a tensor's data begins in the file."""
+        return self._start + self.tensors[name].offset
+
+    def digest(self, name: str) -> str:
+        """Return the SHA-256 of a tensor's data."""
+        start = self.position(name)
+        return hashlib.sha256(self._data[start : start + self.tensors[name].size]).hexdigest()
+
     def blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the rows of a tensor, some at a time, fp32 ``[rows, columns]``; those of all experts in order."""
         tensor = self.tensors[name]
         columns = tensor.shape[0]
         row = header.size_of((columns,), tensor.type)
-        start, count = self._start + tensor.offset, tensor.size // row
+        start, count = self.position(name), tensor.size // row
         step = max(1, _WEIGHTS_AT_ONCE // columns)
         for first in range(0, count, step):
             rows = slice(first, min(first + step, count))

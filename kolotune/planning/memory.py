@@ -5,6 +5,8 @@ from __future__ import annotations
 from kolotune.engines.engine import get_engine
 from kolotune.engines.memory import SMALLEST_BATCH, BatchShape, Memory, TrainingMemory
 from kolotune.foundation.hardware import cores
+from kolotune.gguf.calibration import MOST_TOKENS
+from kolotune.gguf.error_feedback import MOST_IN_DOUBLE
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.llamacpp.evaluation import BATCH
 from kolotune.run_folder.retention import kept_models
@@ -17,6 +19,7 @@ from .workload import Workload
 MAIN_PROCESS = Memory(320_000_000, 60_000_000)
 _QUANTIZER = Memory(30_000_000, 30_000_000)
 _QUANTIZER_CORE = 10_000_000  # pieces that a core works on, and those that wait to be written
+_COMPENSATION = Memory(300_000_000, 150_000_000)  # PyTorch and transformers: a guess, not measured
 _MATRIX_READER = Memory(100_000_000, 40_000_000)  # llama.cpp computing an importance matrix: a guess, not measured
 
 
@@ -38,6 +41,8 @@ def stage_memory(
         longest = workload.largest.longest if workload else context.config.max_seq_length
         matrix = importance_matrix_memory(shape, longest, BATCH)
         quantizing = max(quantizing, matrix, key=lambda memory: memory.resident)
+    if context.config.quantizer == "compensated" and kept_models(context.config).quantized:
+        quantizing = max(quantizing, compensation_memory(shape), key=lambda memory: memory.resident)
     return {
         "prepare": MAIN_PROCESS,
         "train": MAIN_PROCESS + training.memory if training.memory is not None else None,
@@ -55,6 +60,16 @@ def training_memory(context: Context, shape: ModelShape, batch: BatchShape, free
 def quantizer_memory() -> Memory:
     """Return the memory of the quantizer, which holds pieces of tensors."""
     return _QUANTIZER + Memory(cores() * _QUANTIZER_CORE, 0)
+
+
+def compensation_memory(shape: ModelShape) -> Memory:
+    """Return the memory of error-compensated quantization: one layer, the calibration's activations, one Hessian."""
+    widest = max((linear.inputs for linear in shape.linears), default=shape.hidden_size)
+    layer = 2 * FP32_BYTES * sum(linear.weight_count for linear in shape.linears) // max(1, shape.layers)
+    activations = 4 * FP32_BYTES * MOST_TOKENS * (shape.hidden_size + widest)
+    hessians = 4 * widest**2 * (2 * FP32_BYTES if widest <= MOST_IN_DOUBLE else FP32_BYTES)
+    embedding = FP32_BYTES * shape.hidden_size * shape.vocabulary_size
+    return Memory(_COMPENSATION.own + layer + activations + hessians + embedding, _COMPENSATION.mapped)
 
 
 def importance_matrix_memory(shape: ModelShape, longest: int, batch: int) -> Memory:

@@ -36,11 +36,18 @@ class Result:
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """One GGUF in the record of `quantize`: the SHA-256 of its source, of itself and of its importance matrix."""
+    """One GGUF in the record of `quantize`.
+
+    Attributes:
+        source, sha256: SHA-256 of its source, and of itself.
+        importance_matrix: that of its importance matrix; None: without one.
+        calibration: that of the tokens by which its rounding errors were compensated; None: they were not.
+    """
 
     source: str
     sha256: str
     importance_matrix: str | None = None
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)

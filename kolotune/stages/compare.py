@@ -204,10 +204,12 @@ def _measure_trials(
         conversion_source.make_gguf(context, source, log, reporter)
     with_matrix = run_matrix.with_matrix(context, names)
     matrix = run_matrix.find_matrix(context, source, scratch / run.importance_matrix.name, log, reporter, with_matrix)
+    compensation = conversion_source.find_compensation(context, log, reporter)
     for name in names:
         reporter.doing(f"trying {name}")
         target = scratch / run.quantized(name).name
-        quantize.quantize_file(source, target, name, log, reporter, matrix if name in with_matrix else None)
+        imatrix = matrix if name in with_matrix else None
+        quantize.quantize_file(source, target, name, log, reporter, imatrix, compensation=compensation)
         after = scratch / f"{name}.npy"
         measurement = _measure_gguf(context, scratch, name, target, None, before, after)
         yield MeasuredGguf(MeasuredFile(name, "", target.stat().st_size), "", measurement)

@@ -5,18 +5,19 @@ A lean run makes the unquantized GGUF here too, from base and adapter, and remov
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune import llamacpp
-from kolotune.foundation.config import Config, plain_values
+from kolotune.foundation.config import OPTIONS, Config, plain_values
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import remove
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.gguf import base_grid, conversion_source, quantize, run_matrix
+from kolotune.gguf import base_grid, conversion_source, quantize, run_compensation, run_matrix
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.results import QuantizedFile, quantize_facts
 from kolotune.run_folder.retention import kept_models
@@ -28,15 +29,17 @@ DOING = "quantizing"
 
 def options(config: Config) -> JsonObject:
     kept = kept_models(config)
-    names = ("quantization",) if kept.unquantized else ("quantization", "lean", "merge_dtype")
+    names: tuple[str, ...] = ("quantization",) if kept.unquantized else ("quantization", "lean", "merge_dtype")
     with_matrix = [name for name in kept.quantized if is_made_with_matrix(name, config.importance_matrix)]
+    names += ("quantizer",) if config.quantizer != OPTIONS["quantizer"].default else ()
     return plain_values(config, names) | ({"importance_matrix": with_matrix} if with_matrix else {})
 
 
 def inputs(context: Context) -> dict[str, Path]:
     is_kept = kept_models(context.config).unquantized
     source = {"the unquantized GGUF": context.run.gguf} if is_kept else conversion_source.conversion_inputs(context)
-    return source | ({"the prepared chats": context.run.prepared} if _made_with_matrix(context) else {})
+    reads_chats = bool(_made_with_matrix(context)) or context.config.quantizer == "compensated"
+    return source | ({"the prepared chats": context.run.prepared} if reads_chats else {})
 
 
 def outputs(context: Context) -> list[Path]:
@@ -71,6 +74,9 @@ def preflight(context: Context, reporter: Reporter) -> None:
         _note_grid(context, reporter)
     if not kept.unquantized:
         conversion_source.prove_convertible(context, reporter)
+    if kept.quantized and context.config.quantizer == "compensated":
+        plans = conversion_source.expected_tensor_plans(context, context.run.log(NAME), reporter)
+        run_compensation.check_possible(context, plans, context.run.log(NAME))
     quantize.check_blocks(context.base, kept.quantized)
 
 
@@ -98,18 +104,21 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
         source = hasher.of(folder.gguf)
         matrix = _importance_matrix(context, previous.importance_matrix, reporter)
         matrices = {name: matrix["sha256"] for name in _made_with_matrix(context)}
+        compensation = conversion_source.find_compensation(context, folder.log(NAME), reporter)
+        calibration = compensation.digest if compensation else None
         files = {
             name: file
             for name, file in previous.made.items()
-            if _is_current(name, file, source, matrices.get(name), context, reporter)
+            if _is_current(name, file, QuantizedFile(source, "", matrices.get(name), calibration), context, reporter)
         }
         for name in names:
             if name not in files:
                 reporter.doing(f"quantizing to {name}")
                 target = folder.quantized(name)
                 imatrix = folder.importance_matrix if name in matrices else None
-                quantize.quantize_file(folder.gguf, target, name, folder.log(NAME), reporter, imatrix, hasher)
-                files[name] = QuantizedFile(source, hasher.of(target), matrices.get(name))
+                log = folder.log(NAME)
+                quantize.quantize_file(folder.gguf, target, name, log, reporter, imatrix, hasher, compensation)
+                files[name] = QuantizedFile(source, hasher.of(target), matrices.get(name), calibration)
     return {
         "made": {name: _as_fact(file) for name, file in files.items()},
         **({"importance_matrix": matrix} if matrix else {}),
@@ -117,12 +126,12 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     }
 
 
-def _is_current(
-    name: str, file: QuantizedFile, source: str, matrix: str | None, context: Context, reporter: Reporter
-) -> bool:
+def _is_current(name: str, file: QuantizedFile, wanted: QuantizedFile, context: Context, reporter: Reporter) -> bool:
     """Whether a GGUF is what would be made now; if not, remove it, with its Modelfile where that changes too."""
     path, is_requested = context.run.quantized(name), name in kept_models(context.config).quantized
-    is_same_source = file.source == source and (not is_requested or file.importance_matrix == matrix)
+    is_same_source = file.source == wanted.source and (
+        not is_requested or (file.importance_matrix, file.calibration) == (wanted.importance_matrix, wanted.calibration)
+    )
     if is_same_source and context.hasher.of(path) == file.sha256:
         return True
     if path.exists() and not is_requested:
@@ -134,8 +143,7 @@ def _is_current(
 
 
 def _as_fact(file: QuantizedFile) -> dict[str, str]:
-    fact = {"source": file.source, "sha256": file.sha256}
-    return fact if file.importance_matrix is None else {**fact, "importance_matrix": file.importance_matrix}
+    return {name: value for name, value in dataclasses.asdict(file).items() if value is not None}
 
 
 def _made_with_matrix(context: Context) -> list[str]:

@@ -336,6 +336,16 @@ class Config:
         "Weigh quantization by the training chats; auto: for quantizations that need it or have under 4 bits.",
         Group.EXPORT,
     )
+    quantizer: Literal["ggml", "compensated"] = option(
+        "ggml",
+        "How weights are rounded: ggml, as llama.cpp does it; compensated, each column makes good the errors of those "
+        "before it, by what goes into it: the same types and size, closer to the tuned model, and takes longer.",
+        Group.EXPORT,
+        stages="quantize compare",
+        more_verbs="quantize",
+        without="prepare",
+        is_default_recorded=False,
+    )
     system: str | None = option(
         None, "System prompt for the Modelfile.", Group.EXPORT, stages="modelfile compare", without="prepare"
     )

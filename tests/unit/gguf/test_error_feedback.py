@@ -1,0 +1,72 @@
+"""Rounding with feedback: closer in what a matrix computes, exactly what ggml reads, dead columns left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kolotune.gguf import header
+from kolotune.gguf.block_layouts import block_layouts
+from kolotune.gguf.error_feedback import input_statistics, round_with_feedback
+from kolotune.gguf.stored_values import dequantized
+from kolotune.llamacpp import ggml
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def matrix_and_inputs(columns: int = 256) -> tuple[Any, Any]:
+    """Return weights, and inputs whose columns depend on each other, as those of real layers do."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(48, columns, generator=generator) * 0.05
+    mixed = torch.randn(600, 32, generator=generator) @ torch.randn(32, columns, generator=generator) * 0.3
+    return weights, mixed + 0.3 * torch.randn(600, columns, generator=generator)
+
+
+def by_ggml(weights: Any, kind: str, importance: np.ndarray) -> Any:
+    import torch
+
+    values = np.ascontiguousarray(weights.numpy())
+    data = np.empty(header.size_of(values.shape, kind), np.uint8)
+    ggml.library().ggml_quantize_chunk(
+        header.type_number(kind), values.ctypes.data, data.ctypes.data, 0, *values.shape, importance.ctypes.data
+    )
+    return torch.from_numpy(dequantized(data, kind).reshape(values.shape))
+
+
+@pytest.mark.parametrize("kind", sorted(block_layouts()))
+def test_what_the_matrix_computes_is_closer_than_with_ggml(kind: str) -> None:
+    weights, inputs = matrix_and_inputs()
+    statistics = input_statistics(inputs)
+    before = weights.clone()
+    blocks, values = round_with_feedback(weights, kind, statistics)
+    assert weights.equal(before)
+    np.testing.assert_array_equal(dequantized(blocks.reshape(-1), kind).reshape(values.shape), values.numpy())
+
+    def error(rounded: Any) -> float:
+        return float(((rounded - weights) @ inputs.T).square().mean())
+
+    assert error(values) < 0.5 * error(by_ggml(weights, kind, statistics.importance))
+    again, _ = round_with_feedback(weights, kind, input_statistics(inputs))
+    np.testing.assert_array_equal(again, blocks)
+
+
+def test_a_dead_column_takes_no_error_and_keeps_a_value() -> None:
+    weights, inputs = matrix_and_inputs(64)
+    inputs[:, 40] = 0
+    statistics = input_statistics(inputs)
+    assert np.isfinite(statistics.importance).all() and (statistics.importance > 0).all()
+    _, values = round_with_feedback(weights, "Q8_0", statistics)
+    step = weights[:, 32:].abs().max() / 127
+    assert float((values[:, 40] - weights[:, 40]).abs().max()) <= float(step)
+
+
+@pytest.mark.parametrize("inputs", ["zeros", "few", "alike"])
+def test_inputs_without_full_rank_still_give_finite_values(inputs: str) -> None:
+    weights, real = matrix_and_inputs(64)
+    given = {"zeros": real * 0, "few": real[:3], "alike": real[:1].expand(50, -1)}[inputs]
+    _, values = round_with_feedback(weights, "Q4_0", input_statistics(given))
+    assert float((values - weights).abs().max()) < 1.0
