@@ -27,8 +27,8 @@ from kolotune.engines.native.model import PackedModel, TrainingModel, Transforme
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.engines.process_environment import ENVIRONMENT
 
-_VOCABULARY, _LAYERS = 32_768, 4
-_BATCH, _SYSTEM, _SHORTEST, _LONGEST = 8, 40, 60, 300
+_VOCABULARY, _LAYERS = 32_768, 2
+_BATCH, _SYSTEM, _SHORTEST, _LONGEST = 4, 40, 60, 300
 _TARGET = 2.0
 
 
@@ -80,7 +80,7 @@ MODELS = (
         },
     ),
     Model("OLMo 2 1B", "olmo2", (2048, 8192, 16, 16, 128)),
-    Model("OLMo 3 7B", "olmo3", (4096, 11_008, 32, 32, 128), layers=2),
+    Model("OLMo 3 7B", "olmo3", (4096, 11_008, 32, 32, 128)),
     Model("EXAONE 4 1.2B", "exaone4", (2048, 4096, 32, 8, 64), more={"sliding_window": 4096}),
 )  # fmt: skip
 
