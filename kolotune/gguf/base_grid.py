@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.foundation import typed_storage
-from kolotune.foundation.errors import ArtifactError, ToolchainError
+from kolotune.foundation.errors import ArtifactError, ModelError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp import ggml
 from kolotune.runners import child_process
@@ -69,7 +69,11 @@ def find_grid(model: Path, log: Path) -> BaseGrid | None:
         model: folder in the Hugging Face format.
         log: receives what ggml prints.
     """
-    if _distinct_values(model) >= _FEW_VALUES:
+    try:
+        distinct = _distinct_values(model)
+    except (ArtifactError, ModelError):  # merging says what is wrong with them
+        return None
+    if distinct >= _FEW_VALUES:
         return None
     kept: dict[str, float] = {}
 

@@ -164,6 +164,7 @@ class _LayerByLayer:
             layer.register_forward_pre_hook(self._before_layer(number))
             layer.register_forward_hook(self._after_layer)
         model.decoder(input_ids=self._ids, use_cache=False)
+        child_process.emit("layer", done=len(model.layers), of=len(model.layers))
 
     def _before_layer(self, number: int) -> Any:
         def load(layer: nn.Module, _: object) -> None:

@@ -41,3 +41,5 @@ def test_a_grid_is_recognised_by_what_it_erases(grid: str, erasing: str, tmp_pat
 def test_a_model_without_matrices_lies_on_no_grid(tmp_path: Path) -> None:
     save_file({"model.norm.weight": np.ones(64, np.float32)}, tmp_path / "model.safetensors")
     assert base_grid.find_grid(tmp_path, tmp_path / "log") is None
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    assert base_grid.find_grid(tmp_path, tmp_path / "log") is None
