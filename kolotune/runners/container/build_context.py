@@ -33,6 +33,7 @@ _DOWNLOADING = (
     "foundation/locks.py",
     "foundation/typed_storage.py",
     "foundation/secrets.py",
+    "foundation/waiting_threads.py",
     "runners/__init__.py",
     "runners/local.py",
     "runners/signals.py",
