@@ -44,6 +44,7 @@ _STEPS = {
     "toolchain": (
         *_DOWNLOADING,
         "foundation/formatting.py",
+        "foundation/hardware.py",
         "foundation/reporter",
         "foundation/shared_libraries.py",
         "llamacpp/__init__.py",
