@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from json.encoder import encode_basestring
 from pathlib import Path
 
@@ -77,6 +78,11 @@ class Chat:
     line: int = field(default=0, compare=False)
     tools: tuple[JsonObject, ...] = ()
     tools_reduced: bool = field(default=False, compare=False)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the chat is roles and texts alone, and the loss on every answer counts in full."""
+        return not self.tools and all([message.is_plain and message.weight == 1 for message in self.messages])
 
     def message_dicts(self) -> list[JsonObject]:
         """Return the messages as chat templates expect them."""

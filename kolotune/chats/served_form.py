@@ -23,6 +23,8 @@ def in_served_form(chat: Chat) -> Chat:
 
     A definition that Ollama refuses stays as it is.
     """
+    if chat.is_plain:
+        return chat
     calls = any([message.tool_calls for message in chat.messages])
     if not chat.tools and not calls:
         return chat

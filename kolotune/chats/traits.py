@@ -73,7 +73,7 @@ def traits_of(chat: Chat) -> frozenset[ChatTrait]:
     is_spaced = any([text != text.strip() for text in texts])
     has_marks = any([not text.isascii() and not unicodedata.is_normalized("NFC", text) for text in texts])
     traits = _traits_of_texts(roles, bool(chat.tools), is_empty, is_spaced, has_marks)
-    if not chat.tools and all([message.is_plain for message in before]):
+    if chat.is_plain or (not chat.tools and all([message.is_plain for message in before])):
         return traits
     return traits | frozenset(_traits_of_tools_and_thoughts(chat))
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from kolotune.foundation.errors import DataError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
@@ -120,8 +121,7 @@ def chunks(source: int, path: Path, share: float, records: Iterable[AnyRecord], 
         yield Chunk(source, path, share, part, compared)
 
 
-@dataclass(frozen=True)
-class _ChatEntry:
+class _ChatEntry(NamedTuple):
     """A chat of a chunk: the number of its row, its hash, what the hash decides, and what the row store needs of it."""
 
     chat: Chat
@@ -160,12 +160,14 @@ class ChunkEncoder:
                 chats.append(read.chat)
                 unread.append(read.unread_hash)
                 compared += number < chunk.compared
-                if lighter := [turn.weight for turn in read.chat.messages if turn.weight < 1]:
+                if not read.chat.is_plain:
+                    lighter = [turn.weight for turn in read.chat.messages if turn.weight < 1]
                     result.untrained_turns += lighter.count(0)
                     result.weights.update(filter(None, lighter))
-                if read.unread or read.fixes:
-                    result.unread.update(read.unread)
-                    result.fixes.update(read.fixes)
+                for key in read.unread:
+                    result.unread[key] += 1
+                for fix in read.fixes:
+                    result.fixes[fix] += 1
             elif not read.problems:
                 result.excluded += 1
         digests = [chat.content_hash() for chat in chats]

@@ -62,10 +62,11 @@ class SimilarityReport:
         self._held_out.append(held_out)
         self._question_text.append(chat.question)
         self._offset.append(self._file.tell())
-        for kind, shingles in enumerate(chat.shingles):
+        for kind, data in enumerate(chat.shingles):
+            shingles = np.frombuffer(data, np.uint64)
             self._occurrences[kind, shingles % _SLOTS] += 1
             self._lengths[kind].append(len(shingles))
-            self._file.write(shingles.tobytes())
+            self._file.write(data)
         for answer in chat.answers:
             self._answers.add(answer, len(self._line) - 1)
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 from .json_values import is_filled
 from .printable import printable
 from .reading_options import ReadingOptions
-from .record_keys import COMPANIONS, METADATA, RecordPart, canonical
+from .record_keys import COMPANIONS, METADATA, READ_KEYS, RecordPart, canonical
 
 
 class RecordFields:
@@ -73,11 +74,43 @@ class RecordFields:
         rest = self.filled - self._read
         if not rest:
             return []
-        unread = [(key, self.values[key]) for key in self.values if key in rest]
-        if any([key not in METADATA for key, _ in unread]):
-            texts = {text.strip() for text in said}
-            unread = [each for each in unread if not (isinstance(each[1], str) and each[1].strip() in texts)]
-        return [(_shown(self._names[key]), value) for key, value in unread]
+        return not_said([(self._names[key], self.values[key]) for key in self.values if key in rest], said)
+
+
+class KeysBesideTurns(NamedTuple):
+    """The keys of a record with "messages", as they are spelled.
+
+    Attributes:
+        read: Other keys that are read if they are filled.
+        unread: Keys that are not read, whatever they contain.
+    """
+
+    read: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
+@lru_cache(1024)
+def keys_beside_turns(names: tuple[str, ...], ignored: tuple[str, ...]) -> KeysBesideTurns | None:
+    """Return the keys beside "messages", which is one of the names; None if two names are one in canonical form."""
+    keys = [canonical(name) for name in names]
+    if "messages" in ignored or len(set(keys)) < len(keys):
+        return None
+    beside = [(name, key) for name, key in zip(names, keys, strict=True) if key != "messages" and key not in ignored]
+    read, unread = ([name for name, key in beside if (key in READ_KEYS) is is_read] for is_read in (True, False))
+    return KeysBesideTurns(tuple(read), tuple(unread))
+
+
+def not_said(unread: list[tuple[str, object]], said: Iterable[str]) -> list[tuple[str, object]]:
+    """Return unread keys as they are shown, without those whose text is one of the chat's.
+
+    Args:
+        unread: The keys, as they are spelled, with their values.
+        said: The texts of the chat.
+    """
+    if any([canonical(name) not in METADATA for name, _ in unread]):
+        texts = {text.strip() for text in said}
+        unread = [each for each in unread if not (isinstance(each[1], str) and each[1].strip() in texts)]
+    return [(_shown(name), value) for name, value in unread]
 
 
 @lru_cache(4096)

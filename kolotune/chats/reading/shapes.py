@@ -13,13 +13,13 @@ from kolotune.foundation.typed_storage import JsonObject
 from ..chat import Message
 from .content_parts import plain_text
 from .faults import Fault, FaultKind, RecordError, fail
-from .json_values import json_or_value, kind_of
+from .json_values import is_filled, json_or_value, kind_of
 from .loss_flags import record_flags
 from .messages import Turns, plain_messages, read_turns
 from .printable import quoted
 from .questions import question_and_answer
 from .reading_options import DEFAULT, ReadingOptions
-from .record_fields import RecordFields, unread_hash
+from .record_fields import RecordFields, keys_beside_turns, not_said, unread_hash
 from .record_keys import LOSS_KEYS, MEDIA, PAIRS, TURN_LISTS, RecordPart, canonical
 from .tool_calls import read_tools, separate_calls, writes_call
 from .transcripts import turns_of_text
@@ -68,10 +68,10 @@ class ShapedRecord(NamedTuple):
 
 def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedRecord:
     """Recognise the shape of a parsed record and read its chat, or the faults that keep it from being one."""
-    if type(record) is dict and len(record) == 1 and "messages" in record and not options.parts:
-        messages = plain_messages(record["messages"])
-        if messages is not None and is_orderly(messages):
-            return ShapedRecord("messages", messages)
+    if type(record) is dict and "messages" in record and not options.parts:
+        shaped = _plain_record(record, options)
+        if shaped is not None:
+            return shaped
     if isinstance(record, list) and record and isinstance(record[0], dict):
         record = {"messages": record}
     if not isinstance(record, dict):
@@ -85,6 +85,21 @@ def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedReco
         return _read(fields, shape, options)
     except RecordError as error:
         return ShapedRecord(shape.name, faults=(error.fault,))
+
+
+def _plain_record(record: dict[str, object], options: ReadingOptions) -> ShapedRecord | None:
+    """Return a record of roles and texts in which no other key is read, as most are; None for others."""
+    beside = keys_beside_turns(tuple(record), options.ignored)
+    if beside is None or (beside.read and any([is_filled(record[name]) for name in beside.read])):
+        return None
+    messages = plain_messages(record["messages"])
+    if messages is None or not is_orderly(messages):
+        return None
+    filled = [(name, record[name]) for name in beside.unread if is_filled(record[name])]
+    if not filled:
+        return ShapedRecord("messages", messages)
+    unread = not_said(filled, [message.content for message in messages])
+    return ShapedRecord("messages", messages, unread=_names(unread), unread_hash=unread_hash(unread))
 
 
 def columns_fault(columns: Sequence[str], options: ReadingOptions = DEFAULT) -> Fault | None:
@@ -195,10 +210,12 @@ def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> Shape
         return ShapedRecord(shape.name, excluded=True)
     unread = fields.unread(message.content for message in turns.messages)
     unread += [(f"{TURN_PREFIX}{key}", value) for key, value in turns.unread]
-    names = tuple(dict.fromkeys(name for name, _ in unread))
-    return ShapedRecord(
-        shape.name, tuple(turns.messages), tools, tuple(turns.faults), False, names, unread_hash(unread), fixes
-    )
+    faults, names = tuple(turns.faults), _names(unread)
+    return ShapedRecord(shape.name, tuple(turns.messages), tools, faults, False, names, unread_hash(unread), fixes)
+
+
+def _names(unread: list[tuple[str, object]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([name for name, _ in unread]))
 
 
 def _turn_list(key: str, value: object) -> object:

@@ -76,7 +76,7 @@ class SignatureCache:
 
     def render(self, chat: Chat) -> SignedChat | None:
         """Return the chat as the template writes it; None if the template has to render it."""
-        if chat.tools or not all(map(_is_covered, chat.messages)):
+        if not (chat.is_plain or _is_text(chat)) or not all(map(_is_covered, chat.messages)):
             return None
         roles = tuple([message.role for message in chat.messages])
         masked = self._known[roles] if roles in self._known else self._learn(roles)
@@ -150,12 +150,12 @@ class SignatureCache:
         return signature.until(*end) == finished.until(*end)
 
 
+def _is_text(chat: Chat) -> bool:
+    """Whether the template gets roles and texts alone."""
+    return not chat.tools and all([message.is_plain for message in chat.messages])
+
+
 def _is_covered(message: Message) -> bool:
-    """Whether the template treats the message as it treated the sample's."""
+    """Whether the template treats the text of a message as it treated the sample's."""
     text = message.content
-    return (
-        message.is_plain
-        and bool(text)
-        and not text.isspace()
-        and not (message.role == "assistant" and writes_thought(text))
-    )
+    return bool(text) and not text.isspace() and not (message.role == "assistant" and writes_thought(text))

@@ -18,6 +18,7 @@ _TAGS = {
     "<mm:think>": "</mm:think>",
 }
 """How models mark their thoughts: what opens one, and what closes it."""
+_CLOSINGS = tuple(_TAGS.values())
 _WITHOUT_EXAMPLE = "<think>"
 _EMPTY_ONES = (
     rf"(?:{re.escape(tag)}\s*)?(?P<closing{number}>{re.escape(closing)})"
@@ -99,4 +100,4 @@ def start_of_thought(text: str) -> str | None:
 
 def writes_thought(text: str) -> bool:
     """Whether a text contains the end of a thought."""
-    return any(closing in text for closing in _TAGS.values())
+    return any([closing in text for closing in _CLOSINGS])

@@ -97,7 +97,7 @@ class Encoder:
 
     def accepted(self, chat: Chat) -> Chat:
         """Return the chat with ids of calls that the template takes; the same object if it has such."""
-        if not any([message.tool_calls for message in chat.messages]):
+        if chat.is_plain or not any([message.tool_calls for message in chat.messages]):
             return chat
         return with_accepted_ids(chat, self._call_ids)
 
@@ -146,7 +146,7 @@ class Encoder:
             return error
         if isinstance(masked, LocatedChat) and masked.reason is not None:
             return ChatApart(chat, masked.apart, masked.reason, masked.dropped_thoughts)
-        if any([message.weight < 1 for message in chat.messages]):
+        if not chat.is_plain and any([message.weight < 1 for message in chat.messages]):
             weights = tuple([message.weight for message in chat.messages if message.role == "assistant"])
             masked = dataclasses.replace(masked, given_weights=weights)
         return ChatToEncode(chat, masked)

@@ -125,8 +125,10 @@ class Labeller:
     def _encoded(
         self, chat: MaskedChat, packed_ids: bytes, labels: bytearray, lighter: Sequence[tuple[int, int, float]]
     ) -> EncodedChat:
-        thoughts = zip(chat.empty_thoughts, chat.weights, strict=True)
-        masked = 0 if self.learns_empty_thoughts else sum([length > 0 and weight > 0 for length, weight in thoughts])
+        masked = 0
+        if not self.learns_empty_thoughts and any(chat.empty_thoughts):
+            thoughts = zip(chat.empty_thoughts, chat.weights, strict=True)
+            masked = sum([length > 0 and weight > 0 for length, weight in thoughts])
         weights = packed_weights(labels, lighter)
         return EncodedChat(packed_ids, bytes(labels), masked_thoughts=masked, packed_weights=weights)
 
