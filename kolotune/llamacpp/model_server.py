@@ -10,10 +10,9 @@ import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from kolotune.foundation import typed_storage
+from kolotune.foundation.closing import Closing
 from kolotune.foundation.errors import ArtifactError, ConfigError, KolotuneError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
 
@@ -66,7 +65,7 @@ class _Properties:
     chat_template_caps: dict[str, bool] = field(default_factory=dict)
 
 
-class ModelServer:
+class ModelServer(Closing):
     """A GGUF in llama.cpp's server. A context manager; it can be used by several threads.
 
     Args:
@@ -106,14 +105,6 @@ class ModelServer:
         self.context = properties.default_generation_settings.n_ctx
         self.takes_tools = properties.chat_template_caps.get("supports_tools", False)
         self.end_texts = self._end_texts()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the server."""

@@ -11,10 +11,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from kolotune.foundation import typed_storage
+from kolotune.foundation.closing import Closing
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 
@@ -45,7 +44,7 @@ class SparseGguf:
     size: int
 
 
-class PromptServer:
+class PromptServer(Closing):
     """llama.cpp's server with the tokenizer and chat template of a GGUF. A context manager; not for several threads.
 
     Args:
@@ -65,14 +64,6 @@ class PromptServer:
         self._client = httpx.Client(
             base_url=self._server.address, headers=self._server.headers, trust_env=False, timeout=_CALL_SECONDS
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the server."""

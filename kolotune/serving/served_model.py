@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.chats.tokens.trained_template import trained_folder
+from kolotune.foundation.closing import Closing
 from kolotune.llamacpp.model_server import ModelServer, ServerSettings
 from kolotune.ollama.modelfile_parser import read_description
 from kolotune.run_folder.layout import RunFolder
@@ -64,7 +64,7 @@ class SharedServer:
     alias: str
 
 
-class ServedModel:
+class ServedModel(Closing):
     """A run's result, ready to answer requests. A context manager.
 
     Args:
@@ -97,14 +97,6 @@ class ServedModel:
             defaults = replace(defaults, adapters=adapters)
         ends, takes_tools = self.server.end_texts, self.server.takes_tools
         self.defaults = replace(defaults, end_texts=ends, takes_tools=takes_tools)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End its server, also for others that share it."""

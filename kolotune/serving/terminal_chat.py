@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation import typed_storage
+from kolotune.foundation.closing import Closing
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp.model_server import ModelServer, ServerSettings
@@ -41,7 +40,7 @@ class _Event:
     choices: list[_Choice] = field(default_factory=list)
 
 
-class TerminalChat:
+class TerminalChat(Closing):
     """A conversation that remembers its turns. A context manager.
 
     Args:
@@ -52,14 +51,6 @@ class TerminalChat:
     def __init__(self, server: ModelServer, defaults: Defaults) -> None:
         self.server, self._defaults = server, defaults
         self._messages: list[JsonObject] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the model's server."""
