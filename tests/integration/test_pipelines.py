@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.llamacpp_writer import is_kept
 from support.ollama_stand_in import OllamaStandIn
+from support.reference_training import held_out_loss
 from support.runs import STAGES_WITHOUT_COMPARE
 
 from kolotune.chats.tokens.tokenizer import load_tokenizer, template_of
@@ -384,3 +385,20 @@ def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_run: Any,
         apart[name] = between(whole, likely(tmp_path / name))
     print({name: (each.kl_mean, each.top1_agreement) for name, each in apart.items()})
     assert apart["with"].kl_mean < apart["without"].kl_mean
+
+
+def test_torchtune_has_the_defaults_of_the_original_scripts(torchtune_run: Any) -> None:
+    """In the options that the run does not set."""
+    config = torchtune_run.config
+    assert (config.batch_size, config.gradient_accumulation, config.lora_alpha) == (1, 1, 16.0)
+    assert "k_proj" not in config.target_modules
+    adapter = json.loads((torchtune_run.run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 16)
+    assert sorted(adapter["target_modules"]) == sorted(config.target_modules)
+    assert adapter["base_model_name_or_path"] == str(torchtune_run.base)
+
+
+def test_torchtunes_held_out_loss_is_the_one_that_peft_finds(torchtune_run: Any) -> None:
+    run = torchtune_run.run
+    _, (_, after) = held_out_losses(read_metrics(run.metrics))
+    assert after == pytest.approx(held_out_loss(torchtune_run.base, run.adapter, run.prepared), rel=1e-4)
