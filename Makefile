@@ -18,7 +18,9 @@ demo: setup
 
 # By files, since tests of one file share what is costly to make; two at a time, since a training has threads of its own.
 # In the order of the folders: the integration tests, whose files take longest, begin.
-TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A third process uses the time in which tests wait: with two, a quarter of two cores is idle.
+WORKERS ?= 2
+TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Tests start many processes, which would each compile kolotune where Python is set to keep no bytecode.
 test: setup
