@@ -77,8 +77,14 @@ class FusedLinear:
             self._product.replace(rows, added, pair.lora_B.detach())
 
     def new_input(self, tokens: int) -> Tensor:
-        """Allocate an input ``[tokens, inputs + rank]``, of which the caller fills the first `inputs` columns."""
-        return self.down.new_empty(tokens, self.inputs + self.rank)
+        """Allocate an input ``[tokens, inputs + rank]``, of which the caller fills the first `inputs` columns.
+
+        The others are 0: PyTorch's bf16 products read some numbers behind a row whose width is no multiple of 32, and
+        multiply them by 0. Of what memory held before, one that is no number would stay none.
+        """
+        result = self.down.new_empty(tokens, self.inputs + self.rank)
+        result[:, self.inputs :] = 0
+        return result
 
     def forward(self, x: Tensor, masks: list[Tensor] | None = None) -> Tensor:
         """Compute ``[tokens, outputs]`` from ``[tokens, inputs + rank]``.
