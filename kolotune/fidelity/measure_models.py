@@ -20,7 +20,7 @@ from kolotune.weights.mapped_tensors import MappedTensors
 from kolotune.weights.stored_names import StoredNames
 from kolotune.weights.weight_files import weight_files
 
-from . import log_probabilities
+from . import base_figures, log_probabilities
 from .adapter_change import ChangeRecorder
 from .adapter_place import GgufPlace
 from .compared_prompts import ComparedPrompts, compare_prompts
@@ -28,7 +28,7 @@ from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
 from .log_probabilities import loss_of, split
 from .prompt_proof import Prompt, ask
-from .reference_model import MissingWeightsError, open_model
+from .reference_model import LayeredModel, MissingWeightsError, WholeModel, open_model
 from .selection import Selection, select
 from .tasks import (
     CHANGES_FILE,
@@ -72,9 +72,7 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
     model = open_model(Path(task.base))
     base_losses, base_answers, recorder = None, None, None
     if task.adapter:
-        by_chat = zip(model.log_probabilities(chats), chats, strict=True)
-        base_losses = [loss_of(array, chat) for array, chat in by_chat]
-        base_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
+        base_losses, base_answers = _base_figures(model, task, chats, prompt_ids, trained.end_id)
         model.add(Path(task.adapter))
         adapter = read_adapter(Path(task.adapter))
         recorder = ChangeRecorder(model, adapter)
@@ -88,7 +86,7 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
     tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
     base_losses, base_answers = base_losses or tuned_losses, base_answers or tuned_answers
     notes = list(selection.notes)
-    if prompts and base_answers[0] is None:
+    if prompts and tuned_answers[0] is None:
         notes.append(note(NoteKind.READ_BY_LAYER))
     answers = zip(prompts, expected, base_answers, tuned_answers, strict=True)
     labels = [len(chat.positions) for chat in chats]
@@ -123,6 +121,23 @@ def _places(task: ModelsTask, adapter: LoraAdapter) -> dict[str, GgufPlace]:
     names = StoredNames(Path(task.base), entries)
     stored = {name: names.find(name) or name for name in adapter.deltas}
     return {name: task.places[place] for name, place in stored.items() if place in task.places}
+
+
+def _base_figures(
+    model: WholeModel | LayeredModel,
+    task: ModelsTask,
+    chats: Sequence[ComparedChat],
+    prompts: Sequence[list[int]],
+    end: int,
+) -> tuple[list[float], Sequence[list[int] | None]]:
+    """Return the base's loss on each chat and its answers, from the cache where an earlier comparison has left them."""
+    file = base_figures.figures_file(task.base_sha256, chats, prompts, end, task.longest_answer)
+    if known := base_figures.read(file):
+        return known.losses, known.answers
+    losses = [loss_of(array, chat) for array, chat in zip(model.log_probabilities(chats), chats, strict=True)]
+    answers = model.answers(prompts, end, task.longest_answer)
+    base_figures.keep(file, losses, answers)
+    return losses, answers
 
 
 def _prompts_to_answer(

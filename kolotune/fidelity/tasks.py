@@ -28,6 +28,7 @@ class ModelsTask:
 
     Attributes:
         base, adapter, merged: folders. Without an adapter the base itself is the reference.
+        base_sha256: hash of the base's content; "" without an adapter.
         tokenizer: folder with the trained tokenizer and template.
         tokens: file with the prepared tokens of the compared chats; "" to compare on those in `train_data`.
         chats_file: the same chats as JSON lines; "" to find their texts in `train_data`.
@@ -43,6 +44,7 @@ class ModelsTask:
     """
 
     base: str
+    base_sha256: str
     adapter: str
     merged: str
     tokenizer: str

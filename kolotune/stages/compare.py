@@ -237,6 +237,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
     plans = conversion_source.tensor_plans(context, run.log(NAME), reporter) if _has_adapter(context) else {}
     task = tasks.ModelsTask(
         base=str(context.base),
+        base_sha256=context.hasher.of(context.base) if adapter else "",
         adapter=adapter,
         merged=str(run.merged_model) if run.merged_model.is_dir() else "",
         tokenizer=str(_tokenizer(context)),

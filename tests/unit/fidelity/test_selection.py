@@ -15,7 +15,7 @@ from kolotune.fidelity.trained_format import TrainedFormat
 
 
 def task_of(tokens: Path, most_chats: int, most_tokens: int) -> ModelsTask:
-    return ModelsTask("", "", "", "", str(tokens), "", [], most_chats, most_tokens, [], "", 0, 0, "", False)
+    return ModelsTask("", "", "", "", "", str(tokens), "", [], most_chats, most_tokens, [], "", 0, 0, "", False)
 
 
 @pytest.mark.parametrize(("most_chats", "most_tokens", "expected"), [(9, 9000, 5), (2, 9000, 2), (9, 1, 1)])
