@@ -41,10 +41,11 @@ def obstacle(model: MergedModel, plan: ConversionPlan | None) -> AdapterObstacle
         plan: how the base's GGUF is made; None: the converter makes it.
     """
     changes = model.changes
-    if changes.replaced or changes.added or changes.token_rows or changes.new_biases:
-        return AdapterObstacle.WHOLE_WEIGHTS
+    # PEFT also saves an adapted embedding whole.
     if model.vocabulary_names & changes.deltas.keys():
         return AdapterObstacle.VOCABULARY
+    if changes.replaced or changes.added or changes.token_rows or changes.new_biases:
+        return AdapterObstacle.WHOLE_WEIGHTS
     for delta in changes.deltas.values():
         if not isinstance(delta, Delta) or delta.transposed:
             return AdapterObstacle.EXPERTS
