@@ -92,7 +92,8 @@ def shrink(config: Mapping[str, object]) -> JsonObject:
     shrunk = _first_layers({name: value for name, value in config.items() if name not in _IRRELEVANT})
     if hidden and heads:
         few, own_size = _few_heads(config, heads), _integer(config, ("head_dim",))
-        factor = few / heads if own_size in (None, hidden // heads) else _SMALL_HIDDEN / hidden
+        is_divided = hidden % heads == 0 and own_size in (None, hidden // heads)
+        factor = few / heads if is_divided else _SMALL_HIDDEN / hidden
         keys = _integer(config, _KEY_HEADS)
         for name in _HEADS:
             _replace(shrunk, name, few)
