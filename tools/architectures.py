@@ -112,7 +112,7 @@ def prove(
     proof = typed_storage.read(computation_proof.ComputationProof, answer)
     verdict, sentence = computation_gate.judge(proof, config), computation_gate.describe(proof, config)
     if verdict in (Verdict.DIFFERENT, Verdict.NOT_COMPUTED, Verdict.NOT_COMPARED):
-        impossible = proof.obstacle is computation_proof.Obstacle.TRANSFORMERS
+        impossible = proof.obstacle is computation_proof.FailedSide.TRANSFORMERS
         outcome = Outcome.IMPOSSIBLE if impossible else Outcome.REFUSED
         return Row(model_type, architecture, outcome, reason=sentence)
     passed()
