@@ -150,7 +150,8 @@ def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypat
     The engine's command begins with `prefix`; `halvings` are the steps at which memory is known to have run out.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny_model("gemma2", tmp_path / "base", vocab_size=60_000)
+    # With this activation, transformers computes it: all logits at once.
+    tiny_model("gemma2", tmp_path / "base", vocab_size=60_000, hidden_activation="gelu")
     chats = random_chats(8, 1, shortest=180, longest=200)
     real = local.run
 

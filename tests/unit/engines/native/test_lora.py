@@ -155,6 +155,11 @@ def test_gpt_2_has_linear_layers_of_its_own() -> None:
     torch.testing.assert_close(x @ layer.weight + layer.bias, layer(x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no linear layer"):
+        lora.add_adapters(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), 2, 4, 0.0, ["all-linear"])
+
+
 def test_a_models_own_linear_layers_get_adapters_and_its_routers_do_not() -> None:
     from transformers.models.falcon.modeling_falcon import FalconLinear
     from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
