@@ -74,8 +74,7 @@ def compensate(job: CompensationJob) -> None:
     """
     import torch
 
-    torch.set_grad_enabled(False)
-    with StoredValues(Path(job.source)) as source, StoredValues(Path(job.target)) as before:
+    with torch.no_grad(), StoredValues(Path(job.source)) as source, StoredValues(Path(job.target)) as before:
         compensated = _LayerByLayer(job, source, before)
         compensated.run()
     with StoredValues(Path(job.target)) as after:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
@@ -89,6 +90,7 @@ def test_what_was_not_written_is_noticed(
     monkeypatch.setattr(StoredValues, "digest", lambda self, name: "another")
     with pytest.raises(ArtifactError, match="is not what was written"):
         compensation.compensate(job)
+    assert torch.is_grad_enabled()
     incomplete = [plan for plan in found.tensors if plan.name != "blk.1.attn_q.weight"]
     with pytest.raises(ToolchainError, match=r"layer by layer: .*layers\.1\.self_attn\.q_proj"):
         compensation.check(dataclasses.replace(job, tensors=incomplete))
