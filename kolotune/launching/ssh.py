@@ -38,7 +38,7 @@ _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*"
 _NO_CONNECTION = 255  # ssh's own exit code
 _TRIES = 20
 _RECONNECT_SECONDS = 15.0
-_LAST_WORDS_SECONDS = 5.0  # for the first machine to report its own failure, once another has failed
+_LAST_WORDS_SECONDS = 30.0  # for the first machine to report its own failure, once another has failed
 # Nobody is there to type a password during a job, and a dead connection must be noticed.
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 
