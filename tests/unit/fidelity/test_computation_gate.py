@@ -98,13 +98,19 @@ def test_llama_is_equal_and_asked_once(make: Make, monkeypatch: pytest.MonkeyPat
     assert not messages.warnings and not messages.notes
 
 
-def test_a_process_that_died_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = make({**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2})
-    died = ComputationProof(obstacle=FailedSide.LLAMACPP, reason="the process ended with code -9")
-    with monkeypatch.context() as patched, pytest.raises(ToolchainError, match="-9"):
-        patched.setattr(computation_gate, "_run", lambda *_: died)
-        check_computation(context, Messages())
-    check_computation(context, Messages())
+def test_a_process_that_died_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    context, asked = make(LLAMA), []
+
+    def die(*_: object) -> ComputationProof:
+        asked.append(1)
+        return ComputationProof(obstacle=FailedSide.LLAMACPP, reason="the process ended with code -9")
+
+    monkeypatch.setattr(computation_gate, "cache_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr(computation_gate, "_run", die)
+    for _ in range(2):
+        with pytest.raises(ToolchainError, match="-9"):
+            check_computation(context, Messages())
+    assert len(asked) == 2
 
 
 def test_a_window_that_llamacpp_has_not_is_warned_of_with_its_length(make: Make) -> None:
