@@ -148,31 +148,6 @@ def test_a_wrong_command_line_is_2_with_words_and_without_a_traceback(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_init_then_check(kolotune: Call, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, output = kolotune("init")
-    assert code == 0
-    assert "kolotune run --config kolotune.yaml" in output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "kolotune.yaml"]
-    for arguments in (["chats.jsonl"], ["--config", "kolotune.yaml"]):
-        code, output = kolotune("check", *arguments)
-        assert code == 0, output
-        assert "No problems found in" in output
-        assert "chats to train on" in output
-    before = (tmp_path / "chats.jsonl").read_bytes()
-    code, output = kolotune("init")
-    assert code == 2 and "chats.jsonl: already exists" in output
-    assert (tmp_path / "chats.jsonl").read_bytes() == before
-
-
-def test_init_into_a_new_folder_and_never_half(kolotune: Call, tmp_path: Path) -> None:
-    assert kolotune("init", tmp_path / "deep" / "new")[0] == 0
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "kolotune.yaml").write_text("mine")
-    assert kolotune("init", tmp_path / "half")[0] == 2
-    assert [path.name for path in (tmp_path / "half").iterdir()] == ["kolotune.yaml"]
-
-
 def test_check_shows_what_is_trained_on(kolotune: Call, write_chats: Any, tiny_base: Path) -> None:
     code, output = kolotune("check", write_chats(3), "--base-model", tiny_base)
     assert code == 0

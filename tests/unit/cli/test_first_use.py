@@ -61,3 +61,28 @@ def test_no_good_chat_at_all(empty: Path, kolotune: Call) -> None:
     (empty / "notes.json").write_text('[{"title": "x"}]')
     code, output = kolotune("check", "notes.json")
     assert code == 3 and "`kolotune init FOLDER`" in output
+
+
+def test_init_then_check(kolotune: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = kolotune("init")
+    assert code == 0
+    assert "kolotune run --config kolotune.yaml" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "kolotune.yaml"]
+    for arguments in (["chats.jsonl"], ["--config", "kolotune.yaml"]):
+        code, output = kolotune("check", *arguments)
+        assert code == 0, output
+        assert "No problems found in" in output
+        assert "chats to train on" in output
+    before = (tmp_path / "chats.jsonl").read_bytes()
+    code, output = kolotune("init")
+    assert code == 2 and "chats.jsonl: already exists" in output
+    assert (tmp_path / "chats.jsonl").read_bytes() == before
+
+
+def test_init_into_a_new_folder_and_never_half(kolotune: Call, tmp_path: Path) -> None:
+    assert kolotune("init", tmp_path / "deep" / "new")[0] == 0
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "kolotune.yaml").write_text("mine")
+    assert kolotune("init", tmp_path / "half")[0] == 2
+    assert [path.name for path in (tmp_path / "half").iterdir()] == ["kolotune.yaml"]

@@ -14,7 +14,6 @@ from support.packed_models import chats_of, compare, gradients, pair_of
 from support.training import branching_chats
 
 from kolotune.engines.native import attention, sequence_packing
-from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, TransformersModel, open_model
 from kolotune.engines.native.sequence_packing import TOKEN_BUDGET, group_by_length, pack
 from kolotune.engines.prepared_tokens import PreparedTokens
@@ -39,14 +38,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen 2": ("qwen2", {}),
     "qwen 3": ("qwen3", {}),
 }
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
-def compiled(request: pytest.FixtureRequest) -> bool:
-    """Return whether the compiled kernels are used; tests run both with and without them."""
-    if request.param and build.reason_unavailable():
-        pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
-    return bool(request.param)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -13,7 +13,6 @@ from support.training import branching_chats
 
 from kolotune.engines.native import sequence_packing
 from kolotune.engines.native.families import FAMILIES
-from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, open_model
 from kolotune.engines.native.sequence_packing import pack
 from kolotune.engines.prepared_tokens import PreparedTokens
@@ -76,14 +75,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone 4": ("exaone4", {"sliding_window": 9, "layer_types": [SLIDING, FULL]}),
 }  # fmt: skip
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
-def compiled(request: pytest.FixtureRequest) -> bool:
-    """Return whether the compiled kernels are used; tests run both with and without them."""
-    if request.param and build.reason_unavailable():
-        pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
-    return bool(request.param)
 
 
 def test_every_family_is_compared() -> None:

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from kolotune.chats.dataset.prepare import prepare_chats
 from kolotune.engines.native import training
-from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, TrainingModel, TransformersModel
 from kolotune.engines.native.trainer import Trainer
 from kolotune.engines.prepared_tokens import PreparedTokens
@@ -84,13 +83,10 @@ def require_equal(job: Any) -> None:
         assert evaluated == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("chats", [random_chats(9, 1), branching_chats(7, 3, system=12)], ids=["whole", "branching"])
 def test_gradients_equal_those_of_a_plain_weighted_mean(
     chats: list[Any], compiled: bool, make_training: MakeTraining
 ) -> None:
-    if compiled and build.reason_unavailable():
-        pytest.skip("no compiler")
     require_equal(make_training(chats=weighted(chats)).job(compile=compiled))
 
 
