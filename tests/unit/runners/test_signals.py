@@ -66,8 +66,8 @@ def test_exit_codes_of_windows(on_windows: None) -> None:
 
 def test_a_request_to_stop_is_like_ctrl_c() -> None:
     code = (
-        "from kolotune.runners import signals; import time; signals.interrupt_on_termination(); print(1, flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted')"
+        "from kolotune.runners import signals; import time; signals.interrupt_on_termination()\n"
+        "try:\n    print(1, flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "1\n"
