@@ -6,7 +6,6 @@ weights or GGUFs needs the packages of the extra ``local``.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 
 from .errors import ToolchainError
@@ -36,6 +35,8 @@ def version_in_use(package: str) -> str | None:
     """Return the version of a package that results depend on; None when it is not installed."""
     if package == CONVERTER_PACKAGE:
         return CONVERTER_VERSION
+    import importlib.metadata  # with the parser of e-mail, a megabyte in each worker that reads chats
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -24,6 +24,7 @@ from queue import SimpleQueue
 from typing import BinaryIO, TypeVar, cast
 
 from kolotune.foundation.errors import KolotuneError, TemplateError
+from kolotune.foundation.free_memory import return_free_memory
 from kolotune.foundation.hardware import cores
 from kolotune.foundation.ordered_tasks import results_in_order
 
@@ -138,6 +139,7 @@ def _main() -> None:
         work = pickle.load(tasks)
     except EOFError:  # there was nothing to do
         return
+    return_free_memory()
     # Looking for cycles among a chunk's many objects takes a tenth of the time, and there are hardly any.
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from kolotune.foundation.config import Config
+from typing import TYPE_CHECKING
 
 from .record_keys import RecordPart, canonical
+
+if TYPE_CHECKING:
+    from kolotune.foundation.config import Config
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ModelError, TemplateError
+from kolotune.foundation.free_memory import return_free_memory
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..templates.template import ChatTemplate
@@ -42,6 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"{folder}: its tokenizer can't be loaded: {reason}", "Download the model again.") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: it has no fast tokenizer (tokenizer.json)", "Use a model that has one.")
+    return_free_memory()
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
