@@ -11,6 +11,7 @@ import torch
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native.model import PackedModel, TrainingModel, TransformersModel
+from kolotune.engines.native.operations import Operations
 from kolotune.engines.prepared_tokens import PreparedTokens
 
 
@@ -26,9 +27,9 @@ def chats_of(seed: int, count: int, prefix: int, longest: int) -> list[tuple[lis
     return chats
 
 
-def pair_of(job: TrainJob) -> tuple[PackedModel, TransformersModel]:
+def pair_of(job: TrainJob, operations: Operations | None = None) -> tuple[PackedModel, TransformersModel]:
     """Return both implementations of one model, with the same nonzero adapters."""
-    packed, plain = PackedModel(job), TransformersModel(job, "cpu")
+    packed, plain = PackedModel(job, operations=operations), TransformersModel(job, "cpu")
     assert list(packed.adapters) == list(plain.adapters)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -43,7 +44,7 @@ def pair_of(job: TrainJob) -> tuple[PackedModel, TransformersModel]:
 def gradients(
     model: TrainingModel, tokens: PreparedTokens, indices: range, factor: float
 ) -> tuple[float, dict[str, Any]]:
-    loss = sum(model.backward(tokens, group, factor) for group in model.groups(tokens, indices))
+    loss = float(sum(model.backward(tokens, group, factor) for group in model.groups(tokens, indices)))
     found = {}
     for name, pair in model.adapters.items():
         found |= {f"{name} {part}": getattr(pair, part).grad for part in ("lora_A", "lora_B")}
@@ -61,5 +62,5 @@ def compare(job: TrainJob, packed: PackedModel, plain: TransformersModel, share:
     for name, gradient in wanted.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(found[name], gradient, atol=2e-5 * scale + 1e-9, rtol=1e-4, msg=name)
-    evaluated = sum(packed.loss(tokens, group) for group in packed.groups(tokens, everything))
+    evaluated = float(sum(packed.loss(tokens, group) for group in packed.groups(tokens, everything)))
     assert evaluated / labels == pytest.approx(loss / labels, abs=1e-5)

@@ -21,15 +21,16 @@ class Limits:
     cap: float = 0.0
 
 
-def hidden_keys(queries: int, front: int, window: int | None) -> Tensor:
+def hidden_keys(queries: int, front: int, window: int | None, device: torch.device | None = None) -> Tensor:
     """Return which keys are hidden from which queries, bool ``[queries, front + queries]``.
 
     Args:
         queries: how many.
         front: keys in front of that of the first query.
         window: see `Limits`.
+        device: of the result; None for the CPU.
     """
-    everything = torch.ones(queries, front + queries, dtype=torch.bool)
+    everything = torch.ones(queries, front + queries, dtype=torch.bool, device=device)
     hidden = everything.triu(front + 1)
     return hidden if window is None else hidden | everything.tril(front - window)
 

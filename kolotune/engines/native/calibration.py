@@ -56,7 +56,7 @@ def calibrate(job: TrainJob) -> Calibration:
     if held_out is not None and len(held_out):
         chats = _typical_chats(held_out)
         groups = trainer.model.groups(held_out, chats)
-        evaluation = sum(_seconds(partial(trainer.model.loss, held_out, group)) for group in groups)
+        evaluation = sum(_seconds(partial(_read_loss, trainer, held_out, group)) for group in groups)
         per_held_out_token = evaluation / sum(map(held_out.chat_length, chats))
     checkpoint = _seconds(partial(_save_checkpoint, job, trainer))
     memory, mapped = peak_memory()
@@ -81,6 +81,11 @@ def _typical_chats(tokens: PreparedTokens) -> list[int]:
     first = len(order) // 2
     ends = accumulate(map(tokens.chat_length, order[first:]))
     return order[first : first + max(1, sum(1 for _ in takewhile(lambda end: end <= TOKEN_BUDGET, ends)))]
+
+
+def _read_loss(trainer: Trainer, held_out: PreparedTokens, group: Sequence[int]) -> float:
+    """Return the loss of a group; a GPU has computed it once it is read."""
+    return float(trainer.model.loss(held_out, group))
 
 
 def _save_checkpoint(job: TrainJob, trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
 """Causal attention with capped scores over one segment, some queries at a time, in PyTorch.
 
-It has the shapes of PyTorch's flash attention for CPUs, which can't cap scores. Memory grows with the length, not with
-its square: the backward pass computes the scores again.
+It has the shapes of PyTorch's flash attention for CPUs, which can't cap scores, and runs on any device. Memory grows
+with the length, not with its square: the backward pass computes the scores again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward(queries: Tensor, keys: Tensor, values: Tensor, limits: Limits) -> tu
     Returns:
         The result, like `queries`, and fp32 ``[1, heads, length]``: logarithms of the sums of exponentials.
     """
-    out, sums = torch.empty_like(queries), torch.empty(queries.shape[:-1], dtype=torch.float32)
+    out, sums = torch.empty_like(queries), queries.new_empty(queries.shape[:-1], dtype=torch.float32)
     for rows, seen in _blocks(queries, keys, limits):
         scores, _ = _scores(queries, keys, rows, seen, limits)
         sums[:, :, rows] = scores.logsumexp(-1)
@@ -70,5 +70,5 @@ def _scores(
     scores = (queries[:, :, rows] @ keys[:, :, seen].transpose(2, 3)).float()
     slopes = cap_scores(scores, limits.cap)
     count = rows.stop - rows.start
-    hidden = hidden_keys(count, seen.stop - seen.start - count, limits.window)
+    hidden = hidden_keys(count, seen.stop - seen.start - count, limits.window, scores.device)
     return scores.masked_fill_(hidden, float("-inf")), slopes

@@ -29,6 +29,7 @@ from .memory import LOGITS_AT_ONCE
 from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
+from .transfers import random_state, set_random_state, sum_dtype
 
 
 @dataclass
@@ -131,10 +132,10 @@ class Decoder:
                 linear.refresh()
 
     @torch.no_grad()
-    def loss(self, packed: PackedSequence) -> float:
-        """Return the summed cross-entropy of the labels, without gradients or dropout."""
+    def loss(self, packed: PackedSequence) -> Tensor:
+        """Return the summed cross-entropy of the labels, fp64 ``[]``, without gradients or dropout."""
         if not packed.labels:
-            return 0.0
+            return self._no_loss()
         sequence = _SequencePass(self, packed)
         x, added = self._embed(packed.ids), None
         for index, layer in enumerate(self.layers):
@@ -142,7 +143,7 @@ class Decoder:
         return self._head(x, added, packed, 0.0)[1]
 
     @torch.no_grad()
-    def backward(self, packed: PackedSequence, factor: float, recompute: bool) -> float:
+    def backward(self, packed: PackedSequence, factor: float, recompute: bool) -> Tensor:
         """Add ``factor`` times the loss's gradient to the adapters' gradients.
 
         Args:
@@ -151,15 +152,15 @@ class Decoder:
             recompute: keep only each layer's input, and recompute the rest in the backward pass.
 
         Returns:
-            The summed cross-entropy of the labels.
+            The summed cross-entropy of the labels, fp64 ``[]`` (fp32 where a device has no fp64).
         """
         if not packed.labels:
-            return 0.0
+            return self._no_loss()
         sequence = _SequencePass(self, packed)
         x, added = self._embed(packed.ids), None
         kept: list[_SavedActivations] = []
         for index, layer in enumerate(self.layers):
-            kept.append(_SavedActivations(torch.get_rng_state() if recompute else None))
+            kept.append(_SavedActivations(random_state(x.device) if recompute else None))
             x, added = sequence.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
         d_x: Tensor | None
         d_x, loss = self._head(x, added, packed, factor)
@@ -171,25 +172,29 @@ class Decoder:
             d_x = sequence.backward(self.layers[index], d_x, saved, first=index == 0)
         return loss
 
+    def _no_loss(self) -> Tensor:
+        device = self.embedding.device
+        return torch.zeros((), dtype=sum_dtype(device), device=device)
+
     def _embed(self, ids: Tensor) -> Tensor:
         x = self.embedding[ids]
         return x if self.factors.embeddings == 1.0 else x.mul_(self.factors.embeddings)
 
-    def _head(self, x: Tensor, added: Tensor | None, packed: PackedSequence, factor: float) -> tuple[Tensor, float]:
+    def _head(self, x: Tensor, added: Tensor | None, packed: PackedSequence, factor: float) -> tuple[Tensor, Tensor]:
         """Return the gradient of ``x + added``, the last layer's output where a label is next, and the summed loss.
 
         Logits are computed and freed in blocks. With a factor of 0 there is no gradient, and the first value is unused.
         """
         normed = torch.empty_like(x)
         x, norm_factor = self.operations.norm(self.norm, x, added, normed)
-        total, gradients = 0.0, []
+        total, gradients = self._no_loss(), []
         for start in range(0, packed.labels, LOGITS_AT_ONCE):
             block = slice(start, start + LOGITS_AT_ONCE)
             logits = self.head.forward(normed[block], None)
             losses, gradient = self.operations.cross_entropy(logits, packed.targets[block], factor, self.factors.logits)
             del logits
             weights = None if packed.weights is None else packed.weights[block]
-            total += float((losses if weights is None else losses * weights).sum())
+            total += (losses if weights is None else losses * weights).sum()
             if factor:
                 d_part = self.head.backward(gradient)
                 gradients.append(d_part if weights is None else d_part.mul_(weights[:, None]))
@@ -274,12 +279,12 @@ class _SequencePass:
 
     def recompute(self, layer: Layer, kept: _SavedActivations, last: bool) -> _SavedActivations:
         """Repeat a layer's forward pass with the same random numbers, for its backward pass."""
-        before = torch.get_rng_state()
         assert kept.random_state is not None and kept.x is not None
-        torch.set_rng_state(kept.random_state)
+        before = random_state(kept.x.device)
+        set_random_state(kept.random_state, kept.x.device)
         whole = _SavedActivations(None)
         self.forward(layer, kept.x, None, whole, last)
-        torch.set_rng_state(before)
+        set_random_state(before, kept.x.device)
         return whole
 
     def backward(self, layer: Layer, d_out: Tensor, kept: _SavedActivations, first: bool) -> Tensor | None:

@@ -24,6 +24,7 @@ from .lora import LoraPair
 from .operations import LogitScaling, Norm, Operations
 from .rotary_frequencies import frequencies
 
+_CPU = torch.device("cpu")
 _OUT, _DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
 _LINEARS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "out": _OUT,
@@ -51,6 +52,7 @@ def load(
     alpha: float,
     dropout: float,
     targets: Sequence[str],
+    device: torch.device = _CPU,
 ) -> tuple[Decoder, dict[str, LoraPair]]:
     """Load a model's decoder, and create adapters by the full names of their layers, in the model's order.
 
@@ -60,6 +62,7 @@ def load(
         dtype: of the frozen weights and of the arithmetic.
         rank, alpha, dropout: see `LoraPair`.
         targets: see `lora.target_leaves`.
+        device: of the frozen weights; the adapters are created on the CPU.
 
     Raises:
         ConfigError: a target is not a linear layer.
@@ -73,7 +76,7 @@ def load(
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
 
-    parts = _Parts(TensorFiles(weight_files(folder)), dtype, operations, architecture, pair)
+    parts = _Parts(TensorFiles(weight_files(folder)), device, dtype, operations, architecture, pair)
     patterns = architecture.patterns
     layers = [
         parts.layer(f"model.layers.{index}", linears, patterns.index(pattern))
@@ -83,7 +86,7 @@ def load(
     head = parts.read("lm_head.weight") if "lm_head.weight" in parts.files else embedding
     decoder = Decoder(
         heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
-        settings=[_setting(architecture, pattern) for pattern in patterns],
+        settings=[_setting(architecture, pattern, device) for pattern in patterns],
         layers=layers,
         activation=Activation(architecture.activation),
         factors=_factors(architecture, dtype),
@@ -95,13 +98,14 @@ def load(
     return decoder, parts.adapters
 
 
-def _setting(architecture: Architecture, pattern: AttentionPattern) -> AttentionSetting:
+def _setting(architecture: Architecture, pattern: AttentionPattern, device: torch.device) -> AttentionSetting:
     limits = Limits(pattern.window, architecture.score_cap)
     scale: float = architecture.score_scale**0.5
     if pattern.rotary is None:
-        return AttentionSetting(limits, torch.empty(0), 1.0, scale)
+        return AttentionSetting(limits, torch.empty(0, device=device), 1.0, scale)
     rotated = int(architecture.head_width * architecture.rotated_share)
-    return AttentionSetting(limits, *frequencies(pattern.rotary, rotated), scale)
+    turning, factor = frequencies(pattern.rotary, rotated)
+    return AttentionSetting(limits, turning.to(device), factor, scale)
 
 
 def _factors(architecture: Architecture, dtype: torch.dtype) -> Factors:
@@ -117,6 +121,7 @@ class _Parts:
     """Reads the parts of a decoder from a model's files, and collects their new adapters by name."""
 
     files: TensorFiles
+    device: torch.device
     dtype: torch.dtype
     operations: Operations
     architecture: Architecture
@@ -125,7 +130,7 @@ class _Parts:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
-        return self.files.read(name).to(self.dtype, copy=True)
+        return self.files.read(name).to(self.device, self.dtype, copy=True)
 
     def norm(self, name: str) -> Norm:
         return Norm(self.read(f"{name}.weight"), self.architecture.epsilon, self.architecture.family.norms_stored_less)

@@ -42,6 +42,10 @@ class LoraPair:
         self.scale = alpha / rank
         self.dropout = dropout
 
+    def to(self, device: torch.device) -> None:
+        """Move both matrices to a device. They are created on the CPU, from the same random numbers everywhere."""
+        self.lora_A, self.lora_B = (nn.Parameter(each.detach().to(device)) for each in (self.lora_A, self.lora_B))
+
 
 def _new_matrices(inputs: int, outputs: int, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
     a = nn.Parameter(torch.empty(rank, inputs, dtype=torch.float32, device=device))

@@ -18,6 +18,7 @@ PROCESS = Memory(160_000_000, 45_000_000)
 """The engine's process without tensors."""
 SHARDED_PROCESS = Memory(420_000_000, 100_000_000)
 """The engine's process with transformers and FSDP loaded, without tensors."""
+_STEP_SHARE = 0.9  # of a GPU's free memory that a step may fill; fragments take the rest: a guess, not measured
 # What transformers keeps of a layer, relative to the packed decoder, by bytes per number: measured on Llamas of widths
 # 512 and 576, with 128 and 1,024 tokens (1.18 to 1.20; 1.33 to 1.46). It keeps norms in fp32, and copies of queries
 # and keys.
@@ -82,6 +83,17 @@ def packed_training(
     # The model's file is mapped only while it is loaded; afterwards the step uses that memory.
     loading = max(0, shape.stored_bytes - optimizer - temporary)
     return Memory(PROCESS.own + frozen + optimizer + temporary, PROCESS.mapped + loading)
+
+
+def recomputes_on_gpu(shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int, free: int) -> bool:
+    """Return whether the packed decoder recomputes activations on a GPU: those that it would keep do not fit.
+
+    Args:
+        shape, adapter, batch, dtype_bytes: as in `layer_activation_bytes`.
+        free: bytes that are free on the GPU once the model is there.
+    """
+    needed = _packed_step_bytes(shape, adapter, batch, dtype_bytes, recompute=False)
+    return needed > free * _STEP_SHARE
 
 
 def _optimizer_bytes(adapter: AdapterShape, keeps_best: bool) -> int:

@@ -21,12 +21,14 @@ from ..job import TrainJob
 from ..memory import BatchShape
 from ..prepared_tokens import IGNORED, PreparedTokens
 from . import expert_lora, llama, lora, sharding, supported_models
+from .device_operations import DeviceOperations
 from .kernels import build
 from .kernels.compiled_operations import CompiledOperations
-from .memory import transformers_activation_bytes
+from .memory import recomputes_on_gpu, transformers_activation_bytes
 from .operations import Operations, PlainOperations
 from .padded_batch import pad_batch
-from .sequence_packing import TOKEN_BUDGET, costs, group_by_length, pack
+from .sequence_packing import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET, PackedSequence, costs, group_by_length, pack
+from .transfers import sum_dtype
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Numbers that a layer keeps per token for the backward pass, in multiples of the hidden size (measured on SmolLM2).
@@ -65,11 +67,14 @@ class TrainingModel(Protocol):
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
         """Return the cost of each chat, in tokens, so that processes get equal shares."""
 
-    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
-        """Add ``factor`` times the gradient of a group's weighted loss to the adapters' gradients; return that sum."""
+    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> Tensor:
+        """Add ``factor`` times the gradient of a group's weighted loss to the adapters' gradients; return that sum.
 
-    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
-        """Return the sum of the cross-entropy of a group's labels, each by its weight, without dropout."""
+        It is ``[]``, in `transfers.sum_dtype`, and stays on the device: reading it waits for the device.
+        """
+
+    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
+        """Return the sum of the cross-entropy of a group's labels, each by its weight, without dropout, ``[]``."""
 
     def updated(self) -> None:
         """Take over new values of the adapters; called after each change."""
@@ -87,27 +92,35 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
         TrainingError: the base can't be loaded.
         ConfigError: a target is not a linear layer of the base.
     """
-    if device != "cpu" or job.load_in_4bit or job.sharded:
+    if job.load_in_4bit or job.sharded:
         return TransformersModel(job, device)
     reason = supported_models.reason_unsupported(Path(job.base_model), longest)
-    return TransformersModel(job, device, reason) if reason else PackedModel(job)
+    return TransformersModel(job, device, reason) if reason else PackedModel(job, device)
 
 
 class PackedModel:
-    """Models of the families that `decoder` computes, on the CPU."""
+    """Models of the families that `decoder` computes.
+
+    Args:
+        job: the training.
+        device: "cpu", "cuda" or "mps".
+        operations: what computes them; None for what the device has.
+    """
 
     reason_slow = ""
     language_model = ""
 
-    def __init__(self, job: TrainJob) -> None:
+    def __init__(self, job: TrainJob, device: str = "cpu", operations: Operations | None = None) -> None:
         torch.manual_seed(job.seed)
-        self.backoffs, self._size = 0, job.batch_size
-        dtype = _DTYPES[job.dtype]
-        library = build.ensure() if job.compile else None
-        operations: Operations = CompiledOperations(library, dtype) if library else PlainOperations()
+        self.backoffs, self._size, self._device = 0, job.batch_size, torch.device(device)
+        self._dtype, dtype = job.dtype, _DTYPES[job.dtype]
+        library = build.ensure() if job.compile and device == "cpu" and operations is None else None
         self.kernels = library.stem if library else ""
+        if operations is None:
+            operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()
+        self._budget = TOKEN_BUDGET if device == "cpu" else DEVICE_TOKEN_BUDGET
         lora_options = (job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules)
-        self.decoder, self.adapters = llama.load(Path(job.base_model), operations, dtype, *lora_options)
+        self.decoder, self.adapters = llama.load(Path(job.base_model), operations, dtype, *lora_options, self._device)
         names = {id(pair): name for name, pair in self.adapters.items()}
         order = [
             (names[id(pair)], part)
@@ -116,12 +129,16 @@ class PackedModel:
             for part in ("lora_A", "lora_B")
             for pair, _, _ in linear.parts
         ]
+        for pair in self.adapters.values():
+            pair.to(self._device)
         self.flat = lora.FlatAdapters(self.adapters, order)
         self.decoder.join(self.flat)
         self._shares = not job.lora_dropout
-        shape = read_shape(Path(job.base_model))
+        self._shape = shape = read_shape(Path(job.base_model))
+        self._adapter = AdapterShape.of(shape, job.lora_rank, job.target_modules)
         self._label = shape.vocabulary_size * shape.hidden_size / max(1, shape.layer_weight_count)
         self.updated()
+        self._free = hardware.free_on(device)  # asked once: later the step's own memory would count
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
         """Return the cost of each chat; a logit costs as much as the head's share of the layers' weights."""
@@ -130,30 +147,39 @@ class PackedModel:
     def groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[list[int]]:
         """Group chats by length, within a budget of tokens."""
         if not self.backoffs:
-            return group_by_length(tokens, indices, self._shares)
+            return group_by_length(tokens, indices, self._shares, self._budget)
         most = max(1, self._size >> self.backoffs)
-        groups = group_by_length(tokens, indices, self._shares, TOKEN_BUDGET >> self.backoffs)
+        groups = group_by_length(tokens, indices, self._shares, self._budget >> self.backoffs)
         return [group[at : at + most] for group in groups for at in range(0, len(group), most)]
 
-    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
+    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> Tensor:
         packed = pack(tokens, group, self._shares)
-        return self.decoder.backward(packed, factor, self._recomputes(len(packed.ids)))
+        recompute = self._recomputes(packed)
+        return self.decoder.backward(packed.to(self._device), factor, recompute)
 
-    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
-        return self.decoder.loss(pack(tokens, group, True))
+    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
+        return self.decoder.loss(pack(tokens, group, True).to(self._device))
 
     def updated(self) -> None:
         self.decoder.refresh()
 
-    def _recomputes(self, tokens: int) -> bool:
+    def _recomputes(self, packed: PackedSequence) -> bool:
         """Return whether to recompute activations: keeping them takes more than half of the free memory, or did."""
-        import psutil
-
         if self.backoffs:
             return True
+        if self._device.type == "cuda":
+            batch, width = packed.batch_shape(compiled=True), DTYPE_BYTES[self._dtype]
+            return recomputes_on_gpu(self._shape, self._adapter, batch, width, self._free)
+        import psutil
+
+        tokens = len(packed.ids)
         width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
         needed = tokens * width * _ACTIVATIONS_KEPT * len(self.decoder.layers)
         return needed > psutil.virtual_memory().available // 2
+
+
+def _operations(library: Path | None, dtype: torch.dtype) -> Operations:
+    return CompiledOperations(library, dtype) if library else PlainOperations()
 
 
 class TransformersModel:
@@ -195,12 +221,12 @@ class TransformersModel:
         sequences = [number for index in indices for number in tokens.sequences(index)]
         return [sequences[at : at + size] for at in range(0, len(sequences), size)]
 
-    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> float:
+    def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> Tensor:
         self.model.train()
         self._keep_or_recompute(tokens, group)
         loss = self._loss(tokens, group)
         (loss * factor).backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        return loss.detach().to(sum_dtype(loss.device))
 
     def _keep_or_recompute(self, tokens: PreparedTokens, group: Sequence[int]) -> None:
         """Choose between keeping and recomputing activations; the result is the same.
@@ -219,9 +245,10 @@ class TransformersModel:
             model.gradient_checkpointing_disable()
 
     @torch.no_grad()
-    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> float:
+    def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
         self.model.eval()
-        return float(self._loss(tokens, group))
+        loss = self._loss(tokens, group)
+        return loss.to(sum_dtype(loss.device))
 
     def updated(self) -> None:
         """Do nothing: the layers read the adapters themselves."""

@@ -1,6 +1,6 @@
 """The parts of a decoder's step between matrix products: what they are, and PyTorch's implementation.
 
-`kernels.compiled_operations` is the compiled implementation.
+`kernels.compiled_operations` is the compiled implementation, `device_operations` that for GPUs.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class PlainOperations:
         logs = torch.log_softmax(logits, -1, dtype=torch.float32)
         losses = -logs.gather(1, targets[:, None]).squeeze(1)
         shares = logs.exp_()
-        shares[torch.arange(len(targets)), targets] -= 1
+        shares.scatter_add_(1, targets[:, None], shares.new_full((len(targets), 1), -1))
         shares.mul_(factor * scaling.factor)
         for slope in slopes:
             shares *= slope

@@ -81,13 +81,11 @@ class ProcessGroup:
         if self.size > 1:
             dist.all_reduce(gradient)
 
-    def sum(self, value: float) -> float:
-        """Return the sum over all processes."""
-        if self.size == 1:
-            return value
-        summed = torch.tensor(value, dtype=torch.float64, device=self._device)
-        dist.all_reduce(summed)
-        return float(summed)
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value []`` over all processes, which may replace it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
 
     def pad_groups(self, groups: list[list[int]], filler: list[int]) -> list[tuple[list[int], float]]:
         """Return this process's groups with factor 1, and fillers with factor 0 up to the largest number.

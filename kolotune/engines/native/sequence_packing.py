@@ -6,7 +6,7 @@ Of a chat with several sequences, each follows as a branch the one that it leave
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,9 +15,13 @@ from torch import Tensor
 from ..memory import BatchShape
 from ..prepared_tokens import PreparedTokens
 from .branches import Branch, branches_of, common_prefix
+from .transfers import to_device
 
 TOKEN_BUDGET = 1024
 """Tokens computed at once. More don't make products faster on a CPU, and each takes memory until its backward pass."""
+
+DEVICE_TOKEN_BUDGET = 4096
+"""The same on a GPU, whose products are faster with more: a guess, not measured."""
 
 LONG = 512
 """Tokens after the shared prefix from which on a chat counts as long: its attention shares no prefix."""
@@ -86,6 +90,17 @@ class PackedSequence:
         if self.prefix:
             segments.append(Segment(0, self.prefix, torch.arange(0)))
         return tuple(segments)
+
+    def to(self, device: torch.device) -> PackedSequence:
+        """Return the sequence with the tokens on a device; `fronts`, from which layouts are made, stay on the host."""
+        return replace(
+            self,
+            ids=to_device(self.ids, device),
+            positions=to_device(self.positions, device),
+            label_positions=to_device(self.label_positions, device),
+            targets=to_device(self.targets, device),
+            weights=None if self.weights is None else to_device(self.weights, device),
+        )
 
     def batch_shape(self, compiled: bool) -> BatchShape:
         """Return the sizes by which memory is estimated; `compiled` attention needs no padding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from kolotune.weights.model_config import ModelConfig, RotaryEmbedding, read_model_config
@@ -10,6 +11,7 @@ from .architecture import Activation, read_architecture
 from .families import FAMILIES, Family
 from .rotary_settings import FULL, LONG, SCALINGS, SLIDING
 
+_SWITCH = "KOLOTUNE_PACKED_STEP"
 # In training, transformers drops some of the model's own numbers.
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout")
 
@@ -21,6 +23,8 @@ def reason_unsupported(folder: Path, longest: int) -> str:
         folder: of the model.
         longest: tokens of the longest chat.
     """
+    if os.environ.get(_SWITCH) == "off":
+        return f"{_SWITCH} is off"
     config = read_model_config(folder)
     if config.model_type not in FAMILIES:
         return f"its architecture is {config.model_type}"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.hardware import best_device
@@ -20,6 +21,7 @@ from . import checkpointer, lora
 from .checkpointer import TrainingState
 from .model import open_model
 from .process_group import ProcessGroup
+from .transfers import sum_dtype
 
 
 class Trainer:
@@ -60,23 +62,25 @@ class Trainer:
         self.group.seed_step(self.job.seed, self.state.step)
         self._apply_backoff()
         labels = sum(self.tokens.label_weight(index) for index in indices) or 1
-        total = 0.0
+        total = self._zero()
         for group, counts in self._groups(self.tokens, indices):
             total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
         assert self.parameter.grad is not None
         self.group.sum_gradients(self.parameter.grad)
-        total = self.group.sum(total)
-        norm = self._clip()
-        if not math.isfinite(total) or not math.isfinite(norm):
+        norm = torch.linalg.vector_norm(self.parameter.grad)
+        # The only values of a step that are read: on a GPU, reading waits for all that came before.
+        loss, length = torch.stack([self.group.sum(total), norm.to(total.dtype)]).tolist()
+        self._clip(length)
+        if not math.isfinite(loss) or not math.isfinite(length):
             raise TrainingError(
-                f"the loss is not finite at step {self.state.step + 1} (loss {total}, gradient norm {norm})",
+                f"the loss is not finite at step {self.state.step + 1} (loss {loss}, gradient norm {length})",
                 "Lower --learning-rate and train from scratch. The state before this step is kept as a checkpoint.",
             )
         for group_options in self.optimizer.param_groups:
             group_options["lr"] = rate
         self.optimizer.step()
         self.model.updated()
-        return total
+        return float(loss)
 
     def _groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
         """Return this process's share of the chats, in groups that are computed at once, each with a factor."""
@@ -90,13 +94,17 @@ class Trainer:
         """Limit how many chats are computed at once, by where memory ran out before this step."""
         self.model.backoffs = sum(first <= self.state.step for first in self.state.halvings)
 
-    def _clip(self) -> float:
-        """Clip the gradient to the job's maximal norm; return its norm before."""
-        assert self.parameter.grad is not None
-        norm, limit = float(torch.linalg.vector_norm(self.parameter.grad)), self.job.max_grad_norm
+    def _zero(self) -> Tensor:
+        """Return a sum of losses to begin with, on the device."""
+        device = self.parameter.device
+        return torch.zeros((), dtype=sum_dtype(device), device=device)
+
+    def _clip(self, norm: float) -> None:
+        """Clip the gradient, whose norm is `norm`, to the job's maximal norm."""
+        limit = self.job.max_grad_norm
         if limit and norm > limit:
+            assert self.parameter.grad is not None
             self.parameter.grad.mul_(limit / norm)
-        return norm
 
     def evaluate(self) -> float | None:
         """Return the weighted mean loss of the held-out chats' labels; None when nothing is held out."""
@@ -105,8 +113,10 @@ class Trainer:
             return None
         self._apply_backoff()
         groups = self._groups(held_out, longest_first(held_out))
-        total = self.group.sum(sum(self.model.loss(held_out, group) * counts for group, counts in groups))
-        return total / (sum(held_out.label_weight(index) for index in range(len(held_out))) or 1)
+        total = self._zero()
+        for group, counts in groups:
+            total += self.model.loss(held_out, group) * counts
+        return float(self.group.sum(total)) / (sum(held_out.label_weight(index) for index in range(len(held_out))) or 1)
 
     def snapshot(self) -> TrainingState:
         """Return the whole state, as a checkpoint stores it."""

@@ -88,7 +88,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Any, tmp_path_factory: pyt
         gradient.zero_()
         sequence = pack(tokens, range(len(tokens)), share)
         assert len(sequence.label_positions.unique()) == sequence.labels
-        loss = packed.decoder.backward(sequence, 0.1, recompute=False)
+        loss = float(packed.decoder.backward(sequence, 0.1, recompute=False))
         return loss, gradient.clone(), len(sequence.ids)
 
     yield computed

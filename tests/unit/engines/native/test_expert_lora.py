@@ -54,7 +54,7 @@ def test_gradients_are_those_of_explicitly_merged_weights(
     job = expert_training(tmp_path, family, tiny_model).job(**ALL)
     tokens = PreparedTokens.load(tmp_path / "data" / "train.safetensors")
     model = _with_changed_adapters(job)
-    loss = model.backward(tokens, [0, 1, 2], 0.5)
+    loss = float(model.backward(tokens, [0, 1, 2], 0.5))
     experts = {name: each for name, each in model.adapters.items() if isinstance(each, expert_lora.LoraExpertWeight)}
     layers = 1 if family.startswith("deepseek") else 2  # the first one is dense
     assert len(experts) == 2 * layers

@@ -75,11 +75,13 @@ def require_equal(job: Any) -> None:
     everything = range(len(tokens))
     weight = sum(tokens.label_weight(index) for index in everything)
     for model in trained:
-        found = sum(model.backward(tokens, group, 1 / weight) for group in model.groups(tokens, everything)) / weight
+        found = (
+            sum(float(model.backward(tokens, group, 1 / weight)) for group in model.groups(tokens, everything)) / weight
+        )
         assert found == pytest.approx(loss, abs=1e-5)
         for name, gradient in gradients(model).items():
             torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
-        evaluated = sum(model.loss(tokens, group) for group in model.groups(tokens, everything)) / weight
+        evaluated = sum(float(model.loss(tokens, group)) for group in model.groups(tokens, everything)) / weight
         assert evaluated == pytest.approx(loss, abs=1e-5)
 
 

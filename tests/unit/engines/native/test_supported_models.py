@@ -46,6 +46,11 @@ def test_settings_outside_of_the_table_have_a_reason(
     assert expected in reason(tmp_path, kind, **more)
 
 
+def test_the_switch_leaves_every_model_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOLOTUNE_PACKED_STEP", "off")
+    assert "KOLOTUNE_PACKED_STEP" in reason(tmp_path, "llama")
+
+
 def test_a_rotary_embedding_that_depends_on_the_longest_chat(tmp_path: Path) -> None:
     scaling = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     for longest, expected in ((32, ""), (33, "stretched")):

@@ -399,6 +399,6 @@ def test_the_batch_size_does_not_change_the_held_out_loss(make_training: MakeTra
         means.append(trainer.evaluate())
     tokens = trainer.held_out
     assert tokens is not None
-    sums = [(trainer.model.loss(tokens, [index]), tokens.sequence(index)[1]) for index in range(7)]
+    sums = [(float(trainer.model.loss(tokens, [index])), tokens.sequence(index)[1]) for index in range(7)]
     wanted = sum(loss for loss, _ in sums) / sum(int((labels[1:] != -100).sum()) for _, labels in sums)
     assert means == pytest.approx([wanted] * 3, rel=1e-5)
