@@ -44,7 +44,7 @@ def stop(process: subprocess.Popen[str], run: RunFolder, *numbers: int) -> str:
         os.kill(process.pid, number)
         time.sleep(0.05)
     assert process.wait(20) == 130
-    assert not psutil.wait_procs(family, timeout=2)[1]
+    assert not psutil.wait_procs(family, timeout=20)[1]
     return (run.root.parent / "output").read_text()
 
 
