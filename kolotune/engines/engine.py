@@ -91,7 +91,7 @@ class Engine(Protocol):
     knows_shard_traffic: bool
     process_memory: Memory
 
-    def required_packages(self, config: Config) -> tuple[str, ...]:
+    def required_packages(self, config: Config, base: Path) -> tuple[str, ...]:
         """Return the packages that kolotune's own environment needs for a training."""
 
     def check(self, config: Config, base: Path) -> None:

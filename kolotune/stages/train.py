@@ -64,7 +64,7 @@ def check(context: Context) -> None:
     """
     engine = get_engine(context.config.engine)
     engine.check(context.config, context.base)
-    needed = engine.required_packages(context.config)
+    needed = engine.required_packages(context.config, context.base)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "four-bit" if missing == ["bitsandbytes"] else "local"

@@ -40,8 +40,10 @@ class NativeEngine:
     knows_shard_traffic = True
     process_memory: Memory = memory.PROCESS
 
-    def required_packages(self, config: Config) -> tuple[str, ...]:
-        return ("torch", "transformers", *(("bitsandbytes",) if config.load_in_4bit else ()))
+    def required_packages(self, config: Config, base: Path) -> tuple[str, ...]:
+        # The decoder has 4 bits of its own.
+        by_transformers = config.load_in_4bit and supported_models.reason_unsupported(base, config.max_seq_length)
+        return ("torch", "transformers", *(("bitsandbytes",) if by_transformers else ()))
 
     def check(self, config: Config, base: Path) -> None:
         """Refuse adapters on the experts of a model that has none.
@@ -120,7 +122,7 @@ class NativeEngine:
     def training_memory(
         self, config: Config, base: Path, shape: ModelShape, batch: BatchShape, free: int
     ) -> TrainingMemory:
-        if config.load_in_4bit:
+        if config.load_in_4bit and supported_models.reason_unsupported(base, batch.longest):
             return TrainingMemory(None, gap=MemoryGap.FOUR_BIT)
         if hardware.best_device() != "cpu":
             return TrainingMemory(None, gap=MemoryGap.DEVICE, detail=hardware.best_device())
@@ -142,10 +144,18 @@ class NativeEngine:
             return TrainingMemory(None, gap=MemoryGap.TRANSFORMERS, detail=reason)
         else:
             activations = shape.layers * memory.layer_activation_bytes(shape, adapter, batch, dtype_bytes)
-            without = memory.packed_training(shape, adapter, SMALLEST_BATCH, dtype_bytes, recompute=False).own
+            without = memory.packed_training(
+                shape, adapter, SMALLEST_BATCH, dtype_bytes, recompute=False, in_4bit=config.load_in_4bit
+            ).own
             recompute = activations > max(0, free // config.nproc - without) // 2
             process = memory.packed_training(
-                shape, adapter, batch, dtype_bytes, recompute=recompute, keeps_best=keeps_best
+                shape,
+                adapter,
+                batch,
+                dtype_bytes,
+                recompute=recompute,
+                keeps_best=keeps_best,
+                in_4bit=config.load_in_4bit,
             )
         return TrainingMemory(Memory(process.own * config.nproc, process.mapped * config.nproc), recompute)
 

@@ -7,13 +7,13 @@ product yields the gradient of A x along with that of x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .lora import FlatAdapters, LoraPair
-from .matrix_product import InputGradient
+from .matrix_product import InputGradient, Product
 from .operations import Operations
 
 
@@ -21,10 +21,11 @@ class FusedLinear:
     """Frozen linear layers over one input, and the adapters beside them.
 
     Args:
-        operations: computes the products.
+        operations: computes the adapters' products.
         weights: each layer's ``[out, in]``, in the dtype of the computation.
         biases: each layer's ``[out]``, or None.
         pairs: each layer's adapter, or None.
+        product: as `Operations.product`, which None stands for.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class FusedLinear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         pairs: Sequence[LoraPair | None],
+        product: Callable[[Tensor, int], Product] | None = None,
     ) -> None:
         self.inputs = weights[0].shape[1]
         self.outputs = sum(map(len, weights))
@@ -57,7 +59,7 @@ class FusedLinear:
                 column += len(pair.lora_A)
         self._operations = operations
         self._drops = any(pair.dropout for pair, _, _ in self.parts)
-        self._product = operations.product(whole, self.inputs)
+        self._product = (product or operations.product)(whole, self.inputs)
 
     def join(self, flat: FlatAdapters) -> None:
         """Read the adapters from the flat tensor, in which their A follow each other."""

@@ -21,6 +21,7 @@ from .decoder import AttentionSetting, Decoder, Factors, Layer
 from .families import Norms
 from .fused_linear import FusedLinear
 from .lora import LoraPair
+from .nf4 import Nf4Product
 from .operations import LogitScaling, Norm, Operations
 from .rotary_frequencies import frequencies
 
@@ -53,6 +54,7 @@ def load(
     dropout: float,
     targets: Sequence[str],
     device: torch.device = _CPU,
+    in_4bit: bool = False,
 ) -> tuple[Decoder, dict[str, LoraPair]]:
     """Load a model's decoder, and create adapters by the full names of their layers, in the model's order.
 
@@ -63,6 +65,7 @@ def load(
         rank, alpha, dropout: see `LoraPair`.
         targets: see `lora.target_leaves`.
         device: of the frozen weights; the adapters are created on the CPU.
+        in_4bit: whether the linear layers' weights are kept in 4 bits.
 
     Raises:
         ConfigError: a target is not a linear layer.
@@ -76,7 +79,7 @@ def load(
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
 
-    parts = _Parts(TensorFiles(weight_files(folder)), device, dtype, operations, architecture, pair)
+    parts = _Parts(TensorFiles(weight_files(folder)), device, dtype, operations, architecture, pair, in_4bit)
     patterns = architecture.patterns
     layers = [
         parts.layer(f"model.layers.{index}", linears, patterns.index(pattern))
@@ -126,6 +129,7 @@ class _Parts:
     operations: Operations
     architecture: Architecture
     pair: Callable[[str, int, int], LoraPair | None]
+    in_4bit: bool = False
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
@@ -142,7 +146,7 @@ class _Parts:
         biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]
         pairs = [self.pair(name, *weight.shape) for name, weight in zip(full, weights, strict=True)]
         self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
-        return FusedLinear(self.operations, weights, biases, pairs)
+        return FusedLinear(self.operations, weights, biases, pairs, Nf4Product if self.in_4bit else None)
 
     def layer(self, prefix: str, linears: Mapping[str, Sequence[str]], setting: int) -> Layer:
         """Read a layer; its linear layers get their adapters in the order of `linears`."""

@@ -13,6 +13,12 @@ from ..memory import BatchShape, Memory
 LOGITS_AT_ONCE = 256
 """Positions whose logits the decoder computes together."""
 
+NF4_BLOCK = 64
+"""Weights of a matrix in 4 bits that have a scale of their own."""
+
+NF4_AT_ONCE = 1 << 24
+"""Weights whose fp32 values are in memory together while a matrix is dequantized."""
+
 # Measured on SmolLM2-135M with 40 short chats: the peak of the process, less the tensors that the formulas count.
 PROCESS = Memory(160_000_000, 45_000_000)
 """The engine's process without tensors."""
@@ -66,6 +72,7 @@ def packed_training(
     *,
     recompute: bool,
     keeps_best: bool = False,
+    in_4bit: bool = False,
 ) -> Memory:
     """Return the peak memory of a process that trains with the packed decoder on a CPU.
 
@@ -73,26 +80,37 @@ def packed_training(
         shape, adapter, batch, dtype_bytes: as in `layer_activation_bytes`.
         recompute: whether activations are recomputed in the backward pass.
         keeps_best: whether the best adapter is kept in memory.
+        in_4bit: whether the layers' frozen matrices are kept in 4 bits.
     """
-    frozen = dtype_bytes * (shape.weight_count + adapter.weight_count)
+    frozen = _frozen_bytes(shape, adapter, dtype_bytes, in_4bit)
     optimizer = _optimizer_bytes(adapter, keeps_best)
     # Between steps, a checkpoint is assembled and serialized.
     temporary = max(
-        _packed_step_bytes(shape, adapter, batch, dtype_bytes, recompute), 2 * adapter.checkpoint_bytes(keeps_best)
+        _packed_step_bytes(shape, adapter, batch, dtype_bytes, recompute, in_4bit),
+        2 * adapter.checkpoint_bytes(keeps_best),
     )
     # The model's file is mapped only while it is loaded; afterwards the step uses that memory.
     loading = max(0, shape.stored_bytes - optimizer - temporary)
     return Memory(PROCESS.own + frozen + optimizer + temporary, PROCESS.mapped + loading)
 
 
-def recomputes_on_gpu(shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int, free: int) -> bool:
+def recomputes_on_gpu(
+    shape: ModelShape,
+    adapter: AdapterShape,
+    batch: BatchShape,
+    dtype_bytes: int,
+    free: int,
+    *,
+    in_4bit: bool = False,
+) -> bool:
     """Return whether the packed decoder recomputes activations on a GPU: those that it would keep do not fit.
 
     Args:
         shape, adapter, batch, dtype_bytes: as in `layer_activation_bytes`.
         free: bytes that are free on the GPU once the model is there.
+        in_4bit: as in `packed_training`.
     """
-    needed = _packed_step_bytes(shape, adapter, batch, dtype_bytes, recompute=False)
+    needed = _packed_step_bytes(shape, adapter, batch, dtype_bytes, False, in_4bit)
     return needed > free * _STEP_SHARE
 
 
@@ -101,14 +119,31 @@ def _optimizer_bytes(adapter: AdapterShape, keeps_best: bool) -> int:
     return FP32_BYTES * adapter.weight_count * (5 if keeps_best else 4)
 
 
+def _frozen_bytes(shape: ModelShape, adapter: AdapterShape, dtype_bytes: int, in_4bit: bool) -> int:
+    """Return the bytes of the frozen weights, and of the adapters' columns in their matrices."""
+    in_dtype, packed = shape.weight_count + adapter.weight_count, 0
+    if in_4bit:
+        in_dtype -= shape.layer_weight_count
+        packed = shape.layer_weight_count // 2 + FP32_BYTES * (shape.layer_weight_count // NF4_BLOCK)
+    return dtype_bytes * in_dtype + packed
+
+
+def _dequantizing_bytes(shape: ModelShape, dtype_bytes: int) -> int:
+    """Return the bytes of the largest matrix in the dtype, while it is dequantized: gate and up are one."""
+    weights = max(2 * shape.mlp_size * shape.hidden_size, *(linear.weight_count for linear in shape.first_layer))
+    # A part in fp32, and the indices of its levels in int32, two in each.
+    return dtype_bytes * weights + min(weights, NF4_AT_ONCE) * (FP32_BYTES + FP32_BYTES // 2)
+
+
 def _packed_step_bytes(
-    shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int, recompute: bool
+    shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int, recompute: bool, in_4bit: bool
 ) -> int:
-    """Return the bytes of activations at the peak of a step."""
+    """Return the bytes at the peak of a step: activations, and a matrix that is dequantized."""
     layer = layer_activation_bytes(shape, adapter, batch, dtype_bytes)
     inputs = batch.tokens * shape.hidden_size * dtype_bytes
     kept = layer + shape.layers * inputs if recompute else shape.layers * layer
-    return kept + _temporary_bytes(shape, batch, dtype_bytes)
+    dequantizing = _dequantizing_bytes(shape, dtype_bytes) if in_4bit else 0
+    return kept + _temporary_bytes(shape, batch, dtype_bytes) + dequantizing
 
 
 def _temporary_bytes(shape: ModelShape, batch: BatchShape, dtype_bytes: int) -> int:

@@ -92,7 +92,7 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
         TrainingError: the base can't be loaded.
         ConfigError: a target is not a linear layer of the base.
     """
-    if job.load_in_4bit or job.sharded:
+    if job.sharded:
         return TransformersModel(job, device)
     reason = supported_models.reason_unsupported(Path(job.base_model), longest)
     return TransformersModel(job, device, reason) if reason else PackedModel(job, device)
@@ -113,14 +113,16 @@ class PackedModel:
     def __init__(self, job: TrainJob, device: str = "cpu", operations: Operations | None = None) -> None:
         torch.manual_seed(job.seed)
         self.backoffs, self._size, self._device = 0, job.batch_size, torch.device(device)
-        self._dtype, dtype = job.dtype, _DTYPES[job.dtype]
+        self._dtype, self._in_4bit, dtype = job.dtype, job.load_in_4bit, _DTYPES[job.dtype]
         library = build.ensure() if job.compile and device == "cpu" and operations is None else None
         self.kernels = library.stem if library else ""
         if operations is None:
             operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()
         self._budget = TOKEN_BUDGET if device == "cpu" else DEVICE_TOKEN_BUDGET
         lora_options = (job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules)
-        self.decoder, self.adapters = llama.load(Path(job.base_model), operations, dtype, *lora_options, self._device)
+        self.decoder, self.adapters = llama.load(
+            Path(job.base_model), operations, dtype, *lora_options, self._device, job.load_in_4bit
+        )
         names = {id(pair): name for name, pair in self.adapters.items()}
         order = [
             (names[id(pair)], part)
@@ -169,7 +171,7 @@ class PackedModel:
             return True
         if self._device.type == "cuda":
             batch, width = packed.batch_shape(compiled=True), DTYPE_BYTES[self._dtype]
-            return recomputes_on_gpu(self._shape, self._adapter, batch, width, self._free)
+            return recomputes_on_gpu(self._shape, self._adapter, batch, width, self._free, in_4bit=self._in_4bit)
         import psutil
 
         tokens = len(packed.ids)

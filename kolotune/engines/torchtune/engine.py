@@ -31,7 +31,7 @@ class TorchtuneEngine:
     knows_shard_traffic = False
     process_memory = Memory(0, 0)  # not measured
 
-    def required_packages(self, config: Config) -> tuple[str, ...]:
+    def required_packages(self, config: Config, base: Path) -> tuple[str, ...]:
         return "torch", "transformers"
 
     def check(self, config: Config, base: Path) -> None:

@@ -19,7 +19,6 @@ from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import SpaceError
 from kolotune.foundation.files import size_of
-from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.stages import STAGES
 from kolotune.planning import fit, needs, network
 from kolotune.planning.advice import AdviceKind
@@ -249,8 +248,9 @@ def test_disk_advice_names_the_option_that_makes_it_fit(
 
 
 def test_unknown_training_memory_is_reported_as_a_gap(
-    finished: Config, run_copy: RunFolder, tiny_base: Path, tmp_path: Path, reporter: PlainReporter
+    run_copy: RunFolder, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("KOLOTUNE_PACKED_STEP", "off")
     config = config_of(run_copy, load_in_4bit=True)
     needed = estimate_needs(Context(config, run_copy, tiny_base), {"train"}, tmp_path / "log")
     assert needed.memory["train"] is None

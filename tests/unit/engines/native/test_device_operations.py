@@ -68,12 +68,15 @@ class _OnDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_a_step_reads_nothing_back(kind: str, recompute: bool, make_training: MakeTraining) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "in_4bit"), [(False, False), (True, False), (True, True)], ids=["kept", "recomputed", "4 bits"]
+)
+def test_a_step_reads_nothing_back(kind: str, recompute: bool, in_4bit: bool, make_training: MakeTraining) -> None:
     """Tensors on PyTorch's meta device have no values, so nothing can depend on them."""
     name, more = KINDS[kind]
     chats = [*branching_chats(2, 5, system=12, longest=20), *chats_of(2, 3, 12, 150)]
-    job = make_training(name, chats=chats, **more).job(dtype="bf16", lora_dropout=0.1 if recompute else 0.0)
+    dropout = 0.1 if recompute else 0.0
+    job = make_training(name, chats=chats, **more).job(dtype="bf16", lora_dropout=dropout, load_in_4bit=in_4bit)
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     operations = DeviceOperations(lambda device, dtype, width, limits: PlainKernel() if limits.cap else FlashKernel())
     model = PackedModel(job, "meta", operations)

@@ -37,6 +37,20 @@ def test_adapter_and_checkpoint_sizes_match_the_files(make_training: MakeTrainin
     assert adapter.checkpoint_bytes(keeps_best=True) == pytest.approx(size_of(checkpoints[-1]), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_frozen_weights_in_4_bits_match_the_formula(make_training: MakeTraining, kind: str) -> None:
+    folder = make_training(kind, hidden_size=128, intermediate_size=384)
+    # Of rank 1: adapters' columns also have zeros beside the layers that are not theirs, which the formula leaves out.
+    frozen = PackedModel(folder.job(load_in_4bit=True, lora_rank=1)).decoder
+    products: list[Any] = [linear._product for layer in frozen.layers for linear in layer.linears]
+    tensors = [each for product in products for each in (product._frozen.codes, product._frozen.scales, product._added)]
+    tensors += [linear.down for layer in frozen.layers for linear in layer.linears]
+    tensors += [frozen.embedding, *([] if frozen.head._weight is frozen.embedding else [frozen.head._weight])]  # type: ignore[attr-defined]
+    shape = read_shape(folder.root / "base")
+    formula = memory._frozen_bytes(shape, AdapterShape.of(shape, 1, ["all-linear"]), DTYPE_BYTES["fp32"], True)
+    assert formula == pytest.approx(sum(each.nbytes for each in tensors), rel=0.03)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["padded", "long", "branches", "compiled", "compiled branches"])
 def test_layer_activations_match_the_formula(make_training: MakeTraining, dtype: str, attention: str) -> None:
