@@ -156,7 +156,7 @@ def train_and_compare(config: Any, toolchain: Path, folder: Path, *, long: bool)
     ids = np.random.default_rng(1).integers(3, VOCABULARY, length).tolist()
     reference = WholeModel(base)
     reference.add(adapter)
-    (before,) = reference.log_probabilities([ComparedChat(ids, list(range(length)), [])])
+    ((_, before),) = reference.log_probabilities([ComparedChat(ids, list(range(length)), [])])
     with contextlib.closing(ExactGguf(gguf, length)) as read:
         after = read.log_probabilities(ids, range(length))
     with safe_open(adapter / "adapter_model.safetensors", "np") as tensors:

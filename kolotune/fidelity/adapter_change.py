@@ -29,33 +29,34 @@ class _Watched:
     """A linear module that the adapter changes.
 
     Attributes:
+        module: the module.
         inputs: ``Xᵀ X Aᵀ``, fp32 ``[in, rank]``.
         energy: squared norm of ``X Dᵀ``.
         base_part: scalar product of ``X baseᵀ`` and ``X Dᵀ``.
     """
 
     def __init__(self, module: nn.Linear, delta: Delta) -> None:
-        self._module = module
+        self.module = module
         self.a = torch.tensor(delta.a, dtype=torch.float32)
         self.b = torch.tensor(delta.b, dtype=torch.float32) * delta.scale
         self.inputs = torch.zeros(self.a.shape[1], len(self.a))
         self.energy = self.base_part = 0.0
 
     @torch.no_grad()
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add inputs ``[inputs, in]`` of the tuned module, and its outputs."""
+    def add(self, inputs: Tensor, outputs: Tensor, repeats: int) -> None:
+        """Add inputs ``[inputs, in]`` of the tuned module, and its outputs, as often as they occur."""
         narrow = inputs @ self.a.T
         change = narrow @ self.b.T
-        if self._module.bias is not None:
-            outputs = outputs - self._module.bias
+        if self.module.bias is not None:
+            outputs = outputs - self.module.bias
         energy = float(change.double().square().sum())
-        self.inputs += inputs.T @ narrow
-        self.energy += energy
-        self.base_part += float((outputs.double() * change.double()).sum()) - energy
+        self.inputs += repeats * (inputs.T @ narrow)
+        self.energy += repeats * energy
+        self.base_part += repeats * (float((outputs.double() * change.double()).sum()) - energy)
 
 
 class ChangeRecorder:
-    """Records the inputs of the modules that an adapter changes, from when it is attached to the tuned model.
+    """Records the inputs of the modules that an adapter changes, once the model has the adapter.
 
     Changes that are no plain product of two matrices (DoRA, updates of all experts in one, weights that were trained
     whole) and embeddings, which have no inputs, are not recorded.
@@ -71,26 +72,25 @@ class ChangeRecorder:
             module = next((modules[each] for each in spellings if each in modules), None)
             if isinstance(module, nn.Linear) and delta.magnitude is None and delta.initial is None:
                 self._watched[name] = _Watched(module, delta)
-                module.register_forward_hook(self._hook(self._watched[name]))
-        self._is_recording = False
 
     def _hook(self, watched: _Watched) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-            if self._is_recording:
-                kept = self._model.real_inputs(inputs[0])
-                width = inputs[0].shape[-1]
-                watched.add(inputs[0][kept].reshape(-1, width), outputs[kept].reshape(-1, outputs.shape[-1]))
+            kept = self._model.real_inputs(inputs[0])
+            width = inputs[0].shape[-1]
+            kept_outputs = outputs[kept].reshape(-1, outputs.shape[-1])
+            watched.add(inputs[0][kept].reshape(-1, width), kept_outputs, self._model.repeats)
 
         return add
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what the model reads in the block."""
-        self._is_recording = True
+        hooks = [each.module.register_forward_hook(self._hook(each)) for each in self._watched.values()]
         try:
             yield
         finally:
-            self._is_recording = False
+            for hook in hooks:
+                hook.remove()
 
     def write(self, path: Path, places: Mapping[str, GgufPlace]) -> None:
         """Write what `change_survival` needs, by the names and in the order of the GGUF.

@@ -5,6 +5,7 @@ One file holds fp32 ``[positions, vocabulary]``: the positions of all chats, one
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,19 +16,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def write(path: Path, chats: Sequence[ComparedChat], by_chat: Iterable[np.ndarray]) -> np.ndarray:
-    """Write the log-probabilities of each chat, one chat at a time; return the whole array, memory-mapped."""
+def write(path: Path, chats: Sequence[ComparedChat], by_chat: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
+    """Write the log-probabilities of each chat, as they come with its index; return the whole array, memory-mapped."""
     import numpy as np
 
-    total = sum(len(chat.positions) for chat in chats)
+    ends = list(itertools.accumulate(len(chat.positions) for chat in chats))
     written: np.ndarray | None = None
-    start = 0
-    for array in by_chat:
+    count = 0
+    for number, array in by_chat:
         if written is None:
-            written = np.lib.format.open_memmap(path, "w+", np.float32, (total, array.shape[1]))
-        written[start : start + len(array)] = array
-        start += len(array)
-    assert written is not None and start == total
+            written = np.lib.format.open_memmap(path, "w+", np.float32, (ends[-1], array.shape[1]))
+        written[ends[number] - len(array) : ends[number]] = array
+        count += len(array)
+    assert written is not None and count == ends[-1]
     return written
 
 

@@ -83,7 +83,8 @@ def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference, prompt
     if moved := moved_entry(reference.pieces, [model.piece(index) for index in range(model.vocabulary_size)]):
         defects.append(moved)
     try:
-        by_chat = (model.log_probabilities(chat.ids, chat.positions) for chat in reference.chats)
+        numbered = enumerate(reference.chats)
+        by_chat = ((number, model.log_probabilities(chat.ids, chat.positions)) for number, chat in numbered)
         after = log_probabilities.write(Path(task.after), reference.chats, by_chat)
     except KolotuneError as error:
         defects.append(defect(DefectKind.NOT_MEASURABLE, reason=error.cause))
@@ -103,7 +104,8 @@ def _measure_served(
     not_servable = sum(not prompt.plain for prompt in reference.prompts)
     notes = [*measurement.notes, *_path_notes(taken, served.path, not_servable)]
     ending = [answer for answer in reference.answers if answer.ended]
-    ended = sum(model.answer(answer.ids, tuple(modelfile.stops), task.longest_answer)[1] for answer in ending)
+    stops, longest = tuple(modelfile.stops), task.longest_answer
+    ended = sum(model.answer(answer.ids, stops, longest, answer.tuned_ids)[1] for answer in ending)
     return dataclasses.replace(
         measurement,
         served_equal=prompts.equal,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,21 +54,23 @@ def measure(file: Path) -> None:
     task = typed_storage.read(ModelsTask, file)
     trained = TrainedFormat.load(Path(task.tokenizer), learns_empty_thoughts=task.learns_empty_thoughts)
     selection = select(task, trained)
-    reference, tuned = _measure_tuned(task, trained, selection)
+    emit("doing", text="the base model, and the adapter on it" if task.adapter else "the model")
+    model = open_model(Path(task.base))
+    reference, tuned = _measure_tuned(model, task, trained, selection)
     if task.merged:
         emit("doing", text="the merged model")
-        merged = _measure_merged(Path(task.merged), reference, tuned, Path(task.scratch))
+        merged = _measure_merged(model, Path(task.merged), reference, tuned, Path(task.scratch))
         reference = dataclasses.replace(reference, merged=merged)
     typed_storage.write(Path(task.scratch) / REFERENCE_FILE, reference)
 
 
-def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selection) -> tuple[Reference, np.ndarray]:
+def _measure_tuned(
+    model: WholeModel | LayeredModel, task: ModelsTask, trained: TrainedFormat, selection: Selection
+) -> tuple[Reference, np.ndarray]:
     """Measure the base and the adapter on it; return the reference and the log-probabilities of the tuned model."""
     chats = selection.chats
     prompts, expected = _prompts_to_answer(task, trained, selection)
     prompt_ids = [prompt.ids for prompt in prompts]
-    emit("doing", text="the base model, and the adapter on it" if task.adapter else "the model")
-    model = open_model(Path(task.base))
     base_losses, base_answers, recorder = None, None, None
     if task.adapter:
         base_losses, base_answers = _base_figures(model, task, chats, prompt_ids, trained.end_id)
@@ -81,8 +82,6 @@ def _measure_tuned(task: ModelsTask, trained: TrainedFormat, selection: Selectio
     if recorder is not None:
         recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
     tuned_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
-    del model, recorder
-    gc.collect()
     tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
     base_losses, base_answers = base_losses or tuned_losses, base_answers or tuned_answers
     notes = list(selection.notes)
@@ -134,7 +133,8 @@ def _base_figures(
     file = base_figures.figures_file(task.base_sha256, chats, prompts, end, task.longest_answer)
     if known := base_figures.read(file):
         return known.losses, known.answers
-    losses = [loss_of(array, chat) for array, chat in zip(model.log_probabilities(chats), chats, strict=True)]
+    by_chat = {number: loss_of(array, chats[number]) for number, array in model.log_probabilities(chats)}
+    losses = [by_chat[number] for number in range(len(chats))]
     answers = model.answers(prompts, end, task.longest_answer)
     base_figures.keep(file, losses, answers)
     return losses, answers
@@ -171,11 +171,14 @@ def _greedy_answer(
     trained: TrainedFormat, prompt: Prompt, expected: str | None, base: list[int] | None, tuned: list[int] | None
 ) -> GreedyAnswer:
     ended = tuned is not None and tuned[-1:] == [trained.end_id]
-    return GreedyAnswer(prompt.messages, prompt.ids, trained.decode(base), trained.decode(tuned), ended, expected)
+    texts = trained.decode(base), trained.decode(tuned)
+    return GreedyAnswer(prompt.messages, prompt.ids, *texts, ended, expected, tuned or [])
 
 
-def _measure_merged(folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path) -> Figures:
-    """Measure the merged model, compared with the adapter on its base."""
+def _measure_merged(
+    model: WholeModel | LayeredModel, folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path
+) -> Figures:
+    """Measure the merged model, compared with the adapter on its base, whose `model` is used up."""
     prompts, defects = ComparedPrompts(of=len(reference.prompts)), list[Defect]()
     try:
         merged = TrainedFormat.load(folder)
@@ -184,7 +187,10 @@ def _measure_merged(folder: Path, reference: Reference, tuned: np.ndarray, scrat
             defects.append(moved)
         if merged.end != reference.end_token:
             defects.append(defect(DefectKind.END_TOKEN_DIFFERS, token=merged.end, expected=reference.end_token))
-        by_chat = open_model(folder).log_probabilities(reference.chats)
+        if not (isinstance(model, WholeModel) and model.read(folder)):
+            model.close()  # two do not have to fit
+            model = open_model(folder)
+        by_chat = model.log_probabilities(reference.chats)
         after = log_probabilities.write(scratch / MERGED_FILE, reference.chats, by_chat)
     except SpaceError:
         raise

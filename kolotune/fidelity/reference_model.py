@@ -19,14 +19,18 @@ from kolotune.weights.adapter import LoraAdapter, read_adapter
 from kolotune.weights.composite_models import language_module, model_class
 from kolotune.weights.lora_delta import Delta
 from kolotune.weights.mapped_tensors import MappedTensors
+from kolotune.weights.model_config import read_model_config
 from kolotune.weights.torch_tensors import TensorFiles
 from kolotune.weights.weight_files import weight_files
 
+from . import few_rows
+from .chat_groups import group_chats, padded, shared_beginning
 from .tasks import ComparedChat
 
 _library: Any = transformers  # most of its functions are not typed
 _BYTES = 4
-_GROUP_TOKENS = 4096
+_WHOLE_TOKENS, _LAYERED_TOKENS = 512, 4096  # of chats that are read together
+_PADDING = 1.1  # tokens, padding included, for each of the chats' own
 _MEMORY_FACTOR = 1.2  # for what is needed besides the weights: activations, logits, the libraries
 
 
@@ -51,13 +55,21 @@ class _AdaptedModel:
 
     Attributes:
         model: the model.
+        repeats: how many chats the tokens that are being read belong to.
     """
 
     model: Any
+    repeats = 1
+    _is_token: Tensor | None = None  # of the chats that are read together, [chats, longest]
+
+    def close(self) -> None:
+        """Free the memory."""
+        del self.model
 
     def real_inputs(self, inputs: Tensor) -> Tensor | slice:
-        """Return which inputs of a module, ``[..., in]``, belong to tokens of chats."""
-        del inputs
+        """Return which inputs of a module, ``[..., in]``, belong to tokens of chats: others are padding."""
+        if self._is_token is not None and inputs.shape[:-1] == self._is_token.shape:
+            return self._is_token
         return slice(None)
 
     def _oriented(self, name: str, delta: Delta) -> Delta:
@@ -119,10 +131,34 @@ class WholeModel(_AdaptedModel):
             )
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
             raise ArtifactError(f"{folder.name}: can't be loaded: {str(error).splitlines()[0]}") from error
-        self.model = model.eval()
+        self.model = few_rows.speed_up(model.eval())
         missing = sorted(map(str, loading["missing_keys"]))
         if missing:
             raise MissingWeightsError(f"{folder.name}: its weights lack {missing[0]}, which its config requires")
+        self._folder = folder
+
+    @torch.no_grad()
+    def read(self, folder: Path) -> bool:
+        """Take over the weights in another folder, such as a merged model's, in place of this model's own.
+
+        Returns:
+            Whether this is possible: where settings or the names of weights differ, nothing is changed.
+
+        Raises:
+            ArtifactError: a file is damaged.
+        """
+        entries = MappedTensors(weight_files(folder)).entries
+        parameters = dict(self.model.named_parameters())
+        names = {name: next((each for each in _spellings(name) if each in entries), None) for name in parameters}
+        if not _have_equal_settings(self._folder, folder) or len(entries) != len(parameters):
+            return False
+        if any(each is None or entries[each].shape != parameters[name].shape for name, each in names.items()):
+            return False
+        files = TensorFiles(weight_files(folder))
+        for name, stored in names.items():
+            assert stored is not None
+            parameters[name].copy_(files.read(stored))
+        return True
 
     def add(self, folder: Path) -> None:
         """Add an adapter to the weights, in fp32: ``W + scale * B A``.
@@ -140,12 +176,48 @@ class WholeModel(_AdaptedModel):
             self._add_to(parameters[name], adapter, name, key)
 
     @torch.no_grad()
-    def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[np.ndarray]:
-        """Yield each chat's predictions at its positions, fp32 ``[positions, vocabulary]``."""
-        for chat in chats:
-            positions = torch.tensor(chat.positions)
-            logits: Tensor = self.model(input_ids=torch.tensor([chat.ids]), logits_to_keep=positions).logits[0]
-            yield torch.log_softmax(logits.float(), dim=-1).numpy()
+    def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each chat's index with its predictions at its positions, fp32 ``[positions, vocabulary]``.
+
+        Chats of like length are read together: what is behind a token does not change what is predicted at it. What
+        all of them begin with is read once.
+        """
+        head = self.model.get_output_embeddings()
+        for group in group_chats(chats, _WHOLE_TOKENS, _PADDING):
+            begin, cache = self._read_beginning(chats, group)
+            ids, self._is_token = padded(chats, group, begin)
+            rows = torch.tensor([row for row, number in enumerate(group) for _ in chats[number].positions])
+            at = torch.tensor([position - begin for number in group for position in chats[number].positions])
+            hook = head.register_forward_pre_hook(lambda _, inputs, at=(rows, at): (inputs[0][at][None],))
+            try:
+                output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+                logits: Tensor = output.logits[0]
+            finally:
+                hook.remove()
+                self._is_token = None
+            start = 0
+            for number in group:
+                end = start + len(chats[number].positions)
+                yield number, torch.log_softmax(logits[start:end].float(), dim=-1).numpy()
+                start = end
+
+    def _read_beginning(self, chats: Sequence[ComparedChat], group: Sequence[int]) -> tuple[int, Any]:
+        """Read what all chats of a group begin with; return its length, and keys and values for each chat, or None."""
+        ids = shared_beginning(chats, group)
+        if not ids or not self._has_plain_cache():
+            return 0, None
+        self.repeats = len(group)
+        try:
+            cache = self.model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values
+        finally:
+            self.repeats = 1
+        cache.batch_repeat_interleave(len(group))
+        return len(ids), cache
+
+    def _has_plain_cache(self) -> bool:
+        """Whether the model keeps the keys and values of all tokens, and no window or state in place of them."""
+        layers = transformers.DynamicCache(config=self.model.config).layers
+        return bool(layers) and all(type(layer) is transformers.cache_utils.DynamicLayer for layer in layers)
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Sequence[int]], end: int, longest: int) -> list[list[int] | None]:
@@ -183,7 +255,6 @@ class LayeredModel(_AdaptedModel):
         self.model = model.eval()
         self._files = TensorFiles(weight_files(folder))
         self._adapter: LoraAdapter | None = None
-        self._is_token: Tensor | None = None  # of the chats that are read together, [chats, longest]
         paths = {id(module): path for path, module in self.model.named_modules()}
         self._embedding = f"{paths[id(self.model.get_input_embeddings())]}.weight"
         self._head = f"{paths[id(self.model.get_output_embeddings())]}.weight"
@@ -212,18 +283,15 @@ class LayeredModel(_AdaptedModel):
             _parameter_of(key, names)
 
     @torch.no_grad()
-    def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[np.ndarray]:
+    def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[tuple[int, np.ndarray]]:
         """See `WholeModel.log_probabilities`; each layer is read once for every few thousand tokens."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
         self._load_outside_layers()
         decoder = self.model.get_decoder()
         hidden: dict[int, Tensor] = {}
-        for group in _groups(chats):
-            longest = max(len(chats[number].ids) for number in group)
-            ids = torch.tensor([chats[number].ids + [0] * (longest - len(chats[number].ids)) for number in group])
-            lengths = torch.tensor([len(chats[number].ids) for number in group])
-            self._is_token = torch.arange(longest) < lengths[:, None]
+        for group in group_chats(chats, _LAYERED_TOKENS):
+            ids, self._is_token = padded(chats, group)
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             for number, state in zip(group, states, strict=True):
                 hidden[number] = state[: len(chats[number].ids)].clone()
@@ -236,18 +304,12 @@ class LayeredModel(_AdaptedModel):
                 logits = self.model(input_ids=torch.tensor([chat.ids]), logits_to_keep=positions).logits[0]
             finally:
                 del decoder.forward
-            yield torch.log_softmax(logits.float(), dim=-1).numpy()
+            yield number, torch.log_softmax(logits.float(), dim=-1).numpy()
 
     def answers(self, prompts: Sequence[Sequence[int]], end: int, longest: int) -> list[list[int] | None]:
         """Return no answers: every token of one would read the whole model."""
         del end, longest
         return [None] * len(prompts)
-
-    def real_inputs(self, inputs: Tensor) -> Tensor | slice:
-        """See `_AdaptedModel.real_inputs`; chats that are read together are padded to the longest."""
-        if self._is_token is not None and inputs.shape[:-1] == self._is_token.shape:
-            return self._is_token
-        return slice(None)
 
     def _stored_name(self, name: str) -> str | None:
         return next((spelling for spelling in _spellings(name) if spelling in self._files), None)
@@ -296,15 +358,13 @@ def open_model(folder: Path) -> WholeModel | LayeredModel:
     return WholeModel(folder) if fits_into_memory(folder) else LayeredModel(folder)
 
 
-def _groups(chats: Sequence[ComparedChat]) -> Iterator[list[int]]:
-    """Group chats of similar length: a few thousand tokens in each group, padding included."""
-    group: list[int] = []
-    for number in sorted(range(len(chats)), key=lambda number: len(chats[number].ids)):
-        if group and (len(group) + 1) * len(chats[number].ids) > _GROUP_TOKENS:
-            yield group
-            group = []
-        group.append(number)
-    yield group
+def _have_equal_settings(one: Path, other: Path) -> bool:
+    """Whether two folders have the same settings of a model, whatever dtype its weights are stored in."""
+    values = [dict(read_model_config(folder).values) for folder in (one, other)]
+    for each in values:
+        for name in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
+            each.pop(name, None)
+    return values[0] == values[1] and "quantization_config" not in values[0]
 
 
 def _unties(adapter: LoraAdapter) -> bool:

@@ -87,6 +87,7 @@ class GreedyAnswer:
         base, tuned: the answers of the two models; None where none was generated.
         ended: the tuned model ended its answer with the end token.
         expected: the answer in the chat; None for a prompt of the user's own.
+        tuned_ids: the tokens of the tuned model's answer; empty where none was generated.
     """
 
     messages: list[JsonObject]
@@ -95,6 +96,7 @@ class GreedyAnswer:
     tuned: str | None
     ended: bool
     expected: str | None
+    tuned_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

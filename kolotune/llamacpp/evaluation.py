@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class ExactGguf:
             self._library.llama_model_free(self._model)
             raise ArtifactError(f"{path.name}: llama.cpp can't run it")
         self._path = path
+        self._held: list[int] = []  # the sequence whose keys and values are in memory
 
     def close(self) -> None:
         """Free the memory."""
@@ -140,14 +142,8 @@ class ExactGguf:
 
         result = np.empty((len(positions), self.vocabulary_size), np.float32)
         indexes = {position: index for index, position in enumerate(positions)}
-        self._clear()
-        for start in range(0, len(ids), BATCH):
-            part = ids[start : start + BATCH]
-            with self._batch(part, start, [start + offset in indexes for offset in range(len(part))]) as batch:
-                self._decode(batch)
-            for offset in range(len(part)):
-                if start + offset in indexes:
-                    result[indexes[start + offset]] = self._logits(offset)
+        for position, logits in self._compute(ids, indexes):
+            result[indexes[position]] = logits
         if not np.isfinite(result).all():
             raise ArtifactError(f"{self._path.name}: llama.cpp's results for it are not finite")
         result -= result.max(axis=1, keepdims=True)
@@ -155,40 +151,80 @@ class ExactGguf:
         return result
 
     def read(self, ids: Sequence[int]) -> None:
-        """Compute a sequence only for the `on_tensor` callback.
+        """Compute a whole sequence only for the `on_tensor` callback.
 
         Raises:
             ArtifactError: llama.cpp can't compute it.
         """
-        self._clear()
-        for start in range(0, len(ids), BATCH):
-            part = ids[start : start + BATCH]
+        for _ in self._compute(ids, range(len(ids))):
             # Ask for results of all tokens: the last layer is computed only for tokens whose results are needed.
-            with self._batch(part, start, [True] * len(part)) as batch:
-                self._decode(batch)
+            pass
 
-    def answer(self, prompt: Sequence[int], stops: Sequence[str], longest: int) -> tuple[str, bool]:
-        """Return the greedy answer to a prompt, and whether it ended within `longest` tokens."""
-        self._clear()
-        for start in range(0, len(prompt), BATCH):
-            part = prompt[start : start + BATCH]
-            with self._batch(part, start, [start + offset == len(prompt) - 1 for offset in range(len(part))]) as batch:
-                self._decode(batch)
+    def answer(
+        self, prompt: Sequence[int], stops: Sequence[str], longest: int, guess: Sequence[int] = ()
+    ) -> tuple[str, bool]:
+        """Return the greedy answer to a prompt, and whether it ended within `longest` tokens.
+
+        Args:
+            prompt: its tokens.
+            stops: texts that end the answer.
+            longest: the answer's most tokens.
+            guess: tokens that the answer may begin with; those that it does are computed together instead of one by
+                one (speculative decoding: Leviathan, Kalman, Matias, 2023).
+        """
         data = b""
-        for count in range(longest):
-            token = int(self._logits(-1).argmax())
+        for token in itertools.islice(self._greedy_tokens(prompt, guess[:longest]), longest):
             if self.is_end(token):
                 return data.decode("utf-8", errors="replace"), True
             data += self.text(token)
             ends = [data.index(stop.encode()) for stop in stops if stop.encode() in data]
             if ends:
                 return data[: min(ends)].decode("utf-8", errors="replace"), True
-            with self._batch([token], len(prompt) + count, [True]) as batch:
-                self._decode(batch)
         return data.decode("utf-8", errors="replace"), False
 
-    def _clear(self) -> None:
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+    def _greedy_tokens(self, prompt: Sequence[int], guess: Sequence[int]) -> Iterator[int]:
+        """Yield the tokens of the greedy answer, without end."""
+        ids = [*prompt]
+        while True:
+            first = len(ids) - 1
+            tokens = [
+                int(logits.argmax())
+                for _, logits in self._compute([*ids, *guess], range(first, first + 1 + len(guess)))
+            ]
+            for number, token in enumerate(tokens):
+                yield token
+                ids.append(token)
+                if guess[number : number + 1] != [token]:
+                    break
+            guess = []
+
+    def _compute(self, ids: Sequence[int], needed: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Compute a sequence; yield the needed positions with their logits, which the next step overwrites.
+
+        What it begins with is not computed again where the last sequence began with the same.
+        """
+        ids = list(ids)
+        begin = self._keep(ids[: min(needed)])
+        for start in range(begin, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            with self._batch(part, start, [start + offset in needed for offset in range(len(part))]) as batch:
+                self._decode(batch)
+            self._held = ids[: start + len(part)]
+            for offset in range(len(part)):
+                if start + offset in needed:
+                    yield start + offset, self._logits(offset)
+
+    def _keep(self, ids: Sequence[int]) -> int:
+        """Remove from memory what does not belong to a sequence; return how many of its tokens stay."""
+        pairs = enumerate(zip(ids, self._held, strict=False))
+        common = next((at for at, (one, held) in pairs if one != held), min(len(ids), len(self._held)))
+        memory = self._library.llama_get_memory(self._context)
+        # A model with a recurrent state can't go back to a part of a sequence.
+        if not common or not self._library.llama_memory_seq_rm(memory, 0, common, -1):
+            self._library.llama_memory_clear(memory, True)
+            common = 0
+        self._held = list(ids[:common])
+        return common
 
     def _logits(self, index: int) -> np.ndarray:
         import numpy as np

@@ -146,6 +146,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result, then the arg
     "llama_free": (None, _POINTER),
     "llama_get_memory": (_POINTER, _POINTER),
     "llama_memory_clear": (None, _POINTER, _BOOL),
+    "llama_memory_seq_rm": (_BOOL, _POINTER, _INT32, _INT32, _INT32),
     "llama_batch_init": (Batch, _INT32, _INT32, _INT32),
     "llama_batch_free": (None, Batch),
     "llama_decode": (_INT32, _POINTER, Batch),

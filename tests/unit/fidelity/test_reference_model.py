@@ -13,10 +13,13 @@ from kolotune.fidelity import reference_model
 from kolotune.fidelity.tasks import ComparedChat
 from kolotune.foundation.errors import SpaceError
 
+BEGIN = list(range(40, 70))
 CHATS = [
     ComparedChat([5, 9, 2, 7, 40], [1, 3], []),
     ComparedChat(list(range(3, 30)), [20, 25], []),
     ComparedChat([1, 2], [0], []),
+    ComparedChat([*BEGIN, 7, 8, 9], [30, 32], []),
+    ComparedChat([*BEGIN, 9, 9, 8, 7], [30, 31, 33], []),
 ]
 
 
@@ -45,6 +48,8 @@ def with_adapter(model: Any, folder: Path, targets: list[str], **options: Any) -
         ("llama", ["q_proj", "down_proj"], {}, {"init_lora_weights": "pissa"}),
         ("llama", ["q_proj", "down_proj"], {}, {"init_lora_weights": "olora"}),
         ("gemma", ["o_proj"], {}, {}),
+        ("gemma2", ["o_proj"], {}, {}),
+        ("mistral", ["o_proj"], {"sliding_window": 8}, {}),
         ("qwen2", ["v_proj"], {}, {}),
         ("gpt2", ["c_attn", "c_proj"], {}, {}),
         ("gpt2", ["c_attn", "c_proj"], {}, {"use_dora": True}),
@@ -66,14 +71,17 @@ def test_layer_by_layer_as_peft(
     tuned = with_adapter(base, tmp_path / "adapter", targets, **options)
     for kind_of_model in (reference_model.WholeModel, reference_model.LayeredModel):
         model: Any = kind_of_model(tmp_path / "base")
-        before = list(model.log_probabilities(CHATS))
+        before = dict(model.log_probabilities(CHATS))
         model.add(tmp_path / "adapter")
-        for chat, plain, actual in zip(CHATS, before, model.log_probabilities(CHATS), strict=True):
+        after = dict(model.log_probabilities(CHATS))
+        assert sorted(after) == list(range(len(CHATS)))
+        for number, chat in enumerate(CHATS):
+            actual = after[number]
             with torch.no_grad():
                 logits = tuned(input_ids=torch.tensor([chat.ids])).logits[0, chat.positions]
             expected = torch.log_softmax(logits, -1).numpy()
             assert np.abs(actual - expected).max() < 2e-4, kind_of_model
-            assert np.abs(actual - plain).max() > 1e-2
+            assert np.abs(actual - before[number]).max() > 1e-2
 
 
 def test_a_model_that_does_not_fit_is_read_layer_by_layer(
@@ -96,3 +104,42 @@ def test_a_model_with_unknown_names_is_refused(tiny_model: Callable[..., Any], t
     save_file({f"other.{name}": each for name, each in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(SpaceError, match="layer by layer"):
         reference_model.LayeredModel(tmp_path / "base")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_weights_of_a_merged_model_are_read_into_the_open_one(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    import torch
+
+    tiny_model("llama", tmp_path / "base")
+    merged = tiny_model("llama", tmp_path / "merged")
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.normal_(std=0.1)
+    merged.half().save_pretrained(tmp_path / "merged")
+    model = reference_model.WholeModel(tmp_path / "base")
+    before = dict(model.log_probabilities(CHATS))
+    assert model.read(tmp_path / "merged")
+    wanted = dict(reference_model.WholeModel(tmp_path / "merged").log_probabilities(CHATS))
+    for number, actual in model.log_probabilities(CHATS):
+        assert (actual == wanted[number]).all() and not np.allclose(actual, before[number], atol=1e-2)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_weights_of_another_model_are_not_read(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("llama", tmp_path / "base")
+    tiny_model("llama", tmp_path / "deeper", num_hidden_layers=5)
+    for folder in ("less", "more"):
+        tiny_model("llama", tmp_path / folder)
+        file = tmp_path / folder / "model.safetensors"
+        weights = load_file(file)
+        first = next(iter(weights))
+        weights = {name: each for name, each in weights.items() if folder == "more" or name != first}
+        if folder == "more":
+            weights["another"] = weights[first].clone()
+        save_file(weights, file, metadata={"format": "pt"})
+    model = reference_model.WholeModel(tmp_path / "base")
+    before = dict(model.log_probabilities(CHATS))
+    assert not any(model.read(tmp_path / folder) for folder in ("deeper", "less", "more"))
+    assert all((actual == before[number]).all() for number, actual in model.log_probabilities(CHATS))

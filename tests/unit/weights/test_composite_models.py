@@ -100,9 +100,9 @@ def test_the_gguf_is_the_language_model(family: str, tmp_path: Path, reporter: P
     ids = torch.randint(6, 49000, (60,)).tolist()
     chat = ComparedChat(ids, list(range(60)), [])
     model = WholeModel(base)
-    untrained = _normalised(next(model.log_probabilities([chat])))
+    untrained = _normalised(next(model.log_probabilities([chat]))[1])
     model.add(adapter)
-    wanted = _normalised(next(model.log_probabilities([chat])))
+    wanted = _normalised(next(model.log_probabilities([chat]))[1])
     gguf = ExactGguf(target, 64)
     served = _normalised(gguf.log_probabilities(ids, chat.positions))
     gguf.close()
@@ -173,7 +173,7 @@ def test_a_composite_model_is_read_layer_by_layer_only_under_its_own_names(tmp_p
     tiny_composite(tmp_path / "other", "gemma3")
     chat = ComparedChat(list(range(6, 30)), [3, 7], [])
     whole, layered = WholeModel(tmp_path / "own"), LayeredModel(tmp_path / "own")
-    wanted, read = next(whole.log_probabilities([chat])), next(layered.log_probabilities([chat]))
+    wanted, read = next(whole.log_probabilities([chat]))[1], next(layered.log_probabilities([chat]))[1]
     np.testing.assert_allclose(read, wanted, atol=1e-4)
     with pytest.raises(SpaceError, match="can't be read layer by layer"):
         LayeredModel(tmp_path / "other")

@@ -160,9 +160,9 @@ def test_the_gguf_is_equal_to_the_adapter_on_its_base(
     ids = torch.randint(3, 49000, (60,)).tolist()
     chat = ComparedChat(ids, list(range(60)), [])
     model = WholeModel(base)
-    untrained = next(model.log_probabilities([chat]))
+    untrained = next(model.log_probabilities([chat]))[1]
     model.add(adapter)
-    wanted = next(model.log_probabilities([chat]))
+    wanted = next(model.log_probabilities([chat]))[1]
     gguf = ExactGguf(target, 64)
     served = gguf.log_probabilities(ids, chat.positions)
     gguf.close()
