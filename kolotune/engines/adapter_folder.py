@@ -22,6 +22,7 @@ def save_adapter(
     rank: int,
     alpha: float,
     dropout: float,
+    rank_stabilised: bool = False,
     parameters: Sequence[str] = (),
     language_model: str = "",
 ) -> None:
@@ -32,6 +33,7 @@ def save_adapter(
         tensors: A and B under PEFT's names and in its form, fp32, on the CPU.
         base_name: the base model's name in the config.
         rank, alpha, dropout: of the training.
+        rank_stabilised: whether the scale is ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
         parameters: PEFT's ``target_parameters``: the weights with updates of their own that are no module's only one.
         language_model: the module inside of which they are, in a composite model; its other parts may have modules of
             the same names.
@@ -56,7 +58,7 @@ def save_adapter(
         "target_modules": inside if language_model else modules,
         **({"target_parameters": list(parameters)} if parameters else {}),
         "task_type": "CAUSAL_LM",
-        "use_rslora": False,
+        "use_rslora": rank_stabilised,
     }
     with replacing(folder) as partial:
         partial.mkdir()

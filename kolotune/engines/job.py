@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,9 @@ _MAY_DIFFER_ON_RESUME = frozenset(
         "resume", "nproc", "nnodes", "rdzv", "halvings", "sharded",
     }
 )  # fmt: skip
+
+# Not in the identity as long as they are off, so that checkpoints of earlier versions fit.
+_YOUNGER = frozenset({"target_parameters", "use_rslora"})
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,20 @@ class TrainJob:
     checkpoint_steps: int
     halvings: list[int] = field(default_factory=list)
     target_parameters: list[str] = field(default_factory=list)
+    use_rslora: bool = False
 
     @property
     def processes(self) -> int:
         """Processes on all machines."""
         return self.nproc * self.nnodes
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the product of an adapter's matrices.
+
+        Source of the root: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+        """
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
 
     def write(self, path: Path) -> None:
         """Write the job as JSON."""
@@ -101,8 +114,9 @@ class TrainJob:
     def identity(self) -> JsonObject:
         """Return the settings that a checkpoint of this job must agree with."""
         fields = dataclasses.asdict(self)
-        if not self.target_parameters:
-            del fields["target_parameters"]  # as in jobs of earlier versions
+        for each in dataclasses.fields(self):
+            if each.name in _YOUNGER and not fields[each.name]:
+                del fields[each.name]  # as in jobs of earlier versions
         return {name: value for name, value in fields.items() if name not in _MAY_DIFFER_ON_RESUME}
 
     def require_same(self, identity: JsonObject, checkpoint: str) -> None:
@@ -115,7 +129,8 @@ class TrainJob:
         Raises:
             TrainingError: it belongs to other data, another base or other settings.
         """
-        differing = sorted(name for name, value in self.identity().items() if identity.get(name) != value)
+        own = self.identity()
+        differing = sorted(name for name in {*own, *_YOUNGER} if identity.get(name) != own.get(name))
         if differing:
             raise TrainingError(
                 f"{checkpoint}: the checkpoint belongs to a training with different {', '.join(differing)}",

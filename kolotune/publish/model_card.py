@@ -69,7 +69,8 @@ def _training(manifest: Manifest) -> str:
         ("epochs, steps", f"{config.get('epochs')}, {facts.get('steps')}"),
         (
             "LoRA",
-            f"rank {config.get('lora_rank')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}",
+            f"rank {config.get('lora_rank')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}"
+            + (", rank-stabilised" if config.get("use_rslora") else ""),
         ),
         ("layers", ", ".join(modules) if isinstance(modules := config.get("target_modules"), list) else ""),
         ("learning rate", f"{config.get('learning_rate')}, {config.get('scheduler_type')}"),

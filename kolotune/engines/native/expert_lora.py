@@ -31,7 +31,7 @@ class LoraExpertWeight(nn.Module):
         weight: the frozen weight, ``[experts, out, in]``, or ``[experts, in, out]`` if `transposed`.
         target: its name for PEFT's ``target_parameters``.
         transposed: see `weight`.
-        rank, alpha, dropout: see `lora.LoraLinear`.
+        rank, scale, dropout: see `lora.LoraLinear`.
 
     Attributes:
         lora_A: ``[experts, rank, in]``, initially random.
@@ -39,14 +39,14 @@ class LoraExpertWeight(nn.Module):
         target: see the arguments.
     """
 
-    def __init__(self, weight: Tensor, target: str, transposed: bool, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, weight: Tensor, target: str, transposed: bool, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         experts, outputs, inputs = weight.transpose(1, 2).shape if transposed else weight.shape
         device = torch.device("cpu") if weight.is_meta else weight.device
         self.lora_A = nn.Parameter(torch.empty(experts, rank, inputs, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(experts, outputs, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A.data.view(-1, inputs), a=math.sqrt(5))
-        self.scale = alpha / rank
+        self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.target = target
 
@@ -120,13 +120,13 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def add_expert_adapters(
-    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]
+    model: nn.Module, rank: int, scale: float, dropout: float, targets: Sequence[str]
 ) -> dict[str, LoraExpertWeight]:
     """Put adapters beside the targeted weights of all experts of a frozen model.
 
     Args:
         model: a causal language model of transformers.
-        rank, alpha, dropout: see `LoraExpertWeight`.
+        rank, scale, dropout: see `LoraExpertWeight`.
         targets: ends of the names of weights, such as ``experts.down_proj``; or ``all-experts``; [] for none.
 
     Returns:
@@ -151,7 +151,7 @@ def add_expert_adapters(
                 ".".join([*name.split("."), weight][-3:]),
                 bool(getattr(module, "is_transposed")),  # noqa: B009
                 rank,
-                alpha,
+                scale,
                 dropout,
             )
             for weight in weights_of(module)

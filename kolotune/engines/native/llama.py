@@ -50,7 +50,7 @@ def load(
     operations: Operations,
     dtype: torch.dtype,
     rank: int,
-    alpha: float,
+    scale: float,
     dropout: float,
     targets: Sequence[str],
     device: torch.device = _CPU,
@@ -62,7 +62,7 @@ def load(
         folder: a model that `supported_models` supports.
         operations: computes the elementwise parts.
         dtype: of the frozen weights and of the arithmetic.
-        rank, alpha, dropout: see `LoraPair`.
+        rank, scale, dropout: see `LoraPair`.
         targets: see `lora.target_leaves`.
         device: of the frozen weights; the adapters are created on the CPU.
         in_4bit: whether the linear layers' weights are kept in 4 bits.
@@ -77,7 +77,7 @@ def load(
     chosen = lora.target_leaves({name.rpartition(".")[2] for names in linears.values() for name in names}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
-        return LoraPair(inputs, outputs, rank, alpha, dropout) if name.rpartition(".")[2] in chosen else None
+        return LoraPair(inputs, outputs, rank, scale, dropout) if name.rpartition(".")[2] in chosen else None
 
     parts = _Parts(TensorFiles(weight_files(folder)), device, dtype, operations, architecture, pair, in_4bit)
     patterns = architecture.patterns

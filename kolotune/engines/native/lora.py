@@ -37,9 +37,9 @@ class LoraPair:
         dropout: probability with which inputs of A are zeroed in training.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float) -> None:
         self.lora_A, self.lora_B = _new_matrices(inputs, outputs, rank, torch.device("cpu"))
-        self.scale = alpha / rank
+        self.scale = scale
         self.dropout = dropout
 
     def to(self, device: torch.device) -> None:
@@ -60,15 +60,15 @@ class LoraLinear(nn.Module):
     Args:
         base: the layer, ``[in] → [out]``, an `nn.Linear` or GPT-2's `Conv1D`; its weights stay frozen in their dtype.
         rank: rows of A and columns of B.
-        alpha: the product is scaled by ``alpha / rank``.
+        scale: factor of the product, `TrainJob.lora_scale`.
         dropout: probability with which inputs of A are zeroed in training.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.base: Any = base
         self._is_transposed = _is_conv1d(base)
-        self.scale = alpha / rank
+        self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         weight = cast(Tensor, base.weight)
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -100,13 +100,13 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(
-    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]
+    model: nn.Module, rank: int, scale: float, dropout: float, targets: Sequence[str]
 ) -> dict[str, LoraLinear]:
     """Freeze the model and put an adapter beside each targeted linear layer.
 
     Args:
         model: a causal language model of transformers.
-        rank, alpha, dropout: see `LoraLinear`.
+        rank, scale, dropout: see `LoraLinear`.
         targets: last parts of layer names, or ``all-linear`` for all layers but the head.
 
     Returns:
@@ -129,7 +129,7 @@ def add_adapters(
     for name, layer in linear.items():
         parent_name, _, leaf = name.rpartition(".")
         if leaf in leaves:
-            adapters[name] = LoraLinear(layer, rank, alpha, dropout)
+            adapters[name] = LoraLinear(layer, rank, scale, dropout)
             setattr(model.get_submodule(parent_name), leaf, adapters[name])
     if not adapters:
         raise ConfigError(

@@ -119,7 +119,7 @@ class PackedModel:
         if operations is None:
             operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()
         self._budget = TOKEN_BUDGET if device == "cpu" else DEVICE_TOKEN_BUDGET
-        lora_options = (job.lora_rank, job.lora_alpha, job.lora_dropout, job.target_modules)
+        lora_options = (job.lora_rank, job.lora_scale, job.lora_dropout, job.target_modules)
         self.decoder, self.adapters = llama.load(
             Path(job.base_model), operations, dtype, *lora_options, self._device, job.load_in_4bit
         )
@@ -200,7 +200,7 @@ class TransformersModel:
         self._says_what_is_text = "token_type_ids" in arguments and is_composite(read_model_config(folder))
         self.language_model = language_module(self.model)[0]
         torch.manual_seed(job.seed)
-        options = (job.lora_rank, job.lora_alpha, job.lora_dropout)
+        options = (job.lora_rank, job.lora_scale, job.lora_dropout)
         self.adapters: dict[str, lora.Adapter] = {
             **lora.add_adapters(self.model, *options, job.target_modules),
             **expert_lora.add_expert_adapters(self.model, *options, job.target_parameters),

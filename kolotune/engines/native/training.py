@@ -128,6 +128,7 @@ def _save(trainer: Trainer) -> None:
         base_name=job.base_name,
         rank=job.lora_rank,
         alpha=job.lora_alpha,
+        rank_stabilised=job.use_rslora,
         dropout=job.lora_dropout,
         language_model=trainer.model.language_model,
         parameters=expert_lora.target_parameters(trainer.adapters),

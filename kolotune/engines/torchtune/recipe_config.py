@@ -44,6 +44,12 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
         raise ConfigError(
             "target-parameters: torchtune's models have no experts", f"Leave --target-parameters out, {_OTHERWISE}"
         )
+    if settings.use_rslora:
+        raise ConfigError(
+            "use-rslora: torchtune 0.6.1 scales adapters by alpha / rank only",
+            f"Leave --use-rslora out, {_OTHERWISE} Multiplying --lora-alpha by the root of --lora-rank gives the same "
+            "scale.",
+        )
     if settings.early_stopping:
         raise ConfigError(
             "early-stopping: torchtune trains all epochs and keeps the last",

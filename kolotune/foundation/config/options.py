@@ -267,6 +267,13 @@ class Config:
     lora_alpha: Annotated[float, Gt(0)] = option(
         32.0, "Scale of the adapter, which is multiplied by alpha / rank.", Group.TRAINING, stages="train"
     )
+    use_rslora: bool = option(
+        False,
+        "Multiply the adapter by alpha / sqrt(rank) instead (rank-stabilised LoRA), so that a higher rank learns more.",
+        Group.TRAINING,
+        stages="train",
+        is_default_recorded=False,
+    )
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(
         0.0, "Dropout before the adapter.", Group.TRAINING, stages="train"
     )

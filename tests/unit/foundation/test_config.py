@@ -267,6 +267,7 @@ configs_ = st.builds(
     weight_decay=numbers,
     lora_alpha=st.floats(1e-12, 1e12),
     lora_dropout=numbers,
+    use_rslora=st.booleans(),
     warmup_steps=st.none() | st.integers(0, 10**9),
     system=st.none() | texts,
     parameter=st.lists(texts.map(lambda each: f"stop={each}"), max_size=3).map(tuple),

@@ -23,7 +23,7 @@ def _random_adapters(
     model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 6.0
 ) -> dict[str, lora.LoraLinear]:
     """Return adapters with nonzero weights."""
-    adapters = lora.add_adapters(model, rank, alpha, 0.1, targets)
+    adapters = lora.add_adapters(model, rank, alpha / rank, 0.1, targets)
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.lora_B.normal_(std=0.1)
@@ -33,11 +33,11 @@ def _random_adapters(
 def test_layer_is_base_plus_scaled_product() -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 5)
-    layer = lora.LoraLinear(base, 2, 3.0, 0.0)
+    layer = lora.LoraLinear(base, 2, 1.5, 0.0)
     x = torch.randn(4, 6)
     assert torch.equal(layer(x), base(x))
     nn.init.normal_(layer.lora_B)
-    wanted = base(x) + (3.0 / 2) * x @ layer.lora_A.T @ layer.lora_B.T
+    wanted = base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer(x), wanted)
 
 
@@ -134,7 +134,7 @@ def test_tensors_survive_a_round_trip(tiny_model: Callable[..., Any]) -> None:
 
 
 def test_code_that_reads_the_weight_gets_the_adapted_one() -> None:
-    layer = lora.LoraLinear(nn.Linear(6, 5), rank=2, alpha=3.0, dropout=0.0)
+    layer = lora.LoraLinear(nn.Linear(6, 5), rank=2, scale=1.5, dropout=0.0)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(4, 6)
     torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
