@@ -20,7 +20,7 @@ _MAY_DIFFER_ON_RESUME = frozenset(
 )  # fmt: skip
 
 # Not in the identity as long as they are off, so that checkpoints of earlier versions fit.
-_YOUNGER = frozenset({"target_parameters", "use_rslora"})
+_YOUNGER: JsonObject = {"target_parameters": [], "use_rslora": False, "lora_plus_ratio": 1.0}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class TrainJob:
     halvings: list[int] = field(default_factory=list)
     target_parameters: list[str] = field(default_factory=list)
     use_rslora: bool = False
+    lora_plus_ratio: float = 1.0
 
     @property
     def processes(self) -> int:
@@ -114,10 +115,11 @@ class TrainJob:
     def identity(self) -> JsonObject:
         """Return the settings that a checkpoint of this job must agree with."""
         fields = dataclasses.asdict(self)
-        for each in dataclasses.fields(self):
-            if each.name in _YOUNGER and not fields[each.name]:
-                del fields[each.name]  # as in jobs of earlier versions
-        return {name: value for name, value in fields.items() if name not in _MAY_DIFFER_ON_RESUME}
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in _MAY_DIFFER_ON_RESUME and not (name in _YOUNGER and value == _YOUNGER[name])
+        }
 
     def require_same(self, identity: JsonObject, checkpoint: str) -> None:
         """Refuse a checkpoint of another training.

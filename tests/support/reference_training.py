@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.prepared_tokens import PreparedTokens, epoch_order
@@ -24,7 +25,13 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
     size = job.batch_size * job.gradient_accumulation
     steps = -(-len(tokens) // size) * job.epochs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=job.weight_decay)
+    optimizer = create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=job.learning_rate,
+        loraplus_lr_ratio=job.lora_plus_ratio,
+        loraplus_weight_decay=job.weight_decay,
+    )
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, min(steps // 10, 100), steps)
     curve = []
     for epoch in range(job.epochs):

@@ -20,6 +20,7 @@ from ..training_length import TrainingLength
 from . import checkpointer, lora
 from .checkpointer import TrainingState
 from .model import open_model
+from .optimizer import AdapterOptimizer
 from .process_group import ProcessGroup
 from .transfers import sum_dtype
 
@@ -44,8 +45,8 @@ class Trainer:
         self.adapters = self.model.adapters
         self.parameter = self.model.flat.parameter
         # Fused on the CPU only: a GPU's fused step wants its count of steps on the GPU, also after a resume.
-        self.optimizer = torch.optim.AdamW(
-            [self.parameter], lr=job.learning_rate, weight_decay=job.weight_decay, fused=self.device == "cpu"
+        self.optimizer = AdapterOptimizer(
+            self.adapters, self.model.flat, job.weight_decay, job.lora_plus_ratio, fused=self.device == "cpu"
         )
         self.length = TrainingLength.of(
             len(self.tokens), job.batch_size, job.gradient_accumulation, job.epochs, job.warmup_steps
@@ -58,7 +59,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights stay as they were.
         """
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         self.group.seed_step(self.job.seed, self.state.step)
         self._apply_backoff()
         labels = sum(self.tokens.label_weight(index) for index in indices) or 1
@@ -76,9 +77,7 @@ class Trainer:
                 f"the loss is not finite at step {self.state.step + 1} (loss {loss}, gradient norm {length})",
                 "Lower --learning-rate and train from scratch. The state before this step is kept as a checkpoint.",
             )
-        for group_options in self.optimizer.param_groups:
-            group_options["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.model.updated()
         return float(loss)
 
@@ -121,10 +120,8 @@ class Trainer:
     def snapshot(self) -> TrainingState:
         """Return the whole state, as a checkpoint stores it."""
         tensors = lora.adapter_tensors(self.adapters)
-        for key, value in self.optimizer.state.get(self.parameter, {}).items():
-            parts = {"": value} if key == "step" else self.model.flat.named(value)
-            for name, part in parts.items():
-                tensors[f"optimizer.{key}.{name}"] = part.detach().to("cpu", copy=True).contiguous()
+        for name, each in self.optimizer.tensors().items():
+            tensors[f"optimizer.{name}"] = each.detach().to("cpu", copy=True).contiguous()
         tensors |= checkpointer.random_state()
         tensors |= {name: each for name, each in self.state.tensors.items() if name.startswith("best.")}
         return dataclasses.replace(self.state, tensors=tensors)
@@ -133,13 +130,6 @@ class Trainer:
         """Restore what `snapshot` returned."""
         lora.load_tensors(self.adapters, state.tensors)
         self.model.updated()
-        if "optimizer.step." in state.tensors:
-            restored = {"step": state.tensors["optimizer.step."]}
-            for key in ("exp_avg", "exp_avg_sq"):
-                restored[key] = torch.zeros_like(self.parameter)
-                saved = state.tensors_under(f"optimizer.{key}.")
-                for name, part in self.model.flat.named(restored[key]).items():
-                    part.copy_(saved[name])
-            self.optimizer.state[self.parameter] = restored
+        self.optimizer.restore(state.tensors_under("optimizer."))
         checkpointer.restore_random_state(state)
         self.state = state

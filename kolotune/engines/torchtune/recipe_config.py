@@ -50,6 +50,11 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
             f"Leave --use-rslora out, {_OTHERWISE} Multiplying --lora-alpha by the root of --lora-rank gives the same "
             "scale.",
         )
+    if settings.lora_plus_ratio != 1:
+        raise ConfigError(
+            "lora-plus-ratio: torchtune 0.6.1 trains all matrices with one learning rate",
+            f"Leave --lora-plus-ratio out, {_OTHERWISE}",
+        )
     if settings.early_stopping:
         raise ConfigError(
             "early-stopping: torchtune trains all epochs and keeps the last",

@@ -274,6 +274,13 @@ class Config:
         stages="train",
         is_default_recorded=False,
     )
+    lora_plus_ratio: Annotated[float, Ge(1)] = option(
+        1.0,
+        "Learning rate of the adapter's second matrix (B), divided by that of the first (LoRA+); 1: the same.",
+        Group.TRAINING,
+        stages="train",
+        is_default_recorded=False,
+    )
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(
         0.0, "Dropout before the adapter.", Group.TRAINING, stages="train"
     )

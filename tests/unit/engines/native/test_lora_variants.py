@@ -29,7 +29,10 @@ from kolotune.weights.adapter import read_adapter
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 MakeTraining = Callable[..., Any]
 CHATS = {"chats": branching_chats(9, 1), "held_out": branching_chats(4, 2)}
-VARIANTS: dict[str, dict[str, Any]] = {"rank-stabilised": {"use_rslora": True, "lora_rank": 8}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rank-stabilised": {"use_rslora": True, "lora_rank": 8},
+    "LoRA+": {"lora_plus_ratio": 4.0, "learning_rate": 2e-3, "weight_decay": 0.1},
+}
 
 
 class _Stop(Exception):

@@ -1,0 +1,82 @@
+"""AdamW on the adapters, with a higher learning rate for B than for A where that is asked for (LoRA+).
+
+Source: Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .lora import Adapter, FlatAdapters
+
+
+class AdapterOptimizer:
+    """The optimizer, and its state as a checkpoint stores it.
+
+    With one rate for all, AdamW is a single operation on the flat tensor; with two, one on each matrix, which is a view
+    of it. A checkpoint has the same tensors either way.
+
+    Args:
+        adapters: all of them.
+        flat: their matrices as one tensor.
+        weight_decay: of A and B.
+        ratio: B's learning rate, divided by A's.
+        fused: whether to use PyTorch's fused step.
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, Adapter], flat: FlatAdapters, weight_decay: float, ratio: float, fused: bool
+    ) -> None:
+        self._flat = flat
+        self._parameters: dict[str, nn.Parameter] = {"": flat.parameter}
+        groups: list[dict[str, object]] = [{"params": [flat.parameter], "ratio": 1.0}]
+        if ratio != 1:
+            matrices = {part: {f"{name}.{part}": getattr(adapters[name], part) for name in adapters} for part in _PARTS}
+            self._parameters = {name: each for part in _PARTS for name, each in matrices[part].items()}
+            groups = [
+                {"params": [*matrices[part].values()], "ratio": factor}
+                for part, factor in zip(_PARTS, (1.0, ratio), strict=True)
+            ]
+        self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to 0, in place."""
+        assert self._flat.parameter.grad is not None
+        self._flat.parameter.grad.zero_()
+
+    def step(self, rate: float) -> None:
+        """Change the adapters by their gradients; `rate` is the learning rate of A."""
+        for group in self._adamw.param_groups:
+            group["lr"] = rate * group["ratio"]
+        self._adamw.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state: ``step.``, and ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` for each matrix; or {}."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._adamw.state.get(parameter, {}).items():
+                parts = {"": value} if key == "step" else self._named(name, value)
+                state |= {f"{key}.{part}": each for part, each in parts.items()}
+        return state
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` returned."""
+        if "step." not in tensors:
+            return
+        for name, parameter in self._parameters.items():
+            state = {"step": tensors["step."].clone()}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter)
+                for part, each in self._named(name, state[key]).items():
+                    each.copy_(tensors[f"{key}.{part}"])
+            self._adamw.state[parameter] = state
+
+    def _named(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a tensor that is laid out like the parameter `name`, by matrix."""
+        return {name: value} if name else self._flat.named(value)
+
+
+_PARTS = ("lora_A", "lora_B")
