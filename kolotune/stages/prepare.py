@@ -30,9 +30,9 @@ CHANGED_CHATS = {
     "duplicates": "exact copies of other chats were left out",
     "in_both_parts": "held-out chats are also in the training data and were left out of the held-out chats",
     "shortened": "chats are too long: {turns_left_out} whole turns at their ends were left out",
-    "too_long": "chats were left out: not even their first answer fits --max-seq-length",
-    "excluded": "records were left out, as their own weights or flags say",
-    "untrained_turns": "answers are not trained on, as their own weights or flags say",
+    "too_long": "chats were left out: not even the first answer that is trained on fits --max-seq-length",
+    "excluded": "records were left out, as their own weights or flags, or --train-on, say",
+    "untrained_turns": "answers are not trained on, as their own weights or flags, or --train-on, say",
     "weighted_turns": "answers count less in the loss, as their own weights say: from {lowest_weight:g} to "
     "{highest_weight:g}",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "

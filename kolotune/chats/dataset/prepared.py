@@ -63,14 +63,14 @@ class Prepared:
         shapes: For each file its format and the shapes of its records.
         unread: The number of chats whose record has each key that is filled and not read.
         fixes: The number of chats with each change to the order of turns.
-        excluded: The number of records that their author excludes from training.
-        untrained_turns: The number of answers that their author excludes, in the other chats.
+        excluded: The number of records without an answer that is trained on, as their author and `train_on` decide.
+        untrained_turns: The number of answers that are not trained on for the same reasons, in the other chats.
         weights: The number of answers of these chats with each weight between 0 and 1.
         duplicates: Copies of earlier chats, which are not used.
         in_both: Held-out chats that are not used since they are trained on.
         shortened: Chats that were too long and lost turns.
         dropped_turns: The number of these turns.
-        too_long: Chats that are not used since not even the first answer fits.
+        too_long: Chats that are not used since not even the first answer that is trained on fits.
         special_in_content: The number of chats with special tokens in their text.
         reduced_tools: The number of chats whose tool definitions said more than Ollama hands on.
         apart: The number of chats with a sequence for each answer, by the reason.
@@ -190,7 +190,11 @@ def nothing_to_train_on(prepared: Prepared) -> DataError:
     bad = affected_records(prepared.problems)
     reasons = [
         (prepared.too_long.count, "are too long", "Raise --max-seq-length."),
-        (prepared.excluded, "are excluded by their own weights or flags", "Change these, or give --ignore-keys."),
+        (
+            prepared.excluded,
+            "are excluded by their own weights or flags, or by --train-on",
+            "Change these, or give --ignore-keys.",
+        ),
         (bad, "are bad", what_helps(prepared.problems) or "Fix the chats."),
     ]
     count, reason, hint = max(reasons, key=lambda each: each[0])

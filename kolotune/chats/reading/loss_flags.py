@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .faults import Fault, FaultKind, RecordError
@@ -20,19 +20,43 @@ class RecordFlags:
     Attributes:
         weight: How much the loss on its answers counts, from 0 to 1.
         turns: The same for each turn, and the key that says so; None where only turns say it.
+        is_flagged: Whether the record says something about all of its answers.
     """
 
     weight: float = 1.0
     turns: tuple[str, tuple[float, ...]] | None = None
+    is_flagged: bool = False
 
 
-def turn_weight(turn: Mapping[str, object]) -> float:
-    """Return how much the loss on an answer counts, by its keys in canonical form; the lowest counts.
+@dataclass(frozen=True)
+class AnswerWeights:
+    """How much the loss on each answer of a record counts.
 
-    Raises:
-        RecordError: A value is no weight from 0 to 1.
+    Attributes:
+        turns: What the record says about each of its turns; None where only turns say it.
+        unflagged: How much an answer counts about which nothing is said.
     """
-    return min([_weight(key, turn[key]) for key in LOSS_KEYS if turn.get(key) is not None], default=1.0)
+
+    turns: Sequence[float] | None = None
+    unflagged: float = 1.0
+
+    def of(self, number: int, turn: Mapping[str, object]) -> float:
+        """Return how much an answer counts: the lowest of what is said.
+
+        Args:
+            number: The number of the turn, from 1.
+            turn: Its values, by keys in canonical form.
+
+        Raises:
+            RecordError: A value is no weight from 0 to 1.
+        """
+        said = [_weight(key, turn[key]) for key in LOSS_KEYS if turn.get(key) is not None]
+        if self.turns is not None and number <= len(self.turns):
+            said.append(self.turns[number - 1])
+        return min(said, default=self.unflagged)
+
+
+ALL_ANSWERS = AnswerWeights()
 
 
 def record_flags(fields: Mapping[str, object]) -> RecordFlags:
@@ -43,7 +67,9 @@ def record_flags(fields: Mapping[str, object]) -> RecordFlags:
     """
     weight = 1.0
     turns: tuple[str, tuple[float, ...]] | None = None
+    is_flagged = False
     for key, value in fields.items():
+        is_flagged |= not isinstance(value, list)
         if isinstance(value, list):
             weights = tuple([_weight(key, item) for item in value])
             if turns is not None and len(turns[1]) == len(weights):
@@ -54,7 +80,7 @@ def record_flags(fields: Mapping[str, object]) -> RecordFlags:
                 weight = 0.0
         else:
             weight = min(weight, _weight(key, value))
-    return RecordFlags(weight, turns)
+    return RecordFlags(weight, turns, is_flagged)
 
 
 def _weight(key: str, value: object) -> float:

@@ -12,7 +12,7 @@ from ..chat import ROLES, Message
 from .content_parts import Content, read_content
 from .faults import Fault, FaultKind, RecordError, fail
 from .json_values import is_filled, kind_of
-from .loss_flags import turn_weight
+from .loss_flags import ALL_ANSWERS, AnswerWeights
 from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
 from .record_keys import COMPANIONS, CONTENT_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
@@ -48,6 +48,12 @@ class Turns:
             if message.role == "assistant":
                 self.messages[index] = dataclasses.replace(message, weight=weight * message.weight)
 
+    def train_on_last(self) -> None:
+        """Exclude all answers but the last from the loss."""
+        answers = [index for index, message in enumerate(self.messages) if message.role == "assistant"]
+        for index in answers[:-1]:
+            self.messages[index] = dataclasses.replace(self.messages[index], weight=0.0)
+
     def insert_system(self, text: str) -> None:
         """Put a system turn first, unless the same one is there; an empty one is replaced."""
         if self.messages and self.messages[0].role == "system" and not self.messages[0].content.strip():
@@ -81,15 +87,15 @@ def plain_messages(raw: object) -> tuple[Message, ...] | None:
     return tuple(messages)
 
 
-def read_turns(raw: object, options: ReadingOptions = DEFAULT, weights: Sequence[float] | None = None) -> Turns:
+def read_turns(raw: object, options: ReadingOptions = DEFAULT, weights: AnswerWeights = ALL_ANSWERS) -> Turns:
     """Read a list of turns with OpenAI's keys (role, content), ShareGPT's (from, value) and many others.
 
     Args:
         raw: The value that should be the turns.
         options: What the user decides.
-        weights: How much the loss on each turn counts, if the record says so.
+        weights: How much the loss on each answer counts.
     """
-    if weights is None and (plain := plain_messages(raw)) is not None:
+    if weights == ALL_ANSWERS and (plain := plain_messages(raw)) is not None:
         return Turns(list(plain), list(range(1, len(plain) + 1)))
     turns = Turns()
     if not isinstance(raw, list):
@@ -101,9 +107,8 @@ def read_turns(raw: object, options: ReadingOptions = DEFAULT, weights: Sequence
         return turns
     raw = _as_objects(raw)
     for number, turn in enumerate(raw, 1):
-        weight = 1.0 if weights is None or number > len(weights) else weights[number - 1]
         try:
-            _add_turn(turns, turn, number, weight, options)
+            _add_turn(turns, turn, number, weights, options)
         except RecordError as error:
             turns.faults.append(dataclasses.replace(error.fault, turn=number))
     return turns
@@ -138,7 +143,7 @@ def _named_by_role(turn: Mapping[str, object]) -> list[tuple[str, object]]:
     return []
 
 
-def _add_turn(turns: Turns, raw: object, number: int, weight: float, options: ReadingOptions) -> None:
+def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, options: ReadingOptions) -> None:
     if not isinstance(raw, dict):
         fail(FaultKind.BAD_MESSAGE, f"{kind_of(raw)}; it must be an object with role and content")
     # Parquet gives every turn every key of the column, most of them null: null means absent.
@@ -154,7 +159,7 @@ def _add_turn(turns: Turns, raw: object, number: int, weight: float, options: Re
             turns.tools = turns.tools or read_tools(turn.get(key))
     is_call = canonical(name) in CALL_ROLES
     content = _content(turn, role, is_call)
-    for message in _messages(turn, role, content, weight):
+    for message in _messages(turn, role, content, number, weights):
         previous = turns.messages[-1] if turns.messages else None
         joins = is_call and previous is not None and previous.role == "assistant"
         if joins and previous is not None and previous.weight == message.weight:
@@ -207,7 +212,9 @@ def _content(turn: Mapping[str, object], role: str, is_call: bool) -> Content:
     return content
 
 
-def _messages(turn: Mapping[str, object], role: str, content: Content, weight: float) -> list[Message]:
+def _messages(
+    turn: Mapping[str, object], role: str, content: Content, number: int, weights: AnswerWeights
+) -> list[Message]:
     """Return the messages of a turn: results of tools in it are messages of their own."""
     results = [Message("tool", text, name=name, tool_call_id=call) for call, name, text in content.results]
     if results and not content.texts and not content.calls:
@@ -224,7 +231,7 @@ def _messages(turn: Mapping[str, object], role: str, content: Content, weight: f
             "".join(content.texts),
             reasoning="\n\n".join(content.thoughts) or None,
             tool_calls=tuple(content.calls),
-            weight=min(weight, turn_weight(turn)),
+            weight=weights.of(number, turn),
         ),
     ]
 

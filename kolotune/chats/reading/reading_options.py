@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .record_keys import RecordPart, canonical
 
@@ -20,12 +20,15 @@ class ReadingOptions:
         ignored: Keys in canonical form that are not read, in records and in turns, and not reported.
         fixes_turns: Whether the order of turns is changed where that makes a chat of a record.
         splits_thoughts: Whether each exchange becomes a chat where the template leaves out earlier thoughts.
+        train_on: Which answers count in the loss: "all" whose author does not exclude them, of these the chat's "last",
+            or those that are "flagged" as counting.
     """
 
     parts: tuple[tuple[str, RecordPart], ...] = ()
     ignored: tuple[str, ...] = ()
     fixes_turns: bool = False
     splits_thoughts: bool = False
+    train_on: Literal["all", "last", "flagged"] = "all"
 
     @classmethod
     def of(cls, config: Config) -> ReadingOptions:
@@ -36,6 +39,7 @@ class ReadingOptions:
             tuple(map(canonical, config.ignore_keys)),
             config.fix_turns,
             config.split_thoughts,
+            config.train_on,
         )
 
 

@@ -14,7 +14,7 @@ from ..chat import Message
 from .content_parts import plain_text
 from .faults import Fault, FaultKind, RecordError, fail
 from .json_values import is_filled, json_or_value, kind_of
-from .loss_flags import record_flags
+from .loss_flags import AnswerWeights, RecordFlags, record_flags
 from .messages import Turns, plain_messages, read_turns
 from .printable import quoted
 from .questions import question_and_answer
@@ -68,7 +68,7 @@ class ShapedRecord(NamedTuple):
 
 def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedRecord:
     """Recognise the shape of a parsed record and read its chat, or the faults that keep it from being one."""
-    if type(record) is dict and "messages" in record and not options.parts:
+    if type(record) is dict and "messages" in record and not options.parts and options.train_on == "all":
         shaped = _plain_record(record, options)
         if shaped is not None:
             return shaped
@@ -188,7 +188,7 @@ def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> Shape
     flags = record_flags({key: fields.read(key) for key in sorted(fields.filled & LOSS_KEYS.keys())})
     if not flags.weight:
         return ShapedRecord(shape.name, excluded=True)
-    turns = read_turns(raw, options, _weights_of_turns(raw, flags.turns))
+    turns = read_turns(raw, options, _answer_weights(raw, flags, options))
     tools = tuple([tool for _, value in fields.read_all(RecordPart.TOOLS) for tool in read_tools(value)]) or turns.tools
     system = "\n\n".join(plain_text(value, key) for key, value in fields.read_all(RecordPart.SYSTEM))
     if shape.turns:
@@ -203,6 +203,8 @@ def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> Shape
         if turns.faults and options.fixes_turns:
             fixes = fix_order(turns)
             turns.faults = order_faults(turns.messages, turns.numbers)
+    if options.train_on == "last":
+        turns.train_on_last()
     if flags.weight < 1:
         turns.weigh(flags.weight)
     answers = [message for message in turns.messages if message.role == "assistant"]
@@ -228,15 +230,16 @@ def _turn_list(key: str, value: object) -> object:
         raise error.within(field=f"in {key}") from None
 
 
-def _weights_of_turns(raw: object, flags: tuple[str, tuple[float, ...]] | None) -> list[float] | None:
-    """Return how much the loss on each turn counts, from a list that has an entry for each."""
-    if flags is None or not isinstance(raw, list):
-        return None
-    key, weights = flags
+def _answer_weights(raw: object, flags: RecordFlags, options: ReadingOptions) -> AnswerWeights:
+    """Return how much the loss on each answer counts. A list in the record must have an entry for each turn."""
+    unflagged = 0.0 if options.train_on == "flagged" and not flags.is_flagged else 1.0
+    if flags.turns is None or not isinstance(raw, list):
+        return AnswerWeights(unflagged=unflagged)
+    key, weights = flags.turns
     if len(weights) != len(raw):
         cause = f"{key} has {len(weights)} entries for {len(raw)} turns"
         fail(FaultKind.NOT_SUPPORTED, f"{cause}; give each turn one, or read past it with --ignore-keys {key}")
-    return list(weights)
+    return AnswerWeights(weights, unflagged)
 
 
 def _with_calls_of_texts(turns: Turns, tools: tuple[JsonObject, ...]) -> tuple[JsonObject, ...]:

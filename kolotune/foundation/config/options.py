@@ -166,6 +166,14 @@ class Config:
         stages="prepare",
         is_default_recorded=False,
     )
+    train_on: Literal["all", "last", "flagged"] = option(
+        "all",
+        "Which answers count in the loss, of those that no weight or flag excludes: all, the last of each chat, or the "
+        "flagged, whose weight or flag says that they count.",
+        Group.DATA,
+        stages="prepare",
+        is_default_recorded=False,
+    )
     max_seq_length: Annotated[int, Ge(8)] = option(
         2048,
         "Longest chat in tokens. Longer chats lose whole turns; the number is reported.",

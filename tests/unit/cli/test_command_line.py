@@ -155,6 +155,15 @@ def test_check_shows_what_is_trained_on(kolotune: Call, write_chats: Any, tiny_b
     assert "<|im_start|>user\nWhat is 0 plus 1?<|im_end|>\n<|im_start|>assistant\n⟦It is 1.<|im_end|>⟧" in output
 
 
+def test_check_shows_which_answers_count(kolotune: Call, tmp_path: Path, tiny_base: Path) -> None:
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate("qarb")]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    code, output = kolotune("check", tmp_path / "chats.jsonl", "--base-model", tiny_base, "--train-on", "last")
+    assert code == 0
+    assert "assistant\na<|im_end|>" in output and "assistant\n⟦b<|im_end|>⟧" in output
+    assert "1 answers are not trained on" in output
+
+
 def test_status_of_a_finished_run(kolotune: Call, finished: Config) -> None:
     code, output = kolotune("status", finished.output_dir)
     assert code == 0

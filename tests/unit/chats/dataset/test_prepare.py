@@ -376,6 +376,49 @@ def test_excluded_answers_have_no_labels_and_are_counted(base: Path, tmp_path: P
     assert trained == ["second 1<|im_end|>", "first 3<|im_end|>second 3<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "trained", "counts"),
+    [
+        ("all", ["one 1<|im_end|>two 1<|im_end|>", "one 2<|im_end|>two 2<|im_end|>", "one 3<|im_end|>"], (3, 0, 1)),
+        ("last", ["two 1<|im_end|>", "two 2<|im_end|>"], (2, 1, 2)),
+        ("flagged", ["two 2<|im_end|>"], (1, 2, 1)),
+    ],
+)
+def test_which_answers_count(
+    choice: str, trained: list[str], counts: tuple[int, int, int], base: Path, tmp_path: Path
+) -> None:
+    records = []
+    for number, weight in enumerate([None, 1, 0], 1):
+        texts = ["q", f"one {number}", "r", f"two {number}"]
+        turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+        records.append({"messages": [*turns[:3], {**turns[3], "weight": weight}]})
+    prepared = prepared_of(records, base, tmp_path, train_on=choice)
+    found = [prepared.tokenizer.decode(labelled) for _, labelled in encoded(tmp_path / "prepared" / TRAIN_TOKENS)]
+    assert found == trained
+    facts = prepared.summary()
+    assert (facts["chats"], facts["excluded"], facts["untrained_turns"]) == counts
+
+
+@pytest.mark.parametrize("choice", ["last", "flagged"])
+def test_held_out_chats_are_read_again_as_they_were_read(choice: str, base: Path, tmp_path: Path) -> None:
+    turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "second")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[3] |= {"weight": 1}
+    other = [*messages[:2], {"role": "user", "content": "s"}, messages[3]]
+    held_out = write_records(tmp_path / "held_out.jsonl", [{"messages": other}])
+    values = {"train_data": [write_records(tmp_path / "records.jsonl", [{"messages": messages}])], "train_on": choice}
+    given = configs.resolve(({**values, "eval_data": [held_out]}, "test", tmp_path))
+    prepare_chats(given, base, new_folder(tmp_path), processes=1)
+    (chat,) = read_chats([tmp_path / "prepared" / HELD_OUT_CHATS]).chats
+    assert [message.is_trained for message in chat.messages] == [True, False, True, True]
+
+
+def test_nothing_flagged_is_an_error_that_names_the_option(base: Path, tmp_path: Path) -> None:
+    prepared = prepared_of([{"question": "q", "answer": "a"}], base, tmp_path, train_on="flagged")
+    with pytest.raises(DataError, match=r"1 are excluded .* --train-on"):
+        require_good(prepared, skip_bad=False)
+
+
 def test_excluded_answers_stay_excluded_in_held_out_chats(base: Path, tmp_path: Path) -> None:
     turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "second")]
     messages = [{"role": role, "content": text} for role, text in turns]

@@ -18,6 +18,7 @@ from kolotune.chats.reading.records import parsed_record
 
 DOC = Path(__file__).parents[4] / "docs" / "chat-files.md"
 OPTIONS = ReadingOptions()
+TRAIN_ON = ("`all`", "`last`", "`flagged`")
 LETTERS = {"system": "S", "user": "U", "assistant": "A", "tool": "T"}
 
 
@@ -65,15 +66,28 @@ def test_the_tables_are_read() -> None:
     assert len(list(rows("as in", "record", "chat"))) > 55
     assert len(list(rows("says", "record", "trained answers"))) == 16
     assert len(list(rows("record", "without", "with `--fix-turns`"))) == 6
+    assert len(list(rows("record", *TRAIN_ON))) == 8
 
 
 @pytest.mark.parametrize(("name", "record", "answers"), rows("says", "record", "trained answers"))
 def test_what_its_author_says_is_trained_on(name: str, record: str, answers: str) -> None:
     result = read(record.strip("`"))
     assert result.problems == (), name
+    assert trained_of(result) == answers
+
+
+def trained_of(result: ReadChat) -> str:
+    """Return the trained answers as the tables write them."""
     messages = [result.chat.messages[number] for number in trained_answers(result.chat)] if result.chat else []
     trained = [each.content + (f" ({each.weight})" if each.weight < 1 else "") for each in messages]
-    assert (", ".join(trained) or "none: left out") == answers
+    return ", ".join(trained) or "none: left out"
+
+
+@pytest.mark.parametrize(("record", "everything", "last", "flagged"), rows("record", *TRAIN_ON))
+def test_which_answers_count(record: str, everything: str, last: str, flagged: str) -> None:
+    found = [read(record.strip("`"), ReadingOptions(train_on=choice)) for choice in ("all", "last", "flagged")]
+    assert [each.problems for each in found] == [(), (), ()]
+    assert [trained_of(each) for each in found] == [everything, last, flagged]
 
 
 @pytest.mark.parametrize(("turns", "kind", "fixed"), rows("record", "without", "with `--fix-turns`"))
@@ -212,6 +226,27 @@ def test_lists_of_another_length_are_refused() -> None:
 def test_a_chat_without_a_trained_answer_is_left_out() -> None:
     result = read({"messages": [Q, {**A, "weight": 0}]})
     assert result.chat is None and result.problems == ()
+
+
+def test_a_call_is_an_answer() -> None:
+    call = {"from": "function_call", "value": '{"name": "f"}'}
+    turns = [
+        {"from": "human", "value": "q"},
+        call,
+        {"from": "observation", "value": "r"},
+        {"from": "gpt", "value": "a"},
+    ]
+    last = read({"conversations": turns}, ReadingOptions(train_on="last")).chat
+    turns[1] = {**call, "weight": 1}
+    flagged = read({"conversations": turns}, ReadingOptions(train_on="flagged")).chat
+    assert last is not None and flagged is not None
+    assert (trained_answers(last), trained_answers(flagged)) == ([3], [1])
+
+
+def test_faults_are_the_same_whichever_answers_count() -> None:
+    for choice in ("all", "last", "flagged"):
+        found = read({"messages": [Q, {**A, "weight": 7}]}, ReadingOptions(train_on=choice))
+        assert [problem.kind for problem in found.problems] == ["not-supported"]
 
 
 def test_flags_take_part_in_what_a_chat_is() -> None:
