@@ -67,8 +67,11 @@ def _show_plan(planned: RunPlan, say: Reporter) -> None:
         say.note(f"not known: {describe_gap(gap)}")
     needs, memory = planned.needs, planned.needs.largest_memory
     time = f", {format_duration(sum(planned.seconds.values()))}" if planned.seconds else ""
+    gpu = ""
+    if needs.gpu is not None:
+        gpu = f"{format_size(needs.gpu.needed)} of the {format_size(needs.gpu.size)} of each GPU, "
     say.result(
-        f"in total: {format_size(memory.resident)} of memory ({format_size(needs.free_memory)} free), "
+        f"in total: {format_size(memory.resident)} of memory ({format_size(needs.free_memory)} free), {gpu}"
         f"{format_size(needs.peak)} of disk at the peak and {format_size(needs.end)} at the end "
         f"({format_size(needs.free_disk)} free){time}",
         plan=as_event(planned),
@@ -104,7 +107,7 @@ def _workload_rows(planned: RunPlan) -> list[tuple[str, str, str]]:
     if workload.sequences > workload.chats:
         rows.insert(1, ("sequences", f"{workload.sequences}", "each answer behind the prompt that it is served with"))
     if planned.needs.recomputes:
-        rows.append(("activations", "recomputed", "keeping them would take more than half of the free memory"))
+        rows.append(("activations", "recomputed", "keeping them would take too much of the free memory"))
     if planned.traffic is not None:
         rows.append(("traffic", f"{format_size(planned.traffic.step)} a step", describe_traffic(planned.traffic)))
     return rows
@@ -154,6 +157,7 @@ def as_event(planned: RunPlan) -> dict[str, object]:
         "disk_peak": needs.peak,
         "disk_end": needs.end,
         "free_memory": needs.free_memory,
+        "gpu_memory": needs.gpu and dataclasses.asdict(needs.gpu),
         "free_disk": needs.free_disk,
         "recomputes": needs.recomputes,
         "seconds": planned.seconds,

@@ -60,6 +60,19 @@ class MemoryGap(Enum):
 
 
 @dataclass(frozen=True)
+class GpuMemory:
+    """Peak memory of each GPU that trains.
+
+    Attributes:
+        needed: bytes.
+        size: bytes that the GPU has.
+    """
+
+    needed: int
+    size: int
+
+
+@dataclass(frozen=True)
 class TrainingMemory:
     """Estimated memory of an engine's processes on one machine.
 
@@ -68,12 +81,14 @@ class TrainingMemory:
         recomputes: whether activations are recomputed in the backward pass to save memory.
         gap: why the memory is unknown.
         detail: the engine, device or reason that belongs to the gap.
+        gpu: of each GPU; None if none trains, or it is unknown. `memory` is then that of the processes alone.
     """
 
     memory: Memory | None
     recomputes: bool = False
     gap: MemoryGap | None = None
     detail: str = ""
+    gpu: GpuMemory | None = None
 
 
 SMALLEST_BATCH = BatchShape(tokens=8, chats=1, longest=8, prefix=0, labels=1, padded=False)

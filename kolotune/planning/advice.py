@@ -95,22 +95,35 @@ def advise_memory(needs: Needs, context: Context, workload: Workload | None) -> 
     """Return the first change with which the training fits the memory."""
     shape = read_shape(context.base)
     batch = workload.largest if workload else SMALLEST_BATCH
-    for options, config, length in _smaller_trainings(context.config, batch):
+    on_gpu = needs.gpu is not None
+    for options, config, length in _smaller_trainings(context.config, batch, on_gpu):
         shorter = dataclasses.replace(batch, tokens=min(batch.tokens, length), longest=min(batch.longest, length))
         smaller = dataclasses.replace(context, config=config)
-        training = training_memory(smaller, shape, shorter, needs.free_memory).memory
-        if training is not None and (MAIN_PROCESS + training).own <= needs.free_memory:
-            return Advice(AdviceKind.GIVE_OPTIONS, options, (MAIN_PROCESS + training).own)
+        training = training_memory(smaller, shape, shorter, needs.free_memory)
+        if training.memory is None or (MAIN_PROCESS + training.memory).own > needs.free_memory:
+            continue
+        if training.gpu is None:
+            return Advice(AdviceKind.GIVE_OPTIONS, options, (MAIN_PROCESS + training.memory).own)
+        if training.gpu.needed <= training.gpu.size:
+            return Advice(AdviceKind.GIVE_OPTIONS, options, training.gpu.needed)
     dtype_bytes = 2 if hardware.best_dtype() == "bf16" else 4
     for_weights = needs.free_memory - MAIN_PROCESS.own - get_engine(context.config.engine).process_memory.own
+    if needs.gpu is not None:
+        for_weights = min(for_weights, needs.gpu.size)
     fitting = [model.name for model in catalog.KNOWN if model.parameters * dtype_bytes * 1.3 < for_weights]
     if fitting:
         return Advice(AdviceKind.SMALLER_BASE_MODEL, f"--base-model {fitting[-1]}")
     return Advice(AdviceKind.LARGER_MACHINE)
 
 
-def _smaller_trainings(config: Config, batch: BatchShape) -> Iterator[tuple[str, Config, int]]:
-    """Yield changes that need less memory, the least harmful first: options, config, tokens of the longest chat."""
+def _smaller_trainings(config: Config, batch: BatchShape, on_gpu: bool) -> Iterator[tuple[str, Config, int]]:
+    """Yield changes that need less memory, the least harmful first: options, config, tokens of the longest chat.
+
+    Args:
+        config: the options.
+        batch: the batch that needs most.
+        on_gpu: whether a GPU trains: there a base in 4 bits costs little time.
+    """
     bases = [("", config)]
     if config.nproc > 1:
         bases = [("--nproc 1", _changed(config, {"nproc": 1}))]
@@ -118,6 +131,10 @@ def _smaller_trainings(config: Config, batch: BatchShape) -> Iterator[tuple[str,
     if config.dtype == "fp32" and hardware.best_dtype() == "bf16":
         options, narrower = bases[-1]
         bases.append((f"{options} --dtype bf16".strip(), _changed(narrower, {"dtype": "bf16"})))
+        yield *bases[-1], batch.longest
+    if on_gpu and not config.load_in_4bit:
+        options, wider = bases[-1]
+        bases.append((f"{options} --load-in-4bit".strip(), _changed(wider, {"load_in_4bit": True})))
         yield *bases[-1], batch.longest
     for options, base in bases:
         rank = config.lora_rank // 2

@@ -20,6 +20,7 @@ class Resource(Enum):
     """What a run can run out of."""
 
     MEMORY = auto()
+    GPU_MEMORY = auto()
     DISK = auto()
 
 
@@ -45,6 +46,8 @@ class Shortage:
         needed, free = format_size(self.needed), format_size(self.free)
         if self.resource is Resource.DISK:
             cause = f"{self.where}: the run needs about {needed} of disk space, but only {free} are free"
+        elif self.resource is Resource.GPU_MEMORY:
+            cause = f"{self.where} needs about {needed} of the GPU's memory, but it has only {free}"
         else:
             cause = f"{self.where} needs about {needed} of memory, but only {free} are free"
         return SpaceError(cause, str(self.advice))
@@ -64,6 +67,10 @@ def find_shortages(
             is_training = stage == "train"
             advice = advise_memory(needs, context, workload) if is_training else Advice(AdviceKind.FREE_MEMORY)
             shortages.append(Shortage(Resource.MEMORY, stage, memory.own, needs.free_memory, advice))
+    gpu = needs.gpu
+    if gpu is not None and gpu.needed > gpu.size:
+        advice = advise_memory(needs, context, workload)
+        shortages.append(Shortage(Resource.GPU_MEMORY, "train", gpu.needed, gpu.size, advice))
     return shortages
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kolotune.engines.memory import Memory
+from kolotune.engines.memory import GpuMemory, Memory
 from kolotune.foundation import hardware
 from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import read_shape
@@ -33,6 +33,7 @@ class Needs:
         free_memory, free_disk: bytes.
         recomputes: whether activations are recomputed in the backward pass to save memory.
         gaps: what is not known.
+        gpu: memory of each GPU that trains; None if none does, or it is not known.
     """
 
     memory: dict[str, Memory | None]
@@ -43,6 +44,7 @@ class Needs:
     free_disk: int
     recomputes: bool = False
     gaps: list[Gap] = field(default_factory=list)
+    gpu: GpuMemory | None = None
 
     @property
     def largest_memory(self) -> Memory:
@@ -82,6 +84,7 @@ def estimate_needs(context: Context, stages: Collection[str], log: Path, workloa
         shutil.disk_usage(_existing_parent(context.run.root)).free,
         training.recomputes and "train" in stages,
         gaps if "train" in stages else [],
+        training.gpu if "train" in stages else None,
     )
 
 

@@ -240,7 +240,7 @@ def _with_less_memory(
     if not progress.has_begun or batch <= 1:
         changes = ["lower --max-seq-length or --lora-rank", "choose a smaller --base-model"]
         if not config.load_in_4bit:
-            changes.insert(1, "add --load-in-4bit (on a GPU)")
+            changes.insert(1, "add --load-in-4bit")
         if batch > 1:
             changes.insert(0, "halve --batch-size and double --gradient-accumulation (same result)")
         raise TrainingError(

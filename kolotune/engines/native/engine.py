@@ -107,28 +107,33 @@ class NativeEngine:
         from ..prepared_tokens import epoch_steps, longest_first
         from . import sequence_packing
 
-        share = not config.lora_dropout
-        compiled = config.compile != "off" and not build.reason_unavailable()
+        share, device = not config.lora_dropout, hardware.best_device()
+        unpadded = device != "cpu" or (config.compile != "off" and not build.reason_unavailable())
+        budget = sequence_packing.token_budget(device)
 
         def batches() -> Iterator[BatchShape]:
             steps = epoch_steps(len(tokens), 0, config.seed, batch_size * config.gradient_accumulation)
             for step in [*islice(steps, _SEARCHED_STEPS), longest_first(tokens)[:1]]:
-                for group in sequence_packing.group_by_length(tokens, step, share):
+                for group in sequence_packing.group_by_length(tokens, step, share, budget):
                     packed = sequence_packing.pack(tokens, group, share)
-                    yield packed.batch_shape(compiled)
+                    yield packed.batch_shape(unpadded)
 
         return max(batches(), key=lambda batch: (batch.tokens, batch.chats * batch.longest**2 * batch.padded))
 
     def training_memory(
         self, config: Config, base: Path, shape: ModelShape, batch: BatchShape, free: int
     ) -> TrainingMemory:
-        if config.load_in_4bit and supported_models.reason_unsupported(base, batch.longest):
+        device, sharded = hardware.best_device(), self.is_sharded(config, base)
+        reason = "" if sharded else supported_models.reason_unsupported(base, batch.longest)
+        if config.load_in_4bit and reason:
             return TrainingMemory(None, gap=MemoryGap.FOUR_BIT)
-        if hardware.best_device() != "cpu":
-            return TrainingMemory(None, gap=MemoryGap.DEVICE, detail=hardware.best_device())
+        if device != "cpu" and (sharded or reason):
+            return TrainingMemory(None, gap=MemoryGap.DEVICE, detail=device)
         adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules, config.target_parameters)
         dtype_bytes, keeps_best = DTYPE_BYTES[config.dtype], config.early_stopping > 0
-        if self.is_sharded(config, base):
+        if device == "cuda":
+            return _memory_on_gpus(config, shape, adapter, batch)
+        if sharded:
             recompute = True
             process = memory.transformers_training(
                 shape,
@@ -140,7 +145,7 @@ class NativeEngine:
                 gathered=max((linear.weight_count for linear in shape.linears), default=0),
                 keeps_best=keeps_best,
             )
-        elif reason := supported_models.reason_unsupported(base, batch.longest):
+        elif reason:
             return TrainingMemory(None, gap=MemoryGap.TRANSFORMERS, detail=reason)
         else:
             activations = shape.layers * memory.layer_activation_bytes(shape, adapter, batch, dtype_bytes)
@@ -185,6 +190,16 @@ class NativeEngine:
                 "Most likely memory ran out. `kolotune plan --no-measure` says how much is needed.",
             )
         return measured[0]
+
+
+def _memory_on_gpus(config: Config, shape: ModelShape, adapter: AdapterShape, batch: BatchShape) -> TrainingMemory:
+    """Return the memory of a training with one GPU for each process."""
+    size = hardware.memory_for_processes(1)
+    gpu, recompute = memory.packed_on_gpu(
+        shape, adapter, batch, DTYPE_BYTES[config.dtype], size, in_4bit=config.load_in_4bit
+    )
+    process = memory.gpu_process(shape, adapter)
+    return TrainingMemory(Memory(process.own * config.nproc, process.mapped * config.nproc), recompute, gpu=gpu)
 
 
 ENGINE: Engine = NativeEngine()

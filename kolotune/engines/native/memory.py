@@ -6,9 +6,11 @@ that a run can be refused before it is loaded.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kolotune.weights.model_shape import FP32_BYTES, AdapterShape, ModelShape
 
-from ..memory import BatchShape, Memory
+from ..memory import BatchShape, GpuMemory, Memory
 
 LOGITS_AT_ONCE = 256
 """Positions whose logits the decoder computes together."""
@@ -24,6 +26,7 @@ PROCESS = Memory(160_000_000, 45_000_000)
 """The engine's process without tensors."""
 SHARDED_PROCESS = Memory(420_000_000, 100_000_000)
 """The engine's process with transformers and FSDP loaded, without tensors."""
+_GPU_CONTEXT = 500_000_000  # what the driver and PyTorch's libraries take of a GPU: a guess, not measured
 _STEP_SHARE = 0.9  # of a GPU's free memory that a step may fill; fragments take the rest: a guess, not measured
 # What transformers keeps of a layer, relative to the packed decoder, by bytes per number: measured on Llamas of widths
 # 512 and 576, with 128 and 1,024 tokens (1.18 to 1.20; 1.33 to 1.46). It keeps norms in fp32, and copies of queries
@@ -92,6 +95,35 @@ def packed_training(
     # The model's file is mapped only while it is loaded; afterwards the step uses that memory.
     loading = max(0, shape.stored_bytes - optimizer - temporary)
     return Memory(PROCESS.own + frozen + optimizer + temporary, PROCESS.mapped + loading)
+
+
+def packed_on_gpu(
+    shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int, size: int, *, in_4bit: bool
+) -> tuple[GpuMemory, bool]:
+    """Return the peak memory of a GPU on which the packed decoder trains, and whether it recomputes activations.
+
+    Where memory runs out, the engine halves its micro-batches; this returns what the first that fit need, or, if none
+    do, the smallest: the longest chat alone.
+
+    Args:
+        shape, adapter, batch, dtype_bytes: as in `layer_activation_bytes`.
+        size: bytes that the GPU has.
+        in_4bit: as in `packed_training`.
+    """
+    resident = _GPU_CONTEXT + _frozen_bytes(shape, adapter, dtype_bytes, in_4bit) + _optimizer_bytes(adapter, False)
+    options = (shape, adapter)
+    recompute = recomputes_on_gpu(*options, batch, dtype_bytes, size - resident, in_4bit=in_4bit)
+    while True:
+        needed = resident + _packed_step_bytes(*options, batch, dtype_bytes, recompute, in_4bit)
+        if needed <= size or batch.tokens <= batch.longest:
+            return GpuMemory(needed, size), recompute
+        tokens = max(batch.longest, batch.tokens // 2)
+        batch = replace(batch, tokens=tokens, labels=min(batch.labels, tokens), shared=min(batch.shared, tokens))
+
+
+def gpu_process(shape: ModelShape, adapter: AdapterShape) -> Memory:
+    """Return the memory of a process whose tensors are on a GPU; what the driver's libraries take is not counted."""
+    return Memory(PROCESS.own + 2 * adapter.checkpoint_bytes(True), PROCESS.mapped + shape.stored_bytes)
 
 
 def recomputes_on_gpu(

@@ -27,7 +27,7 @@ from .kernels.compiled_operations import CompiledOperations
 from .memory import recomputes_on_gpu, transformers_activation_bytes
 from .operations import Operations, PlainOperations
 from .padded_batch import pad_batch
-from .sequence_packing import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET, PackedSequence, costs, group_by_length, pack
+from .sequence_packing import PackedSequence, costs, group_by_length, pack, token_budget
 from .transfers import sum_dtype
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,7 +118,7 @@ class PackedModel:
         self.kernels = library.stem if library else ""
         if operations is None:
             operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()
-        self._budget = TOKEN_BUDGET if device == "cpu" else DEVICE_TOKEN_BUDGET
+        self._budget = token_budget(device)
         lora_options = (job.lora_rank, job.lora_scale, job.lora_dropout, job.target_modules)
         self.decoder, self.adapters = llama.load(
             Path(job.base_model), operations, dtype, *lora_options, self._device, job.load_in_4bit
@@ -170,7 +170,7 @@ class PackedModel:
         if self.backoffs:
             return True
         if self._device.type == "cuda":
-            batch, width = packed.batch_shape(compiled=True), DTYPE_BYTES[self._dtype]
+            batch, width = packed.batch_shape(unpadded=True), DTYPE_BYTES[self._dtype]
             return recomputes_on_gpu(self._shape, self._adapter, batch, width, self._free, in_4bit=self._in_4bit)
         import psutil
 

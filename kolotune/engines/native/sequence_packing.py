@@ -102,15 +102,20 @@ class PackedSequence:
             weights=None if self.weights is None else to_device(self.weights, device),
         )
 
-    def batch_shape(self, compiled: bool) -> BatchShape:
-        """Return the sizes by which memory is estimated; `compiled` attention needs no padding."""
+    def batch_shape(self, unpadded: bool) -> BatchShape:
+        """Return the sizes by which memory is estimated; compiled attention and that of a GPU need no padding."""
         longest = max(segment.length for segment in self.segments)
-        padded = not compiled and not self.has_branches and longest <= LONG
+        padded = not unpadded and not self.has_branches and longest <= LONG
         if not padded:
             longest = int(self.positions.max()) + 1
         fronts = torch.cat(self.fronts)
         shared = len(fronts) + len(set(fronts.tolist()))
         return BatchShape(len(self.ids), len(self.segments), longest, self.prefix, self.labels, padded, shared)
+
+
+def token_budget(device: str) -> int:
+    """Return how many tokens are computed at once on "cpu", "cuda" or "mps"."""
+    return TOKEN_BUDGET if device == "cpu" else DEVICE_TOKEN_BUDGET
 
 
 def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> PackedSequence:

@@ -218,6 +218,34 @@ def test_memory_advice_names_the_option_that_makes_it_fit(
     fit.require_fit(other, names, tmp_path / "log")
 
 
+def test_advice_for_a_gpu_names_4_bits_where_they_make_it_fit(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _huge_base(tmp_path / "huge", tiny_base, 2)
+    monkeypatch.setattr(hardware, "best_device", lambda: "cuda")
+    monkeypatch.setattr(hardware, "free_memory", lambda: 1 << 40)
+    monkeypatch.setattr(hardware, "memory_for_processes", lambda count: count << 40)
+    values = {"base_model": str(base), "output_dir": tmp_path / "run", "dtype": "bf16", "lora_rank": 8}
+    names, log = {"train"}, tmp_path / "log"
+
+    def needs_of(**more: Any) -> tuple[Context, Needs]:
+        context = Context(configs.resolve(({**values, **more}, "test", tmp_path)), RunFolder(tmp_path / "run"), base)
+        return context, estimate_needs(context, names, log)
+
+    (context, roomy), (_, narrow) = needs_of(), needs_of(load_in_4bit=True)
+    assert roomy.gpu is not None and narrow.gpu is not None and roomy.memory["train"] is not None
+    assert not roomy.gaps and narrow.gpu.needed < roomy.gpu.needed
+    monkeypatch.setattr(hardware, "memory_for_processes", lambda count: count * narrow.gpu.needed)
+    with pytest.raises(SpaceError, match=r"of the GPU's memory") as refused:
+        fit.require_fit(context, names, log)
+    assert "--load-in-4bit" in refused.value.hint
+    fit.require_fit(needs_of(load_in_4bit=True)[0], names, log)
+    monkeypatch.setattr(hardware, "memory_for_processes", lambda count: count * narrow.gpu.needed // 2)
+    (shortage,) = fit.find_shortages(needs_of()[1], context, None, names, log)
+    assert shortage.resource is fit.Resource.GPU_MEMORY
+    assert shortage.advice.options != "--load-in-4bit"
+
+
 @pytest.mark.parametrize(
     ("options", "advice"),
     [

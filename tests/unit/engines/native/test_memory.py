@@ -12,6 +12,7 @@ from support.training import TrainingFolder, branching_chats, random_chats
 
 from kolotune.engines.memory import BatchShape
 from kolotune.engines.native import decoder, memory, sequence_packing
+from kolotune.engines.native.device_operations import DeviceOperations
 from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, TransformersModel
 from kolotune.engines.native.trainer import Trainer
@@ -52,7 +53,7 @@ def test_frozen_weights_in_4_bits_match_the_formula(make_training: MakeTraining,
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["padded", "long", "branches", "compiled", "compiled branches"])
+@pytest.mark.parametrize("attention", ["padded", "long", "branches", "compiled", "compiled branches", "device"])
 def test_layer_activations_match_the_formula(make_training: MakeTraining, dtype: str, attention: str) -> None:
     """Compare the formula with the bytes of the tensors that a forward pass keeps."""
     compiled = attention.startswith("compiled")
@@ -65,12 +66,13 @@ def test_layer_activations_match_the_formula(make_training: MakeTraining, dtype:
         hidden_size=128,
         intermediate_size=384,
     )
-    trainer = Trainer(folder.job(dtype=dtype, compile=compiled))
+    on_device = attention == "device"
+    model = PackedModel(folder.job(dtype=dtype, compile=compiled), operations=DeviceOperations() if on_device else None)
     tokens = PreparedTokens.load(folder.root / "data" / "train.safetensors")
     packed = sequence_packing.pack(tokens, range(len(tokens)), True)
-    batch = packed.batch_shape(compiled)
+    batch = packed.batch_shape(compiled or on_device)
     assert batch.padded == (attention == "padded")
-    real = _bytes_kept(trainer.model, packed)
+    real = _bytes_kept(model, packed)
     shape = read_shape(folder.root / "base")
     adapter = AdapterShape.of(shape, 4, ["all-linear"])
     formula = memory.layer_activation_bytes(shape, adapter, batch, DTYPE_BYTES[dtype])
@@ -140,3 +142,27 @@ def _bytes_kept(model: Any, packed: sequence_packing.PackedSequence) -> int:
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors if each is not None
     }
     return sum(storages.values())
+
+
+def test_micro_batches_on_a_gpu_shrink_until_they_fit(make_training: MakeTraining) -> None:
+    """What is refused is what does not fit even with the longest chat alone."""
+    shape = read_shape(make_training(hidden_size=256, intermediate_size=1024).root / "base")
+    adapter, batch = AdapterShape.of(shape, 4, ["all-linear"]), BatchShape(4096, 9, 700, 0, 2000, padded=False)
+
+    def on_gpu(size: int, in_4bit: bool = False) -> tuple[int, bool]:
+        gpu, recompute = memory.packed_on_gpu(shape, adapter, batch, 2, size, in_4bit=in_4bit)
+        assert gpu.size == size
+        return gpu.needed, recompute
+
+    kept, recomputes = on_gpu(1 << 40)
+    assert not recomputes
+    recomputed, recomputes = on_gpu(kept)
+    assert recomputes and recomputed < kept
+    halved, _ = on_gpu(recomputed - 1)
+    smallest, _ = on_gpu(1)
+    assert smallest < halved < recomputed
+    assert on_gpu(smallest) == (smallest, True)
+    frozen = shape.layer_weight_count
+    assert on_gpu(1 << 40, in_4bit=True)[0] - kept == pytest.approx(
+        frozen * (0.5 + 4 / 64 - 2) + memory._dequantizing_bytes(shape, 2), abs=1000
+    )

@@ -44,7 +44,7 @@ def test_what_sequences_of_a_chat_share_costs_once(tmp_path: Path) -> None:
     assert packed.prefix == 10 and packed.lengths == (5, 2, 3) and packed.labels == 5
     assert packed.positions.tolist() == [*range(10), *range(10, 15), 12, 13, 10, 11, 12]
     assert [front.tolist() for front in packed.fronts] == [list(range(10)), list(range(12)), list(range(10))]
-    shape = packed.batch_shape(compiled=True)
+    shape = packed.batch_shape(unpadded=True)
     assert (shape.tokens, shape.chats, shape.longest, shape.padded) == (20, 4, 15, False)
     # Each of the prefix's tokens is seen by three others, and two of the trunk's by its branch.
     assert shape.shared == 10 * 4 + 2 * 2
