@@ -20,6 +20,7 @@ SCRIPTS = (
     "training_speed",
     "families",
     "matrix_rate",
+    "gpu",
     "busy_core",
     "whole_job",
     "merge_convert",
