@@ -111,6 +111,11 @@ class ModelShape:
         return sum(linear.weight_count for linear in self.linears)
 
     @property
+    def dense_weight_count(self) -> int:
+        """Weights in the linear layers of all decoder layers, without those of experts."""
+        return sum(linear.weight_count for linear in self.linears if not _ONE_EXPERT.fullmatch(f"{linear.name}.weight"))
+
+    @property
     def first_layer(self) -> tuple[Linear, ...]:
         """The linear layers of the first decoder layer."""
         return self.linears[: len(self.linears) // max(1, self.layers)]

@@ -51,6 +51,8 @@ class Architecture:
         block_factor: of what attention and MLP add.
         logit_factor: of the logits.
         logit_cap: as `score_cap`, for the logits.
+        chosen_experts: experts of each token; 0 without experts.
+        normalizes_experts: whether the scores of a token's experts are divided by their sum.
     """
 
     family: Family
@@ -67,6 +69,8 @@ class Architecture:
     block_factor: float
     logit_factor: float
     logit_cap: float
+    chosen_experts: int = 0
+    normalizes_experts: bool = False
 
     @property
     def patterns(self) -> tuple[AttentionPattern, ...]:
@@ -107,6 +111,9 @@ def read_architecture(config: ModelConfig) -> Architecture:
         block_factor=settings.number("residual_multiplier") or 1.0,
         logit_factor=1 / (settings.number("logits_scaling") or 1.0),
         logit_cap=settings.number("final_logit_softcapping") or 0.0,
+        chosen_experts=settings.integer("num_experts_per_tok"),
+        normalizes_experts=family.experts is not None
+        and (not family.experts.normalizes or bool(settings[family.experts.normalizes])),
     )
 
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .architecture import Activation
 from .attention import Attention, Heads
 from .attention_limits import Limits
 from .fused_linear import FusedLinear
 from .lora import FlatAdapters
 from .matrix_product import InputGradient, Product
 from .memory import LOGITS_AT_ONCE
+from .mlp import Mlp, SavedMlp
 from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
@@ -39,7 +39,8 @@ class Layer:
     Attributes:
         setting: index of its attention's setting.
         attention_norm, mlp_norm: in front of attention and MLP; None where there is none (OLMo 2).
-        qkv, out, gate_up, down: its linear layers.
+        qkv, out: the linear layers of its attention.
+        mlp: its MLP.
         attention_norm_after, mlp_norm_after: of what attention and MLP add (Gemma 2, OLMo 2).
         query_norm, key_norm: of each head (Qwen 3), or of all heads together (OLMo 2).
     """
@@ -49,8 +50,7 @@ class Layer:
     qkv: FusedLinear
     out: FusedLinear
     mlp_norm: Norm | None
-    gate_up: FusedLinear
-    down: FusedLinear
+    mlp: Mlp
     attention_norm_after: Norm | None = None
     mlp_norm_after: Norm | None = None
     query_norm: Norm | None = None
@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def linears(self) -> tuple[FusedLinear, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
+        return self.qkv, self.out, *self.mlp.linears
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,6 @@ class Decoder:
         heads: see `Heads`.
         settings: of the layers' attention.
         layers: in order.
-        activation: of the MLPs.
         factors: see `Factors`.
         embedding: ``[vocabulary, width]``.
         head: computes the logits.
@@ -112,7 +111,6 @@ class Decoder:
     heads: Heads
     settings: list[AttentionSetting]
     layers: list[Layer]
-    activation: Activation
     factors: Factors
     embedding: Tensor
     head: Product
@@ -213,6 +211,7 @@ class _SavedActivations:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     attention: tuple[Tensor, ...] = ()
     masks: dict[str, list[Tensor]] = field(default_factory=dict)
+    mlp: SavedMlp = field(default_factory=SavedMlp)
 
 
 class _SequencePass:
@@ -220,7 +219,7 @@ class _SequencePass:
 
     def __init__(self, decoder: Decoder, packed: PackedSequence) -> None:
         self.heads, self.operations = decoder.heads, decoder.operations
-        self.activation, self.added = decoder.activation, decoder.factors.added
+        self.added = decoder.factors.added
         self.tokens, self.labelled = len(packed.ids), packed.label_positions
         self.attentions = [self._attention(packed, decoder, setting) for setting in decoder.settings]
 
@@ -242,9 +241,7 @@ class _SequencePass:
             kept: in training, receives what `backward` needs, and turns dropout on.
             last: compute only the positions where a label is next: nothing else is read.
         """
-        masks: dict[str, list[Tensor] | None] = {
-            name: [] if kept is not None else None for name in ("qkv", "out", "gate_up", "down")
-        }
+        masks: dict[str, list[Tensor] | None] = {name: [] if kept is not None else None for name in ("qkv", "out")}
         normed = layer.qkv.new_input(self.tokens)
         x, factor = self._normed(layer.attention_norm, x, added, normed[:, : layer.qkv.inputs])
         qkv = layer.qkv.forward(normed, masks["qkv"])
@@ -258,22 +255,18 @@ class _SequencePass:
             residual = x
         out = layer.out.forward(attended, masks["out"])
         attention_out, out_kept = self._added(layer.attention_norm_after, out, "out")
-        mlp_normed = layer.gate_up.new_input(len(attended))
-        middle, mlp_factor = self._normed(
-            layer.mlp_norm, attention_out, residual, mlp_normed[:, : layer.gate_up.inputs]
-        )
-        gate_up = layer.gate_up.forward(mlp_normed, masks["gate_up"])
-        product = layer.down.new_input(len(attended))
-        self.operations.gate(self.activation, gate_up, product[:, : layer.down.inputs])
-        result, down_kept = self._added(layer.mlp_norm_after, layer.down.forward(product, masks["down"]), "down")
+        mlp_normed = layer.mlp.new_input(len(attended))
+        middle, mlp_factor = self._normed(layer.mlp_norm, attention_out, residual, mlp_normed[:, : layer.mlp.inputs])
+        saved_mlp = None if kept is None else SavedMlp()
+        result, down_kept = self._added(layer.mlp_norm_after, layer.mlp.forward(mlp_normed, saved_mlp), "down")
         if kept is not None:
             kept.x = x
             if kept.random_state is None:
-                kept.attention = attention_kept
+                kept.attention, kept.mlp = attention_kept, saved_mlp or SavedMlp()
                 kept.masks = {name: each for name, each in masks.items() if each}
                 kept.tensors = head_kept | out_kept | down_kept | {
                     "normed": normed, "factor": factor, "mixed": mixed, "attended": attended, "middle": middle,
-                    "mlp_normed": mlp_normed, "mlp_factor": mlp_factor, "gate_up": gate_up, "product": product,
+                    "mlp_normed": mlp_normed, "mlp_factor": mlp_factor,
                 }  # fmt: skip
         return result, middle
 
@@ -289,11 +282,9 @@ class _SequencePass:
 
     def backward(self, layer: Layer, d_out: Tensor, kept: _SavedActivations, first: bool) -> Tensor | None:
         """Return the gradient of the layer's input; None for the first layer, whose input is frozen."""
-        saved, masks, operations = kept.tensors, kept.masks, self.operations
+        saved, masks = kept.tensors, kept.masks
         d_down = self._added_backward(layer.mlp_norm_after, d_out, saved, "down")
-        d_product = layer.down.backward(d_down, saved["product"], masks.get("down"))
-        d_gate_up = operations.gate_backward(self.activation, d_product, saved["gate_up"])
-        d_normed = layer.gate_up.backward(d_gate_up, saved["mlp_normed"], masks.get("gate_up"))
+        d_normed = layer.mlp.backward(d_down, saved["mlp_normed"], kept.mlp)
         d_middle = self._normed_backward(layer.mlp_norm, d_normed, saved["middle"], saved["mlp_factor"], d_out)
         d_attention = self._added_backward(layer.attention_norm_after, d_middle, saved, "out")
         d_mixed = layer.out.backward(d_attention, saved["attended"], masks.get("out"))

@@ -142,29 +142,48 @@ def add_expert_adapters(
         for name, module in language.named_modules()
         if targets and weights_of(module)
     }
-    _check(targets, {f"{name}.{weight}" for name, module in modules.items() for weight in weights_of(module)})
-    adapters = {}
+    check_targets(targets, {f"{name}.{weight}" for name, module in modules.items() for weight in weights_of(module)})
+    adapters: dict[str, LoraExpertWeight] = {}
     for name, module in modules.items():
-        updates = {
-            weight: LoraExpertWeight(
-                getattr(module, weight),
-                ".".join([*name.split("."), weight][-3:]),
-                bool(getattr(module, "is_transposed")),  # noqa: B009
-                rank,
-                scale,
-                dropout,
-            )
-            for weight in weights_of(module)
-            if any(target == ALL_EXPERTS or _is_end(target, f"{name}.{weight}") for target in targets)
-        }
-        for depth, update in enumerate(reversed(updates.values())):
-            adapters[name + depth * ".base_layer"] = update
+        weights = {weight: getattr(module, weight) for weight in weights_of(module)}
+        is_transposed = bool(getattr(module, "is_transposed"))  # noqa: B009
+        updates = new_updates(name, weights, (rank, scale, dropout), targets, is_transposed=is_transposed)
+        adapters |= named_as_saved(name, updates)
         if updates:
             model.set_submodule(name, LoraExperts(module, updates))
     return adapters
 
 
-def _check(targets: Sequence[str], weights: Collection[str]) -> None:
+def new_updates(
+    name: str,
+    weights: Mapping[str, Tensor],
+    options: tuple[int, float, float],
+    targets: Sequence[str],
+    *,
+    is_transposed: bool = False,
+) -> dict[str, LoraExpertWeight]:
+    """Return new adapters for the targeted weights of the experts of a layer, by the names of the weights.
+
+    Args:
+        name: of the experts' module.
+        weights: by name.
+        options: rank, scale and dropout.
+        targets: see `add_expert_adapters`.
+        is_transposed: see `LoraExpertWeight`.
+    """
+    return {
+        leaf: LoraExpertWeight(weight, ".".join([*name.split("."), leaf][-3:]), is_transposed, *options)
+        for leaf, weight in weights.items()
+        if any(target == ALL_EXPERTS or _is_end(target, f"{name}.{leaf}") for target in targets)
+    }
+
+
+def named_as_saved(name: str, updates: Mapping[str, LoraExpertWeight]) -> dict[str, LoraExpertWeight]:
+    """Return the adapters of a module's experts by the names under which PEFT saves them."""
+    return {name + depth * ".base_layer": update for depth, update in enumerate(reversed(list(updates.values())))}
+
+
+def check_targets(targets: Sequence[str], weights: Collection[str]) -> None:
     """Check that each target is the end of the name of a weight.
 
     Raises:
@@ -177,6 +196,11 @@ def _check(targets: Sequence[str], weights: Collection[str]) -> None:
             f"target-parameters: this model has no experts' weight {', '.join(unknown)}",
             f"Its experts' weights are: {', '.join(endings)}." if endings else "Leave out --target-parameters.",
         )
+
+
+def among(adapters: Mapping[str, object]) -> dict[str, LoraExpertWeight]:
+    """Return the adapters of experts among the adapters, by name."""
+    return {name: each for name, each in adapters.items() if isinstance(each, LoraExpertWeight)}
 
 
 def target_parameters(adapters: Mapping[str, object]) -> list[str]:

@@ -65,6 +65,24 @@ def _turn_in_windows(config: ModelConfig, settings: Settings, sliding: list[bool
 
 
 @dataclass(frozen=True)
+class ExpertFiles:
+    """How the files of a family name the experts of a layer.
+
+    Attributes:
+        block: the module of router and experts.
+        gate, up, down: the matrices of an expert.
+        normalizes: the setting that says whether the scores of a token's experts are divided by their sum; "" if they
+            always are.
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
+    normalizes: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """How a family differs from Llama.
 
@@ -78,6 +96,7 @@ class Family:
         lists_layers: whether its files list which layers have windows, as `layer_types`.
         sliding: returns which layers see only a window, for files that don't list it.
         turning: returns which layers turn queries and keys by their positions.
+        experts: how its files name experts; None if it has none.
     """
 
     settings: Mapping[str, Setting] = field(default_factory=dict)
@@ -88,6 +107,7 @@ class Family:
     lists_layers: bool = False
     sliding: Callable[[ModelConfig, Settings], list[bool]] = _all_full
     turning: Callable[[ModelConfig, Settings, list[bool]], list[bool]] = _turn_everywhere
+    experts: ExpertFiles | None = None
 
 
 class Settings:
@@ -139,6 +159,21 @@ FAMILIES: Mapping[str, Family] = {
     "ministral": Family({"sliding_window": 4096}, lists_layers=True, sliding=_all_sliding),
     "qwen2": _QWEN,
     "qwen3": _QWEN,
+    "qwen3_moe": Family(
+        {
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        sliding=_all_sliding,
+        experts=ExpertFiles("mlp", "gate_proj", "up_proj", "down_proj", normalizes="norm_topk_prob"),
+    ),
+    "mixtral": Family(
+        {"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "sliding_window": None, "num_experts_per_tok": 2},
+        sliding=_all_sliding,
+        experts=ExpertFiles("block_sparse_moe", "w1", "w3", "w2"),
+    ),
     "gemma": Family(
         {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256},
         norms_stored_less=1,

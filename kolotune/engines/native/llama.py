@@ -13,14 +13,17 @@ from kolotune.weights.model_config import read_model_config
 from kolotune.weights.torch_tensors import TensorFiles
 from kolotune.weights.weight_files import weight_files
 
-from . import lora
+from . import expert_lora, lora
 from .architecture import Activation, Architecture, AttentionPattern, read_architecture
 from .attention import Heads
 from .attention_limits import Limits
 from .decoder import AttentionSetting, Decoder, Factors, Layer
+from .expert_lora import LoraExpertWeight
+from .experts import DOWN, GATE_UP, Experts
 from .families import Norms
 from .fused_linear import FusedLinear
 from .lora import LoraPair
+from .mlp import DenseMlp
 from .nf4 import Nf4Product
 from .operations import LogitScaling, Norm, Operations
 from .rotary_frequencies import frequencies
@@ -53,9 +56,10 @@ def load(
     scale: float,
     dropout: float,
     targets: Sequence[str],
+    parameters: Sequence[str] = (),
     device: torch.device = _CPU,
     in_4bit: bool = False,
-) -> tuple[Decoder, dict[str, LoraPair]]:
+) -> tuple[Decoder, dict[str, LoraPair | LoraExpertWeight]]:
     """Load a model's decoder, and create adapters by the full names of their layers, in the model's order.
 
     Args:
@@ -64,26 +68,31 @@ def load(
         dtype: of the frozen weights and of the arithmetic.
         rank, scale, dropout: see `LoraPair`.
         targets: see `lora.target_leaves`.
+        parameters: see `expert_lora.add_expert_adapters`.
         device: of the frozen weights; the adapters are created on the CPU.
         in_4bit: whether the linear layers' weights are kept in 4 bits.
 
     Raises:
-        ConfigError: a target is not a linear layer.
+        ConfigError: a target is not a linear layer, or no weight of experts.
         ArtifactError: a weight is missing or damaged.
     """
     config = read_model_config(folder)
     architecture = read_architecture(config)
     linears = _FUSED_LINEARS if architecture.family.is_fused else _LINEARS
-    chosen = lora.target_leaves({name.rpartition(".")[2] for names in linears.values() for name in names}, targets)
+    files = TensorFiles(weight_files(folder))
+    prefixes = [f"model.layers.{index}" for index in range(len(architecture.layers))]
+    names = [name for part in linears.values() for name in part]
+    present = [name for name in names if any(f"{prefix}.{name}.weight" in files for prefix in prefixes)]
+    chosen = lora.target_leaves({name.rpartition(".")[2] for name in present}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, scale, dropout) if name.rpartition(".")[2] in chosen else None
 
-    parts = _Parts(TensorFiles(weight_files(folder)), device, dtype, operations, architecture, pair, in_4bit)
+    parts = _Parts(files, device, dtype, operations, architecture, pair, in_4bit)
     patterns = architecture.patterns
     layers = [
-        parts.layer(f"model.layers.{index}", linears, patterns.index(pattern))
-        for index, pattern in enumerate(architecture.layers)
+        parts.layer(prefix, linears, patterns.index(pattern))
+        for prefix, pattern in zip(prefixes, architecture.layers, strict=True)
     ]
     embedding = parts.read("model.embed_tokens.weight")
     head = parts.read("lm_head.weight") if "lm_head.weight" in parts.files else embedding
@@ -91,14 +100,31 @@ def load(
         heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
         settings=[_setting(architecture, pattern, device) for pattern in patterns],
         layers=layers,
-        activation=Activation(architecture.activation),
         factors=_factors(architecture, dtype),
         embedding=embedding,
         head=operations.product(head, head.shape[1]),
         norm=parts.norm("model.norm"),
         operations=operations,
     )
-    return decoder, parts.adapters
+    return decoder, {**parts.adapters, **_expert_adapters(layers, (rank, scale, dropout), parameters)}
+
+
+def _expert_adapters(
+    layers: Sequence[Layer], options: tuple[int, float, float], targets: Sequence[str]
+) -> dict[str, LoraExpertWeight]:
+    """Create the adapters of experts, on the CPU, and give them to the layers; return them by PEFT's names."""
+    modules = {
+        f"model.layers.{index}.mlp.experts": layer.mlp
+        for index, layer in enumerate(layers)
+        if isinstance(layer.mlp, Experts)
+    }
+    expert_lora.check_targets(targets, {f"{name}.{leaf}" for name, mlp in modules.items() for leaf in mlp.weights})
+    adapters: dict[str, LoraExpertWeight] = {}
+    for name, experts in modules.items():
+        weights = {leaf: weight.to("meta") for leaf, weight in experts.weights.items()}
+        experts.updates = expert_lora.new_updates(name, weights, options, targets)
+        adapters |= expert_lora.named_as_saved(name, experts.updates)
+    return adapters
 
 
 def _setting(architecture: Architecture, pattern: AttentionPattern, device: torch.device) -> AttentionSetting:
@@ -148,17 +174,54 @@ class _Parts:
         self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
         return FusedLinear(self.operations, weights, biases, pairs, Nf4Product if self.in_4bit else None)
 
+    @property
+    def activation(self) -> Activation:
+        return Activation(self.architecture.activation)
+
+    def dense(self, gate_up: FusedLinear, down: FusedLinear) -> DenseMlp:
+        return DenseMlp(self.operations, self.activation, gate_up, down)
+
+    def experts(self, prefix: str) -> Experts:
+        """Read the router and the experts of a layer, whose files have each expert's matrices apart, or all in one."""
+        files = self.architecture.family.experts
+        assert files is not None
+        router = self.read(f"{prefix}.{files.block}.gate.weight")
+        experts = f"{prefix}.{files.block}.experts"
+        weights = {}
+        for leaf, names in ((GATE_UP, (files.gate, files.up)), (DOWN, (files.down,))):
+            if f"{experts}.{leaf}" in self.files:
+                weights[leaf] = self.read(f"{experts}.{leaf}")
+                continue
+            matrices = [
+                torch.cat([self.read(f"{experts}.{expert}.{name}.weight") for name in names])
+                for expert in range(len(router))
+            ]
+            weights[leaf] = torch.stack(matrices)
+        return Experts(
+            self.operations,
+            self.activation,
+            router,
+            weights,
+            self.architecture.chosen_experts,
+            self.architecture.normalizes_experts,
+        )
+
     def layer(self, prefix: str, linears: Mapping[str, Sequence[str]], setting: int) -> Layer:
         """Read a layer; its linear layers get their adapters in the order of `linears`."""
-        fused = {part: self.fused(prefix, names) for part, names in linears.items()}
+        experts = self.architecture.family.experts
+        routed = experts is not None and f"{prefix}.{experts.block}.gate.weight" in self.files
+        fused = {
+            part: self.fused(prefix, names)
+            for part, names in linears.items()
+            if not routed or part not in ("gate_up", "down")
+        }
         norms = {part: self.norm(f"{prefix}.{name}") for part, name in _NORMS[self.architecture.family.norms].items()}
         heads_normed = f"{prefix}.self_attn.q_norm.weight" in self.files
         return Layer(
             setting=setting,
             qkv=fused["qkv"],
             out=fused["out"],
-            gate_up=fused["gate_up"],
-            down=fused["down"],
+            mlp=self.experts(prefix) if routed else self.dense(fused["gate_up"], fused["down"]),
             attention_norm=norms.get("attention_norm"),
             attention_norm_after=norms.get("attention_norm_after"),
             mlp_norm=norms.get("mlp_norm"),

@@ -152,11 +152,14 @@ def _optimizer_bytes(adapter: AdapterShape, keeps_best: bool) -> int:
 
 
 def _frozen_bytes(shape: ModelShape, adapter: AdapterShape, dtype_bytes: int, in_4bit: bool) -> int:
-    """Return the bytes of the frozen weights, and of the adapters' columns in their matrices."""
+    """Return the bytes of the frozen weights, and of the adapters' columns in their matrices.
+
+    Experts and routers are not kept in 4 bits.
+    """
     in_dtype, packed = shape.weight_count + adapter.weight_count, 0
     if in_4bit:
-        in_dtype -= shape.layer_weight_count
-        packed = shape.layer_weight_count // 2 + FP32_BYTES * (shape.layer_weight_count // NF4_BLOCK)
+        in_dtype -= shape.dense_weight_count
+        packed = shape.dense_weight_count // 2 + FP32_BYTES * (shape.dense_weight_count // NF4_BLOCK)
     return dtype_bytes * in_dtype + packed
 
 
@@ -185,7 +188,8 @@ def _temporary_bytes(shape: ModelShape, batch: BatchShape, dtype_bytes: int) -> 
     scores = 0
     if batch.padded:
         scores = batch.chats * batch.longest * (batch.longest + batch.prefix) * shape.attention_heads * 3
-    gradients = dtype_bytes * (batch.tokens * (6 * shape.mlp_size + 6 * shape.hidden_size) + scores)
+    rows = batch.tokens * (1 + shape.experts_per_token)
+    gradients = dtype_bytes * (rows * (6 * shape.mlp_size + 6 * shape.hidden_size) + scores)
     # Each of those that see a shared key has a gradient for it and its value.
     shared = FP32_BYTES * batch.shared * 2 * shape.key_value_heads * shape.head_size
     return max(logits, gradients + shared)

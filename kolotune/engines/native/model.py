@@ -24,7 +24,7 @@ from . import expert_lora, llama, lora, sharding, supported_models
 from .device_operations import DeviceOperations
 from .kernels import build
 from .kernels.compiled_operations import CompiledOperations
-from .memory import recomputes_on_gpu, transformers_activation_bytes
+from .memory import layer_activation_bytes, recomputes_on_gpu, transformers_activation_bytes
 from .operations import Operations, PlainOperations
 from .padded_batch import pad_batch
 from .sequence_packing import PackedSequence, costs, group_by_length, pack, token_budget
@@ -119,7 +119,7 @@ class PackedModel:
         if operations is None:
             operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()
         self._budget = token_budget(device)
-        lora_options = (job.lora_rank, job.lora_scale, job.lora_dropout, job.target_modules)
+        lora_options = (job.lora_rank, job.lora_scale, job.lora_dropout, job.target_modules, job.target_parameters)
         self.decoder, self.adapters = llama.load(
             Path(job.base_model), operations, dtype, *lora_options, self._device, job.load_in_4bit
         )
@@ -131,13 +131,15 @@ class PackedModel:
             for part in ("lora_A", "lora_B")
             for pair, _, _ in linear.parts
         ]
+        experts = expert_lora.among(self.adapters)
+        order += [(name, part) for name in experts for part in ("lora_A", "lora_B")]
         for pair in self.adapters.values():
             pair.to(self._device)
         self.flat = lora.FlatAdapters(self.adapters, order)
         self.decoder.join(self.flat)
         self._shares = not job.lora_dropout
         self._shape = shape = read_shape(Path(job.base_model))
-        self._adapter = AdapterShape.of(shape, job.lora_rank, job.target_modules)
+        self._adapter = AdapterShape.of(shape, job.lora_rank, job.target_modules, job.target_parameters)
         self._label = shape.vocabulary_size * shape.hidden_size / max(1, shape.layer_weight_count)
         self.updated()
         self._free = hardware.free_on(device)  # asked once: later the step's own memory would count
@@ -174,9 +176,13 @@ class PackedModel:
             return recomputes_on_gpu(self._shape, self._adapter, batch, width, self._free, in_4bit=self._in_4bit)
         import psutil
 
-        tokens = len(packed.ids)
+        tokens, layers = len(packed.ids), len(self.decoder.layers)
+        if self._shape.experts_per_token:
+            batch = packed.batch_shape(bool(self.kernels))
+            needed = layers * layer_activation_bytes(self._shape, self._adapter, batch, DTYPE_BYTES[self._dtype])
+            return needed > psutil.virtual_memory().available // 2
         width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
-        needed = tokens * width * _ACTIVATIONS_KEPT * len(self.decoder.layers)
+        needed = tokens * width * _ACTIVATIONS_KEPT * layers
         return needed > psutil.virtual_memory().available // 2
 
 

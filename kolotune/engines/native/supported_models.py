@@ -13,7 +13,7 @@ from .rotary_settings import FULL, LONG, SCALINGS, SLIDING
 
 _SWITCH = "KOLOTUNE_PACKED_STEP"
 # In training, transformers drops some of the model's own numbers.
-_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout")
+_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "router_jitter_noise")
 
 
 def reason_unsupported(folder: Path, longest: int) -> str:

@@ -31,6 +31,8 @@ FILES: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", **SMALL, "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 3,
     },
     "qwen 3 with yarn": {"model_type": "qwen3", **SMALL, "head_dim": 32, "rope_theta": 1e6, "rope_scaling": YARN},
+    "qwen 3 with experts": {"model_type": "qwen3_moe", **SMALL, "head_dim": 32, "norm_topk_prob": True},
+    "mixtral": {"model_type": "mixtral", **SMALL, "num_experts_per_tok": 3, "sliding_window": 32},
     "gemma": {"model_type": "gemma", **SMALL, "hidden_act": "gelu", "hidden_activation": None, "head_dim": 32},
     "gemma 2": {"model_type": "gemma2", **SMALL, "query_pre_attn_scalar": 144},
     "gemma 3": {
@@ -87,6 +89,9 @@ def test_transformers_reads_the_same(name: str, saved_again: bool, tmp_path: Pat
     listed = getattr(config, "layer_types", None)
     slides = [each == SLIDING for each in listed] if listed else [True] * config.num_hidden_layers
     assert [layer.window for layer in found.layers] == [window if each else None for each in slides]
+    assert found.chosen_experts == (getattr(config, "num_experts_per_tok", None) or 0)
+    if found.chosen_experts:
+        assert found.normalizes_experts == getattr(config, "norm_topk_prob", True)
     assert found.score_cap == (getattr(config, "attn_logit_softcapping", None) or 0.0)
     assert found.logit_cap == (getattr(config, "final_logit_softcapping", None) or 0.0)
 

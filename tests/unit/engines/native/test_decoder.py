@@ -170,7 +170,7 @@ def test_bf16_stays_near_fp32(make_training: MakeTraining, compiled: bool) -> No
     assert float(plain.loss(tokens, range(6))) == pytest.approx(loss, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_neox", "gpt2"])
 def test_other_models_are_computed_by_transformers(kind: str, make_training: MakeTraining) -> None:
     folder = make_training(kind)
     model = open_model(folder.job(), "cpu", 100)

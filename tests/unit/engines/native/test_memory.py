@@ -97,6 +97,22 @@ def test_layer_activations_of_other_families_match_the_formula(
     assert formula == pytest.approx(_bytes_kept(model, packed), rel=0.06)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_layer_activations_with_experts_stay_below_the_formula(make_training: MakeTraining, kind: str) -> None:
+    """It counts experts' inputs, which the step gathers again in the backward pass, and a dense MLP beside them."""
+    folder = make_training(
+        kind, chats=random_chats(4, 1, 30, 90), hidden_size=128, intermediate_size=384, moe_intermediate_size=384,
+        num_local_experts=4, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = PackedModel(folder.job(target_parameters=["all-experts"]), operations=DeviceOperations())
+    tokens = PreparedTokens.load(folder.root / "data" / "train.safetensors")
+    packed = sequence_packing.pack(tokens, range(len(tokens)), True)
+    shape = read_shape(folder.root / "base")
+    adapter = AdapterShape.of(shape, 4, ["all-linear"], ["all-experts"])
+    formula = memory.layer_activation_bytes(shape, adapter, packed.batch_shape(True), DTYPE_BYTES["fp32"])
+    assert formula / 2 < _bytes_kept(model, packed) < formula
+
+
 @pytest.mark.parametrize(("dtype", "length"), [("fp32", 90), ("bf16", 90), ("bf16", 300)])
 def test_transformers_activations_match_the_formula(make_training: MakeTraining, dtype: str, length: int) -> None:
     shape_options = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
@@ -137,7 +153,7 @@ def _bytes_kept(model: Any, packed: sequence_packing.PackedSequence) -> int:
     for layer in model.decoder.layers:
         kept = decoder._SavedActivations(None)
         x, added = sequence.forward(layer, x, added, kept, False)
-    tensors = [kept.x, *kept.tensors.values(), *kept.attention]
+    tensors = [kept.x, *kept.tensors.values(), *kept.attention, *kept.mlp.tensors.values()]
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors if each is not None
     }
