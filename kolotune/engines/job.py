@@ -20,7 +20,12 @@ _MAY_DIFFER_ON_RESUME = frozenset(
 )  # fmt: skip
 
 # Not in the identity as long as they are off, so that checkpoints of earlier versions fit.
-_YOUNGER: JsonObject = {"target_parameters": [], "use_rslora": False, "lora_plus_ratio": 1.0}
+_YOUNGER: JsonObject = {
+    "target_parameters": [],
+    "use_rslora": False,
+    "lora_plus_ratio": 1.0,
+    "neftune_noise_alpha": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class TrainJob:
     target_parameters: list[str] = field(default_factory=list)
     use_rslora: bool = False
     lora_plus_ratio: float = 1.0
+    neftune_noise_alpha: float = 0.0
 
     @property
     def processes(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .attention import Attention, Heads
 from .attention_limits import Limits
+from .embedding_noise import packed_noise
 from .fused_linear import FusedLinear
 from .lora import FlatAdapters
 from .matrix_product import InputGradient, Product
@@ -86,11 +87,13 @@ class Factors:
         embeddings: factor of the embeddings.
         added: factor of what attention and MLP add.
         logits: see `LogitScaling`.
+        noise: factor of the noise on the embeddings.
     """
 
     embeddings: float
     added: float
     logits: LogitScaling
+    noise: float
 
 
 @dataclass
@@ -141,13 +144,14 @@ class Decoder:
         return self._head(x, added, packed, 0.0)[1]
 
     @torch.no_grad()
-    def backward(self, packed: PackedSequence, factor: float, recompute: bool) -> Tensor:
+    def backward(self, packed: PackedSequence, factor: float, recompute: bool, noise: float = 0.0) -> Tensor:
         """Add ``factor`` times the loss's gradient to the adapters' gradients.
 
         Args:
             packed: the chats.
             factor: of the loss.
             recompute: keep only each layer's input, and recompute the rest in the backward pass.
+            noise: alpha of NEFTune; the chats share nothing then.
 
         Returns:
             The summed cross-entropy of the labels, fp64 ``[]`` (fp32 where a device has no fp64).
@@ -156,6 +160,8 @@ class Decoder:
             return self._no_loss()
         sequence = _SequencePass(self, packed)
         x, added = self._embed(packed.ids), None
+        if noise:
+            x += packed_noise(packed.lengths, x.shape[1], noise, x.device).mul_(self.factors.noise).to(x.dtype)
         kept: list[_SavedActivations] = []
         for index, layer in enumerate(self.layers):
             kept.append(_SavedActivations(random_state(x.device) if recompute else None))

@@ -107,7 +107,8 @@ class NativeEngine:
         from ..prepared_tokens import epoch_steps, longest_first
         from . import sequence_packing
 
-        share, device = not config.lora_dropout, hardware.best_device()
+        share = not (config.lora_dropout or config.neftune_noise_alpha)
+        device = hardware.best_device()
         unpadded = device != "cpu" or (config.compile != "off" and not build.reason_unavailable())
         budget = sequence_packing.token_budget(device)
 

@@ -142,7 +142,9 @@ def _factors(architecture: Architecture, dtype: torch.dtype) -> Factors:
     if architecture.family.scales_embeddings:
         embeddings = float(torch.tensor(embeddings).to(dtype))  # as Gemma was trained
     logits = LogitScaling(architecture.logit_factor, architecture.logit_cap)
-    return Factors(embeddings, architecture.block_factor, logits)
+    # transformers scales within the embedding, whose output gets the noise, or behind it.
+    noise = 1.0 if architecture.family.scales_embeddings else embeddings
+    return Factors(embeddings, architecture.block_factor, logits, noise)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from ..memory import BatchShape
 from ..prepared_tokens import IGNORED, PreparedTokens
 from . import expert_lora, llama, lora, sharding, supported_models
 from .device_operations import DeviceOperations
+from .embedding_noise import PaddedNoise
 from .kernels import build
 from .kernels.compiled_operations import CompiledOperations
 from .memory import layer_activation_bytes, recomputes_on_gpu, transformers_activation_bytes
@@ -137,7 +138,8 @@ class PackedModel:
             pair.to(self._device)
         self.flat = lora.FlatAdapters(self.adapters, order)
         self.decoder.join(self.flat)
-        self._shares = not job.lora_dropout
+        self._noise = job.neftune_noise_alpha
+        self._shares = not (job.lora_dropout or job.neftune_noise_alpha)
         self._shape = shape = read_shape(Path(job.base_model))
         self._adapter = AdapterShape.of(shape, job.lora_rank, job.target_modules, job.target_parameters)
         self._label = shape.vocabulary_size * shape.hidden_size / max(1, shape.layer_weight_count)
@@ -159,7 +161,7 @@ class PackedModel:
     def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> Tensor:
         packed = pack(tokens, group, self._shares)
         recompute = self._recomputes(packed)
-        return self.decoder.backward(packed.to(self._device), factor, recompute)
+        return self.decoder.backward(packed.to(self._device), factor, recompute, self._noise)
 
     def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
         return self.decoder.loss(pack(tokens, group, True).to(self._device))
@@ -216,6 +218,7 @@ class TransformersModel:
             sharding.shard(self.model, folder, trained, device)
         self._shape, self._width, self._sharded = read_shape(folder), DTYPE_BYTES[job.dtype], is_sharded
         self._adapter = AdapterShape.of(self._shape, job.lora_rank, job.target_modules, job.target_parameters)
+        self._noise = PaddedNoise(self.model, job.neftune_noise_alpha)
         order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
@@ -264,6 +267,7 @@ class TransformersModel:
     def _loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
         """Return the weighted, summed cross-entropy, fp32 ``[]``; logits are computed only where a label is next."""
         batch = pad_batch(tokens, group).to(self._device)
+        self._noise.lengths = batch.lengths
         kept = {"logits_to_keep": batch.positions} if self._keeps_logits else {}
         if self._says_what_is_text:
             kept["token_type_ids"] = torch.zeros_like(batch.ids)  # Gemma 3 asks for it in training

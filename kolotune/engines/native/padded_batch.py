@@ -21,6 +21,7 @@ class PaddedBatch:
         positions: int64 ``[positions]``: positions at which at least one sequence has a label next.
         tokens: number of tokens without padding.
         labels: number of labels.
+        lengths: int64 ``[sequences]``: the tokens of each up to its last label; 1 where it has none.
         weights: fp32 ``[sequences, positions]``: how much the loss on each target counts; None: in full.
     """
 
@@ -29,6 +30,7 @@ class PaddedBatch:
     positions: Tensor
     tokens: int
     labels: int
+    lengths: Tensor
     weights: Tensor | None = None
 
     def to(self, device: str) -> PaddedBatch:
@@ -58,6 +60,7 @@ def pad_batch(tokens: PreparedTokens, numbers: Sequence[int]) -> PaddedBatch:
         positions=positions - 1,
         tokens=sum(len(own_ids) for own_ids, _ in sequences),
         labels=int((labels != IGNORED).sum()),
+        lengths=((labels != IGNORED) * torch.arange(longest)).amax(1) + 1,
         weights=_padded_weights(tokens, numbers, longest, positions),
     )
 

@@ -55,6 +55,11 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
             "lora-plus-ratio: torchtune 0.6.1 trains all matrices with one learning rate",
             f"Leave --lora-plus-ratio out, {_OTHERWISE}",
         )
+    if settings.neftune_noise_alpha:
+        raise ConfigError(
+            "neftune-noise-alpha: torchtune 0.6.1 has no noise on embeddings",
+            f"Leave --neftune-noise-alpha out, {_OTHERWISE}",
+        )
     if settings.early_stopping:
         raise ConfigError(
             "early-stopping: torchtune trains all epochs and keeps the last",

@@ -289,6 +289,13 @@ class Config:
         stages="train",
         is_default_recorded=False,
     )
+    neftune_noise_alpha: Annotated[float, Ge(0)] = option(
+        0.0,
+        "Noise on the embeddings while training (NEFTune), such as 5; 0: none. Then no two sequences share anything.",
+        Group.TRAINING,
+        stages="train",
+        is_default_recorded=False,
+    )
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = option(
         0.0, "Dropout before the adapter.", Group.TRAINING, stages="train"
     )

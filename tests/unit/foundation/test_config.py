@@ -270,6 +270,7 @@ configs_ = st.builds(
     lora_dropout=numbers,
     use_rslora=st.booleans(),
     lora_plus_ratio=st.floats(1, 1e3),
+    neftune_noise_alpha=st.floats(0, 1e3),
     warmup_steps=st.none() | st.integers(0, 10**9),
     system=st.none() | texts,
     parameter=st.lists(texts.map(lambda each: f"stop={each}"), max_size=3).map(tuple),

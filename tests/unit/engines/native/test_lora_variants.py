@@ -65,12 +65,12 @@ def test_a_training_equals_pefts(kind: str, variant: str, make_training: MakeTra
     assert held_out_losses(read_metrics(Path(job.metrics)))[-1][1] == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [*VARIANTS.values(), {"neftune_noise_alpha": 5.0}], ids=[*VARIANTS, "NEFTune"])
 def test_interrupted_gives_the_same_bits(
-    variant: str, make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], make_training: MakeTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_training(**CHATS)
-    options = {"epochs": 3, "batch_size": 3, "checkpoint_steps": 2, "lora_dropout": 0.1, **VARIANTS[variant]}
+    options = {"epochs": 3, "batch_size": 3, "checkpoint_steps": 2, "lora_dropout": 0.1, **options}
     whole, broken = folder.job("whole", **options), folder.job("broken", **options)
     training.train(whole)
 

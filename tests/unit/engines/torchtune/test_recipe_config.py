@@ -53,6 +53,7 @@ def test_the_head_of_an_untied_model() -> None:
         ({"early_stopping": 2}, "early-stopping"),
         ({"use_rslora": True}, "alpha / rank"),
         ({"lora_plus_ratio": 4}, "one learning rate"),
+        ({"neftune_noise_alpha": 5}, "noise"),
         ({"target_modules": "gate_proj,up_proj,down_proj"}, "q_proj, k_proj, v_proj, o_proj"),
         ({"target_modules": "q_proj,gate_proj"}, "together or not at all"),
         ({"target_modules": "q_proj,c_attn"}, "c_attn"),
