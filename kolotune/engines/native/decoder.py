@@ -30,7 +30,7 @@ from .mlp import Mlp, SavedMlp
 from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
-from .transfers import random_state, set_random_state, sum_dtype
+from .transfers import random_state, set_random_state, sum_dtype, to_device
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Decoder:
         settings: of the layers' attention.
         layers: in order.
         factors: see `Factors`.
-        embedding: ``[vocabulary, width]``.
+        embedding: ``[vocabulary, width]``; on the host if its memory on the device is needed for more.
         head: computes the logits.
         norm: in front of the head.
         operations: computes the elementwise parts.
@@ -138,7 +138,7 @@ class Decoder:
         if not packed.labels:
             return self._no_loss()
         sequence = _SequencePass(self, packed)
-        x, added = self._embed(packed.ids), None
+        x, added = self._embed(packed), None
         for index, layer in enumerate(self.layers):
             x, added = sequence.forward(layer, x, added, None, last=index == len(self.layers) - 1)
         return self._head(x, added, packed, 0.0)[1]
@@ -159,7 +159,7 @@ class Decoder:
         if not packed.labels:
             return self._no_loss()
         sequence = _SequencePass(self, packed)
-        x, added = self._embed(packed.ids), None
+        x, added = self._embed(packed), None
         if noise:
             x += packed_noise(packed.lengths, x.shape[1], noise, x.device).mul_(self.factors.noise).to(x.dtype)
         kept: list[_SavedActivations] = []
@@ -177,11 +177,11 @@ class Decoder:
         return loss
 
     def _no_loss(self) -> Tensor:
-        device = self.embedding.device
+        device = self.norm.weight.device
         return torch.zeros((), dtype=sum_dtype(device), device=device)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        x = self.embedding[ids]
+    def _embed(self, packed: PackedSequence) -> Tensor:
+        x = to_device(self.embedding[packed.ids], packed.positions.device)
         return x if self.factors.embeddings == 1.0 else x.mul_(self.factors.embeddings)
 
     def _head(self, x: Tensor, added: Tensor | None, packed: PackedSequence, factor: float) -> tuple[Tensor, Tensor]:

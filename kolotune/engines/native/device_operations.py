@@ -34,7 +34,7 @@ class DeviceOperations(PlainOperations):
         self._kernel_for = kernel_for
 
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
-        kernel = self._kernel_for(packed.ids.device, rotary.dtype, heads.width, limits)
+        kernel = self._kernel_for(packed.positions.device, rotary.dtype, heads.width, limits)
         return DeviceAttention(packed, heads, rotary, limits, kernel)
 
 
@@ -48,7 +48,7 @@ class DeviceAttention:
         segments = sorted(packed.segments, key=lambda segment: segment.start)
         queries = tuple(segment.length for segment in segments)
         keys = tuple(len(segment.front) + segment.length for segment in segments)
-        device = packed.ids.device
+        device = packed.positions.device
         self.lengths = Lengths(queries, keys, to_device(_starts(queries), device), to_device(_starts(keys), device))
         self.seen: Tensor | None = None  # int64 [keys]: the token of each key, where some are seen by several segments
         if keys != queries:

@@ -199,7 +199,7 @@ def _memory_on_gpus(config: Config, shape: ModelShape, adapter: AdapterShape, ba
     gpu, recompute = memory.packed_on_gpu(
         shape, adapter, batch, DTYPE_BYTES[config.dtype], size, in_4bit=config.load_in_4bit
     )
-    process = memory.gpu_process(shape, adapter)
+    process = memory.gpu_process(shape, adapter, DTYPE_BYTES[config.dtype], in_4bit=config.load_in_4bit)
     return TrainingMemory(Memory(process.own * config.nproc, process.mapped * config.nproc), recompute, gpu=gpu)
 
 

@@ -94,8 +94,11 @@ def load(
         parts.layer(prefix, linears, patterns.index(pattern))
         for prefix, pattern in zip(prefixes, architecture.layers, strict=True)
     ]
-    embedding = parts.read("model.embed_tokens.weight")
-    head = parts.read("lm_head.weight") if "lm_head.weight" in parts.files else embedding
+    is_tied = "lm_head.weight" not in parts.files
+    # A GPU that needs 4 bits has better use for the memory than some rows of a table that the host can look up.
+    at_host = in_4bit and not is_tied
+    embedding = parts.read("model.embed_tokens.weight", _CPU if at_host else device)
+    head = embedding if is_tied else parts.read("lm_head.weight", device)
     decoder = Decoder(
         heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
         settings=[_setting(architecture, pattern, device) for pattern in patterns],
@@ -160,9 +163,9 @@ class _Parts:
     in_4bit: bool = False
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device | None = None) -> Tensor:
         """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
-        return self.files.read(name).to(self.device, self.dtype, copy=True)
+        return self.files.read(name).to(device or self.device, self.dtype, copy=True)
 
     def norm(self, name: str) -> Norm:
         return Norm(self.read(f"{name}.weight"), self.architecture.epsilon, self.architecture.family.norms_stored_less)

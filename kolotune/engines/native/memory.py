@@ -111,6 +111,7 @@ def packed_on_gpu(
         in_4bit: as in `packed_training`.
     """
     resident = _GPU_CONTEXT + _frozen_bytes(shape, adapter, dtype_bytes, in_4bit) + _optimizer_bytes(adapter, False)
+    resident -= _host_embedding_bytes(shape, dtype_bytes, in_4bit)
     options = (shape, adapter)
     recompute = recomputes_on_gpu(*options, batch, dtype_bytes, size - resident, in_4bit=in_4bit)
     while True:
@@ -121,9 +122,15 @@ def packed_on_gpu(
         batch = replace(batch, tokens=tokens, labels=min(batch.labels, tokens), shared=min(batch.shared, tokens))
 
 
-def gpu_process(shape: ModelShape, adapter: AdapterShape) -> Memory:
+def gpu_process(shape: ModelShape, adapter: AdapterShape, dtype_bytes: int, *, in_4bit: bool) -> Memory:
     """Return the memory of a process whose tensors are on a GPU; what the driver's libraries take is not counted."""
-    return Memory(PROCESS.own + 2 * adapter.checkpoint_bytes(True), PROCESS.mapped + shape.stored_bytes)
+    own = PROCESS.own + 2 * adapter.checkpoint_bytes(True) + _host_embedding_bytes(shape, dtype_bytes, in_4bit)
+    return Memory(own, PROCESS.mapped + shape.stored_bytes)
+
+
+def _host_embedding_bytes(shape: ModelShape, dtype_bytes: int, in_4bit: bool) -> int:
+    """Return the bytes of the embedding where the host keeps it: for a base in 4 bits whose head is a matrix apart."""
+    return dtype_bytes * shape.vocabulary_size * shape.hidden_size if in_4bit and not shape.tied else 0
 
 
 def recomputes_on_gpu(

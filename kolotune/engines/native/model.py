@@ -161,13 +161,16 @@ class PackedModel:
     def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> Tensor:
         packed = pack(tokens, group, self._shares)
         recompute = self._recomputes(packed)
-        return self.decoder.backward(packed.to(self._device), factor, recompute, self._noise)
+        return self.decoder.backward(self._on_device(packed), factor, recompute, self._noise)
 
     def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
-        return self.decoder.loss(pack(tokens, group, True).to(self._device))
+        return self.decoder.loss(self._on_device(pack(tokens, group, True)))
 
     def updated(self) -> None:
         self.decoder.refresh()
+
+    def _on_device(self, packed: PackedSequence) -> PackedSequence:
+        return packed.to(self._device, self.decoder.embedding.device)
 
     def _recomputes(self, packed: PackedSequence) -> bool:
         """Return whether to recompute activations: keeping them takes more than half of the free memory, or did."""

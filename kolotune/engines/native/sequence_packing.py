@@ -91,11 +91,16 @@ class PackedSequence:
             segments.append(Segment(0, self.prefix, torch.arange(0)))
         return tuple(segments)
 
-    def to(self, device: torch.device) -> PackedSequence:
-        """Return the sequence with the tokens on a device; `fronts`, from which layouts are made, stay on the host."""
+    def to(self, device: torch.device, embedding: torch.device) -> PackedSequence:
+        """Return the sequence on a device; `fronts`, from which layouts are made, stay on the host.
+
+        Args:
+            device: that computes.
+            embedding: the device that has the embedding, to which the ids go.
+        """
         return replace(
             self,
-            ids=to_device(self.ids, device),
+            ids=to_device(self.ids, embedding),
             positions=to_device(self.positions, device),
             label_positions=to_device(self.label_positions, device),
             targets=to_device(self.targets, device),

@@ -81,6 +81,7 @@ def test_a_step_reads_nothing_back(kind: str, recompute: bool, in_4bit: bool, ma
     operations = DeviceOperations(lambda device, dtype, width, limits: PlainKernel() if limits.cap else FlashKernel())
     model = PackedModel(job, "meta", operations)
     model._recomputes = lambda packed: recompute  # type: ignore[method-assign]
+    assert model.decoder.embedding.is_meta == (not in_4bit or model.decoder.head._weight is model.decoder.embedding)  # type: ignore[attr-defined]
     with _OnDevice() as watch:
         for group in model.groups(tokens, range(len(tokens))):
             assert model.backward(tokens, group, 0.5).is_meta
