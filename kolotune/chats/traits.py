@@ -7,7 +7,7 @@ on whether the trained chats have it.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from functools import lru_cache
 
@@ -36,6 +36,7 @@ class ChatTrait(StrEnum):
     THOUGHTS_BEFORE_CALL = "thoughts-before-call"
     SPACES = "spaces"
     COMBINING_MARKS = "combining-marks"
+    COMPATIBILITY_FORMS = "compatibility-forms"
 
     @property
     def sentence(self) -> str:
@@ -61,6 +62,7 @@ _SENTENCES = {
     ChatTrait.THOUGHTS_BEFORE_CALL: "thoughts before a tool call",
     ChatTrait.SPACES: "texts that begin or end with spaces",
     ChatTrait.COMBINING_MARKS: "letters with separate accents (Unicode that is not in composed form, NFC)",
+    ChatTrait.COMPATIBILITY_FORMS: "characters that stand for others, such as ligatures (Unicode that NFKC replaces)",
 }
 
 
@@ -71,17 +73,30 @@ def traits_of(chat: Chat) -> frozenset[ChatTrait]:
     roles = tuple([message.role for message in before])
     is_empty = bool(roles) and roles[0] == "system" and not texts[0].strip()
     is_spaced = any([text != text.strip() for text in texts])
-    has_marks = any([not text.isascii() and not unicodedata.is_normalized("NFC", text) for text in texts])
-    traits = _traits_of_texts(roles, bool(chat.tools), is_empty, is_spaced, has_marks)
+    forms = _forms_of(texts)
+    traits = _traits_of_texts(roles, bool(chat.tools), is_empty, is_spaced)
     if chat.is_plain or (not chat.tools and all([message.is_plain for message in before])):
-        return traits
-    return traits | frozenset(_traits_of_tools_and_thoughts(chat))
+        return traits | forms if forms else traits
+    return traits | forms | frozenset(_traits_of_tools_and_thoughts(chat))
+
+
+def _forms_of(texts: Iterable[str]) -> frozenset[ChatTrait]:
+    """Return the traits of texts that normalizers of tokenizers change."""
+    traits = set()
+    for text in texts:
+        if text.isascii() or unicodedata.is_normalized("NFKC", text):  # then it is in composed form, too
+            continue
+        if unicodedata.is_normalized("NFC", text):
+            traits.add(ChatTrait.COMPATIBILITY_FORMS)
+        else:
+            traits.add(ChatTrait.COMBINING_MARKS)
+            if unicodedata.normalize("NFKC", text) != unicodedata.normalize("NFC", text):
+                traits.add(ChatTrait.COMPATIBILITY_FORMS)
+    return frozenset(traits)
 
 
 @lru_cache(1024)
-def _traits_of_texts(
-    roles: tuple[str, ...], has_tools: bool, is_empty: bool, is_spaced: bool, has_marks: bool
-) -> frozenset[ChatTrait]:
+def _traits_of_texts(roles: tuple[str, ...], has_tools: bool, is_empty: bool, is_spaced: bool) -> frozenset[ChatTrait]:
     traits = set()
     if roles[:1] == ("system",):
         traits.add(ChatTrait.TOOLS_AND_SYSTEM if has_tools else ChatTrait.SYSTEM)
@@ -93,8 +108,6 @@ def _traits_of_texts(
         traits.add(ChatTrait.TURNS)
     if is_spaced:
         traits.add(ChatTrait.SPACES)
-    if has_marks:
-        traits.add(ChatTrait.COMBINING_MARKS)
     return frozenset(traits)
 
 
@@ -102,6 +115,8 @@ def _traits_of_tools_and_thoughts(chat: Chat) -> Iterator[ChatTrait]:
     if any(map(_is_rich, chat.tools)):
         yield ChatTrait.RICH_TOOLS
     before = chat.messages[:-1]
+    structured = [chat.tools, *((message.reasoning, message.tool_calls) for message in before)]
+    yield from _forms_of(_texts_in(structured))
     for index, message in enumerate(before):
         yield from _traits_beyond_text(message, before[index + 1 :])
 
@@ -137,3 +152,14 @@ def _is_rich(value: object) -> bool:
     if isinstance(value, dict):
         return any(_is_rich(name) or _is_rich(content) for name, content in value.items())
     return isinstance(value, list) and any(map(_is_rich, value))
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """Yield every text in a JSON value, the names of fields, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts_in([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)

@@ -29,6 +29,7 @@ class Cause(Enum):
     BOS = "the {artifact}'s tokenizer adds a BOS that training did not have, or none although training had one"
     ANSWER_MERGES = "the chats were prepared with the first characters of answers in the last token of their prompts"
     COMPOSED_FORM = "the tokenizer composes accented letters (NFC), and llama.cpp does not"
+    COMPATIBILITY_FORM = "the tokenizer replaces ligatures and the like (NFKC), and llama.cpp does not"
     FIRST_SPACE = "llama.cpp puts SentencePiece's space in front of texts where the trained tokenizer puts none"
     TOKENIZER = "llama.cpp does not split texts as the trained tokenizer does"
     DAMAGED_OR_TOO_COARSE = (
@@ -52,6 +53,7 @@ _MISMATCHES = {
     MismatchKind.BOS: Cause.BOS,
     MismatchKind.ANSWER_MERGES: Cause.ANSWER_MERGES,
     MismatchKind.COMPOSED_FORM: Cause.COMPOSED_FORM,
+    MismatchKind.COMPATIBILITY_FORM: Cause.COMPATIBILITY_FORM,
     MismatchKind.FIRST_SPACE: Cause.FIRST_SPACE,
     MismatchKind.TOKENS: Cause.TOKENIZER,
 }

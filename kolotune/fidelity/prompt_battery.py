@@ -111,6 +111,7 @@ _BATTERY: dict[ChatTrait, tuple[tuple[Message, ...], tuple[JsonObject, ...]]] = 
         (Message("user", "Wie ist das Wetter in Zu\u0308rich, Ha\u0300 No\u0323\u0302i?"),),
         (),
     ),
+    ChatTrait.COMPATIBILITY_FORMS: ((Message("user", "Is \ufb01ne weather 25 \u2103, or \uff12\uff15…?"),), ()),
 }
 
 

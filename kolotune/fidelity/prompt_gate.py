@@ -1,8 +1,8 @@
 """Before training: will llama.cpp's server put the tokens before an answer that training puts there?
 
 It needs no weights. The GGUF's header is known from the conversion plan, and llama.cpp's own server is asked what it
-makes of a short chat with each trait; the answer is kept in the cache. Once chats are prepared, some of them are asked
-for, too.
+makes of a short chat with each trait; the answer is kept in the cache. Once chats are prepared, the whole prompts
+of some of them are asked for, and the tokens of all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +29,25 @@ from kolotune.gguf import conversion_source, convert
 from kolotune.gguf.model_skeleton import ModelSkeleton
 from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
 from kolotune.llamacpp.tokenizer_model import tokenizer_model
-from kolotune.run_folder.layout import HELD_OUT_CHATS, RunFolder
+from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 
+from .prepared_prompts import PreparedPrompts, check_prepared_prompts
 from .prompt_proof import MismatchKind, Outcome, Prompt, PromptResult, ask
 
 if TYPE_CHECKING:
     from .trained_format import TrainedFormat
 
-_VERSION = 3  # raised when the battery or the way to ask changes
+_VERSION = 4  # raised when the battery or the way to ask changes
 _PACKAGES = ("xllamacpp", "transformers", "tokenizers", "jinja2")
 _MOST_PROOFS = 32
 _HELD_OUT = 16  # chats whose prompts are asked for, too
+_TOLERATED = {TRAIN_TOKENS: 0.01, HELD_OUT_TOKENS: 0.0}  # share of the chats; `compare` tolerates none
 _WRONG = (Outcome.DIFFERENT, Outcome.SERVER_REFUSES)
 _HINTS = {
     MismatchKind.COMPOSED_FORM: "Write the chats in composed form: unicodedata.normalize('NFC', text) in Python.",
+    MismatchKind.COMPATIBILITY_FORM: "Write the chats without them: unicodedata.normalize('NFKC', text) in Python.",
     MismatchKind.TEMPLATE: "Give a template that both write alike (--chat-template), or use another base model.",
 }
 _TRAIN_ANYWAY = "With --no-compare it is trained nevertheless."
@@ -85,9 +88,31 @@ def check_prompts(
         wrong += used
     if used and context.config.compare:
         raise _error(used)
+    if is_prepared and not used:
+        _check_prepared(context, reporter, subject)
     unused = [result for result in wrong if traits is not None or is_prepared]
     if unused:
         reporter.warning(f"llama.cpp's server does not write every prompt as training does: {_describe(unused)}")
+
+
+def _check_prepared(context: Context, reporter: Reporter, subject: _Subject) -> None:
+    """Check the tokens of all prompts of the prepared chats; `compare` refuses even one of the held-out ones."""
+    reporter.doing("asking llama.cpp for the tokens of the prepared chats")
+    files = [file for name in _TOLERATED if (file := context.run.prepared / name).is_file()]
+    for file, prompts in zip(files, subject.check_prepared(files), strict=True):
+        kind = "held-out" if file.name == HELD_OUT_TOKENS else "training"
+        if prompts.asked < prompts.chats:
+            reporter.note(f"llama.cpp was asked for the tokens of {prompts.asked:,} of {prompts.chats:,} {kind} chats")
+        if prompts.mismatch is None:
+            continue
+        cause = (
+            f"{prompts.different:,} of {prompts.asked:,} {kind} chats have other tokens in llama.cpp than they are "
+            f"trained with: {prompts.mismatch.kind.sentence}: {prompts.mismatch}"
+        )
+        if context.config.compare and prompts.different > _TOLERATED[file.name] * prompts.asked:
+            hint = _HINTS.get(prompts.mismatch.kind, "Change these texts, or use another base model.")
+            raise TemplateError(cause, f"{hint} {_TRAIN_ANYWAY}")
+        reporter.warning(cause)
 
 
 def recorded_traits(run: RunFolder) -> list[ChatTrait] | None:
@@ -124,6 +149,17 @@ class _Subject:
         bos = special_tokens(trained.tokenizer).get("bos_token", "")
         with PromptServer(self.model) as server:
             return list(ask(asked, server, vocabulary_by_id(trained.tokenizer), bos))
+
+    def check_prepared(self, files: Sequence[Path]) -> list[PreparedPrompts]:
+        """Return what llama.cpp makes of the prompts in each file that `prepare` wrote."""
+        from kolotune.chats.tokens.tokenizer import load_tokenizer
+
+        from .vocabulary import vocabulary_by_id
+
+        tokenizer = load_tokenizer(self.tokenizer)
+        backend, pieces = tokenizer.backend_tokenizer, vocabulary_by_id(tokenizer)
+        with PromptServer(self.model) as server:
+            return [check_prepared_prompts(file, backend, pieces, server.split) for file in files]
 
 
 def _subject(context: Context, reporter: Reporter, is_prepared: bool) -> _Subject:

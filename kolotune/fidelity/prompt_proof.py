@@ -36,6 +36,7 @@ class MismatchKind(StrEnum):
     BOS = "bos"
     ANSWER_MERGES = "answer-merges"
     COMPOSED_FORM = "composed-form"
+    COMPATIBILITY_FORM = "compatibility-form"
     FIRST_SPACE = "first-space"
     TOKENS = "tokens"
 
@@ -50,6 +51,7 @@ _CAUSES = {
     MismatchKind.BOS: "one of the two has a BOS token at the beginning",
     MismatchKind.ANSWER_MERGES: "in training, the prompt's last token contains the first characters of the answer",
     MismatchKind.COMPOSED_FORM: "the tokenizer composes accented letters (NFC), llama.cpp reads them as they are",
+    MismatchKind.COMPATIBILITY_FORM: "the tokenizer replaces ligatures and the like (NFKC), llama.cpp does not",
     MismatchKind.FIRST_SPACE: "llama.cpp puts SentencePiece's space in front of texts where the tokenizer does not",
     MismatchKind.TOKENS: "llama.cpp splits the text into other tokens",
 }
@@ -154,6 +156,17 @@ def ask(
             yield PromptResult(prompt.name, Outcome.DIFFERENT, _mismatch(prompt, text, ids, pieces, bos))
 
 
+def mismatch_of_tokens(trained: Sequence[int], served: Sequence[int], pieces: Sequence[str | None]) -> Mismatch:
+    """Return where llama.cpp splits a text into other tokens than training."""
+    before, after = ([_piece(pieces, index) for index in sequence] for sequence in (trained, served))
+    start = _first_difference(trained, served)
+    around = slice(max(0, start - _PIECES_BEFORE), start + _PIECES_AFTER)
+    kind = MismatchKind.TOKENS
+    if _is_first_space(before[start : start + 1], after[start : start + 1]):
+        kind = MismatchKind.FIRST_SPACE
+    return Mismatch(kind, " ".join(before[around]), " ".join(after[around]))
+
+
 def _mismatch(prompt: Prompt, text: str, ids: Sequence[int], pieces: Sequence[str | None], bos: str) -> Mismatch:
     trained_text = prompt.text.removeprefix(bos)
     served_text = text.removeprefix(bos)
@@ -175,9 +188,13 @@ def _kind(prompt: Prompt, ids: Sequence[int], trained: list[str], served: list[s
         return MismatchKind.ANSWER_MERGES
     if prompt.is_normalized and not unicodedata.is_normalized("NFC", prompt.text):
         return MismatchKind.COMPOSED_FORM
-    if trained != served and any(_SPACE in piece[:1] for piece in (*trained, *served)):
-        return MismatchKind.FIRST_SPACE
-    return MismatchKind.TOKENS
+    if prompt.is_normalized and not unicodedata.is_normalized("NFKC", prompt.text):
+        return MismatchKind.COMPATIBILITY_FORM
+    return MismatchKind.FIRST_SPACE if _is_first_space(trained, served) else MismatchKind.TOKENS
+
+
+def _is_first_space(trained: list[str], served: list[str]) -> bool:
+    return trained != served and any(_SPACE in piece[:1] for piece in (*trained, *served))
 
 
 def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:

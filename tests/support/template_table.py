@@ -81,7 +81,7 @@ def conversations() -> dict[str, Conversation]:
     chats = {
         trait.value.replace("-", " "): Chat(chat.messages[:-1], tools=chat.tools)
         for trait, chat in battery().items()
-        if trait is not ChatTrait.COMBINING_MARKS  # it is about tokenizers
+        if trait not in (ChatTrait.COMBINING_MARKS, ChatTrait.COMPATIBILITY_FORMS)  # they are about tokenizers
     }
     chats |= {name: Chat(messages) for name, messages in _MORE.items()}
     found = {name: Conversation(chat, chat.message_dicts()) for name, chat in chats.items()}

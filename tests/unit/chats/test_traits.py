@@ -50,6 +50,23 @@ CASES: dict[str, tuple[Chat, str]] = {
     "a space": (Chat((Message("user", "Hi "), ANSWER)), "question spaces"),
     "accents": (Chat((Message("user", "Zu\u0308rich"), ANSWER)), "question combining-marks"),
     "composed accents": (Chat((Message("user", "Zürich"), ANSWER)), "question"),
+    "accents in a call": (
+        Chat((USER, calling({"a": ["Zu\u0308rich"]}), RESULT, ANSWER)),
+        "question call rich-call combining-marks",
+    ),
+    "accents in a description": (
+        Chat((USER, ANSWER), tools=({**TOOL, "function": {**TOOL["function"], "description": "Zu\u0308"}},)),
+        "tools rich-tools combining-marks",
+    ),
+    "accents in a thought": (
+        Chat((USER, Message("assistant", "Hello", reasoning="Zu\u0308"), USER, ANSWER)),
+        "question turns thoughts combining-marks",
+    ),
+    "a ligature": (Chat((Message("user", "\ufb01ne"), ANSWER)), "question compatibility-forms"),
+    "a ligature and accents": (
+        Chat((Message("user", "\ufb01ne Zu\u0308rich"), ANSWER)),
+        "question combining-marks compatibility-forms",
+    ),
     "only the answer": (Chat((USER, Message("assistant", " Zu\u0308rich"))), "question"),
 }
 

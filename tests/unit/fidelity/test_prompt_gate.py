@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from kolotune.fidelity.prompt_proof import MismatchKind, Outcome, PromptResult
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import TemplateError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.run_folder.layout import RunFolder
+from kolotune.run_folder.layout import HELD_OUT_TOKENS, RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.stages import prepare
 
@@ -121,10 +122,18 @@ def test_what_is_always_wrong_ends_the_run_before_the_chats_are_read(make: Make)
         check_prompts(make(ALL_AS_PYTHON), Warnings(), None, is_prepared=False)
 
 
-def composing(base: Path) -> dict[str, str]:
+def composing(base: Path, form: str = "NFC") -> dict[str, str]:
     """Return the tokenizer of a base with a normaliser like those of Qwen 2 and Command-R; llama.cpp has none."""
     tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
-    return {"tokenizer.json": json.dumps({**tokenizer, "normalizer": {"type": "NFC"}})}
+    return {"tokenizer.json": json.dumps({**tokenizer, "normalizer": {"type": form}})}
+
+
+def splitting(base: Path) -> dict[str, str]:
+    """Return the tokenizer of a base that splits one word in its own way, of which the converter can't know."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    word = {"type": "Split", "pattern": {"String": "zyx"}, "behavior": "Isolated", "invert": False}
+    both = {"type": "Sequence", "pretokenizers": [word, tokenizer["pre_tokenizer"]]}
+    return {"tokenizer.json": json.dumps({**tokenizer, "pre_tokenizer": both})}
 
 
 @pytest.mark.slow
@@ -137,6 +146,47 @@ def test_a_tokenizer_that_composes_letters(make: Make, tiny_base: Path) -> None:
     with pytest.raises(TemplateError) as caught:
         check_prompts(context, Warnings(), {ChatTrait.COMBINING_MARKS}, is_prepared=False)
     assert "NFC" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_replaces_characters(make: Make, tiny_base: Path) -> None:
+    results = by_trait(make(files=composing(tiny_base, "NFKC")))
+    different = results[ChatTrait.COMPATIBILITY_FORMS].mismatch
+    assert different is not None and different.kind == MismatchKind.COMPATIBILITY_FORM
+    assert results[ChatTrait.QUESTION].outcome == Outcome.EQUAL
+
+
+def prepared(context: Context, words: Sequence[str], folder: Path) -> Context:
+    """Prepare a chat for each word."""
+    turns = [[("user", f"{word} {number}"), ("assistant", "ok")] for number, word in enumerate(words)]
+    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in each]}) for each in turns]
+    (folder / "c.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare.run(context, PlainReporter())
+    return context
+
+
+@pytest.mark.parametrize("strange", [0, 1, 2])
+def test_all_training_chats_are_asked_for(strange: int, make: Make, tiny_base: Path, tmp_path: Path) -> None:
+    words = ["azyxb"] * strange + ["good"] * (150 - strange)
+    context = prepared(make(files=splitting(tiny_base), eval_split=0.0), words, tmp_path)
+    reporter, counted = Warnings(), rf"{strange} of 150 training chats have other tokens in llama\.cpp"
+    if strange > 1:  # of a hundred
+        with pytest.raises(TemplateError, match=counted) as caught:
+            check_prompts(context, reporter, [], is_prepared=True)
+        assert "a zy x b" in caught.value.cause and "--no-compare" in caught.value.hint
+        return
+    check_prompts(context, reporter, [], is_prepared=True)
+    assert [bool(re.match(counted, warning)) for warning in reporter.warnings] == [True] * strange
+
+
+def test_no_held_out_chat_may_differ(make: Make, tiny_base: Path, tmp_path: Path) -> None:
+    context = make(files=splitting(tiny_base), eval_split=0.2)
+    tokens = prepared(context, ["azyxb"] * 10, tmp_path).run.prepared / HELD_OUT_TOKENS
+    strange = tokens.read_bytes()
+    prepared(context, ["good"] * 10, tmp_path)
+    tokens.write_bytes(strange)
+    with pytest.raises(TemplateError, match=r"2 of 2 held-out chats"):
+        check_prompts(context, Warnings(), [], is_prepared=True)
 
 
 @pytest.mark.slow
