@@ -74,14 +74,16 @@ class _AdaptedModel:
 
     def _oriented(self, name: str, delta: Delta) -> Delta:
         """The delta in the orientation of its module: GPT-2 keeps weights as [in, out], whatever the adapter says."""
-        path = name.removesuffix(".weight")
-        modules = dict(self.model.named_modules())
-        module = modules.get(path) or modules.get(f"model.{path}") or modules.get(path.removeprefix("model."))
+        module = self._module(name.removesuffix(".weight"))
         if isinstance(module, nn.Linear):
             return dataclasses.replace(delta, transposed=False)
         if isinstance(module, transformers.pytorch_utils.Conv1D):
             return dataclasses.replace(delta, transposed=True)
         return delta
+
+    def _module(self, path: str) -> nn.Module | None:
+        modules = dict(self.model.named_modules())
+        return modules.get(path) or modules.get(f"model.{path}") or modules.get(path.removeprefix("model."))
 
     @torch.no_grad()
     def _add_to(self, weight: Tensor, adapter: LoraAdapter, name: str, key: str) -> None:
@@ -93,7 +95,8 @@ class _AdaptedModel:
         if key in adapter.experts:
             experts = adapter.experts[key]
             update = torch.from_numpy(np.ascontiguousarray(experts.b)) @ torch.from_numpy(experts.a) * experts.scale
-            if update.shape != weight.shape:
+            is_transposed = getattr(self._module(name.rpartition(".")[0]), "is_transposed", False)
+            if is_transposed or update.shape != weight.shape:
                 update = update.transpose(1, 2)
             weight.add_(update)
         if key in adapter.deltas:
@@ -285,19 +288,20 @@ class LayeredModel(_AdaptedModel):
     @torch.no_grad()
     def log_probabilities(self, chats: Sequence[ComparedChat]) -> Iterator[tuple[int, np.ndarray]]:
         """See `WholeModel.log_probabilities`; each layer is read once for every few thousand tokens."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
         self._load_outside_layers()
         decoder = self.model.get_decoder()
+        if decoder is self.model:  # Llama 4's does not find it
+            decoder = self.model.get_submodule(self._layers_path.removesuffix(".").rpartition(".")[0])
         hidden: dict[int, Tensor] = {}
         for group in group_chats(chats, _LAYERED_TOKENS):
             ids, self._is_token = padded(chats, group)
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            for number, state in zip(group, states, strict=True):
+            read = decoder(input_ids=ids, use_cache=False)
+            kind = type(read)  # of a model with experts it has more fields, which the model asks for
+            for number, state in zip(group, read.last_hidden_state, strict=True):
                 hidden[number] = state[: len(chats[number].ids)].clone()
         self._is_token = None
         for number, chat in enumerate(chats):
-            output = Output(last_hidden_state=hidden.pop(number)[None])
+            output = kind(last_hidden_state=hidden.pop(number)[None])
             decoder.forward = lambda *_, output=output, **__: output  # the model continues from here to its logits
             try:
                 positions = torch.tensor(chat.positions)

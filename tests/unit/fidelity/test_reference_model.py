@@ -22,6 +22,10 @@ CHATS = [
     ComparedChat([*BEGIN, 9, 9, 8, 7], [30, 31, 33], []),
 ]
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SQUARE = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+"""Experts whose weight has as many inputs as outputs, as those of gpt-oss; its shape does not say which is which."""
+
 
 def with_adapter(model: Any, folder: Path, targets: list[str], **options: Any) -> Any:
     """Add a random adapter to the model, and save it with PEFT."""
@@ -54,6 +58,9 @@ def with_adapter(model: Any, folder: Path, targets: list[str], **options: Any) -
         ("gpt2", ["c_attn", "c_proj"], {}, {}),
         ("gpt2", ["c_attn", "c_proj"], {}, {"use_dora": True}),
         ("gpt2", ["c_attn", "c_proj"], {}, {"init_lora_weights": "pissa"}),
+        ("gpt_oss", ["q_proj"], SQUARE, {"target_parameters": EXPERTS}),
+        ("gpt_oss", ["q_proj"], {**SQUARE, "intermediate_size": 96}, {"target_parameters": EXPERTS}),
+        ("llama4_text", ["q_proj"], SQUARE, {"target_parameters": ["gate_up_proj", "experts.down_proj"]}),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
@@ -65,23 +72,35 @@ def test_layer_by_layer_as_peft(
     tiny_model: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    import torch
-
     base = tiny_model(kind, tmp_path / "base", **more)
     tuned = with_adapter(base, tmp_path / "adapter", targets, **options)
     for kind_of_model in (reference_model.WholeModel, reference_model.LayeredModel):
-        model: Any = kind_of_model(tmp_path / "base")
-        before = dict(model.log_probabilities(CHATS))
-        model.add(tmp_path / "adapter")
-        after = dict(model.log_probabilities(CHATS))
-        assert sorted(after) == list(range(len(CHATS)))
-        for number, chat in enumerate(CHATS):
-            actual = after[number]
-            with torch.no_grad():
-                logits = tuned(input_ids=torch.tensor([chat.ids])).logits[0, chat.positions]
-            expected = torch.log_softmax(logits, -1).numpy()
-            assert np.abs(actual - expected).max() < 2e-4, kind_of_model
-            assert np.abs(actual - before[number]).max() > 1e-2
+        check_as_peft(kind_of_model(tmp_path / "base"), tuned, tmp_path / "adapter")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_experts_that_are_stored_one_by_one_as_peft(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    base = tiny_model("mixtral", tmp_path / "base", **SQUARE)
+    tuned = with_adapter(base, tmp_path / "adapter", ["q_proj"], target_parameters=EXPERTS)
+    check_as_peft(reference_model.WholeModel(tmp_path / "base"), tuned, tmp_path / "adapter")
+    with pytest.raises(SpaceError, match="layer by layer"):
+        reference_model.LayeredModel(tmp_path / "base")
+
+
+def check_as_peft(model: Any, tuned: Any, adapter: Path) -> None:
+    """Check that a model with an adapter predicts what PEFT's does, and something else than without."""
+    import torch
+
+    before = dict(model.log_probabilities(CHATS))
+    model.add(adapter)
+    after = dict(model.log_probabilities(CHATS))
+    assert sorted(after) == list(range(len(CHATS)))
+    for number, chat in enumerate(CHATS):
+        with torch.no_grad():
+            logits = tuned(input_ids=torch.tensor([chat.ids])).logits[0, chat.positions]
+        expected = torch.log_softmax(logits, -1).numpy()
+        assert np.abs(after[number] - expected).max() < 2e-4, type(model)
+        assert np.abs(after[number] - before[number]).max() > 1e-2
 
 
 def test_a_model_that_does_not_fit_is_read_layer_by_layer(
