@@ -23,18 +23,39 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 EQUAL = 1e-6
 """Mean KL up to which a tuned model is equal to the adapter on its base."""
+_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 CHANGES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1, 3]},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 2.448, "mup_enabled": True},
+    "bamba": {"attn_layer_indices": [1, 3], "attn_rotary_emb": 64},
     "bitnet": {"tie_word_embeddings": True},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": None, "topk_group": None},
+    "deepseek_v32": _SIGMOID,
+    "deepseek_v4": {"num_hash_layers": 3},
+    "dots1": {
+        "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+    },
+    "dots3_note": _SIGMOID,
+    "dots3_note_text": _SIGMOID,
     "exaone4": {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 32},
+    "exaone_moe": _SIGMOID,
+    "falcon_h1": {"head_dim": 128},
+    "glm4_moe_lite": {**_SIGMOID, "first_k_dense_replace": 1},
+    "glm_moe_dsa": _SIGMOID,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {
+        "head_dim": 128, "num_experts": 8, "moe_topk": [2] * 32, "moe_intermediate_size": [11008] * 32,
+        "num_shared_expert": [1] * 32,
+    },
     "lfm2": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
     "lfm2_moe": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
-    "nemotron": {"head_dim": 128},
+    "minicpm3": {"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4},
+    "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid"},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "qwen3_moe": {"norm_topk_prob": True},
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": None, "topk_group": None},
-}
+    "solar_open": {"partial_rotary_factor": 1.0, "first_k_dense_replace": 0},
+}  # fmt: skip
 """Settings of published models where transformers' defaults are those of none."""
 _PASSED = b" "
 _BEGIN, _END = "<!-- table -->", "<!-- end of the table -->"
@@ -111,7 +132,7 @@ def prove(
     computation_proof.measure(task)
     proof = typed_storage.read(computation_proof.ComputationProof, answer)
     verdict, sentence = computation_gate.judge(proof, config), computation_gate.describe(proof, config)
-    if verdict in (Verdict.DIFFERENT, Verdict.NOT_COMPUTED, Verdict.NOT_COMPARED):
+    if verdict in (Verdict.DIFFERENT, Verdict.NOT_COMPUTED, Verdict.NOT_MERGED, Verdict.NOT_COMPARED):
         impossible = proof.obstacle is computation_proof.FailedSide.TRANSFORMERS
         outcome = Outcome.IMPOSSIBLE if impossible else Outcome.REFUSED
         return Row(model_type, architecture, outcome, reason=sentence)

@@ -16,7 +16,7 @@ from pathlib import Path
 from kolotune import llamacpp
 from kolotune.foundation import shared_libraries, typed_storage
 from kolotune.foundation.cache import cache_folder
-from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation.errors import ModelError, ToolchainError
 from kolotune.foundation.files import remove
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -28,7 +28,7 @@ from kolotune.weights.shrunk_config import reach, shrink
 
 from .computation_proof import ComputationProof, ComputationTask, FailedSide
 
-_VERSION = 1  # raised when the way to compare changes
+_VERSION = 4  # raised when the way to compare changes
 _MOST_PROOFS = 64
 _EQUAL = 1e-5  # mean KL; equal models are below 1e-6
 _WRONG = 1e-3  # what `compare` refuses
@@ -43,18 +43,21 @@ class Verdict(StrEnum):
     NEARLY = "nearly equal"
     DIFFERENT = "different"
     NOT_COMPUTED = "llama.cpp can't compute it"
+    NOT_MERGED = "its adapters can't be merged"
     NOT_COMPARED = "not compared"
 
 
 def judge(proof: ComputationProof, config: ModelConfig) -> Verdict:
     """Return what a proof means for a model."""
     if proof.divergence is None or proof.divergence_within is None:
-        return Verdict.NOT_COMPUTED if proof.obstacle is FailedSide.LLAMACPP else Verdict.NOT_COMPARED
+        verdicts = {FailedSide.LLAMACPP: Verdict.NOT_COMPUTED, FailedSide.MERGE: Verdict.NOT_MERGED}
+        return verdicts.get(proof.obstacle, Verdict.NOT_COMPARED) if proof.obstacle else Verdict.NOT_COMPARED
     if proof.divergence <= _EQUAL:
         return Verdict.EQUAL
-    if proof.divergence_within <= _EQUAL and reach(config.values) is not None:
-        return Verdict.LONG_CHATS
-    return Verdict.NEARLY if proof.divergence <= _WRONG else Verdict.DIFFERENT
+    if proof.divergence <= _WRONG or (proof.divergence_median is not None and proof.divergence_median <= _EQUAL):
+        return Verdict.NEARLY
+    is_within_equal = proof.divergence_within <= _EQUAL and reach(config.values) is not None
+    return Verdict.LONG_CHATS if is_within_equal else Verdict.DIFFERENT
 
 
 def describe(proof: ComputationProof, config: ModelConfig) -> str:
@@ -70,6 +73,8 @@ def describe(proof: ComputationProof, config: ModelConfig) -> str:
             )
         case Verdict.NOT_COMPUTED:
             return f"llama.cpp can't compute a small {name}: {proof.reason}"
+        case Verdict.NOT_MERGED:
+            return f"adapters on {name} can't be merged: {proof.reason}"
         case Verdict.NOT_COMPARED:
             return f"not compared before training: no small {name} can be made: {proof.reason}"
         case _:
@@ -84,6 +89,7 @@ def check_computation(context: Context, reporter: Reporter) -> None:
 
     Raises:
         ToolchainError: it computes something else.
+        ModelError: what is trained can't be merged.
     """
     config = read_model_config(context.base)
     toolchain = llamacpp.ensure(reporter)
@@ -94,6 +100,8 @@ def check_computation(context: Context, reporter: Reporter) -> None:
     match judge(proof, config):
         case Verdict.DIFFERENT | Verdict.NOT_COMPUTED:
             raise ToolchainError(sentence, _HINT)
+        case Verdict.NOT_MERGED:
+            raise ModelError(sentence, "Use a base model of another architecture.")
         case Verdict.LONG_CHATS if most is not None and length is not None and most <= length:
             pass
         case Verdict.LONG_CHATS:

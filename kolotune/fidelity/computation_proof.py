@@ -10,12 +10,16 @@ import tempfile
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners.child_process import emit
+from kolotune.weights.safetensors_header import read_header
 from kolotune.weights.shrunk_config import VOCABULARY, WINDOW
+from kolotune.weights.stored_names import StoredNames
+from kolotune.weights.weight_files import weight_files
 
 _TOKENS = 4 * WINDOW
 _FIRST_TOKEN = 3  # below are those that begin, end and pad
@@ -25,6 +29,7 @@ class FailedSide(StrEnum):
     """What could not compute the tiny model, so that nothing is compared; the values are on disk."""
 
     TRANSFORMERS = "transformers"
+    MERGE = "merge"
     CONVERTER = "converter"
     LLAMACPP = "llama.cpp"
 
@@ -50,14 +55,17 @@ class ComputationProof:
 
     Attributes:
         divergence: mean KL at all positions; None: not compared.
-        divergence_within: mean KL at the positions that a sliding window of the tiny model reaches back to the first
-            token from; None: not compared.
+        divergence_within: mean KL in a text of as many tokens as a sliding window of the tiny model has, or as it has
+            positions without dynamic scaling; None: not compared.
+        divergence_median: median KL at all positions: where it is small and the mean is not, few positions differ, as
+            when rounding lets a router choose another expert; None: not compared.
         obstacle: what could not compute; None: both did.
         reason: the obstacle in its own words.
     """
 
     divergence: float | None = None
     divergence_within: float | None = None
+    divergence_median: float | None = None
     obstacle: FailedSide | None = None
     reason: str = ""
 
@@ -86,10 +94,17 @@ def _prove(task: ComputationTask, folder: Path) -> ComputationProof:
     try:
         model = write_tiny_model(task.config, folder)
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            # The short text first: dynamic scaling remembers the longest.
+            logits = [
+                model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for tokens in (ids[:WINDOW], ids)
+            ]
     except Exception as error:  # a hundred model classes raise whatever they like
         return ComputationProof(obstacle=FailedSide.TRANSFORMERS, reason=f"{type(error).__name__}: {error}")
-    before = torch.log_softmax(logits.double(), dim=-1).numpy()
+    if (unstored := _unstored_layer(model, folder)) is not None:
+        return ComputationProof(
+            obstacle=FailedSide.MERGE, reason=f"the files of the model have no weight of {unstored}"
+        )
+    before_within, before = (torch.log_softmax(each.double(), dim=-1).numpy() for each in logits)
     try:
         convert_without_tokenizer(Path(task.toolchain), folder, gguf)
     except ToolchainError as error:
@@ -106,6 +121,20 @@ def _prove(task: ComputationTask, folder: Path) -> ComputationProof:
         return ComputationProof(obstacle=FailedSide.LLAMACPP, reason=error.cause)
     finally:
         read.close()
-    return ComputationProof(
-        divergence.between(before, after).kl_mean, divergence.between(before[:WINDOW], after[:WINDOW]).kl_mean
-    )
+    whole, within = divergence.between(before, after), divergence.between(before_within, after[:WINDOW])
+    median = float(np.median((np.exp(before) * (before - after)).sum(axis=-1)))
+    return ComputationProof(whole.kl_mean, within.kl_mean, median)
+
+
+def _unstored_layer(model: Any, folder: Path) -> str | None:
+    """Return a linear layer whose adapter could not be merged, because nothing in the files is its weight; or None."""
+    import torch
+
+    stored = {entry.name for path in weight_files(folder) for entry in read_header(path).entries}
+    names = StoredNames(folder, stored)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and any(part.isdecimal() for part in name.split(".")):
+            weight = f"{name}.weight"
+            if not (names.find(weight) or names.rows(weight) or names.pieces(weight)):
+                return str(name)
+    return None

@@ -45,14 +45,25 @@ def _falcon_heads(settings: JsonObject) -> object:
     return settings.get("num_kv_heads")
 
 
+def _rotary_size(settings: JsonObject) -> object:
+    size, share = settings.get("head_dim"), _rotary("partial_rotary_factor", 1.0)(settings)
+    return int(size * share) if isinstance(size, int) and isinstance(share, int | float) else None
+
+
 # Settings that files saved by transformers 5 lack, by the type of the model.
 _DERIVED: Mapping[str, Mapping[str, Callable[[JsonObject], object]]] = {
     "cohere2": {"rotary_pct": _rotary("partial_rotary_factor", 1.0)},
     "deepseek_v3": {"scoring_func": _always("sigmoid")},
+    "deepseek_v32": {"scoring_func": _always("sigmoid")},
+    "dots1": {"scoring_func": _always("sigmoid")},
+    "exaone_moe": {"scoring_func": _always("sigmoid")},
     "falcon": {"num_kv_heads": _falcon_heads},
     "falcon_h1": {"head_dim": _head_size},
     "gpt2": {"n_ctx": _named("n_positions", "max_position_embeddings")},
+    "glm_moe_dsa": {"scoring_func": _always("sigmoid")},
     "gpt_neox": {"rotary_pct": _rotary("partial_rotary_factor", 0.25)},
+    "minimax_m2": {"rotary_dim": _rotary_size, "scoring_func": _always("sigmoid")},
+    "solar_open": {"partial_rotary_factor": _rotary("partial_rotary_factor", 1.0)},
 }
 
 

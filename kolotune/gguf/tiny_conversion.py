@@ -51,6 +51,9 @@ def convert_without_tokenizer(root: Path, folder: Path, target: Path) -> None:
             model_class.__name__, (model_class,), {"set_vocab": set_vocab, "model_arch": model_class.model_arch}
         )
         with torch.inference_mode():
-            plain(folder, gguf.LlamaFileType.ALL_F32, target).write()
+            converter = plain(folder, gguf.LlamaFileType.ALL_F32, target)
+            if hasattr(converter, "impl"):  # Mistral 3's class only hands on to another one
+                converter.impl.set_vocab = lambda: set_vocab(converter.impl)
+            converter.write()
     except Exception as error:  # any of its hundred classes may raise anything
         raise ToolchainError(f"llama.cpp's converter: {type(error).__name__}: {error}") from error

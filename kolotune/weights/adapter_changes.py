@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .adapter import LoraAdapter, TokenRows
 from .initial_matrices import Initial
 from .lora_delta import Delta, ExpertDelta
 from .model_config import ModelConfig
-from .stored_names import Piece, StoredNames
+from .stored_names import FusedRows, Piece, StoredNames
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _BIASES = {
     "mlp_bias": re.compile(r".+\.mlp\.(gate|up|down)_proj\.weight$"),
 }
 """Settings that give a Llama biases, and the weights that get one."""
-_EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
+_EXPERTS_IN_OUT = ("gpt_oss",)
 """Models whose experts are stored ``[experts, in, out]``."""
 _GIVE_BASE = "Give the base model that the adapter was trained on (--base)."
 
@@ -106,9 +107,14 @@ def stored_changes(adapter: LoraAdapter, names: StoredNames, shapes: Shapes, con
         ModelError: the base stores what it changes in another form.
     """
     changes = StoredChanges()
+    apart: dict[str, dict[int, Delta]] = defaultdict(dict)
     for name, delta in adapter.deltas.items():
-        stored = names.find(name) or name
-        changes.deltas[stored] = _oriented(delta, name, config)
+        stored = names.find(name)
+        if stored is None and (rows := names.rows(name)) is not None:
+            apart[rows.name][rows.part] = delta
+            changes.deltas[rows.name] = _joined(rows, apart[rows.name], shapes)
+        else:
+            changes.deltas[stored or name] = _oriented(delta, name, config)
     for name, experts in adapter.experts.items():
         changes.deltas.update(_expert_deltas(name, experts, names, shapes, config))
     changes.replaced.update({names.find(name) or name: weight for name, weight in adapter.replaced.items()})
@@ -117,6 +123,28 @@ def stored_changes(adapter: LoraAdapter, names: StoredNames, shapes: Shapes, con
     if any(name not in shapes for name in changes.added):
         _add_biases(changes, shapes, config)
     return changes
+
+
+def _joined(rows: FusedRows, parts: Mapping[int, Delta], shapes: Shapes) -> Delta:
+    """Return the update of a stored weight of which several parameters are rows: theirs, each on its own rows."""
+    import numpy as np
+
+    if any(delta.magnitude is not None or delta.initial is not None or delta.transposed for delta in parts.values()):
+        raise ModelError(
+            f"{rows.name}: the base stores several layers in one weight, and their adapter is no plain LoRA",
+            "Train a plain LoRA adapter on this base (without DoRA, PiSSA and the like).",
+        )
+    outputs, inputs = shapes[rows.name]
+    height = outputs // rows.parts
+    b = np.zeros((outputs, sum(len(delta.a) for delta in parts.values())), np.float32)
+    column = 0
+    for part, delta in parts.items():
+        if delta.shape != (height, inputs):
+            raise ArtifactError(f"{rows.name}: the adapter adds {delta.shape} to a part of it", _GIVE_BASE)
+        rank = len(delta.a)
+        b[part * height : (part + 1) * height, column : column + rank] = delta.b * np.float32(delta.scale)
+        column += rank
+    return Delta(np.concatenate([delta.a for delta in parts.values()]), b, 1.0, False)
 
 
 def _oriented(delta: Delta, name: str, config: ModelConfig) -> Delta:

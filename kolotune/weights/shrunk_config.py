@@ -20,6 +20,7 @@ WINDOW = 24
 
 _FEW_LAYERS = 2
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_STACKED = ("num_layers_per_stack",)  # of which HRM-Text's number of layers is a multiple
 _PERIODS = ("attn_layer_period", "expert_layer_period", "sliding_window_pattern", "full_attention_interval")
 _BY_NUMBER = "per_layer_config"
 # Types whose layers depend on how many there are, here or in llama.cpp.
@@ -31,9 +32,7 @@ _WIDTHS = frozenset(
     {
         "block_ff_dim",
         "dense_intermediate_size",
-        "dim_model_base",
         "ffn_hidden_size",
-        "hidden_size_per_layer_input",
         "index_n_heads",
         "intermediate_size",
         "intermediate_size_mlp",
@@ -56,14 +55,22 @@ _WIDTHS = frozenset(
         "time_step_rank",
     }
 )
-_WINDOWS = frozenset({"sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "local_window"})
+_WINDOWS = frozenset(
+    {
+        "attention_chunk_size",
+        "index_topk",
+        "local_window",
+        "sliding_window",
+        "sliding_window_size",
+        "window_size",
+    }
+)
 _IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"})
 _MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "top_k", "moe_topk", "moe_k", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "n_groups", "mamba_n_groups"), 2),
     "topk_group": 1,
-    "index_topk": 16,
 }
 _SMALL_HIDDEN = 128
 _MOST_WIDTH = 256
@@ -104,18 +111,29 @@ def shrink(config: Mapping[str, object]) -> JsonObject:
     for name in _HIDDEN:
         _replace(shrunk, name, round((hidden or 0) * factor))
     dynamic = _has_dynamic_scaling(config)
-    for name, value in list(shrunk.items()):
-        if name in _WIDTHS:
-            shrunk[name] = _scaled(name, value, hidden, factor)
-        elif (name in _WINDOWS and _is_positive(value)) or (name == "max_position_embeddings" and dynamic):
-            shrunk[name] = WINDOW
-        elif name in _MOST and _is_integer(value):
-            shrunk[name] = min(value, _MOST[name])
-        elif name.startswith("vocab_size"):
-            shrunk[name] = VOCABULARY
-        elif name.endswith("_token_id"):
-            shrunk[name] = 1 if value is not None else None
+    shrunk = {name: _shrunk_value(name, value, hidden, factor, dynamic) for name, value in shrunk.items()}
+    if _is_positive(width := _shared_width(config)) and width == _integer(config, ("intermediate_size",)):
+        shrunk["intermediate_size"] = _shared_width(shrunk)
     return shrunk
+
+
+def _shrunk_value(name: str, value: object, hidden: int | None, factor: float, dynamic: bool) -> object:
+    if name in _WIDTHS:
+        return _scaled(name, value, hidden, factor)
+    if (name in _WINDOWS and _is_positive(value)) or (name == "max_position_embeddings" and dynamic):
+        return WINDOW
+    if name in _MOST and _is_integer(value):
+        return min(value, _MOST[name])
+    if name.startswith("vocab_size"):
+        return VOCABULARY
+    return value if value is None or not name.endswith("_token_id") else 1
+
+
+def _shared_width(config: Mapping[str, object]) -> int | None:
+    """Return what ERNIE 4.5's converter takes for the width of the MLP, judging by the shared experts'."""
+    names = ("moe_intermediate_size", "moe_num_shared_experts", "num_key_value_heads")
+    factors = [value for name in names if _is_positive(value := config.get(name))]
+    return math.prod(factors) if len(factors) == len(names) else None
 
 
 def _first_layers(config: JsonObject) -> JsonObject:
@@ -131,7 +149,7 @@ def _first_layers(config: JsonObject) -> JsonObject:
         kinds = [repr(value) for value in values]
         few = max(few, 1 + max(map(kinds.index, set(kinds))))
     few = min(few, count)
-    changed: JsonObject = {name: few for name in _LAYERS if _is_integer(config.get(name))}
+    changed: JsonObject = {name: few for name in (*_LAYERS, *_STACKED) if _is_integer(config.get(name))}
     changed |= {name: values[:few] for name, values in by_layer.items()}
     numbered = config.get(_BY_NUMBER)
     if isinstance(numbered, dict):

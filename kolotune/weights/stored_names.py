@@ -34,6 +34,20 @@ class Piece:
     parts: int
 
 
+@dataclass(frozen=True)
+class FusedRows:
+    """A parameter that is a part of a stored weight: one of several of the same number of rows, end to end.
+
+    Attributes:
+        name: of the stored weight.
+        part, parts: the parameter's place in it, and how many there are.
+    """
+
+    name: str
+    part: int
+    parts: int
+
+
 class StoredNames:
     """The names of the weights in a base model's files.
 
@@ -60,10 +74,15 @@ class StoredNames:
         pieces = [piece for piece in self._loaded.get(name, []) if isinstance(piece, Piece)]
         return pieces if len(pieces) == len(self._loaded.get(name, [])) else []
 
+    def rows(self, name: str) -> FusedRows | None:
+        """Return the stored weight that has a parameter as some of its rows, if any."""
+        pieces = self._loaded.get(name, [])
+        return pieces[0] if len(pieces) == 1 and isinstance(pieces[0], FusedRows) else None
+
     @cached_property
-    def _loaded(self) -> dict[str, list[str | Piece | None]]:
+    def _loaded(self) -> dict[str, list[_Stored]]:
         """What transformers makes of the stored weights, by the names of the model's parameters."""
-        loaded: dict[str, list[str | Piece | None]] = defaultdict(list)
+        loaded: dict[str, list[_Stored]] = defaultdict(list)
         for model in _models(self._folder):
             for parameter, piece in _loading(model, self._names):
                 loaded[parameter].append(piece)
@@ -93,8 +112,11 @@ def _models(folder: Path) -> Iterator[Any]:
             yield model
 
 
-def _loading(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | Piece | None]]:
-    """Yield the parameter that each stored weight becomes or is a piece of; None for a piece that is changed, too."""
+_Stored = str | Piece | FusedRows | None
+
+
+def _loading(model: Any, names: Iterable[str]) -> Iterator[tuple[str, _Stored]]:
+    """Yield the parameters that each stored weight becomes or is a piece of; None for a piece that is changed, too."""
     from transformers import conversion_mapping
     from transformers import core_model_loading as loading
 
@@ -105,8 +127,26 @@ def _loading(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | Piec
     parameters = model.state_dict()
     for name in names:
         parameter, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if parameter in parameters:
-            yield parameter, name if pattern is None else _piece(name, pattern, by_pattern[pattern], loading)
+        if parameter in parameters and pattern is None:
+            yield parameter, name
+        elif parameter in parameters and pattern is not None:
+            converter = by_pattern[pattern]
+            chunks = _chunks(name, parameter, converter, loading)
+            if chunks:
+                yield from chunks
+            else:
+                yield parameter, _piece(name, pattern, converter, loading)
+
+
+def _chunks(name: str, parameter: str, converter: Any, loading: Any) -> list[tuple[str, FusedRows]]:
+    """Return the parameters that a stored weight is cut into, of which `parameter` is the first; [] if it is not."""
+    operations, targets = converter.operations, list(converter.target_patterns)
+    if [type(operation) for operation in operations] != [loading.Chunk] or operations[0].dim != 0 or len(targets) < 2:
+        return []
+    before, first, after = parameter.rpartition(targets[0])
+    if not first:
+        return []
+    return [(f"{before}{target}{after}", FusedRows(name, part, len(targets))) for part, target in enumerate(targets)]
 
 
 def _piece(name: str, pattern: str, converter: Any, loading: Any) -> Piece | None:

@@ -34,7 +34,7 @@ COMPOSITES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"head_dim": 16, "model_type": "mistral", "sliding_window": None},
         {**_TOWER, "model_type": "pixtral"},
     ),
-    "smolvlm": ({"model_type": "llama"}, _TOWER),
+    "smolvlm": ({"model_type": "llama", "architectures": ["VLlama3ForCausalLM"]}, _TOWER),
 }
 """The settings of each family's two parts, besides those that all share."""
 

@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 
+from kolotune import llamacpp
 from kolotune.fidelity import computation_gate
 from kolotune.fidelity.computation_gate import Verdict, check_computation, describe, judge
-from kolotune.fidelity.computation_proof import ComputationProof, FailedSide
+from kolotune.fidelity.computation_proof import ComputationProof, ComputationTask, FailedSide, measure
 from kolotune.foundation import config as configs
-from kolotune.foundation.errors import ToolchainError
+from kolotune.foundation import typed_storage
+from kolotune.foundation.errors import ModelError, ToolchainError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.weights.model_config import ModelConfig
+from kolotune.weights.shrunk_config import shrink
+from kolotune.weights.stored_names import StoredNames
 
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],
@@ -72,8 +76,13 @@ def make(tmp_path: Path) -> Make:
         (ComputationProof(1e-8, 1e-8), Verdict.EQUAL),
         (ComputationProof(0.3, 1e-8), Verdict.LONG_CHATS),
         (ComputationProof(1e-4, 1e-4), Verdict.NEARLY),
+        (ComputationProof(1e-4, 1e-8), Verdict.NEARLY),
+        (ComputationProof(0.3, 1e-8, 0.2), Verdict.LONG_CHATS),
+        (ComputationProof(2e-3, 1e-6, 2e-6), Verdict.NEARLY),
+        (ComputationProof(0.3, 0.2, 0.1), Verdict.DIFFERENT),
         (ComputationProof(0.3, 0.2), Verdict.DIFFERENT),
         (ComputationProof(obstacle=FailedSide.LLAMACPP, reason="why"), Verdict.NOT_COMPUTED),
+        (ComputationProof(obstacle=FailedSide.MERGE, reason="why"), Verdict.NOT_MERGED),
         (ComputationProof(obstacle=FailedSide.CONVERTER, reason="why"), Verdict.NOT_COMPARED),
     ],
     ids=lambda value: value.name if isinstance(value, Verdict) else "",
@@ -121,6 +130,32 @@ def test_a_window_that_llamacpp_has_not_is_warned_of_with_its_length(make: Make)
     assert len(messages.warnings) == 1, "no chat is longer"
 
 
+def test_dynamic_scaling_that_the_converter_leaves_out_is_warned_of_with_its_length(make: Make) -> None:
+    rotary = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    messages = Messages()
+    check_computation(make({**LLAMA, "rope_parameters": rotary, "max_position_embeddings": 512}), messages)
+    assert len(messages.warnings) == 1 and "512 tokens" in messages.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1024,
+        },
+    ],
+    ids=lambda rotary: rotary["rope_type"],
+)  # fmt: skip
+def test_other_scaling_is_equal(rotary: dict[str, Any], make: Make) -> None:
+    messages = Messages()
+    settings = {**LLAMA, "rope_parameters": {"rope_theta": 10000.0, **rotary}, "max_position_embeddings": 4096}
+    check_computation(make(settings), messages)
+    assert not messages.warnings and not messages.notes
+
+
 def test_what_differs_is_refused_before_training(make: Make) -> None:
     moe = {
         **{name: value for name, value in LLAMA.items() if name != "intermediate_size"},
@@ -135,6 +170,25 @@ def test_what_differs_is_refused_before_training(make: Make) -> None:
         check_computation(make(moe), Messages())
     assert "Qwen3Moe" in refused.value.cause and "--no-compare" in refused.value.hint
     check_computation(make(moe, compare=False), Messages())
+
+
+def test_what_can_not_be_merged_is_refused_before_training(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HRM-Text stores several layers in one weight. If that were not known, their adapters could not be merged."""
+    hrm = {**LLAMA, "architectures": ["HrmTextForCausalLM"], "model_type": "hrm_text", "num_key_value_heads": 4}
+    config, task, answer = ModelConfig(Path("config.json"), hrm), tmp_path / "task.json", tmp_path / "answer.json"
+    typed_storage.write(task, ComputationTask(shrink(hrm), str(llamacpp.ensure(PlainReporter()).root), str(answer)))
+    measure(task)
+    assert judge(typed_storage.read(ComputationProof, answer), config) is Verdict.EQUAL
+    monkeypatch.setattr(StoredNames, "rows", lambda self, name: None)
+    measure(task)
+    proof = typed_storage.read(ComputationProof, answer)
+    assert judge(proof, config) is Verdict.NOT_MERGED
+    assert "_proj" in describe(proof, config)
+    monkeypatch.setattr(computation_gate, "find_proof", lambda *_: proof)
+    with pytest.raises(ModelError, match="can't be merged"):
+        check_computation(make(hrm), Messages())
 
 
 def test_what_transformers_does_not_know_is_not_compared(make: Make) -> None:

@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
                              "low_freq_factor": 1.0, "original_max_position_embeddings": 128}},
     ),
     "mistral": ("mistral", "float16", "f16", {}),
+    "ministral3": ("ministral3", "float16", "f16", {"head_dim": 16}),
     "qwen2": ("qwen2", "float16", "f16", {}),
     "qwen3": ("qwen3", "float16", "f16", {}),
     "gemma": ("gemma", "float32", "f16", {}),

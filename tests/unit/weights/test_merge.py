@@ -31,6 +31,7 @@ DEEPSEEK = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4,
 }  # fmt: skip
+RECURRENT = {"head_dim": 16, "initializer_range": 0.04, "H_cycles": 1, "L_cycles": 1}  # rounding adds up in cycles
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SMALL = {"initializer_range": 0.08}  # PEFT's own decomposition, in fp32, is only so exact
 
@@ -130,6 +131,17 @@ KINDS = {
     "experts stored in one weight": Kind(
         "gpt_oss", {"target_modules": ["q_proj"], "target_parameters": FUSED}, EXPERTS | {"head_dim": 8}, is_slow=False
     ),
+    "square experts stored in one weight": Kind(
+        "gpt_oss",
+        {"target_modules": ["q_proj"], "target_parameters": FUSED},
+        EXPERTS | {"head_dim": 8, "intermediate_size": 32},
+        is_slow=False,
+    ),
+    "square experts of Llama 4": Kind(
+        "llama4_text",
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        EXPERTS | {"head_dim": 8, "intermediate_size": 32},
+    ),
     "biases of experts": Kind(
         "gpt_oss",
         {"target_modules": [], "target_parameters": [*FUSED, "gate_up_proj_bias", "router.weight"]},
@@ -141,6 +153,10 @@ KINDS = {
     "a router under another name": Kind(
         "granitemoe", {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]}, EXPERTS, is_slow=False
     ),
+    "layers stored in one weight": Kind(
+        "hrm_text", {"target_modules": "all-linear", "rank_pattern": {"k_proj": 2}}, RECURRENT, is_slow=False
+    ),
+    "some of the layers stored in one weight": Kind("hrm_text", {"target_modules": ["up_proj", "v_proj"]}, RECURRENT),
     "half of the experts": Kind("qwen3_moe", {"target_modules": [], "target_parameters": FUSED[1:]}, EXPERTS),
     "experts, rank-stabilised, ranks and alphas by pattern": Kind(
         "qwen3_moe",
@@ -330,6 +346,12 @@ def test_only_one_of_embedding_and_head_has_new_tokens(tmp_path: Path, tiny_mode
     [
         ("a bias that has no place", "qwen3", {"target_modules": ["q_proj"], "lora_bias": True}, "no place for a bias"),
         ("OLoRA on Conv1D", "gpt2", {"target_modules": ["attn.c_proj"], "init_lora_weights": "olora"}, "OLoRA"),
+        (
+            "DoRA on layers in one weight",
+            "hrm_text",
+            {"target_modules": ["up_proj"], "use_dora": True},
+            "no plain LoRA",
+        ),
         ("PiSSA on a tied head", "llama", {"target_modules": ["lm_head"], "init_lora_weights": "pissa"}, "tied head"),
     ],
 )

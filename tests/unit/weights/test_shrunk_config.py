@@ -74,11 +74,12 @@ def test_experts_windows_and_lists() -> None:
         ({}, None),
         ({"sliding_window": None, "max_position_embeddings": 2048}, None),
         ({"sliding_window": 4096}, 4096),
+        ({"index_topk": 2048}, 2048),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 2048}, 2048),
         ({"rope_parameters": {"rope_type": "dynamic"}, "max_position_embeddings": 64, "sliding_window": 32}, 32),
         ({"rope_scaling": {"rope_type": "yarn"}, "max_position_embeddings": 2048}, None),
     ],
-    ids=["empty", "none", "window", "dynamic", "both", "yarn"],
+    ids=["empty", "none", "window", "chosen keys", "dynamic", "both", "yarn"],
 )
 def test_reach(config: dict[str, Any], expected: int | None) -> None:
     assert reach(config) == expected
@@ -98,3 +99,22 @@ def test_the_first_layers_have_one_of_each_kind() -> None:
 def test_multiples_of_the_width_stay_multiples() -> None:
     shrunk = shrink({"hidden_size": 4544, "num_attention_heads": 71, "ffn_hidden_size": 4 * 4544, "num_kv_heads": 1})
     assert shrunk["ffn_hidden_size"] == 4 * shrunk["hidden_size"]
+
+
+def test_factors_that_llamacpp_has_as_numbers_stay() -> None:
+    """MiniCPM 3's width of the head, and the width of Gemma 3n's embeddings of layers."""
+    shrunk = shrink({"hidden_size": 2560, "num_attention_heads": 40, "dim_model_base": 256})
+    assert shrunk["dim_model_base"] == 256
+    assert shrink({"hidden_size": 2048, "hidden_size_per_layer_input": 256})["hidden_size_per_layer_input"] == 256
+
+
+def test_ernie_s_shared_experts_keep_their_part_of_the_width() -> None:
+    shared = {"num_key_value_heads": 4, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2}
+    shrunk = shrink({"hidden_size": 2560, "num_attention_heads": 20, "intermediate_size": 12288, **shared})
+    width = shrunk["moe_intermediate_size"] * 2
+    assert shrunk["intermediate_size"] // shrunk["num_key_value_heads"] == width
+
+
+def test_stacks_of_layers() -> None:
+    shrunk = shrink({"num_hidden_layers": 128, "num_layers_per_stack": 16, "H_cycles": 2, "L_cycles": 3})
+    assert shrunk["num_layers_per_stack"] == shrunk["num_hidden_layers"] == 2
