@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from kolotune.foundation import config as configs
+from kolotune.foundation.chat_paths import files_of
 from kolotune.foundation.config import OPTIONS, Kind, normalize
 from kolotune.foundation.errors import ConfigError, DataError
 from kolotune.foundation.secrets import HUB_TOKEN_VARIABLES, Secret
@@ -104,8 +105,8 @@ class VerbCall:
         flags = {name: self.values[name] for name in self.given & options}
         if "config" in self._parameters:
             data, file = (self.values.get(name) if name in self.given else None for name in ("data", "config"))
-            return resolve_flags(flags, _paths(data), file if isinstance(file, Path) else None)
-        return resolve_flags(flags) if options else None
+            return resolve_flags(flags, _paths(data), file if isinstance(file, Path) else None, downloads=False)
+        return resolve_flags(flags, downloads=False) if options else None
 
     def carry_out(self, request: ContainerRequest) -> int:
         """Send the files in, run the verb in the container, bring results out; return the verb's exit code."""
@@ -200,9 +201,7 @@ class VerbCall:
     def _inside(self, role: FileRole | None, value: object, sender: InputSender) -> object:
         """Return a parameter's value, or the location in the container of the file that it names."""
         if role is FileRole.CHATS:
-            return [
-                _send_chats(Path(os.path.abspath(Path(str(each)).expanduser())), sender) for each in _several(value)
-            ]
+            return [inside for each in _several(value) for inside in _send_chats(Path(str(each)), sender)]
         if role is FileRole.INPUT:
             return sender.send(Path(os.path.abspath(str(value))))
         if role is FileRole.CONFIG_FILE:
@@ -239,7 +238,7 @@ def _options_inside(values: Mapping[str, object], folder: Path, sender: InputSen
             continue
         if kind is Kind.CHAT_FILES:
             files = _paths(normalize(name, value, folder))
-            inside[name] = [str(_send_chats(each, sender)) for each in files]
+            inside[name] = [each for path in files for each in _send_chats(path, sender)]
         elif kind is Kind.FILE:
             inside[name] = str(sender.send(Path(str(normalize(name, value, folder)))))
         elif kind is Kind.BASE_MODEL:
@@ -249,10 +248,21 @@ def _options_inside(values: Mapping[str, object], folder: Path, sender: InputSen
     return yaml.safe_dump(inside, sort_keys=False, allow_unicode=True)
 
 
-def _send_chats(path: Path, sender: InputSender) -> PurePosixPath:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, not a file of chats")
-    return sender.send(path)
+def _send_chats(path: Path, sender: InputSender) -> list[str]:
+    """Return the files of chats in the container; a data set of the hub stays a name, and is downloaded there."""
+    from kolotune.base_models.hub_datasets import reference_of
+
+    reference = reference_of(path)
+    if reference is not None:
+        return [str(reference)]
+    files = files_of(Path(os.path.abspath(path.expanduser())))
+    for file in files:
+        if file.is_dir():
+            raise DataError(
+                f"{file}: is a folder without files of chats, or with some that are kept for testing",
+                "Name the files to train on.",
+            )
+    return [str(sender.send(file)) for file in files]
 
 
 def _send_base(base: object, sender: InputSender) -> object:

@@ -112,12 +112,15 @@ def resolve_flags(
     config_file: Path | None = None,
     saved: Path | None = None,
     defaults: Mapping[str, object] | None = None,
+    *,
+    downloads: bool = True,
 ) -> Config:
     """Resolve, each overriding the one before: `defaults`, a run folder's `saved` config, a file, and flags.
 
     Args:
         flags: values by option; None for those not given.
         data: files of chats given as arguments.
+        downloads: data sets of the hub are replaced by their files.
 
     Raises:
         ConfigError: unknown options and impossible values, all in one message.
@@ -135,4 +138,5 @@ def resolve_flags(
         if isinstance(files, list) and any(map(is_pipe, files)):
             values[name] = [saved_pipe(file) if is_pipe(file) else file for file in files]
     layers.append((values, "command line", Path.cwd()))
-    return with_downloaded_data(configs.resolve(*layers))
+    config = configs.resolve(*layers)
+    return with_downloaded_data(config) if downloads else config

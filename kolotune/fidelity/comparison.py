@@ -50,7 +50,8 @@ class StageCheck:
     """One artifact of the pipeline, compared with the one before it.
 
     Attributes:
-        name: "adapter on base", "merged", "f16 GGUF", a quantization as "Q4_K_M", or "served Q4_K_M" ("served f16").
+        name: "adapter on base", "merged", "f16 GGUF" (or another type, as "f32 GGUF"), a quantization as "Q4_K_M", or
+            "served Q4_K_M" ("served f16").
         stage: the stage that makes it: prepare, train, merge, convert, quantize or modelfile.
         file: relative to the run folder, with forward slashes; "" where there is no single one.
         size_bytes: size of that file or folder; None for an artifact without weights.
@@ -227,6 +228,20 @@ class Comparison:
     @property
     def passed(self) -> bool:
         return self.failure is None
+
+    def with_type(self, gguf_type: str) -> Comparison:
+        """Return the comparison with the unquantized GGUF named by its type: "f16", "bf16" or "f32"."""
+        names = {"f16 GGUF": f"{gguf_type} GGUF", "served f16": f"served {gguf_type}"}
+        replace = dataclasses.replace
+        return replace(
+            self,
+            checked=tuple(
+                replace(check, name=names.get(check.name, check.name), against=names.get(check.against, check.against))
+                for check in self.checked
+            ),
+            not_kept=tuple(names.get(name, name) for name in self.not_kept),
+            paths=tuple(replace(path, name=names.get(path.name, path.name)) for path in self.paths),
+        )
 
     def write(self, path: Path) -> None:
         """Write the comparison to a file, including whether it and each check ``passed``."""

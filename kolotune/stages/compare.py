@@ -25,12 +25,14 @@ from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import conversion_source, quantize, run_matrix
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.metrics import held_out_losses, kept_held_out_loss, read_metrics
+from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
 from kolotune.weights.adapter_folder import is_adapter
 from kolotune.weights.model_config import read_model_config
 
 NAME = "compare"
+_CONVERT = "convert"  # the stage whose record holds the type of the unquantized GGUF
 DOING = "comparing what was made with what was trained"
 _LONGEST_ANSWER = 96  # tokens
 _LARGER = ("Q6_K", "Q8_0")  # tried where a quantization loses what training gained
@@ -89,6 +91,9 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
         )
     with _scratch_folder(context.run) as scratch:
         comparison = judge.judge(_gather_evidence(context, scratch, reporter))
+    record = read_record(context.run, _CONVERT)
+    if record is not None and isinstance(gguf_type := record.facts.get("type"), str):
+        comparison = comparison.with_type(gguf_type)
     comparison.write(context.run.comparison)
     failure = comparison.failure
     if failure is not None:

@@ -197,7 +197,32 @@ def test_a_wrong_option_is_reported_before_anything_is_sent(arguments: list[str]
         call_inside(*arguments)
 
 
-def test_a_folder_as_chats_is_refused(here: Path) -> None:
+def test_a_data_set_of_the_hub_stays_a_name(here: Path) -> None:
+    """It is downloaded in the container, so that the run's manifest has its revision."""
+    name = "hf://datasets/owner/name@main/data/train-*.parquet"
+    (here / "k.yaml").write_text(f"train-data: ['{name}', chats.jsonl]\neval-data: 'hf://datasets/owner/other'\n")
+    _, sender, argv = call_inside("run", name, "chats.jsonl", "--eval-data", "hf://datasets/owner/other")
+    assert argv[-3:] == ["--", name, "/runs/.inputs/0/chats.jsonl"]
+    assert "--eval-data=hf://datasets/owner/other" in argv and sender.sent == [here / "chats.jsonl"]
+    _, sender, _ = call_inside("run", "--config", "k.yaml")
+    assert yaml.safe_load(sender.texts["kolotune.yaml"]) == {
+        "train_data": [name, "/runs/.inputs/0/chats.jsonl"], "eval_data": ["hf://datasets/owner/other"],
+    }  # fmt: skip
+
+
+def test_the_files_of_a_folder_go_in(here: Path) -> None:
+    (here / "set" / "data").mkdir(parents=True)
+    for name in ("b.jsonl", "a.parquet", "README.md"):
+        (here / "set" / "data" / name).write_text("")
+    _, sender, argv = call_inside("run", "set")
+    assert sender.sent == [here / "set" / "data" / name for name in ("a.parquet", "b.jsonl")]
+    assert argv[-2:] == ["/runs/.inputs/0/a.parquet", "/runs/.inputs/0/b.jsonl"]
+    (here / "set" / "data" / "test.jsonl").write_text("")
+    with pytest.raises(DataError, match="kept for testing"):
+        call_inside("run", "set")
+
+
+def test_a_folder_without_chats_is_refused(here: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
         call_inside("run", "run")
 

@@ -65,6 +65,13 @@ WHOLE = Comparison(
 )
 
 
+def test_the_unquantized_gguf_is_named_by_its_type() -> None:
+    named = WHOLE.with_type("f32")
+    assert [check.name for check in named.checked] == ["merged", "served f32"]
+    assert named.not_kept == ("f32 GGUF",) and [path.name for path in named.paths] == ["Q4_K_M"]
+    assert named.with_type("f16") == named and WHOLE.with_type("f16") == WHOLE
+
+
 def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
     WHOLE.write(tmp_path / "c.json")
     read = Comparison.read(tmp_path / "c.json")
