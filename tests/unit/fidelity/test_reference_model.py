@@ -60,7 +60,6 @@ def with_adapter(model: Any, folder: Path, targets: list[str], **options: Any) -
         ("gpt2", ["c_attn", "c_proj"], {}, {"init_lora_weights": "pissa"}),
         ("gpt_oss", ["q_proj"], SQUARE, {"target_parameters": EXPERTS}),
         ("gpt_oss", ["q_proj"], {**SQUARE, "intermediate_size": 96}, {"target_parameters": EXPERTS}),
-        ("llama4_text", ["q_proj"], SQUARE, {"target_parameters": ["gate_up_proj", "experts.down_proj"]}),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
@@ -85,6 +84,15 @@ def test_experts_that_are_stored_one_by_one_as_peft(tiny_model: Callable[..., An
     check_as_peft(reference_model.WholeModel(tmp_path / "base"), tuned, tmp_path / "adapter")
     with pytest.raises(SpaceError, match="layer by layer"):
         reference_model.LayeredModel(tmp_path / "base")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_llama_4_layer_by_layer(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Its class does not say which of its modules has the layers."""
+    base = tiny_model("llama4_text", tmp_path / "base", **SQUARE)
+    parameters = ["gate_up_proj", "experts.down_proj"]
+    tuned = with_adapter(base, tmp_path / "adapter", ["q_proj"], target_parameters=parameters)
+    check_as_peft(reference_model.LayeredModel(tmp_path / "base"), tuned, tmp_path / "adapter")
 
 
 def check_as_peft(model: Any, tuned: Any, adapter: Path) -> None:
