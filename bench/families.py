@@ -82,6 +82,16 @@ MODELS = (
     Model("OLMo 2 1B", "olmo2", (2048, 8192, 16, 16, 128)),
     Model("OLMo 3 7B", "olmo3", (4096, 11_008, 32, 32, 128)),
     Model("EXAONE 4 1.2B", "exaone4", (2048, 4096, 32, 8, 64), more={"sliding_window": 4096}),
+    Model(
+        "Qwen 3 30B-A3B", "qwen3_moe", (2048, 6144, 32, 4, 128),
+        more={
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        },
+    ),
+    Model(
+        "Mixtral 8x7B", "mixtral", (4096, 14_336, 32, 8, 128), layers=1,
+        more={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
 )  # fmt: skip
 
 
@@ -109,7 +119,7 @@ def main() -> int:
     result.notes.append(
         f"Random weights. A vocabulary of {_VOCABULARY:,} tokens, but all of Gemma 3 270M's. Chats of {_SHORTEST} to "
         f"{_LONGEST} random tokens behind a prompt of {_SYSTEM} that all share; the loss covers the second half of "
-        "each. Adapters of rank 16 on all linear layers. Without the optimizer."
+        "each. Adapters of rank 16 on all linear layers and experts. Without the optimizer."
     )
     result.finish(arguments.json)
     return 0
@@ -158,7 +168,7 @@ def _job(folder: Path) -> TrainJob:
         scheduler_type="constant", warmup_steps=0, weight_decay=0.0, batch_size=_BATCH, gradient_accumulation=1,
         max_grad_norm=1.0, seed=0, lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, target_modules=["all-linear"],
         early_stopping=0, checkpoint_steps=0, base_model=str(folder / "base"), base_name="random", base_sha256="",
-        data="", data_sha256="", adapter="", checkpoints="", metrics="",
+        data="", data_sha256="", adapter="", checkpoints="", metrics="", target_parameters=["all-experts"],
     )  # fmt: skip
 
 
