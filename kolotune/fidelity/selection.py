@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kolotune.chats import Chat
+from kolotune.chats.chat import trained_answers
 from kolotune.chats.dataset.exchanges import exchanges_of
 from kolotune.chats.reading.files import read_chats
 from kolotune.chats.templates.rendering import has_thought
@@ -162,8 +163,11 @@ def _add_texts(selection: Selection, texts: Sequence[Chat | None], trained: Trai
 
 
 def _add_prompts(selection: Selection, chat: Chat, compared: Sequence[ComparedChat], trained: TrainedFormat) -> None:
-    """Add the prompt before each answer; that of a sequence must equal the tokens before its first trained one."""
-    messages = chat.message_dicts()
+    """Add the prompt before each answer; that of a trained one must equal the tokens before it.
+
+    A sequence shows them for its first trained answer only.
+    """
+    messages, trained_numbers = chat.message_dicts(), trained_answers(chat)
     starts = [sequence.ids[: sequence.positions[0] + 1] for sequence in compared if sequence.positions]
 
     def stands_alone(ids: list[int]) -> bool:
@@ -174,8 +178,8 @@ def _add_prompts(selection: Selection, chat: Chat, compared: Sequence[ComparedCh
         if message["role"] != "assistant" or index == 0:
             continue
         prompt = trained.prompt(messages[:index], list(chat.tools) or None, has_thought(chat.messages[index]))
-        is_first = all(turn["role"] != "assistant" for turn in messages[:index])
-        if (is_first or len(starts) > 1) and prompt.ids not in starts and not stands_alone(prompt.ids):
+        is_shown = index in trained_numbers and (index == trained_numbers[0] or len(starts) > 1)
+        if is_shown and prompt.ids not in starts and not stands_alone(prompt.ids):
             selection.defects.append(defect(DefectKind.FIRST_PROMPT_DIFFERS))
         selection.prompts.append(prompt)
         selection.expected.append(str(message["content"]))

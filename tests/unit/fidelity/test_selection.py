@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from array import array
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.training import branching_chats, write_tokens
 
+from kolotune.chats.dataset.prepare import prepare_chats
+from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.fidelity.selection import _is_same, select
 from kolotune.fidelity.tasks import ComparedChat, ModelsTask
 from kolotune.fidelity.trained_format import TrainedFormat
+from kolotune.foundation import config as configs
+from kolotune.run_folder.layout import TRAIN_TOKENS
 
 
 def task_of(tokens: Path, most_chats: int, most_tokens: int) -> ModelsTask:
@@ -49,3 +56,23 @@ def test_a_chat_is_the_same_if_all_its_sequences_are(
     compared = [ComparedChat([1, 2, 3], [1], []), ComparedChat([1, 4, 5, 6], [1, 2], [])]
     encoded = EncodedChat(array("i", ids).tobytes(), bytes(labels), ends=ends)
     assert _is_same(compared, encoded) == expected
+
+
+@pytest.mark.parametrize(("choice", "weights"), [("last", [1, 1]), ("all", [0, 1]), ("all", [1, 0]), ("all", [1, 1])])
+def test_only_the_prompts_of_trained_answers_must_be_in_the_tokens(
+    choice: str, weights: list[int], tiny_base: Path, tmp_path: Path
+) -> None:
+    turns: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate("qarb")
+    ]
+    turns[1]["weight"], turns[3]["weight"] = weights
+    file, values = tmp_path / "chats.jsonl", {"eval_split": 0.0, "train_on": choice}
+    file.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    config = configs.resolve(({"train_data": [file], **values}, "test", tmp_path))
+    prepare_chats(config, tiny_base, tmp_path, processes=1)
+    task = dataclasses.replace(
+        task_of(tmp_path / TRAIN_TOKENS, 9, 9000), train_data=[str(file)], reading=ReadingOptions.of(config)
+    )
+    selection = select(task, TrainedFormat.load(tiny_base))
+    assert selection.defects == [] and selection.reproduced == 1
+    assert selection.expected == ["a", "b"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kolotune.cli.init import commented_config
 from kolotune.foundation import quantization_types
-from kolotune.foundation.config import OPTIONS, Config, dump, load_file, plain_values, resolve
+from kolotune.foundation.config import OPTIONS, Config, dump, load_file, plain_values, resolve, stage_options
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
 
@@ -442,3 +442,14 @@ def test_automatic_values_become_those_of_the_new_engine() -> None:
     native, torchtune = resolve(layer), resolve(layer, flags(engine="torchtune"))
     assert (native.warmup_steps, native.batch_size) == (None, None)
     assert (torchtune.warmup_steps, torchtune.batch_size, torchtune.lora_rank) == (100, 1, 4)
+
+
+# --- fingerprints
+
+
+def test_options_younger_than_old_records_are_in_fingerprints_only_where_they_are_given() -> None:
+    trained = {"use_rslora": True, "lora_plus_ratio": 4.0, "neftune_noise_alpha": 5.0}
+    chosen = resolve(flags(**trained, train_on="last"))
+    assert not {*trained, "train_on"} & {*stage_options(resolve(), "train"), *stage_options(resolve(), "prepare")}
+    assert trained.items() <= stage_options(chosen, "train").items()
+    assert stage_options(chosen, "prepare")["train_on"] == "last" and "train_on" not in stage_options(chosen, "train")
