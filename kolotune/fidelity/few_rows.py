@@ -43,5 +43,6 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     computed = next(size for size in _ROWS if size >= rows)
     columns = inputs.new_zeros(computed, inputs.shape[-1])
     columns[:rows] = inputs.reshape(rows, -1)
-    result = (weight @ columns.T)[:, :rows].T.reshape(*inputs.shape[:-1], -1)
+    # Contiguous, as some models (Llama 4) read pairs of numbers as complex ones.
+    result = (weight @ columns.T)[:, :rows].T.contiguous().view(*inputs.shape[:-1], -1)
     return result if bias is None else result + bias

@@ -19,4 +19,4 @@ def test_same_products(shape: tuple[int, int], has_bias: bool) -> None:
     inputs = torch.randn(*shape, 24)
     with torch.no_grad():
         actual, expected = model(inputs), plain(inputs)
-    assert actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-5)
+    assert actual.is_contiguous() and actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-5)

@@ -87,12 +87,13 @@ def test_experts_that_are_stored_one_by_one_as_peft(tiny_model: Callable[..., An
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_llama_4_layer_by_layer(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_llama_4_as_peft(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     """Its class does not say which of its modules has the layers."""
     base = tiny_model("llama4_text", tmp_path / "base", **SQUARE)
     parameters = ["gate_up_proj", "experts.down_proj"]
     tuned = with_adapter(base, tmp_path / "adapter", ["q_proj"], target_parameters=parameters)
-    check_as_peft(reference_model.LayeredModel(tmp_path / "base"), tuned, tmp_path / "adapter")
+    for kind_of_model in (reference_model.WholeModel, reference_model.LayeredModel):
+        check_as_peft(kind_of_model(tmp_path / "base"), tuned, tmp_path / "adapter")
 
 
 def check_as_peft(model: Any, tuned: Any, adapter: Path) -> None:
