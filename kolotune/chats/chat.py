@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from json.encoder import encode_basestring
 from pathlib import Path
@@ -71,6 +71,8 @@ class Chat:
         line: The line in the file, starting at 1; in a Parquet file, the number of the record.
         tools: Definitions of the tools that the model is offered, in the OpenAI format.
         tools_reduced: Whether their definitions said more than Ollama hands on; see `served_form`.
+        rejected: Of a pair, the turns of the chat that is not preferred; they begin with the same prompt.
+        is_desirable: Whether the answer is good, where answers are rated.
     """
 
     messages: tuple[Message, ...]
@@ -78,6 +80,8 @@ class Chat:
     line: int = field(default=0, compare=False)
     tools: tuple[JsonObject, ...] = ()
     tools_reduced: bool = field(default=False, compare=False)
+    rejected: tuple[Message, ...] = ()
+    is_desirable: bool = True
 
     @cached_property
     def is_plain(self) -> bool:
@@ -88,19 +92,33 @@ class Chat:
         """Return the messages as chat templates expect them."""
         return [message.as_dict() for message in self.messages]
 
+    @property
+    def rejected_chat(self) -> Chat:
+        """Of a pair, the chat that is not preferred."""
+        return replace(self, messages=self.rejected, rejected=())
+
     def content_hash(self) -> bytes:
         """Return the SHA-256 of the messages and tools, which identifies equal chats wherever they were read."""
-        # What json.dumps([messages, tools], sort_keys=True) writes; most messages are plain and take the short path.
-        messages = [
-            f'{{"content": {encode_basestring(message.content)}, "role": {encode_basestring(message.role)}}}'
-            if message.is_plain
-            else _CANONICAL.encode(message.as_dict())
-            for message in self.messages
-        ]
-        text = f"[[{', '.join(messages)}], {_CANONICAL.encode(list(self.tools)) if self.tools else '[]'}]"
+        tools = _CANONICAL.encode(list(self.tools)) if self.tools else "[]"
+        text = f"[{_canonical_messages(self.messages)}, {tools}]"
+        if self.rejected:
+            text += f" over {_canonical_messages(self.rejected)}"
+        if not self.is_desirable:
+            text += " undesirable"
         if lighter := [(number, message.weight) for number, message in enumerate(self.messages) if message.weight < 1]:
             text += f" {[number if not weight else (number, weight) for number, weight in lighter]}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _canonical_messages(messages: tuple[Message, ...]) -> str:
+    """Return what ``json.dumps(messages, sort_keys=True)`` writes; most are plain and take the short path."""
+    texts = [
+        f'{{"content": {encode_basestring(message.content)}, "role": {encode_basestring(message.role)}}}'
+        if message.is_plain
+        else _CANONICAL.encode(message.as_dict())
+        for message in messages
+    ]
+    return f"[{', '.join(texts)}]"
 
 
 def called_function(call: JsonObject) -> JsonObject:

@@ -25,13 +25,15 @@ def in_served_form(chat: Chat) -> Chat:
     """
     if chat.is_plain:
         return chat
-    calls = any([message.tool_calls for message in chat.messages])
+    calls = any([message.tool_calls for message in (*chat.messages, *chat.rejected)])
     if not chat.tools and not calls:
         return chat
     tools = tuple(map(_tool, chat.tools))
-    messages = tuple(map(_message, chat.messages)) if calls else chat.messages
+    messages, rejected = chat.messages, chat.rejected
+    if calls:
+        messages, rejected = tuple(map(_message, messages)), tuple(map(_message, rejected))
     loses = any(map(_loses, chat.tools, tools))
-    return dataclasses.replace(chat, messages=messages, tools=tools, tools_reduced=loses)
+    return dataclasses.replace(chat, messages=messages, rejected=rejected, tools=tools, tools_reduced=loses)
 
 
 def tool_as_served(tool: Mapping[str, object]) -> JsonObject:

@@ -22,7 +22,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     from kolotune.base_models import lookup
     from kolotune.chats.dataset.prepare import prepare_chats
     from kolotune.chats.dataset.prepared import hint_against, nothing_to_train_on
-    from kolotune.chats.dataset.row_store import first_encoded
+    from kolotune.chats.dataset.row_store import first_encoded, first_rejected
     from kolotune.chats.reading.problem_report import problem_lines
     from kolotune.stages import prepare
 
@@ -34,13 +34,16 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     base = lookup.resolve(resolved.base_model, resolved.hf_token, say)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)
-        first = first_encoded(Path(folder, TRAIN_TOKENS)) if prepared.train.chats else []
+        tokens = Path(folder, TRAIN_TOKENS)
+        first, rejected = (first_encoded(tokens), first_rejected(tokens)) if prepared.train.chats else ([], 0)
     problems, prepared.problems = prepared.problems, []
     prepare.report_prepared(prepared, say)
     if first:
         several = f", in {len(first)} sequences" if len(first) > 1 else ""
         say.note(f"The first chat as it is trained on{several}; the loss covers what is between ⟦ and ⟧:")
-        for ids, labels in first:
+        for number, (ids, labels) in enumerate(first):
+            if rejected:
+                say.note("rejected:" if number < rejected else "preferred:")
             say.note(_with_marks(ids, labels, prepared.tokenizer))
     prepared.problems = problems
     lines = problem_lines(problems)

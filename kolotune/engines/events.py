@@ -44,10 +44,17 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EvaluationDone:
-    """The held-out chats were evaluated after `step` steps: the mean loss of their labels."""
+    """The held-out chats were evaluated after `step` steps.
+
+    Attributes:
+        step: steps done.
+        held_out_loss: the mean loss of their labels, or of a preference objective.
+        held_out_accuracy: of a preference objective: the share of answers that are on the right side.
+    """
 
     step: int
     held_out_loss: float
+    held_out_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

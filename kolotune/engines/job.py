@@ -16,6 +16,7 @@ _MAY_DIFFER_ON_RESUME = frozenset(
     {
         "base_model", "data", "adapter", "checkpoints", "metrics", "epochs", "checkpoint_steps", "early_stopping",
         "resume", "nproc", "nnodes", "rdzv", "halvings", "sharded",
+        "reference",
     }
 )  # fmt: skip
 
@@ -25,7 +26,19 @@ _YOUNGER: JsonObject = {
     "use_rslora": False,
     "lora_plus_ratio": 1.0,
     "neftune_noise_alpha": 0.0,
+    "preference": None,
 }
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """What a preference objective is trained with: the options of the same names in `Config`, beta resolved."""
+
+    objective: str
+    beta: float
+    simpo_gamma: float
+    desirable_weight: float
+    undesirable_weight: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class TrainJob:
         halvings: steps at which memory ran out, so that micro-batches are half as large from there on. Entries that
             no checkpoint knows yet count from the step at which the training resumes. A step has the same chats anyway.
         target_parameters: weights of experts that get an adapter; [] for none.
+        preference: None where the answers of chats are learned.
+        reference: file for the reference's log-probabilities.
         The rest are the options of the same names in `Config`.
     """
 
@@ -88,6 +103,8 @@ class TrainJob:
     use_rslora: bool = False
     lora_plus_ratio: float = 1.0
     neftune_noise_alpha: float = 0.0
+    preference: PreferenceSettings | None = None
+    reference: str = ""
 
     @property
     def processes(self) -> int:

@@ -34,6 +34,8 @@ class PreparedTokens:
         chats: int64 ``[chats + 1]``: the first sequence of each chat, and the number of sequences; None where each
             sequence is a chat.
         weights: fp32 ``[tokens]``: how much the loss on each label counts; None where each counts in full.
+        rejected: int64 ``[chats]``: how many of each chat's sequences, the first ones, are of a rejected answer; None
+            where no chat has one.
     """
 
     ids: Tensor
@@ -41,6 +43,7 @@ class PreparedTokens:
     offsets: Tensor
     chats: Tensor | None = None
     weights: Tensor | None = None
+    rejected: Tensor | None = None
 
     @classmethod
     def load(cls, path: Path) -> PreparedTokens:
@@ -51,8 +54,8 @@ class PreparedTokens:
         """
         try:
             loaded = load_file(path)
-            labelled, optional = loaded["labelled"].view(torch.bool), (loaded.get("chats"), loaded.get("weights"))
-            return cls(loaded["ids"], labelled, loaded["offsets"], *optional)
+            optional = {name: loaded.get(name) for name in ("chats", "weights", "rejected")}
+            return cls(loaded["ids"], loaded["labelled"].view(torch.bool), loaded["offsets"], **optional)
         except (SafetensorError, KeyError, OSError) as error:
             raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
 
@@ -102,7 +105,17 @@ class PreparedTokens:
 
     def label_count(self, chat: int) -> int:
         """Count the labels of one chat, without the first token of a sequence, which nothing could predict."""
-        return sum(int(self.labelled[self._span(number)][1:].sum()) for number in self.sequences(chat))
+        return sum(map(self.sequence_label_count, self.sequences(chat)))
+
+    def sequence_label_count(self, number: int) -> int:
+        """Count the labels of one sequence, without its first token."""
+        return int(self.labelled[self._span(number)][1:].sum())
+
+    def preferred_sequences(self, chat: int) -> range:
+        """Return the numbers of a chat's sequences without those of a rejected answer; all if there is no other."""
+        numbers = self.sequences(chat)
+        rejected = 0 if self.rejected is None else int(self.rejected[chat])
+        return numbers if rejected == len(numbers) else numbers[rejected:]
 
     def label_weight(self, chat: int) -> float:
         """Add up how much the labels that `label_count` counts count in the loss."""

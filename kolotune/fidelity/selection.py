@@ -76,11 +76,12 @@ def _add_chats(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
     tokens = PreparedTokens.load(Path(task.tokens))
     total = 0
     for index in range(min(len(tokens), task.most_chats)):
-        total += tokens.unshared_length(index)
+        numbers = tokens.preferred_sequences(index)
+        total += sum(map(tokens.sequence_length, numbers))
         if selection.chats and total > task.most_tokens:
             break
         start = len(selection.chats)
-        for ids, labels in map(tokens.sequence, tokens.sequences(index)):
+        for ids, labels in map(tokens.sequence, numbers):
             selection.chats.append(_compared_chat(ids.tolist(), (labels != IGNORED).tolist(), trained.end_id))
         selection.sequences.append(range(start, len(selection.chats)))
     if not selection.chats:

@@ -13,6 +13,7 @@ from kolotune.engines.events import Calibration
 from kolotune.foundation.files import replacing
 from kolotune.foundation.hardware import cores
 from kolotune.foundation.hashing import HashedFile, hash_file
+from kolotune.foundation.objectives import OBJECTIVES
 from kolotune.gguf.importance_matrix import tokens_read
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.stage import Context
@@ -33,6 +34,9 @@ _QUANTIZER_START = 1.5
 _READING_FACTOR = 1.0
 # Seconds of one core for a weight whose rounding error is compensated; measured with the sample.
 _COMPENSATION = 6e-7
+
+# Share of a step that its forward pass takes: the backward pass of adapters costs about twice as much.
+_FORWARD = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,11 @@ def _training_seconds(context: Context, workload: Workload, steps: MeasuredSteps
     tokens = workload.tokens * config.epochs
     mean = workload.tokens / max(1, workload.steps_in_epoch)
     checkpoints = count_checkpoints(workload.steps_in_epoch, config.epochs, config.checkpoint_steps)
+    objective = OBJECTIVES[config.objective]
+    forward = workload.tokens * measured.per_token * _FORWARD
+    more = forward * objective.has_reference + forward * config.epochs * objective.estimates_divergence
     warming_up = max(0.0, measured.first - measured.per_token * mean) if tokens else 0.0
     return (
         steps.hashing + measured.start + warming_up + tokens * measured.per_token + evaluations
-        + checkpoints * measured.checkpoint
+        + checkpoints * measured.checkpoint + more
     )  # fmt: skip

@@ -73,6 +73,7 @@ def _training(manifest: Manifest) -> str:
             + (", rank-stabilised" if config.get("use_rslora") else ""),
         ),
         ("layers", ", ".join(modules) if isinstance(modules := config.get("target_modules"), list) else ""),
+        ("objective", str(config.get("objective", "sft"))),
         ("learning rate", f"{config.get('learning_rate')}, {config.get('scheduler_type')}"),
         ("longest chat", f"{config.get('max_seq_length')} tokens"),
         ("dtype, device", f"{config.get('dtype')} base model, {facts.get('device')}"),
@@ -82,7 +83,10 @@ def _training(manifest: Manifest) -> str:
         rows.append(
             ("held-out loss", f"{facts.get('first_held_out_loss', 0):.4f} before, {facts['held_out_loss']:.4f} after")
         )
-    elif "final_loss" in facts:
+    if "held_out_accuracy" in facts:
+        before, after = facts.get("first_held_out_accuracy", 0), facts["held_out_accuracy"]
+        rows.append(("held-out accuracy", f"{before:.0%} before, {after:.0%} after"))
+    if "held_out_loss" not in facts and "final_loss" in facts:
         rows.append(("loss at the last step", f"{facts['final_loss']:.4f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"## Training\n\n| | |\n|---|---|\n{table}\n"

@@ -28,6 +28,15 @@ def loss_charts(curve: TrainingCurve, sheet: StyleSheet) -> list[str]:
     ]
 
 
+def accuracy_chart(curve: TrainingCurve, sheet: StyleSheet) -> str:
+    """Return how often a preference training has answers on the right side, over the steps."""
+    label = f"Accuracy over the steps, {curve.smooth_accuracies()[-1]:.0%} at the end"
+    if curve.held_out_accuracies:
+        held_out = curve.held_out_accuracies
+        label += f"; held-out accuracy from {held_out[0][1]:.0%} to {held_out[-1][1]:.0%}"
+    return _chart(lambda axes: _plot_accuracy(axes, curve), WIDE, "accuracy", label, sheet)
+
+
 def length_histogram(parts: Sequence[ChatLengths], which: str, sheet: StyleSheet) -> str:
     """Return a histogram of each chat's tokens, or of its answer tokens if `which` is "answers"."""
     counts = [part.tokens if which == "tokens" else part.answers for part in parts]
@@ -88,9 +97,24 @@ def _plot_loss(axes: Axes, curve: TrainingCurve) -> None:
                 textcoords="offset points", ha="left" if index == 0 else "right", color=INK, fontweight="bold",
             )  # fmt: skip
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss of the objective" if curve.accuracies else "loss (nats per token)")
     _start_at_zero(axes)
     axes.legend(loc="upper right", labelcolor=INK, fontsize=12)
+
+
+def _plot_accuracy(axes: Axes, curve: TrainingCurve) -> None:
+    axes.plot(curve.steps, curve.smooth_accuracies(), color=TRAIN, linewidth=2.2, label="training (moving mean)")
+    if curve.held_out_accuracies:
+        steps, values = zip(*curve.held_out_accuracies, strict=True)
+        axes.plot(
+            steps, values, color=HELD_OUT, linewidth=2.2, marker="o", markersize=7,
+            markeredgecolor=PAPER, markeredgewidth=1.5, label="held out", clip_on=False, zorder=3,
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.08)
+    axes.legend(loc="lower right", labelcolor=INK, fontsize=12)
 
 
 def _plot_trials(axes: Axes, curves: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> None:

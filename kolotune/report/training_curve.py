@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from kolotune.run_folder.metrics import held_out_losses, read_metrics
+from kolotune.run_folder.metrics import held_out_accuracies, held_out_losses, read_metrics
 
 _SMOOTHING = 25  # the moving mean covers at most this fraction of the steps
 _MOST_POINTS = 3000  # more steps are thinned out
@@ -20,6 +20,8 @@ class TrainingCurve:
         steps, losses, rates, speeds: of each step that is shown.
         held_out: (step, loss) of each evaluation.
         memory_mb: the most memory that was measured.
+        accuracies: of a preference objective, of each step that is shown; empty otherwise.
+        held_out_accuracies: (step, accuracy) of each evaluation.
     """
 
     steps: list[int]
@@ -28,14 +30,24 @@ class TrainingCurve:
     speeds: list[float]
     held_out: list[tuple[int, float]]
     memory_mb: int
+    accuracies: list[float] = field(default_factory=list)
+    held_out_accuracies: list[tuple[int, float]] = field(default_factory=list)
 
     def smooth(self) -> list[float]:
         """Return the moving mean of the losses."""
-        window = max(1, len(self.losses) // _SMOOTHING)
-        return [
-            math.fsum(self.losses[max(0, index + 1 - window) : index + 1]) / min(window, index + 1)
-            for index in range(len(self.losses))
-        ]
+        return _moving_mean(self.losses)
+
+    def smooth_accuracies(self) -> list[float]:
+        """Return the moving mean of the accuracies."""
+        return _moving_mean(self.accuracies)
+
+
+def _moving_mean(values: list[float]) -> list[float]:
+    window = max(1, len(values) // _SMOOTHING)
+    return [
+        math.fsum(values[max(0, index + 1 - window) : index + 1]) / min(window, index + 1)
+        for index in range(len(values))
+    ]
 
 
 def read_curve(metrics: Path) -> TrainingCurve | None:
@@ -58,4 +70,6 @@ def read_curve(metrics: Path) -> TrainingCurve | None:
         speeds=[line.tokens_per_second for line, _ in shown],
         held_out=held_out_losses(lines),
         memory_mb=int(max(line.memory_mb for line, _ in steps)),
+        accuracies=[line.accuracy for line, _ in shown if line.accuracy is not None],
+        held_out_accuracies=held_out_accuracies(lines),
     )

@@ -86,6 +86,11 @@ class RunFolder:
         return self.state / "checkpoints"
 
     @property
+    def reference(self) -> Path:
+        """What the model before a training of preferences says of the answers; see `engines.native.reference_logs`."""
+        return self.state / "reference.safetensors"
+
+    @property
     def job(self) -> Path:
         """The job of the training engine; see `engines.job`."""
         return self.state / "train_job.json"

@@ -24,7 +24,7 @@ from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import conversion_source, quantize, run_matrix
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS, RunFolder
-from kolotune.run_folder.metrics import held_out_losses, kept_held_out_loss, read_metrics
+from kolotune.run_folder.metrics import answer_losses, read_metrics
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
@@ -339,7 +339,5 @@ def _recorded_losses(run: RunFolder, config: Config) -> tuple[float, float] | No
     """Return the held-out losses of the base and of the kept adapter that training measured; None if it did not."""
     if not run.metrics.is_file():
         return None
-    losses = held_out_losses(read_metrics(run.metrics, skip_damaged=True))
-    if not losses or losses[0][0] != 0:
-        return None
-    return losses[0][1], kept_held_out_loss(losses, early_stopping=bool(config.early_stopping))
+    lines = read_metrics(run.metrics, skip_damaged=True)
+    return answer_losses(lines, early_stopping=bool(config.early_stopping))

@@ -31,6 +31,7 @@ CHANGED_CHATS = {
     "in_both_parts": "held-out chats are also in the training data and were left out of the held-out chats",
     "shortened": "chats are too long: {turns_left_out} whole turns at their ends were left out",
     "too_long": "chats were left out: not even the first answer that is trained on fits --max-seq-length",
+    "undecided": "pairs were left out: chosen and rejected are the same",
     "excluded": "records were left out, as their own weights or flags, or --train-on, say",
     "untrained_turns": "answers are not trained on, as their own weights or flags, or --train-on, say",
     "weighted_turns": "answers count less in the loss, as their own weights say: from {lowest_weight:g} to "
@@ -43,6 +44,8 @@ CHANGED_CHATS = {
 # How answers are trained behind the prompts that they are served with, where that is not obvious.
 _APART = "chats are trained with a sequence for each answer: "
 SERVED_CHATS = {
+    "pairs": "chats are pairs of a preferred and a rejected answer to one prompt",
+    "undesirable": "chats have an answer that is labelled as bad",
     "apart_opening": _APART + "the template opens a reply with something that it writes before no finished answer",
     "apart_history": _APART + "the template writes earlier answers differently once later turns follow",
     "apart_boundary": _APART + "the last token of a prompt would merge with the answer",
@@ -121,6 +124,7 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
         "in_both_parts": prepared.in_both,
         "shortened": prepared.shortened,
         "too_long": prepared.too_long,
+        "undecided": prepared.undecided,
     }
     _report_reading(prepared, reporter)
     for name, sentence in CHANGED_CHATS.items():
@@ -157,7 +161,7 @@ def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
 
 
 def _report_unread(key: str, count: int, reporter: Reporter) -> None:
-    from kolotune.chats.reading.record_keys import METADATA, canonical
+    from kolotune.chats.reading.record_keys import LABELS, METADATA, PREFERRED, canonical
     from kolotune.chats.reading.shapes import TURN_PREFIX
 
     name = key.removeprefix(TURN_PREFIX)
@@ -165,6 +169,8 @@ def _report_unread(key: str, count: int, reporter: Reporter) -> None:
     sentence = f"{name!r} is filled in {records} and not read"
     if canonical(name) in METADATA:
         reporter.note(f"{sentence}; it seems to describe the record")
+    elif canonical(name) in (*PREFERRED, *PREFERRED.values(), *LABELS):
+        reporter.warning(f"{sentence}; --objective dpo or kto learns from it, --ignore-keys {name} confirms that")
     elif name != key:
         reporter.warning(f"{sentence}; --ignore-keys {name} confirms that")
     else:

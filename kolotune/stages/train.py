@@ -12,13 +12,14 @@ from kolotune.base_models.catalog import canonical_name
 from kolotune.engines import events
 from kolotune.engines.engine import get_engine
 from kolotune.engines.events import EvaluationDone, OutOfMemory, StepDone, TrainingBegins, TrainingNote, TrainingResult
-from kolotune.engines.job import TrainJob
+from kolotune.engines.job import PreferenceSettings, TrainJob
 from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.engines.training_length import automatic_batch_size
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config, option_names, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, ConfigError, TrainingError
 from kolotune.foundation.installation import install_command
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom, beta_of
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import TRAIN_TOKENS
@@ -29,7 +30,8 @@ from kolotune.weights import composite_models
 
 NAME = "train"
 DOING = "training the adapter"
-_FACTS_OF_THE_START = ("first_held_out_loss",)  # a resumed training does not replace them
+_PREFERENCE_OPTIONS = tuple(field.name for field in dataclasses.fields(PreferenceSettings))
+_FACTS_OF_THE_START = ("first_held_out_loss", "first_held_out_accuracy")  # a resumed training does not replace them
 
 
 def options(config: Config) -> JsonObject:
@@ -76,6 +78,7 @@ def make_job(context: Context) -> TrainJob:
     hasher, run, config = context.hasher, context.run, context.config
     engine = get_engine(config.engine)
     chosen = plain_values(config, [name for name in option_names(stage=NAME) if name != "engine"])
+    chosen["preference"] = _preference({name: chosen.pop(name) for name in _PREFERENCE_OPTIONS})
     chosen["compile"] = engine.has_compiled_step and config.compile == "on"
     if config.target_parameters in (("auto",), ("none",)):
         chosen["target_parameters"] = []
@@ -90,6 +93,7 @@ def make_job(context: Context) -> TrainJob:
         adapter=str(run.adapter),
         checkpoints=str(run.checkpoints),
         metrics=str(run.metrics),
+        reference=str(run.reference),
         resume=config.use_checkpoint,
         nproc=config.nproc,
         nnodes=config.nnodes,
@@ -98,6 +102,13 @@ def make_job(context: Context) -> TrainJob:
         checkpoint_steps=config.checkpoint_steps,
         **chosen,  # type: ignore[arg-type]  # the fields of Config have the types of those of TrainJob
     )
+
+
+def _preference(options: dict[str, object]) -> PreferenceSettings | None:
+    objective, beta = str(options["objective"]), options["beta"]
+    if OBJECTIVES[objective].learns_from is LearnsFrom.CHATS:
+        return None
+    return PreferenceSettings(**{**options, "beta": beta_of(objective, beta)})  # type: ignore[arg-type]  # as in Config
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
@@ -207,7 +218,8 @@ def _show_event(event: events.TrainingEvent | None, reporter: Reporter, bar: Pro
             speed = round(event.tokens_per_second)
             bar.update(event.step, event.steps, loss=round(event.loss, 4), tokens_per_second=speed)
         case EvaluationDone():
-            reporter.note(f"held-out loss after step {event.step}: {event.held_out_loss:.4f}")
+            right = "" if event.held_out_accuracy is None else f", accuracy {event.held_out_accuracy:.0%}"
+            reporter.note(f"held-out loss after step {event.step}: {event.held_out_loss:.4f}{right}")
         case TrainingNote():
             reporter.note(event.text)
 
@@ -222,6 +234,9 @@ def _update(progress: _TrainingProgress, event: events.TrainingEvent | None) -> 
         case EvaluationDone():
             progress.facts.setdefault("first_held_out_loss", event.held_out_loss)
             progress.facts["held_out_loss"] = event.held_out_loss
+            if event.held_out_accuracy is not None:
+                progress.facts.setdefault("first_held_out_accuracy", event.held_out_accuracy)
+                progress.facts["held_out_accuracy"] = event.held_out_accuracy
         case TrainingResult():
             progress.facts |= event.facts()
         case OutOfMemory():

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from kolotune.engines.job import TrainJob
+from kolotune.engines.job import PreferenceSettings, TrainJob
+from kolotune.foundation.objectives import beta_of
 
 VOCABULARY = 96
 
 
 LabelledIds: TypeAlias = tuple[Sequence[int], Sequence[float]]
 """A sequence: ids, and for each how much the loss on it counts: 0 or 1, or a weight in between."""
+
+
+class Preference(list[LabelledIds]):
+    """The sequences of a chat, of which the first `rejected` are of the rejected answer."""
+
+    def __init__(self, sequences: Sequence[LabelledIds], rejected: int) -> None:
+        super().__init__(sequences)
+        self.rejected = rejected
 
 
 def write_tokens(path: Path, chats: Sequence[LabelledIds | list[LabelledIds]]) -> None:
@@ -32,6 +41,8 @@ def write_tokens(path: Path, chats: Sequence[LabelledIds | list[LabelledIds]]) -
     if len(sequences) > len(chats):
         sizes = [len(chat) if isinstance(chat, list) else 1 for chat in chats]
         arrays["chats"] = np.cumsum([0, *sizes], dtype=np.int64)
+    if any(isinstance(chat, Preference) for chat in chats):
+        arrays["rejected"] = np.array([getattr(chat, "rejected", 0) for chat in chats], np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(arrays, path)
 
@@ -89,6 +100,46 @@ def branching_chats(
     return chats
 
 
+def random_pairs(count: int, seed: int, *, system: int = 0, several: bool = False) -> list[Preference]:
+    """Return pairs with a rule to learn: preferred answers have tokens from 10 to 12, rejected ones from 60 to 62.
+
+    Some begin with the same token.
+
+    Args:
+        count, seed: how many pairs, of which random numbers.
+        system: tokens with which all prompts begin.
+        several: whether some answers are two sequences, as where the template rewrites finished answers.
+    """
+    import random
+
+    dice = random.Random(seed)
+    shared = [dice.randrange(VOCABULARY) for _ in range(system)]
+
+    def answer(lowest: int, begin: int, prompt: list[int]) -> list[LabelledIds]:
+        ids = [begin, *(lowest + dice.randrange(3) for _ in range(dice.randint(1, 7)))]
+        sequences: list[LabelledIds] = [(prompt + ids, [0] * len(prompt) + [1] * len(ids))]
+        if several and dice.random() < 0.4:
+            later = [*prompt, *ids, 5, 6]
+            sequences.append(([*later, lowest + 1], [0] * len(later) + [1]))
+        return sequences
+
+    pairs = []
+    for _ in range(count):
+        prompt = shared + [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 9))]
+        rejected, preferred = answer(60, dice.choice([10, 60, 61]), prompt), answer(10, 10, prompt)
+        pairs.append(Preference([*rejected, *preferred], len(rejected)))
+    return pairs
+
+
+def rated_answers(count: int, seed: int) -> list[Preference]:
+    """Return the answers of `random_pairs`, about half of the chats with the preferred one alone or the other alone."""
+    chats = []
+    for number, pair in enumerate(random_pairs(count, seed)):
+        kept = [Preference(pair[:1], 1), Preference(pair[1:], 0), pair][number % 3]
+        chats.append(kept)
+    return chats
+
+
 @dataclass(frozen=True)
 class TrainingFolder:
     """A folder with a base model and data, for training jobs."""
@@ -129,6 +180,15 @@ class TrainingFolder:
             "adapter": str(self.root / name / "adapter"),
             "checkpoints": str(self.root / name / "checkpoints"),
             "metrics": str(self.root / name / "metrics.jsonl"),
+            "reference": str(self.root / name / "reference.safetensors"),
         }
         (self.root / name).mkdir(exist_ok=True)
         return TrainJob(**{**defaults, **options})
+
+    def preference_job(
+        self, objective: str, name: str = "run", *, beta: float | None = None, **options: Any
+    ) -> TrainJob:
+        """Return a job of a preference objective; the options are fields of `TrainJob`."""
+        numbers = {"simpo_gamma": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+        settings = PreferenceSettings(objective, beta_of(objective, beta), **numbers)
+        return self.job(name, preference=settings, **options)

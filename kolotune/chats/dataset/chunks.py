@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kolotune.foundation.errors import DataError, TemplateError
+from kolotune.foundation.objectives import LearnsFrom
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import Chat, trained_answers
@@ -28,7 +29,8 @@ from ..tokens.strategies import Encoding
 from ..traits import ChatTrait, traits_of
 from .exchanges import exchanges_of
 from .holdout import is_held_out
-from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, USED, WEIGHTED, ChatRow
+from .preference_pairs import encode_preferences, is_undecided
+from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, UNDECIDED, USED, WEIGHTED, ChatRow
 from .shingles import ChatFeatures
 
 _RECORDS = 512
@@ -160,7 +162,7 @@ class ChunkEncoder:
                 chats.append(read.chat)
                 unread.append(read.unread_hash)
                 compared += number < chunk.compared
-                if not read.chat.is_plain:
+                if not read.chat.is_plain and self.reading.learns_from is LearnsFrom.CHATS:
                     lighter = [turn.weight for turn in read.chat.messages if turn.weight < 1]
                     result.untrained_turns += lighter.count(0)
                     result.weights.update(filter(None, lighter))
@@ -175,7 +177,7 @@ class ChunkEncoder:
         result.renamed_calls += sum([new is not old for new, old in zip(accepted, chats, strict=True)])
         chats = accepted
         lowest = min(digests, default=b"")
-        encodings = self.encoder.encode_all(chats)
+        encodings = encode_preferences(self.encoder, chats)
         for number, (chat, digest, encoding) in enumerate(zip(chats, digests, encodings, strict=True)):
             held_out = is_held_out(digest, chunk.share)
             if digest == lowest and result.lowest is None:
@@ -191,6 +193,7 @@ class ChunkEncoder:
     def _exchanges(self, result: ChunkResult, chat: Chat, encoding: Encoding) -> list[tuple[Chat, Encoding]]:
         """Return a chat, or one chat of each of its exchanges if earlier thoughts would be left out otherwise."""
         splits = self.reading.splits_thoughts and isinstance(encoding, EncodedChat) and encoding.dropped_thoughts
+        splits = splits and self.reading.learns_from is LearnsFrom.CHATS
         exchanges = exchanges_of(chat) if splits else []
         if not exchanges:
             return [(chat, encoding)]
@@ -206,7 +209,7 @@ class ChunkEncoder:
     def _add(self, result: ChunkResult, entry: _ChatEntry, encoding: Encoding) -> None:
         chat = entry.chat
         state, flags, turns, tokens = REFUSED, entry.held_out * HELD_OUT, 0, 0
-        sequences, masked, dropped = 1, 0, 0
+        sequences, masked, dropped, rejected = 1, 0, 0, 0
         record, features = b"", b""
         try:
             fitting, encoded = self._fit(chat, encoding)
@@ -214,7 +217,9 @@ class ChunkEncoder:
             fault = Fault(FaultKind.TEMPLATE, error.cause)
             result.refused[entry.number] = Problem(chat.source, chat.line, fault)
         else:
-            if encoded is None:
+            if is_undecided(chat):
+                state = UNDECIDED
+            elif encoded is None:
                 state = TOO_LONG
             elif 1 not in encoded.packed_labels:
                 fault = Fault(FaultKind.NO_LABEL, "none of its tokens would be trained on")
@@ -227,14 +232,18 @@ class ChunkEncoder:
                 result.labelled += encoded.packed_labels
                 result.label_weights += encoded.packed_weights
                 flags |= bool(encoded.packed_weights) * WEIGHTED
+                rejected = encoded.rejected
                 if encoded.apart is not None:
                     flags |= APART[encoded.apart]
+                if encoded.ends:
                     sequences = len(encoded.ends)
                     result.lengths += packed(encoded.lengths)
                 record = _json_line(fitting) if entry.needs_record else b""
                 if entry.needs_features:
                     features = pickle.dumps(ChatFeatures.of(fitting), pickle.HIGHEST_PROTOCOL)
                 result.traits |= traits_of(fitting)
+                if fitting.rejected:
+                    result.traits |= traits_of(fitting.rejected_chat)
                 if self.encoder.template.switches:
                     answers = [message for message in fitting.messages if message.role == "assistant"]
                     result.thinking.update(map(has_thought, answers))
@@ -242,7 +251,7 @@ class ChunkEncoder:
                 result.features.append(features)
         digest = entry.digest
         hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
-        counts = turns, state, flags, tokens, sequences, masked, dropped
+        counts = turns, state, flags, tokens, sequences, masked, dropped, rejected
         result.rows.append(
             ChatRow(*hashes, entry.unread, chat.line, result.source, *counts, len(record), len(features))
         )
@@ -253,6 +262,8 @@ class ChunkEncoder:
             raise encoding
         if len(encoding) <= self.longest or max(encoding.lengths) <= self.longest:
             return chat, encoding
+        if chat.rejected:
+            return chat, None
         answers = trained_answers(chat)
         if encoding.ends:  # what fits does not change with what follows
             too_long = next(at for at, length in enumerate(encoding.lengths) if length > self.longest)
@@ -275,4 +286,6 @@ def _json_line(chat: Chat) -> bytes:
     record: JsonObject = {"messages": messages}
     if chat.tools:
         record["tools"] = list(chat.tools)
+    if chat.rejected:
+        record["rejected"] = [message.as_dict() for message in chat.rejected]
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()

@@ -35,7 +35,7 @@ from .holdout import final_split
 from .near_duplicates import COMPARED, SimilarityReport
 from .prepared import AffectedChats, Prepared, SplitCounts
 from .row_store import RowStore
-from .rows import APART, HELD_OUT, REDUCED, SPECIAL, TOO_LONG, USED
+from .rows import APART, HELD_OUT, REDUCED, SPECIAL, TOO_LONG, UNDECIDED, USED
 
 _SHOWN_LOCATIONS = 20
 _LOADED = (ChunkEncoder.__module__, "numpy", "tokenizers")  # by workers, before they get work
@@ -175,6 +175,10 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     prepared.shortened = _affected(in_order(shortened), lambda index: f"{where(index)}: {rows['turns'][index]} turns")
     prepared.dropped_turns = int(rows["turns"][shortened].sum())
     prepared.too_long = _affected(in_order(kept & (rows["state"] == TOO_LONG)), where)
+    prepared.undecided = _affected(in_order(kept & (rows["state"] == UNDECIDED)), where)
+    rejected, sequences = rows["rejected"][used], rows["sequences"][used]
+    prepared.pairs = int(np.count_nonzero((rejected > 0) & (rejected < sequences)))
+    prepared.undesirable = int(np.count_nonzero(rejected == sequences))
     refused = [(bool(held_out[index]), index, problem) for index, problem in collector.refused if kept[index]]
     prepared.problems += [problem for _, _, problem in sorted(refused, key=lambda entry: entry[:2])]
     prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))

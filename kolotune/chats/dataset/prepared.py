@@ -71,6 +71,9 @@ class Prepared:
         shortened: Chats that were too long and lost turns.
         dropped_turns: The number of these turns.
         too_long: Chats that are not used since not even the first answer that is trained on fits.
+        undecided: Pairs that are not used since both answers are the same.
+        pairs: The number of chats that are used and have a rejected answer, too.
+        undesirable: The number of chats that are used and whose answer is labelled as bad.
         special_in_content: The number of chats with special tokens in their text.
         reduced_tools: The number of chats whose tool definitions said more than Ollama hands on.
         apart: The number of chats with a sequence for each answer, by the reason.
@@ -102,6 +105,9 @@ class Prepared:
     shortened: AffectedChats = field(default_factory=AffectedChats)
     dropped_turns: int = 0
     too_long: AffectedChats = field(default_factory=AffectedChats)
+    undecided: AffectedChats = field(default_factory=AffectedChats)
+    pairs: int = 0
+    undesirable: int = 0
     special_in_content: int = 0
     reduced_tools: int = 0
     apart: dict[ApartReason, int] = field(default_factory=dict)
@@ -140,6 +146,9 @@ class Prepared:
             "shortened": self.shortened.count,
             "turns_left_out": self.dropped_turns,
             "too_long": self.too_long.count,
+            "undecided": self.undecided.count,
+            "pairs": self.pairs,
+            "undesirable": self.undesirable,
             "special_tokens_in_content": self.special_in_content,
             "reduced_tools": self.reduced_tools,
             **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},
@@ -195,6 +204,7 @@ def nothing_to_train_on(prepared: Prepared) -> DataError:
             "are excluded by their own weights or flags, or by --train-on",
             "Change these, or give --ignore-keys.",
         ),
+        (prepared.undecided.count, "have the same answer twice", "A pair is a better and a worse answer."),
         (bad, "are bad", what_helps(prepared.problems) or "Fix the chats."),
     ]
     count, reason, hint = max(reasons, key=lambda each: each[0])

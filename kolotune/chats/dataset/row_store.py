@@ -90,7 +90,8 @@ class RowStore:
         ``ids`` and ``labelled`` are those of all sequences, end to end. ``offsets`` has the start of each sequence
         and the end of the last. If a chat has several sequences, ``chats`` has the number of the first sequence of
         each chat, and the number of all sequences; otherwise each sequence is a chat. If some labels count less,
-        ``weights`` has how much the loss on each token counts.
+        ``weights`` has how much the loss on each token counts. If some answers are rejected, ``rejected`` has for each
+        chat how many of its sequences, the first ones, are of the rejected answer.
 
         Returns:
             The number of labelled tokens.
@@ -99,6 +100,8 @@ class RowStore:
         tables = {"offsets": offsets}
         if len(offsets) - 1 > np.count_nonzero(chosen):
             tables["chats"] = _sums(rows["sequences"][chosen])
+        if np.any(rows["rejected"][chosen]):
+            tables["rejected"] = rows["rejected"][chosen].astype("<i8")
         total, labelled = int(offsets[-1]), 0
         weighted = (rows["flags"] & WEIGHTED) > 0
         has_weights = bool(np.any(weighted & chosen))
@@ -178,3 +181,11 @@ def first_encoded(path: Path) -> list[tuple[list[int], list[bool]]]:
         offsets = file.get_slice("offsets")[: count + 1].tolist()
         ids, labelled = (file.get_slice(name)[: offsets[-1]].tolist() for name in ("ids", "labelled"))
     return [(ids[start:end], [bool(label) for label in labelled[start:end]]) for start, end in pairwise(offsets)]
+
+
+def first_rejected(path: Path) -> int:
+    """Return how many of the sequences that `first_encoded` returns, the first ones, are of a rejected answer."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return int(file.get_slice("rejected")[0:1][0]) if "rejected" in file.keys() else 0  # noqa: SIM118 - no mapping

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..templates.loss_mask import ApartReason
 
-USED, TOO_LONG, REFUSED = range(3)
+USED, TOO_LONG, REFUSED, UNDECIDED = range(4)
 """States of a chat."""
 SPECIAL, REDUCED, HELD_OUT = 1, 2, 4
 """Flags of a chat: special tokens in its text, tool definitions that said more, selected to be held out."""
@@ -26,11 +26,12 @@ class ChatRow(NamedTuple):
         unread: A hash of what its record says beside the chat; 0 if nothing.
         line, source: Its line, and the number of its file.
         turns: The turns that were dropped since it is too long.
-        state: `USED`, `TOO_LONG` or `REFUSED`.
+        state: `USED`, `TOO_LONG`, `REFUSED` or, where both answers of a pair are the same, `UNDECIDED`.
         flags: `SPECIAL`, `REDUCED`, `HELD_OUT`, `WEIGHTED` and those of `APART`, added up.
         tokens: The number of its tokens, in all its sequences.
         sequences: The number of its sequences.
         masked, dropped: Its empty thoughts that are not trained on, and its thoughts that later prompts leave out.
+        rejected: How many of its sequences, the first ones, are of a rejected answer.
         record, features: The bytes that it has in these columns of the row store.
     """
 
@@ -46,11 +47,12 @@ class ChatRow(NamedTuple):
     sequences: int
     masked: int
     dropped: int
+    rejected: int
     record: int
     features: int
 
 
 def row_type() -> np.dtype:
     """Return the type of a row on disk."""
-    types = ("<u8", "<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4")
+    types = ("<u8", "<u8", "<u8", "<u8", "<u4", "<u4", "u1", "u1", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4")
     return np.dtype(list(zip(ChatRow._fields, types, strict=True)))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .faults import Fault, FaultKind
 from .lines import BOM, MAX_LINE_BYTES, Line, bounded_lines, foreign_encoding, too_long
+from .objective_records import objective_columns_fault
 from .printable import printable
 from .reading_options import ReadingOptions
 from .records import ParsedRecord
-from .shapes import columns_fault
 from .value_checks import value_fault
 
 
@@ -91,7 +91,7 @@ def _records(lines: _TextLines, delimiter: str, options: ReadingOptions) -> Iter
             continue
         if not columns:
             columns = [cell.strip() for cell in cells]
-            fault = fault or columns_fault(columns, options)
+            fault = fault or objective_columns_fault(columns, options)
             if fault is not None:
                 yield ParsedRecord(start, fault=fault)
                 return

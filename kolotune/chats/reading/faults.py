@@ -38,6 +38,8 @@ class FaultKind(StrEnum):
     NO_MESSAGES = "no-messages"
     BAD_HISTORY = "bad-history"
     BAD_TOOLS = "bad-tools"
+    NO_PREFERENCE = "no-preference"
+    DIFFERENT_PROMPTS = "different-prompts"
     # One turn
     BAD_MESSAGE = "bad-message"
     MISSING_ROLE = "missing-role"

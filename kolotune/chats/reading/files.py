@@ -20,12 +20,13 @@ from .csv_files import read_csv
 from .faults import Problem
 from .json_files import read_json
 from .jsonl_files import is_array, read_jsonl
+from .objective_records import read_objective_record
 from .packed_files import unpacked
 from .parquet_files import read_parquet
 from .printable import printable
 from .reading_options import DEFAULT, ReadingOptions
 from .records import AnyRecord, RawRecord
-from .shapes import ShapedRecord, read_record
+from .shapes import ShapedRecord
 from .spreadsheets import SPREADSHEETS, read_spreadsheet
 from .turn_fixes import TurnFix
 
@@ -82,15 +83,23 @@ def opened(path: Path, options: ReadingOptions = DEFAULT) -> Iterator[tuple[str,
 def read_chat(path: Path, record: AnyRecord, options: ReadingOptions = DEFAULT) -> ReadChat:
     """Read a record."""
     parsed = record.parse() if isinstance(record, RawRecord) else record
-    shaped = ShapedRecord("", faults=(parsed.fault,)) if parsed.fault else read_record(parsed.value, options)
+    fault = parsed.fault
+    shaped = ShapedRecord("", faults=(fault,)) if fault else read_objective_record(parsed.value, options)
     if shaped.faults:
         faults = shaped.faults[:MAX_PROBLEMS_PER_RECORD]
         problems = tuple([Problem(path, parsed.line + fault.line_offset, fault) for fault in faults])
         return ReadChat(shaped.shape, None, problems)
     if shaped.excluded:
         return ReadChat(shaped.shape, None)
-    chat = in_served_form(Chat(shaped.messages, path, parsed.line, shaped.tools))
-    return ReadChat(shaped.shape, chat, (), shaped.unread, shaped.unread_hash, shaped.fixes)
+    chat = Chat(
+        shaped.messages,
+        path,
+        parsed.line,
+        shaped.tools,
+        rejected=shaped.rejected,
+        is_desirable=shaped.is_desirable,
+    )
+    return ReadChat(shaped.shape, in_served_form(chat), (), shaped.unread, shaped.unread_hash, shaped.fixes)
 
 
 def no_chats(path: Path) -> DataError:

@@ -10,11 +10,11 @@ from kolotune.foundation.errors import DataError, ToolchainError
 
 from .faults import Fault, FaultKind
 from .json_values import is_filled
+from .objective_records import objective_columns_fault
 from .printable import printable
 from .reading_options import ReadingOptions
 from .record_keys import READ_KEYS, canonical
 from .records import ParsedRecord
-from .shapes import columns_fault
 from .value_checks import value_fault
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def read_parquet(path: Path, options: ReadingOptions) -> Iterator[ParsedRecord]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
-            fault = columns_fault(columns, options)
+            fault = objective_columns_fault(columns, options)
             if fault is not None:
                 yield ParsedRecord(1, fault=fault)
                 return

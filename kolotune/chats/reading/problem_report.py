@@ -20,6 +20,7 @@ _HINTS = {
     FaultKind.NO_ASSISTANT: "Chats need answers to learn from.",
     FaultKind.UNKNOWN_SHAPE: "--map question=KEY,answer=KEY or --map messages=KEY names the keys; "
     "docs/chat-files.md lists the known ones.",
+    FaultKind.DIFFERENT_PROMPTS: "A pair is two answers to one prompt.",
     FaultKind.FIELD_COUNT: "Save the table again with a program that quotes fields.",
     FaultKind.BAD_UTF_8: "Save the file as UTF-8.",
     FaultKind.ENCODING: "Save the file as UTF-8.",

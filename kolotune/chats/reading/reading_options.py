@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
+
 from .record_keys import RecordPart, canonical
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ class ReadingOptions:
         splits_thoughts: Whether each exchange becomes a chat where the template leaves out earlier thoughts.
         train_on: Which answers count in the loss: "all" whose author does not exclude them, of these the chat's "last",
             or those that are "flagged" as counting.
+        learns_from: What a record is.
     """
 
     parts: tuple[tuple[str, RecordPart], ...] = ()
@@ -29,6 +32,7 @@ class ReadingOptions:
     fixes_turns: bool = False
     splits_thoughts: bool = False
     train_on: Literal["all", "last", "flagged"] = "all"
+    learns_from: LearnsFrom = LearnsFrom.CHATS
 
     @classmethod
     def of(cls, config: Config) -> ReadingOptions:
@@ -40,6 +44,7 @@ class ReadingOptions:
             config.fix_turns,
             config.split_thoughts,
             config.train_on,
+            OBJECTIVES[config.objective].learns_from,
         )
 
 

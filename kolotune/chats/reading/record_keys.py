@@ -22,6 +22,9 @@ class RecordPart(StrEnum):
     HISTORY = "history"
     CHOICES = "choices"
     DOCUMENTS = "documents"
+    CHOSEN = "chosen"
+    REJECTED = "rejected"
+    LABEL = "label"
 
 
 TURN_LISTS = (
@@ -63,6 +66,21 @@ COMPANIONS = {
 }  # fmt: skip
 """Keys beside a question and its answer. Beside a list of turns, `SYSTEM` and `TOOLS` are read."""
 
+PREFERRED = {
+    "chosen": "rejected", "preferred_output": "non_preferred_output", "chosen_response": "rejected_response",
+    "response_chosen": "response_rejected", "response_j": "response_k",
+}  # fmt: skip
+"""Keys of a preferred answer, or of a chat with it, each with the key of the rejected one."""
+
+PROMPTS = (
+    "prompt", "instruction", "question", "query", "problem", "input", "user", "messages", "conversations",
+    "conversation",
+)  # fmt: skip
+"""Keys of the prompt beside two answers, as a text or as turns; the first that is filled is read."""
+
+LABELS = ("label", "kto_tag", "desirable")
+"""Keys that say whether an answer is good."""
+
 LOSS_KEYS = {
     "weight": True, "weights": True, "loss": True, "loss_mask": True, "loss_masks": True, "loss_weight": True,
     "loss_scale": True, "train": True, "training": True, "trainable": True, "is_trained": True, "train_mask": True,
@@ -83,7 +101,9 @@ METADATA = frozenset({
     "language", "lang", "url", "link", "title", "author", "license", "model", "model_name", "generator",
     "created", "created_at", "timestamp", "date", "version", "score", "rating", "quality", "difficulty",
     "level", "length", "num_turns", "n_turns", "num_tokens", "token_count", "views", "avatarurl", "temperature",
-    "top_p", "max_tokens", "seed", "stream", "tool_choice", "parallel_tool_calls",
+    "top_p", "max_tokens", "seed", "stream", "tool_choice", "parallel_tool_calls", "score_chosen", "score_rejected",
+    "chosen_score", "rejected_score", "chosen_rating", "rejected_rating", "chosen_avg_rating", "rejected_avg_rating",
+    "chosen_model", "rejected_model", "margin",
 })  # fmt: skip
 """Keys that describe a record. They are reported too, but records that differ only there are copies."""
 
@@ -104,6 +124,7 @@ def canonical(key: str) -> str:
 
 READ_KEYS = frozenset({
     *TURN_LISTS, *PAIRS, *(answer for answers in PAIRS.values() for answer in answers),
-    *(key for keys in COMPANIONS.values() for key in keys), *LOSS_KEYS, *MEDIA,
+    *(key for keys in COMPANIONS.values() for key in keys), *LOSS_KEYS, *MEDIA, *PREFERRED,
+    *PREFERRED.values(), *LABELS,
 })  # fmt: skip
 """Keys of a record that may be read."""

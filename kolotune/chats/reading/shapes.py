@@ -34,7 +34,12 @@ _KNOWN = "messages, conversations, instruction+output, prompt+completion, prompt
 _NO_CHATS = (
     (
         frozenset({"chosen", "rejected"}),
-        "preferences: --map messages=chosen, or --map question=prompt,answer=chosen, trains on what was chosen",
+        "preferences: --objective dpo trains on such pairs; --map messages=chosen, or --map "
+        "question=prompt,answer=chosen, trains on what was chosen alone",
+    ),
+    (
+        frozenset({"preferred_output", "non_preferred_output"}),
+        "preferences: --objective dpo trains on such pairs",
     ),
     (frozenset({"message_id", "parent_id"}), "one turn of a tree: make chats of its branches first"),
     (frozenset({_TEXT}), "a text without marks of turns; chats have questions and answers"),
@@ -54,6 +59,8 @@ class ShapedRecord(NamedTuple):
         unread: The filled keys that are not read; those of turns as "turns: key".
         unread_hash: A hash of their values, but for those that only describe a record; 0 if there are none.
         fixes: How the order of turns was changed.
+        rejected: Of a pair, the turns of the chat that is not preferred.
+        is_desirable: Whether the answer is good, where answers are rated.
     """
 
     shape: str
@@ -64,6 +71,8 @@ class ShapedRecord(NamedTuple):
     unread: tuple[str, ...] = ()
     unread_hash: int = 0
     fixes: tuple[TurnFix, ...] = ()
+    rejected: tuple[Message, ...] = ()
+    is_desirable: bool = True
 
 
 def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedRecord:
@@ -82,7 +91,7 @@ def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedReco
     if shape is None:
         return ShapedRecord("", faults=(unknown_shape(list(record)),))
     try:
-        return _read(fields, shape, options)
+        return read_shaped(fields, shape, options)
     except RecordError as error:
         return ShapedRecord(shape.name, faults=(error.fault,))
 
@@ -125,7 +134,7 @@ def unknown_shape(keys: Sequence[str]) -> Fault:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class RecordShape:
     """The keys that the turns are in: a list of turns, or a question and its answer."""
 
     turns: str = ""
@@ -140,7 +149,7 @@ class _Shape:
         return "alpaca" if pair == "instruction/output" else pair
 
 
-def _recognise(fields: RecordFields) -> _Shape | None:
+def _recognise(fields: RecordFields) -> RecordShape | None:
     """Return the shape of a record, or None if its keys fit none.
 
     Empty values count as absent at first, since a table gives every record every key.
@@ -148,26 +157,26 @@ def _recognise(fields: RecordFields) -> _Shape | None:
     return _shape_of(fields, fields.filled) or _shape_of(fields, set(fields.values))
 
 
-def _shape_of(fields: RecordFields, keys: set[str]) -> _Shape | None:
+def _shape_of(fields: RecordFields, keys: set[str]) -> RecordShape | None:
     turns, questions, answers = map(fields.mapped, (RecordPart.TURNS, RecordPart.QUESTION, RecordPart.ANSWER))
     if turns:
-        return _Shape(turns[0])
+        return RecordShape(turns[0])
     if questions or answers:
         known_answers = [answer for several in PAIRS.values() for answer in several]
         question = next((key for key in questions or PAIRS if key in keys), "")
         answer = next((key for key in answers or known_answers if key in keys and key != question), "")
-        return _Shape(question=question, answer=answer) if question and answer else None
+        return RecordShape(question=question, answer=answer) if question and answer else None
     keys = keys - fields.given
     for name in TURN_LISTS:
         if name in keys and (name in TURN_LISTS[:2] or _may_be_turns(fields.values[name])):
-            return _Shape(name)
+            return RecordShape(name)
     for question in PAIRS:
         if question in keys:
             for answer in PAIRS[question]:
                 if answer in keys:
-                    return _Shape(question=question, answer=answer)
+                    return RecordShape(question=question, answer=answer)
     text = fields.values.get(_TEXT)
-    return _Shape(_TEXT) if isinstance(text, str) and turns_of_text(text) else None
+    return RecordShape(_TEXT) if isinstance(text, str) and turns_of_text(text) else None
 
 
 def _may_be_turns(value: object) -> bool:
@@ -177,7 +186,12 @@ def _may_be_turns(value: object) -> bool:
     return value is None or (isinstance(value, list) and all([isinstance(turn, dict | str | list) for turn in value]))
 
 
-def _read(fields: RecordFields, shape: _Shape, options: ReadingOptions) -> ShapedRecord:
+def read_shaped(fields: RecordFields, shape: RecordShape, options: ReadingOptions) -> ShapedRecord:
+    """Read the chat of a record whose shape is known.
+
+    Raises:
+        RecordError: A value is not what its key should have.
+    """
     for key in sorted(fields.filled & MEDIA):
         cause = f"{key} is filled; only text can be trained on"
         fail(FaultKind.UNSUPPORTED_CONTENT, f"{cause}, or the text alone with --ignore-keys {key}", subject=key)

@@ -10,10 +10,10 @@ from kolotune.foundation.errors import DataError, ToolchainError
 from kolotune.foundation.installation import install_command
 
 from .faults import Fault, FaultKind
+from .objective_records import objective_columns_fault
 from .printable import printable, quoted
 from .reading_options import ReadingOptions
 from .records import ParsedRecord
-from .shapes import columns_fault
 from .value_checks import value_fault
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
@@ -38,7 +38,7 @@ def read_spreadsheet(path: Path, options: ReadingOptions) -> Iterator[ParsedReco
         if not header:
             header = [text.strip() for text in texts]
             columns = [name for name in header if name]
-            if (fault := columns_fault(columns, options)) is not None:
+            if (fault := objective_columns_fault(columns, options)) is not None:
                 yield ParsedRecord(number, fault=fault)
                 return
             continue

@@ -28,6 +28,7 @@ class EncodedChat:
         dropped_thoughts: The number of thoughts that later prompts don't have, since the template leaves them out.
         packed_weights: For each token how much the loss on it counts, as fp32 in memory; empty where each label counts
             in full.
+        rejected: How many of the sequences, the first ones, are of a rejected or undesirable answer.
     """
 
     packed_ids: bytes
@@ -38,6 +39,7 @@ class EncodedChat:
     masked_thoughts: int = 0
     dropped_thoughts: int = 0
     packed_weights: bytes = b""
+    rejected: int = 0
 
     def __len__(self) -> int:
         return len(self.packed_labels)

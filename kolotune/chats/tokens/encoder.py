@@ -97,6 +97,14 @@ class Encoder:
 
     def accepted(self, chat: Chat) -> Chat:
         """Return the chat with ids of calls that the template takes; the same object if it has such."""
+        if chat.rejected:
+            preferred, rejected = (
+                self.accepted(dataclasses.replace(chat, rejected=())),
+                self.accepted(chat.rejected_chat),
+            )
+            if (preferred.messages, rejected.messages) == (chat.messages, chat.rejected):
+                return chat
+            return dataclasses.replace(preferred, rejected=rejected.messages)
         if chat.is_plain or not any([message.tool_calls for message in chat.messages]):
             return chat
         return with_accepted_ids(chat, self._call_ids)

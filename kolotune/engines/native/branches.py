@@ -29,6 +29,7 @@ class Branch:
         label_positions: int64 ``[labels]``: indices into `ids` of tokens whose next token is a label.
         targets: int64 ``[labels]``: that next token.
         weights: fp32 ``[labels]``: how much the loss on it counts; None: in full.
+        number: of the sequence.
     """
 
     ids: Tensor
@@ -36,9 +37,10 @@ class Branch:
     label_positions: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    number: int = 0
 
 
-def branches_of(sequences: Iterable[LabelledSequence], share: bool) -> list[Branch]:
+def branches_of(sequences: Iterable[LabelledSequence], share: bool, first: int = 0) -> list[Branch]:
     """Return the trunk of a chat and then its branches; sequences without labels are left out.
 
     No token predicts two labels: where a sequence and the one that it shares with both have one, sharing ends.
@@ -46,10 +48,11 @@ def branches_of(sequences: Iterable[LabelledSequence], share: bool) -> list[Bran
     Args:
         sequences: ids, labels and weights of each, in the order of the chat's answers.
         share: whether branches share anything.
+        first: number of the first sequence.
     """
     branches: list[Branch] = []
     predicts = torch.zeros(0, dtype=torch.bool)  # of each token of the branch before: whether its next one is a label
-    for ids, labels, weights in reversed(list(sequences)):
+    for number, (ids, labels, weights) in reversed(list(enumerate(sequences, first))):
         positions = (labels[1:] != IGNORED).nonzero().squeeze(1)
         if not len(positions):
             continue
@@ -62,7 +65,7 @@ def branches_of(sequences: Iterable[LabelledSequence], share: bool) -> list[Bran
         predicts = torch.cat([predicts[:shared], torch.zeros(len(ids) - shared, dtype=torch.bool)])
         predicts[positions] = True
         own = None if weights is None else weights[positions + 1]
-        branches.append(Branch(ids, shared, positions, labels[positions + 1], own))
+        branches.append(Branch(ids, shared, positions, labels[positions + 1], own, number))
     return branches
 
 

@@ -38,10 +38,12 @@ class TrainingState:
 
     Attributes:
         step: steps done.
-        best_loss: the lowest held-out loss so far, None before the first evaluation.
+        best_loss: the lowest held-out loss so far, None before the first evaluation; of preferences, that of the best
+            accuracy.
         evaluations_since_best: evaluations since then.
         tensors: the adapter (PEFT's names), ``optimizer.*``, ``rng.*``, and ``best.*`` when a best one is kept.
         halvings: see `TrainJob`; each entry is the step that it counts from.
+        best_accuracy: of preferences, the highest held-out accuracy so far.
     """
 
     step: int = 0
@@ -49,6 +51,15 @@ class TrainingState:
     evaluations_since_best: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     halvings: list[int] = field(default_factory=list)
+    best_accuracy: float | None = None
+
+    def is_better(self, loss: float, accuracy: float | None) -> bool:
+        """Whether an evaluation is better than the best one so far; accuracy decides, and the loss among equals."""
+        if self.best_loss is None:
+            return True
+        if accuracy is not None and self.best_accuracy is not None and accuracy != self.best_accuracy:
+            return accuracy > self.best_accuracy
+        return loss < self.best_loss
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose name starts with `prefix`, by the rest of the name."""
@@ -70,6 +81,8 @@ def save(job: TrainJob, state: TrainingState) -> None:
             "halvings": state.halvings,
             "sha256": hash_file(partial / TENSORS),
         }
+        if state.best_accuracy is not None:
+            facts["best_accuracy"] = state.best_accuracy
         facts["of_these"] = _digest(facts)
         (partial / _STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if _facts_if_whole(target) is not None:
@@ -115,7 +128,8 @@ def newest(job: TrainJob) -> TrainingState | None:
             continue
         job.require_same(facts.identity, folder.name)
         tensors = load_file(folder / TENSORS)
-        return TrainingState(facts.step, facts.best_loss, facts.evaluations_since_best, tensors, facts.halvings)
+        counts = facts.step, facts.best_loss, facts.evaluations_since_best
+        return TrainingState(*counts, tensors, facts.halvings, facts.best_accuracy)
     return None
 
 
@@ -145,6 +159,7 @@ class _CheckpointFacts:
     evaluations_since_best: int
     sha256: str
     halvings: list[int] = field(default_factory=list)
+    best_accuracy: float | None = None
 
 
 def _facts_if_whole(folder: Path) -> _CheckpointFacts | None:

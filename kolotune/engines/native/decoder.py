@@ -14,7 +14,9 @@ Notable decisions:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +33,9 @@ from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
 from .transfers import random_state, set_random_state, sum_dtype, to_device
+
+Derivative: TypeAlias = Callable[[Tensor], Tensor]
+"""From the cross-entropy of each label, fp32 ``[labels]``, the derivative of a loss with respect to each."""
 
 
 @dataclass
@@ -144,7 +149,32 @@ class Decoder:
         return self._head(x, added, packed, 0.0)[1]
 
     @torch.no_grad()
-    def backward(self, packed: PackedSequence, factor: float, recompute: bool, noise: float = 0.0) -> Tensor:
+    def label_losses(self, packed: PackedSequence) -> Tensor:
+        """Return the cross-entropy of each label, fp32 ``[labels]``, without gradients or dropout."""
+        if not packed.labels:
+            return torch.zeros(0)
+        sequence = _SequencePass(self, packed)
+        x, added = self._embed(packed), None
+        for index, layer in enumerate(self.layers):
+            x, added = sequence.forward(layer, x, added, None, last=index == len(self.layers) - 1)
+        label_losses: list[Tensor] = []
+
+        def keep(losses: Tensor) -> Tensor:
+            label_losses.append(losses)
+            return losses
+
+        self._head(x, added, packed, 0.0, keep)
+        return label_losses[0]
+
+    @torch.no_grad()
+    def backward(
+        self,
+        packed: PackedSequence,
+        factor: float,
+        recompute: bool,
+        noise: float = 0.0,
+        derivative: Derivative | None = None,
+    ) -> Tensor:
         """Add ``factor`` times the loss's gradient to the adapters' gradients.
 
         Args:
@@ -152,6 +182,7 @@ class Decoder:
             factor: of the loss.
             recompute: keep only each layer's input, and recompute the rest in the backward pass.
             noise: alpha of NEFTune; the chats share nothing then.
+            derivative: of another loss than the sum of the labels' cross-entropies, whose gradient is added instead.
 
         Returns:
             The summed cross-entropy of the labels, fp64 ``[]`` (fp32 where a device has no fp64).
@@ -167,7 +198,7 @@ class Decoder:
             kept.append(_SavedActivations(random_state(x.device) if recompute else None))
             x, added = sequence.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
         d_x: Tensor | None
-        d_x, loss = self._head(x, added, packed, factor)
+        d_x, loss = self._head(x, added, packed, factor, derivative)
         for index in reversed(range(len(self.layers))):
             saved = kept.pop()
             if recompute:
@@ -184,14 +215,21 @@ class Decoder:
         x = to_device(self.embedding[packed.ids], packed.positions.device)
         return x if self.factors.embeddings == 1.0 else x.mul_(self.factors.embeddings)
 
-    def _head(self, x: Tensor, added: Tensor | None, packed: PackedSequence, factor: float) -> tuple[Tensor, Tensor]:
+    def _head(
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        packed: PackedSequence,
+        factor: float,
+        derivative: Derivative | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the gradient of ``x + added``, the last layer's output where a label is next, and the summed loss.
 
         Logits are computed and freed in blocks. With a factor of 0 there is no gradient, and the first value is unused.
         """
         normed = torch.empty_like(x)
         x, norm_factor = self.operations.norm(self.norm, x, added, normed)
-        total, gradients = self._no_loss(), []
+        total, gradients, all_losses = self._no_loss(), [], []
         for start in range(0, packed.labels, LOGITS_AT_ONCE):
             block = slice(start, start + LOGITS_AT_ONCE)
             logits = self.head.forward(normed[block], None)
@@ -199,12 +237,18 @@ class Decoder:
             del logits
             weights = None if packed.weights is None else packed.weights[block]
             total += (losses if weights is None else losses * weights).sum()
+            all_losses.append(losses)
             if factor:
                 d_part = self.head.backward(gradient)
                 gradients.append(d_part if weights is None else d_part.mul_(weights[:, None]))
+        # A gradient is linear in the factor of its label, so a loss of all labels needs no second pass.
+        factors = None if derivative is None else derivative(torch.cat(all_losses))
         if not gradients:
             return x, total
-        d_normed = InputGradient(torch.cat(gradients), x.shape[1], None)
+        d_logits = torch.cat(gradients)
+        if factors is not None:
+            d_logits.mul_(factors[:, None])
+        d_normed = InputGradient(d_logits, x.shape[1], None)
         return self.operations.norm_backward(self.norm, d_normed, x, norm_factor, None), total
 
 

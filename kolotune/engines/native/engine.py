@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, TrainingError
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import child_process, local
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, ModelShape, read_shape
@@ -53,6 +54,20 @@ class NativeEngine:
         """
         if config.target_parameters not in (("auto",), ("none",)) and not read_shape(base).experts:
             raise ConfigError("target-parameters: the base model has no experts", "Leave out --target-parameters.")
+        if OBJECTIVES[config.objective].learns_from is not LearnsFrom.CHATS:
+            self._check_preferences(config, base)
+
+    def _check_preferences(self, config: Config, base: Path) -> None:
+        """Refuse what only transformers would compute: it has no step for preferences."""
+        if self.is_sharded(config, base):
+            reason = "transformers computes sharded bases"
+        else:
+            reason = supported_models.reason_unsupported(base, 0)
+        if reason:
+            raise ConfigError(
+                f"objective {config.objective}: preferences are trained by the packed step only: {reason}",
+                "Train on the preferred answers with --objective sft, or choose another base model.",
+            )
 
     def install(self, report: Callable[[str], None]) -> None:
         """Do nothing: the engine runs in kolotune's own environment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from .memory import layer_activation_bytes, recomputes_on_gpu, transformers_acti
 from .operations import Operations, PlainOperations
 from .padded_batch import pad_batch
 from .sequence_packing import PackedSequence, costs, group_by_length, pack, token_budget
-from .transfers import sum_dtype
+from .transfers import sum_dtype, to_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Numbers that a layer keeps per token for the backward pass, in multiples of the hidden size (measured on SmolLM2).
@@ -165,6 +165,34 @@ class PackedModel:
 
     def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
         return self.decoder.loss(self._on_device(pack(tokens, group, True)))
+
+    def label_losses(self, tokens: PreparedTokens, group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of each label of some chats, without dropout, and the number of its sequence.
+
+        Both are ``[labels]`` and on the host.
+        """
+        packed = pack(tokens, group, True)
+        return self.decoder.label_losses(self._on_device(packed)).cpu(), packed.sequences
+
+    def backward_from(
+        self, tokens: PreparedTokens, group: Sequence[int], derivative: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Add the gradient of a loss that is no sum over labels to the adapters' gradients.
+
+        Args:
+            tokens: all chats.
+            group: the chats to compute.
+            derivative: gets what `label_losses` returns, with dropout; returns the derivative of the loss with respect
+                to each label's cross-entropy.
+        """
+        packed = pack(tokens, group, self._shares)
+        self.decoder.backward(
+            self._on_device(packed),
+            1.0,
+            self._recomputes(packed),
+            self._noise,
+            lambda losses: to_device(derivative(losses.cpu(), packed.sequences), self._device),
+        )
 
     def updated(self) -> None:
         self.decoder.refresh()

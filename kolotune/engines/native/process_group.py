@@ -111,7 +111,7 @@ class ProcessGroup:
         """
         if self.size == 1:
             return None if step is None else load()
-        steps = self._gather(step)
+        steps = self.gather(step)
         newest = max((each for each in steps if each is not None), default=None)
         if newest is None:
             return None
@@ -122,10 +122,12 @@ class ProcessGroup:
 
     def longest(self, own: list[int]) -> list[int]:
         """Return the longest of the processes' lists."""
-        return own if self.size == 1 else max(self._gather(own), key=len)
+        return own if self.size == 1 else max(self.gather(own), key=len)
 
-    def _gather(self, own: T) -> list[T]:
+    def gather(self, own: T) -> list[T]:
         """Return each process's value, by rank."""
+        if self.size == 1:
+            return [own]
         collected: list[T] = [own] * self.size
         dist.all_gather_object(collected, own)
         return collected
@@ -138,7 +140,7 @@ class ProcessGroup:
         """
         if self.size == 1:
             return
-        others = self._gather(dict(facts))
+        others = self.gather(dict(facts))
         differing = sorted({name for other in others for name in facts if other.get(name) != facts[name]})
         if differing:
             raise TrainingError(

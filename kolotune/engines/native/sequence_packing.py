@@ -6,7 +6,7 @@ Of a chat with several sequences, each follows as a branch the one that it leave
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -60,6 +60,7 @@ class PackedSequence:
         label_positions: int64 ``[labels]``: indices into `ids` of tokens whose next token is a label, ascending.
         targets: int64 ``[labels]``: that next token.
         weights: fp32 ``[labels]``: how much the loss on it counts; None: in full.
+        sequences: int64 ``[labels]``: the number of the sequence that it belongs to.
     """
 
     ids: Tensor
@@ -70,6 +71,7 @@ class PackedSequence:
     label_positions: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    sequences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
     def labels(self) -> int:
@@ -155,6 +157,7 @@ def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> PackedS
                 fronts.append(front)
                 start += length
     sorted_positions, order = torch.cat(label_positions).sort()
+    branches = [branch for chat in chats for branch in chat]
     return PackedSequence(
         ids=torch.cat(ids),
         positions=torch.cat(positions),
@@ -162,20 +165,23 @@ def pack(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> PackedS
         lengths=tuple(lengths),
         fronts=tuple(fronts),
         label_positions=sorted_positions,
-        targets=torch.cat([branch.targets for chat in chats for branch in chat])[order],
-        weights=_weights(chats, order),
+        targets=torch.cat([branch.targets for branch in branches])[order],
+        weights=_weights(branches, order),
+        sequences=torch.cat([torch.full_like(branch.targets, branch.number) for branch in branches])[order],
     )
 
 
-def _weights(chats: Sequence[Sequence[Branch]], order: Tensor) -> Tensor | None:
-    weights = [branch.weights for chat in chats for branch in chat if branch.weights is not None]
+def _weights(branches: Sequence[Branch], order: Tensor) -> Tensor | None:
+    weights = [branch.weights for branch in branches if branch.weights is not None]
     return torch.cat(weights)[order] if weights else None
 
 
 def _branches(tokens: PreparedTokens, indices: Sequence[int], share: bool) -> list[list[Branch]]:
     return [
         branches_of(
-            [(*tokens.sequence(each), tokens.sequence_weights(each)) for each in tokens.sequences(index)], share
+            [(*tokens.sequence(each), tokens.sequence_weights(each)) for each in tokens.sequences(index)],
+            share,
+            tokens.sequences(index).start,
         )
         for index in indices
     ]

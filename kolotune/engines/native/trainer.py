@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,13 @@ class Trainer:
     Args:
         job: the training.
         group: the processes that train; None for this one alone.
+
+    Attributes:
+        figures: more figures of the last step or evaluation, by their names in the metrics.
+        accuracy: of the last evaluation; None where only the loss says how good a model is.
     """
+
+    accuracy: float | None = None
 
     def __init__(self, job: TrainJob, group: ProcessGroup | None = None) -> None:
         self.job = job
@@ -52,9 +58,17 @@ class Trainer:
             len(self.tokens), job.batch_size, job.gradient_accumulation, job.epochs, job.warmup_steps
         )
         self.state = TrainingState()
+        self.figures: dict[str, float] = {}
+
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Compute what has to be known before the first step.
+
+        Args:
+            report: gets a sentence for the user if that takes long.
+        """
 
     def step(self, indices: Sequence[int], rate: float) -> float:
-        """Make an optimizer step on the weighted mean loss of all labels of the chats `indices`; return that loss.
+        """Make an optimizer step on the mean loss of the chats `indices`, of all labels by their weights; return it.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights stay as they were.
@@ -62,10 +76,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.group.seed_step(self.job.seed, self.state.step)
         self._apply_backoff()
-        labels = sum(self.tokens.label_weight(index) for index in indices) or 1
-        total = self._zero()
-        for group, counts in self._groups(self.tokens, indices):
-            total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
+        total = self._accumulate(indices)
         assert self.parameter.grad is not None
         self.group.sum_gradients(self.parameter.grad)
         norm = torch.linalg.vector_norm(self.parameter.grad)
@@ -80,6 +91,14 @@ class Trainer:
         self.optimizer.step(rate)
         self.model.updated()
         return float(loss)
+
+    def _accumulate(self, indices: Sequence[int]) -> Tensor:
+        """Add this process's share of a step's gradient; return its share of the loss, ``[]``."""
+        labels = sum(self.tokens.label_weight(index) for index in indices) or 1
+        total = self._zero()
+        for group, counts in self._groups(self.tokens, indices):
+            total += self.model.backward(self.tokens, group, counts / labels) * counts / labels
+        return total
 
     def _groups(self, tokens: PreparedTokens, indices: Sequence[int]) -> list[tuple[list[int], float]]:
         """Return this process's share of the chats, in groups that are computed at once, each with a factor."""

@@ -19,6 +19,7 @@ from ..prepared_tokens import epoch_steps
 from . import checkpointer, expert_lora, lora
 from .checkpointer import TrainingState
 from .learning_rate import learning_rate_factor
+from .preference_trainer import PreferenceTrainer
 from .process_group import ProcessGroup
 from .trainer import Trainer
 
@@ -57,7 +58,7 @@ def train(job: TrainJob) -> None:
     same = ("epochs", "early_stopping", "sharded")  # processes that differ here would wait forever
     group.require_same({**job.identity(), **{name: getattr(job, name) for name in same}})
     state = _newest(job, group)
-    trainer = Trainer(job, group)
+    trainer = PreferenceTrainer(job, group) if job.preference else Trainer(job, group)
     if state is not None:
         if state.step > trainer.length.steps:
             raise TrainingError(
@@ -76,6 +77,7 @@ def train(job: TrainJob) -> None:
         journal.report(TrainingNote(f"transformers computes this model, which is slower: {trainer.model.reason_slow}"))
     if state is not None:
         journal.report(TrainingNote(f"resuming from step {state.step}"))
+    trainer.prepare(lambda text: journal.report(TrainingNote(text)))
     stopped = _run(trainer, journal)
     if group.writes:
         _save(trainer)
@@ -113,7 +115,10 @@ def _run(trainer: Trainer, journal: _TrainingJournal) -> bool:
         journal.checkpoint(job, trainer.snapshot())
         stopped = _has_stopped(trainer)
         if stopped:
-            journal.report(TrainingNote(f"stopped early after epoch {epoch + 1}: the held-out loss no longer improves"))
+            what = "loss" if trainer.accuracy is None else "accuracy"
+            journal.report(
+                TrainingNote(f"stopped early after epoch {epoch + 1}: the held-out {what} no longer improves")
+            )
             break
     return stopped
 
@@ -166,6 +171,7 @@ def _train_epoch(trainer: Trainer, journal: _TrainingJournal, epoch: int, first:
             learning_rate=rate,
             tokens_per_second=round(speed, 1),
             memory_mb=_memory_mb(trainer.device),
+            **trainer.figures,
             time=round(time.time(), 3),
         )
         journal.report(StepDone(trainer.state.step, trainer.length.steps, loss, speed))
@@ -179,10 +185,10 @@ def _evaluate(trainer: Trainer, journal: _TrainingJournal) -> None:
     if loss is None:
         return
     state = trainer.state
-    journal.metrics(step=state.step, held_out_loss=loss, time=round(time.time(), 3))
-    journal.report(EvaluationDone(state.step, loss))
-    if state.best_loss is None or loss < state.best_loss:
-        state.best_loss, state.evaluations_since_best = loss, 0
+    journal.metrics(step=state.step, held_out_loss=loss, **trainer.figures, time=round(time.time(), 3))
+    journal.report(EvaluationDone(state.step, loss, trainer.accuracy))
+    if state.is_better(loss, trainer.accuracy):
+        state.best_loss, state.best_accuracy, state.evaluations_since_best = loss, trainer.accuracy, 0
         if trainer.job.early_stopping:
             best = {f"best.{name}": each for name, each in lora.adapter_tensors(trainer.adapters).items()}
             state.tensors = {**state.tensors, **best}

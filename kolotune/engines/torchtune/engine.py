@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.foundation.config import Config
-from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.errors import ConfigError, TrainingError
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_shape import ModelShape
 
@@ -35,6 +36,11 @@ class TorchtuneEngine:
         return "torch", "transformers"
 
     def check(self, config: Config, base: Path) -> None:
+        if OBJECTIVES[config.objective].learns_from is not LearnsFrom.CHATS:
+            raise ConfigError(
+                f"objective {config.objective}: torchtune's recipe for chats has no preferences",
+                "Train with --engine native, or on the preferred answers with --objective sft.",
+            )
         recipe_config.check(config, architecture.read(base))
 
     def install(self, report: Callable[[str], None]) -> None:

@@ -45,6 +45,8 @@ def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterat
 def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
     if config.eval_data and "eval_split" in values and config.eval_split > 0:
         yield "eval-data and eval-split exclude each other"
+    if config.objective != "sft" and config.train_on != "all":
+        yield "train-on: preferences train what follows the prompt; leave it out, or train with objective sft"
     if config.nnodes > 1 and config.rdzv is None:
         yield "nnodes: several machines need rdzv, the address of one of them as HOST:PORT"
     processes = config.nnodes * config.nproc

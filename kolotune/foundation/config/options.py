@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 
 from kolotune.foundation.engine_registry import ENGINES, EngineName
+from kolotune.foundation.objectives import OBJECTIVES, ObjectiveName
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ DEFAULT_OUTPUT_DIR = Path("outputs")
 DEFAULT_TEMPERATURE, DEFAULT_MAX_TOKENS, DEFAULT_SEED = 0.7, 512, 0
 RECORD_PARTS = (
     "messages", "question", "answer", "context", "system", "reasoning", "tools", "history", "choices", "documents",
+    "chosen", "rejected", "label",
 )  # fmt: skip
 """Parts of a chat that a key of a record may have; what `map` names."""
 DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PARALLEL = "127.0.0.1", 8080, 4
@@ -149,6 +151,14 @@ class Config:
         Group.DATA,
         kind=Kind.NAMES,
         stages="prepare",
+        is_default_recorded=False,
+    )
+    objective: ObjectiveName = option(
+        "sft",
+        f"What is learned: {'; '.join(f'{name}, {entry.summary}' for name, entry in OBJECTIVES.items())}.",
+        Group.DATA,
+        stages="prepare train",
+        more_verbs="train",
         is_default_recorded=False,
     )
     split_thoughts: bool = option(
@@ -315,9 +325,27 @@ class Config:
         stages="train",
         is_default_recorded=False,
     )
+    beta: Annotated[float, Gt(0)] | None = option(
+        None,
+        "How strongly preferences count beside the model as it was (orpo: beside the answers' own loss); default: "
+        f"{', '.join(f'{entry.beta:g} for {name}' for name, entry in OBJECTIVES.items() if entry.beta)}.",
+        Group.TRAINING,
+        stages="train",
+        is_default_recorded=False,
+    )
+    simpo_gamma: Annotated[float, Ge(0)] = option(
+        0.5, "Margin by which simpo prefers an answer.", Group.TRAINING, stages="train", is_default_recorded=False
+    )
+    desirable_weight: Annotated[float, Ge(0)] = option(
+        1.0, "How much good answers count for kto.", Group.TRAINING, stages="train", is_default_recorded=False
+    )
+    undesirable_weight: Annotated[float, Ge(0)] = option(
+        1.0, "How much bad answers count for kto.", Group.TRAINING, stages="train", is_default_recorded=False
+    )
     early_stopping: Annotated[int, Ge(0)] = option(
         0,
-        "Stop if the held-out loss has not improved for this many epochs, and keep the best; 0: never.",
+        "Stop if the held-out loss (for preferences: accuracy) has not improved for this many epochs, and keep the "
+        "best; 0: never.",
         Group.TRAINING,
         stages="train",
     )

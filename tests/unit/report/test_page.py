@@ -206,6 +206,21 @@ def test_many_steps_are_thinned_out_but_the_last_one_is_kept(hostile_run: RunFol
     assert len(curve.smooth()) == len(curve.steps)
 
 
+def test_a_preference_training_has_a_chart_of_its_accuracies(hostile_run: RunFolder) -> None:
+    lines: list[dict[str, float]] = [{"step": 0, "held_out_loss": 0.69, "held_out_accuracy": 0.25}]
+    lines += [{"step": step, "loss": 0.5, "accuracy": step / 40} for step in range(1, 41)]
+    lines += [{"step": 40, "held_out_loss": 0.3, "held_out_accuracy": 0.875}]
+    hostile_run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = json.loads(hostile_run.manifest.read_text())
+    record["stages"]["train"]["facts"] |= {"first_held_out_accuracy": 0.25, "held_out_accuracy": 0.875}
+    hostile_run.manifest.write_text(json.dumps(record))
+    gathered = facts.gather_facts(hostile_run)
+    assert gathered.curve is not None and gathered.curve.held_out_accuracies == [(0, 0.25), (40, 0.875)]
+    text = page.render(gathered)
+    assert "held-out accuracy from 25% to 88%" in text and "loss of the objective" in text
+    assert "Held-out accuracy" in text and "88 %" in text and "25 % before training" in text
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from kolotune.foundation.errors import ArtifactError
-from kolotune.run_folder.metrics import MetricsLine, held_out_losses, kept_held_out_loss, read_metrics
+from kolotune.run_folder.metrics import (
+    MetricsLine,
+    answer_losses,
+    held_out_accuracies,
+    held_out_losses,
+    kept_held_out_loss,
+    read_metrics,
+)
 
 
 def test_steps_and_evaluations_are_distinguished(tmp_path: Path) -> None:
@@ -32,3 +39,19 @@ def test_the_kept_loss_is_the_last_or_the_best() -> None:
     losses = [(0, 3.0), (5, 1.0), (10, 2.0)]
     assert kept_held_out_loss(losses, early_stopping=False) == 2.0
     assert kept_held_out_loss(losses, early_stopping=True) == 1.0
+
+
+def test_answer_losses_are_those_of_the_base_and_of_what_was_kept() -> None:
+    lines = [
+        MetricsLine(0, held_out_loss=0.7, held_out_accuracy=0.0, held_out_answer_loss=3.0),
+        MetricsLine(5, held_out_loss=0.6, held_out_accuracy=0.9, held_out_answer_loss=4.0),
+        MetricsLine(10, held_out_loss=0.4, held_out_accuracy=0.8, held_out_answer_loss=5.0),
+        MetricsLine(11, loss=0.1),
+    ]
+    assert answer_losses(lines, early_stopping=False) == (3.0, 5.0)
+    assert answer_losses(lines, early_stopping=True) == (3.0, 4.0), "accuracy decides"
+    assert held_out_accuracies(lines) == [(0, 0.0), (5, 0.9), (10, 0.8)]
+    supervised = [MetricsLine(0, held_out_loss=3.0), MetricsLine(5, held_out_loss=1.0), MetricsLine(9, held_out_loss=2)]
+    assert answer_losses(supervised, early_stopping=False) == (3.0, 2.0)
+    assert answer_losses(supervised, early_stopping=True) == (3.0, 1.0)
+    assert answer_losses(supervised[1:], early_stopping=True) is None and answer_losses([], early_stopping=True) is None

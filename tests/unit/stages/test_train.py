@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from support.training import write_tokens
 
+from kolotune.engines.engine import get_engine
+from kolotune.engines.job import TrainJob
 from kolotune.engines.torchtune import environment
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import ConfigError, ModelError
@@ -46,6 +49,7 @@ def test_the_fingerprint_names_torchtunes_environment_before_it_is_made(
         ({**LLAMA, "attention_bias": True}, {}, ModelError, "attention_bias"),
         (LLAMA, {"scheduler_type": "linear"}, ConfigError, "cosine"),
         (LLAMA, {"early_stopping": 1}, ConfigError, "early-stopping"),
+        (LLAMA, {"objective": "dpo"}, ConfigError, "objective dpo: torchtune's recipe"),
         (LLAMA, {"target_modules": "q_proj,up_proj"}, ConfigError, "together"),
     ],
 )
@@ -67,6 +71,41 @@ def test_what_torchtune_cannot_do_is_refused_before_its_environment_is_made(
 def test_the_native_engine_does_not_need_torchtune(tmp_path: Path, reporter: Any) -> None:
     options = {"scheduler_type": "linear", "early_stopping": 1, "target_modules": "up_proj"}
     train.preflight(context_of(tmp_path, {**LLAMA, "attention_bias": True}, **options), reporter)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "reason"),
+    [
+        ({**LLAMA, "model_type": "llama"}, {"nproc": 2, "sharding": "on"}, "sharded"),
+        ({**LLAMA, "model_type": "gpt2"}, {}, "its architecture is gpt2"),
+    ],
+)
+def test_preferences_that_transformers_would_compute_are_refused(
+    base: dict[str, Any], options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    context = context_of(tmp_path, base, objective="dpo", **options)
+    with pytest.raises(ConfigError, match=reason):
+        get_engine("native").check(context.config, context.base)
+
+
+def test_the_job_has_the_numbers_of_its_objective(tmp_path: Path) -> None:
+    """Beta has a default of each objective, and jobs for chats are those of earlier versions."""
+    chats = train.make_job(context_of(tmp_path, LLAMA, batch_size=1))
+    assert chats.preference is None and "preference" not in chats.identity()
+    for name, given, beta in (("dpo", {}, 0.1), ("simpo", {}, 2.0), ("kto", {"beta": 0.4}, 0.4)):
+        (tmp_path / name).mkdir()
+        job = train.make_job(context_of(tmp_path / name, LLAMA, batch_size=1, objective=name, **given))
+        assert job.preference is not None and (job.preference.objective, job.preference.beta) == (name, beta)
+        assert job.identity()["preference"] == dataclasses.asdict(job.preference)
+        job.write(tmp_path / name / "job.json")
+        assert TrainJob.read(tmp_path / name / "job.json") == job
+
+
+def test_the_fingerprint_has_the_objective_only_where_it_is_not_the_default(tmp_path: Path) -> None:
+    names = {"objective", "beta", "simpo_gamma", "desirable_weight", "undesirable_weight"}
+    assert not names & train.options(configs.resolve(({}, "test", tmp_path))).keys()
+    options = train.options(configs.resolve(({"objective": "ipo", "beta": 0.2}, "test", tmp_path)))
+    assert (options["objective"], options["beta"]) == ("ipo", 0.2)
 
 
 def test_an_explicit_batch_size_is_kept(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def _result(chats: list[list[int]]) -> ChunkResult:
         result.labelled += bytes(at % 3 == 0 for at in range(first, first + total))
         if len(lengths) > 1:
             result.lengths += array("i", lengths).tobytes()
-        result.rows.append(ChatRow(0, 0, 0, 1, 0, 0, USED, 0, total, len(lengths), 0, 0, 0, 0))
+        result.rows.append(ChatRow(0, 0, 0, 1, 0, 0, USED, 0, total, len(lengths), 0, 0, 0, 0, 0))
     return result
 
 

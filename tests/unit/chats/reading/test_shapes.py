@@ -3,56 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.documented_chats import rows, shown
 
-from kolotune.chats import Chat, Message
-from kolotune.chats.chat import called_function, trained_answers
+from kolotune.chats.chat import trained_answers
 from kolotune.chats.reading.files import ReadChat, read_chat
 from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.reading.record_keys import RecordPart
 from kolotune.chats.reading.records import parsed_record
 
-DOC = Path(__file__).parents[4] / "docs" / "chat-files.md"
 OPTIONS = ReadingOptions()
 TRAIN_ON = ("`all`", "`last`", "`flagged`")
-LETTERS = {"system": "S", "user": "U", "assistant": "A", "tool": "T"}
-
-
-def rows(*heads: str) -> Iterator[list[str]]:
-    """Yield the cells of the rows of each table whose head has these columns."""
-    is_wanted = False
-    for line in DOC.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")]
-        if not line.startswith("|"):
-            is_wanted = False
-        elif cells == list(heads):
-            is_wanted = True
-        elif is_wanted and not line.startswith("|---"):
-            yield [cell.replace("\0", "|") for cell in cells]
 
 
 def read(record: Any, options: ReadingOptions = OPTIONS) -> ReadChat:
     data = record if isinstance(record, str) else json.dumps(record)
     return read_chat(Path("chats.jsonl"), parsed_record(1, data.encode()), options)
-
-
-def shown(chat: Chat | None) -> str:
-    """Return a chat as the tables write it."""
-    assert chat is not None
-    offered = [f"{called_function(tool)['name']} offered" for tool in chat.tools]
-    return " · ".join([*offered, *map(turn_shown, chat.messages)])
-
-
-def turn_shown(message: Message) -> str:
-    thought = f"({message.reasoning})" if message.reasoning else ""
-    functions = map(called_function, message.tool_calls)
-    calls = [f"{each['name']}{json.dumps(each['arguments'])}" for each in functions]
-    content = message.content.replace("\n", "\\n")
-    return " ".join([f"{LETTERS[message.role]}{thought}", *([content] if content else []), *calls])
 
 
 @pytest.mark.parametrize(("name", "record", "chat"), rows("as in", "record", "chat"))

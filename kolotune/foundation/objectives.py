@@ -1,0 +1,59 @@
+"""What a training can aim at: the objectives, the data that each learns from, and their own defaults.
+
+The table is part of `foundation` because options are resolved here, and reading, preparing and training all ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+ObjectiveName: TypeAlias = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto"]
+
+
+class LearnsFrom(StrEnum):
+    """What a record of the training data is."""
+
+    CHATS = "chats"
+    PAIRS = "pairs"
+    """Two answers to one prompt, of which one is preferred."""
+    RATED = "rated"
+    """An answer that is good or bad; a pair is one of each."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective.
+
+    Attributes:
+        summary: what ``--help`` says of it.
+        learns_from: see `LearnsFrom`.
+        beta: the default of `Config.beta`; 0 where there is no such number.
+        has_reference: whether answers are compared with those of the model before the training.
+        estimates_divergence: whether each step estimates how far the model is from that, in a forward pass of its own.
+    """
+
+    summary: str
+    learns_from: LearnsFrom
+    beta: float = 0.0
+    has_reference: bool = False
+    estimates_divergence: bool = False
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "sft": Objective("the answers of chats", LearnsFrom.CHATS),
+    "dpo": Objective("preferred answers over rejected ones", LearnsFrom.PAIRS, 0.1, has_reference=True),
+    "ipo": Objective("the same, by a fixed margin", LearnsFrom.PAIRS, 0.1, has_reference=True),
+    "simpo": Objective("the same, by mean log-probabilities alone", LearnsFrom.PAIRS, 2.0),
+    "orpo": Objective("preferred answers, and their odds over rejected ones", LearnsFrom.PAIRS, 0.1),
+    "kto": Objective(
+        "answers that are labelled good or bad", LearnsFrom.RATED, 0.1, has_reference=True, estimates_divergence=True
+    ),
+}
+
+
+def beta_of(objective: str, beta: float | None) -> float:
+    """Return beta as given, or the objective's default."""
+    return OBJECTIVES[objective].beta if beta is None else beta
