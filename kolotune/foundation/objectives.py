@@ -53,6 +53,9 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
 }
 
+LOSS_OPTIONS = ("beta", "simpo_gamma", "desirable_weight", "undesirable_weight")
+"""Options that are a part of the loss: losses with different values of them can't be compared."""
+
 
 def beta_of(objective: str, beta: float | None) -> float:
     """Return beta as given, or the objective's default."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import OPTIONS, Config, Group, Kind, option_names
 from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.objectives import LOSS_OPTIONS
 from kolotune.stages import train
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ class VariedOption:
 
 
 def varied_names() -> list[str]:
-    """Return the options that can be varied: single values that are part of the training's fingerprint."""
+    """Return the options that can be varied: single values of the training's fingerprint that don't change the loss."""
     names = option_names(kind=Kind.VALUE, stage=train.NAME)
-    return [name for name in names if OPTIONS[name].group is Group.TRAINING]
+    return [name for name in names if OPTIONS[name].group is Group.TRAINING and name not in LOSS_OPTIONS]
 
 
 def parse(texts: Sequence[str]) -> list[VariedOption]:
@@ -67,6 +68,11 @@ def parse(texts: Sequence[str]) -> list[VariedOption]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
+        if name in LOSS_OPTIONS:
+            raise ConfigError(
+                f"--vary {text}: {name} changes the loss, by which a sweep compares its trials",
+                f"Give all trials the same --{name.replace('_', '-')}, and vary others, as in {_EXAMPLE}",
+            )
         if not equals or name not in varied_names():
             raise ConfigError(
                 f"--vary {text}: {name or 'it'} is not an option that can be varied",

@@ -58,3 +58,11 @@ def test_values_are_validated_like_those_of_the_command_line(tmp_path: Path) -> 
 def test_only_options_of_the_training_can_be_varied() -> None:
     assert {"learning_rate", "lora_rank", "epochs", "seed"} <= set(varied_names())
     assert not {"train_data", "dtype", "nproc", "quantization"} & set(varied_names())
+
+
+@pytest.mark.parametrize("name", ["beta", "simpo-gamma", "desirable_weight", "undesirable_weight"])
+def test_what_changes_the_loss_is_not_varied(name: str) -> None:
+    with pytest.raises(ConfigError, match="changes the loss") as caught:
+        parse([f"{name}=0.1,0.2"])
+    assert f"--{name.replace('_', '-')}," in caught.value.hint
+    assert name.replace("-", "_") not in varied_names()
