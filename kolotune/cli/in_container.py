@@ -239,7 +239,7 @@ def _options_inside(values: Mapping[str, object], folder: Path, sender: InputSen
         if kind is Kind.CHAT_FILES:
             files = _paths(normalize(name, value, folder))
             inside[name] = [each for path in files for each in _send_chats(path, sender)]
-        elif kind is Kind.FILE:
+        elif kind in (Kind.FILE, Kind.ADAPTER):
             inside[name] = str(sender.send(Path(str(normalize(name, value, folder)))))
         elif kind is Kind.BASE_MODEL:
             inside[name] = str(_send_base(normalize(name, value, folder), sender))

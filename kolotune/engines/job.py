@@ -16,7 +16,7 @@ _MAY_DIFFER_ON_RESUME = frozenset(
     {
         "base_model", "data", "adapter", "checkpoints", "metrics", "epochs", "checkpoint_steps", "early_stopping",
         "resume", "nproc", "nnodes", "rdzv", "halvings", "sharded",
-        "reference",
+        "reference", "start_from",
     }
 )  # fmt: skip
 
@@ -27,6 +27,7 @@ _YOUNGER: JsonObject = {
     "lora_plus_ratio": 1.0,
     "neftune_noise_alpha": 0.0,
     "preference": None,
+    "start_sha256": "",
 }
 
 
@@ -62,6 +63,7 @@ class TrainJob:
         target_parameters: weights of experts that get an adapter; [] for none.
         preference: None where the answers of chats are learned.
         reference: file for the reference's log-probabilities.
+        start_from, start_sha256: folder of the adapter that the training starts from, and its hash; "" for a new one.
         The rest are the options of the same names in `Config`.
     """
 
@@ -105,6 +107,8 @@ class TrainJob:
     neftune_noise_alpha: float = 0.0
     preference: PreferenceSettings | None = None
     reference: str = ""
+    start_from: str = ""
+    start_sha256: str = ""
 
     @property
     def processes(self) -> int:

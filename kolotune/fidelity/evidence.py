@@ -51,7 +51,8 @@ class Evidence:
         ggufs: the run's GGUFs, the unquantized one first, where it is kept.
         merge_dtype, load_in_4bit: see `Config`.
         adapter: the folder of the adapter, or of the exported model.
-        recorded: held-out losses that training measured, of the base and of the model it kept; None: not measured.
+        recorded: held-out losses that training measured, of the base (None where it started from an adapter) and of
+            the model it kept; None: not measured.
         not_kept: see `Comparison`.
         untied: head and embedding share their weights in the base, but not in the merged model.
         trials: quantizations that were made only to be measured; they can't fail the run.
@@ -65,7 +66,7 @@ class Evidence:
     merge_dtype: str
     load_in_4bit: bool
     adapter: MeasuredFile
-    recorded: tuple[float, float] | None
+    recorded: tuple[float | None, float] | None
     not_kept: tuple[str, ...]
     untied: bool = False
     trials: Sequence[MeasuredGguf] = ()

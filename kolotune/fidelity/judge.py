@@ -254,6 +254,8 @@ def _training_defects(evidence: Evidence) -> Iterator[Defect]:
     reference = evidence.reference
     for number, (model, loss) in enumerate((("base", reference.base_loss), ("tuned", reference.tuned_loss))):
         recorded = evidence.recorded[number]
+        if recorded is None:
+            continue
         tolerance = _loss_tolerance(evidence, [losses[number] for losses in reference.chat_losses], recorded)
         if not abs(loss - recorded) <= tolerance:
             yield defect(DefectKind.LOSS_DIFFERS, model=model, loss=loss, recorded=recorded)

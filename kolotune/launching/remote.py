@@ -196,7 +196,7 @@ def send_inputs(
     if not in_place:
         for name in option_names(kind=Kind.CHAT_FILES):
             values[name] = [str(sender.send(path)) for path in getattr(config, name)]
-        for name in option_names(kind=Kind.FILE):
+        for name in (*option_names(kind=Kind.FILE), *option_names(kind=Kind.ADAPTER)):
             if (path := getattr(config, name)) is not None:
                 values[name] = str(sender.send(path))
         if Path(config.base_model).is_absolute():

@@ -9,12 +9,14 @@ from typing import Literal
 
 from kolotune.engines.engine import get_engine
 from kolotune.foundation import hardware, typed_storage
-from kolotune.foundation.config import Config
+from kolotune.foundation.config import OPTIONS, Config
+from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import now
 from kolotune.run_folder.stage import Context
 from kolotune.stages import train
+from kolotune.weights.starting_adapter import read_starting_adapter
 
 from .stages import STAGE_NAMES
 
@@ -64,6 +66,34 @@ def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAM
     if config.compile == "auto":
         config = dataclasses.replace(config, compile=choices.compile or "auto")
     return config, choices
+
+
+def follow_start(context: Context) -> Context:
+    """Replace rank, alpha and layers of the adapter by those of the adapter that the training starts from.
+
+    Raises:
+        ConfigError: other ones were given, or the adapter can't be trained further.
+        ModelError, ArtifactError: there is no such adapter.
+    """
+    config = context.config
+    if config.start_from is None:
+        return context
+    start = read_starting_adapter(config.start_from)
+    form = dataclasses.replace(
+        config,
+        lora_rank=start.rank,
+        lora_alpha=start.alpha,
+        use_rslora=start.rank_stabilised,
+        target_modules=start.target_modules,
+        target_parameters=start.target_parameters or ("none",),
+    )
+    for name in ("lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_parameters"):
+        value = getattr(form, name)
+        if getattr(config, name) not in (value, OPTIONS[name].default):
+            shown = ",".join(value) if isinstance(value, tuple) else "off" if value is False else f"{value:g}"
+            flag = name.replace("_", "-")
+            raise ConfigError(f"start-from: the adapter's {flag} is {shown}", f"Leave out --{flag}.")
+    return dataclasses.replace(context, config=form)
 
 
 def choose_experts(context: Context, choices: Choices, reporter: Reporter) -> tuple[Context, Choices]:

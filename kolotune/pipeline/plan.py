@@ -30,7 +30,7 @@ from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import compare, prepare, train
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 
-from .choices import choose, choose_experts
+from .choices import choose, choose_experts, follow_start
 from .selection import select_stages
 from .stages import STAGE_NAMES
 
@@ -83,7 +83,7 @@ def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float |
     target = RunFolder(config.output_dir)
     config, choices = choose(config, target)
     base = lookup.resolve(config.base_model, config.hf_token, reporter)
-    real, _ = choose_experts(Context(config, target, base), choices, reporter)
+    real, _ = choose_experts(follow_start(Context(config, target, base)), choices, reporter)
     config = real.config
     busy = select_stages(STAGE_NAMES, real).pending
     names = [stage.NAME for stage in busy]

@@ -26,7 +26,7 @@ from kolotune.run_folder.source import write_source
 from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import compare, train
 
-from .choices import choose, choose_experts, write_choices
+from .choices import choose, choose_experts, follow_start, write_choices
 from .lock import locked
 from .preflight import check_stages, check_training
 from .reason_text import format_cleaned, format_reason
@@ -64,7 +64,7 @@ def run_pipeline(
         config, choices = choose(config, folder, names)
         context = Context(config, folder, lookup.resolve(config.base_model, config.hf_token, reporter), source)
         if train.NAME in names:
-            context, choices = choose_experts(context, choices, reporter)
+            context, choices = choose_experts(follow_start(context), choices, reporter)
             config = context.config
         selection, later = select_stages(names, context, restore), select_stages(check_also, context)
         pending = selection.pending

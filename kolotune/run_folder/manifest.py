@@ -25,7 +25,7 @@ from .stage import Context, Stage
 FORMAT = 1
 DataPart = Literal["training", "held-out"]
 # Paths, which may differ on another machine; the content behind them is compared by hashes.
-PATH_OPTIONS = ("train_data", "eval_data", "chat_template", "base_model", "output_dir")
+PATH_OPTIONS = ("train_data", "eval_data", "chat_template", "start_from", "base_model", "output_dir")
 _VERSIONS_OF_MACHINE = ("kolotune", "python")  # which a record keeps with the machine
 
 

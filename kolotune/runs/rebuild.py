@@ -88,6 +88,9 @@ def _config_of(manifest: Manifest, path: Path, output_dir: Path, hasher: Hasher)
     if (template := manifest.config.get("chat_template")) is not None and prepare.NAME in manifest.stages:
         recorded = manifest.stages[prepare.NAME].inputs.get(prepare.TEMPLATE_INPUT, "")
         values["chat_template"] = _find_file(Path(str(template)), recorded, "chat template", path, hasher)
+    if (start := manifest.config.get("start_from")) is not None and train.NAME in manifest.stages:
+        recorded = manifest.stages[train.NAME].inputs.get(train.START_INPUT, "")
+        _require_start(Path(str(start)), recorded, hasher)
     if compare.NAME not in manifest.stages:  # it was switched off, or failed
         values["compare"] = False
     return configs.resolve((values, str(path), path.parent))
@@ -107,6 +110,11 @@ def _find_file(recorded: Path, sha256: str, kind: str, manifest: Path, hasher: H
     source = hub_source(recorded)
     again = f" The hub has it: `kolotune check {source}` gets it again." if source else ""
     raise DataError(f"{candidates[0]}: the {kind} is missing", f"Put it there, or beside {manifest.name}.{again}")
+
+
+def _require_start(adapter: Path, recorded: str, hasher: Hasher) -> None:
+    if not adapter.exists() or hasher.of(adapter) != recorded:
+        raise ArtifactError(f"{adapter}: is not the adapter that the training started from", "Restore the original.")
 
 
 def _require_base(manifest: Manifest, hasher: Hasher) -> None:

@@ -16,7 +16,7 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import PATH_OPTIONS, Manifest, StageEntry, entry_of, hash_files, read_manifest
 from kolotune.run_folder.records import FileHash, read_record
 from kolotune.run_folder.stage import Context
-from kolotune.stages import prepare
+from kolotune.stages import prepare, train
 
 
 class DifferenceKind(Enum):
@@ -185,6 +185,9 @@ def _compare_sources(manifest: Manifest, context: Context) -> tuple[list[Manifes
     if (template := manifest.config.get("chat_template")) is not None and prepare.NAME in manifest.stages:
         digest = manifest.stages[prepare.NAME].inputs.get(prepare.TEMPLATE_INPUT, "")
         sources.append((Path(str(template)), f"the chat template {template}", digest))
+    if (start := manifest.config.get("start_from")) is not None and train.NAME in manifest.stages:
+        digest = manifest.stages[train.NAME].inputs.get(train.START_INPUT, "")
+        sources.append((Path(str(start)), f"the adapter {start}", digest))
     if manifest.source is not None:
         sources.append((Path(manifest.source.path), manifest.source.path, manifest.source.sha256))
     for path, shown, digest in sources:

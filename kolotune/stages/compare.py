@@ -335,9 +335,10 @@ def _run_task(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) 
         raise _ProcessDied(f"measuring ended with code {code}: {local.last_lines(log)}", f"The log is {log}.")
 
 
-def _recorded_losses(run: RunFolder, config: Config) -> tuple[float, float] | None:
+def _recorded_losses(run: RunFolder, config: Config) -> tuple[float | None, float] | None:
     """Return the held-out losses of the base and of the kept adapter that training measured; None if it did not."""
     if not run.metrics.is_file():
         return None
     lines = read_metrics(run.metrics, skip_damaged=True)
-    return answer_losses(lines, early_stopping=bool(config.early_stopping))
+    losses = answer_losses(lines, early_stopping=bool(config.early_stopping))
+    return losses if losses is None or config.start_from is None else (None, losses[1])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kolotune.base_models.catalog import canonical_name
+from kolotune.base_models.catalog import canonical_name, path_exists
 from kolotune.engines import events
 from kolotune.engines.engine import get_engine
 from kolotune.engines.events import EvaluationDone, OutOfMemory, StepDone, TrainingBegins, TrainingNote, TrainingResult
@@ -22,14 +22,17 @@ from kolotune.foundation.installation import install_command
 from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom, beta_of
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.run_folder.layout import TRAIN_TOKENS
+from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.memory_backoff import read_memory_backoff, write_memory_backoff
+from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local, memory_kills
 from kolotune.weights import composite_models
+from kolotune.weights.starting_adapter import read_starting_adapter
 
 NAME = "train"
 DOING = "training the adapter"
+BASE_INPUT, START_INPUT = "the base model", "the adapter to start from"
 _PREFERENCE_OPTIONS = tuple(field.name for field in dataclasses.fields(PreferenceSettings))
 _FACTS_OF_THE_START = ("first_held_out_loss", "first_held_out_accuracy")  # a resumed training does not replace them
 
@@ -39,7 +42,9 @@ def options(config: Config) -> JsonObject:
 
 
 def inputs(context: Context) -> dict[str, Path]:
-    return {"the prepared chats": context.run.prepared, "the base model": context.base}
+    start = context.config.start_from
+    adapter = {} if start is None else {START_INPUT: start}
+    return {"the prepared chats": context.run.prepared, BASE_INPUT: context.base, **adapter}
 
 
 def outputs(context: Context) -> list[Path]:
@@ -66,11 +71,28 @@ def check(context: Context) -> None:
     """
     engine = get_engine(context.config.engine)
     engine.check(context.config, context.base)
+    if context.config.start_from is not None:
+        _check_same_base(context, context.config.start_from)
     needed = engine.required_packages(context.config, context.base)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "four-bit" if missing == ["bitsandbytes"] else "local"
         raise TrainingError(f"training needs {', '.join(missing)}", f"To install it, {install_command(extra)}.")
+
+
+def _check_same_base(context: Context, adapter: Path) -> None:
+    """Refuse an adapter of another base, as far as its run's record or its config says which one it was."""
+    record = read_record(RunFolder(adapter.parent), NAME)
+    named, base = read_starting_adapter(adapter).base_name, canonical_name(context.config.base_model)
+    if record is not None and adapter.name == context.run.adapter.name:
+        is_same = record.inputs.get(BASE_INPUT) == context.hasher.of(context.base)
+    else:
+        is_same = not named or path_exists(named) or path_exists(base) or canonical_name(named) == base
+    if not is_same:
+        raise ConfigError(
+            f"start-from {adapter}: the adapter was trained on {named or 'another base model'}, not on {base}",
+            f"Give --base-model {named}." if named else "Give the base model that it was trained on.",
+        )
 
 
 def make_job(context: Context) -> TrainJob:
@@ -94,6 +116,8 @@ def make_job(context: Context) -> TrainJob:
         checkpoints=str(run.checkpoints),
         metrics=str(run.metrics),
         reference=str(run.reference),
+        start_from="" if config.start_from is None else str(config.start_from),
+        start_sha256="" if config.start_from is None else hasher.of(config.start_from),
         resume=config.use_checkpoint,
         nproc=config.nproc,
         nnodes=config.nnodes,

@@ -52,18 +52,19 @@ class PreferenceTrainer(Trainer):
             self._data["held_out"] = _AnsweredChats.of(self.held_out, is_paired, self._has_kl)
 
     def prepare(self, report: Callable[[str], None]) -> None:
-        """Read the reference's log-probabilities, or compute them with the adapter off and keep them."""
+        """Read the reference's log-probabilities, or compute them of the model before the training, and keep them."""
         if not self._has_reference:
             return
         job, path = self.job, Path(self.job.reference)
         identity = {"base": job.base_sha256, "data": job.data_sha256, "dtype": job.dtype, "kernels": self.model.kernels}
+        identity["start"] = job.start_sha256
         stored = reference_logs.read(path, identity)
         names = {name for part, data in self._data.items() for name in data.reference_names(part)}
         has_all = stored is not None and stored.keys() == names
         if not all(self.group.gather(has_all)):
             count = sum(len(data.table.tokens) for data in self._data.values())
             report(f"computing the log-probabilities of {count} chats before the training, once")
-            with self._adapter_off():
+            with self._adapter_before():
                 stored = {}
                 for part, data in self._data.items():
                     stored |= self._all_logs(part, data)
@@ -147,12 +148,15 @@ class PreferenceTrainer(Trainer):
         return self._over_processes(logs)
 
     @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        """Compute the base alone within the block."""
+    def _adapter_before(self) -> Iterator[None]:
+        """Compute the model before the training within the block: the base, or with the adapter it starts from."""
         with torch.no_grad():
             weights = self.parameter.detach().clone()
-            self.parameter.zero_()
-            self.model.updated()
+            if self.job.start_from:
+                self.start()
+            else:
+                self.parameter.zero_()
+                self.model.updated()
             try:
                 yield
             finally:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.hardware import best_device
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
+from kolotune.weights.starting_adapter import WEIGHTS
 
 from ..job import TrainJob
 from ..prepared_tokens import PreparedTokens, longest_first
@@ -49,6 +52,8 @@ class Trainer:
         longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
         self.model = open_model(job, self.device, longest)
         self.adapters = self.model.adapters
+        if job.start_from:
+            self.start()
         self.parameter = self.model.flat.parameter
         # Fused on the CPU only: a GPU's fused step wants its count of steps on the GPU, also after a resume.
         self.optimizer = AdapterOptimizer(
@@ -59,6 +64,26 @@ class Trainer:
         )
         self.state = TrainingState()
         self.figures: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Give the adapters the weights that the training starts from.
+
+        Raises:
+            TrainingError: the adapter is damaged, or is not for these layers of the base.
+        """
+        folder, own = Path(self.job.start_from), lora.adapter_tensors(self.adapters)
+        try:
+            tensors = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{folder}: can't be read: {error}", "Copy the adapter again.") from None
+        shapes = {name: each.shape for name, each in tensors.items()}
+        if shapes != {name: each.shape for name, each in own.items()}:
+            raise TrainingError(
+                f"{folder}: its matrices are not those of an adapter for this base model",
+                "Start from an adapter that was trained on this base model.",
+            )
+        lora.load_tensors(self.adapters, tensors)
+        self.model.updated()
 
     def prepare(self, report: Callable[[str], None]) -> None:
         """Compute what has to be known before the first step.

@@ -41,6 +41,8 @@ class TorchtuneEngine:
                 f"objective {config.objective}: torchtune's recipe for chats has no preferences",
                 "Train with --engine native, or on the preferred answers with --objective sft.",
             )
+        if config.start_from is not None:
+            raise ConfigError("start-from: torchtune trains new adapters here", "Train with --engine native.")
         recipe_config.check(config, architecture.read(base))
 
     def install(self, report: Callable[[str], None]) -> None:

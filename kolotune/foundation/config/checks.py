@@ -72,7 +72,7 @@ def _quantization_problems(values: Mapping[str, object]) -> Iterator[str]:
 
 
 def _path_problems(values: Mapping[str, object]) -> Iterator[str]:
-    for kind in (Kind.CHAT_FILES, Kind.FILE, Kind.BASE_MODEL, Kind.FOLDER):
+    for kind in (Kind.CHAT_FILES, Kind.FILE, Kind.ADAPTER, Kind.BASE_MODEL, Kind.FOLDER):
         for name in option_names(kind=kind):
             value = values.get(name, ())
             for path in value if isinstance(value, tuple) else (value,):

@@ -30,6 +30,8 @@ def normalize(name: str, value: object, folder: Path) -> object:
         return tuple([file for path in paths for file in (files_of(path) if isinstance(path, Path) else (path,))])
     if kind in (Kind.FILE, Kind.FOLDER):
         return _absolute(value, folder)
+    if kind is Kind.ADAPTER:
+        return _adapter_of(_absolute(value, folder))
     if kind is Kind.SECRET_SOURCE and value != "-":
         return str(_absolute(value, folder))
     if kind is Kind.BASE_MODEL and isinstance(value, str) and _is_folder_name(name, value, folder):
@@ -49,6 +51,12 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def _adapter_of(folder: object) -> object:
+    """Return the folder of an adapter; for a run folder, that of its adapter."""
+    inside = folder / "adapter" if isinstance(folder, Path) else None
+    return inside if inside is not None and exists(inside) else folder
 
 
 def _is_folder_name(name: str, value: str, folder: Path) -> bool:

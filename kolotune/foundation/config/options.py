@@ -37,6 +37,7 @@ class Kind(Enum):
     CHAT_FILES = "files of chats; the flag may be repeated"
     FILE = "a file"
     FOLDER = "a folder to make"
+    ADAPTER = "the folder of an adapter, or of a run that trained one"
     BASE_MODEL = "the name or folder of a base model"
     SECRET_SOURCE = "where a secret is read: a file, or - for standard input"
     DATE = "a date, as YYYY-MM-DD"
@@ -280,6 +281,13 @@ class Config:
     )
     seed: Annotated[int, Ge(0), Lt(2**32)] = option(
         42, "Seed of initial weights, order and dropout.", Group.TRAINING, stages="train"
+    )
+    start_from: Path | None = option(
+        None,
+        "The adapter to train further: its folder, or that of its run. Rank, alpha and layers are its own; the base "
+        "model must be the same.",
+        Group.TRAINING,
+        kind=Kind.ADAPTER,
     )
     lora_rank: Annotated[int, Ge(1), Le(4096)] = option(16, "Rank of the adapter.", Group.TRAINING, stages="train")
     lora_alpha: Annotated[float, Gt(0)] = option(
