@@ -64,3 +64,18 @@ def compare(job: TrainJob, packed: PackedModel, plain: TransformersModel, share:
         torch.testing.assert_close(found[name], gradient, atol=2e-5 * scale + 1e-9, rtol=1e-4, msg=name)
     evaluated = float(sum(packed.loss(tokens, group) for group in packed.groups(tokens, everything)))
     assert evaluated / labels == pytest.approx(loss / labels, abs=1e-5)
+
+
+def check_recomputing(job: TrainJob) -> None:
+    """Check that recomputing activations changes no bit of losses and gradients, nor the random numbers after them."""
+    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
+    results = []
+    for recompute in (False, True):
+        model, _ = pair_of(job)
+        model._recomputes = lambda packed, wanted=recompute: wanted  # type: ignore[method-assign, misc]
+        torch.manual_seed(9)
+        loss, found = gradients(model, tokens, range(len(tokens)), 0.1)
+        results.append((loss, {**found, "next draw": torch.rand(3)}))
+    (kept_loss, kept), (loss, found) = results
+    assert loss == kept_loss
+    assert all(torch.equal(kept[name], each) for name, each in found.items())

@@ -94,22 +94,8 @@ def load(
         parts.layer(prefix, linears, patterns.index(pattern))
         for prefix, pattern in zip(prefixes, architecture.layers, strict=True)
     ]
-    is_tied = "lm_head.weight" not in parts.files
-    # A GPU that needs 4 bits has better use for the memory than some rows of a table that the host can look up.
-    at_host = in_4bit and not is_tied
-    embedding = parts.read("model.embed_tokens.weight", _CPU if at_host else device)
-    head = embedding if is_tied else parts.read("lm_head.weight", device)
-    decoder = Decoder(
-        heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
-        settings=[_setting(architecture, pattern, device) for pattern in patterns],
-        layers=layers,
-        factors=_factors(architecture, dtype),
-        embedding=embedding,
-        head=operations.product(head, head.shape[1]),
-        norm=parts.norm("model.norm"),
-        operations=operations,
-    )
-    return decoder, {**parts.adapters, **_expert_adapters(layers, (rank, scale, dropout), parameters)}
+    of_experts = _expert_adapters(layers, (rank, scale, dropout), parameters)
+    return parts.decoder(layers), {**parts.adapters, **of_experts}
 
 
 def _expert_adapters(
@@ -166,6 +152,25 @@ class _Parts:
     def read(self, name: str, device: torch.device | None = None) -> Tensor:
         """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
         return self.files.read(name).to(device or self.device, self.dtype, copy=True)
+
+    def decoder(self, layers: list[Layer]) -> Decoder:
+        """Read what is around the layers."""
+        architecture = self.architecture
+        is_tied = "lm_head.weight" not in self.files
+        # A GPU that needs 4 bits has better use for the memory than some rows of a table that the host can look up.
+        at_host = self.in_4bit and not is_tied
+        embedding = self.read("model.embed_tokens.weight", _CPU if at_host else self.device)
+        head = embedding if is_tied else self.read("lm_head.weight")
+        return Decoder(
+            heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
+            settings=[_setting(architecture, pattern, self.device) for pattern in architecture.patterns],
+            layers=layers,
+            factors=_factors(architecture, self.dtype),
+            embedding=embedding,
+            head=self.operations.product(head, head.shape[1]),
+            norm=self.norm("model.norm"),
+            operations=self.operations,
+        )
 
     def norm(self, name: str) -> Norm:
         return Norm(self.read(f"{name}.weight"), self.architecture.epsilon, self.architecture.family.norms_stored_less)

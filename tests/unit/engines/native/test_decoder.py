@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.packed_models import chats_of, compare, gradients, pair_of
+from support.packed_models import chats_of, check_recomputing, compare, pair_of
 from support.training import branching_chats
 
 from kolotune.engines.native import attention, sequence_packing
@@ -102,16 +102,7 @@ def test_long_chats_with_branches(make_training: MakeTraining, monkeypatch: pyte
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_recomputing_activations_changes_no_bit(dropout: float, make_training: MakeTraining, compiled: bool) -> None:
     job = make_training(chats=chats_of(5, 6, 12, 40)).job(compile=compiled, lora_dropout=dropout)
-    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-    results = []
-    for recompute in (False, True):
-        model, _ = pair_of(job)
-        model._recomputes = lambda row, wanted=recompute: wanted  # type: ignore[method-assign, misc]
-        torch.manual_seed(9)
-        results.append(gradients(model, tokens, range(6), 0.1))
-        results[-1][1]["next draw"] = torch.rand(3)
-    assert results[0][0] == results[1][0]
-    assert all(torch.equal(results[0][1][name], each) for name, each in results[1][1].items())
+    check_recomputing(job)
 
 
 def test_dropout_has_the_right_mean_and_is_off_in_evaluation(make_training: MakeTraining) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.packed_models import chats_of, compare, gradients, pair_of
+from support.packed_models import chats_of, check_recomputing, compare, pair_of
 from support.training import branching_chats
 
 from kolotune.engines.native.device_operations import DeviceOperations
@@ -74,15 +74,7 @@ def test_recomputing_activations_changes_no_bit(dropout: float, make_training: M
     name, more = MODELS["mixtral"]
     folder = make_training(name, chats=chats_of(5, 6, 12, 40), **more)
     job = folder.job(compile=compiled, lora_dropout=dropout, target_parameters=["all-experts"])
-    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-    results = []
-    for recompute in (False, True):
-        model, _ = pair_of(job)
-        model._recomputes = lambda packed, wanted=recompute: wanted  # type: ignore[method-assign, misc]
-        torch.manual_seed(9)
-        results.append(gradients(model, tokens, range(6), 0.1))
-    assert results[0][0] == results[1][0]
-    assert all(torch.equal(results[0][1][name], each) for name, each in results[1][1].items())
+    check_recomputing(job)
 
 
 def test_dropout_gradients_match_a_finite_difference(make_training: MakeTraining) -> None:

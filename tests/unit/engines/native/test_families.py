@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.packed_models import chats_of, compare, gradients, pair_of
+from support.packed_models import chats_of, check_recomputing, compare, gradients, pair_of
 from support.training import branching_chats
 
 from kolotune.engines.native import sequence_packing
@@ -126,15 +126,7 @@ def test_recomputing_activations_changes_no_bit(make_training: MakeTraining, com
     """Compare a family with norms around its blocks, windows and caps."""
     name, more = MODELS["gemma 2"]
     job = make_training(name, chats=chats_of(5, 6, 12, 40), **more).job(compile=compiled, lora_dropout=0.4)
-    tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
-    results = []
-    for recompute in (False, True):
-        model, _ = pair_of(job)
-        model._recomputes = lambda row, wanted=recompute: wanted  # type: ignore[method-assign, misc]
-        torch.manual_seed(9)
-        results.append(gradients(model, tokens, range(6), 0.1))
-    assert results[0][0] == results[1][0]
-    assert all(torch.equal(results[0][1][name], each) for name, each in results[1][1].items())
+    check_recomputing(job)
 
 
 def test_an_adapter_on_a_fused_matrix_is_one(make_training: MakeTraining) -> None:
