@@ -18,14 +18,14 @@ from .json_values import json_or_value, kind_of
 from .printable import printable, quoted
 from .reading_options import ReadingOptions
 from .record_fields import RecordFields
-from .record_keys import LABELS, PREFERRED, PROMPTS, ROLE_KEYS, TURN_LISTS, RecordPart, canonical
-from .roles import role_of
-from .shapes import RecordShape, ShapedRecord, columns_fault, read_record, read_shaped
+from .record_keys import LABELS, PREFERRED, PROMPTS, TURN_LISTS, RecordPart, canonical
+from .shapes import TURN_PREFIX, RecordShape, ShapedRecord, columns_fault, read_record, read_shaped
 from .transcripts import turns_of_text
+from .turns_as_text import first_role, turns_as_text
 
 _LABEL_WORDS = {
-    "true": True, "yes": True, "1": True, "desirable": True, "chosen": True, "good": True,
-    "false": False, "no": False, "0": False, "undesirable": False, "rejected": False, "bad": False,
+    "true": True, "yes": True, "1": True, "1.0": True, "desirable": True, "chosen": True, "good": True,
+    "false": False, "no": False, "0": False, "0.0": False, "undesirable": False, "rejected": False, "bad": False,
 }  # fmt: skip
 _PAIR_KEYS = "prompt+chosen+rejected, chosen+rejected, input+preferred_output+non_preferred_output"
 
@@ -45,10 +45,12 @@ def read_preference(record: object, options: ReadingOptions) -> ShapedRecord:
     record = _with_flat_input(record)
     fields = RecordFields(record, options)
     pair = _pair_of(fields) or _pair_of(fields, set(fields.values))
+    if pair is not None and _is_labelled_row(fields, pair, options):
+        pair = None
     try:
         if pair is not None:
             return _read_pair(record, pair, options)
-        label = _label_key(fields)
+        label = _label_key(fields) or _label_key(fields, set(fields.values))
         if options.learns_from is LearnsFrom.RATED and label:
             return _read_rated(record, fields, label, options)
     except RecordError as error:
@@ -88,6 +90,11 @@ def _pair_of(fields: RecordFields, keys: set[str] | None = None) -> _PairKeys | 
     return None
 
 
+def _is_labelled_row(fields: RecordFields, pair: _PairKeys, options: ReadingOptions) -> bool:
+    """Whether a row of a table that has columns for pairs, too, is a labelled answer."""
+    return options.learns_from is LearnsFrom.RATED and fields.filled.isdisjoint(pair) and bool(_label_key(fields))
+
+
 def _label_key(fields: RecordFields, keys: set[str] | None = None) -> str:
     keys = {key for key, value in fields.values.items() if value is not None} if keys is None else keys
     mapped = fields.mapped(RecordPart.LABEL)
@@ -117,8 +124,7 @@ def _read_pair(record: dict[str, object], pair: _PairKeys, options: ReadingOptio
     both = preferred.messages, rejected.messages
     if any([0 < message.weight < 1 for messages in both for message in messages]):
         fail(FaultKind.NOT_SUPPORTED, "answers of a pair can't have weights; read past them with --ignore-keys weight")
-    unread = tuple([name for name in preferred.unread if name in rejected.unread])
-    shaped = preferred._replace(unread=unread, unread_hash=preferred.unread_hash if unread else 0)
+    shaped = _of_both_sides(preferred, rejected)
     if both[0] == both[1]:
         return shaped._replace(rejected=rejected.messages)
     start = _common_start(*both, pair)
@@ -126,11 +132,24 @@ def _read_pair(record: dict[str, object], pair: _PairKeys, options: ReadingOptio
     return shaped._replace(messages=messages, rejected=others)
 
 
+def _of_both_sides(preferred: ShapedRecord, rejected: ShapedRecord) -> ShapedRecord:
+    """Return the preferred side with what both do not read, or change: keys of turns are those of either."""
+    names = dict.fromkeys([*preferred.unread, *rejected.unread])
+    unread = tuple([
+        name for name in names
+        if name.startswith(TURN_PREFIX) or (name in preferred.unread and name in rejected.unread)
+    ])  # fmt: skip
+    both = (preferred.unread_hash + rejected.unread_hash) % 2**64 if unread else 0
+    fixes = tuple(dict.fromkeys([*preferred.fixes, *rejected.fixes]))
+    return preferred._replace(unread=unread, unread_hash=both, fixes=fixes)
+
+
 def _read_side(record: dict[str, object], key: str, other: str, options: ReadingOptions) -> ShapedRecord:
     """Read the chat with one of the two answers; faults name its key."""
     fields = RecordFields(record, options)
     fields.read(other)
-    value = fields.values[key] = _as_turns(fields.values[key])
+    fields.read_only_if_mapped(RecordPart.REASONING)  # beside two answers it is a judge's, or of one of them
+    value = fields.values[key] = _as_turns(fields, key)
     for name in TURN_LISTS:
         if name != key and name in fields.filled and fields.values[name] == value:
             fields.read(name)  # UltraFeedback's messages are the preferred chat again
@@ -146,14 +165,27 @@ def _read_side(record: dict[str, object], key: str, other: str, options: Reading
     return shaped._replace(faults=faults, shape=f"{key}/{other}" if shape.turns else f"{question}/{key}/{other}")
 
 
-def _as_turns(value: object) -> object:
-    """Return an answer as it is read: a single turn as a list, JSON text parsed."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json_or_value(value)
-        except RecordError:
-            return value
+def _as_turns(fields: RecordFields, key: str) -> object:
+    """Return an answer as it is read: a single turn as a list, turns that are written as text parsed."""
+    value = fields.values[key]
+    if isinstance(value, str):
+        return turns_as_text(value) or _calls_as_text(fields, value) or value
     return [value] if isinstance(value, dict) else value
+
+
+def _calls_as_text(fields: RecordFields, text: str) -> list[object] | None:
+    """Return the calls that a text is, if tools are beside it; else JSON is an answer like any other."""
+    if not text.lstrip().startswith("[{") or not fields.companions(RecordPart.TOOLS):
+        return None
+    try:
+        calls = json_or_value(text)
+    except RecordError:
+        return None
+    return (
+        calls
+        if isinstance(calls, list) and all([isinstance(call, dict) and "name" in call for call in calls])
+        else None
+    )
 
 
 def _prompt_key(fields: RecordFields, answer: str) -> str:
@@ -165,13 +197,7 @@ def _is_whole_chat(value: object, question: str) -> bool:
     """Whether the value of an answer's key is a whole chat, its prompt included."""
     if isinstance(value, str):
         return not question and turns_of_text(value) is not None
-    if not isinstance(value, list):
-        return False
-    first = value[0] if value else None
-    if not isinstance(first, dict):
-        return False
-    roles = [role_of(role) for key in ROLE_KEYS if isinstance(role := first.get(key), str)]
-    return roles[:1] in (["user"], ["system"])
+    return isinstance(value, list) and first_role(value) in ("user", "system")
 
 
 def _common_start(messages: Sequence[Message], others: Sequence[Message], pair: _PairKeys) -> int:
@@ -204,9 +230,10 @@ def _trained_from(start: int, messages: Iterable[Message]) -> tuple[Message, ...
 
 def _read_rated(record: dict[str, object], fields: RecordFields, label: str, options: ReadingOptions) -> ShapedRecord:
     value = fields.values[label]
-    rating = _LABEL_WORDS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    rating = _LABEL_WORDS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if rating is None:
-        cause = f"{label} is {printable(str(value), 20)}, but a label is true or false"
+        shown = printable(str(value), 20) if str(value or "").strip() else "empty"
+        cause = f"{label} is {shown}, but a label is true or false"
         fail(FaultKind.NO_PREFERENCE, cause, subject=quoted(label))
     others = {name: each for name, each in record.items() if canonical(name) != label}
     parts = tuple([(key, part) for key, part in options.parts if part is not RecordPart.LABEL])

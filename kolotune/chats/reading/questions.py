@@ -8,6 +8,7 @@ from .json_values import json_or_value, kind_of
 from .messages import plain_turns
 from .record_fields import RecordFields
 from .record_keys import RecordPart
+from .turns_as_text import first_role, turns_as_text
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -21,6 +22,12 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
         RecordError: A value is not what its key should have.
     """
     question, answer = fields.read(question_key), fields.read(answer_key)
+    turns = turns_as_text(question)
+    if turns and first_role(turns) in ("system", "user"):
+        question = turns
+    turns = turns_as_text(answer)
+    if turns and first_role(turns) == "assistant":
+        answer = turns
     history = [turn for _, value in fields.read_all(RecordPart.HISTORY) for turn in _history(value)]
     more = [_text(key, value) for key, value in fields.read_all(RecordPart.CONTEXT)]
     choices: list[tuple[str, str]] = []

@@ -38,6 +38,11 @@ class RecordFields:
         self.filled = {key for key, value in self.values.items() if is_filled(value)}
         self._mapped = [(key, part) for key, part in options.parts if key in self.values] if options.parts else []
         self._read: set[str] = set()
+        self._only_mapped: set[RecordPart] = set()
+
+    def read_only_if_mapped(self, part: RecordPart) -> None:
+        """Read a part from now on only from the keys that the user gave it."""
+        self._only_mapped.add(part)
 
     def mapped(self, part: RecordPart) -> list[str]:
         """Return the keys that the user gave for a part."""
@@ -45,7 +50,7 @@ class RecordFields:
 
     def companions(self, part: RecordPart) -> list[str]:
         """Return the filled keys of a part beside question, answer or turns."""
-        known = COMPANIONS.get(part, ())
+        known = () if part in self._only_mapped else COMPANIONS.get(part, ())
         if not self._mapped and self.filled.isdisjoint(known):
             return []
         known = tuple([key for key in known if key not in self.given])

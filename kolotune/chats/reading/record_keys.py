@@ -103,9 +103,9 @@ METADATA = frozenset({
     "level", "length", "num_turns", "n_turns", "num_tokens", "token_count", "views", "avatarurl", "temperature",
     "top_p", "max_tokens", "seed", "stream", "tool_choice", "parallel_tool_calls", "score_chosen", "score_rejected",
     "chosen_score", "rejected_score", "chosen_rating", "rejected_rating", "chosen_avg_rating", "rejected_avg_rating",
-    "chosen_model", "rejected_model", "margin",
+    "chosen_model", "rejected_model", "margin", "", "unnamed:_0", "__index_level_0__",
 })  # fmt: skip
-"""Keys that describe a record. They are reported too, but records that differ only there are copies."""
+"""Keys that describe a record, the row numbers of pandas among them. They are reported too, but records that differ only there are copies."""
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts", "utterance")

@@ -25,6 +25,7 @@ from .tool_calls import read_tools, separate_calls, writes_call
 from .transcripts import turns_of_text
 from .turn_fixes import TurnFix, fix_order
 from .turn_order import is_orderly, order_faults
+from .turns_as_text import turns_as_text
 
 _TEXT = "text"
 _SYSTEM_MARK = "SYSTEM: "  # of Glaive
@@ -238,6 +239,8 @@ def _turn_list(key: str, value: object) -> object:
     """Return the turns in a list, which may be JSON text, or in a text with marks."""
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")) and (turns := turns_of_text(value)):
         return turns
+    if (written := turns_as_text(value)) is not None:
+        return written
     try:
         return json_or_value(value)
     except RecordError as error:

@@ -14,9 +14,11 @@ from kolotune.chats.reading.files import ReadChat, opened, read_chat, read_chats
 from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.reading.record_keys import RecordPart
 from kolotune.chats.reading.records import parsed_record
+from kolotune.chats.reading.turn_fixes import TurnFix
 from kolotune.foundation.objectives import LearnsFrom
 
 PAIRS, RATED = (ReadingOptions(learns_from=each) for each in (LearnsFrom.PAIRS, LearnsFrom.RATED))
+NUMBERS = ("", "Unnamed: 0", "__index_level_0__")
 Q, A, B = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
 
 
@@ -104,6 +106,41 @@ def test_what_is_no_pair_is_named(record: Any, kind: FaultKind, said: str) -> No
     assert said in str(problem) and str(problem).startswith("pairs.jsonl:7: ")
 
 
+def test_what_only_one_side_does_not_read_or_changes_is_counted() -> None:
+    loud, more = {**B, "mood": "rude"}, {"role": "user", "content": "thanks"}
+    fixing = ReadingOptions(fixes_turns=True, learns_from=LearnsFrom.PAIRS)
+    result = read({"prompt": [Q], "chosen": [A], "rejected": [loud, more]}, fixing)
+    assert result.unread == ("turns: mood",) and result.fixes == (TurnFix.LAST_TURN,)
+    both = read({"prompt": [Q], "chosen": [A, more], "rejected": [B, more]}, fixing)
+    assert both.fixes == (TurnFix.LAST_TURN,) and not both.unread
+    other = read({"prompt": [Q], "chosen": [A], "rejected": [{**loud, "mood": "mild"}, more]}, fixing)
+    assert len({result.unread_hash, other.unread_hash, both.unread_hash}) == 3
+
+
+def test_reasoning_beside_two_answers_is_of_neither() -> None:
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", "rationale": "a is kinder"}
+    result = read(record)
+    assert result.chat is not None and result.unread == ("rationale",)
+    assert not any(message.reasoning for message in (*result.chat.messages, *result.chat.rejected))
+    parts = (("rationale", RecordPart.REASONING),)
+    mapped = read(record, ReadingOptions(parts=parts, learns_from=LearnsFrom.PAIRS)).chat
+    assert mapped is not None and mapped.messages[-1].reasoning == "a is kinder"
+
+
+def test_text_beside_tools_may_be_a_call() -> None:
+    call, tools = '[{"name": "f", "arguments": {}}]', [{"name": "f"}]
+    chat = read({"prompt": "q", "tools": tools, "chosen": call, "rejected": "b"}).chat
+    assert chat is not None and turns_shown(chat.messages) == "U q · A f{}"
+    chat = read({"prompt": "q", "tools": tools, "chosen": '[{"x": 1}]', "rejected": "b"}).chat
+    assert chat is not None and turns_shown(chat.messages) == 'U q · A [{"x": 1}]'
+
+
+@pytest.mark.parametrize("label", [None, "", "  "])
+def test_an_empty_label_is_named(label: Any) -> None:
+    (problem,) = read({"prompt": "q", "completion": "a", "label": label}, RATED).problems
+    assert "label is empty" in str(problem)
+
+
 @pytest.mark.parametrize("label", ["maybe", 2, [True], 0.5])
 def test_a_label_is_true_or_false(label: Any) -> None:
     assert kinds({"prompt": "q", "completion": "a", "label": label}, RATED) == [FaultKind.NO_PREFERENCE]
@@ -137,6 +174,23 @@ def test_columns_that_have_no_pair_are_reported_once(tmp_path: Path) -> None:
     assert [chat.is_desirable for chat in read_chats([labelled], RATED).chats] == [True, False]
     with opened(labelled, PAIRS) as (_, records):
         assert len(list(records)) == 1
+
+
+def test_a_table_of_pairs_and_labelled_answers(tmp_path: Path) -> None:
+    """A table gives each record every key."""
+    table = tmp_path / "both.csv"
+    table.write_text(",prompt,chosen,rejected,completion,label\n0,q,a,b,,\n1,r,,,c,False\n2,s,,b,,\n", encoding="utf-8")
+    read_table = read_chats([table], RATED)
+    pair, rated = read_table.chats
+    assert turns_shown(pair.rejected) == "U q · A b"
+    assert turns_shown(rated.messages) == "U r · A c" and not rated.is_desirable and not rated.rejected
+    (problem,) = read_table.problems
+    assert problem.line == 4 and "chosen" in str(problem)
+
+
+def test_row_numbers_of_pandas_describe_records() -> None:
+    records = [{name: number, "prompt": "q", "chosen": "a", "rejected": "b"} for number in (1, 2) for name in NUMBERS]
+    assert {read(record).unread_hash for record in records} == {0}
 
 
 def test_pairs_in_parquet(tmp_path: Path) -> None:
