@@ -105,7 +105,10 @@ METADATA = frozenset({
     "chosen_score", "rejected_score", "chosen_rating", "rejected_rating", "chosen_avg_rating", "rejected_avg_rating",
     "chosen_model", "rejected_model", "margin", "", "unnamed:_0", "__index_level_0__",
 })  # fmt: skip
-"""Keys that describe a record, the row numbers of pandas among them. They are reported too, but records that differ only there are copies."""
+"""Keys that describe a record, the row numbers of pandas among them.
+
+They are reported too, but records that differ only there are copies.
+"""
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts", "utterance")
