@@ -32,26 +32,31 @@ class Objective:
         learns_from: see `LearnsFrom`.
         beta: the default of `Config.beta`; 0 where there is no such number.
         has_reference: whether answers are compared with those of the model before the training.
+        loss_options: the options that its loss has; see `LOSS_OPTIONS`.
         estimates_divergence: whether each step estimates how far the model is from that, in a forward pass of its own.
     """
 
     summary: str
     learns_from: LearnsFrom
     beta: float = 0.0
+    loss_options: tuple[str, ...] = ("beta",)
     has_reference: bool = False
     estimates_divergence: bool = False
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "sft": Objective("the answers of chats", LearnsFrom.CHATS),
+    "sft": Objective("the answers of chats", LearnsFrom.CHATS, loss_options=()),
     "dpo": Objective("preferred answers over rejected ones", LearnsFrom.PAIRS, 0.1, has_reference=True),
     "ipo": Objective("the same, by a fixed margin", LearnsFrom.PAIRS, 0.1, has_reference=True),
-    "simpo": Objective("the same, by mean log-probabilities alone", LearnsFrom.PAIRS, 2.0),
+    "simpo": Objective(
+        "the same, by mean log-probabilities alone", LearnsFrom.PAIRS, 2.0, loss_options=("beta", "simpo_gamma")
+    ),
     "orpo": Objective("preferred answers, and their odds over rejected ones", LearnsFrom.PAIRS, 0.1),
     "kto": Objective(
-        "answers that are labelled good or bad", LearnsFrom.RATED, 0.1, has_reference=True, estimates_divergence=True
+        "answers that are labelled good or bad", LearnsFrom.RATED, 0.1,
+        loss_options=("beta", "desirable_weight", "undesirable_weight"), has_reference=True, estimates_divergence=True,
     ),
-}
+}  # fmt: skip
 
 LOSS_OPTIONS = ("beta", "simpo_gamma", "desirable_weight", "undesirable_weight")
 """Options that are a part of the loss: losses with different values of them can't be compared."""

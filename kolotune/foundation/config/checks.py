@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kolotune.foundation.engine_registry import ENGINES
+from kolotune.foundation.objectives import LOSS_OPTIONS, OBJECTIVES, LearnsFrom
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, find_problem
 
 from .normalize import exists
-from .options import RECORD_PARTS, Config, Kind, option_names
+from .options import OPTIONS, RECORD_PARTS, Config, Kind, option_names
 
 
 def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterator[str]:
@@ -45,8 +46,7 @@ def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterat
 def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
     if config.eval_data and "eval_split" in values and config.eval_split > 0:
         yield "eval-data and eval-split exclude each other"
-    if config.objective != "sft" and config.train_on != "all":
-        yield "train-on: preferences train what follows the prompt; leave it out, or train with objective sft"
+    yield from _objective_conflicts(config)
     if config.nnodes > 1 and config.rdzv is None:
         yield "nnodes: several machines need rdzv, the address of one of them as HOST:PORT"
     processes = config.nnodes * config.nproc
@@ -54,6 +54,25 @@ def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
         yield "sharding: needs several processes (nproc, nnodes) and cannot be combined with load-in-4bit"
     if config.sharding == "off" and ENGINES[config.engine].always_shards and processes > 1:
         yield f"sharding: several processes of {config.engine} always shard the base; leave sharding out"
+
+
+def _objective_conflicts(config: Config) -> Iterator[str]:
+    """Return the options that the objective has not, or that leave it nothing to learn."""
+    objective = OBJECTIVES[config.objective]
+    if objective.learns_from is not LearnsFrom.CHATS:
+        if config.train_on != "all":
+            yield "train-on: preferences train what follows the prompt; leave it out, or train with objective sft"
+        if config.split_thoughts:
+            yield "split-thoughts: preferences are not split; leave it out, or train with objective sft"
+    for name in LOSS_OPTIONS:
+        if name not in objective.loss_options and getattr(config, name) != OPTIONS[name].default:
+            owners = [other for other, each in OBJECTIVES.items() if name in each.loss_options]
+            yield (
+                f"{_flag(name)}: objective {config.objective} has no such number; leave it out, or train with "
+                f"objective {' or '.join(owners)}"
+            )
+    if "desirable_weight" in objective.loss_options and not config.desirable_weight + config.undesirable_weight:
+        yield "desirable-weight and undesirable-weight: both are 0, so nothing would be learned; give one of them more"
 
 
 def _quantization_problems(values: Mapping[str, object]) -> Iterator[str]:

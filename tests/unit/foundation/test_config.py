@@ -15,6 +15,7 @@ from kolotune.foundation import quantization_types
 from kolotune.foundation.config import OPTIONS, Config, dump, load_file, plain_values, resolve, stage_options
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.objectives import LOSS_OPTIONS, OBJECTIVES
 
 HERE = Path("/here")
 
@@ -442,6 +443,38 @@ def test_automatic_values_become_those_of_the_new_engine() -> None:
     native, torchtune = resolve(layer), resolve(layer, flags(engine="torchtune"))
     assert (native.warmup_steps, native.batch_size) == (None, None)
     assert (torchtune.warmup_steps, torchtune.batch_size, torchtune.lora_rank) == (100, 1, 4)
+
+
+# --- objectives
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"beta": 0.1}, "beta: objective sft has no such number"),
+        ({"objective": "dpo", "simpo_gamma": 1.0}, "train with objective simpo"),
+        ({"objective": "simpo", "desirable_weight": 2.0}, "desirable-weight: objective simpo"),
+        ({"objective": "orpo", "undesirable_weight": 0.0}, "train with objective kto"),
+        ({"objective": "kto", "simpo_gamma": 0.0}, "simpo-gamma: objective kto"),
+        ({"objective": "kto", "desirable_weight": 0.0, "undesirable_weight": 0.0}, "nothing would be learned"),
+        ({"objective": "dpo", "split_thoughts": True}, "split-thoughts: preferences"),
+        ({"objective": "kto", "train_on": "last"}, "train-on: preferences"),
+    ],
+)
+def test_options_that_an_objective_has_not_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        resolve(flags(**given))
+    assert said in raised.value.cause
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_options_of_an_objective_are_taken_and_defaults_are_no_mistake(objective: str) -> None:
+    values = {"beta": 0.3, "simpo_gamma": 0.0, "desirable_weight": 0.0, "undesirable_weight": 2.0}
+    own = {name: values[name] for name in OBJECTIVES[objective].loss_options}
+    config = resolve(flags(objective=objective, **own))
+    assert all(getattr(config, name) == value for name, value in own.items())
+    resolve(({**plain_values(resolve(), LOSS_OPTIONS), "objective": objective}, "saved", HERE))
+    assert set(own) <= set(LOSS_OPTIONS)
 
 
 # --- fingerprints
