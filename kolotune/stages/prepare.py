@@ -134,6 +134,11 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
     for name, sentence in SERVED_CHATS.items():
         if facts[name]:
             reporter.note(f"{facts[name]} {sentence.format(**facts)}")
+    if prepared.rated_alike and prepared.train.chats:
+        rated, other = ("bad", "good") if prepared.undesirable else ("good", "bad")
+        reporter.warning(
+            f"all answers are labelled as {rated}: kto learns from the difference; add answers that are {other}"
+        )
     if prepared.template.switches:
         _report_switches(prepared, reporter)
     for finding in prepared.findings:
@@ -155,12 +160,12 @@ def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
         chats = "chat is" if prepared.train.chats == 1 else "chats are"
         reporter.warning(f"{prepared.train.chats} {chats} few: {_FEW_HINT}")
     for key, count in prepared.unread.most_common():
-        _report_unread(key, count, reporter)
+        _report_unread(key, count, reporter, has_preferences=bool(prepared.pairs or prepared.undesirable))
     for fix, count in prepared.fixes.items():
         reporter.warning(f"{count} {fix}")
 
 
-def _report_unread(key: str, count: int, reporter: Reporter) -> None:
+def _report_unread(key: str, count: int, reporter: Reporter, *, has_preferences: bool) -> None:
     from kolotune.chats.reading.record_keys import LABELS, METADATA, PREFERRED, canonical
     from kolotune.chats.reading.shapes import TURN_PREFIX
 
@@ -169,7 +174,7 @@ def _report_unread(key: str, count: int, reporter: Reporter) -> None:
     sentence = f"{name!r} is filled in {records} and not read"
     if canonical(name) in METADATA:
         reporter.note(f"{sentence}; it seems to describe the record")
-    elif canonical(name) in (*PREFERRED, *PREFERRED.values(), *LABELS):
+    elif canonical(name) in (*PREFERRED, *PREFERRED.values(), *LABELS) and not has_preferences:
         reporter.warning(f"{sentence}; --objective dpo or kto learns from it, --ignore-keys {name} confirms that")
     elif name != key:
         reporter.warning(f"{sentence}; --ignore-keys {name} confirms that")

@@ -217,7 +217,7 @@ class ChunkEncoder:
             fault = Fault(FaultKind.TEMPLATE, error.cause)
             result.refused[entry.number] = Problem(chat.source, chat.line, fault)
         else:
-            if is_undecided(chat):
+            if is_undecided(chat, encoding):
                 state = UNDECIDED
             elif encoded is None:
                 state = TOO_LONG

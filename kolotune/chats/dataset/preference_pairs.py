@@ -26,9 +26,15 @@ def encode_preferences(encoder: Encoder, chats: Sequence[Chat]) -> list[Encoding
     ]
 
 
-def is_undecided(chat: Chat) -> bool:
-    """Whether both answers of a pair are the same."""
-    return bool(chat.rejected) and chat.rejected == chat.messages
+def is_undecided(chat: Chat, encoding: Encoding) -> bool:
+    """Whether both answers of a pair are the same, or become so in the template, which may trim them."""
+    if not chat.rejected:
+        return False
+    if chat.rejected == chat.messages or not isinstance(encoding, EncodedChat):
+        return chat.rejected == chat.messages
+    tokens = sum(encoding.lengths[: encoding.rejected])
+    first, rest = encoding.packed_labels[:tokens], encoding.packed_labels[tokens:]
+    return first == rest and encoding.ids[:tokens] == encoding.ids[tokens:]
 
 
 def _rated(chat: Chat, encoding: Encoding) -> Encoding:

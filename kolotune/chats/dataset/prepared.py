@@ -74,6 +74,7 @@ class Prepared:
         undecided: Pairs that are not used since both answers are the same.
         pairs: The number of chats that are used and have a rejected answer, too.
         undesirable: The number of chats that are used and whose answer is labelled as bad.
+        rated_alike: Whether answers are rated, and all of them alike.
         special_in_content: The number of chats with special tokens in their text.
         reduced_tools: The number of chats whose tool definitions said more than Ollama hands on.
         apart: The number of chats with a sequence for each answer, by the reason.
@@ -108,6 +109,7 @@ class Prepared:
     undecided: AffectedChats = field(default_factory=AffectedChats)
     pairs: int = 0
     undesirable: int = 0
+    rated_alike: bool = False
     special_in_content: int = 0
     reduced_tools: int = 0
     apart: dict[ApartReason, int] = field(default_factory=dict)

@@ -81,9 +81,12 @@ def _with_flat_input(record: dict[str, object]) -> dict[str, object]:
 def _pair_of(fields: RecordFields, keys: set[str] | None = None) -> _PairKeys | None:
     """Return the keys of a record's pair, of those that are filled; None if there is none."""
     keys = fields.filled if keys is None else keys
+    keys = keys - fields.given
     preferred, rejected = fields.mapped(RecordPart.CHOSEN), fields.mapped(RecordPart.REJECTED)
-    if preferred and rejected:
-        return _PairKeys(preferred[0], rejected[0])
+    if preferred or rejected:
+        preferred = preferred or [key for key in PREFERRED if key in keys]
+        rejected = rejected or [key for key in PREFERRED.values() if key in keys]
+        return _PairKeys(preferred[0], rejected[0]) if preferred and rejected else None
     for key, other in PREFERRED.items():
         if key in keys and other in keys:
             return _PairKeys(key, other)

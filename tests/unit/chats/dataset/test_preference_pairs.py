@@ -20,6 +20,7 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.errors import DataError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS
+from kolotune.stages.prepare import report_prepared
 
 Preparer = Callable[..., tuple[Prepared, Path]]
 
@@ -124,6 +125,33 @@ def test_labelled_answers_and_pairs_for_kto(prepare: Preparer) -> None:
     assert [len(tokens.sequences(chat)) for chat in range(5)] == [1, 1, 1, 1, 2]
     assert (prepared.pairs, prepared.undesirable) == (1, 2)
     assert prepared.summary()["undesirable"] == 2
+
+
+def test_answers_that_a_template_makes_the_same_decide_nothing(prepare: Preparer, tmp_path: Path) -> None:
+    template = tmp_path / "trims.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    records = [pair(1, "Yes.", "Yes.\n"), pair(2, "Yes.", " Yes"), pair(3)]
+    assert prepare(records)[0].undecided.count == 0
+    prepared, _ = prepare(records, chat_template=template)
+    assert prepared.problems == [] and (prepared.train.chats, prepared.undecided.count) == (2, 1)
+    assert prepared.undecided.locations[0].endswith("pairs.jsonl:1")
+
+
+@pytest.mark.parametrize(("labels", "word"), [((True, True), "good"), ((False, False), "bad"), ((True, False), "")])
+def test_labels_that_are_all_the_same_are_reported(
+    labels: tuple[bool, bool], word: str, prepare: Preparer, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rated = [{"prompt": f"q{number}", "completion": "a", "label": label} for number, label in enumerate(labels)]
+    report_prepared(prepare(rated, objective="kto")[0], reporter)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (f"all answers are labelled as {word}" in printed) == bool(word) and ("all answers" in printed) == bool(word)
+    report_prepared(prepare([*rated, {**pair(9), "label": 1}], objective="kto")[0], reporter)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "all answers" not in printed and "'label' is filled in 1 record and not read" in printed
+    assert "--objective dpo or kto" not in printed, "it is that already"
 
 
 def test_supervised_chats_have_no_such_table(prepare: Preparer) -> None:

@@ -85,6 +85,19 @@ def test_other_keys_are_mapped() -> None:
     assert rated is not None and not rated.is_desirable
 
 
+def test_one_mapped_key_is_enough_and_a_known_key_with_another_part_is_no_answer() -> None:
+    """Otherwise a typing error in one of two keys would turn the preference round."""
+    chosen = ReadingOptions(parts=(("accepted", RecordPart.CHOSEN),), learns_from=LearnsFrom.PAIRS)
+    chat = read({"prompt": "q", "accepted": "a", "rejected": "b"}, chosen).chat
+    assert chat is not None and turns_shown(chat.rejected) == "U q · A b"
+    swapped = (("chosn", RecordPart.CHOSEN), ("chosen", RecordPart.REJECTED))
+    options = ReadingOptions(parts=swapped, learns_from=LearnsFrom.PAIRS)
+    record = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert kinds(record, options) == [FaultKind.NO_PREFERENCE]
+    chat = read({**record, "chosn": "c"}, options).chat
+    assert chat is not None and turns_shown(chat.rejected) == "U q · A a"
+
+
 @pytest.mark.parametrize(
     ("record", "kind", "said"),
     [
