@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from kolotune.foundation.config import Kind, option_names
 from kolotune.foundation.errors import ConfigError, RunFolderError
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.retention import stages_skipped_by_lean
 
 from . import hints
-from .options import reporter, resolve_flags
+from .options import drop_unset, reporter, resolve_flags
 
 
 def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]) -> int:
@@ -38,8 +39,17 @@ def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]
         if stage.has_work:
             raise RunFolderError(
                 f"{folder.root}: {name} needs {stage.name}, which is not done ({'; '.join(stage.explanations())})",
-                f"Run `kolotune {stage.name} {hints.as_typed(folder.root)}` first, or `kolotune run` for all stages.",
+                f"Run `{_command(stage.name, folder.root, flags)}` first, or `kolotune run` for all stages.",
             )
     resolved = dataclasses.replace(resolved, output_dir=folder.root)
     run_pipeline(resolved, reporter(json), [name], read_source(folder), restore=[name])
     return 0
+
+
+def _command(stage: str, root: Path, flags: Mapping[str, object]) -> str:
+    """Return the command that runs a stage of a run folder; prepare is given data, and what was to be otherwise."""
+    if stage != "prepare":
+        return f"kolotune {stage} {hints.as_typed(root)}"
+    shared = [*option_names(stage=stage), *option_names(kind=Kind.BASE_MODEL)]
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in drop_unset(flags).items() if name in shared]
+    return " ".join([f"kolotune {stage} --output-dir {hints.as_typed(root)}", *given])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import ConfigError
+from kolotune.foundation.objectives import OBJECTIVES
 
 from .checks import find_problems
 from .normalize import normalize
@@ -28,7 +29,8 @@ def resolve(*layers: Layer) -> Config:
 
     A value of None counts as not given; an explicit 0, empty string or False is kept. An option that no layer gives
     has the engine's default. A run's saved config gives every option that has a value: so another engine for that run
-    changes only the engine, and the values that were automatic (warmup, batch) become that engine's.
+    changes only the engine, and the values that were automatic (warmup, batch) become that engine's. Another objective
+    drops the numbers of the earlier one that it has not.
 
     Raises:
         ConfigError: unknown options and impossible values, all in one message.
@@ -37,6 +39,8 @@ def resolve(*layers: Layer) -> Config:
     origins: dict[str, str] = {}
     problems: list[str] = []
     for layer, origin, folder in layers:
+        for name in _loss_options_lost(values.get("objective"), layer.get("objective")):
+            values.pop(name, None)
         for name, value in layer.items():
             if name not in OPTIONS:
                 problems.append(f"{origin}: unknown option {name!r}{_suggestion(name)}")
@@ -50,6 +54,12 @@ def resolve(*layers: Layer) -> Config:
     if config is None or problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _loss_options_lost(before: object, after: object) -> list[str]:
+    """Return the numbers that the objective of earlier layers has, and that of a later layer has not."""
+    old, new = (OBJECTIVES.get(each) if isinstance(each, str) else None for each in (before, after))
+    return [name for name in old.loss_options if name not in new.loss_options] if old and new else []
 
 
 def _validate(values: Mapping[str, object], origins: Mapping[str, str]) -> tuple[Config | None, list[str]]:

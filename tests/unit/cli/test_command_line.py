@@ -221,6 +221,10 @@ def test_train_with_another_base_wants_its_chats_prepared(
     code, output = kolotune("train", run_copy.root, "--base-model", other)
     assert code == 12
     assert "train needs prepare" in output and "tokenizer_config.json" in output
+    command = output.partition("Run `kolotune ")[2].partition("` first")[0].split()
+    assert command == ["prepare", "--output-dir", str(run_copy.root), "--base-model", str(other)]
+    code, output = kolotune(*command)
+    assert code == 0, output
 
 
 def test_modelfile_rewrites_only_the_modelfiles(kolotune: Call, run_copy: RunFolder) -> None:

@@ -477,6 +477,17 @@ def test_the_options_of_an_objective_are_taken_and_defaults_are_no_mistake(objec
     assert set(own) <= set(LOSS_OPTIONS)
 
 
+def test_another_objective_drops_the_numbers_that_it_has_not() -> None:
+    """A saved config gives them, and nothing on a command line could take back a beta."""
+    saved = ({"objective": "kto", "beta": 0.3, "desirable_weight": 2.0}, "saved", HERE)
+    assert resolve(saved, flags(objective="sft")) == resolve()
+    config = resolve(saved, flags(objective="dpo"))
+    assert (config.beta, config.desirable_weight) == (0.3, 1.0)
+    assert resolve(saved, flags(objective="kto")).desirable_weight == 2.0
+    with pytest.raises(ConfigError, match="desirable-weight: objective dpo"):
+        resolve(saved, flags(objective="dpo", desirable_weight=2.0))
+
+
 # --- fingerprints
 
 
