@@ -109,7 +109,12 @@ def _quality(line: MetricsLine) -> tuple[float, float]:
     return line.held_out_accuracy or 0.0, -line.held_out_loss
 
 
-def kept_held_out_loss(losses: Iterable[tuple[int, float]], *, early_stopping: bool) -> float:
-    """Return the held-out loss of the adapter that was kept: the last one, or the best with early stopping."""
-    values = [loss for _, loss in losses]
-    return min(values) if early_stopping else values[-1]
+def kept_held_out_loss(lines: Iterable[MetricsLine], *, early_stopping: bool) -> float:
+    """Return the held-out loss of the adapter that was kept: the last one, or the best with early stopping.
+
+    The best is the one with the lowest loss; of a preference objective, with the highest accuracy.
+    """
+    evaluations = [line for line in lines if line.held_out_loss is not None]
+    loss = (max(evaluations, key=_quality) if early_stopping else evaluations[-1]).held_out_loss
+    assert loss is not None
+    return loss

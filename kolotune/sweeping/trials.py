@@ -191,7 +191,7 @@ def _link(source: str, target: str) -> None:
 
 def loss_of(folder: RunFolder, config: Config) -> float:
     """Return the held-out loss of the adapter that was kept: the last one, or the best with early stopping."""
-    return kept_held_out_loss(held_out_losses(folder), early_stopping=bool(config.early_stopping))
+    return kept_held_out_loss(read_metrics(folder.metrics), early_stopping=bool(config.early_stopping))
 
 
 def held_out_losses(folder: RunFolder) -> list[tuple[int, float]]:

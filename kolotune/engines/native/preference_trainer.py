@@ -213,13 +213,12 @@ class _StepFigures:
             self.sums[name] += float(value)
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return what the metrics have of it."""
-        preferred = sums["preferred"] / max(1.0, sums["preferred_count"])
-        rejected = sums["rejected"] / max(1.0, sums["rejected_count"])
-        figures = {
-            "accuracy": sums["right"] / max(1.0, sums["judged"]),
-            "margin": preferred - rejected,
-            "chosen_reward": preferred,
-            "rejected_reward": rejected,
-        }
+        """Return what the metrics have of it; a step without answers of one side has no reward of it, and no margin."""
+        figures = {"accuracy": sums["right"] / max(1.0, sums["judged"])}
+        if sums["preferred_count"]:
+            figures["chosen_reward"] = sums["preferred"] / sums["preferred_count"]
+        if sums["rejected_count"]:
+            figures["rejected_reward"] = sums["rejected"] / sums["rejected_count"]
+        if sums["preferred_count"] and sums["rejected_count"]:
+            figures["margin"] = figures["chosen_reward"] - figures["rejected_reward"]
         return figures | ({"kl": self._totals.kl} if self._loss.settings.objective == "kto" else {})

@@ -37,8 +37,12 @@ def test_a_damaged_line_is_an_error_with_its_number_or_skipped(tmp_path: Path) -
 
 def test_the_kept_loss_is_the_last_or_the_best() -> None:
     losses = [(0, 3.0), (5, 1.0), (10, 2.0)]
-    assert kept_held_out_loss(losses, early_stopping=False) == 2.0
-    assert kept_held_out_loss(losses, early_stopping=True) == 1.0
+    lines = [MetricsLine(7, loss=0.1), *(MetricsLine(step, held_out_loss=loss) for step, loss in losses)]
+    assert kept_held_out_loss(lines, early_stopping=False) == 2.0
+    assert kept_held_out_loss(lines, early_stopping=True) == 1.0
+    preferences = [MetricsLine(0, held_out_loss=0.6, held_out_accuracy=0.9)]
+    preferences += [MetricsLine(5, held_out_loss=0.4, held_out_accuracy=0.8)]
+    assert kept_held_out_loss(preferences, early_stopping=True) == 0.6, "accuracy decides"
 
 
 def test_answer_losses_are_those_of_the_base_and_of_what_was_kept() -> None:
