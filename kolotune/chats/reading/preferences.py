@@ -125,13 +125,13 @@ def _read_pair(record: dict[str, object], pair: _PairKeys, options: ReadingOptio
     if faults or preferred.excluded or rejected.excluded:
         return preferred._replace(faults=faults, excluded=not faults)
     both = preferred.messages, rejected.messages
-    if any([0 < message.weight < 1 for messages in both for message in messages]):
-        fail(FaultKind.NOT_SUPPORTED, "answers of a pair can't have weights; read past them with --ignore-keys weight")
     shaped = _of_both_sides(preferred, rejected)
     if both[0] == both[1]:
         return shaped._replace(rejected=rejected.messages)
     start = _common_start(*both, pair)
     messages, others = (_trained_from(start, each) for each in both)
+    if not messages or not others:
+        return ShapedRecord(shaped.shape, excluded=True)
     return shaped._replace(messages=messages, rejected=others)
 
 
@@ -224,11 +224,18 @@ def _common_start(messages: Sequence[Message], others: Sequence[Message], pair: 
 
 
 def _trained_from(start: int, messages: Iterable[Message]) -> tuple[Message, ...]:
-    """Return messages of which only those from `start` on are trained on."""
-    return tuple([
+    """Return messages of which only those from `start` on are trained on; none if their author excludes them all.
+
+    Raises:
+        RecordError: One of them has a weight between 0 and 1.
+    """
+    trained = tuple([
         dataclasses.replace(message, weight=0.0) if at < start and message.role == "assistant" else message
         for at, message in enumerate(messages)
     ])  # fmt: skip
+    if any([0 < message.weight < 1 for message in trained]):
+        fail(FaultKind.NOT_SUPPORTED, "preferences can't have weights; read past them with --ignore-keys weight")
+    return trained if any([each.role == "assistant" and each.is_trained for each in trained]) else ()
 
 
 def _read_rated(record: dict[str, object], fields: RecordFields, label: str, options: ReadingOptions) -> ShapedRecord:
@@ -245,4 +252,6 @@ def _read_rated(record: dict[str, object], fields: RecordFields, label: str, opt
         return shaped
     users = [at for at, message in enumerate(shaped.messages) if message.role == "user"]
     messages = _trained_from(users[-1] if users else 0, shaped.messages)
+    if not messages:
+        return ShapedRecord(shaped.shape, excluded=True)
     return shaped._replace(messages=messages, is_desirable=rating)

@@ -130,6 +130,30 @@ def test_what_only_one_side_does_not_read_or_changes_is_counted() -> None:
     assert len({result.unread_hash, other.unread_hash, both.unread_hash}) == 3
 
 
+def test_answers_that_their_author_excludes_leave_out_the_record() -> None:
+    """Also where only an answer before them is not excluded; it belongs to the prompt."""
+    before, unweighed = [Q, A, {"role": "user", "content": "r"}], {**B, "weight": 0}
+    for record in (
+        {"chosen": [*before, A], "rejected": [*before, unweighed]},
+        {"chosen": [*before, unweighed], "rejected": [*before, A]},
+        {"messages": [*before, unweighed], "label": False},
+    ):
+        result = read(record, RATED)
+        assert result.chat is None and result.problems == ()
+
+
+def test_weights_of_answers_are_refused_but_those_in_the_prompt_do_not_count() -> None:
+    lighter, turn = {**A, "weight": 0.5}, {"role": "user", "content": "r"}
+    for record in (
+        {"prompt": [Q], "chosen": [lighter], "rejected": [B]},
+        {"messages": [Q, lighter], "label": True},
+        {"prompt": "q", "completion": "a", "weight": 0.5, "label": True},
+    ):
+        assert kinds(record, RATED) == [FaultKind.NOT_SUPPORTED]
+    assert read({"messages": [Q, lighter, turn, B], "label": True}, RATED).chat is not None
+    assert read({"prompt": [Q, lighter, turn], "chosen": [A], "rejected": [B]}).chat is not None
+
+
 def test_reasoning_beside_two_answers_is_of_neither() -> None:
     record = {"prompt": "q", "chosen": "a", "rejected": "b", "rationale": "a is kinder"}
     result = read(record)
