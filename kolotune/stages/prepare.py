@@ -51,11 +51,12 @@ SERVED_CHATS = {
     "apart_boundary": _APART + "the last token of a prompt would merge with the answer",
     "masked_thoughts": "answers have no thought: the empty one before them is not trained on; "
     "--empty-thoughts learn trains on it",
-    "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer; "
-    "--split-thoughts makes one chat of each exchange",
+    "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer, "
+    "if that is trained on",
     "renamed_calls": "chats got short ids of tool calls, the same in call and result: the template refuses theirs",
     "split_chats": "chats became {split_exchanges}, one of each exchange (--split-thoughts)",
 }
+_SPLIT_HINT = "; --split-thoughts makes one chat of each exchange"
 
 
 def options(config: Config) -> JsonObject:
@@ -133,7 +134,8 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
             _report_locations(locations.get(name, AffectedChats()), reporter)
     for name, sentence in SERVED_CHATS.items():
         if facts[name]:
-            reporter.note(f"{facts[name]} {sentence.format(**facts)}")
+            splits = name == "dropped_thoughts" and not prepared.has_preferences
+            reporter.note(f"{facts[name]} {sentence.format(**facts)}{_SPLIT_HINT if splits else ''}")
     if prepared.rated_alike and prepared.train.chats:
         rated, other = ("bad", "good") if prepared.undesirable else ("good", "bad")
         reporter.warning(
@@ -160,7 +162,7 @@ def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
         chats = "chat is" if prepared.train.chats == 1 else "chats are"
         reporter.warning(f"{prepared.train.chats} {chats} few: {_FEW_HINT}")
     for key, count in prepared.unread.most_common():
-        _report_unread(key, count, reporter, has_preferences=bool(prepared.pairs or prepared.undesirable))
+        _report_unread(key, count, reporter, has_preferences=prepared.has_preferences)
     for fix, count in prepared.fixes.items():
         reporter.warning(f"{count} {fix}")
 

@@ -180,8 +180,11 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     rejected, sequences = rows["rejected"][used], rows["sequences"][used]
     prepared.pairs = int(np.count_nonzero((rejected > 0) & (rejected < sequences)))
     prepared.undesirable = int(np.count_nonzero(rejected == sequences))
-    is_rated = OBJECTIVES[config.objective].learns_from is LearnsFrom.RATED
-    prepared.rated_alike = is_rated and not prepared.pairs and prepared.undesirable in (0, len(rejected))
+    learns_from = OBJECTIVES[config.objective].learns_from
+    prepared.has_preferences = learns_from is not LearnsFrom.CHATS
+    prepared.rated_alike = (
+        learns_from is LearnsFrom.RATED and not prepared.pairs and prepared.undesirable in (0, len(rejected))
+    )
     refused = [(bool(held_out[index]), index, problem) for index, problem in collector.refused if kept[index]]
     prepared.problems += [problem for _, _, problem in sorted(refused, key=lambda entry: entry[:2])]
     prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))

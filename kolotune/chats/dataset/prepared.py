@@ -74,6 +74,7 @@ class Prepared:
         undecided: Pairs that are not used since both answers are the same.
         pairs: The number of chats that are used and have a rejected answer, too.
         undesirable: The number of chats that are used and whose answer is labelled as bad.
+        has_preferences: Whether the training learns from preferences.
         rated_alike: Whether answers are rated, and all of them alike.
         special_in_content: The number of chats with special tokens in their text.
         reduced_tools: The number of chats whose tool definitions said more than Ollama hands on.
@@ -109,6 +110,7 @@ class Prepared:
     undecided: AffectedChats = field(default_factory=AffectedChats)
     pairs: int = 0
     undesirable: int = 0
+    has_preferences: bool = False
     rated_alike: bool = False
     special_in_content: int = 0
     reduced_tools: int = 0

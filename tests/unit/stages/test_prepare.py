@@ -52,3 +52,17 @@ def test_a_side_of_a_switch_that_is_not_trained_is_reported(
     assert ("--template-switch" in printed) == bool(words) and all(word in printed for word in words)
     facts = prepared.summary()
     assert facts["answers_with_thoughts"] == counts.get(True, 0)
+
+
+@pytest.mark.parametrize("has_preferences", [False, True])
+def test_what_preferences_refuse_is_not_advised(
+    has_preferences: bool, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing: Any = None
+    prepared = Prepared(ChatTemplate("{{ messages }}", {}), nothing, "", dropped_thoughts=2)
+    prepared.has_preferences, prepared.unread = has_preferences, Counter(label=1)
+    prepare.report_prepared(prepared, reporter)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 thoughts are left out of later prompts" in printed
+    assert ("--split-thoughts" in printed) == (not has_preferences)
+    assert ("--objective dpo or kto" in printed) == (not has_preferences)
