@@ -59,14 +59,16 @@ class NativeEngine:
 
     def _check_preferences(self, config: Config, base: Path) -> None:
         """Refuse what only transformers would compute: it has no step for preferences."""
+        other = "choose another base model"
         if self.is_sharded(config, base):
             reason = "transformers computes sharded bases"
+            other = "give each process the whole base: --sharding off, and --load-in-4bit where memory is short"
         else:
             reason = supported_models.reason_unsupported(base, 0)
         if reason:
             raise ConfigError(
                 f"objective {config.objective}: preferences are trained by the packed step only: {reason}",
-                "Train on the preferred answers with --objective sft, or choose another base model.",
+                f"Train on the preferred answers with --objective sft, or {other}.",
             )
 
     def install(self, report: Callable[[str], None]) -> None:

@@ -84,8 +84,9 @@ def test_preferences_that_transformers_would_compute_are_refused(
     base: dict[str, Any], options: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     context = context_of(tmp_path, base, objective="dpo", **options)
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError, match=reason) as raised:
         get_engine("native").check(context.config, context.base)
+    assert raised.value.hint is not None and ("--sharding off" in raised.value.hint) == (reason == "sharded")
 
 
 def test_the_job_has_the_numbers_of_its_objective(tmp_path: Path) -> None:
