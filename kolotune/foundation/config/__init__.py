@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .layers import Layer, resolve
 from .normalize import normalize
+from .option import Group, Kind, Option
 from .options import (
     DEFAULT_HOST,
     DEFAULT_MAX_TOKENS,
@@ -14,9 +15,6 @@ from .options import (
     DEFAULT_TEMPERATURE,
     OPTIONS,
     Config,
-    Group,
-    Kind,
-    Option,
     option_names,
     plain_values,
     stage_options,

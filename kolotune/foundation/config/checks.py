@@ -12,7 +12,8 @@ from kolotune.foundation.objectives import LOSS_OPTIONS, OBJECTIVES, LearnsFrom
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, find_problem
 
 from .normalize import exists
-from .options import OPTIONS, RECORD_PARTS, Config, Kind, option_names
+from .option import Kind
+from .options import OPTIONS, RECORD_PARTS, Config, option_names
 
 
 def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterator[str]:

@@ -14,7 +14,8 @@ from kolotune.foundation.objectives import OBJECTIVES
 
 from .checks import find_problems
 from .normalize import normalize
-from .options import DEFAULT_OUTPUT_DIR, OPTIONS, Config, Kind
+from .option import Kind
+from .options import DEFAULT_OUTPUT_DIR, OPTIONS, Config
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -8,7 +8,8 @@ from pathlib import Path
 from kolotune.foundation.chat_paths import files_of
 from kolotune.foundation.quantization_types import canonical_name
 
-from .options import OPTIONS, Kind
+from .option import Kind
+from .options import OPTIONS
 
 
 def normalize(name: str, value: object, folder: Path) -> object:
