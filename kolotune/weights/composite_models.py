@@ -95,12 +95,13 @@ def check(folder: Path) -> None:
     Raises:
         ModelError: they don't; the reason names what differs.
     """
-    import torch
-    import transformers
-
     config = read_model_config(folder)
     if not is_composite(config):
         return
+
+    import torch
+    import transformers
+
     entries = MappedTensors(weight_files(folder)).entries
     shapes = {name: entry.shape for name, entry in entries.items()}
     prefix = language_prefix(shapes, config)
