@@ -21,6 +21,7 @@ from .clean import clean
 from .compare import compare
 from .container import app as container
 from .convert import convert
+from .dequantize import dequantize
 from .doctor import doctor
 from .export import export
 from .follow import follow
@@ -85,7 +86,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb(prepare), Verb(train), Verb(merge), Verb(convert), Verb(quantize), Verb(modelfile),
     ),
     "The rest": (
-        Verb(rebuild), Verb(clean, client=True), Verb(version, client=True),
+        Verb(rebuild), Verb(dequantize), Verb(clean, client=True), Verb(version, client=True),
     ),
 }  # fmt: skip
 _CONTAINER_GROUP = "Other machines"

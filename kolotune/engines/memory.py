@@ -66,10 +66,12 @@ class GpuMemory:
     Attributes:
         needed: bytes.
         size: bytes that the GPU has.
+        offloaded: bytes of activations that the host keeps for it.
     """
 
     needed: int
     size: int
+    offloaded: int = 0
 
 
 @dataclass(frozen=True)

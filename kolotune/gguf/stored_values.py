@@ -67,6 +67,11 @@ class StoredValues:
         start = self.position(name)
         return hashlib.sha256(self._data[start : start + self.tensors[name].size]).hexdigest()
 
+    def data(self, name: str) -> np.ndarray:
+        """Return a copy of a tensor's data, uint8."""
+        start = self.position(name)
+        return self._bytes[start : start + self.tensors[name].size].copy()
+
     def blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the rows of a tensor, some at a time, fp32 ``[rows, columns]``; those of all experts in order."""
         tensor = self.tensors[name]

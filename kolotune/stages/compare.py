@@ -30,6 +30,7 @@ from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
 from kolotune.weights.adapter_folder import is_adapter
 from kolotune.weights.model_config import read_model_config
+from kolotune.weights.stored_blocks import has_blocks
 
 NAME = "compare"
 _CONVERT = "convert"  # the stage whose record holds the type of the unquantized GGUF
@@ -157,7 +158,7 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         merged=merged,
         ggufs=measured,
         merge_dtype=config.merge_dtype,
-        load_in_4bit=config.load_in_4bit,
+        load_in_4bit=config.load_in_4bit and not has_blocks(context.base),  # blocks are the base's own weights
         adapter=_measured_reference(context),
         recorded=_recorded_losses(run, config) if reference.held_out else None,
         not_kept=tuple(not_kept),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from kolotune.foundation.errors import ModelError
 from .composite_models import language_shapes
 from .model_config import ModelConfig, read_model_config
 from .safetensors_header import Entry, read_header
+from .stored_blocks import read_matrices
 from .weight_files import weight_files
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "f16": 2}
@@ -77,6 +78,7 @@ class ModelShape:
         vocabulary_size: the number of tokens.
         tied: whether the embedding also serves as the output head.
         experts_per_token: how many experts of a layer compute a token; 0 without experts.
+        blocks: bytes of the linear layers that the folder has in the blocks of a GGUF, too, by their names.
     """
 
     entries: tuple[Entry, ...]
@@ -89,6 +91,7 @@ class ModelShape:
     vocabulary_size: int
     tied: bool
     experts_per_token: int = 0
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def experts(self) -> tuple[ExpertWeights, ...]:
@@ -148,9 +151,12 @@ def read_shape(folder: Path) -> ModelShape:
     for path in weight_files(folder):
         entries += read_header(path).entries
     language = _language_weights(entries, config)
+    linears = _linears_in_layers([entry for entry in entries if entry.name in language])
+    names = {linear.name for linear in linears}
+    blocks = {matrix.name.removesuffix(".weight"): matrix.entry.size for matrix in read_matrices(folder)}
     return ModelShape(
         entries=tuple(entries),
-        linears=_linears_in_layers([entry for entry in entries if entry.name in language]),
+        linears=linears,
         layers=config.layers,
         hidden_size=config.hidden_size,
         attention_heads=config.attention_heads,
@@ -159,6 +165,7 @@ def read_shape(folder: Path) -> ModelShape:
         vocabulary_size=config.vocabulary_size,
         tied=not any(entry.name.endswith("lm_head.weight") for entry in entries),
         experts_per_token=config.integer("num_experts_per_tok", "num_experts_per_token") or 0,
+        blocks={name: size for name, size in blocks.items() if name in names},
     )
 
 

@@ -14,6 +14,7 @@ from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import child_process, local
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, ModelShape, read_shape
+from kolotune.weights.stored_blocks import TYPES, has_blocks, read_matrices
 
 from .. import events
 from ..engine import CalibrationGap, Engine, EnvironmentStatus, ExpertChoice
@@ -54,8 +55,22 @@ class NativeEngine:
         """
         if config.target_parameters not in (("auto",), ("none",)) and not read_shape(base).experts:
             raise ConfigError("target-parameters: the base model has no experts", "Leave out --target-parameters.")
+        if config.load_in_4bit and has_blocks(base):
+            self._check_blocks(config, base)
         if OBJECTIVES[config.objective].learns_from is not LearnsFrom.CHATS:
             self._check_preferences(config, base)
+
+    def _check_blocks(self, config: Config, base: Path) -> None:
+        """Refuse to keep a base in the blocks of the GGUF that it was made from where transformers computes it."""
+        unknown = sorted({matrix.type for matrix in read_matrices(base)} - TYPES)
+        reason = f"blocks of type {unknown[0]} are unknown to it" if unknown else ""
+        if not reason:
+            reason = "it is sharded" if self.is_sharded(config, base) else supported_models.reason_unsupported(base, 0)
+        if reason:
+            raise ConfigError(
+                f"load-in-4bit: only the packed step computes with the blocks of a GGUF: {reason}",
+                "Leave out --load-in-4bit: the folder has the same weights in fp32.",
+            )
 
     def _check_preferences(self, config: Config, base: Path) -> None:
         """Refuse what only transformers would compute: it has no step for preferences."""
@@ -217,7 +232,8 @@ def _memory_on_gpus(config: Config, shape: ModelShape, adapter: AdapterShape, ba
         shape, adapter, batch, DTYPE_BYTES[config.dtype], size, in_4bit=config.load_in_4bit
     )
     process = memory.gpu_process(shape, adapter, DTYPE_BYTES[config.dtype], in_4bit=config.load_in_4bit)
-    return TrainingMemory(Memory(process.own * config.nproc, process.mapped * config.nproc), recompute, gpu=gpu)
+    own = process.own + gpu.offloaded
+    return TrainingMemory(Memory(own * config.nproc, process.mapped * config.nproc), recompute, gpu=gpu)
 
 
 ENGINE: Engine = NativeEngine()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kolotune.weights.model_config import read_model_config
+from kolotune.weights.stored_blocks import has_blocks
 from kolotune.weights.torch_tensors import TensorFiles
 from kolotune.weights.weight_files import weight_files
 
@@ -17,12 +18,14 @@ from . import expert_lora, lora
 from .architecture import Activation, Architecture, AttentionPattern, read_architecture
 from .attention import Heads
 from .attention_limits import Limits
+from .block_matrix import BlockFiles
 from .decoder import AttentionSetting, Decoder, Factors, Layer
 from .expert_lora import LoraExpertWeight
 from .experts import DOWN, GATE_UP, Experts
 from .families import Norms
 from .fused_linear import FusedLinear
 from .lora import LoraPair
+from .matrix_product import Product
 from .mlp import DenseMlp
 from .nf4 import Nf4Product
 from .operations import LogitScaling, Norm, Operations
@@ -70,7 +73,8 @@ def load(
         targets: see `lora.target_leaves`.
         parameters: see `expert_lora.add_expert_adapters`.
         device: of the frozen weights; the adapters are created on the CPU.
-        in_4bit: whether the linear layers' weights are kept in 4 bits.
+        in_4bit: whether the linear layers' weights are kept in 4 bits, or in the blocks of the GGUF that the model was
+            made from.
 
     Raises:
         ConfigError: a target is not a linear layer, or no weight of experts.
@@ -88,7 +92,8 @@ def load(
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
         return LoraPair(inputs, outputs, rank, scale, dropout) if name.rpartition(".")[2] in chosen else None
 
-    parts = _Parts(files, device, dtype, operations, architecture, pair, in_4bit)
+    blocks = BlockFiles(folder, device) if in_4bit and has_blocks(folder) else None
+    parts = _Parts(files, device, dtype, operations, architecture, pair, in_4bit, blocks)
     patterns = architecture.patterns
     layers = [
         parts.layer(prefix, linears, patterns.index(pattern))
@@ -147,6 +152,7 @@ class _Parts:
     architecture: Architecture
     pair: Callable[[str, int, int], LoraPair | None]
     in_4bit: bool = False
+    blocks: BlockFiles | None = None
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
     def read(self, name: str, device: torch.device | None = None) -> Tensor:
@@ -182,7 +188,15 @@ class _Parts:
         biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]
         pairs = [self.pair(name, *weight.shape) for name, weight in zip(full, weights, strict=True)]
         self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
-        return FusedLinear(self.operations, weights, biases, pairs, Nf4Product if self.in_4bit else None)
+        return FusedLinear(self.operations, weights, biases, pairs, self._compressed(full, weights))
+
+    def _compressed(self, names: Sequence[str], weights: Sequence[Tensor]) -> Callable[[Tensor, int], Product] | None:
+        """Return how the product of linear layers is made where their weights are kept in fewer bits."""
+        blocks = self.blocks
+        if blocks is None:
+            return Nf4Product if self.in_4bit else None
+        stored = [f"{name}.weight" for name in names]
+        return lambda whole, changing: blocks.product(stored, weights, whole[:, changing:])
 
     @property
     def activation(self) -> Activation:

@@ -56,3 +56,39 @@ class PlainProduct:
 
     def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
         self._weight[rows, columns] = values
+
+
+class Compressed(Protocol):
+    """A frozen matrix that is kept in fewer bits."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[outputs, inputs]``."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in `dtype`."""
+
+
+class DequantizedProduct:
+    """The product with a matrix that is dequantized for each; the adapters' columns stay in the dtype.
+
+    Args:
+        frozen: the matrix.
+        added: the adapters' columns, ``[outputs, rank]``; a copy is kept.
+    """
+
+    def __init__(self, frozen: Compressed, added: Tensor) -> None:
+        self._frozen, self._added, self._inputs = frozen, added.clone(), frozen.shape[1]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        result = nn.functional.linear(x[:, : self._inputs], self._frozen.dequantize(x.dtype), bias)
+        return result.addmm_(x[:, self._inputs :], self._added.t())
+
+    def backward(self, d_out: Tensor) -> Tensor:
+        d_x = d_out.new_empty(len(d_out), self._inputs + self._added.shape[1])
+        d_x[:, : self._inputs] = d_out @ self._frozen.dequantize(d_out.dtype)
+        d_x[:, self._inputs :] = d_out @ self._added
+        return d_x
+
+    def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
+        self._added[rows, columns.start - self._inputs : columns.stop - self._inputs] = values

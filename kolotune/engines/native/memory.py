@@ -21,6 +21,12 @@ NF4_BLOCK = 64
 NF4_AT_ONCE = 1 << 24
 """Weights whose fp32 values are in memory together while a matrix is dequantized."""
 
+INPUTS_IN_FLIGHT = 3
+"""Layers' inputs that are on a GPU together while they are copied to the host or back."""
+
+BLOCKS_AT_ONCE = 1 << 22
+"""Weights of a matrix in a GGUF's blocks whose fp32 values are in memory together."""
+
 # Measured on SmolLM2-135M with 40 short chats: the peak of the process, less the tensors that the formulas count.
 PROCESS = Memory(160_000_000, 45_000_000)
 """The engine's process without tensors."""
@@ -102,8 +108,9 @@ def packed_on_gpu(
 ) -> tuple[GpuMemory, bool]:
     """Return the peak memory of a GPU on which the packed decoder trains, and whether it recomputes activations.
 
-    Where memory runs out, the engine halves its micro-batches; this returns what the first that fit need, or, if none
-    do, the smallest: the longest chat alone.
+    Where recomputing does not fit, the host keeps the layers' inputs. Where memory runs out all the same, the engine
+    halves its micro-batches; this returns what the first that fit need, or, if none do, the smallest: the longest chat
+    alone.
 
     Args:
         shape, adapter, batch, dtype_bytes: as in `layer_activation_bytes`.
@@ -115,9 +122,11 @@ def packed_on_gpu(
     options = (shape, adapter)
     recompute = recomputes_on_gpu(*options, batch, dtype_bytes, size - resident, in_4bit=in_4bit)
     while True:
-        needed = resident + _packed_step_bytes(*options, batch, dtype_bytes, recompute, in_4bit)
+        offload = recompute and offloads_on_gpu(*options, batch, dtype_bytes, size - resident, in_4bit=in_4bit)
+        needed = resident + _packed_step_bytes(*options, batch, dtype_bytes, recompute, in_4bit, offload)
         if needed <= size or batch.tokens <= batch.longest:
-            return GpuMemory(needed, size), recompute
+            kept = shape.layers * _input_bytes(shape, batch, dtype_bytes) if offload else 0
+            return GpuMemory(needed, size, offloaded=kept), recompute
         tokens = max(batch.longest, batch.tokens // 2)
         batch = replace(batch, tokens=tokens, labels=min(batch.labels, tokens), shared=min(batch.shared, tokens))
 
@@ -153,6 +162,20 @@ def recomputes_on_gpu(
     return needed > free * _STEP_SHARE
 
 
+def offloads_on_gpu(
+    shape: ModelShape,
+    adapter: AdapterShape,
+    batch: BatchShape,
+    dtype_bytes: int,
+    free: int,
+    *,
+    in_4bit: bool = False,
+) -> bool:
+    """Return whether the host keeps the layers' inputs of a step that recomputes, as in `recomputes_on_gpu`."""
+    needed = _packed_step_bytes(shape, adapter, batch, dtype_bytes, True, in_4bit)
+    return needed > free * _STEP_SHARE
+
+
 def _optimizer_bytes(adapter: AdapterShape, keeps_best: bool) -> int:
     """Return the bytes of the adapter's weights, gradient and AdamW moments, and of the best adapter if it is kept."""
     return FP32_BYTES * adapter.weight_count * (5 if keeps_best else 4)
@@ -165,27 +188,45 @@ def _frozen_bytes(shape: ModelShape, adapter: AdapterShape, dtype_bytes: int, in
     """
     in_dtype, packed = shape.weight_count + adapter.weight_count, 0
     if in_4bit:
-        in_dtype -= shape.dense_weight_count
-        packed = shape.dense_weight_count // 2 + FP32_BYTES * (shape.dense_weight_count // NF4_BLOCK)
+        if shape.blocks:
+            in_dtype -= sum(linear.weight_count for linear in shape.linears if linear.name in shape.blocks)
+            packed = sum(shape.blocks.values())
+        else:
+            in_dtype -= shape.dense_weight_count
+            packed = shape.dense_weight_count // 2 + FP32_BYTES * (shape.dense_weight_count // NF4_BLOCK)
     return dtype_bytes * in_dtype + packed
 
 
 def _dequantizing_bytes(shape: ModelShape, dtype_bytes: int) -> int:
     """Return the bytes of the largest matrix in the dtype, while it is dequantized: gate and up are one."""
     weights = max(2 * shape.mlp_size * shape.hidden_size, *(linear.weight_count for linear in shape.first_layer))
+    if shape.blocks:  # a part in fp32, as it is scaled, and its quants in bytes while they are put together
+        return dtype_bytes * weights + min(weights, BLOCKS_AT_ONCE) * (FP32_BYTES + 3)
     # A part in fp32, and the indices of its levels in int32, two in each.
     return dtype_bytes * weights + min(weights, NF4_AT_ONCE) * (FP32_BYTES + FP32_BYTES // 2)
 
 
 def _packed_step_bytes(
-    shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int, recompute: bool, in_4bit: bool
+    shape: ModelShape,
+    adapter: AdapterShape,
+    batch: BatchShape,
+    dtype_bytes: int,
+    recompute: bool,
+    in_4bit: bool,
+    offload: bool = False,
 ) -> int:
     """Return the bytes at the peak of a step: activations, and a matrix that is dequantized."""
     layer = layer_activation_bytes(shape, adapter, batch, dtype_bytes)
-    inputs = batch.tokens * shape.hidden_size * dtype_bytes
-    kept = layer + shape.layers * inputs if recompute else shape.layers * layer
+    inputs = min(shape.layers, INPUTS_IN_FLIGHT) if offload else shape.layers
+    kept = shape.layers * layer
+    if recompute:
+        kept = layer + inputs * _input_bytes(shape, batch, dtype_bytes)
     dequantizing = _dequantizing_bytes(shape, dtype_bytes) if in_4bit else 0
     return kept + _temporary_bytes(shape, batch, dtype_bytes) + dequantizing
+
+
+def _input_bytes(shape: ModelShape, batch: BatchShape, dtype_bytes: int) -> int:
+    return batch.tokens * shape.hidden_size * dtype_bytes
 
 
 def _temporary_bytes(shape: ModelShape, batch: BatchShape, dtype_bytes: int) -> int:

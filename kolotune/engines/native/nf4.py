@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .matrix_product import DequantizedProduct
 from .memory import NF4_AT_ONCE, NF4_BLOCK
 
 LEVELS = (
@@ -95,8 +96,8 @@ def quantize(weight: Tensor) -> Nf4Matrix:
     return Nf4Matrix(torch.cat(codes), torch.cat(scales), weight.shape)
 
 
-class Nf4Product:
-    """The product with a matrix in 4 bits; the adapters' columns stay in the dtype of the computation.
+class Nf4Product(DequantizedProduct):
+    """The product with a matrix in 4 bits.
 
     Args:
         weight: ``[outputs, inputs]``; it is not kept.
@@ -104,19 +105,4 @@ class Nf4Product:
     """
 
     def __init__(self, weight: Tensor, changing: int) -> None:
-        self._frozen = quantize(weight[:, :changing].contiguous())
-        self._added = weight[:, changing:].clone()
-        self._inputs = changing
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        result = nn.functional.linear(x[:, : self._inputs], self._frozen.dequantize(x.dtype), bias)
-        return result.addmm_(x[:, self._inputs :], self._added.t())
-
-    def backward(self, d_out: Tensor) -> Tensor:
-        d_x = d_out.new_empty(len(d_out), self._inputs + self._added.shape[1])
-        d_x[:, : self._inputs] = d_out @ self._frozen.dequantize(d_out.dtype)
-        d_x[:, self._inputs :] = d_out @ self._added
-        return d_x
-
-    def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
-        self._added[rows, columns.start - self._inputs : columns.stop - self._inputs] = values
+        super().__init__(quantize(weight[:, :changing].contiguous()), weight[:, changing:])

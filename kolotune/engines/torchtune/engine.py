@@ -11,6 +11,7 @@ from kolotune.foundation.errors import ConfigError, TrainingError
 from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_shape import ModelShape
+from kolotune.weights.stored_blocks import has_blocks
 
 from ..engine import CalibrationGap, Engine, EnvironmentStatus, ExpertChoice
 from ..events import Calibration
@@ -43,6 +44,11 @@ class TorchtuneEngine:
             )
         if config.start_from is not None:
             raise ConfigError("start-from: torchtune trains new adapters here", "Train with --engine native.")
+        if config.load_in_4bit and has_blocks(base):
+            raise ConfigError(
+                "load-in-4bit: torchtune does not compute with the blocks of a GGUF",
+                "Train with --engine native, or in 16 bits without --load-in-4bit.",
+            )
         recipe_config.check(config, architecture.read(base))
 
     def install(self, report: Callable[[str], None]) -> None:

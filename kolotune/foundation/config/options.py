@@ -162,7 +162,11 @@ class Config:
         stages="train",
     )
     load_in_4bit: bool = option(
-        False, "Keep the base in 4 bits (NF4) while training.", Group.MODEL, stages="train", without="check"
+        False,
+        "Keep the base in 4 bits (NF4) while training; one that `kolotune dequantize` made, in the blocks of its GGUF.",
+        Group.MODEL,
+        stages="train",
+        without="check",
     )
 
     epochs: Annotated[int, Ge(0)] = option(3, "Passes over the training data.", Group.TRAINING, stages="train")
