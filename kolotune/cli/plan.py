@@ -107,7 +107,9 @@ def _workload_rows(planned: RunPlan) -> list[tuple[str, str, str]]:
     if workload.sequences > workload.chats:
         rows.insert(1, ("sequences", f"{workload.sequences}", "each answer behind the prompt that it is served with"))
     if planned.needs.recomputes:
-        rows.append(("activations", "recomputed", "keeping them would take too much of the free memory"))
+        offloaded = planned.needs.gpu.offloaded if planned.needs.gpu is not None else 0
+        how = f"recomputed, with {format_size(offloaded)} of layers' inputs in the host's memory" if offloaded else ""
+        rows.append(("activations", how or "recomputed", "keeping them would take too much of the free memory"))
     if planned.traffic is not None:
         rows.append(("traffic", f"{format_size(planned.traffic.step)} a step", describe_traffic(planned.traffic)))
     return rows

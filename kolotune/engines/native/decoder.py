@@ -29,6 +29,7 @@ from .lora import FlatAdapters
 from .matrix_product import InputGradient, Product
 from .memory import LOGITS_AT_ONCE
 from .mlp import Mlp, SavedMlp
+from .offloading import HostInputs
 from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
@@ -174,6 +175,7 @@ class Decoder:
         recompute: bool,
         noise: float = 0.0,
         derivative: Derivative | None = None,
+        inputs: HostInputs | None = None,
     ) -> Tensor:
         """Add ``factor`` times the loss's gradient to the adapters' gradients.
 
@@ -183,6 +185,7 @@ class Decoder:
             recompute: keep only each layer's input, and recompute the rest in the backward pass.
             noise: alpha of NEFTune; the chats share nothing then.
             derivative: of another loss than the sum of the labels' cross-entropies, whose gradient is added instead.
+            inputs: keeps the layers' inputs of a step that recomputes; None: they stay on the device.
 
         Returns:
             The summed cross-entropy of the labels, fp64 ``[]`` (fp32 where a device has no fp64).
@@ -197,11 +200,16 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             kept.append(_SavedActivations(random_state(x.device) if recompute else None))
             x, added = sequence.forward(layer, x, added, kept[-1], last=index == len(self.layers) - 1)
+            if inputs is not None and kept[-1].x is not None:
+                inputs.store(index, kept[-1].x)
+                kept[-1].x = None
         d_x: Tensor | None
         d_x, loss = self._head(x, added, packed, factor, derivative)
         for index in reversed(range(len(self.layers))):
             saved = kept.pop()
             if recompute:
+                if inputs is not None:
+                    saved.x = inputs.fetch(index)
                 saved = sequence.recompute(self.layers[index], saved, last=index == len(self.layers) - 1)
             assert d_x is not None
             d_x = sequence.backward(self.layers[index], d_x, saved, first=index == 0)

@@ -25,7 +25,8 @@ from .device_operations import DeviceOperations
 from .embedding_noise import PaddedNoise
 from .kernels import build
 from .kernels.compiled_operations import CompiledOperations
-from .memory import layer_activation_bytes, recomputes_on_gpu, transformers_activation_bytes
+from .memory import layer_activation_bytes, offloads_on_gpu, recomputes_on_gpu, transformers_activation_bytes
+from .offloading import HostInputs
 from .operations import Operations, PlainOperations
 from .padded_batch import pad_batch
 from .sequence_packing import PackedSequence, costs, group_by_length, pack, token_budget
@@ -161,7 +162,8 @@ class PackedModel:
     def backward(self, tokens: PreparedTokens, group: Sequence[int], factor: float) -> Tensor:
         packed = pack(tokens, group, self._shares)
         recompute = self._recomputes(packed)
-        return self.decoder.backward(self._on_device(packed), factor, recompute, self._noise)
+        inputs = HostInputs(self._device) if recompute and self._offloads(packed) else None
+        return self.decoder.backward(self._on_device(packed), factor, recompute, self._noise, inputs=inputs)
 
     def loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
         return self.decoder.loss(self._on_device(pack(tokens, group, True)))
@@ -186,12 +188,14 @@ class PackedModel:
                 to each label's cross-entropy.
         """
         packed = pack(tokens, group, self._shares)
+        recompute = self._recomputes(packed)
         self.decoder.backward(
             self._on_device(packed),
             1.0,
-            self._recomputes(packed),
+            recompute,
             self._noise,
             lambda losses: to_device(derivative(losses.cpu(), packed.sequences), self._device),
+            HostInputs(self._device) if recompute and self._offloads(packed) else None,
         )
 
     def updated(self) -> None:
@@ -217,6 +221,13 @@ class PackedModel:
         width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
         needed = tokens * width * _ACTIVATIONS_KEPT * layers
         return needed > psutil.virtual_memory().available // 2
+
+    def _offloads(self, packed: PackedSequence) -> bool:
+        """Return whether the host keeps the layers' inputs: where activations are recomputed, and they don't fit."""
+        if self._device.type != "cuda":
+            return False
+        batch, width = packed.batch_shape(unpadded=True), DTYPE_BYTES[self._dtype]
+        return offloads_on_gpu(self._shape, self._adapter, batch, width, self._free, in_4bit=self._in_4bit)
 
 
 def _operations(library: Path | None, dtype: torch.dtype) -> Operations:
