@@ -30,7 +30,7 @@ class CudaCopyStream:
     """A stream of a GPU. It was never run on one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def enqueue(self, copy: Callable[[], object]) -> object:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
