@@ -1,9 +1,10 @@
 """Training speed of each model family: kolotune's own step, and transformers with autograd, as before it had one.
 
-    python bench/families.py [--rounds N] [--only FAMILY ...] [--quick] [--json FILE]
+    python bench/families.py [--rounds N] [--only FAMILY ...] [--models FOLDER] [--quick] [--json FILE]
 
-Weights are random, in the shapes of published models, with fewer layers and tokens where the whole would take long.
-Both steps compute the same losses and gradients, in turns, in one process, of random chats behind a system prompt.
+Weights are random, in the shapes of published models, with fewer layers, tokens and experts, or narrower, where the
+whole would take long. With --models they are written into that folder, and read from there the next time. Both steps
+compute the same losses and gradients, in turns, in one process, of random chats behind a system prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _TARGET = 2.0
 
 @dataclass(frozen=True)
 class Model:
-    """A published model, of which all is kept but the number of layers and tokens.
+    """A published model, of which all is kept but what its name and the number of layers and tokens say.
 
     Attributes:
         name: as published.
@@ -83,13 +84,13 @@ MODELS = (
     Model("OLMo 3 7B", "olmo3", (4096, 11_008, 32, 32, 128)),
     Model("EXAONE 4 1.2B", "exaone4", (2048, 4096, 32, 8, 64), more={"sliding_window": 4096}),
     Model(
-        "Qwen 3 30B-A3B", "qwen3_moe", (2048, 6144, 32, 4, 128),
+        "Qwen 3 30B-A3B, 64 experts", "qwen3_moe", (2048, 6144, 32, 4, 128),
         more={
-            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+            "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
         },
     ),
     Model(
-        "Mixtral 8x7B", "mixtral", (4096, 14_336, 32, 8, 128), layers=1,
+        "Mixtral 8x7B, half as wide", "mixtral", (2048, 7168, 16, 4, 128),
         more={"num_local_experts": 8, "num_experts_per_tok": 2},
     ),
 )  # fmt: skip
@@ -100,6 +101,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=[model.kind for model in MODELS], metavar="FAMILY")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="keep the models there")
     arguments = parser.parse_args()
     if not ENVIRONMENT.items() <= os.environ.items():  # libraries read it when they are loaded, so start again with it
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
@@ -109,7 +111,7 @@ def main() -> int:
     for model in MODELS:
         if arguments.only and model.kind not in arguments.only:
             continue
-        before, after = _measure(model, rounds)
+        before, after = _measure(model, rounds, arguments.models)
         rows.append([model.name, model.layers, before, after, after / before])
         print(*rows[-1], flush=True)
         if model.kind != "llama":  # it had its own step from the start
@@ -125,12 +127,13 @@ def main() -> int:
     return 0
 
 
-def _measure(model: Model, rounds: int) -> tuple[float, float]:
+def _measure(model: Model, rounds: int, kept: Path | None) -> tuple[float, float]:
     """Return tokens/s of transformers and of kolotune, medians over rounds."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model.write(folder / "base")
-        job = _job(folder)
+        base = (kept or Path(name)) / model.kind
+        if not (base / "config.json").is_file():
+            model.write(base)
+        job = _job(base)
         contenders: tuple[TrainingModel, ...] = (TransformersModel(job, "cpu"), PackedModel(job))
         steps = [_chats(number) for number in range(rounds + 1)]
         times: list[list[float]] = [[], []]
@@ -161,13 +164,13 @@ def _second_half(length: int) -> Sequence[int]:
     return [0] * (_SYSTEM + length // 2) + [1] * (length - length // 2)
 
 
-def _job(folder: Path) -> TrainJob:
+def _job(base: Path) -> TrainJob:
     return TrainJob(
         resume=False, nproc=1, nnodes=1, rdzv=None, sharded=False, dtype="bf16",
         compile=not build.reason_unavailable(), load_in_4bit=False, epochs=1, learning_rate=1e-4,
         scheduler_type="constant", warmup_steps=0, weight_decay=0.0, batch_size=_BATCH, gradient_accumulation=1,
         max_grad_norm=1.0, seed=0, lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, target_modules=["all-linear"],
-        early_stopping=0, checkpoint_steps=0, base_model=str(folder / "base"), base_name="random", base_sha256="",
+        early_stopping=0, checkpoint_steps=0, base_model=str(base), base_name="random", base_sha256="",
         data="", data_sha256="", adapter="", checkpoints="", metrics="", target_parameters=["all-experts"],
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attention import Attention, Heads, apply_rotary, rotary_backward
 from .attention_limits import Limits
+from .expert_products import ExpertProducts, products_for
 from .matrix_product import InputGradient
 from .operations import PlainOperations
 from .rotary import Rotary
@@ -32,6 +33,9 @@ class DeviceOperations(PlainOperations):
         self, kernel_for: Callable[[torch.device, torch.dtype, int, Limits], VarlenKernel] = kernel_for
     ) -> None:
         self._kernel_for = kernel_for
+
+    def expert_products(self, router: Tensor) -> ExpertProducts:
+        return products_for(router.device, router.dtype)
 
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         kernel = self._kernel_for(packed.positions.device, rotary.dtype, heads.width, limits)

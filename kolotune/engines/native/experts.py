@@ -7,7 +7,7 @@ Source: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .architecture import Activation
 from .expert_lora import LoraExpertWeight
+from .expert_products import Groups
 from .fused_linear import FusedLinear
 from .matrix_product import InputGradient
 from .mlp import SavedMlp
@@ -72,6 +73,7 @@ class Experts:
     ) -> None:
         self._operations, self._activation = operations, activation
         self._router, self.weights = router, weights
+        self._products = operations.expert_products(router)
         self._chosen, self._normalizes = chosen, normalizes
         self.inputs = router.shape[1]
         self.updates: Mapping[str, LoraExpertWeight] = {}
@@ -83,15 +85,14 @@ class Experts:
         shares, index, totals, scores = self._scores(x)
         order = torch.argsort(index.flatten(), stable=True)
         route = _Route(order, torch.argsort(order), scores)
-        # Read by the host: how many rows each product has depends on it.
-        counts = torch.bincount(index.flatten(), minlength=len(self._router)).tolist()
+        groups = self._products.groups(index.flatten()[order], len(self._router))
         masks: dict[str, list[Tensor]] = {GATE_UP: [], DOWN: []}
-        gate_up, low_up = self._project(GATE_UP, x[route.tokens], counts, None if saved is None else masks[GATE_UP])
+        gate_up, low_up = self._project(GATE_UP, x[route.tokens], groups, None if saved is None else masks[GATE_UP])
         product = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         self._operations.gate(self._activation, gate_up, product)
-        out, low_down = self._project(DOWN, product, counts, None if saved is None else masks[DOWN])
+        out, low_down = self._project(DOWN, product, groups, None if saved is None else masks[DOWN])
         if saved is not None:
-            saved.counts = counts
+            saved.groups = groups
             saved.masks = {name: of_rows for name, of_rows in masks.items() if of_rows}
             saved.tensors = {
                 "shares": shares, "index": index, "totals": totals, "scores": scores, "order": order,
@@ -101,19 +102,19 @@ class Experts:
         return self._mixed(out, route, scores).to(x.dtype)
 
     def backward(self, d_out: Tensor, x: Tensor, saved: SavedMlp) -> InputGradient:
-        kept, counts = saved.tensors, saved.counts
+        kept, groups = saved.tensors, saved.groups
         route = _Route(kept["order"], kept["back"], kept["scores"])
         d_chosen = d_out[route.tokens]
         d_scores = (d_chosen.float() * kept["out"].float()).sum(1)[route.back].view_as(route.scores)
         d_chosen = (d_chosen * route.scores.flatten()[route.order, None]).to(x.dtype)
         d_product = self._project_backward(
-            DOWN, d_chosen, kept["product"], kept["low_down"], counts, saved.masks.get(DOWN)
+            DOWN, d_chosen, kept["product"], kept["low_down"], groups, saved.masks.get(DOWN)
         )
         d_gate_up = self._operations.gate_backward(
             self._activation, InputGradient(d_product, d_product.shape[1], None), kept["gate_up"]
         )
         d_given = self._project_backward(
-            GATE_UP, d_gate_up, x[route.tokens], kept["low_up"], counts, saved.masks.get(GATE_UP)
+            GATE_UP, d_gate_up, x[route.tokens], kept["low_up"], groups, saved.masks.get(GATE_UP)
         )
         d_x = self._mixed(d_given, route, torch.ones_like(route.scores))
         d_x += (self._scores_backward(d_scores, kept).to(x.dtype) @ self._router).float()
@@ -140,59 +141,39 @@ class Experts:
         rows = sorted_rows[route.back].view(tokens, chosen, -1)
         return torch.bmm(scores[:, None], rows.float()).squeeze(1)
 
-    def _project(
-        self, name: str, x: Tensor, counts: Sequence[int], masks: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _project(self, name: str, x: Tensor, groups: Groups, masks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return the products of sorted rows with their experts' weights, and those with ``lora_A``.
 
         Args:
             name: of the weight.
             x: ``[rows, inputs]``.
-            counts: rows of each expert.
+            groups: how the rows belong to experts.
             masks: in training with dropout, receives the mask of all rows.
         """
-        weight, update = self.weights[name], self.updates.get(name)
-        out = x.new_empty(len(x), weight.shape[1])
-        for expert, rows in _spans(counts):
-            torch.mm(x[rows], weight[expert].t(), out=out[rows])
+        products, update = self._products, self.updates.get(name)
+        out = products.forward(x, self.weights[name], groups)
         if update is None:
             return out, x.new_empty(0)
         if masks is not None and isinstance(update.dropout, nn.Dropout):
             masks.append(nn.functional.dropout(torch.ones_like(x), update.dropout.p))
             x = x * masks[-1]
         a, b = (each.detach().to(x.dtype) for each in (update.lora_A, update.lora_B))
-        low = x.new_empty(len(x), a.shape[1])
-        for expert, rows in _spans(counts):
-            torch.mm(x[rows], a[expert].t(), out=low[rows])
-            out[rows].addmm_(low[rows], b[expert].t(), alpha=update.scale)
+        low = products.forward(x, a, groups)
+        products.add_forward(out, low, b, groups, update.scale)
         return out, low
 
     def _project_backward(
-        self, name: str, d_out: Tensor, x: Tensor, low: Tensor, counts: Sequence[int], masks: list[Tensor] | None
+        self, name: str, d_out: Tensor, x: Tensor, low: Tensor, groups: Groups, masks: list[Tensor] | None
     ) -> Tensor:
         """Add to the adapters' gradients; return that of ``x [rows, inputs]``."""
-        weight, update = self.weights[name], self.updates.get(name)
-        d_x = d_out.new_empty(len(d_out), weight.shape[2])
-        for expert, rows in _spans(counts):
-            torch.mm(d_out[rows], weight[expert], out=d_x[rows])
+        products, update = self._products, self.updates.get(name)
+        d_x = products.backward(d_out, self.weights[name], groups)
         if update is None:
             return d_x
         assert update.lora_A.grad is not None and update.lora_B.grad is not None
         a, b = (each.detach().to(d_out.dtype) for each in (update.lora_A, update.lora_B))
-        dropped = x * masks[0] if masks else x
-        for expert, rows in _spans(counts):
-            d_low = (d_out[rows] @ b[expert]).mul_(update.scale)
-            update.lora_B.grad[expert].add_(d_out[rows].t() @ low[rows], alpha=update.scale)
-            update.lora_A.grad[expert].add_(d_low.t() @ dropped[rows])
-            d_inputs = d_low @ a[expert]
-            d_x[rows] += d_inputs * masks[0][rows] if masks else d_inputs
-        return d_x
-
-
-def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows, and these."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
+        d_low = products.backward(d_out, b, groups).mul_(update.scale)
+        products.add_gradient(update.lora_B.grad, d_out, low, groups, update.scale)
+        products.add_gradient(update.lora_A.grad, d_low, x * masks[0] if masks else x, groups, 1.0)
+        d_inputs = products.backward(d_low, a, groups)
+        return d_x.add_(d_inputs * masks[0] if masks else d_inputs)

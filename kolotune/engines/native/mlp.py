@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from .architecture import Activation
+from .expert_products import Groups
 from .fused_linear import FusedLinear
 from .matrix_product import InputGradient
 from .operations import Operations
@@ -21,12 +21,12 @@ class SavedMlp:
     Attributes:
         tensors: by name.
         masks: of dropout, by the name of a linear layer or of an experts' weight.
-        counts: tokens of each expert.
+        groups: how the rows of experts belong to these.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, list[Tensor]] = field(default_factory=dict)
-    counts: Sequence[int] = ()
+    groups: Groups = ()
 
 
 class Mlp(Protocol):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .architecture import Activation
 from .attention import Attention, Heads, attention_for
 from .attention_limits import Limits, cap_scores
+from .expert_products import CountedProducts, ExpertProducts
 from .matrix_product import InputGradient, PlainProduct, Product
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
@@ -79,6 +80,9 @@ class Operations(Protocol):
     def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
         """Add ``factor * leftᵀ · right``, of ``[tokens, …]``, to fp32 ``gradient [left, right]``."""
 
+    def expert_products(self, router: Tensor) -> ExpertProducts:
+        """Return what computes experts in a router's dtype, on its device."""
+
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         """Return the attention for one packed sequence."""
 
@@ -121,6 +125,9 @@ class PlainOperations:
 
     def add_product(self, gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
         gradient.add_(left.t() @ right, alpha=factor)
+
+    def expert_products(self, router: Tensor) -> ExpertProducts:
+        return CountedProducts()
 
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         return attention_for(packed, heads, rotary, limits)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..architecture import Activation
 from ..attention import Attention, Heads
 from ..attention_limits import Limits
+from ..expert_products import CountedProducts, ExpertProducts
 from ..matrix_product import InputGradient, PlainProduct, Product
 from ..operations import LogitScaling, Norm
 from ..rotary import Rotary
@@ -130,6 +131,9 @@ class CompiledOperations:
         self.functions["add_product"](
             ctypes.byref(thin), ctypes.byref(wide), len(left), gradient.data_ptr(), factor, transposed
         )
+
+    def expert_products(self, router: Tensor) -> ExpertProducts:
+        return CountedProducts()
 
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         return CompiledAttention(self.functions, packed, heads, rotary, limits)
