@@ -130,6 +130,10 @@ def resolve_flags(
         if file is not None:
             layers.append((configs.load_file(file), str(file), file.absolute().parent))
     values = drop_unset(flags)
+    if saved is not None and any([each.get("start_from") for each in (values, *[layer[0] for layer in layers[1:]])]):
+        # What the folder's earlier run was trained with is no wish about one that starts from an adapter.
+        kept, origin, folder = layers[0]
+        layers[0] = ({name: value for name, value in kept.items() if name not in configs.ADAPTER_FORM}, origin, folder)
     if data:
         more = values.get("train_data", [])
         values["train_data"] = [*data, *(more if isinstance(more, list) else [more])]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kolotune.engines.engine import get_engine
 from kolotune.foundation import hardware, typed_storage
-from kolotune.foundation.config import OPTIONS, Config
+from kolotune.foundation.config import ADAPTER_FORM, Config
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.reporter import Reporter
 from kolotune.run_folder.layout import RunFolder
@@ -87,13 +87,21 @@ def follow_start(context: Context) -> Context:
         target_modules=start.target_modules,
         target_parameters=start.target_parameters or ("none",),
     )
-    for name in ("lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_parameters"):
-        value = getattr(form, name)
-        if getattr(config, name) not in (value, OPTIONS[name].default):
-            shown = ",".join(value) if isinstance(value, tuple) else "off" if value is False else f"{value:g}"
+    for name in ADAPTER_FORM:
+        value, wanted = getattr(form, name), getattr(config, name)
+        is_same = set(wanted) in ({"auto"}, set(value)) if isinstance(value, tuple) else wanted == value
+        if name in config.given and not is_same:
             flag = name.replace("_", "-")
-            raise ConfigError(f"start-from: the adapter's {flag} is {shown}", f"Leave out --{flag}.")
+            raise ConfigError(f"start-from: the adapter's {flag} is {_shown(value)}", f"Leave out --{flag}.")
+    form = dataclasses.replace(form, given=config.given | {*ADAPTER_FORM})
     return dataclasses.replace(context, config=form)
+
+
+def _shown(value: object) -> str:
+    """Return an option's value as it would be typed."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return ("off", "on")[value] if isinstance(value, bool) else f"{value:g}"
 
 
 def choose_experts(context: Context, choices: Choices, reporter: Reporter) -> tuple[Context, Choices]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,11 +133,11 @@ def _left_out(facts: JsonObject) -> list[tuple[int, str]]:
 
 def _options(config: Mapping[str, object]) -> list[tuple[str, str, bool]]:
     options = []
-    for field in dataclasses.fields(configs.Config):
-        if field.name in config and field.name not in _NOT_SHOWN:
-            value = config[field.name]
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            options.append((field.name.replace("_", "-"), _format_value(value), value == default))
+    for name, option in configs.OPTIONS.items():
+        if name in config and name not in _NOT_SHOWN:
+            value = config[name]
+            default = list(option.default) if isinstance(option.default, tuple) else option.default
+            options.append((name.replace("_", "-"), _format_value(value), value == default))
     return options
 
 

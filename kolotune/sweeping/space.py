@@ -115,9 +115,9 @@ def with_values(config: Config, values: Mapping[str, Value]) -> Config:
     Raises:
         ConfigError: a value is not possible.
     """
-    return configs.resolve(
-        (dataclasses.asdict(config), "the sweep", config.output_dir), (dict(values), "--vary", config.output_dir)
-    )
+    base = {name: getattr(config, name) for name in OPTIONS}
+    resolved = configs.resolve((base, "the sweep", config.output_dir), (dict(values), "--vary", config.output_dir))
+    return dataclasses.replace(resolved, given=config.given | values.keys())
 
 
 def count_combinations(varied: Sequence[VariedOption]) -> int | None:

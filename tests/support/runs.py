@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ STAGES_WITHOUT_COMPARE = tuple(name for name in STAGE_NAMES if name != "compare"
 
 def config_of(run: RunFolder, **changes: Any) -> Config:
     saved = configs.resolve((configs.load_file(run.config), "saved", run.root))
-    return configs.resolve((dataclasses.asdict(saved), "saved", run.root), (changes, "changes", run.root.parent))
+    kept = {name: getattr(saved, name) for name in configs.OPTIONS}
+    return configs.resolve((kept, "saved", run.root), (changes, "changes", run.root.parent))
 
 
 def states(run: RunFolder) -> dict[str, str]:

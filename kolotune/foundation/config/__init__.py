@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layers import Layer, resolve
+from .layers import ADAPTER_FORM, Layer, resolve
 from .normalize import normalize
 from .option import Group, Kind, Option
 from .options import (
@@ -22,7 +22,7 @@ from .options import (
 from .yaml_file import dump, load_file
 
 __all__ = [
-    "DEFAULT_HOST", "DEFAULT_MAX_TOKENS", "DEFAULT_OUTPUT_DIR", "DEFAULT_PARALLEL", "DEFAULT_PORT", "DEFAULT_SEED",
-    "DEFAULT_TEMPERATURE", "OPTIONS", "Config", "Group", "Kind", "Layer", "Option", "dump", "load_file", "normalize",
-    "option_names", "plain_values", "resolve", "stage_options",
+    "ADAPTER_FORM", "DEFAULT_HOST", "DEFAULT_MAX_TOKENS", "DEFAULT_OUTPUT_DIR", "DEFAULT_PARALLEL", "DEFAULT_PORT",
+    "DEFAULT_SEED", "DEFAULT_TEMPERATURE", "OPTIONS", "Config", "Group", "Kind", "Layer", "Option", "dump", "load_file",
+    "normalize", "option_names", "plain_values", "resolve", "stage_options",
 ]  # fmt: skip

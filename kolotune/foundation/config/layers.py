@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
+ADAPTER_FORM = ("lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_parameters")
+"""The options that are the adapter's own where a training starts from one (`start_from`)."""
 Layer: TypeAlias = tuple[Mapping[str, object], str, Path]
 """Values, what they are called in messages, and the folder that their relative paths start from."""
 
@@ -42,19 +45,21 @@ def resolve(*layers: Layer) -> Config:
     for layer, origin, folder in layers:
         for name in _loss_options_lost(values.get("objective"), layer.get("objective")):
             values.pop(name, None)
+            origins.pop(name, None)
         for name, value in layer.items():
             if name not in OPTIONS:
                 problems.append(f"{origin}: unknown option {name!r}{_suggestion(name)}")
             elif value is not None:
                 values[name] = normalize(name, value, folder)
                 origins[name] = origin
+    given = frozenset(origins)
     if isinstance(engine := values.get("engine"), str) and engine in ENGINES:
         values = {**ENGINES[engine].defaults, **values}
     config, invalid = _validate(values, origins)
     problems += [*invalid, *find_problems(config, values)]
     if config is None or problems:
         raise ConfigError("\n".join(problems))
-    return config
+    return dataclasses.replace(config, given=given)
 
 
 def _loss_options_lost(before: object, after: object) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -375,9 +374,10 @@ class Config:
     output_dir: Path = option(
         DEFAULT_OUTPUT_DIR, "The run folder.", Group.EXPORT, kind=Kind.FOLDER, without="modelfile"
     )
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # options that somebody gave
 
 
-OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in dataclasses.fields(Config)}
+OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in fields(Config) if each.metadata}
 """What each option is, by name, in the order of the fields."""
 
 

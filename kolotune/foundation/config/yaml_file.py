@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ConfigError
 
+from .layers import ADAPTER_FORM
 from .options import OPTIONS, Config, plain_values
 
 if TYPE_CHECKING:
@@ -61,14 +62,23 @@ def _strict_loader() -> type[yaml.SafeLoader]:
     return Strict
 
 
+def _is_decided_otherwise(name: str, config: Config) -> bool:
+    if name == "eval_split":
+        return bool(config.eval_data)
+    return name in ADAPTER_FORM and config.start_from is not None and name not in config.given
+
+
 def dump(config: Config) -> str:
-    """Return the config as YAML for `load_file`, without the options that belong to one call."""
+    """Return the config as YAML for `load_file`.
+
+    Left out is what belongs to one call, what nobody gave where another option decides, and what excludes another.
+    """
     import yaml
 
     values = {
         name: value
         for name, value in plain_values(config, OPTIONS).items()
-        if OPTIONS[name].is_saved and value is not None and not (name == "eval_split" and config.eval_data)
+        if OPTIONS[name].is_saved and value is not None and not _is_decided_otherwise(name, config)
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if any(each in text for each in _YAML_LINE_BREAKS):  # PyYAML writes them raw, and reads them back as a space

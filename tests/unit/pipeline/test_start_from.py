@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from kolotune.cli.options import resolve_flags
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, KolotuneError, ModelError
@@ -21,6 +23,7 @@ from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runs.verify import verify
 from kolotune.stages import train
+from kolotune.sweeping.space import with_values
 from kolotune.weights.starting_adapter import read_starting_adapter
 
 
@@ -66,11 +69,49 @@ def test_a_run_folder_stands_for_its_adapter(tmp_path: Path) -> None:
     assert config_of(tmp_path, start_from="outputs").start_from == tmp_path / "outputs" / "adapter"
 
 
-@pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_alpha": 3.0}, {"target_modules": "q_proj"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lora_rank": 4}, {"lora_alpha": 3.0}, {"target_modules": "q_proj"}, {"target_parameters": "all-experts"},
+        # What nobody would have had to give is no less a wish.
+        {"lora_rank": 16}, {"lora_alpha": 32.0}, {"use_rslora": False}, {"target_modules": "all-linear"},
+    ],
+)  # fmt: skip
 def test_other_forms_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
-    write_adapter(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="start-from: the adapter's"):
+    write_adapter(tmp_path / "adapter", use_rslora="use_rslora" in given)
+    with pytest.raises(ConfigError, match="start-from: the adapter's") as caught:
         followed(config_of(tmp_path, start_from="adapter", **given), tmp_path)
+    (name,) = given
+    assert f"--{name.replace('_', '-')}" in caught.value.hint
+
+
+def test_what_agrees_may_be_given(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter")
+    given = {"lora_rank": 8, "target_modules": "v_proj,q_proj", "target_parameters": "auto"}
+    config = followed(config_of(tmp_path, start_from="adapter", **given), tmp_path)
+    assert config == followed(config_of(tmp_path, start_from="adapter"), tmp_path)
+
+
+def test_what_nobody_gave_is_no_wish_wherever_it_was_saved(tmp_path: Path) -> None:
+    """A config for another machine, one of a run, and the trials of a sweep."""
+    write_adapter(tmp_path / "adapter")
+    config = config_of(tmp_path, start_from="adapter")
+    for saved in (config, followed(config, tmp_path)):
+        again = configs.resolve((yaml.safe_load(configs.dump(saved)), "saved", tmp_path))
+        assert followed(again, tmp_path) == followed(config, tmp_path)
+    assert followed(with_values(config, {"epochs": 2}), tmp_path).lora_rank == 8
+    with pytest.raises(ConfigError, match="lora-rank is 8"):
+        followed(with_values(config, {"lora_rank": 16}), tmp_path)
+
+
+def test_an_earlier_run_in_the_folder_is_no_wish(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "config.yaml").write_text(configs.dump(config_of(tmp_path)), encoding="utf-8")
+    flags = {"start_from": str(tmp_path / "adapter")}
+    config = followed(resolve_flags(flags, saved=tmp_path / "config.yaml"), tmp_path)
+    assert (config.lora_rank, config.lora_alpha) == (8, 12.0)
+    with pytest.raises(ConfigError, match="lora-rank is 8"):
+        followed(resolve_flags({**flags, "lora_rank": "16"}, saved=tmp_path / "config.yaml"), tmp_path)
 
 
 @pytest.mark.parametrize(
