@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -85,8 +88,18 @@ def require_files(config: Config) -> None:
         raise DataError(f"{path}: no such file", hint)
 
 
-def as_typed(path: Path) -> str:
-    """A path as the user would type it: relative where that is shorter."""
+def command(*words: str | Path) -> str:
+    """Return a command of ours as the user would type it, quoted for the system's shell; paths relative if shorter."""
+    typed = ["kolotune", *[_relative(word) if isinstance(word, Path) else word for word in words]]
+    return " ".join(map(_quoted_on_windows, typed)) if sys.platform == "win32" else shlex.join(typed)
+
+
+def _quoted_on_windows(word: str) -> str:
+    """Return a word that PowerShell and cmd read as one."""
+    return word if re.fullmatch(r"[\w.:/\\=+-]+", word) else '"' + word.replace('"', '""') + '"'
+
+
+def _relative(path: Path) -> str:
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -31,7 +31,7 @@ def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]
     if name in stages_skipped_by_lean(resolved):
         raise ConfigError(
             f"{name}: this run is lean and does not keep the output of {name}",
-            f"To make it anyway: kolotune {name} {hints.as_typed(folder.root)} --no-lean",
+            f"To make it anyway: {hints.command(name, folder.root, '--no-lean')}",
         )
     for stage in read_status(folder, resolved):
         if stage.name == name:
@@ -49,7 +49,17 @@ def run_one_stage(name: str, root: Path, json: bool, flags: Mapping[str, object]
 def _command(stage: str, root: Path, flags: Mapping[str, object]) -> str:
     """Return the command that runs a stage of a run folder; prepare is given data, and what was to be otherwise."""
     if stage != "prepare":
-        return f"kolotune {stage} {hints.as_typed(root)}"
+        return hints.command(stage, root)
     shared = [*option_names(stage=stage), *option_names(kind=Kind.BASE_MODEL)]
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in drop_unset(flags).items() if name in shared]
-    return " ".join([f"kolotune {stage} --output-dir {hints.as_typed(root)}", *given])
+    words: list[str | Path] = [stage, "--output-dir", root]
+    for name, value in drop_unset(flags).items():
+        flag = name.replace("_", "-")
+        if name not in shared:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [
+                word for each in (value if isinstance(value, list) else [value]) for word in (f"--{flag}", str(each))
+            ]
+    return hints.command(*words)

@@ -32,7 +32,6 @@ def run(
     with show_when_done(folder, say, enabled=resolved.compare), reporting(folder, say):
         run_pipeline(resolved, say)
     say.success(f"Done: {folder.root}")
-    shown = hints.as_typed(folder.root)
-    say.note(f"Chat with it:        kolotune chat {shown}")
-    say.note(f"Put it into Ollama:  kolotune install {shown} my-model")
+    say.note(f"Chat with it:        {hints.command('chat', folder.root)}")
+    say.note(f"Put it into Ollama:  {hints.command('install', folder.root, 'my-model')}")
     return 0

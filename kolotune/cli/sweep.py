@@ -107,8 +107,8 @@ def _launch(
         say.note(f"{len(launchers)} trials run at a time. The job of the first one:")
         show_plan(plan, say)
         return 0
-    folder = hints.as_typed(shared.output_dir)
-    say.note(f"Ctrl-C does not stop jobs; the same command resumes the sweep, kolotune cancel {folder} stops its jobs")
+    cancel = hints.command("cancel", shared.output_dir)
+    say.note(f"Ctrl-C does not stop jobs; the same command resumes the sweep, {cancel} stops its jobs")
     record = parallel.run(shared, varied, trials, jobs, say)
 
     def finish_there(best: Config, say: Reporter) -> int:
@@ -145,8 +145,7 @@ def _end(shared: Config, record: SweepRecord, say: Reporter, finish: Callable[[C
     if finish is not None and (code := finish(config, say)) != 0:
         return code
     say.success(f"Done: trial {best.number} is the best; {report} shows all trials")
-    folder = hints.as_typed(config.output_dir)
-    say.note(f"next: kolotune {'chat' if finish else 'merge'} {folder}")
+    say.note(f"next: {hints.command('chat' if finish else 'merge', config.output_dir)}")
     return 0
 
 
