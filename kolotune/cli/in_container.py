@@ -30,6 +30,7 @@ from kolotune.runners.container.volume import Volume, exists
 from .container_request import FLAG, LEAVE_INSIDE, WITH_CHECKPOINTS, ContainerRequest, parse_request
 from .options import reporter, resolve_flags
 from .parameters import FileRole, roles_of
+from .piped import is_pipe, saved_pipe
 
 if TYPE_CHECKING:
     from typer.core import TyperGroup
@@ -98,7 +99,15 @@ class VerbCall:
             for name in self._parameters
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
+        self._keep_pipes()
         self.config = self._resolve()
+
+    def _keep_pipes(self) -> None:
+        """Put the files that pipes are kept in for the pipes, which can be read once."""
+        for name in self.given:
+            if self._roles.get(name) is FileRole.CHATS:
+                paths = _several(self.values[name])
+                self.values[name] = [saved_pipe(path) if is_pipe(path) else path for path in paths]
 
     def _resolve(self) -> configs.Config | None:
         options = {name for name in self._parameters if name in OPTIONS and self.verb in OPTIONS[name].verbs}

@@ -14,7 +14,10 @@ from kolotune.foundation.errors import DataError
 
 _PIPE = re.compile(r"/dev/(?:fd|stdin)\b|/proc/self/fd/")
 # The first bytes of files whose format is not JSON Lines.
-_FORMATS = ((b"PAR1", ".parquet"), (b"\x1f\x8b", ".jsonl.gz"), (b"\x28\xb5\x2f\xfd", ".jsonl.zst"))
+_FORMATS = (
+    (b"PAR1", ".parquet"), (b"\x1f\x8b", ".jsonl.gz"), (b"\x28\xb5\x2f\xfd", ".jsonl.zst"), (b"BZh", ".jsonl.bz2"),
+    (b"\xfd7zX", ".jsonl.xz"), (b"PK\x03\x04", ".xlsx"),
+)  # fmt: skip
 
 
 def is_pipe(path: object) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -208,6 +210,18 @@ def test_a_data_set_of_the_hub_stays_a_name(here: Path) -> None:
     assert yaml.safe_load(sender.texts["kolotune.yaml"]) == {
         "train_data": [name, "/runs/.inputs/0/chats.jsonl"], "eval_data": ["hf://datasets/owner/other"],
     }  # fmt: skip
+
+
+def test_what_comes_by_a_pipe_goes_in(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read once, here, into a file that is named by its content."""
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(here / "cache"))
+    for line in ("run -", "check --eval-data - chats.jsonl"):
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"{}\n")))
+        call, sender, argv = call_inside(*line.split())
+        (piped,) = [file for file in sender.sent if file.name != "chats.jsonl"]
+        assert piped.read_bytes() == b"{}\n" and piped.parent == here / "cache" / "piped"
+        assert f"/runs/.inputs/0/{piped.name}" in " ".join(argv) and "-" not in argv
+        assert call.config is not None and piped in (*call.config.train_data, *call.config.eval_data)
 
 
 def test_the_files_of_a_folder_go_in(here: Path) -> None:

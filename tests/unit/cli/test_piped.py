@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,15 @@ def pipe(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "suffix"), [(b"{}\n", ".jsonl"), (b"PAR1...", ".parquet"), (gzip.compress(b"{}", mtime=0), ".jsonl.gz")]
+    ("data", "suffix"),
+    [
+        (b"{}\n", ".jsonl"),
+        (b"PAR1...", ".parquet"),
+        (gzip.compress(b"{}", mtime=0), ".jsonl.gz"),
+        (bz2.compress(b"{}"), ".jsonl.bz2"),
+        (lzma.compress(b"{}"), ".jsonl.xz"),
+        (b"PK\x03\x04", ".xlsx"),
+    ],
 )
 def test_the_same_content_is_the_same_file(data: bytes, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(data, monkeypatch)
