@@ -42,6 +42,7 @@ PAIRS = {
     "query": ("response", "answer", "answers", "output"),
     "problem": ("solution", "generated_solution", "answer", "response"),
     "input": ("output", "response", "target"),
+    "input_text": ("output_text",),
     "inputs": ("targets", "outputs"),
     "user": ("assistant",),
     "human": ("assistant", "bot", "gpt"),
@@ -110,7 +111,7 @@ METADATA = frozenset({
 They are reported too, but records that differ only there are copies.
 """
 
-ROLE_KEYS = ("role", "from", "speaker")
+ROLE_KEYS = ("role", "from", "speaker", "author")
 CONTENT_KEYS = ("content", "value", "text", "parts", "utterance")
 CALL_KEYS = ("tool_calls", "toolcalls", "function_call", "functioncall")
 TURN_KEYS = frozenset({

@@ -13,7 +13,7 @@ ROLE_NAMES = {
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
     "chatgpt": "assistant", **dict.fromkeys(sorted(CALL_ROLES), "assistant"), "function": "tool", "observation": "tool",
     "tool_response": "tool", "tool_result": "tool", "tool_output": "tool", "function_response": "tool",
-    "function_result": "tool", "ipython": "tool",
+    "function_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip
 """Every known name of a role, in canonical form, and the role that it means."""
 

@@ -21,7 +21,15 @@ _JSON_TYPES = {
     "set": "array", "dict": "object", "object": "object",
 }  # fmt: skip
 _CALL_IN_TEXT = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_CALL_MARKS = ("<tool_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>", "```tool_code")
+_CALL_MARKS = (
+    "<tool_call>",
+    "<functioncall>",
+    "<function=",
+    "<function_calls>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "```tool_code",
+)
 # Glaive quotes the arguments, which are JSON themselves, with single quotes.
 _QUOTED_ARGUMENTS = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\})', re.DOTALL)
 

@@ -485,3 +485,12 @@ def test_what_was_read_and_what_was_not_is_reported(
     assert "'notes' is filled in 1 record and not read; --map context=notes reads it" in shown
     assert "'name' is filled in turns of 1 record and not read; --ignore-keys name" in shown
     assert "'id' is filled in 1 record and not read; it seems to describe the record" in shown
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 chat is few"), (3, "3 chats are few"), (20, "")])
+def test_few_chats_are_named(count: int, words: str, prepare: Preparer, capsys: pytest.CaptureFixture[str]) -> None:
+    from kolotune.stages.prepare import report_prepared
+
+    report_prepared(prepare([chat(number) for number in range(count)], eval_split=0), PlainReporter())
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert words in shown and ("the model will repeat them" in shown) == bool(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -261,6 +262,65 @@ def called(chat: Chat) -> Any:
     """Return the arguments of a chat's only call."""
     function: Any = chat.messages[1].tool_calls[0]["function"]
     return function["arguments"]
+
+
+def test_parts_in_parquet_are_the_same_as_in_jsonl(tmp_path: Path) -> None:
+    """Each part of a content has the keys of all, and each call the arguments of all."""
+    records = [
+        {
+            "messages": [
+                turn("user", [{"type": "text", "text": "q"}]),
+                turn("assistant", [
+                    {"type": "text", "text": "b"}, {"type": "tool_use", "id": "1", "name": name, "input": given},
+                ]),
+                turn("user", [{"type": "tool_result", "tool_use_id": "1", "content": "r"}]),
+                turn("assistant", [{"type": "text", "text": "a"}]),
+            ]
+        }
+        for name, given in (("f", {"a": "1"}), ("g", {"b": "2"}))
+    ]  # fmt: skip
+    table = read_chats(
+        [write_parquet(tmp_path / "chats.parquet", {"messages": [each["messages"] for each in records]})]
+    )
+    assert table.problems == ()
+    assert table.chats == read(tmp_path, "chats.jsonl", "\n".join(map(json.dumps, records))).chats
+    assert called(table.chats[0]) == {"a": "1"} and called(table.chats[1]) == {"b": "2"}
+
+
+def write_table(path: Path, records: list[dict[str, str]]) -> Path:
+    if path.suffix == ".parquet":
+        return write_parquet(path, {key: [record[key] for record in records] for key in records[0]})
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+        return path
+    lines = [json.dumps(record) for record in records]
+    text = "\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]"
+    return put(path.parent, path.name, text)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("record", "companion", "expected"),
+    [
+        ({"question": "q", "answer": "a"}, "context", ("user", "q\n\n{}")),
+        ({"prompt": "q", "response": "a"}, "system_prompt", ("system", "{}")),
+        ({"instruction": "q", "output": "a"}, "input", ("user", "q\n\n{}")),
+        ({"Question": "q", "Answer": "a"}, "System", ("system", "{}")),
+    ],
+)
+def test_companions_are_read_in_every_format(
+    tmp_path: Path, record: dict[str, str], companion: str, expected: tuple[str, str], suffix: str
+) -> None:
+    """Records that differ in one only are no copies."""
+    records = [{**record, companion: f"CREATE TABLE t{number}, {number}"} for number in (1, 2)]
+    result = read_chats([write_table(tmp_path / f"chats.{suffix}", records)])
+    assert result.problems == () and len({chat.content_hash() for chat in result.chats}) == 2
+    role, text = expected
+    for each, chat in zip(records, result.chats, strict=True):
+        assert spoken(chat)[0] == (role, text.format(each[companion]))
 
 
 def test_columns_that_are_not_read_may_have_any_type(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_ignored_keys_are_neither_read_nor_named() -> None:
 
 @pytest.mark.parametrize("media", ["image", "images", "audio", "videos"])
 def test_media_are_refused_unless_they_are_ignored(media: str) -> None:
-    record = {"messages": [Q, A], media: ["x.png"]}
+    record = {"messages": [{**Q, "content": f"<{media}>q"}, A], media: ["x.png"]}
     assert [problem.kind for problem in read(record).problems] == ["unsupported-content"]
     assert read(record, options({}, media)).chat is not None
     assert read({**record, media: None}).chat is not None

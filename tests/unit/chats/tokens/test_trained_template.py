@@ -75,17 +75,23 @@ def test_a_template_that_is_not_jinja_is_refused(base: Path, tmp_path: Path) -> 
         trained_template(config(tmp_path, chat_template="own.jinja"), base, TOKENS)
 
 
+@pytest.mark.parametrize("others", [(), ("rag",)])
 @pytest.mark.parametrize("is_listed", [True, False])
-def test_a_template_for_tools_is_used_where_there_are_some(is_listed: bool, base: Path, tmp_path: Path) -> None:
+def test_a_template_for_tools_is_used_where_there_are_some(
+    is_listed: bool, others: tuple[str, ...], base: Path, tmp_path: Path
+) -> None:
     plain, tools = "{% if true %}\n  plain{% endif %}\n", "\n{{ tools[0].name }}!\n"
     if is_listed:
         (base / TEMPLATE_FILE).unlink()
-        listed = [{"name": "default", "template": plain}, {"name": "tool_use", "template": tools}]
+        listed = [{"name": name, "template": f"{name} template"} for name in others]
+        listed += [{"name": "tool_use", "template": tools}, {"name": "default", "template": plain}]
         (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
     else:
         (base / TEMPLATE_FILE).write_text(plain)
         (base / "additional_chat_templates").mkdir()
         (base / "additional_chat_templates" / "tool_use.jinja").write_text(tools)
+        for name in others:
+            (base / "additional_chat_templates" / f"{name}.jinja").write_text(f"{name} template")
     template = ChatTemplate(trained_template(config(tmp_path), base, TOKENS), TOKENS)
     for given in (None, [{"name": "f"}]):
         source = plain if given is None else tools
