@@ -39,6 +39,14 @@ def test_the_package_is_pinned_and_has_the_functions() -> None:
     assert shared_libraries.function_in(shared_libraries.load(), "llama_no_such") is None
 
 
+def test_what_the_package_lacks() -> None:
+    """So `gguf.quantizer` chooses types and calls ggml for the blocks; what comes, it can be compared with."""
+    libraries = shared_libraries.load()
+    has = {name for name in ("llama_model_quantize", "ggml_quantize_chunk", "llama_get_logits")
+           if shared_libraries.function_in(libraries, name) is not None}  # fmt: skip
+    assert has == {"ggml_quantize_chunk", "llama_get_logits"}
+
+
 def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2026.9.11063")
     with pytest.raises(ToolchainError, match="needs 2026") as raised:

@@ -10,6 +10,8 @@ import torch
 from support.packed_models import chats_of, compare, pair_of
 from support.training import branching_chats
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 
 from kolotune.engines.native import varlen_attention
 from kolotune.engines.native.attention_limits import Limits
@@ -107,3 +109,16 @@ def test_the_kernel_that_can_compute_it(
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_other_devices_have_no_flash_attention(device: str) -> None:
     assert isinstance(kernel_for(torch.device(device), torch.bfloat16, 64, Limits()), PlainKernel)
+
+
+def test_what_pytorch_has_on_the_cpu() -> None:
+    """Its attention over segments has no kernel there; experts' products and the loss without logits have one."""
+    heads, starts = torch.randn(6, 2, 16, dtype=torch.bfloat16), torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        varlen_attn(heads, heads, heads, starts, starts, 6, 6)
+    rows, experts = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(2, 16, 24, dtype=torch.bfloat16)
+    products = functional.grouped_mm(rows, experts, offs=torch.tensor([2, 6], dtype=torch.int32))
+    torch.testing.assert_close(products, torch.cat([rows[:2] @ experts[0], rows[2:] @ experts[1]]))
+    hidden, head, ids = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    loss = functional.linear_cross_entropy(hidden, head, ids)
+    torch.testing.assert_close(loss, functional.cross_entropy(hidden @ head.T, ids))
