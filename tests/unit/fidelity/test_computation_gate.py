@@ -157,6 +157,66 @@ def test_other_scaling_is_equal(rotary: dict[str, Any], make: Make) -> None:
     assert not messages.warnings and not messages.notes
 
 
+def of_type(model_type: str, architecture: str, **changes: Any) -> dict[str, Any]:
+    """Return transformers' own settings for a type of model, with changes."""
+    import transformers
+
+    return {**transformers.CONFIG_MAPPING[model_type]().to_dict(), "architectures": [architecture], **changes}
+
+
+HYBRID_LAYERS = {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # llama.cpp's graph of hybrids has no positions, and knows windows by the number of layers.
+        of_type("granitemoehybrid", "GraniteMoeHybridForCausalLM", position_embedding_type="rope", **HYBRID_LAYERS),
+        of_type(
+            "exaone4", "Exaone4ForCausalLM", num_hidden_layers=8, sliding_window=4096, sliding_window_pattern=4,
+            layer_types=[*["sliding_attention"] * 3, "full_attention"] * 2,
+        ),
+        {**LLAMA, "hidden_act": "gelu"},
+        of_type("bloom", "BloomForCausalLM", apply_residual_connection_post_layernorm=True),
+        of_type("falcon", "FalconForCausalLM", alibi=True),
+        of_type("olmoe", "OlmoeForCausalLM", norm_topk_prob=True),
+        of_type("qwen2_moe", "Qwen2MoeForCausalLM", norm_topk_prob=True),
+    ],
+    ids=["granite hybrid", "few layers", "activation", "residual", "alibi", "olmoe", "qwen2_moe"],
+)  # fmt: skip
+def test_what_is_fixed_in_llamacpp_is_refused_where_the_base_has_it_otherwise(
+    settings: dict[str, Any], make: Make
+) -> None:
+    with pytest.raises(ToolchainError, match="otherwise than transformers"):
+        check_computation(make(settings), Messages())
+
+
+def test_a_chunk_that_is_fixed_in_llamacpp_is_warned_of_with_its_length(make: Make) -> None:
+    settings = of_type("llama4_text", "Llama4ForCausalLM", attention_chunk_size=512)
+    messages = Messages()
+    check_computation(make(settings, max_seq_length=2048), messages)
+    assert len(messages.warnings) == 1 and "512 tokens" in messages.warnings[0]
+    check_computation(make(settings, max_seq_length=512), messages)
+    assert len(messages.warnings) == 1, "no chat is longer"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        of_type("starcoder2", "Starcoder2ForCausalLM", sliding_window=1024),
+        of_type(
+            "qwen2", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=1024, max_window_layers=0,
+            layer_types=["sliding_attention"] * 32,
+        ),
+    ],
+    ids=lambda settings: settings["model_type"],
+)  # fmt: skip
+def test_other_windows_that_llamacpp_has_not(settings: dict[str, Any], make: Make) -> None:
+    messages = Messages()
+    check_computation(make(settings, max_seq_length=2048), messages)
+    assert len(messages.warnings) == 1 and "1024 tokens" in messages.warnings[0]
+
+
 def test_what_differs_is_refused_before_training(make: Make) -> None:
     moe = {
         **{name: value for name, value in LLAMA.items() if name != "intermediate_size"},
