@@ -185,7 +185,7 @@ def _layers_for(weights_in_memory: float) -> int:
 def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_starts(
     kolotune: Callable[..., tuple[int, str]], write_chats: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
-    base = _huge_base(tmp_path / "huge", tiny_base, _layers_for(1.5))
+    base = _huge_base(tmp_path / "huge", tiny_base, _layers_for(6))  # in 4 bits it does not fit, either
     out = tmp_path / "run"
     code, output = kolotune("run", write_chats(3), "--base-model", base, "--output-dir", out, "--dtype", "bf16")
     assert code == SpaceError.exit_code
@@ -216,6 +216,24 @@ def test_memory_advice_names_the_option_that_makes_it_fit(
     changed = {**values, option[2:].replace("-", "_"): value}
     other = Context(configs.resolve((changed, "test", tmp_path)), context.run, base)
     fit.require_fit(other, names, tmp_path / "log")
+
+
+def test_on_a_cpu_4_bits_are_advised_where_nothing_else_makes_it_fit(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _huge_base(tmp_path / "huge", tiny_base, 2)
+    values = {"base_model": str(base), "output_dir": tmp_path / "run", "dtype": hardware.best_dtype(), "lora_rank": 8}
+    names, log = {"train"}, tmp_path / "log"
+    contexts = [
+        Context(configs.resolve(({**values, **more}, "test", tmp_path)), RunFolder(tmp_path / "run"), base)
+        for more in ({}, {"load_in_4bit": True})
+    ]
+    needed = [estimate_needs(context, names, log).memory["train"] for context in contexts]
+    assert needed[0] is not None and needed[1] is not None and needed[1].own < needed[0].own
+    monkeypatch.setattr(hardware, "free_memory", lambda: needed[1].own)
+    (shortage,) = fit.find_shortages(estimate_needs(contexts[0], names, log), contexts[0], None, names, log)
+    assert shortage.advice.options == "--load-in-4bit"
+    fit.require_fit(contexts[1], names, log)
 
 
 def test_advice_for_a_gpu_names_4_bits_where_they_make_it_fit(
