@@ -17,7 +17,7 @@ from kolotune.weights.torch_tensors import TensorFiles
 
 from .ggml_blocks import TYPES, dequantize
 from .matrix_product import DequantizedProduct
-from .memory import BLOCKS_AT_ONCE
+from .memory import BLOCKS_AT_ONCE, CPU_AT_ONCE
 
 
 class BlockRows:
@@ -35,7 +35,8 @@ class BlockRows:
 
     def dequantize_into(self, target: Tensor) -> None:
         """Write the values into ``target [rows, columns]``."""
-        step = max(1, BLOCKS_AT_ONCE // self.shape[1])
+        weights = min(BLOCKS_AT_ONCE, CPU_AT_ONCE) if self._rows.device.type == "cpu" else BLOCKS_AT_ONCE
+        step = max(1, weights // self.shape[1])
         for start in range(0, len(self._rows), step):
             rows = slice(start, start + step)
             target[rows] = dequantize(self._rows[rows], self._kind)

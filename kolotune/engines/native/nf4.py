@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .matrix_product import DequantizedProduct
-from .memory import NF4_AT_ONCE, NF4_BLOCK
+from .memory import CPU_AT_ONCE, NF4_AT_ONCE, NF4_BLOCK
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -45,11 +45,12 @@ class Nf4Matrix:
             return self._dequantize_by_bitsandbytes(dtype)
         result = torch.empty(NF4_BLOCK * len(self.scales), dtype=dtype, device=self.codes.device)
         pairs = _pairs(self.codes.device)
-        for start in range(0, len(result), NF4_AT_ONCE):
-            part = result[start : start + NF4_AT_ONCE].view(-1, NF4_BLOCK)
-            codes = self.codes[start // 2 : (start + NF4_AT_ONCE) // 2]
-            levels = pairs.index_select(0, codes.int()).view(-1, NF4_BLOCK)
-            part.copy_(levels.mul_(self.scales[start // NF4_BLOCK : (start + NF4_AT_ONCE) // NF4_BLOCK, None]))
+        step = min(NF4_AT_ONCE, CPU_AT_ONCE) if self.codes.device.type == "cpu" else NF4_AT_ONCE
+        for start in range(0, len(result), step):
+            end = start + step
+            levels = pairs.index_select(0, self.codes[start // 2 : end // 2].int()).view(torch.float32)
+            scales = self.scales[start // NF4_BLOCK : end // NF4_BLOCK, None]
+            result[start:end].view(-1, NF4_BLOCK).copy_(levels.view(-1, NF4_BLOCK).mul_(scales))
         return result[: self.shape.numel()].view(self.shape)
 
     def _dequantize_by_bitsandbytes(self, dtype: torch.dtype) -> Tensor:
@@ -75,8 +76,9 @@ def _levels(device: torch.device) -> Tensor:
 
 @functools.cache
 def _pairs(device: torch.device) -> Tensor:
-    """Return the two levels of each byte, fp32 ``[256, 2]``."""
-    return torch.tensor([(high, low) for high in LEVELS for low in LEVELS], device=device)
+    """Return the two levels of each byte, fp32, as one number's bits, which is faster to index: int64 ``[256]``."""
+    pairs = torch.tensor([(high, low) for high in LEVELS for low in LEVELS])
+    return pairs.view(torch.int64).flatten().to(device)
 
 
 def quantize(weight: Tensor) -> Nf4Matrix:
