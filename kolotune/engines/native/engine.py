@@ -65,7 +65,8 @@ class NativeEngine:
         unknown = sorted({matrix.type for matrix in read_matrices(base)} - TYPES)
         reason = f"blocks of type {unknown[0]} are unknown to it" if unknown else ""
         if not reason:
-            reason = "it is sharded" if self.is_sharded(config, base) else supported_models.reason_unsupported(base, 0)
+            unsupported = supported_models.reason_unsupported(base, config.max_seq_length)
+            reason = "it is sharded" if self.is_sharded(config, base) else unsupported
         if reason:
             raise ConfigError(
                 f"load-in-4bit: only the packed step computes with the blocks of a GGUF: {reason}",
