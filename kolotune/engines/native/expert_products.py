@@ -86,9 +86,9 @@ class GroupedProducts:
         out.add_(self.forward(x, weights, groups), alpha=factor)
 
     def backward(self, d_out: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-        inputs = weights.shape[2]
-        padded = nn.functional.pad(_wide(weights), (0, 0, 0, -weights.shape[1] % _ALIGNED))
-        result: Tensor = _grouped(_wide(d_out), padded, offs=groups)
+        inputs, short = weights.shape[2], -weights.shape[1] % _ALIGNED
+        weights = nn.functional.pad(_wide(weights), (0, 0, 0, short)) if short else _wide(weights)
+        result: Tensor = _grouped(_wide(d_out), weights, offs=groups)
         return result[:, :inputs]
 
     def add_gradient(self, gradient: Tensor, left: Tensor, right: Tensor, groups: Groups, factor: float) -> None:

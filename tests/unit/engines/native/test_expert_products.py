@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kolotune.engines.native.expert_products import CountedProducts, ExpertProducts, GroupedProducts, products_for
 
@@ -31,6 +34,25 @@ def test_products_are_those_of_each_expert(rows: list[int], products: ExpertProd
     for number in range(4):
         own = experts == number
         torch.testing.assert_close(gradient[number], 1 + 2 * d_out[own].t() @ x[own])
+
+
+def test_large_weights_are_not_copied() -> None:
+    weights, x = torch.randn(2, 16, 8), torch.randn(3, 8)
+    groups = GroupedProducts().groups(torch.tensor([0, 1, 1]), 2)
+    with Pads() as pads:
+        d_out = GroupedProducts().forward(x, weights, groups)
+        GroupedProducts().backward(d_out, weights, groups)
+    assert not pads.count
+
+
+class Pads(TorchDispatchMode):
+    """Counts the operations that would copy a tensor to pad it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::constant_pad_nd", "aten::clone")
+        return func(*args, **(kwargs or {}))
 
 
 def test_devices_that_have_no_grouped_kernel_count() -> None:
