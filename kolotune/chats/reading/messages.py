@@ -15,8 +15,8 @@ from .json_values import is_filled, kind_of
 from .loss_flags import ALL_ANSWERS, AnswerWeights
 from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
-from .record_keys import COMPANIONS, CONTENT_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
-from .roles import CALL_ROLES, ROLE_NAMES, role_of
+from .record_keys import COMPANIONS, CONTENT_KEYS, LOSS_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
+from .roles import CALL_ROLES, ROLE_NAMES, THOUGHT_ROLES, role_of
 from .tool_calls import calls_of_text, read_calls, read_tools
 
 _REASONING_KEYS = COMPANIONS[RecordPart.REASONING]
@@ -34,6 +34,7 @@ class Turns:
         faults: What is wrong with the turns.
         tools: Tool definitions that stand in a system turn.
         unread: Keys of turns that say something and are not read, with their values.
+        thoughts: Of turns that are a thought, until the answer that they belong to.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Turns:
     faults: list[Fault] = field(default_factory=list)
     tools: tuple[JsonObject, ...] = ()
     unread: list[tuple[str, object]] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
 
     def weigh(self, weight: float) -> None:
         """Let the loss on each answer count less, by this factor."""
@@ -111,6 +113,8 @@ def read_turns(raw: object, options: ReadingOptions = DEFAULT, weights: AnswerWe
             _add_turn(turns, turn, number, weights, options)
         except RecordError as error:
             turns.faults.append(dataclasses.replace(error.fault, turn=number))
+    if turns.thoughts:
+        turns.faults.append(Fault(FaultKind.BAD_REASONING, "no answer follows the thought", turn=len(raw)))
     return turns
 
 
@@ -151,6 +155,10 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
     for key in options.ignored:
         if key not in ROLE_KEYS and key not in CONTENT_KEYS:
             turn.pop(key, None)
+    if (thought := _thought_of(turn, weights)) is not None:
+        turns.thoughts.append(thought)
+        turns.unread += _unread(turn, "assistant")
+        return
     name = _role_name(turn)
     role = str(role_of(name))
     turns.unread += _unread(turn, role)
@@ -159,14 +167,31 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
             turns.tools = turns.tools or read_tools(turn.get(key))
     is_call = canonical(name) in CALL_ROLES
     content = _content(turn, role, is_call)
+    if turns.thoughts:
+        if role != "assistant":
+            fail(FaultKind.BAD_REASONING, f"the turn before is a thought, and no {role} turn can follow it")
+        content.thoughts[:0], turns.thoughts = turns.thoughts, []
     for message in _messages(turn, role, content, number, weights):
         previous = turns.messages[-1] if turns.messages else None
-        joins = is_call and previous is not None and previous.role == "assistant"
+        joins = is_call and message.reasoning is None and previous is not None and previous.role == "assistant"
         if joins and previous is not None and previous.weight == message.weight:
             turns.messages[-1] = dataclasses.replace(previous, tool_calls=(*previous.tool_calls, *message.tool_calls))
             continue
         turns.messages.append(message)
         turns.numbers.append(number)
+
+
+def _thought_of(turn: Mapping[str, object], weights: AnswerWeights) -> str | None:
+    """Return the text of a turn that is a thought; None for other turns."""
+    name = _first_of(turn, *ROLE_KEYS)
+    if not isinstance(name, str) or canonical(name) not in THOUGHT_ROLES:
+        return None
+    text = _first_of(turn, *CONTENT_KEYS)
+    if not isinstance(text, str):
+        fail(FaultKind.BAD_REASONING, f"the thought is {kind_of(text)}; it must be a text")
+    if weights.turns is not None or any([turn.get(key) is not None for key in LOSS_KEYS]):
+        fail(FaultKind.NOT_SUPPORTED, "a thought in a turn of its own has no weight; put it into the answer's turn")
+    return text.strip().removeprefix("<think>").removesuffix("</think>").strip()
 
 
 def _unread(turn: Mapping[str, object], role: str) -> list[tuple[str, object]]:

@@ -8,10 +8,14 @@ from .record_keys import canonical
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls", "functioncall"})
 """Roles of turns that are a tool call, written as JSON text."""
 
+THOUGHT_ROLES = frozenset({"reasoning", "thinking", "thought"})
+"""Roles of turns that are a thought, which belongs to the next answer."""
+
 ROLE_NAMES = {
     **{role: role for role in ROLES}, "developer": "system", "human": "user", "prompter": "user",
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
-    "chatgpt": "assistant", **dict.fromkeys(sorted(CALL_ROLES), "assistant"), "function": "tool", "observation": "tool",
+    "chatgpt": "assistant", "answer": "assistant", **dict.fromkeys(sorted(CALL_ROLES), "assistant"),
+    "function": "tool", "observation": "tool",
     "tool_response": "tool", "tool_result": "tool", "tool_output": "tool", "function_response": "tool",
     "function_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip

@@ -267,6 +267,34 @@ def test_thoughts_under_every_key(key: str) -> None:
     assert shown(read({"question": "q", "answer": "a", key: "t"}).chat) == "U q · A(t) a"
 
 
+THOUGHT = {"role": "thinking", "content": "t"}
+CALL = {"role": "tool_call", "content": '{"name": "f"}'}
+
+
+@pytest.mark.parametrize(
+    ("turns", "shown_or_kind"),
+    [
+        ([Q, THOUGHT, A], "U q · A(t) a"),
+        ([Q, THOUGHT, {**THOUGHT, "content": "<think>\nu\n</think>"}, A], "U q · A(t\n\nu) a"),
+        ([Q, THOUGHT, {**A, "reasoning": "u"}], "U q · A(t\n\nu) a"),
+        ([Q, THOUGHT, CALL, {"role": "tool", "content": "r"}, THOUGHT, A], "U q · A(t) f{} · T r · A(t) a"),
+        ([Q, THOUGHT, Q, A], "bad-reasoning"),
+        ([Q, A, THOUGHT], "bad-reasoning"),
+        ([Q, {**THOUGHT, "content": None}, A], "bad-reasoning"),
+        ([Q, {**THOUGHT, "train": False}, A], "not-supported"),
+        # Behind a text, or behind another call, there is no place for a thought.
+        ([Q, A, THOUGHT, CALL, {"role": "tool", "content": "r"}, A], "two-assistants"),
+        ([Q, CALL, {**CALL, "reasoning": "u"}, {"role": "tool", "content": "r"}, A], "two-assistants"),
+    ],
+)
+def test_thoughts_in_turns_of_their_own(turns: list[Any], shown_or_kind: str) -> None:
+    result = read({"messages": turns})
+    if result.chat is None:
+        assert shown_or_kind in [problem.kind for problem in result.problems]
+    else:
+        assert shown(result.chat) == shown_or_kind
+
+
 @pytest.mark.parametrize("user", ["Human", "USER", "human", "prompter"])
 @pytest.mark.parametrize("assistant", ["Assistant", "GPT", "model", "bot", "ChatGPT", "ai"])
 def test_roles_in_any_case(user: str, assistant: str) -> None:
