@@ -22,6 +22,7 @@ from .tool_calls import calls_of_text, read_calls, read_tools
 _REASONING_KEYS = COMPANIONS[RecordPart.REASONING]
 _OTHER_ROLES = ("human", "gpt", "function_call", "observation")
 _TOOLS_KEYS = COMPANIONS[RecordPart.TOOLS]
+_TYPES_OF_TURNS = ("human", "ai", "system", "tool", "function")
 
 
 @dataclass
@@ -133,9 +134,27 @@ def _as_objects(raw: list[object]) -> list[object]:
             turns += plain_turns(list(zip(("user", "assistant"), turn, strict=True)))
         elif isinstance(turn, dict) and turn and (pairs := _named_by_role(turn)):
             turns += plain_turns(pairs)
+        elif (
+            isinstance(turn, dict)
+            and turn.get("type") in _TYPES_OF_TURNS
+            and not {*map(canonical, turn)} & {*ROLE_KEYS}
+        ):
+            turns.append(_with_role(turn))
         else:
             turns.append(turn)
     return turns
+
+
+def _with_role(turn: Mapping[str, object]) -> dict[str, object]:
+    """Return a turn of LangChain's with its type as the role; what it says may be in an object of its own."""
+    said = turn.get("data")
+    within = said if isinstance(said, Mapping) and "content" in said else {}
+    return {
+        **{key: value for key, value in turn.items() if key != "data" or not within},
+        **within,
+        "type": None,
+        "role": turn["type"],
+    }
 
 
 def _named_by_role(turn: Mapping[str, object]) -> list[tuple[str, object]]:

@@ -111,7 +111,7 @@ METADATA = frozenset({
 They are reported too, but records that differ only there are copies.
 """
 
-ROLE_KEYS = ("role", "from", "speaker", "author")
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text", "parts", "utterance")
 CALL_KEYS = ("tool_calls", "toolcalls", "function_call", "functioncall")
 TURN_KEYS = frozenset({
