@@ -183,7 +183,7 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
     turns.unread += _unread(turn, role)
     if role == "system":
         for key in _TOOLS_KEYS:
-            turns.tools = turns.tools or read_tools(turn.get(key))
+            turns.tools += tuple([tool for tool in read_tools(turn.get(key)) if tool not in turns.tools])
     is_call = canonical(name) in CALL_ROLES
     content = _content(turn, role, is_call)
     if turns.thoughts:
@@ -251,6 +251,8 @@ def _content(turn: Mapping[str, object], role: str, is_call: bool) -> Content:
     content = content or Content()
     content.calls += calls
     content.thoughts += _reasoning(turn, role)
+    if content.thoughts and role != "assistant":
+        fail(FaultKind.BAD_REASONING, f"a {role} turn has reasoning; only an assistant turn may")
     if content.calls and role != "assistant":
         fail(FaultKind.BAD_TOOL_CALL, f"a {role} turn has tool_calls; only an assistant turn may")
     return content
@@ -304,9 +306,14 @@ def _text_or_none(turn: Mapping[str, object], key: str) -> str | None:
 def _tool_calls(turn: Mapping[str, object], role: str) -> tuple[JsonObject, ...]:
     calls = _first_of(turn, "tool_calls", "toolcalls")
     legacy = _first_of(turn, "function_call", "functioncall")
-    if legacy is not None and not calls:
+    if legacy is not None:
         # OpenAI's format before tool_calls; without this the answer would lose its call.
-        calls = [{"function": legacy}] if isinstance(legacy, dict) else [legacy]
+        older = [{"function": legacy}] if isinstance(legacy, dict) else [legacy]
+        if calls and [call["function"] for call in read_calls(calls)] != [
+            call["function"] for call in read_calls(older)
+        ]:
+            fail(FaultKind.BAD_TOOL_CALL, "tool_calls and function_call are not the same; remove one")
+        calls = calls or older
     if calls is None or calls == [] or calls == "":
         return ()
     if role != "assistant":

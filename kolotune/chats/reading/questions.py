@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .content_parts import plain_text
 from .faults import FaultKind, RecordError, fail
-from .json_values import json_or_value, kind_of
+from .json_values import is_filled, json_or_value, kind_of
 from .messages import plain_turns
 from .record_fields import RecordFields
 from .record_keys import RecordPart
@@ -48,8 +48,17 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
     turns = [*history, *plain_turns([("user", text)]), *answers]
     reasoning = [thought for _, thought in fields.read_all(RecordPart.REASONING)]
     if reasoning and isinstance(turns[-1], dict):
-        turns[-1] = {**turns[-1], "reasoning": reasoning[0]}
+        turns[-1] = {**turns[-1], "reasoning": _joined_thoughts([*reasoning, turns[-1].get("reasoning")])}
     return turns
+
+
+def _joined_thoughts(values: list[object]) -> object:
+    """Return different thoughts as one text; or the first value that is no text, which is reported where it is read."""
+    texts = [value for value in values if isinstance(value, str) and value]
+    return next(
+        (value for value in values if is_filled(value) and not isinstance(value, str)),
+        "\n\n".join(dict.fromkeys(texts)),
+    )
 
 
 def _answers(key: str, answer: object) -> list[object]:

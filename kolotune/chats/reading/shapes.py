@@ -204,7 +204,8 @@ def read_shaped(fields: RecordFields, shape: RecordShape, options: ReadingOption
     if not flags.weight:
         return ShapedRecord(shape.name, excluded=True)
     turns = read_turns(raw, options, _answer_weights(raw, flags, options))
-    tools = tuple([tool for _, value in fields.read_all(RecordPart.TOOLS) for tool in read_tools(value)]) or turns.tools
+    tools = tuple([tool for _, value in fields.read_all(RecordPart.TOOLS) for tool in read_tools(value)])
+    tools += tuple([tool for tool in turns.tools if tool not in tools])
     system = "\n\n".join(plain_text(value, key) for key, value in fields.read_all(RecordPart.SYSTEM))
     if shape.turns:
         system = system.removeprefix(_SYSTEM_MARK)

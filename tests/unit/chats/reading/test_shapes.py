@@ -72,6 +72,7 @@ def test_fixed_orders(turns: str, kind: str, fixed: str) -> None:
 
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S = {"role": "system", "content": "s"}
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,33 @@ def test_flat_calls(call: Any) -> None:
 def test_thoughts_under_every_key(key: str) -> None:
     assert shown(read({"messages": [Q, {**A, key: "t"}]}).chat) == "U q · A(t) a"
     assert shown(read({"question": "q", "answer": "a", key: "t"}).chat) == "U q · A(t) a"
+
+
+@pytest.mark.parametrize(
+    ("record", "shown_or_kind"),
+    [
+        ({"question": "q", "answer": "a", "reasoning": "t", "thinking": "u"}, "U q · A(t\n\nu) a"),
+        ({"question": "q", "answer": "a", "reasoning": "t", "thinking": "t"}, "U q · A(t) a"),
+        ({"prompt": "q", "completion": [{**A, "reasoning": "u"}], "cot": "t"}, "U q · A(t\n\nu) a"),
+        ({"question": "q", "answer": "a", "reasoning": "t", "thinking": ["u"]}, "bad-reasoning"),
+        ({"messages": [{**Q, "content": [{"type": "thinking", "thinking": "t"}]}, A]}, "bad-reasoning"),
+        (
+            {"tools": [{"name": "f"}], "messages": [{**S, "tools": [{"name": "g"}]}, Q, A]},
+            "f offered · g offered · S s · U q · A a",
+        ),
+        (
+            {"tools": [{"name": "f"}], "messages": [{**S, "tools": [{"name": "f"}]}, Q, A]},
+            "f offered · S s · U q · A a",
+        ),
+        ({"messages": [Q, {**A, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}]}, "bad-tool-call"),
+        ({"messages": [Q, {**A, "tool_calls": [{"name": "f"}], "function_call": {"name": "f"}}]}, "U q · A a f{}"),
+    ],
+)  # fmt: skip
+def test_what_is_said_under_two_keys_is_read_from_both(record: Any, shown_or_kind: str) -> None:
+    result = read(record)
+    said = shown(result.chat) if result.chat is not None else [problem.kind.value for problem in result.problems]
+    assert said in (shown_or_kind, [shown_or_kind])
+    assert result.unread == ()
 
 
 THOUGHT = {"role": "thinking", "content": "t"}
