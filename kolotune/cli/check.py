@@ -19,7 +19,7 @@ _SHOWN_PROBLEMS = 50
 @with_options()
 def check(data: Data = None, config: ConfigFile = None, json: Json = False, **flags: Any) -> int:
     """Validate chats and show problems with their lines."""
-    from kolotune.base_models import lookup
+    from kolotune.base_models.new_tokens import resolve_base
     from kolotune.chats.dataset.prepare import prepare_chats
     from kolotune.chats.dataset.prepared import hint_against, nothing_to_train_on
     from kolotune.chats.dataset.row_store import first_encoded, first_rejected
@@ -31,7 +31,7 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     if not resolved.train_data:
         raise hints.no_chats("check")
     hints.require_files(resolved)
-    base = lookup.resolve(resolved.base_model, resolved.hf_token, say)
+    base = resolve_base(resolved, say)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_chats(resolved, base, Path(folder), compared=None)
         tokens = Path(folder, TRAIN_TOKENS)

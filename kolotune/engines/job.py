@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,11 @@ _YOUNGER: JsonObject = {
     "neftune_noise_alpha": 0.0,
     "preference": None,
     "start_sha256": "",
+    "use_dora": False,
+    "init_lora_weights": "default",
+    "rank_pattern": [],
+    "alpha_pattern": [],
+    "new_tokens": [],
 }
 
 
@@ -60,6 +64,7 @@ class TrainJob:
         compile: whether the step uses compiled kernels, where the engine has some.
         halvings: steps at which memory ran out, so that micro-batches are half as large from there on. Entries that
             no checkpoint knows yet count from the step at which the training resumes. A step has the same chats anyway.
+        new_tokens: ids, which follow each other, of the tokens whose rows are trained.
         target_parameters: weights of experts that get an adapter; [] for none.
         preference: None where the answers of chats are learned.
         reference: file for the reference's log-probabilities.
@@ -109,19 +114,16 @@ class TrainJob:
     reference: str = ""
     start_from: str = ""
     start_sha256: str = ""
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    rank_pattern: list[str] = field(default_factory=list)
+    alpha_pattern: list[str] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
 
     @property
     def processes(self) -> int:
         """Processes on all machines."""
         return self.nproc * self.nnodes
-
-    @property
-    def lora_scale(self) -> float:
-        """Factor of the product of an adapter's matrices.
-
-        Source of the root: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
-        """
-        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
 
     def write(self, path: Path) -> None:
         """Write the job as JSON."""

@@ -170,6 +170,9 @@ class WholeModel(_AdaptedModel):
             ArtifactError, ModelError: it can't be read, or is for a different model.
         """
         adapter = read_adapter(folder)
+        rows = max([0, *(_rows_needed(adapter, key) for key in adapter.changed)])
+        if rows > len(self.model.get_input_embeddings().weight):
+            self.model.resize_token_embeddings(rows, mean_resizing=False)
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is not None and head.weight is embedding.weight and _unties(adapter):
             head.weight = nn.Parameter(head.weight.detach().clone())
@@ -323,6 +326,9 @@ class LayeredModel(_AdaptedModel):
         read = self._files.read(stored or self._stored_name(name) or name)
         weight = read.float() if read.dtype != torch.float32 else read.clone()
         if self._adapter is not None:
+            missing = max(_rows_needed(self._adapter, key) for key in _spellings(name)) - len(weight)
+            if missing > 0:
+                weight = torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])])
             for key in _spellings(name):
                 self._add_to(weight, self._adapter, name, key)
         return nn.Parameter(weight, requires_grad=False)
@@ -369,6 +375,14 @@ def _have_equal_settings(one: Path, other: Path) -> bool:
         for name in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
             each.pop(name, None)
     return values[0] == values[1] and "quantization_config" not in values[0]
+
+
+def _rows_needed(adapter: LoraAdapter, key: str) -> int:
+    """Return how many rows an embedding or head must have for an adapter with new tokens; 0 for other weights."""
+    if key in adapter.token_rows:
+        return int(adapter.token_rows[key].indices.max(initial=-1)) + 1
+    is_vocabulary = key.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight"))
+    return len(adapter.replaced[key]) if is_vocabulary and key in adapter.replaced else 0
 
 
 def _unties(adapter: LoraAdapter) -> bool:

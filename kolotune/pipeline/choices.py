@@ -83,7 +83,10 @@ def follow_start(context: Context) -> Context:
         config,
         lora_rank=start.rank,
         lora_alpha=start.alpha,
+        rank_pattern=tuple(f"{name}={number:.17g}" for name, number in start.rank_patterns.items()),
+        alpha_pattern=tuple(f"{name}={number:.17g}" for name, number in start.alpha_patterns.items()),
         use_rslora=start.rank_stabilised,
+        use_dora=start.has_magnitudes,
         target_modules=start.target_modules,
         target_parameters=start.target_parameters or ("none",),
     )
@@ -100,7 +103,7 @@ def follow_start(context: Context) -> Context:
 def _shown(value: object) -> str:
     """Return an option's value as it would be typed."""
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(value) or "none"
     return ("off", "on")[value] if isinstance(value, bool) else f"{value:g}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from kolotune.base_models import lookup
+from kolotune.base_models.new_tokens import locate_base
 from kolotune.foundation.config import Config
 from kolotune.foundation.hashing import Hasher
 from kolotune.run_folder.layout import RunFolder
@@ -28,5 +28,5 @@ def open_context(folder: RunFolder, config: Config | None = None, *, hash_cache:
     """
     saved = saved_config(folder)
     config = dataclasses.replace(config or saved, output_dir=folder.root)
-    base = lookup.locate(config.base_model) or folder.root / "base model is not on this machine"
+    base = locate_base(config) or folder.root / "base model is not on this machine"
     return Context(config, folder, base, read_source(folder), Hasher(hash_cache))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kolotune.base_models import lookup
+from kolotune.base_models.new_tokens import resolve_base
 from kolotune.engines.engine import CalibrationGap, get_engine
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import KolotuneError
@@ -82,7 +82,7 @@ def plan_run(config: Config, reporter: Reporter, *, measure: bool, link: float |
     started = _process_age()
     target = RunFolder(config.output_dir)
     config, choices = choose(config, target)
-    base = lookup.resolve(config.base_model, config.hf_token, reporter)
+    base = resolve_base(config, reporter)
     real, _ = choose_experts(follow_start(Context(config, target, base)), choices, reporter)
     config = real.config
     busy = select_stages(STAGE_NAMES, real).pending
@@ -187,7 +187,7 @@ def _estimate_traffic(plan: RunPlan, trial: Context, link: float | None) -> Traf
     """Return what the machines send each other, and for how long; the training's time grows by that."""
     config, workload = plan.config, plan.workload
     shape, processes = read_shape(trial.base), config.nproc * config.nnodes
-    weights = AdapterShape.of(shape, config.lora_rank, config.target_modules, config.target_parameters).weight_count
+    weights = AdapterShape.of_options(shape, config).weight_count
     gradients, base = network.gradient_bytes(weights, processes), 0
     engine = get_engine(config.engine)
     is_sharded = engine.is_sharded(config, trial.base)

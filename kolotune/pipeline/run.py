@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kolotune.base_models import lookup
+from kolotune.base_models.new_tokens import resolve_base
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import FidelityError, Interrupted, KolotuneError
@@ -62,7 +62,7 @@ def run_pipeline(
     folder = RunFolder(config.output_dir)
     with locked(folder), _traceback_kept(folder):
         config, choices = choose(config, folder, names)
-        context = Context(config, folder, lookup.resolve(config.base_model, config.hf_token, reporter), source)
+        context = Context(config, folder, resolve_base(config, reporter), source)
         if train.NAME in names:
             context, choices = choose_experts(follow_start(context), choices, reporter)
             config = context.config

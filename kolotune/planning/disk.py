@@ -61,7 +61,7 @@ def stage_disk_use(
 
 def _training_disk_use(context: Context, shape: ModelShape, workload: Workload | None) -> DiskUse:
     config, run = context.config, context.run
-    adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules, config.target_parameters)
+    adapter = AdapterShape.of_options(shape, config)
     dtype_bytes = DTYPE_BYTES[get_engine(config.engine).checkpoint_dtype(config)]
     checkpoint = adapter.checkpoint_bytes(config.early_stopping > 0, dtype_bytes)
     if workload is None:

@@ -70,7 +70,9 @@ def _training(manifest: Manifest) -> str:
         (
             "LoRA",
             f"rank {config.get('lora_rank')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}"
-            + (", rank-stabilised" if config.get("use_rslora") else ""),
+            + (", rank-stabilised" if config.get("use_rslora") else "")
+            + (", with magnitudes (DoRA)" if config.get("use_dora") else "")
+            + (f", started by {start}" if (start := config.get("init_lora_weights", "default")) != "default" else ""),
         ),
         ("layers", ", ".join(modules) if isinstance(modules := config.get("target_modules"), list) else ""),
         ("objective", str(config.get("objective", "sft"))),

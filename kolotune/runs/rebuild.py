@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.base_models import lookup
+from kolotune.base_models.new_tokens import new_tokens, with_new_tokens
 from kolotune.foundation import config as configs
 from kolotune.foundation.chat_paths import hub_source
 from kolotune.foundation.config import Config
@@ -60,7 +61,7 @@ def rebuild(path: Path, output_dir: Path, reporter: Reporter) -> Rebuilt:
     hasher = Hasher()
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"{output_dir}: is not empty", "Name a folder that does not exist; nothing is overwritten.")
-    config = _config_of(manifest, path, output_dir, hasher)
+    config = _config_of(manifest, path, output_dir, hasher, reporter)
     source = _exported_model(manifest, hasher)
     _restore_batch_sizes(manifest, RunFolder(output_dir))
     with _recorded_environment(manifest):
@@ -72,8 +73,8 @@ def rebuild(path: Path, output_dir: Path, reporter: Reporter) -> Rebuilt:
     return Rebuilt(folder, same, different, _changes(manifest, repeated))
 
 
-def _config_of(manifest: Manifest, path: Path, output_dir: Path, hasher: Hasher) -> Config:
-    _require_base(manifest, hasher)
+def _config_of(manifest: Manifest, path: Path, output_dir: Path, hasher: Hasher, reporter: Reporter) -> Config:
+    _require_base(manifest, hasher, reporter)
     data = [
         (file.part, _find_file(Path(file.path), file.sha256, f"{file.part} data", path, hasher))
         for file in manifest.data.files
@@ -117,7 +118,7 @@ def _require_start(adapter: Path, recorded: str, hasher: Hasher) -> None:
         raise ArtifactError(f"{adapter}: is not the adapter that the training started from", "Restore the original.")
 
 
-def _require_base(manifest: Manifest, hasher: Hasher) -> None:
+def _require_base(manifest: Manifest, hasher: Hasher, reporter: Reporter) -> None:
     name, recorded = manifest.base.name, manifest.base.sha256
     base = lookup.locate(name)
     if base is None:
@@ -125,6 +126,9 @@ def _require_base(manifest: Manifest, hasher: Hasher) -> None:
             f"{name}: the base model is not on this machine",
             "`kolotune models` lists those that are; fetch this one with a run, or copy it here.",
         )
+    added = [manifest.config.get(name) for name in ("new_token", "new_special_token")]
+    plain, special = (list(map(str, texts)) if isinstance(texts, list) else [] for texts in added)
+    base = with_new_tokens(base, new_tokens(plain, special), reporter)
     if recorded and hasher.of(base) != recorded:
         raise ModelError(
             f"{name}: is not the base model that was used (sha256 {hasher.of(base)}, not {recorded})",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kolotune.base_models import lookup
+from kolotune.base_models.new_tokens import resolve_base
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError
@@ -29,7 +29,7 @@ def base_gguf(run: RunFolder, config: Config, name: str, reporter: Reporter) -> 
         ConfigError: the run's base model is an adapter.
         ArtifactError: the quantization needs an importance matrix, and the run has none yet.
     """
-    base = lookup.resolve(config.base_model, None, reporter)
+    base = resolve_base(config, reporter)
     if is_adapter(base):
         raise ConfigError(f"{base}: is an adapter, not a base model", "Name the base model itself.")
     folder = cache_folder("base_ggufs") / Hasher().of(base)[:32]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kolotune.base_models import lookup
+from kolotune.base_models.new_tokens import resolve_base
 from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ArtifactError
@@ -97,7 +97,7 @@ def adapted_base(run: RunFolder, quantization: str | None, reporter: Reporter) -
     if not is_adapter(folder):
         return AdapterObstacle.NO_ADAPTER
     digest = _verified(run, folder)
-    base, tokenizer, log = lookup.resolve(config.base_model, None, reporter), trained_folder(run), run.log("base")
+    base, tokenizer, log = resolve_base(config, reporter), trained_folder(run), run.log("base")
     model, name = MergedModel(folder, base, config.merge_dtype), run.merged_model.name
     plan = convert.plan_without_adapter(
         base, tokenizer, dtype=config.merge_dtype, name=name, log=log, reporter=reporter

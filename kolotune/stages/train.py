@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local, memory_kills
 from kolotune.weights import composite_models
 from kolotune.weights.starting_adapter import read_starting_adapter
+from kolotune.weights.vocabulary import token_count
 
 NAME = "train"
 DOING = "training the adapter"
@@ -124,8 +126,16 @@ def make_job(context: Context) -> TrainJob:
         rdzv=config.rdzv,
         sharded=engine.is_sharded(config, context.base),
         checkpoint_steps=config.checkpoint_steps,
+        new_tokens=_new_tokens(context),
         **chosen,  # type: ignore[arg-type]  # the fields of Config have the types of those of TrainJob
     )
+
+
+def _new_tokens(context: Context) -> list[int]:
+    """Return the ids of the run's new tokens, which are the last ones of the base's tokenizer."""
+    added = len(context.config.new_token) + len(context.config.new_special_token)
+    count = token_count(context.base) if added else 0
+    return list(range(count - added, count))
 
 
 def _preference(options: dict[str, object]) -> PreferenceSettings | None:
@@ -162,7 +172,15 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
         job = _with_less_memory(job, progress, shortage, context.config, reporter)
     if progress.backoff_steps:
         facts["halved_from"] = ",".join(map(str, progress.backoff_steps))
+    if job.new_tokens:
+        _add_tokenizer(context)
     return facts
+
+
+def _add_tokenizer(context: Context) -> None:
+    """Put the tokenizer into the adapter's folder, whose new tokens the original base model does not have."""
+    for path in sorted(context.run.tokenizer.iterdir()):
+        shutil.copyfile(path, context.run.adapter / path.name)
 
 
 def _require_weights_are_used(context: Context) -> None:

@@ -232,6 +232,13 @@ def check_changes(changes: StoredChanges, merged: Shapes, base: Shapes, vocabula
     for name, vector in changes.added.items():
         if vector.shape != merged[name]:
             raise ArtifactError(f"{name}: the adapter has {vector.shape}, the base model {merged[name]}", _GIVE_BASE)
+    _check_token_rows(changes, merged, base)
+
+
+def _check_token_rows(changes: StoredChanges, merged: Shapes, base: Shapes) -> None:
     for name, tokens in changes.token_rows.items():
+        new = range(base.get(name, merged[name])[0], merged[name][0])
+        if name not in changes.replaced and not {*new} <= {*tokens.indices.tolist()}:
+            raise ArtifactError(f"{name}: the adapter has rows of some of the base model's new tokens only", _GIVE_BASE)
         if tokens.values.shape[1:] != merged[name][1:] or (tokens.indices >= merged[name][0]).any():
             raise ArtifactError(f"{name}: the adapter has rows that the base model does not have", _GIVE_BASE)

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ModelError
+from kolotune.foundation.name_patterns import by_pattern, is_heavy
 from kolotune.foundation.typed_storage import JsonObject
 
 from .adapter_folder import FILE, no_adapter
@@ -19,7 +20,6 @@ from .adapter_kinds import METHODS, initial_matrices, other_task, refused_initia
 from .initial_matrices import Initial
 
 _COPY_AGAIN = "Copy the adapter again."
-_NESTED, _REPEATS, _LONGEST_PATTERN = re.compile(r"\)\s*[*+{?]"), re.compile(r"[*+{]"), 300
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """Return the rank that the config gives for a module or parameter."""
-        return int(_by_pattern(self.rank_patterns, module, self.rank))
+        return int(by_pattern(self.rank_patterns, module, self.rank))
 
     def scale(self, module: str, rank: int) -> float:
         """Return the factor of a module's product.
@@ -69,7 +69,7 @@ class AdapterConfig:
         configured = self.rank_of(module)
         if configured != rank:
             raise ArtifactError(f"{module}: its rank is {rank}, the config says {configured}", _COPY_AGAIN)
-        alpha = float(_by_pattern(self.alpha_patterns, module, rank if self.alpha is None else self.alpha))
+        alpha = float(by_pattern(self.alpha_patterns, module, rank if self.alpha is None else self.alpha))
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class AdapterConfig:
     def _is_target_module(self, module: str) -> bool:
         if not isinstance(self.target_modules, str):
             return _ends(module, self.target_modules)
-        return not _is_heavy(self.target_modules) and re.fullmatch(self.target_modules, module) is not None
+        return not is_heavy(self.target_modules) and re.fullmatch(self.target_modules, module) is not None
 
 
 _DECLARED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
@@ -112,11 +112,6 @@ def _parameter(target: str, module: str) -> str:
     """Return the parameter of a module that one of PEFT's ``target_parameters`` means; "" for another module."""
     owner, _, leaf = target.rpartition(".")
     return leaf if not owner or _ends(module, (owner,)) else ""
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Follow PEFT's rule: a pattern is a regular expression for the end of the module's name, after a dot."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -205,21 +200,10 @@ def _patterns(path: Path, option: str, value: object) -> dict[str, float]:
     """Check patterns: they are code of whoever made the adapter, so only short ones without nested repetition pass."""
     patterns: dict[str, float] = {}
     for pattern, number in value.items() if isinstance(value, dict) else [("", None)]:
-        if _is_heavy(pattern) or not _is_number(number):
+        if is_heavy(pattern) or not _is_number(number):
             raise ArtifactError(f"{path}: {option} can't be read", _COPY_AGAIN)
         patterns[pattern] = number
     return patterns
-
-
-def _is_heavy(pattern: str) -> bool:
-    """Whether matching a pattern may take very long, or it is none."""
-    if len(pattern) > _LONGEST_PATTERN or _NESTED.search(pattern) or len(_REPEATS.findall(pattern)) > 3:
-        return True
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return True
-    return False
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -48,7 +48,7 @@ class MergedModel:
     """A base model with an adapter merged into it.
 
     Args:
-        adapter_folder: in PEFT's format; None: the base alone, stored as `dtype`.
+        adapter: its folder, in PEFT's format, or what it changes; None: the base alone, stored as `dtype`.
         base: model folder with safetensors.
         dtype: "f16", "bf16" or "fp32".
 
@@ -60,14 +60,16 @@ class MergedModel:
         ArtifactError, ModelError: the adapter does not belong to the base, or a file is damaged.
     """
 
-    def __init__(self, adapter_folder: Path | None, base: Path, dtype: str) -> None:
-        adapter = _NO_ADAPTER if adapter_folder is None else read_adapter(adapter_folder)
+    def __init__(self, adapter: Path | LoraAdapter | None, base: Path, dtype: str) -> None:
+        if not isinstance(adapter, LoraAdapter):
+            adapter = _NO_ADAPTER if adapter is None else read_adapter(adapter)
         self._base = MappedTensors(weight_files(base))
         self._dtype = dtype
         self._config = read_model_config(base)
         self._vocabulary = find_vocabulary(self._base.entries, self._config)
         self._changes = stored_changes(adapter, StoredNames(base, self._base.entries), self._shapes(), self._config)
         self._deltas, self._replaced = self._changes.deltas, self._changes.replaced
+        self._rows = self._rows_with_new_tokens()
         self.adapted = len(adapter.deltas) + len(adapter.experts)
         self.stored_wider: list[str] = []
         self._unties = self._vocabulary.is_untied_by(adapter.config, self._deltas, self._replaced)
@@ -81,6 +83,13 @@ class MergedModel:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._base.entries.items()}
+
+    def _rows_with_new_tokens(self) -> dict[str, int]:
+        """Return the rows of embedding and head where the adapter has rows of tokens beyond the base's."""
+        last = {name: int(tokens.indices.max(initial=-1)) for name, tokens in self._changes.token_rows.items()}
+        names = [name for name in self.vocabulary_names if name in self._base.entries and name not in self._replaced]
+        rows = max([-1, *last.values()]) + 1
+        return {name: rows for name in names if rows > self._base.entries[name].rows}
 
     def _check(self) -> None:
         """Check that the adapter belongs to the base."""
@@ -140,6 +149,8 @@ class MergedModel:
                 dtype = "BF16" if unchanged else "F32"
         if name in self._replaced:
             shape = self._replaced[name].shape
+        elif source.name in self._rows:
+            shape = (self._rows[source.name], *shape[1:])
         return Entry(name, dtype, shape)
 
     def config_text(self) -> str:
@@ -168,8 +179,9 @@ class MergedModel:
         if self._unties and "tie_word_embeddings" in section:
             settings["tie_word_embeddings"] = False
         embedding = self._replaced.get(self._vocabulary.embedding)
-        if embedding is not None and "vocab_size" in section:
-            settings["vocab_size"] = len(embedding)
+        rows = self._rows.get(self._vocabulary.embedding) if embedding is None else len(embedding)
+        if rows is not None and "vocab_size" in section:
+            settings["vocab_size"] = rows
         return settings
 
     def write(self, write: Callable[[], T], reporter: Reporter) -> T:
@@ -213,6 +225,8 @@ class MergedModel:
             return from_f32(self._changes.bias(name)[rows], entry.dtype)
         stored = self._base.entries[source].dtype
         block = _rows(self._base[source], rows)
+        if source in self._rows:
+            block = _padded(block, len(range(*rows.indices(entry.rows))))
         if entry.dtype not in FLOATS:
             return block
         delta, whole = self._deltas.get(name), self._replaced.get(name)
@@ -245,6 +259,13 @@ class MergedModel:
             entry = Entry(name, "F32", whole.shape)
         for rows in row_blocks(entry):
             yield rows, as_f32(self._base[source][rows], entry.dtype) if whole is None else whole[rows]
+
+
+def _padded(block: np.ndarray, count: int) -> np.ndarray:
+    """Return a block of `count` rows, the last of which are zeros."""
+    import numpy as np
+
+    return np.concatenate([block, np.zeros((count - len(block), *block.shape[1:]), block.dtype)])
 
 
 def _rows(tensor: np.ndarray, rows: slice) -> np.ndarray:

@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from kolotune.foundation.errors import ModelError
+from kolotune.foundation.name_patterns import by_pattern, read_patterns
 
 from .composite_models import language_shapes
 from .model_config import ModelConfig, read_model_config
@@ -207,6 +209,23 @@ def _expert_weights(entries: Sequence[Entry]) -> tuple[ExpertWeights, ...]:
     return tuple(weights)
 
 
+class AdapterOptions(Protocol):
+    """The options that decide an adapter's shape, of `Config` or of a job."""
+
+    @property
+    def lora_rank(self) -> int: ...
+    @property
+    def target_modules(self) -> Sequence[str]: ...
+    @property
+    def target_parameters(self) -> Sequence[str]: ...
+    @property
+    def use_dora(self) -> bool: ...
+    @property
+    def init_lora_weights(self) -> str: ...
+    @property
+    def rank_pattern(self) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True)
 class AdapterShape:
     """A LoRA adapter without its weights.
@@ -214,17 +233,46 @@ class AdapterShape:
     Attributes:
         weight_count: weights in all matrices.
         matrices: the number of matrices, two per adapted layer.
-        rank: of the matrices.
+        rank: of the matrices, but for those that a pattern names.
         adapted: names of the linear layers and of the experts' weights that have an adapter.
+        has_magnitudes: whether each output of an adapted linear layer has a magnitude (DoRA).
+        rank_patterns: exceptions; see `foundation.name_patterns`.
+        keeps_start: whether it starts as a part of the weights, which is kept and saved, too (PiSSA, OLoRA).
     """
 
     weight_count: int
     matrices: int
     rank: int
     adapted: frozenset[str]
+    has_magnitudes: bool = False
+    keeps_start: bool = False
+    rank_patterns: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, shape: ModelShape, rank: int, targets: Sequence[str], parameters: Sequence[str] = ()) -> AdapterShape:
+    def of_options(cls, shape: ModelShape, options: AdapterOptions) -> AdapterShape:
+        """Return the shape of the adapter that a training with these options has."""
+        return cls.of(
+            shape,
+            options.lora_rank,
+            options.target_modules,
+            options.target_parameters,
+            has_magnitudes=options.use_dora,
+            keeps_start=options.init_lora_weights != "default",
+            rank_patterns=read_patterns(options.rank_pattern),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        shape: ModelShape,
+        rank: int,
+        targets: Sequence[str],
+        parameters: Sequence[str] = (),
+        *,
+        has_magnitudes: bool = False,
+        keeps_start: bool = False,
+        rank_patterns: Mapping[str, float] | None = None,
+    ) -> AdapterShape:
         """Return the adapter's shape for a model.
 
         Args:
@@ -232,7 +280,9 @@ class AdapterShape:
             rank: the LoRA rank.
             targets: the last parts of the linear layers' names, or ``["all-linear"]``.
             parameters: the ends of names of experts' weights, or ``["all-experts"]``; [] for none.
+            has_magnitudes, keeps_start, rank_patterns: see the attributes.
         """
+        patterns = rank_patterns or {}
         all_linear = list(targets) == [_ALL_LINEAR]
         chosen = [
             linear
@@ -245,11 +295,27 @@ class AdapterShape:
             weight for weight in shape.experts if _ALL_EXPERTS in leaves or weight.name.rpartition(".")[2] in leaves
         ]
         return cls(
-            weight_count=sum(rank * (linear.inputs + linear.outputs) for linear in chosen)
-            + sum(weight.experts * rank * weight.sides for weight in experts),
-            matrices=2 * (len(chosen) + len(experts)),
+            weight_count=sum(
+                int(by_pattern(patterns, each.name, rank)) * (each.inputs + each.outputs) for each in chosen
+            )
+            + sum(int(by_pattern(patterns, each.name, rank)) * each.experts * each.sides for each in experts)
+            + sum(linear.outputs for linear in chosen if has_magnitudes),
+            matrices=(3 if has_magnitudes else 2) * len(chosen) + 2 * len(experts),
             rank=rank,
             adapted=frozenset([*(linear.name for linear in chosen), *(weight.name for weight in experts)]),
+            has_magnitudes=has_magnitudes,
+            keeps_start=keeps_start,
+            rank_patterns=patterns,
+        )
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the matrices of a layer, or of a weight of experts."""
+        return int(by_pattern(self.rank_patterns, name, self.rank))
+
+    def scaled_outputs(self, shape: ModelShape) -> int:
+        """Return how many outputs of a model's first layer are scaled to a magnitude."""
+        return sum(
+            linear.outputs for linear in shape.first_layer if self.has_magnitudes and linear.name in self.adapted
         )
 
     def share_of(self, shape: ModelShape) -> float:
@@ -262,7 +328,8 @@ class AdapterShape:
     @property
     def file_bytes(self) -> int:
         """Bytes of the adapter's folder, in fp32."""
-        return FP32_BYTES * self.weight_count + HEADER_ENTRY_BYTES * self.matrices
+        weights = self.weight_count * (2 if self.keeps_start else 1)
+        return FP32_BYTES * weights + HEADER_ENTRY_BYTES * self.matrices
 
     def checkpoint_bytes(self, keeps_best: bool, dtype_bytes: int = FP32_BYTES) -> int:
         """Bytes of a checkpoint: the adapter, AdamW's two moments, and the best adapter if one is kept."""

@@ -1,11 +1,12 @@
 """The adapter that a training starts from: what it decides about the new one, and whether it can be trained further.
 
 The new adapter has its form: the same rank, alpha, scale and layers. So only adapters whose form the training step has,
-too, are taken: plain LoRA, with one rank and one alpha.
+too, are taken: LoRA or DoRA on matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,10 @@ class StartingAdapter:
     """What an adapter decides about a training that starts from it.
 
     Attributes:
-        rank, alpha: of all layers.
+        rank, alpha: of all layers but those that a pattern names.
+        rank_patterns, alpha_patterns: exceptions.
         rank_stabilised: whether alpha is divided by the root of the rank.
+        has_magnitudes: whether each output's weights have a trained length (DoRA).
         target_modules: names of the linear layers that it changes, sorted.
         target_parameters: names of experts' weights that it changes.
         base_name: the base model's name; "" when the adapter does not say.
@@ -33,7 +36,10 @@ class StartingAdapter:
 
     rank: int
     alpha: float
+    rank_patterns: Mapping[str, float]
+    alpha_patterns: Mapping[str, float]
     rank_stabilised: bool
+    has_magnitudes: bool
     target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...]
     base_name: str
@@ -59,7 +65,10 @@ def read_starting_adapter(folder: Path) -> StartingAdapter:
     return StartingAdapter(
         config.rank,
         float(config.rank if config.alpha is None else config.alpha),
+        config.rank_patterns,
+        config.alpha_patterns,
         config.rank_stabilised,
+        config.has_magnitudes,
         tuple(sorted(layers - {"base_layer", "experts"} - parameters)),
         config.target_parameters,
         config.base_name,
@@ -67,10 +76,8 @@ def read_starting_adapter(folder: Path) -> StartingAdapter:
 
 
 def _other_form(config: AdapterConfig) -> str:
-    """Return what the training step has not; "" for a plain adapter."""
+    """Return what the training step has not; "" where it has everything."""
     forms = (
-        (config.has_magnitudes, "it has magnitudes (DoRA)"),
-        (bool(config.rank_patterns or config.alpha_patterns), "its layers have different ranks or alphas"),
         (bool(config.saved_modules), "some modules were trained whole"),
         (any(config.token_indices.values()), "rows of its embeddings were trained"),
         (config.initial is not None, "it started from the base's own weights (PiSSA, OLoRA)"),

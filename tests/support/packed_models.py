@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kolotune.engines.job import TrainJob
+from kolotune.engines.native import lora
 from kolotune.engines.native.model import PackedModel, TrainingModel, TransformersModel
 from kolotune.engines.native.operations import Operations
 from kolotune.engines.prepared_tokens import PreparedTokens
@@ -36,7 +37,10 @@ def pair_of(job: TrainJob, operations: Operations | None = None) -> tuple[Packed
         for name, pair in packed.adapters.items():
             assert torch.equal(pair.lora_A, plain.adapters[name].lora_A), "both start from the same random numbers"
             pair.lora_B.normal_(std=0.05)
-            plain.adapters[name].lora_B.copy_(pair.lora_B)
+            if lora.MAGNITUDE in lora.parts_of(pair):
+                getattr(pair, lora.MAGNITUDE).mul_(torch.rand(len(pair.lora_B)) + 0.5)
+            for part in lora.parts_of(pair):
+                getattr(plain.adapters[name], part).copy_(getattr(pair, part))
     packed.updated()
     return packed, plain
 
@@ -47,7 +51,7 @@ def gradients(
     loss = float(sum(model.backward(tokens, group, factor) for group in model.groups(tokens, indices)))
     found = {}
     for name, pair in model.adapters.items():
-        found |= {f"{name} {part}": getattr(pair, part).grad for part in ("lora_A", "lora_B")}
+        found |= {f"{name} {part}": getattr(pair, part).grad for part in lora.parts_of(pair)}
     return loss, found
 
 

@@ -21,6 +21,11 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
     """
     base = transformers.AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True).train()
+    return plain_training(job, model), peft.get_peft_model_state_dict(model)
+
+
+def plain_training(job: TrainJob, model: peft.PeftModel) -> list[float]:
+    """Train a model of PEFT's as `plain_loop` does; return the loss of each step."""
     tokens = PreparedTokens.load(Path(job.data) / "train.safetensors")
     size = job.batch_size * job.gradient_accumulation
     steps = -(-len(tokens) // size) * job.epochs
@@ -61,7 +66,7 @@ def plain_loop(job: TrainJob, initial: Path) -> tuple[list[float], dict[str, tor
             schedule.step()
             optimizer.zero_grad()
             curve.append(total)
-    return curve, peft.get_peft_model_state_dict(model)
+    return curve
 
 
 def weights_of(tokens: PreparedTokens, number: int) -> torch.Tensor:

@@ -33,6 +33,7 @@ from .offloading import HostInputs
 from .operations import LogitScaling, Norm, Operations
 from .rotary import Rotary
 from .sequence_packing import PackedSequence
+from .token_rows import VocabularyRows
 from .transfers import random_state, set_random_state, sum_dtype, to_device
 
 Derivative: TypeAlias = Callable[[Tensor], Tensor]
@@ -115,6 +116,7 @@ class Decoder:
         head: computes the logits.
         norm: in front of the head.
         operations: computes the elementwise parts.
+        rows: of new tokens.
     """
 
     heads: Heads
@@ -125,6 +127,7 @@ class Decoder:
     head: Product
     norm: Norm
     operations: Operations
+    rows: VocabularyRows | None = None
 
     def join(self, flat: FlatAdapters) -> None:
         """Let the linear layers read their adapters from the flat tensor."""
@@ -137,6 +140,12 @@ class Decoder:
         for layer in self.layers:
             for linear in layer.linears:
                 linear.refresh()
+
+    def reset(self) -> None:
+        """Give the adapters' magnitudes, if they have some, the values with which they change nothing."""
+        for layer in self.layers:
+            for linear in layer.linears:
+                linear.reset()
 
     @torch.no_grad()
     def loss(self, packed: PackedSequence) -> Tensor:
@@ -212,7 +221,9 @@ class Decoder:
                     saved.x = inputs.fetch(index)
                 saved = sequence.recompute(self.layers[index], saved, last=index == len(self.layers) - 1)
             assert d_x is not None
-            d_x = sequence.backward(self.layers[index], d_x, saved, first=index == 0)
+            d_x = sequence.backward(self.layers[index], d_x, saved, first=index == 0 and self.rows is None)
+        if self.rows is not None and d_x is not None:
+            self.rows.embedding.look_up_backward(packed.ids, d_x, self.factors.embeddings)
         return loss
 
     def _no_loss(self) -> Tensor:
@@ -221,6 +232,8 @@ class Decoder:
 
     def _embed(self, packed: PackedSequence) -> Tensor:
         x = to_device(self.embedding[packed.ids], packed.positions.device)
+        if self.rows is not None:
+            self.rows.embedding.look_up(packed.ids, x)
         return x if self.factors.embeddings == 1.0 else x.mul_(self.factors.embeddings)
 
     def _head(
@@ -237,10 +250,12 @@ class Decoder:
         """
         normed = torch.empty_like(x)
         x, norm_factor = self.operations.norm(self.norm, x, added, normed)
-        total, gradients, all_losses = self._no_loss(), [], []
+        total, gradients, all_losses, of_rows = self._no_loss(), [], [], []
         for start in range(0, packed.labels, LOGITS_AT_ONCE):
             block = slice(start, start + LOGITS_AT_ONCE)
             logits = self.head.forward(normed[block], None)
+            if self.rows is not None:
+                self.rows.head.add_logits(normed[block], logits)
             losses, gradient = self.operations.cross_entropy(logits, packed.targets[block], factor, self.factors.logits)
             del logits
             weights = None if packed.weights is None else packed.weights[block]
@@ -248,6 +263,11 @@ class Decoder:
             all_losses.append(losses)
             if factor:
                 d_part = self.head.backward(gradient)
+                if self.rows is not None:
+                    of_rows.append(gradient[:, self.rows.head.columns()].clone())
+                    d_part += self.rows.head.logits_backward(of_rows[-1])
+                    if weights is not None:
+                        of_rows[-1].mul_(weights[:, None])
                 gradients.append(d_part if weights is None else d_part.mul_(weights[:, None]))
         # A gradient is linear in the factor of its label, so a loss of all labels needs no second pass.
         factors = None if derivative is None else derivative(torch.cat(all_losses))
@@ -256,6 +276,9 @@ class Decoder:
         d_logits = torch.cat(gradients)
         if factors is not None:
             d_logits.mul_(factors[:, None])
+        if self.rows is not None:
+            d_rows = torch.cat(of_rows)
+            self.rows.head.add_head_gradient(d_rows if factors is None else d_rows * factors[:, None], normed)
         d_normed = InputGradient(d_logits, x.shape[1], None)
         return self.operations.norm_backward(self.norm, d_normed, x, norm_factor, None), total
 

@@ -24,6 +24,7 @@ from ..memory import SMALLEST_BATCH, BatchShape, Memory, MemoryGap, TrainingMemo
 from ..process_environment import ENVIRONMENT
 from . import memory, supported_models
 from .kernels import build
+from .lora_variants import check_variant, has_experts
 
 if TYPE_CHECKING:
     from ..prepared_tokens import PreparedTokens
@@ -48,15 +49,16 @@ class NativeEngine:
         return ("torch", "transformers", *(("bitsandbytes",) if by_transformers else ()))
 
     def check(self, config: Config, base: Path) -> None:
-        """Refuse adapters on the experts of a model that has none.
+        """Refuse adapters on the experts of a model that has none, and variants that the steps have not.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: it has none, or a variant of LoRA can't be trained on this base.
         """
         if config.target_parameters not in (("auto",), ("none",)) and not read_shape(base).experts:
             raise ConfigError("target-parameters: the base model has no experts", "Leave out --target-parameters.")
         if config.load_in_4bit and has_blocks(base):
             self._check_blocks(config, base)
+        check_variant(config, base, is_sharded=self.is_sharded(config, base))
         if OBJECTIVES[config.objective].learns_from is not LearnsFrom.CHATS:
             self._check_preferences(config, base)
 
@@ -114,7 +116,7 @@ class NativeEngine:
             return None
         options = (shape, config.lora_rank, config.target_modules)
         without, adapter = AdapterShape.of(*options), AdapterShape.of(*options, ["all-experts"])
-        if list(config.target_modules) != ["all-linear"] or config.load_in_4bit:
+        if list(config.target_modules) != ["all-linear"] or config.load_in_4bit or not has_experts(config):
             return ExpertChoice(False, without.share_of(shape))
         needed = (
             config.nproc
@@ -163,7 +165,7 @@ class NativeEngine:
             return TrainingMemory(None, gap=MemoryGap.FOUR_BIT)
         if device != "cpu" and (sharded or reason):
             return TrainingMemory(None, gap=MemoryGap.DEVICE, detail=device)
-        adapter = AdapterShape.of(shape, config.lora_rank, config.target_modules, config.target_parameters)
+        adapter = AdapterShape.of_options(shape, config)
         dtype_bytes, keeps_best = DTYPE_BYTES[config.dtype], config.early_stopping > 0
         if device == "cuda":
             return _memory_on_gpus(config, shape, adapter, batch)

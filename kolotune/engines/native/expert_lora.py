@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from kolotune.foundation.errors import ConfigError
 from kolotune.weights.composite_models import language_module
 
+from .lora_settings import LoraSettings
+
 ALL_EXPERTS = "all-experts"
 _MARKS = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
 """What transformers sets on every class of experts whose computation follows its one form."""
@@ -120,13 +122,13 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def add_expert_adapters(
-    model: nn.Module, rank: int, scale: float, dropout: float, targets: Sequence[str]
+    model: nn.Module, settings: LoraSettings, targets: Sequence[str]
 ) -> dict[str, LoraExpertWeight]:
     """Put adapters beside the targeted weights of all experts of a frozen model.
 
     Args:
         model: a causal language model of transformers.
-        rank, scale, dropout: see `LoraExpertWeight`.
+        settings: of the adapters.
         targets: ends of the names of weights, such as ``experts.down_proj``; or ``all-experts``; [] for none.
 
     Returns:
@@ -147,7 +149,7 @@ def add_expert_adapters(
     for name, module in modules.items():
         weights = {weight: getattr(module, weight) for weight in weights_of(module)}
         is_transposed = bool(getattr(module, "is_transposed"))  # noqa: B009
-        updates = new_updates(name, weights, (rank, scale, dropout), targets, is_transposed=is_transposed)
+        updates = new_updates(name, weights, settings, targets, is_transposed=is_transposed)
         adapters |= named_as_saved(name, updates)
         if updates:
             model.set_submodule(name, LoraExperts(module, updates))
@@ -157,7 +159,7 @@ def add_expert_adapters(
 def new_updates(
     name: str,
     weights: Mapping[str, Tensor],
-    options: tuple[int, float, float],
+    settings: LoraSettings,
     targets: Sequence[str],
     *,
     is_transposed: bool = False,
@@ -167,12 +169,19 @@ def new_updates(
     Args:
         name: of the experts' module.
         weights: by name.
-        options: rank, scale and dropout.
+        settings: of the adapters.
         targets: see `add_expert_adapters`.
         is_transposed: see `LoraExpertWeight`.
     """
     return {
-        leaf: LoraExpertWeight(weight, ".".join([*name.split("."), leaf][-3:]), is_transposed, *options)
+        leaf: LoraExpertWeight(
+            weight,
+            ".".join([*name.split("."), leaf][-3:]),
+            is_transposed,
+            settings.rank_of(f"{name}.{leaf}"),
+            settings.scale_of(f"{name}.{leaf}"),
+            settings.dropout,
+        )
         for leaf, weight in weights.items()
         if any(target == ALL_EXPERTS or _is_end(target, f"{name}.{leaf}") for target in targets)
     }

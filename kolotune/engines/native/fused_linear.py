@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .dora import Magnitudes, row_squares
 from .lora import FlatAdapters, LoraPair
-from .matrix_product import InputGradient, Product
+from .matrix_product import DequantizedProduct, InputGradient, Product
 from .operations import Operations
 
 
@@ -47,7 +48,6 @@ class FusedLinear:
             parts = [weight.new_zeros(len(weight)) if bias is None else bias
                      for weight, bias in zip(weights, biases, strict=True)]  # fmt: skip
             self.bias = torch.cat(parts)
-        # Of one scale, since rank and alpha are those of the whole job.
         self.parts: list[tuple[LoraPair, slice, slice]] = []
         row = column = 0
         for weight, pair in zip(weights, pairs, strict=True):
@@ -58,8 +58,16 @@ class FusedLinear:
                 self.parts.append((pair, rows, slice(column, column + len(pair.lora_A))))
                 column += len(pair.lora_A)
         self._operations = operations
+        scales = [pair.scale for pair, _, _ in self.parts]
+        self._scale = scales[0] if len(set(scales)) == 1 else None  # one operation for all of A, where it is the same
         self._drops = any(pair.dropout for pair, _, _ in self.parts)
         self._product = (product or operations.product)(whole, self.inputs)
+        self._magnitudes: Magnitudes | None = None
+        if any(pair.lora_magnitude_vector is not None for pair, _, _ in self.parts):
+            frozen = (
+                self._product.dequantize() if isinstance(self._product, DequantizedProduct) else whole[:, : self.inputs]
+            )
+            self._magnitudes = Magnitudes(self.parts, row_squares(frozen), whole.dtype)
 
     def join(self, flat: FlatAdapters) -> None:
         """Read the adapters from the flat tensor, in which their A follow each other."""
@@ -72,11 +80,22 @@ class FusedLinear:
 
     def refresh(self) -> None:
         """Take over the current values of the adapters; called after each change."""
-        if self.parts:
-            torch.mul(self._a, self.parts[0][0].scale, out=self.down)
+        if self._scale is not None:
+            torch.mul(self._a, self._scale, out=self.down)
         for pair, rows, columns in self.parts:
+            if self._scale is None:
+                torch.mul(self._a[columns], pair.scale, out=self.down[columns])
             added = slice(self.inputs + columns.start, self.inputs + columns.stop)
             self._product.replace(rows, added, pair.lora_B.detach())
+        if self._magnitudes is not None:
+            rows_of_a = self.new_input(self.rank)
+            rows_of_a[:, : self.inputs] = self.down
+            self._magnitudes.refresh(self._product.forward(rows_of_a, None), self.down)
+
+    def reset(self) -> None:
+        """Give the adapters' magnitudes, if they have some, the values with which they change nothing."""
+        if self._magnitudes is not None:
+            self._magnitudes.reset()
 
     def new_input(self, tokens: int) -> Tensor:
         """Allocate an input ``[tokens, inputs + rank]``, of which the caller fills the first `inputs` columns.
@@ -88,30 +107,38 @@ class FusedLinear:
         result[:, self.inputs :] = 0
         return result
 
-    def forward(self, x: Tensor, masks: list[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, kept: list[Tensor] | None = None) -> Tensor:
         """Compute ``[tokens, outputs]`` from ``[tokens, inputs + rank]``.
 
         Args:
             x: from `new_input`; its last `rank` columns are filled here.
-            masks: in training with dropout, a list that receives the masks for `backward`.
+            kept: in training, a list that receives what `backward` needs besides: the masks of dropout, or the outputs
+                before they are scaled to their magnitudes.
         """
         inputs, low = x[:, : self.inputs], x[:, self.inputs :]
-        if masks is None or not self._drops:
+        if kept is None or not self._drops:
             self._operations.lower(inputs, self.down, low)
         else:
             for pair, _, columns in self.parts:
-                masks.append(nn.functional.dropout(torch.ones_like(inputs), pair.dropout))
-                low[:, columns] = (inputs * masks[-1]) @ self.down[columns].t()
-        return self._product.forward(x, self.bias)
+                kept.append(nn.functional.dropout(torch.ones_like(inputs), pair.dropout))
+                low[:, columns] = (inputs * kept[-1]) @ self.down[columns].t()
+        if self._magnitudes is None:
+            return self._product.forward(x, self.bias)
+        out = self._product.forward(x, None)
+        if kept is not None:
+            kept.append(out)
+        scaled = self._magnitudes.forward(out)
+        return scaled if self.bias is None else scaled.add_(self.bias)
 
-    def backward(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None) -> InputGradient:
+    def backward(self, d_out: Tensor, x: Tensor, kept: list[Tensor] | None = None) -> InputGradient:
         """Add to the adapters' gradients; return the input's.
 
         Args:
             d_out: the output's gradient, ``[tokens, outputs]``.
             x: the input of `forward`.
-            masks: the masks from `forward`.
+            kept: from `forward`.
         """
+        d_out, masks = self._unscaled(d_out, kept)
         d_x = self._product.backward(d_out)
         if not self.parts:
             return InputGradient(d_x, self.inputs, None)
@@ -123,11 +150,18 @@ class FusedLinear:
             d_inputs += (d_low[:, columns] @ self.down[columns]) * mask
         return InputGradient(d_x, self.inputs, None)
 
-    def backward_of_frozen(self, d_out: Tensor, x: Tensor, masks: list[Tensor] | None = None) -> None:
+    def backward_of_frozen(self, d_out: Tensor, x: Tensor, kept: list[Tensor] | None = None) -> None:
         """Like `backward`, without the gradient of the input."""
         if self.parts:
+            d_out, masks = self._unscaled(d_out, kept)
             parts = [d_out[:, rows] @ pair.lora_B.detach().to(d_out.dtype) for pair, rows, _ in self.parts]
             self._add_gradients(d_out, torch.cat(parts, 1), x, masks)
+
+    def _unscaled(self, d_out: Tensor, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+        """Return the gradient before the outputs are scaled, and the masks of dropout."""
+        if self._magnitudes is None or not kept:
+            return d_out, kept
+        return self._magnitudes.backward(d_out, kept[-1]), kept[:-1]
 
     def _add_gradients(self, d_out: Tensor, d_low: Tensor, x: Tensor, masks: list[Tensor] | None) -> None:
         """Add to the adapters' gradients; `d_low` is the gradient of ``A x``, ``[tokens, rank]``."""
@@ -135,9 +169,9 @@ class FusedLinear:
         for pair, rows, columns in self.parts:
             assert pair.lora_B.grad is not None
             add(pair.lora_B.grad, d_out[:, rows], low[:, columns], 1.0)
-        scale = self.parts[0][0].scale
-        if not masks:
-            add(self._a_gradient, d_low, inputs, scale)
+        if not masks and self._scale is not None:
+            add(self._a_gradient, d_low, inputs, self._scale)
             return
-        for (_, _, columns), mask in zip(self.parts, masks, strict=True):
-            add(self._a_gradient[columns], d_low[:, columns], inputs * mask, scale)
+        for at, (pair, _, columns) in enumerate(self.parts):
+            dropped = inputs * masks[at] if masks else inputs
+            add(self._a_gradient[columns], d_low[:, columns], dropped, pair.scale)

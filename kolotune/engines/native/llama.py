@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kolotune.weights.initial_matrices import Initial
 from kolotune.weights.model_config import read_model_config
 from kolotune.weights.stored_blocks import has_blocks
 from kolotune.weights.torch_tensors import TensorFiles
@@ -25,13 +26,17 @@ from .experts import DOWN, GATE_UP, Experts
 from .families import Norms
 from .fused_linear import FusedLinear
 from .lora import LoraPair
+from .lora_settings import LoraSettings
 from .matrix_product import Product
 from .mlp import DenseMlp
 from .nf4 import Nf4Product
 from .operations import LogitScaling, Norm, Operations
 from .rotary_frequencies import frequencies
+from .starting_matrices import start
+from .token_rows import NewTokenRows, VocabularyRows
 
 _CPU = torch.device("cpu")
+_EMBEDDING_ROWS, _HEAD_ROWS = "model.embed_tokens.token_adapter", "lm_head.token_adapter"
 _OUT, _DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
 _LINEARS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "out": _OUT,
@@ -55,26 +60,26 @@ def load(
     folder: Path,
     operations: Operations,
     dtype: torch.dtype,
-    rank: int,
-    scale: float,
-    dropout: float,
+    settings: LoraSettings,
     targets: Sequence[str],
     parameters: Sequence[str] = (),
     device: torch.device = _CPU,
     in_4bit: bool = False,
-) -> tuple[Decoder, dict[str, LoraPair | LoraExpertWeight]]:
+    new_tokens: Sequence[int] = (),
+) -> tuple[Decoder, dict[str, LoraPair | LoraExpertWeight | NewTokenRows]]:
     """Load a model's decoder, and create adapters by the full names of their layers, in the model's order.
 
     Args:
         folder: a model that `supported_models` supports.
         operations: computes the elementwise parts.
         dtype: of the frozen weights and of the arithmetic.
-        rank, scale, dropout: see `LoraPair`.
+        settings: of the adapters.
         targets: see `lora.target_leaves`.
         parameters: see `expert_lora.add_expert_adapters`.
         device: of the frozen weights; the adapters are created on the CPU.
         in_4bit: whether the linear layers' weights are kept in 4 bits, or in the blocks of the GGUF that the model was
             made from.
+        new_tokens: ids, which follow each other, of the tokens whose rows are trained.
 
     Raises:
         ConfigError: a target is not a linear layer, or no weight of experts.
@@ -90,21 +95,25 @@ def load(
     chosen = lora.target_leaves({name.rpartition(".")[2] for name in present}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
-        return LoraPair(inputs, outputs, rank, scale, dropout) if name.rpartition(".")[2] in chosen else None
+        if name.rpartition(".")[2] not in chosen:
+            return None
+        sizes = inputs, outputs, settings.rank_of(name)
+        return LoraPair(*sizes, settings.scale_of(name), settings.dropout, settings.has_magnitudes)
 
     blocks = BlockFiles(folder, device) if in_4bit and has_blocks(folder) else None
-    parts = _Parts(files, device, dtype, operations, architecture, pair, in_4bit, blocks)
+    parts = _Parts(files, device, dtype, operations, architecture, pair, in_4bit, blocks, settings.initial)
     patterns = architecture.patterns
     layers = [
         parts.layer(prefix, linears, patterns.index(pattern))
         for prefix, pattern in zip(prefixes, architecture.layers, strict=True)
     ]
-    of_experts = _expert_adapters(layers, (rank, scale, dropout), parameters)
-    return parts.decoder(layers), {**parts.adapters, **of_experts}
+    of_experts = _expert_adapters(layers, settings, parameters)
+    decoder, rows = parts.decoder(layers, new_tokens)
+    return decoder, {**parts.adapters, **of_experts, **rows}
 
 
 def _expert_adapters(
-    layers: Sequence[Layer], options: tuple[int, float, float], targets: Sequence[str]
+    layers: Sequence[Layer], settings: LoraSettings, targets: Sequence[str]
 ) -> dict[str, LoraExpertWeight]:
     """Create the adapters of experts, on the CPU, and give them to the layers; return them by PEFT's names."""
     modules = {
@@ -116,7 +125,7 @@ def _expert_adapters(
     adapters: dict[str, LoraExpertWeight] = {}
     for name, experts in modules.items():
         weights = {leaf: weight.to("meta") for leaf, weight in experts.weights.items()}
-        experts.updates = expert_lora.new_updates(name, weights, options, targets)
+        experts.updates = expert_lora.new_updates(name, weights, settings, targets)
         adapters |= expert_lora.named_as_saved(name, experts.updates)
     return adapters
 
@@ -153,21 +162,27 @@ class _Parts:
     pair: Callable[[str, int, int], LoraPair | None]
     in_4bit: bool = False
     blocks: BlockFiles | None = None
+    initial: Initial | None = None
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
     def read(self, name: str, device: torch.device | None = None) -> Tensor:
         """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
         return self.files.read(name).to(device or self.device, self.dtype, copy=True)
 
-    def decoder(self, layers: list[Layer]) -> Decoder:
-        """Read what is around the layers."""
+    def decoder(self, layers: list[Layer], new_tokens: Sequence[int]) -> tuple[Decoder, dict[str, NewTokenRows]]:
+        """Read what is around the layers; return also the rows of new tokens, by PEFT's names."""
         architecture = self.architecture
         is_tied = "lm_head.weight" not in self.files
         # A GPU that needs 4 bits has better use for the memory than some rows of a table that the host can look up.
         at_host = self.in_4bit and not is_tied
         embedding = self.read("model.embed_tokens.weight", _CPU if at_host else self.device)
         head = embedding if is_tied else self.read("lm_head.weight")
-        return Decoder(
+        rows: dict[str, NewTokenRows] = {}
+        if new_tokens:
+            rows[_EMBEDDING_ROWS] = NewTokenRows(embedding, new_tokens[0], len(new_tokens))
+            if not is_tied:
+                rows[_HEAD_ROWS] = NewTokenRows(head, new_tokens[0], len(new_tokens))
+        decoder = Decoder(
             heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
             settings=[_setting(architecture, pattern, self.device) for pattern in architecture.patterns],
             layers=layers,
@@ -176,7 +191,9 @@ class _Parts:
             head=self.operations.product(head, head.shape[1]),
             norm=self.norm("model.norm"),
             operations=self.operations,
+            rows=VocabularyRows(rows[_EMBEDDING_ROWS], rows.get(_HEAD_ROWS, rows[_EMBEDDING_ROWS])) if rows else None,
         )
+        return decoder, rows
 
     def norm(self, name: str) -> Norm:
         return Norm(self.read(f"{name}.weight"), self.architecture.epsilon, self.architecture.family.norms_stored_less)
@@ -185,8 +202,12 @@ class _Parts:
         """Read several linear layers as one."""
         full = [f"{prefix}.{name}" for name in names]
         weights = [self.read(f"{name}.weight") for name in full]
-        biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]
         pairs = [self.pair(name, *weight.shape) for name, weight in zip(full, weights, strict=True)]
+        for at, pair in enumerate(pairs):
+            if pair is not None and self.initial is not None:
+                left = start(pair, self.initial, self.files.read(f"{full[at]}.weight"))
+                weights[at] = left.to(self.device, self.dtype)
+        biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]
         self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
         return FusedLinear(self.operations, weights, biases, pairs, self._compressed(full, weights))
 

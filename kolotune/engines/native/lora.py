@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from kolotune.foundation.errors import ConfigError
 from kolotune.weights.composite_models import language_module
+from kolotune.weights.initial_matrices import Initial
+
+from .dora import adapted_lengths, row_squares
+from .starting_matrices import start
+from .token_rows import ROWS, NewTokenRows
+
+if TYPE_CHECKING:
+    from .lora_settings import LoraSettings
 
 ALL_LINEAR = "all-linear"
+A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
+"""The trained tensors of an adapter, as attributes and in PEFT's files."""
 
 
 class Adapter(Protocol):
@@ -23,6 +33,13 @@ class Adapter(Protocol):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+
+
+def parts_of(adapter: Adapter | NewTokenRows) -> tuple[str, ...]:
+    """Return the names of an adapter's trained tensors: its matrices, and the magnitudes if it has some (DoRA)."""
+    if isinstance(adapter, NewTokenRows):
+        return adapter.parts
+    return (A, B) if getattr(adapter, MAGNITUDE, None) is None else (A, B, MAGNITUDE)
 
 
 class LoraPair:
@@ -33,18 +50,23 @@ class LoraPair:
     Attributes:
         lora_A: ``[rank, in]``, initially random.
         lora_B: ``[out, rank]``, initially zero.
+        lora_magnitude_vector: ``[out]``, zero until the weights are known; None without magnitudes (DoRA).
         scale: factor of their product.
         dropout: probability with which inputs of A are zeroed in training.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, scale: float, dropout: float, has_magnitudes: bool = False
+    ) -> None:
         self.lora_A, self.lora_B = _new_matrices(inputs, outputs, rank, torch.device("cpu"))
+        self.lora_magnitude_vector = nn.Parameter(torch.zeros(outputs)) if has_magnitudes else None
         self.scale = scale
         self.dropout = dropout
 
     def to(self, device: torch.device) -> None:
-        """Move both matrices to a device. They are created on the CPU, from the same random numbers everywhere."""
-        self.lora_A, self.lora_B = (nn.Parameter(each.detach().to(device)) for each in (self.lora_A, self.lora_B))
+        """Move its tensors to a device. They are created on the CPU, from the same random numbers everywhere."""
+        for part in parts_of(self):
+            setattr(self, part, nn.Parameter(getattr(self, part).detach().to(device)))
 
 
 def _new_matrices(inputs: int, outputs: int, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
@@ -55,16 +77,26 @@ def _new_matrices(inputs: int, outputs: int, rank: int, device: torch.device) ->
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus ``scale * B(A(dropout(x)))``.
+    """A frozen linear layer plus ``scale * B(A(dropout(x)))``; with magnitudes (DoRA), scaled to these.
 
     Args:
         base: the layer, ``[in] → [out]``, an `nn.Linear` or GPT-2's `Conv1D`; its weights stay frozen in their dtype.
         rank: rows of A and columns of B.
-        scale: factor of the product, `TrainJob.lora_scale`.
+        scale: factor of the product.
         dropout: probability with which inputs of A are zeroed in training.
+        has_magnitudes: see `dora`; the weights must be floating-point numbers that are all in memory.
+        initial: see `starting_matrices`; the same.
     """
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        has_magnitudes: bool = False,
+        initial: Initial | None = None,
+    ) -> None:
         super().__init__()
         self.base: Any = base
         self._is_transposed = _is_conv1d(base)
@@ -73,6 +105,36 @@ class LoraLinear(nn.Module):
         weight = cast(Tensor, base.weight)
         device = torch.device("cpu") if weight.is_meta else weight.device
         self.lora_A, self.lora_B = _new_matrices(*_sizes(base), rank, device)
+        if initial is not None:
+            left = start(self, initial, self._rows_of_outputs)
+            weight.data.copy_(left.T if self._is_transposed else left)
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if has_magnitudes:
+            self._squares = row_squares(self._rows_of_outputs)
+            self.lora_magnitude_vector = nn.Parameter(self._lengths())
+
+    @property
+    def _rows_of_outputs(self) -> Tensor:
+        """The frozen weight, ``[out, in]``."""
+        weight: Tensor = self.base.weight
+        return weight.detach().T if self._is_transposed else weight.detach()
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        """Return the lengths of the rows of the adapted weight, fp32 ``[out]``."""
+        down, weight = self.scale * self.lora_A, self._rows_of_outputs
+        return adapted_lengths(self._squares, down.to(weight.dtype) @ weight.T, down, self.lora_B)
+
+    def _change(self) -> Tensor:
+        """Return the factors of the outputs, less 1, fp32 ``[out]``."""
+        assert self.lora_magnitude_vector is not None
+        return self.lora_magnitude_vector / self._lengths() - 1
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Give the magnitudes, if there are some, the values with which they change nothing."""
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self._lengths())
 
     @property
     def weight(self) -> Tensor:
@@ -84,7 +146,11 @@ class LoraLinear(nn.Module):
         if not weight.is_floating_point():
             return weight
         delta = self.lora_B @ self.lora_A
-        return torch.add(weight, (delta.T if self._is_transposed else delta).to(weight.dtype), alpha=self.scale)
+        adapted = torch.add(weight, (delta.T if self._is_transposed else delta).to(weight.dtype), alpha=self.scale)
+        if self.lora_magnitude_vector is None:
+            return adapted
+        change = self._change().to(weight.dtype)
+        return torch.addcmul(adapted, adapted, change if self._is_transposed else change[:, None])
 
     @property
     def bias(self) -> Tensor | None:
@@ -96,17 +162,21 @@ class LoraLinear(nn.Module):
         """``[..., in] → [..., out]`` in x's dtype."""
         low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))
         delta = nn.functional.linear(low, self.lora_B.to(x.dtype))
-        return torch.add(self.base(x), delta, alpha=self.scale)
+        out: Tensor = self.base(x)
+        if self.lora_magnitude_vector is None:
+            return torch.add(out, delta, alpha=self.scale)
+        bias = self.bias
+        adapted = torch.add(out if bias is None else out - bias, delta, alpha=self.scale)
+        scaled = torch.addcmul(adapted, adapted, self._change().to(x.dtype))
+        return scaled if bias is None else scaled + bias
 
 
-def add_adapters(
-    model: nn.Module, rank: int, scale: float, dropout: float, targets: Sequence[str]
-) -> dict[str, LoraLinear]:
+def add_adapters(model: nn.Module, settings: LoraSettings, targets: Sequence[str]) -> dict[str, LoraLinear]:
     """Freeze the model and put an adapter beside each targeted linear layer.
 
     Args:
         model: a causal language model of transformers.
-        rank, scale, dropout: see `LoraLinear`.
+        settings: of the adapters.
         targets: last parts of layer names, or ``all-linear`` for all layers but the head.
 
     Returns:
@@ -129,7 +199,8 @@ def add_adapters(
     for name, layer in linear.items():
         parent_name, _, leaf = name.rpartition(".")
         if leaf in leaves:
-            adapters[name] = LoraLinear(layer, rank, scale, dropout)
+            sizes = settings.rank_of(name), settings.scale_of(name)
+            adapters[name] = LoraLinear(layer, *sizes, settings.dropout, settings.has_magnitudes, settings.initial)
             setattr(model.get_submodule(parent_name), leaf, adapters[name])
     if not adapters:
         raise ConfigError(
@@ -180,7 +251,7 @@ def target_leaves(leaves: set[str], targets: Sequence[str]) -> set[str]:
 
 
 class FlatAdapters:
-    """All adapters' matrices in one flat tensor, so that clipping and the optimizer's step are one operation each.
+    """All adapters' tensors in one flat tensor, so that clipping and the optimizer's step are one operation each.
 
     The adapters' own parameters become views of it, and their gradients views of its gradient.
 
@@ -192,7 +263,7 @@ class FlatAdapters:
         parameter: fp32 ``[weights]``; its gradient is allocated at once.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter], order: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter | NewTokenRows], order: Sequence[tuple[str, str]]) -> None:
         matrices = {f"{name}.{part}": getattr(adapters[name], part) for name, part in order}
         flat = torch.cat([each.detach().flatten() for each in matrices.values()])
         self.parameter = nn.Parameter(flat)
@@ -212,7 +283,7 @@ class FlatAdapters:
         return {name: flat[start : start + shape.numel()].view(shape) for name, (start, shape) in self._offsets.items()}
 
 
-def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+def adapter_tensors(adapters: Mapping[str, Adapter | NewTokenRows]) -> dict[str, Tensor]:
     """Return the adapters' weights under PEFT's names and in its form, fp32, on the CPU.
 
     Of a linear layer these are A ``[rank, in]`` and B ``[out, rank]``; of a weight of all experts, A ``[experts * rank,
@@ -220,20 +291,27 @@ def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, adapter in adapters.items():
-        for part, weight in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
+        for part in parts_of(adapter):
+            weight: Tensor = getattr(adapter, part)
             stored = weight.detach()
             if weight.ndim == 3:
-                stored = stored.flatten(0, 1) if part == "lora_A" else stored.permute(1, 2, 0).flatten(1, 2)
-            tensors[f"base_model.model.{name}.{part}.weight"] = stored.to("cpu", copy=True).contiguous()
+                stored = stored.flatten(0, 1) if part == A else stored.permute(1, 2, 0).flatten(1, 2)
+            tensors[_stored_name(name, part)] = stored.to("cpu", copy=True).contiguous()
     return tensors
 
 
-def load_tensors(adapters: Mapping[str, Adapter], tensors: dict[str, Tensor]) -> None:
+def _stored_name(adapter: str, part: str) -> str:
+    """Return the name of an adapter's tensor in PEFT's files."""
+    return f"base_model.model.{adapter}.{part}{'' if part in (MAGNITUDE, ROWS) else '.weight'}"
+
+
+def load_tensors(adapters: Mapping[str, Adapter | NewTokenRows], tensors: dict[str, Tensor]) -> None:
     """Load weights that `adapter_tensors` returned."""
     with torch.no_grad():
         for name, adapter in adapters.items():
-            for part, weight in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
-                stored = tensors[f"base_model.model.{name}.{part}.weight"]
-                if weight.ndim == 3 and part == "lora_B":
+            for part in parts_of(adapter):
+                weight: Tensor = getattr(adapter, part)
+                stored = tensors[_stored_name(name, part)]
+                if weight.ndim == 3 and part == B:
                     stored = stored.view(*weight.shape[1:], len(weight)).permute(2, 0, 1)
-                weight.copy_(stored.view(weight.shape) if part == "lora_A" else stored)
+                weight.copy_(stored.view(weight.shape) if part == A else stored)

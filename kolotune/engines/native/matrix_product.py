@@ -90,5 +90,9 @@ class DequantizedProduct:
         d_x[:, self._inputs :] = d_out @ self._added
         return d_x
 
+    def dequantize(self) -> Tensor:
+        """Return the frozen matrix, ``[outputs, inputs]``, fp32."""
+        return self._frozen.dequantize(torch.float32)
+
     def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
         self._added[rows, columns.start - self._inputs : columns.stop - self._inputs] = values

@@ -53,11 +53,13 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
         dtype_bytes: bytes per number.
     """
     attention = shape.attention_heads * shape.head_size
-    ranks = adapter.rank * sum(linear.name in adapter.adapted for linear in shape.first_layer)
+    ranks = sum(adapter.rank_of(linear.name) for linear in shape.first_layer if linear.name in adapter.adapted)
     # The layer's input, the inputs of both norms, the sum between them, attention's output, gate, up and their product.
     per_token = 4 * shape.hidden_size + attention + 3 * shape.mlp_size + ranks
+    per_token += adapter.scaled_outputs(shape)  # as they are before they are scaled
+    expert_ranks = sum(adapter.rank_of(each.name) for each in shape.experts[:2]) or 2 * adapter.rank
     # Each expert of a token has its input and output, gate, up and their product.
-    per_token += shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.mlp_size + 2 * adapter.rank)
+    per_token += shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.mlp_size + expert_ranks)
     heads = shape.attention_heads + 2 * shape.key_value_heads
     # What some families normalize besides: the outputs of attention and MLP; queries and keys, beside the values.
     per_token += 2 * shape.hidden_size * shape.norms_outputs + heads * shape.head_size * shape.norms_heads
@@ -180,8 +182,8 @@ def offloads_on_gpu(
 
 
 def _optimizer_bytes(adapter: AdapterShape, keeps_best: bool) -> int:
-    """Return the bytes of the adapter's weights, gradient and AdamW moments, and of the best adapter if it is kept."""
-    return FP32_BYTES * adapter.weight_count * (5 if keeps_best else 4)
+    """Return the bytes of the adapter's weights, gradient and AdamW moments; of the best and the first, if kept."""
+    return FP32_BYTES * adapter.weight_count * (4 + keeps_best + adapter.keeps_start)
 
 
 def _frozen_bytes(shape: ModelShape, adapter: AdapterShape, dtype_bytes: int, in_4bit: bool) -> int:

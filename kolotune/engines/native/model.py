@@ -25,11 +25,13 @@ from .device_operations import DeviceOperations
 from .embedding_noise import PaddedNoise
 from .kernels import build
 from .kernels.compiled_operations import CompiledOperations
+from .lora_settings import LoraSettings
 from .memory import layer_activation_bytes, offloads_on_gpu, recomputes_on_gpu, transformers_activation_bytes
 from .offloading import HostInputs
 from .operations import Operations, PlainOperations
 from .padded_batch import pad_batch
 from .sequence_packing import PackedSequence, costs, group_by_length, pack, token_budget
+from .token_rows import NewTokenRows
 from .transfers import sum_dtype, to_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,8 +46,8 @@ class TrainingModel(Protocol):
     """How many times memory ran out; each time halves the number of chats that are computed at once."""
 
     @property
-    def adapters(self) -> Mapping[str, lora.Adapter]:
-        """Adapters by the full names of their layers, in the model's order; those of experts are the last."""
+    def adapters(self) -> Mapping[str, lora.Adapter | NewTokenRows]:
+        """Adapters by the full names of their layers, in the model's order; then those of experts, and token rows."""
 
     @property
     def flat(self) -> lora.FlatAdapters:
@@ -80,6 +82,9 @@ class TrainingModel(Protocol):
 
     def updated(self) -> None:
         """Take over new values of the adapters; called after each change."""
+
+    def reset(self) -> None:
+        """Give magnitudes, if there are some, the values with which they change nothing, and take them over."""
 
 
 def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
@@ -121,20 +126,27 @@ class PackedModel:
         if operations is None:
             operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()
         self._budget = token_budget(device)
-        lora_options = (job.lora_rank, job.lora_scale, job.lora_dropout, job.target_modules, job.target_parameters)
+        options = (LoraSettings.of(job), job.target_modules, job.target_parameters)
         self.decoder, self.adapters = llama.load(
-            Path(job.base_model), operations, dtype, *lora_options, self._device, job.load_in_4bit
+            Path(job.base_model), operations, dtype, *options, self._device, job.load_in_4bit, job.new_tokens
         )
         names = {id(pair): name for name, pair in self.adapters.items()}
         order = [
             (names[id(pair)], part)
             for layer in self.decoder.layers
             for linear in layer.linears
-            for part in ("lora_A", "lora_B")
+            for part in (lora.A, lora.B, lora.MAGNITUDE)
             for pair, _, _ in linear.parts
+            if part in lora.parts_of(pair)
         ]
         experts = expert_lora.among(self.adapters)
-        order += [(name, part) for name in experts for part in ("lora_A", "lora_B")]
+        order += [(name, part) for name in experts for part in (lora.A, lora.B)]
+        order += [
+            (name, part)
+            for name, each in self.adapters.items()
+            if isinstance(each, NewTokenRows)
+            for part in each.parts
+        ]
         for pair in self.adapters.values():
             pair.to(self._device)
         self.flat = lora.FlatAdapters(self.adapters, order)
@@ -142,9 +154,9 @@ class PackedModel:
         self._noise = job.neftune_noise_alpha
         self._shares = not (job.lora_dropout or job.neftune_noise_alpha)
         self._shape = shape = read_shape(Path(job.base_model))
-        self._adapter = AdapterShape.of(shape, job.lora_rank, job.target_modules, job.target_parameters)
+        self._adapter = AdapterShape.of_options(shape, job)
         self._label = shape.vocabulary_size * shape.hidden_size / max(1, shape.layer_weight_count)
-        self.updated()
+        self.reset()
         self._free = hardware.free_on(device)  # asked once: later the step's own memory would count
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
@@ -201,6 +213,10 @@ class PackedModel:
     def updated(self) -> None:
         self.decoder.refresh()
 
+    def reset(self) -> None:
+        self.decoder.refresh()
+        self.decoder.reset()
+
     def _on_device(self, packed: PackedSequence) -> PackedSequence:
         return packed.to(self._device, self.decoder.embedding.device)
 
@@ -220,6 +236,7 @@ class PackedModel:
             return needed > psutil.virtual_memory().available // 2
         width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
         needed = tokens * width * _ACTIVATIONS_KEPT * layers
+        needed += tokens * layers * self._adapter.scaled_outputs(self._shape) * DTYPE_BYTES[self._dtype]
         return needed > psutil.virtual_memory().available // 2
 
     def _offloads(self, packed: PackedSequence) -> bool:
@@ -250,18 +267,20 @@ class TransformersModel:
         self._says_what_is_text = "token_type_ids" in arguments and is_composite(read_model_config(folder))
         self.language_model = language_module(self.model)[0]
         torch.manual_seed(job.seed)
-        options = (job.lora_rank, job.lora_scale, job.lora_dropout)
-        self.adapters: dict[str, lora.Adapter] = {
-            **lora.add_adapters(self.model, *options, job.target_modules),
-            **expert_lora.add_expert_adapters(self.model, *options, job.target_parameters),
+        settings = LoraSettings.of(job)
+        self.adapters: dict[str, lora.Adapter | NewTokenRows] = {
+            **lora.add_adapters(self.model, settings, job.target_modules),
+            **expert_lora.add_expert_adapters(self.model, settings, job.target_parameters),
         }
         if is_sharded:
-            trained = [part for each in self.adapters.values() for part in (each.lora_A, each.lora_B)]
+            trained: list[nn.Parameter] = [
+                getattr(adapter, part) for adapter in self.adapters.values() for part in lora.parts_of(adapter)
+            ]
             sharding.shard(self.model, folder, trained, device)
         self._shape, self._width, self._sharded = read_shape(folder), DTYPE_BYTES[job.dtype], is_sharded
-        self._adapter = AdapterShape.of(self._shape, job.lora_rank, job.target_modules, job.target_parameters)
+        self._adapter = AdapterShape.of_options(self._shape, job)
         self._noise = PaddedNoise(self.model, job.neftune_noise_alpha)
-        order = [(name, part) for name in self.adapters for part in ("lora_A", "lora_B")]
+        order = [(name, part) for name, each in self.adapters.items() for part in lora.parts_of(each)]
         self.flat = lora.FlatAdapters(self.adapters, order)
 
     def costs(self, tokens: PreparedTokens, indices: Sequence[int]) -> dict[int, float]:
@@ -305,6 +324,11 @@ class TransformersModel:
 
     def updated(self) -> None:
         """Do nothing: the layers read the adapters themselves."""
+
+    def reset(self) -> None:
+        for adapter in self.adapters.values():
+            if isinstance(adapter, lora.LoraLinear):
+                adapter.reset()
 
     def _loss(self, tokens: PreparedTokens, group: Sequence[int]) -> Tensor:
         """Return the weighted, summed cross-entropy, fp32 ``[]``; logits are computed only where a label is next."""

@@ -10,35 +10,46 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .lora import Adapter, FlatAdapters
+from .lora import A, Adapter, FlatAdapters, parts_of
+from .token_rows import ROWS, NewTokenRows
 
 
 class AdapterOptimizer:
     """The optimizer, and its state as a checkpoint stores it.
 
-    With one rate for all, AdamW is a single operation on the flat tensor; with two, one on each matrix, which is a view
-    of it. A checkpoint has the same tensors either way.
+    Magnitudes (DoRA) have the rate of B, as with PEFT's LoRA+. With one rate for all, AdamW is one operation on the
+    flat tensor; with two, one on each matrix, which is a view of it. A checkpoint has the same tensors either way.
 
     Args:
         adapters: all of them.
         flat: their matrices as one tensor.
-        weight_decay: of A and B.
+        weight_decay: of all of them.
         ratio: B's learning rate, divided by A's.
         fused: whether to use PyTorch's fused step.
     """
 
     def __init__(
-        self, adapters: Mapping[str, Adapter], flat: FlatAdapters, weight_decay: float, ratio: float, fused: bool
+        self,
+        adapters: Mapping[str, Adapter | NewTokenRows],
+        flat: FlatAdapters,
+        weight_decay: float,
+        ratio: float,
+        fused: bool,
     ) -> None:
         self._flat = flat
         self._parameters: dict[str, nn.Parameter] = {"": flat.parameter}
         groups: list[dict[str, object]] = [{"params": [flat.parameter], "ratio": 1.0}]
         if ratio != 1:
-            matrices = {part: {f"{name}.{part}": getattr(adapters[name], part) for name in adapters} for part in _PARTS}
-            self._parameters = {name: each for part in _PARTS for name, each in matrices[part].items()}
+            named = {
+                (name, part): getattr(adapter, part) for name, adapter in adapters.items() for part in parts_of(adapter)
+            }
+            self._parameters = {f"{name}.{part}": tensor for (name, part), tensor in named.items()}
             groups = [
-                {"params": [*matrices[part].values()], "ratio": factor}
-                for part, factor in zip(_PARTS, (1.0, ratio), strict=True)
+                {
+                    "params": [tensor for (_, part), tensor in named.items() if (part in (A, ROWS)) is is_first],
+                    "ratio": factor,
+                }
+                for is_first, factor in ((True, 1.0), (False, ratio))
             ]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
 
@@ -77,6 +88,3 @@ class AdapterOptimizer:
     def _named(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """Return the parts of a tensor that is laid out like the parameter `name`, by matrix."""
         return {name: value} if name else self._flat.named(value)
-
-
-_PARTS = ("lora_A", "lora_B")

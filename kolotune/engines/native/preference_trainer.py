@@ -24,6 +24,7 @@ from .model import PackedModel
 from .preference_answers import AnswerTable, mismatched
 from .preference_losses import PREFERRED, REJECTED, Answers, PreferenceLoss, Totals, estimated_kl
 from .process_group import ProcessGroup
+from .starting_matrices import as_base
 from .trainer import Trainer
 
 
@@ -155,8 +156,8 @@ class PreferenceTrainer(Trainer):
             if self.job.start_from:
                 self.start()
             else:
-                self.parameter.zero_()
-                self.model.updated()
+                as_base(self.parameter, self.adapters)
+                self.model.reset()
             try:
                 yield
             finally:

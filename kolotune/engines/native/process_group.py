@@ -81,6 +81,11 @@ class ProcessGroup:
         if self.size > 1:
             dist.all_reduce(gradient)
 
+    def copy_first(self, value: Tensor) -> None:
+        """Replace a tensor by that of the first process."""
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of ``value []`` over all processes, which may replace it."""
         if self.size > 1:

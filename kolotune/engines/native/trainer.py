@@ -22,9 +22,11 @@ from ..prepared_tokens import PreparedTokens, longest_first
 from ..training_length import TrainingLength
 from . import checkpointer, lora
 from .checkpointer import TrainingState
+from .lora_settings import LoraSettings
 from .model import open_model
 from .optimizer import AdapterOptimizer
 from .process_group import ProcessGroup
+from .starting_matrices import keep_start
 from .transfers import sum_dtype
 
 
@@ -52,6 +54,7 @@ class Trainer:
         longest = max((each.longest for each in (self.tokens, self.held_out) if each is not None), default=0)
         self.model = open_model(job, self.device, longest)
         self.adapters = self.model.adapters
+        self._agree()
         if job.start_from:
             self.start()
         self.parameter = self.model.flat.parameter
@@ -64,6 +67,15 @@ class Trainer:
         )
         self.state = TrainingState()
         self.figures: dict[str, float] = {}
+
+    def _agree(self) -> None:
+        """Take over the first process's adapters where they are computed from the base: the last bits may differ."""
+        settings = LoraSettings.of(self.job)
+        if self.group.size > 1 and (settings.has_magnitudes or settings.initial is not None):
+            self.group.copy_first(self.model.flat.parameter.detach())
+            if settings.initial is not None:
+                keep_start(self.adapters)
+            self.model.updated()
 
     def start(self) -> None:
         """Give the adapters the weights that the training starts from.

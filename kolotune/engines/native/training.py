@@ -19,8 +19,10 @@ from ..prepared_tokens import epoch_steps
 from . import checkpointer, expert_lora, lora
 from .checkpointer import TrainingState
 from .learning_rate import learning_rate_factor
+from .lora_settings import LoraSettings
 from .preference_trainer import PreferenceTrainer
 from .process_group import ProcessGroup
+from .starting_matrices import added_to_base
 from .trainer import Trainer
 
 
@@ -127,16 +129,23 @@ def _save(trainer: Trainer) -> None:
     """Write the adapter: the last one, or with early stopping the best one."""
     job = trainer.job
     best = trainer.state.tensors_under("best.") if job.early_stopping else {}
+    tensors, settings = best or lora.adapter_tensors(trainer.adapters), LoraSettings.of(job)
+    if settings.initial is not None:
+        tensors, settings = added_to_base(tensors, trainer.adapters), settings.of_twice_the_rank()
     save_adapter(
         Path(job.adapter),
-        best or lora.adapter_tensors(trainer.adapters),
+        tensors,
         base_name=job.base_name,
-        rank=job.lora_rank,
-        alpha=job.lora_alpha,
+        rank=settings.rank,
+        alpha=settings.alpha,
         rank_stabilised=job.use_rslora,
+        has_magnitudes=job.use_dora,
         dropout=job.lora_dropout,
+        ranks=settings.ranks,
+        alphas=settings.alphas,
         language_model=trainer.model.language_model,
         parameters=expert_lora.target_parameters(trainer.adapters),
+        new_tokens=job.new_tokens,
     )
 
 

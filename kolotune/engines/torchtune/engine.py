@@ -42,6 +42,8 @@ class TorchtuneEngine:
                 f"objective {config.objective}: torchtune's recipe for chats has no preferences",
                 "Train with --engine native, or on the preferred answers with --objective sft.",
             )
+        if config.new_token or config.new_special_token:
+            raise ConfigError("new-token: torchtune's recipes train adapters only", "Train with --engine native.")
         if config.start_from is not None:
             raise ConfigError("start-from: torchtune trains new adapters here", "Train with --engine native.")
         if config.load_in_4bit and has_blocks(base):

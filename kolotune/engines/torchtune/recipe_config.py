@@ -44,12 +44,41 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
         raise ConfigError(
             "target-parameters: torchtune's models have no experts", f"Leave --target-parameters out, {_OTHERWISE}"
         )
+    _check_variants(settings)
+    if settings.early_stopping:
+        raise ConfigError(
+            "early-stopping: torchtune trains all epochs and keeps the last",
+            f"Leave --early-stopping out, {_OTHERWISE}",
+        )
+    adapted_layers(settings.target_modules, shape)
+    if four_bit(settings, shape):
+        _check_four_bit(shape, settings.nproc * settings.nnodes)
+
+
+def _check_variants(settings: Config | TrainJob) -> None:
+    """Refuse the variants of LoRA that torchtune has not, or that kolotune does not train with it."""
     if settings.use_rslora:
         raise ConfigError(
             "use-rslora: torchtune 0.6.1 scales adapters by alpha / rank only",
             f"Leave --use-rslora out, {_OTHERWISE} Multiplying --lora-alpha by the root of --lora-rank gives the same "
             "scale.",
         )
+    if settings.use_dora:
+        raise ConfigError(
+            "use-dora: kolotune trains plain LoRA with torchtune's recipes", f"Leave --use-dora out, {_OTHERWISE}"
+        )
+    if settings.init_lora_weights != "default":
+        raise ConfigError(
+            f"init-lora-weights {settings.init_lora_weights}: torchtune 0.6.1 starts adapters as nothing only",
+            f"Leave --init-lora-weights out, {_OTHERWISE}",
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(settings, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"{flag}: torchtune 0.6.1 has one rank and one alpha for all layers",
+                f"Leave --{flag} out, {_OTHERWISE}",
+            )
     if settings.lora_plus_ratio != 1:
         raise ConfigError(
             "lora-plus-ratio: torchtune 0.6.1 trains all matrices with one learning rate",
@@ -60,14 +89,6 @@ def check(settings: Config | TrainJob, shape: Llama) -> None:
             "neftune-noise-alpha: torchtune 0.6.1 has no noise on embeddings",
             f"Leave --neftune-noise-alpha out, {_OTHERWISE}",
         )
-    if settings.early_stopping:
-        raise ConfigError(
-            "early-stopping: torchtune trains all epochs and keeps the last",
-            f"Leave --early-stopping out, {_OTHERWISE}",
-        )
-    adapted_layers(settings.target_modules, shape)
-    if four_bit(settings, shape):
-        _check_four_bit(shape, settings.nproc * settings.nnodes)
 
 
 def _check_four_bit(shape: Llama, processes: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kolotune.foundation.engine_registry import ENGINES
+from kolotune.foundation.name_patterns import read_patterns
 from kolotune.foundation.objectives import LOSS_OPTIONS, OBJECTIVES, LearnsFrom
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, find_problem
 
@@ -36,6 +38,7 @@ def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterat
         part, sign, key = str(entry).partition("=")
         if not sign or not key.strip() or part.strip().lower() not in RECORD_PARTS:
             yield f"map: {entry!r} is not of the form part=key; parts are {', '.join(RECORD_PARTS)}"
+    yield from _pattern_problems(values)
     experts = _items(values, "target_parameters")
     if len(experts) > 1 and {"auto", "none", "all-experts"} & set(map(str, experts)):
         yield "target-parameters: auto, none and all-experts can't be combined with names"
@@ -48,6 +51,15 @@ def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
     if config.eval_data and "eval_split" in values and config.eval_split > 0:
         yield "eval-data and eval-split exclude each other"
     yield from _objective_conflicts(config)
+    if config.init_lora_weights != "default" and config.start_from is not None:
+        yield "init-lora-weights: the adapter of start-from has its weights already; leave one of them out"
+    if (config.new_token or config.new_special_token) and config.start_from is not None:
+        yield "new-token: the adapter of start-from was trained without these tokens; leave one of them out"
+    if config.use_dora and config.lora_dropout:
+        yield (
+            "use-dora and lora-dropout exclude each other: each layer would need a second product with the base's "
+            "weights; leave lora-dropout out"
+        )
     if config.nnodes > 1 and config.rdzv is None:
         yield "nnodes: several machines need rdzv, the address of one of them as HOST:PORT"
     processes = config.nnodes * config.nproc
@@ -74,6 +86,20 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             )
     if "desirable_weight" in objective.loss_options and not config.desirable_weight + config.undesirable_weight:
         yield "desirable-weight and undesirable-weight: both are 0, so nothing would be learned; give one of them more"
+
+
+def _pattern_problems(values: Mapping[str, object]) -> Iterator[str]:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for entry in filter(lambda each: "=" in str(each), _items(values, name)):
+            try:
+                number = next(iter(read_patterns([str(entry)]).values()))
+            except ValueError:
+                yield f"{_flag(name)}: {entry!r} is not of the form NAME=NUMBER, with the end of a layer's name"
+                continue
+            if name == "rank_pattern" and number not in range(1, 4097):
+                yield f"{_flag(name)}: {entry!r}: ranks are whole numbers from 1 to 4096"
+            elif not 0 < number < math.inf:
+                yield f"{_flag(name)}: {entry!r}: alpha is a number above 0"
 
 
 def _quantization_problems(values: Mapping[str, object]) -> Iterator[str]:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
-ADAPTER_FORM = ("lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_parameters")
+ADAPTER_FORM = (
+    "lora_rank", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules",
+    "target_parameters",
+)  # fmt: skip
 """The options that are the adapter's own where a training starts from one (`start_from`)."""
 Layer: TypeAlias = tuple[Mapping[str, object], str, Path]
 """Values, what they are called in messages, and the folder that their relative paths start from."""

@@ -140,6 +140,16 @@ class Config:
         without="launch",
         is_saved=False,
     )
+    new_token: tuple[str, ...] = option(
+        (),
+        "A token to add to the vocabulary, found in any text; its rows of embedding and head are trained; may be "
+        "repeated.",
+        Group.MODEL,
+        kind=Kind.TEXTS,
+    )
+    new_special_token: tuple[str, ...] = option(
+        (), "The same for a token that only the chat template writes; may be repeated.", Group.MODEL, kind=Kind.TEXTS
+    )
     engine: EngineName = option(
         "native",
         f"Training engine: {'; '.join(f'{name}, {entry.summary}' for name, entry in ENGINES.items())}.",
@@ -204,9 +214,39 @@ class Config:
     lora_alpha: Annotated[float, Gt(0)] = option(
         32.0, "Scale of the adapter, which is multiplied by alpha / rank.", Group.TRAINING, stages="train"
     )
+    rank_pattern: tuple[str, ...] = option(
+        (),
+        "Rank of some layers, such as q_proj=8: the end of a name, or a regular expression for it; may be repeated.",
+        Group.TRAINING,
+        kind=Kind.PARAMETERS,
+        stages="train",
+        is_default_recorded=False,
+    )
+    alpha_pattern: tuple[str, ...] = option(
+        (),
+        "Alpha of some layers, in the same form.",
+        Group.TRAINING,
+        kind=Kind.PARAMETERS,
+        stages="train",
+        is_default_recorded=False,
+    )
     use_rslora: bool = option(
         False,
         "Multiply the adapter by alpha / sqrt(rank) instead (rank-stabilised LoRA), so that a higher rank learns more.",
+        Group.TRAINING,
+        stages="train",
+        is_default_recorded=False,
+    )
+    use_dora: bool = option(
+        False,
+        "Train the length of each output's weights beside their direction (DoRA); a step takes longer and keeps more.",
+        Group.TRAINING,
+        stages="train",
+        is_default_recorded=False,
+    )
+    init_lora_weights: Literal["default", "pissa", "olora"] = option(
+        "default",
+        "What adapters start as: default, nothing; pissa or olora, the main part of the base's weights, which lose it.",
         Group.TRAINING,
         stages="train",
         is_default_recorded=False,

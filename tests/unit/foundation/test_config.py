@@ -219,10 +219,26 @@ def test_an_unknown_quantization_is_refused_with_the_known_ones(name: str) -> No
         ({"output_dir": "a\0b"}, "NUL"),
         ({"train_data": ["a\0b"]}, "NUL"),
         ({"base_model": "a\0b"}, "NUL"),
+        ({"use_dora": True, "lora_dropout": 0.1}, "second product"),
+        ({"new_token": ["<a>"], "start_from": "adapter"}, "without these tokens"),
+        ({"init_lora_weights": "pissa", "start_from": "adapter"}, "start-from"),
+        ({"rank_pattern": ["q_proj"]}, "name=value"),
+        ({"rank_pattern": ["q_proj=0"]}, "from 1 to 4096"),
+        ({"rank_pattern": ["q_proj=2.5"]}, "whole numbers"),
+        ({"rank_pattern": ["q_proj=nan"]}, "whole numbers"),
+        ({"rank_pattern": ["q_proj=8x"]}, "NAME=NUMBER"),
+        ({"rank_pattern": ["(a+)+=8"]}, "NAME=NUMBER"),
+        ({"alpha_pattern": ["q_proj=0"]}, "above 0"),
+        ({"alpha_pattern": ["=4"]}, "NAME=NUMBER"),
     ],
 )
 def test_options_that_exclude_each_other(values: dict[str, Any], words: str) -> None:
     assert words in refusal(flags(**values))
+
+
+def test_patterns_as_a_mapping() -> None:
+    config = resolve(flags(rank_pattern={"q_proj": 8}, alpha_pattern={r"layers\.0\..*": 4.5}))
+    assert (config.rank_pattern, config.alpha_pattern) == (("q_proj=8",), (r"layers\.0\..*=4.5",))
 
 
 def test_eval_data_with_the_split_turned_off_is_fine() -> None:
@@ -251,7 +267,7 @@ def test_the_dump_leaves_out_the_token_and_options_of_one_call(tmp_path: Path) -
     (tmp_path / "token").write_text("hf_secret")
     config = resolve(({"hf_token": "token", "use_checkpoint": True}, "file", tmp_path))
     text = dump(config)
-    assert "token" not in text
+    assert "hf_token" not in text
     assert "use_checkpoint" not in text
 
 
@@ -270,6 +286,8 @@ configs_ = st.builds(
     lora_alpha=st.floats(1e-12, 1e12),
     lora_dropout=numbers,
     use_rslora=st.booleans(),
+    init_lora_weights=st.sampled_from(["default", "pissa", "olora"]),
+    rank_pattern=st.lists(st.integers(1, 4096).map(lambda rank: f"q_proj={rank}"), max_size=2),
     lora_plus_ratio=st.floats(1, 1e3),
     neftune_noise_alpha=st.floats(0, 1e3),
     warmup_steps=st.none() | st.integers(0, 10**9),
@@ -492,7 +510,13 @@ def test_another_objective_drops_the_numbers_that_it_has_not() -> None:
 
 
 def test_options_younger_than_old_records_are_in_fingerprints_only_where_they_are_given() -> None:
-    trained = {"use_rslora": True, "lora_plus_ratio": 4.0, "neftune_noise_alpha": 5.0}
+    trained = {
+        "use_rslora": True,
+        "use_dora": True,
+        "init_lora_weights": "pissa",
+        "lora_plus_ratio": 4.0,
+        "neftune_noise_alpha": 5.0,
+    }
     chosen = resolve(flags(**trained, train_on="last"))
     assert not {*trained, "train_on"} & {*stage_options(resolve(), "train"), *stage_options(resolve(), "prepare")}
     assert trained.items() <= stage_options(chosen, "train").items()

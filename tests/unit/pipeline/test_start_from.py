@@ -55,11 +55,19 @@ def test_rank_alpha_and_layers_come_from_the_adapter(tmp_path: Path) -> None:
     assert followed(config_of(tmp_path), tmp_path) == config_of(tmp_path)
 
 
-def test_the_scale_comes_from_the_adapter(tmp_path: Path) -> None:
+def test_the_variant_comes_from_the_adapter(tmp_path: Path) -> None:
     write_adapter(tmp_path / "stabilised", use_rslora=True)
+    write_adapter(tmp_path / "magnitudes", use_dora=True)
     write_adapter(tmp_path / "plain")
     config = followed(config_of(tmp_path, start_from="stabilised"), tmp_path)
     assert config.use_rslora and followed(config, tmp_path) == config
+    assert followed(config_of(tmp_path, start_from="magnitudes"), tmp_path).use_dora
+    write_adapter(tmp_path / "patterns", rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3.5})
+    config = followed(config_of(tmp_path, start_from="patterns"), tmp_path)
+    assert (config.rank_pattern, config.alpha_pattern) == (("q_proj=4",), ("v_proj=3.5",))
+    assert followed(config, tmp_path) == config
+    with pytest.raises(ConfigError, match="the adapter's rank-pattern is none"):
+        followed(config_of(tmp_path, start_from="plain", rank_pattern=["q_proj=4"]), tmp_path)
     with pytest.raises(ConfigError, match="the adapter's use-rslora is off"):
         followed(config_of(tmp_path, start_from="plain", use_rslora=True), tmp_path)
 
@@ -117,8 +125,6 @@ def test_an_earlier_run_in_the_folder_is_no_wish(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"rank_pattern": {"q_proj": 4}}, "different ranks"),
         ({"modules_to_save": ["lm_head"]}, "trained whole"),
         ({"trainable_token_indices": [1]}, "rows of its embeddings"),
         ({"init_lora_weights": "olora"}, "PiSSA, OLoRA"),

@@ -153,7 +153,9 @@ CHANGES: dict[str, Any] = {
     "learning_rate": 1e-3, "batch_size": 3, "gradient_accumulation": 2, "seed": 8, "lora_rank": 8, "lora_alpha": 9.0,
     "lora_dropout": 0.2, "dtype": "bf16", "scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 0.5,
     "target_modules": ["q_proj"], "base_sha256": "other", "data_sha256": "other", "warmup_steps": 3,
-    "load_in_4bit": True, "use_rslora": True, "lora_plus_ratio": 2.0, "neftune_noise_alpha": 5.0,
+    "load_in_4bit": True, "use_rslora": True, "use_dora": True, "init_lora_weights": "pissa",
+    "rank_pattern": ["q_proj=2"], "new_tokens": [3], "alpha_pattern": ["q_proj=2"],
+    "lora_plus_ratio": 2.0, "neftune_noise_alpha": 5.0,
 }  # fmt: skip
 
 
@@ -166,7 +168,8 @@ def test_a_changed_setting_is_refused_by_name(job: TrainJob, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"use_rslora": True}, {"lora_plus_ratio": 2.0}, {"target_parameters": ["all-experts"]}]
+    "option",
+    [{"use_rslora": True}, {"use_dora": True}, {"lora_plus_ratio": 2.0}, {"target_parameters": ["all-experts"]}],
 )
 def test_an_option_that_was_on_is_refused_when_it_is_off(job: TrainJob, option: dict[str, Any]) -> None:
     _save(dataclasses.replace(job, **option), 4)
@@ -175,7 +178,11 @@ def test_an_option_that_was_on_is_refused_when_it_is_off(job: TrainJob, option: 
 
 
 def test_options_that_are_off_fit_checkpoints_of_earlier_versions(job: TrainJob) -> None:
-    assert not {"use_rslora", "lora_plus_ratio", "neftune_noise_alpha", "target_parameters"} & set(job.identity())
+    younger = (
+        "use_rslora use_dora init_lora_weights rank_pattern alpha_pattern lora_plus_ratio neftune_noise_alpha "
+        "target_parameters new_tokens"
+    )
+    assert not {*younger.split()} & set(job.identity())
 
 
 def test_every_changed_setting_is_named(job: TrainJob) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from kolotune.engines.adapter_folder import save_adapter
 from kolotune.engines.native import lora
+from kolotune.engines.native.lora_settings import LoraSettings
 from kolotune.foundation.errors import ConfigError
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -23,7 +24,7 @@ def _random_adapters(
     model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 6.0
 ) -> dict[str, lora.LoraLinear]:
     """Return adapters with nonzero weights."""
-    adapters = lora.add_adapters(model, rank, alpha / rank, 0.1, targets)
+    adapters = lora.add_adapters(model, LoraSettings(rank, alpha, 0.1), targets)
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.lora_B.normal_(std=0.1)
@@ -61,7 +62,7 @@ def test_adapter_is_fp32_beside_a_bf16_base() -> None:
 )
 def test_targets(tiny_model: Callable[..., Any], targets: list[str], leaves: set[str]) -> None:
     model = tiny_model("llama")
-    adapters = lora.add_adapters(model, 4, 8.0, 0.0, targets)
+    adapters = lora.add_adapters(model, LoraSettings(4, 32.0), targets)
     assert {name.rpartition(".")[2] for name in adapters} == leaves
     assert len(adapters) == 2 * len(leaves)
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
@@ -72,14 +73,14 @@ def test_a_new_adapter_changes_nothing(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     ids = torch.arange(20)[None]
     before = model(ids).logits
-    lora.add_adapters(model, 4, 8.0, 0.0, ["all-linear"])
+    lora.add_adapters(model, LoraSettings(4, 32.0), ["all-linear"])
     assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("targets", [["c_attn"], ["q_proj", "nonsense"], ["all-linear", "q_proj"], ["lm_head"]])
 def test_unknown_targets_are_refused_by_name(tiny_model: Callable[..., Any], targets: list[str]) -> None:
     with pytest.raises(ConfigError, match="target-modules") as caught:
-        lora.add_adapters(tiny_model("llama"), 4, 8.0, 0.0, targets)
+        lora.add_adapters(tiny_model("llama"), LoraSettings(4, 32.0), targets)
     assert all(leaf in caught.value.hint for leaf in ALL)
     assert (set(targets) - ALL).pop() in caught.value.cause
 
@@ -123,7 +124,7 @@ def test_config_names_the_base_and_the_scale(
 
 def test_tensors_survive_a_round_trip(tiny_model: Callable[..., Any]) -> None:
     tensors = lora.adapter_tensors(_random_adapters(tiny_model("llama"), ["all-linear"]))
-    other = lora.add_adapters(tiny_model("llama"), 4, 6.0, 0.0, ["all-linear"])
+    other = lora.add_adapters(tiny_model("llama"), LoraSettings(4, 24.0), ["all-linear"])
     lora.load_tensors(other, tensors)
     loaded = lora.adapter_tensors(other)
     assert all(torch.equal(loaded[name], each) for name, each in tensors.items())
@@ -146,7 +147,7 @@ def test_gpt_2_has_linear_layers_of_its_own() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)).eval()
-    adapters = lora.add_adapters(model, 2, 4.0, 0.0, ["all-linear"])
+    adapters = lora.add_adapters(model, LoraSettings(2, 8.0), ["all-linear"])
     assert {name.rpartition(".")[2] for name in adapters} == {"c_attn", "c_proj", "c_fc"}
     layer = adapters["transformer.h.0.attn.c_attn"]
     nn.init.normal_(layer.lora_B)
@@ -157,7 +158,7 @@ def test_gpt_2_has_linear_layers_of_its_own() -> None:
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="no linear layer"):
-        lora.add_adapters(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), 2, 4, 0.0, ["all-linear"])
+        lora.add_adapters(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), LoraSettings(2, 8.0), ["all-linear"])
 
 
 def test_a_models_own_linear_layers_get_adapters_and_its_routers_do_not() -> None:
@@ -167,4 +168,4 @@ def test_a_models_own_linear_layers_get_adapters_and_its_routers_do_not() -> Non
 
     router = Llama4Router(Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=1))
     model = nn.ModuleDict({"query": FalconLinear(8, 6), "router": router})
-    assert set(lora.add_adapters(model, 2, 4.0, 0.0, ["all-linear"])) == {"query"}
+    assert set(lora.add_adapters(model, LoraSettings(2, 8.0), ["all-linear"])) == {"query"}

@@ -71,6 +71,18 @@ def alone(folder: Any) -> TrainJob:
     return job
 
 
+@pytest.mark.slow
+def test_variants_that_are_computed_from_the_base(folder: Any) -> None:
+    """Magnitudes, and matrices that start as a part of the weights, are the first process's in all of them."""
+    variant = {**OPTIONS, "epochs": 1, "learning_rate": 1e-3, "use_dora": True, "init_lora_weights": "pissa"}
+    alone, two = folder.job("one", **variant), folder.job("two", nproc=2, **variant)
+    training.train(alone)
+    train(two)
+    assert figures(two, "loss") == pytest.approx(figures(alone, "loss"), abs=1e-4)
+    for name, tensor in adapter(two).items():
+        torch.testing.assert_close(tensor, adapter(alone)[name], atol=2e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_result_equals_that_of_one_process(processes: int, folder: Any, alone: TrainJob) -> None:
     job = folder.job(f"by-{processes}", nproc=processes, **OPTIONS)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -38,19 +39,21 @@ def held_out_losses(job: TrainJob) -> list[float]:
     return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_second_training_begins_where_the_first_ended(kind: str, make_training: MakeTraining) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("gpt2", {}), ("llama", {"use_dora": True})])
+def test_the_second_training_begins_where_the_first_ended(
+    kind: str, options: dict[str, Any], make_training: MakeTraining
+) -> None:
     """For the packed step, and for a model that transformers computes."""
     folder = make_training(kind, chats=10, held_out=4)
-    first = folder.job("first", epochs=2)
-    second = started(folder.job("second", epochs=1, seed=99), first)
+    first = folder.job("first", epochs=2, **options)
+    second = started(folder.job("second", epochs=1, seed=99, **options), first)
     training.train(first)
     training.train(second)
     assert held_out_losses(second)[0] == pytest.approx(held_out_losses(first)[-1], abs=1e-6)
     before, after = adapter(first), adapter(second)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    still = started(folder.job("still", epochs=0), first)
+    still = started(folder.job("still", epochs=0, **options), first)
     training.train(still)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter(still).items())
 
