@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from kolotune.foundation import config as configs
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.gguf import conversion_source, matrix_computation, quantize
+from kolotune.gguf import conversion_source, convert, matrix_computation, quantize
 from kolotune.gguf.run_compensation import Compensation
 from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.pipeline.context import open_context
@@ -44,11 +44,17 @@ _CHATS = 60
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean KL in nats with its standard error, and the mean loss."""
+    """Mean KL in nats with its standard error, and the sum of the losses and the number of tokens of each piece."""
 
     kl: float
     error: float
-    loss: float
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return sum(self.losses) / sum(self.tokens)
 
 
 def held_out(run: RunFolder) -> list[Piece]:
@@ -112,16 +118,25 @@ def written(gguf: Path, pieces: list[Piece], folder: Path) -> list[Path]:
 
 def measured(reference: list[Path], gguf: Path, pieces: list[Piece]) -> Measured:
     """Compare a file with what `written` wrote of the unquantized one."""
-    sums, lengths, losses = [], [], 0.0
+    sums, lengths, losses = [], [], []
     for before, after, (ids, positions) in zip(reference, predictions(gguf, pieces), pieces, strict=True):
         wide = np.load(before).astype(np.float64)
         sums.append(float((np.exp(wide) * (wide - after)).sum()))
         lengths.append(len(positions))
-        losses -= float(after[np.arange(len(positions)), [ids[at + 1] for at in positions]].sum())
+        losses.append(-float(after[np.arange(len(positions)), [ids[at + 1] for at in positions]].sum()))
     total, count = sum(lengths), len(sums)
     mean = sum(sums) / total
     residuals = sum((each - mean * length) ** 2 for each, length in zip(sums, lengths, strict=True))
-    return Measured(mean, (residuals * count / (count - 1)) ** 0.5 / total, losses / total)
+    return Measured(mean, (residuals * count / (count - 1)) ** 0.5 / total, tuple(losses), tuple(lengths))
+
+
+def gain_kept(base: Measured, tuned: Measured, file: Measured) -> tuple[float, float]:
+    """Return the share of training's gain that a file keeps, and its standard error over the chats."""
+    gains = [before - after for before, after in zip(base.losses, tuned.losses, strict=True)]
+    kept = [before - after for before, after in zip(base.losses, file.losses, strict=True)]
+    share, count = sum(kept) / sum(gains), len(gains)
+    residuals = sum((each - share * gain) ** 2 for each, gain in zip(kept, gains, strict=True))
+    return share, (residuals * count / (count - 1)) ** 0.5 / sum(gains)
 
 
 def noise(gguf: Path, pieces: list[Piece]) -> float:
@@ -176,17 +191,26 @@ def main() -> None:
         save_file({"ids": np.array(rows, np.int32).reshape(-1), "offsets": offsets}, folder / "tokens.safetensors")
         matrix_computation.compute(run.gguf, folder / "tokens.safetensors", folder / "matrix.gguf")
         references = {text: written(run.gguf, pieces, folder / text) for text, pieces in texts.items()}
-        print("| quantization | rounded by | bytes | s |" + "".join(f" KL, {text} |" for text in texts) + " loss |")
-        print("|---|---|---|---|" + "---|" * len(texts) + "---|")
+        chats, answers = "held-out chats", texts["held-out chats"]
+        convert.convert_folder(context.base, folder / "base.gguf", folder / "log", PlainReporter(), exact=False)
+        base, tuned = (measured(references[chats], gguf, answers) for gguf in (folder / "base.gguf", run.gguf))
+        print(f"loss of the base {base.loss:.4f}, of the unquantized GGUF {tuned.loss:.4f}", flush=True)
+        print(
+            "| quantization | rounded by | bytes | s |"
+            + "".join(f" KL, {text} |" for text in texts)
+            + " loss | gain kept |"
+        )
+        print("|---|---|---|---|" + "---|" * len(texts) + "---|---|", flush=True)
         for number, name in enumerate(options.quantizations.split(",")):
             for way in ("plain", "matrix", "compensated"):
                 gguf, seconds = made(context, name, way, folder / "matrix.gguf", compensation, folder)
                 found = [measured(references[text], gguf, pieces) for text, pieces in texts.items()]
                 cells = "".join(f" {each.kl:.4f} ± {each.error:.4f} |" for each in found)
-                size = gguf.stat().st_size
-                print(f"| {name} | {way} | {size} | {seconds:.0f} |{cells} {found[0].loss:.4f} |", flush=True)
+                size, (kept, error) = gguf.stat().st_size, gain_kept(base, tuned, found[0])
+                cells += f" {found[0].loss:.4f} | {kept:.1%} ± {error:.1%} |"
+                print(f"| {name} | {way} | {size} | {seconds:.0f} |{cells}", flush=True)
                 if not number and way == "plain":
-                    print(f"noise of the evaluator: KL {noise(gguf, texts['held-out chats']):.4f}", file=sys.stderr)
+                    print(f"noise of the evaluator: KL {noise(gguf, answers):.4f}", file=sys.stderr)
                 gguf.unlink()
 
 
