@@ -6,6 +6,8 @@ constants. NVFP4 (39) is missing: llama.cpp names it but cannot quantize to it.
 
 from __future__ import annotations
 
+from .quantization_budgets import SYNTAX, canonical_budget, names_budget, read_budget
+
 FILE_TYPES: dict[str, int] = {
     "Q4_0": 2,
     "Q4_1": 3,
@@ -55,12 +57,14 @@ NONE = "NONE"
 
 
 def canonical_name(name: str) -> str:
-    """Return the name of a quantization in capitals; f16 is another name for none."""
-    return NONE if name.upper() == "F16" else name.upper()
+    """Return the name of a quantization in capitals; f16 is another name for none, and a budget has one name."""
+    return NONE if name.upper() == "F16" else canonical_budget(name.upper())
 
 
 def is_made_with_matrix(name: str, choice: str) -> bool:
     """Whether quantization `name` is made with an importance matrix if `Config.importance_matrix` is `choice`."""
+    if read_budget(name) is not None:
+        return choice != "never"
     if name not in FILE_TYPES or choice == "never":
         return False
     if choice == "always":
@@ -70,6 +74,9 @@ def is_made_with_matrix(name: str, choice: str) -> bool:
 
 def find_problem(name: str) -> str:
     """Return why `name` (in capitals) is not a quantization; an empty string if it is one."""
-    if name == NONE or name in FILE_TYPES:
+    if name == NONE or name in FILE_TYPES or read_budget(name) is not None:
         return ""
-    return f"{name!r} is not a quantization of llama.cpp; choose none or one of {', '.join(sorted(FILE_TYPES))}"
+    if names_budget(name):
+        return f"{name.lower()!r} is no budget; write {SYNTAX}"
+    names = ", ".join(sorted(FILE_TYPES))
+    return f"{name!r} is not a quantization of llama.cpp; choose none, one of {names}, or a budget such as auto:90MB"

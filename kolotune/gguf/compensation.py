@@ -3,7 +3,8 @@
 The GGUF was quantized by ggml; types, header and everything outside of the layers' matrices stay. Calibration tokens go
 through the model layer by layer, as transformers computes it. When they reach a matrix, its inputs are those that the
 rounded weights before it give; it is rounded, written into the file, and computed with what was written. One layer's
-weights are in memory at a time, and the inputs of one matrix.
+weights are in memory at a time, and the inputs of one matrix. Finished matrices are kept in a journal: after a kill the
+next process resumes behind them, and computes the layers before with what was written.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolotune.foundation import typed_storage
-from kolotune.foundation.errors import ArtifactError, ToolchainError
+from kolotune.foundation.errors import ArtifactError
 from kolotune.runners import child_process
 
+from .compensation_journal import CompensationJournal
 from .conversion_plan import TensorPlan
-from .stored_values import StoredValues
+from .layered_model import UnloadedModel
+from .stored_values import StoredValues, dequantized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +43,8 @@ class CompensationJob:
         config: folder with the model's config.json.
         rows: calibration tokens, all rows of the same length.
         tensors: how each tensor of the GGUF is made from the model's.
+        journal: the file that keeps finished matrices for a process that resumes; "": none.
+        key: hash of what the blocks depend on beside the types.
     """
 
     source: str
@@ -47,6 +52,8 @@ class CompensationJob:
     config: str
     rows: list[list[int]]
     tensors: list[TensorPlan]
+    journal: str = ""
+    key: str = ""
 
 
 def main(arguments: list[str]) -> int:
@@ -62,7 +69,7 @@ def check(job: CompensationJob) -> None:
     Raises:
         ToolchainError: it can't.
     """
-    _UnloadedModel(job)
+    UnloadedModel(Path(job.config), job.tensors)
 
 
 def compensate(job: CompensationJob) -> None:
@@ -84,57 +91,6 @@ def compensate(job: CompensationJob) -> None:
     child_process.emit("compensated", tensors=sorted(compensated.written))
 
 
-class _UnloadedModel:
-    """A model whose weights take no memory yet, and where its GGUF has them.
-
-    Attributes:
-        decoder: all that comes before the head.
-        layers: its layers.
-    """
-
-    def __init__(self, job: CompensationJob) -> None:
-        self._model = _empty_model(Path(job.config))
-        self._plans = {plan.source: plan for plan in job.tensors if plan.source is not None}
-        decoder = self._model.get_decoder()
-        lists = [module for module in decoder.modules() if type(module).__name__ == "ModuleList"]
-        count = self._model.config.get_text_config().num_hidden_layers
-        layers = next((modules for modules in lists if len(modules) == count), None)
-        if layers is None:
-            raise _unknown("it has no list of layers")
-        self.decoder, self.layers = decoder, layers
-        self._paths = {id(module): path for path, module in self._model.named_modules()}
-        for name in self.names_in(self.decoder):
-            self.plan_of(name)
-
-    def names_in(self, module: nn.Module) -> list[str]:
-        """Return the names of a module's parameters."""
-        path = self._paths[id(module)]
-        return [f"{path}.{name}" if path else name for name, _ in module.named_parameters()]
-
-    def owner_of(self, name: str) -> nn.Module:
-        """Return the module that has a parameter."""
-        owner: nn.Module = self._model.get_submodule(name.rpartition(".")[0])
-        return owner
-
-    def plan_of(self, name: str) -> TensorPlan:
-        """Return where the GGUF has a parameter.
-
-        Raises:
-            ToolchainError: it has none of that name.
-        """
-        spellings = (name, name.removeprefix("model."), f"model.{name}", name.removeprefix("transformer."))
-        plan = next((self._plans[each] for each in spellings if each in self._plans), None)
-        if plan is None:
-            raise _unknown(f"its GGUF is not made from {name}")
-        return plan
-
-    def set(self, name: str, weight: Tensor) -> None:
-        """Give a parameter another value."""
-        from torch import nn
-
-        self.owner_of(name)._parameters[name.rpartition(".")[2]] = nn.Parameter(weight, requires_grad=False)
-
-
 class _LayerByLayer:
     """Gives the decoder layers of a model their weights, rounds and computes them, one after another.
 
@@ -146,10 +102,13 @@ class _LayerByLayer:
         import torch
 
         self._target, self._source, self._quantized = Path(job.target), source, quantized
-        self._model = _UnloadedModel(job)
+        self._model = UnloadedModel(Path(job.config), job.tensors)
         self._ids = torch.tensor(job.rows)
         self._statistics: tuple[Tensor, InputStatistics] | None = None
         self._hooks: dict[str, Any] = {}
+        types = [(name, tensor.type) for name, tensor in quantized.tensors.items()]
+        key = hashlib.sha256(f"{job.key}{types}".encode()).hexdigest()
+        self._journal = CompensationJournal(Path(job.journal) if job.journal else None, key)
         self.written: dict[str, str] = {}
 
     def run(self) -> None:
@@ -158,7 +117,7 @@ class _LayerByLayer:
         in_layers = set(model.names_in(model.layers))
         for name in model.names_in(model.decoder):
             if name not in in_layers:
-                self._load(name, self._quantized)
+                self._model.load(name, self._quantized)
         for number, layer in enumerate(model.layers):
             layer.register_forward_pre_hook(self._before_layer(number))
             layer.register_forward_hook(self._after_layer)
@@ -170,7 +129,7 @@ class _LayerByLayer:
             child_process.emit("layer", done=number, of=len(self._model.layers))
             for name in self._model.names_in(layer):
                 rounded = self._is_rounded(name)
-                self._load(name, self._source if rounded else self._quantized)
+                self._model.load(name, self._source if rounded else self._quantized)
                 if rounded:
                     module = self._model.owner_of(name)
                     self._hooks[name] = module.register_forward_pre_hook(self._round(name))
@@ -189,21 +148,6 @@ class _LayerByLayer:
         kind = self._quantized.tensors[plan.name].type
         return is_compensable(kind) and self._source.tensors[plan.name].type != kind
 
-    def _load(self, name: str, values: StoredValues) -> None:
-        """Give a parameter the values of a GGUF, in the model's order of rows."""
-        import numpy as np
-        import torch
-
-        plan = self._model.plan_of(name)
-        weight = np.concatenate([block for _, block in values.blocks(plan.name)])
-        shape = values.tensors[plan.name].shape[::-1]
-        weight = weight.reshape(shape) - np.float32(plan.added)
-        if plan.order is not None:
-            ordered = np.empty_like(weight)
-            ordered[np.array(plan.order)] = weight
-            weight = ordered
-        self._model.set(name, torch.from_numpy(weight))
-
     def _round(self, name: str) -> Any:
         def before(module: Any, inputs: tuple[Tensor, ...]) -> None:
             self._round_matrix(name, module, inputs[0])
@@ -212,62 +156,50 @@ class _LayerByLayer:
 
     def _round_matrix(self, name: str, module: Any, inputs: Tensor) -> None:
         """Round a matrix, write it, and let the module compute with what was written."""
+        import numpy as np
         import torch
 
         from .error_feedback import input_statistics, round_with_feedback
 
         self._hooks.pop(name).remove()  # experts may be called more than once
         plan = self._model.plan_of(name)
+        order = None if plan.order is None else torch.tensor(plan.order)
+        kind = self._quantized.tensors[plan.name].type
+        if (finished := self._journal.get(plan.name)) is not None:
+            blocks = np.frombuffer(finished, np.uint8)
+            values = torch.from_numpy(dequantized(blocks, kind).reshape(module.weight.shape))
+            self._write(name, finished, values)
+            return
         rows = inputs.reshape(-1, inputs.shape[-1])
         if len(rows) < _FEWEST_INPUTS * rows.shape[1]:
-            self._load(name, self._quantized)
+            self._model.load(name, self._quantized)
             return
         if self._statistics is None or self._statistics[0] is not inputs:
             self._statistics = None  # frees the memory of the last ones
             self._statistics = (inputs, input_statistics(rows))
         weight = module.weight
-        order = None if plan.order is None else torch.tensor(plan.order)
-        blocks, values = round_with_feedback(
-            weight if order is None else weight[order], self._quantized.tensors[plan.name].type, self._statistics[1]
-        )
-        data = blocks.tobytes()
+        rounded, values = round_with_feedback(weight if order is None else weight[order], kind, self._statistics[1])
+        self._journal.add(plan.name, rounded.tobytes())
+        self._write(name, rounded.tobytes(), values)
+
+    def _write(self, name: str, data: bytes, values: Tensor) -> None:
+        """Write a rounded matrix, and give its values, in the GGUF's order of rows, to the model."""
+        import torch
+
+        plan = self._model.plan_of(name)
         with self._target.open("r+b") as file:
             file.seek(self._quantized.position(plan.name))
             file.write(data)
         self.written[plan.name] = hashlib.sha256(data).hexdigest()
-        if order is not None:
+        if plan.order is not None:
             ordered = torch.empty_like(values)
-            ordered[order] = values
+            ordered[torch.tensor(plan.order)] = values
             values = ordered
         self._model.set(name, values)
 
     def _after_layer(self, layer: nn.Module, _: object, __: object) -> None:
-        import torch
-
         self._statistics = None
-        for name in self._model.names_in(layer):
-            self._model.set(name, torch.empty(0, device="meta"))
-
-
-def _empty_model(folder: Path) -> Any:
-    """Return a model of transformers whose weights take no memory."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    library: Any = transformers
-    try:
-        config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
-            model = library.AutoModelForCausalLM.from_config(config, dtype="float32")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise _unknown(str(error).splitlines()[0]) from error
-    return model.eval()
-
-
-def _unknown(reason: str) -> ToolchainError:
-    return ToolchainError(
-        f"this model can't be quantized layer by layer: {reason}", "Quantize it with `--quantizer ggml`."
-    )
+        self._model.drop(layer)
 
 
 if __name__ == "__main__":

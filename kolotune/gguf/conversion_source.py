@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from kolotune.chats.templates.template import ChatTemplate
@@ -20,6 +21,7 @@ from kolotune.weights.merge import MergedModel, companion_files, tokenizer_folde
 from kolotune.weights.weight_files import weight_files
 
 from . import convert
+from .budgets import BudgetQuantizer, check_possible, choice_basis
 from .conversion_plan import TensorPlan, exact_type
 from .model_skeleton import ModelSkeleton, read_skeleton
 from .run_compensation import Compensation, run_compensation
@@ -137,6 +139,40 @@ def find_compensation(context: Context, log: Path, reporter: Reporter) -> Compen
     if context.config.quantizer != "compensated":
         return None
     return run_compensation(context, list(tensor_plans(context, log, reporter).values()))
+
+
+def find_budgets(
+    context: Context,
+    source: Path,
+    sensitivity: Path,
+    log: Path,
+    reporter: Reporter,
+    matrix: Path | None,
+    compensation: Compensation | None,
+) -> BudgetQuantizer:
+    """Return what makes the quantizations to a budget of a run's unquantized GGUF.
+
+    Args:
+        context: of the run, whose chats are prepared.
+        source: the GGUF.
+        sensitivity: the file that keeps what is measured.
+        log, reporter: of the processes.
+        matrix: the importance matrix; None: without one.
+        compensation: how rounding errors are compensated; None: they are not.
+
+    Raises:
+        ArtifactError: the prepared chats are missing.
+    """
+    plans = list(tensor_plans(context, log, reporter).values())
+    return BudgetQuantizer(source, sensitivity, choice_basis(context, plans), log, reporter, matrix, compensation)
+
+
+def check_budgets(context: Context, names: Sequence[str], log: Path, reporter: Reporter) -> None:
+    """Check before training that a run's quantizations to a budget can be made; see `budgets.check_possible`."""
+    skeleton, gguf_type = expected_skeleton(context)
+    plans = list(convert.tensor_plans(skeleton, gguf_type, log, reporter).values())
+    content = convert.expected_header(skeleton, gguf_type, log, reporter) if plans else b""
+    check_possible(context, names, plans, content, log)
 
 
 def _expected_tokenizer(context: Context) -> dict[str, Path | str]:

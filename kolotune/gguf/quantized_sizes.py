@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
+from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.llamacpp import ggml
 from kolotune.runners import child_process
@@ -26,10 +27,12 @@ from .conversion_plan import ConversionPlan
 from .header import HeaderReader
 from .quantized_header import aligned, quantized_header
 from .tensor_types import tensor_types
+from .type_choices import weight_count
 
 _CACHED = "seconds_per_weight.json"
 _SAMPLE_ROWS, _SAMPLE_WIDTH = 8, 2048  # multiples of every block; some hundredths of a second for the slowest type
 _NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"})
+_LARGEST = "Q8_0"  # of the types that a budget chooses from
 _CASTS = ("F32", "F16", "BF16")
 
 
@@ -64,17 +67,30 @@ def quantized_sizes(
     reader = HeaderReader(plan.header)
     sizes, weights = {}, {}
     for name in names:
+        budget = read_budget(name)
+        if budget is not None:  # what is chosen is not known yet: Q8_0 is wider than most, and takes less time
+            size = budget.bytes_of(weight_count(reader.summary()), len(plan.header))
+            types = tensor_types(reader.summary(), _LARGEST, has_matrix=False)
+            unquantized = {tensor: info.type for tensor, info in reader.tensors.items()}
+            bound = _size_of(plan, reader, types if size is None else unquantized, _LARGEST)
+            sizes[name] = bound if size is None else min(size, bound)
+            weights[name] = _quantized_weights(reader, types)
+            continue
         with suppress(ToolchainError):
             types = tensor_types(reader.summary(), name, has_matrix=name in with_matrix)
-            sizes[name] = len(quantized_header(plan.header, reader, types, name)) + sum(
-                aligned(header.size_of(reader.tensors[tensor].shape, kind)) for tensor, kind in types.items()
-            )
+            sizes[name] = _size_of(plan, reader, types, name)
             weights[name] = _quantized_weights(reader, types)
     speeds = _seconds_per_weight({kind for counts in weights.values() for kind in counts}, cache / _CACHED, log)
     return {
         name: QuantizedSize(size, sum(count * speeds.get(kind, 0.0) for kind, count in weights[name].items()))
         for name, size in sizes.items()
     }
+
+
+def _size_of(plan: ConversionPlan, reader: HeaderReader, types: Mapping[str, str], file_type: str) -> int:
+    return len(quantized_header(plan.header, reader, types, file_type)) + sum(
+        aligned(header.size_of(reader.tensors[tensor].shape, kind)) for tensor, kind in types.items()
+    )
 
 
 def _quantized_weights(reader: HeaderReader, types: Mapping[str, str]) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""Quantize one GGUF: ``python -m … IN OUT TYPE [MATRIX]``. A separate process, because the library may abort.
+"""Quantize one GGUF: ``python -m … IN OUT TYPE [MATRIX] [--types FILE]``. A process, because the library may abort.
 
 Rows are read, widened to fp32 and quantized by ggml some at a time, on a thread for each core, and written in order: no
 tensor is whole in memory. `tensor_types` says what becomes of each tensor. The file is llama.cpp's, byte for byte.
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 from kolotune.foundation.files import explained
 from kolotune.foundation.hardware import cores
@@ -40,22 +41,27 @@ WEIGHTS_AT_ONCE = 1 << 18
 """Of a piece: between a millisecond and a quarter of a second of work, by the type."""
 _AHEAD = 8
 """Pieces for each thread that wait to be written, so that no thread waits for a slow one or behind small tensors."""
+_TYPES = "--types"
 _WIDENED = ("F16", "BF16", "F32")
 _Task = Callable[[], "np.ndarray | bytes"]
 
 
 def main(arguments: list[str]) -> int:
     """Quantize, and report the hash of the result; return the exit code."""
-    source, target, file_type, *matrix = arguments
+    types_file = Path(arguments[-1]) if _TYPES in arguments else None
+    source, target, file_type, *matrix = arguments[:-2] if types_file else arguments
 
     def task() -> None:
         means = importance_matrix.read(Path(matrix[0])) if matrix else {}
-        child_process.emit("written", sha256=quantize(Path(source), Path(target), file_type, means))
+        chosen = typed_storage.read(dict[str, str], types_file) if types_file else None
+        child_process.emit("written", sha256=quantize(Path(source), Path(target), file_type, means, chosen))
 
     return child_process.carry_out(task)
 
 
-def quantize(source: Path, target: Path, file_type: str, matrix: Matrix) -> str:
+def quantize(
+    source: Path, target: Path, file_type: str, matrix: Matrix, chosen: Mapping[str, str] | None = None
+) -> str:
     """Quantize the file `source` to the file `target`; return the target's hash.
 
     Args:
@@ -63,6 +69,7 @@ def quantize(source: Path, target: Path, file_type: str, matrix: Matrix) -> str:
         target: the GGUF to write.
         file_type: name of the quantization.
         matrix: the importance matrix, as `importance_matrix.read` returns it; empty: without one.
+        chosen: types that replace the quantization's own; see `tensor_types`.
 
     Raises:
         ToolchainError: the quantization does not fit the model, or needs a matrix.
@@ -72,7 +79,7 @@ def quantize(source: Path, target: Path, file_type: str, matrix: Matrix) -> str:
     try:
         with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             reader = header.read_whole(data, source)
-            types = tensor_types(reader.summary(), file_type, has_matrix=bool(matrix))
+            types = tensor_types(reader.summary(), file_type, has_matrix=bool(matrix), chosen=chosen)
             content = quantized_header(data, reader, types, file_type)
     except DAMAGED as error:
         raise not_whole(source, error) from None

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ConfigError, ToolchainError
+from kolotune.foundation.files import remove
+from kolotune.foundation.hashing import hash_file
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.stage import Context
@@ -32,11 +34,13 @@ class Compensation:
         config: folder with the model's config.json.
         rows: calibration tokens.
         tensors: how each tensor of the GGUF is made from the model's.
+        journal: the file that keeps finished matrices until all are written; None: nothing is kept.
     """
 
     config: Path
     rows: list[list[int]]
     tensors: Sequence[TensorPlan]
+    journal: Path | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -64,6 +68,8 @@ class Compensation:
                     progress.update(done, total)
 
             _run(self._job(source, target), log, on_event)
+        if self.journal is not None:
+            remove(self.journal)
 
     def check(self, log: Path) -> None:
         """Check without weights that the model can be computed layer by layer.
@@ -74,7 +80,9 @@ class Compensation:
         _run(self._job(Path(), Path()), log, None, "--check")
 
     def _job(self, source: Path, target: Path) -> CompensationJob:
-        return CompensationJob(str(source), str(target), str(self.config), self.rows, list(self.tensors))
+        key = "" if self.journal is None else f"{hash_file(source)}{self.digest}"
+        journal = str(self.journal or "")
+        return CompensationJob(str(source), str(target), str(self.config), self.rows, list(self.tensors), journal, key)
 
 
 def run_compensation(context: Context, tensors: Sequence[TensorPlan]) -> Compensation | None:
@@ -90,7 +98,7 @@ def run_compensation(context: Context, tensors: Sequence[TensorPlan]) -> Compens
     if context.config.quantizer != "compensated":
         return None
     rows = calibration_rows(context.run.prepared, context.run.tokenizer)
-    return Compensation(context.base, rows, tensors)
+    return Compensation(context.base, rows, tensors, context.run.compensated_blocks)
 
 
 def check_possible(context: Context, tensors: Sequence[TensorPlan], log: Path) -> None:

@@ -29,6 +29,7 @@ class StoredValues:
 
     Attributes:
         tensors: by name.
+        summary: returns the header.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -43,7 +44,7 @@ class StoredValues:
             reader = header.read_whole(self._data, path)
         except DAMAGED as error:
             raise not_whole(path, error) from None
-        self.tensors = reader.tensors
+        self.tensors, self.summary = reader.tensors, reader.summary
         self._start = reader.start
         self._bytes = np.frombuffer(self._data, np.uint8)
 

@@ -272,13 +272,16 @@ _RULES: Mapping[Role, tuple[_Rule, ...]] = {
 _70B_VALUES = {"Q3_K": "Q5_K", "Q4_K": "Q5_K"}
 
 
-def tensor_types(summary: GgufSummary, file_type: str, *, has_matrix: bool) -> dict[str, str]:
+def tensor_types(
+    summary: GgufSummary, file_type: str, *, has_matrix: bool, chosen: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return the type that each tensor of an unquantized GGUF gets.
 
     Args:
         summary: of the GGUF.
         file_type: name of the quantization.
         has_matrix: whether it is made with an importance matrix.
+        chosen: types that replace the rules (see `type_choices`): other tensors keep theirs; None: by the rules.
 
     Returns:
         Names of types by the names of the tensors, in the order in which they are written.
@@ -288,6 +291,8 @@ def tensor_types(summary: GgufSummary, file_type: str, *, has_matrix: bool) -> d
     """
     model = _model_of(summary)
     names = sorted(summary.tensors, key=writer_form.position)
+    if chosen is not None:
+        return {name: chosen.get(name, summary.tensors[name].type) for name in names}
     value_count = sum(_role_of(name) is Role.VALUES for name in names)
     seen: Counter[Role] = Counter()
     types = {}
@@ -314,6 +319,13 @@ def needs_matrix(name: str, tensor_type: str, file_type: str) -> bool:
     if _role_of(name) in (Role.OUTPUT, Role.EMBEDDING):
         return False
     return tensor_type in _TYPES_THAT_NEED_A_MATRIX or (tensor_type, file_type) == ("Q2_K", "Q2_K_S")
+
+
+def quantized_tensors(summary: GgufSummary) -> list[str]:
+    """Return the tensors that are quantized at all, in the order in which they are written."""
+    model = _model_of(summary)
+    names = sorted(summary.tensors, key=writer_form.position)
+    return [name for name in names if _is_quantized(name, summary.tensors[name], model)]
 
 
 def is_embedding(name: str) -> bool:

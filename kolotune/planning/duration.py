@@ -14,6 +14,7 @@ from kolotune.foundation.files import replacing
 from kolotune.foundation.hardware import cores
 from kolotune.foundation.hashing import HashedFile, hash_file
 from kolotune.foundation.objectives import OBJECTIVES
+from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.gguf.importance_matrix import tokens_read
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.stage import Context
@@ -34,6 +35,9 @@ _QUANTIZER_START = 1.5
 _READING_FACTOR = 1.0
 # Seconds of one core for a weight whose rounding error is compensated; measured with the sample.
 _COMPENSATION = 6e-7
+
+# The same to measure what each type costs it, and to measure the divergence of a file. Not measured on a quiet machine.
+_SENSITIVITY, _DIVERGENCE = 1.2e-6, 3e-7
 
 # Share of a step that its forward pass takes: the backward pass of adapters costs about twice as much.
 _FORWARD = 1 / 3
@@ -125,6 +129,11 @@ def stage_seconds(
         if context.config.quantizer == "compensated":
             weights = sizes.gguf / 2  # bytes of one in f16
             seconds["quantize"] += len(sizes.quantized) * weights * _COMPENSATION / cores()
+        budgets = [budget for name in sizes.quantized if (budget := read_budget(name)) is not None]
+        if budgets:
+            again = sum(budget.kl is not None for budget in budgets)
+            weights = sizes.gguf / 2
+            seconds["quantize"] += weights * (_SENSITIVITY + again * _DIVERGENCE) / cores()
         if with_matrix(context, sizes.quantized):
             read = tokens_read(workload.tokens, workload.chats)
             seconds["quantize"] += _READING_FACTOR * steps.calibration.per_token * read

@@ -5,9 +5,12 @@ from __future__ import annotations
 from kolotune.engines.engine import get_engine
 from kolotune.engines.memory import SMALLEST_BATCH, BatchShape, Memory, TrainingMemory
 from kolotune.foundation.hardware import cores
+from kolotune.foundation.quantization_budgets import read_budget
+from kolotune.gguf.budgets import SENSITIVITY_TOKENS
 from kolotune.gguf.calibration import MOST_TOKENS
 from kolotune.gguf.error_feedback import MOST_IN_DOUBLE
 from kolotune.gguf.run_matrix import with_matrix
+from kolotune.gguf.sensitivity import TOKENS, TOKENS_AT_ONCE
 from kolotune.llamacpp.evaluation import BATCH
 from kolotune.run_folder.retention import kept_models
 from kolotune.run_folder.stage import Context
@@ -43,6 +46,8 @@ def stage_memory(
         quantizing = max(quantizing, matrix, key=lambda memory: memory.resident)
     if context.config.quantizer == "compensated" and kept_models(context.config).quantized:
         quantizing = max(quantizing, compensation_memory(shape), key=lambda memory: memory.resident)
+    if any(read_budget(name) is not None for name in kept_models(context.config).quantized):
+        quantizing = max(quantizing, sensitivity_memory(shape), key=lambda memory: memory.resident)
     return {
         "prepare": MAIN_PROCESS,
         "train": MAIN_PROCESS + training.memory if training.memory is not None else None,
@@ -70,6 +75,16 @@ def compensation_memory(shape: ModelShape) -> Memory:
     hessians = 4 * widest**2 * (2 * FP32_BYTES if widest <= MOST_IN_DOUBLE else FP32_BYTES)
     embedding = FP32_BYTES * shape.hidden_size * shape.vocabulary_size
     return Memory(_COMPENSATION.own + layer + activations + hessians + embedding, _COMPENSATION.mapped)
+
+
+def sensitivity_memory(shape: ModelShape) -> Memory:
+    """Return the memory of measuring what types cost: what enters each layer, one layer twice, embedding and head."""
+    widest = max((linear.inputs for linear in shape.linears), default=shape.hidden_size)
+    layer = 3 * FP32_BYTES * sum(linear.weight_count for linear in shape.linears) // max(1, shape.layers)
+    activations = FP32_BYTES * SENSITIVITY_TOKENS * (shape.hidden_size * shape.layers + 12 * widest)
+    heads = 3 * FP32_BYTES * shape.hidden_size * shape.vocabulary_size
+    logits = FP32_BYTES * shape.vocabulary_size * (TOKENS + 4 * TOKENS_AT_ONCE)
+    return Memory(_COMPENSATION.own + layer + activations + heads + logits, _COMPENSATION.mapped)
 
 
 def importance_matrix_memory(shape: ModelShape, longest: int, batch: int) -> Memory:

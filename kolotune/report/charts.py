@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .inline_svg import GRID, HELD_OUT, INK, MUTED, PAPER, SETTINGS, TRAIN, StyleSheet
 from .prepared_chats import ChatLengths
+from .size_curve import SizeCurve
 from .training_curve import TrainingCurve
 
 if TYPE_CHECKING:
@@ -72,6 +73,17 @@ def trial_charts(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], shee
     ]
 
 
+def size_charts(curve: SizeCurve, sheet: StyleSheet) -> list[str]:
+    """Return the divergence over the file's size, and the gain kept over it where that was measured."""
+    knee, divergence = curve.sizes[curve.knee], curve.divergences[curve.knee]
+    label = f"Mean KL divergence over the size of the file; the knee is at {knee / 1e6:.0f} MB, {divergence:.3f} nats"
+    charts = [_chart(lambda axes: _plot_divergences(axes, curve), WIDE, "sizes", label, sheet)]
+    if any(each.gain_kept is not None for each in curve.measured):
+        label = "Share of the training's gain that is kept, over the size of the file"
+        charts.append(_chart(lambda axes: _plot_gains(axes, curve), WIDE, "gains", label, sheet))
+    return charts
+
+
 def _chart(plot: Callable[[Axes], None], size: tuple[int, int], name: str, label: str, sheet: StyleSheet) -> str:
     import matplotlib
     from matplotlib.figure import Figure
@@ -115,6 +127,41 @@ def _plot_accuracy(axes: Axes, curve: TrainingCurve) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.08)
     axes.legend(loc="lower right", labelcolor=INK, fontsize=12)
+
+
+def _plot_divergences(axes: Axes, curve: SizeCurve) -> None:
+    pairs = [(size / 1e6, kl) for size, kl in zip(curve.sizes, curve.divergences, strict=True) if kl > 0]
+    axes.plot(*zip(*pairs, strict=True), color=TRAIN, linewidth=2.2, label="predicted")
+    knee, divergence = curve.sizes[curve.knee] / 1e6, curve.divergences[curve.knee]
+    axes.plot([knee], [divergence], color=TRAIN, marker="D", markersize=9, linestyle="none", label="knee")
+    if curve.measured:
+        axes.plot(
+            [each.size_bytes / 1e6 for each in curve.measured], [each.kl_mean for each in curve.measured],
+            color=HELD_OUT, linestyle="none", marker="o", markersize=7, label="measured", zorder=3,
+        )  # fmt: skip
+        _name_points(axes, [(each.name, each.size_bytes / 1e6, each.kl_mean) for each in curve.measured])
+    axes.set_yscale("log")
+    axes.set_xlabel("size of the file (MB)")
+    axes.set_ylabel("mean KL (nats)")
+    axes.legend(loc="upper right", labelcolor=INK, fontsize=12)
+
+
+def _plot_gains(axes: Axes, curve: SizeCurve) -> None:
+    points = [
+        (figures.name, figures.size_bytes / 1e6, 100 * figures.gain_kept, 100 * (figures.gain_kept_error or 0.0))
+        for figures in curve.measured
+        if figures.gain_kept is not None
+    ]
+    names, sizes, gains, errors = zip(*points, strict=True)
+    axes.errorbar(sizes, gains, yerr=errors, color=HELD_OUT, linestyle="none", marker="o", markersize=7)
+    _name_points(axes, list(zip(names, sizes, gains, strict=True)))
+    axes.set_xlabel("size of the file (MB)")
+    axes.set_ylabel("gain kept (%)")
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    for name, size, value in points:
+        axes.annotate(name, (size, value), xytext=(8, 6), textcoords="offset points", color=INK, fontsize=11)
 
 
 def _plot_trials(axes: Axes, curves: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> None:

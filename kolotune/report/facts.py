@@ -11,6 +11,7 @@ from kolotune.base_models import catalog
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.typed_storage import JsonObject
+from kolotune.gguf.budgets import read_mixtures
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.manifest import PATH_OPTIONS, Manifest, read_manifest
 from kolotune.run_folder.marks import MarkState, read_mark
@@ -20,6 +21,7 @@ from kolotune.stages.prepare import CHANGED_CHATS
 
 from .change_kept import ChangeKept, changes_kept
 from .prepared_chats import ChatLengths, read_lengths, read_sample_chat
+from .size_curve import SizeCurve, size_curve
 from .training_curve import TrainingCurve, read_curve
 
 EN_DASH = "\N{EN DASH}"
@@ -44,6 +46,7 @@ class ReportFacts:
         options: (name, value, whether it is the default).
         comparison: the result of `kolotune compare`.
         survival: what is left of the adapter's change in each quantization; empty where that was not measured.
+        sizes: what each size of the model costs, where a quantization has a budget.
         finished: when the last stage finished.
     """
 
@@ -59,6 +62,7 @@ class ReportFacts:
     options: list[tuple[str, str, bool]]
     comparison: Comparison | None
     survival: list[ChangeKept]
+    sizes: SizeCurve | None
     finished: str
 
     @property
@@ -106,6 +110,7 @@ def gather_facts(folder: RunFolder) -> ReportFacts:
         options=_options(manifest.config),
         comparison=comparison,
         survival=changes_kept(comparison) if comparison else [],
+        sizes=size_curve(read_mixtures(folder), comparison),
         finished=max(stage.finished for stage in manifest.stages.values()),
     )
 

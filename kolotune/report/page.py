@@ -107,6 +107,8 @@ def _charts(facts: ReportFacts, sheet: StyleSheet) -> dict[str, list[str]]:
         if facts.curve.accuracies:
             svgs["accuracy"] = [charts.accuracy_chart(facts.curve, sheet)]
         svgs["training"] = [charts.learning_rate_chart(facts.curve, sheet), charts.speed_chart(facts.curve, sheet)]
+    if facts.sizes is not None:
+        svgs["sizes"] = charts.size_charts(facts.sizes, sheet)
     if facts.lengths:
         svgs["lengths"] = [charts.length_histogram(facts.lengths, which, sheet) for which in ("tokens", "answers")]
     return svgs

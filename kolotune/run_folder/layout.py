@@ -68,6 +68,21 @@ class RunFolder:
         return self.state / "importance_matrix.gguf"
 
     @property
+    def tensor_types(self) -> Path:
+        """The types that quantizations to a budget give to the tensors; see `gguf.budgets`."""
+        return self.state / "tensor_types.json"
+
+    @property
+    def sensitivity(self) -> Path:
+        """What each type does to each matrix, measured once; see `gguf.sensitivity`."""
+        return self.state / "sensitivity.safetensors"
+
+    @property
+    def compensated_blocks(self) -> Path:
+        """Matrices that an unfinished compensated quantization has finished; see `gguf.compensation_journal`."""
+        return self.state / "compensated_blocks"
+
+    @property
     def prepared(self) -> Path:
         """Token ids with loss mask, and the tokenizer with its frozen template."""
         return self.state / "prepared"

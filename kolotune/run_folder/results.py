@@ -42,12 +42,14 @@ class QuantizedFile:
         source, sha256: SHA-256 of its source, and of itself.
         importance_matrix: that of its importance matrix; None: without one.
         calibration: that of the tokens by which its rounding errors were compensated; None: they were not.
+        choice: that of what its types were chosen by; None: it is no quantization to a budget.
     """
 
     source: str
     sha256: str
     importance_matrix: str | None = None
     calibration: str | None = None
+    choice: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from kolotune.base_models.new_tokens import resolve_base
@@ -9,9 +10,11 @@ from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.hashing import Hasher
+from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import convert, quantize
+from kolotune.gguf.budgets import read_mixtures
 from kolotune.run_folder.layout import RunFolder
 from kolotune.weights.adapter_folder import is_adapter
 
@@ -57,7 +60,16 @@ def quantized(plain: Path, run: RunFolder, config: Config, name: str, reporter: 
         if name in NEEDS_IMPORTANCE_MATRIX:
             raise ArtifactError(f"{matrix}: there is no importance matrix", "Run `kolotune quantize` first.")
         matrix = None  # an exported model was trained elsewhere
-    target = plain.with_name(f"Base{name}.gguf" if matrix is None else f"Base{name}-{Hasher().of(matrix)[:16]}.gguf")
+    types = _chosen_types(run, name) if read_budget(name) is not None else None
+    made_with = [file for file in (matrix, run.tensor_types if types else None) if file is not None]
+    target = plain.with_name("-".join([f"Base{name}", *(Hasher().of(file)[:16] for file in made_with)]) + ".gguf")
     if not target.is_file():
-        quantize.quantize_file(plain, target, name, run.log("base"), reporter, matrix)
+        quantize.quantize_file(plain, target, name, run.log("base"), reporter, matrix, types=types)
     return target
+
+
+def _chosen_types(run: RunFolder, name: str) -> Mapping[str, str]:
+    mixtures = read_mixtures(run)
+    if mixtures is None or name not in mixtures.chosen:
+        raise ArtifactError(f"{run.tensor_types}: has no types for {name}", "Run `kolotune quantize` first.")
+    return mixtures.chosen[name].types

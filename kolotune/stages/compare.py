@@ -19,6 +19,7 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
 from kolotune.foundation.files import remove, size_of
+from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
@@ -76,6 +77,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
     if trials:
         llamacpp.ensure(reporter)
         quantize.check_blocks(context.base, trials)
+        if any(read_budget(name) is not None for name in trials):
+            conversion_source.check_budgets(context, trials, context.run.log(NAME), reporter)
 
 
 def run(context: Context, reporter: Reporter) -> JsonObject:
@@ -215,7 +218,13 @@ def _measure_trials(
         reporter.doing(f"trying {name}")
         target = scratch / run.quantized(name).name
         imatrix = matrix if name in with_matrix else None
-        quantize.quantize_file(source, target, name, log, reporter, imatrix, compensation=compensation)
+        if read_budget(name) is None:
+            quantize.quantize_file(source, target, name, log, reporter, imatrix, compensation=compensation)
+        else:
+            budgets = conversion_source.find_budgets(
+                context, source, run.sensitivity, log, reporter, imatrix, compensation
+            )
+            budgets.make(name, target)
         after = scratch / f"{name}.npy"
         measurement = _measure_gguf(context, scratch, name, target, None, before, after)
         yield MeasuredGguf(MeasuredFile(name, "", target.stat().st_size), "", measurement)

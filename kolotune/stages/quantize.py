@@ -6,18 +6,24 @@ A lean run makes the unquantized GGUF here too, from base and adapter, and remov
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kolotune import llamacpp
+from kolotune.foundation import typed_storage
 from kolotune.foundation.config import OPTIONS, Config, plain_values
 from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.foundation.files import remove
+from kolotune.foundation.formatting import format_size
+from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.gguf import base_grid, conversion_source, quantize, run_compensation, run_matrix
+from kolotune.gguf.budgets import BudgetQuantizer, ChosenMixtures, ChosenTypes, read_mixtures
+from kolotune.gguf.run_compensation import Compensation
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.results import QuantizedFile, quantize_facts
 from kolotune.run_folder.retention import kept_models
@@ -25,6 +31,7 @@ from kolotune.run_folder.stage import Context
 
 NAME = run_matrix.QUANTIZE
 DOING = "quantizing"
+_SHOWN_SIZES = 9
 
 
 def options(config: Config) -> JsonObject:
@@ -38,7 +45,7 @@ def options(config: Config) -> JsonObject:
 def inputs(context: Context) -> dict[str, Path]:
     is_kept = kept_models(context.config).unquantized
     source = {"the unquantized GGUF": context.run.gguf} if is_kept else conversion_source.conversion_inputs(context)
-    reads_chats = bool(_made_with_matrix(context)) or context.config.quantizer == "compensated"
+    reads_chats = bool(_made_with_matrix(context) or _budgets(context)) or context.config.quantizer == "compensated"
     return source | ({"the prepared chats": context.run.prepared} if reads_chats else {})
 
 
@@ -46,6 +53,7 @@ def outputs(context: Context) -> list[Path]:
     kept = kept_models(context.config)
     files = [context.run.quantized(name) for name in kept.quantized]
     files += [context.run.importance_matrix] if _made_with_matrix(context) else []
+    files += [context.run.tensor_types] if _budgets(context) else []
     return files if kept.unquantized else [*files, *conversion_source.tokenizer_outputs(context)]
 
 
@@ -74,6 +82,8 @@ def preflight(context: Context, reporter: Reporter) -> None:
         _note_grid(context, reporter)
     if not kept.unquantized:
         conversion_source.prove_convertible(context, reporter)
+    if _budgets(context):
+        conversion_source.check_budgets(context, kept.quantized, context.run.log(NAME), reporter)
     if kept.quantized and context.config.quantizer == "compensated":
         plans = conversion_source.expected_tensor_plans(context, context.run.log(NAME), reporter)
         run_compensation.check_possible(context, plans, context.run.log(NAME))
@@ -105,20 +115,35 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
         matrix = _importance_matrix(context, previous.importance_matrix, reporter)
         matrices = {name: matrix["sha256"] for name in _made_with_matrix(context)}
         compensation = conversion_source.find_compensation(context, folder.log(NAME), reporter)
+        if compensation is None:
+            remove(folder.compensated_blocks)
         calibration = compensation.digest if compensation else None
+        budgets = _budget_quantizer(context, compensation, reporter)
+
+        def wanted(name: str, sha256: str = "") -> QuantizedFile:
+            choice = budgets.key if budgets is not None and name in _budgets(context) else None
+            return QuantizedFile(source, sha256, matrices.get(name), calibration, choice)
+
+        chosen = _chosen_before(context)
         files = {
             name: file
             for name, file in previous.made.items()
-            if _is_current(name, file, QuantizedFile(source, "", matrices.get(name), calibration), context, reporter)
+            if _is_current(name, file, wanted(name), context, reporter)
+            and (name in chosen or name not in _budgets(context))
         }
         for name in names:
             if name not in files:
                 reporter.doing(f"quantizing to {name}")
                 target = folder.quantized(name)
-                imatrix = folder.importance_matrix if name in matrices else None
-                log = folder.log(NAME)
-                quantize.quantize_file(folder.gguf, target, name, log, reporter, imatrix, hasher, compensation)
-                files[name] = QuantizedFile(source, hasher.of(target), matrices.get(name), calibration)
+                if budgets is not None and name in _budgets(context):
+                    chosen[name] = budgets.make(name, target, hasher)
+                    _note_choice(name, chosen[name], reporter)
+                else:
+                    imatrix = folder.importance_matrix if name in matrices else None
+                    log = folder.log(NAME)
+                    quantize.quantize_file(folder.gguf, target, name, log, reporter, imatrix, hasher, compensation)
+                files[name] = wanted(name, hasher.of(target))
+        _keep_choices(context, budgets, {name: chosen[name] for name in _budgets(context)}, reporter)
     return {
         "made": {name: _as_fact(file) for name, file in files.items()},
         **({"importance_matrix": matrix} if matrix else {}),
@@ -130,7 +155,7 @@ def _is_current(name: str, file: QuantizedFile, wanted: QuantizedFile, context: 
     """Whether a GGUF is what would be made now; if not, remove it, with its Modelfile where that changes too."""
     path, is_requested = context.run.quantized(name), name in kept_models(context.config).quantized
     is_same_source = file.source == wanted.source and (
-        not is_requested or (file.importance_matrix, file.calibration) == (wanted.importance_matrix, wanted.calibration)
+        not is_requested or dataclasses.replace(file, sha256=wanted.sha256) == wanted
     )
     if is_same_source and context.hasher.of(path) == file.sha256:
         return True
@@ -140,6 +165,61 @@ def _is_current(name: str, file: QuantizedFile, wanted: QuantizedFile, context: 
     if not is_same_source or not is_requested:
         remove(context.run.modelfile(name))
     return False
+
+
+def _budgets(context: Context) -> list[str]:
+    return [name for name in kept_models(context.config).quantized if read_budget(name) is not None]
+
+
+def _budget_quantizer(
+    context: Context, compensation: Compensation | None, reporter: Reporter
+) -> BudgetQuantizer | None:
+    """Return what makes the quantizations to a budget; None where there are none."""
+    run, budgets = context.run, _budgets(context)
+    if not budgets:
+        remove(run.sensitivity)
+        return None
+    matrix = run.importance_matrix if budgets[0] in _made_with_matrix(context) else None
+    return conversion_source.find_budgets(
+        context, run.gguf, run.sensitivity, run.log(NAME), reporter, matrix, compensation
+    )
+
+
+def _chosen_before(context: Context) -> dict[str, ChosenTypes]:
+    mixtures = read_mixtures(context.run)
+    return {} if mixtures is None else mixtures.chosen
+
+
+def _keep_choices(
+    context: Context, budgets: BudgetQuantizer | None, chosen: dict[str, ChosenTypes], reporter: Reporter
+) -> None:
+    if budgets is None:
+        remove(context.run.tensor_types)
+    else:
+        mixtures = dataclasses.replace(budgets.mixtures, chosen=chosen)
+        typed_storage.write(context.run.tensor_types, mixtures)
+        _show_curve(mixtures, reporter)
+
+
+def _show_curve(mixtures: ChosenMixtures, reporter: Reporter) -> None:
+    """Show what some sizes are predicted to cost."""
+    last = len(mixtures.curve) - 1
+    shown = sorted({mixtures.knee, *(last * number // (_SHOWN_SIZES - 1) for number in range(_SHOWN_SIZES))})
+    reporter.table(
+        "Sizes, and the mean KL divergence that is predicted for them",
+        ("size", "bytes", "KL mean", "knee"),
+        [
+            (format_size(point.size), str(point.size), f"{point.kl:.2e}", "yes" if number == mixtures.knee else "")
+            for number, point in enumerate(mixtures.curve)
+            if number in shown
+        ],
+    )
+
+
+def _note_choice(name: str, chosen: ChosenTypes, reporter: Reporter) -> None:
+    counts = Counter(chosen.types.values()).most_common()
+    listed = ", ".join(f"{count} matrices {kind}" for kind, count in counts)
+    reporter.note(f"{name}: {listed}; predicted mean KL {chosen.predicted_kl:.4f}")
 
 
 def _as_fact(file: QuantizedFile) -> dict[str, str]:

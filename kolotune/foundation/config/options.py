@@ -340,7 +340,7 @@ class Config:
     )
     quantization: tuple[str, ...] = option(
         ("Q4_K_M",),
-        "Quantizations to make, such as Q4_K_M,Q8_0; the word none: f16 only.",
+        "Quantizations such as Q4_K_M,Q8_0; to a budget, auto:90MB or auto:kl=0.02; the word none: f16 only.",
         Group.EXPORT,
         kind=Kind.QUANTIZATIONS,
         stages="quantize modelfile compare",

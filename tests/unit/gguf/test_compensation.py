@@ -13,9 +13,10 @@ from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, ToolchainError
 from kolotune.foundation.reporter import PlainReporter
-from kolotune.gguf import compensation, header, run_compensation
+from kolotune.gguf import compensation, error_feedback, header, run_compensation
 from kolotune.gguf.calibration import ROW, calibration_rows
 from kolotune.gguf.conversion_source import find_compensation
+from kolotune.gguf.error_feedback import InputStatistics
 from kolotune.gguf.stored_values import StoredValues
 from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.pipeline.run import run_pipeline
@@ -102,3 +103,60 @@ def test_what_was_trained_elsewhere_is_refused(run_copy: RunFolder, tmp_path: Pa
         run_compensation.check_possible(context, [], tmp_path / "log")
     with pytest.raises(ToolchainError, match="conversion plan"):
         run_compensation.check_possible(dataclasses.replace(context, source=None), [], tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_a_killed_one_resumes_behind_the_finished_matrices(
+    run_copy: RunFolder, reporter: PlainReporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = config_of(run_copy, "compensated", "Q4_0")
+    found = find_compensation(Context(config, run_copy, Path(config.base_model)), tmp_path / "log", reporter)
+    assert found is not None
+    run_pipeline(config_of(run_copy, "ggml", "Q4_0"), reporter)
+    plain, target = run_copy.quantized("Q4_0").read_bytes(), tmp_path / "target.gguf"
+    journal = tmp_path / "journal"
+    job = compensation.CompensationJob(
+        str(run_copy.gguf), str(target), str(found.config), found.rows[:2], list(found.tensors), str(journal), "key"
+    )
+    rounded: list[str] = []
+    real, dies_at = error_feedback.round_with_feedback, 0
+
+    def counted(weight: torch.Tensor, kind: str, statistics: InputStatistics) -> tuple[np.ndarray, torch.Tensor]:
+        if len(rounded) == dies_at:
+            raise KeyboardInterrupt
+        rounded.append(kind)
+        return real(weight, kind, statistics)
+
+    monkeypatch.setattr(error_feedback, "round_with_feedback", counted)
+    files = []
+    for dies_at in (99, 5, 99):  # undisturbed; killed; once more
+        target.write_bytes(plain)
+        rounded.clear()
+        if dies_at == 5:
+            with pytest.raises(KeyboardInterrupt):
+                compensation.compensate(job)
+        else:
+            compensation.compensate(job)
+        files.append((target.read_bytes(), len(rounded)))
+        if len(files) == 1:
+            journal.unlink()
+    (whole, count), (half, _), (again, rest) = files
+    assert again == whole and half not in (whole, plain)
+    assert rest == count - 5 > 0
+
+
+@pytest.mark.slow
+def test_a_killed_one_leaves_nothing(
+    run_copy: RunFolder, reporter: PlainReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_pipeline(config_of(run_copy, "ggml", "Q8_0"), reporter)
+    before = {path.name for path in run_copy.root.iterdir()}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_compensation.Compensation, "apply", killed)
+    with pytest.raises(Exception, match="stopped during quantize"):
+        run_pipeline(config_of(run_copy, "compensated", "Q4_0"), reporter)
+    left = {path.name for path in run_copy.root.iterdir()} - before
+    assert not {name for name in left if name.endswith(".gguf")} and not run_copy.quantized("Q4_0").exists()

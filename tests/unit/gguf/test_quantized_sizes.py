@@ -11,6 +11,7 @@ from kolotune.gguf import header
 from kolotune.gguf.conversion_plan import ConversionPlan
 from kolotune.gguf.quantized_sizes import QuantizedSize, quantized_sizes
 from kolotune.gguf.quantizer import quantize
+from kolotune.gguf.type_choices import weight_count
 
 NAMES = ("Q8_0", "Q4_0", "Q4_K_M", "BF16", "MXFP4_MOE", "IQ4_XS")
 
@@ -37,6 +38,17 @@ def test_what_does_not_fit_the_model_is_missing(tmp_path: Path) -> None:
     sizes = quantized_sizes(plan_of(source), ("Q1_0", "Q4_K_M"), (), tmp_path, tmp_path / "log")
     quantize(source, tmp_path / "target.gguf", "Q4_K_M", {})
     assert sizes == {"Q4_K_M": QuantizedSize((tmp_path / "target.gguf").stat().st_size, 0.0)}
+
+
+def test_a_budget_is_the_size_or_a_bound_of_it(tmp_path: Path) -> None:
+    source = MODELS["llama"].write(tmp_path / "source.gguf", "f16")
+    whole = source.stat().st_size
+    names = ("AUTO-4BPW", "AUTO-9GB", "AUTO-KL0.1", "Q8_0")
+    sizes = quantized_sizes(plan_of(source), names, (), tmp_path, tmp_path / "log")
+    weights = weight_count(header.read(source))
+    assert sizes["AUTO-4BPW"].size == len(plan_of(source).header) + weights // 2
+    assert whole <= sizes["AUTO-9GB"].size < whole + 1000
+    assert sizes["AUTO-KL0.1"] == sizes["Q8_0"]
 
 
 def test_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
