@@ -112,6 +112,25 @@ def check_as_peft(model: Any, tuned: Any, adapter: Path) -> None:
         assert np.abs(after[number] - before[number]).max() > 1e-2
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_as_peft(tied: bool, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    import torch
+
+    model = tiny_model("llama", tmp_path / "base", tie_word_embeddings=tied)
+    model.resize_token_embeddings(98, mean_resizing=False)
+    modules = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    rows = {"trainable_token_indices": {name: [96, 97] for name in modules}}
+    tuned = with_adapter(model, tmp_path / "adapter", ["q_proj"], **rows).eval()
+    chats = [ComparedChat([5, 96, 2, 97, 40], [1, 3], []), ComparedChat([1, 97, 96], [0, 2], [])]
+    for kind in (reference_model.WholeModel, reference_model.LayeredModel):
+        opened = kind(tmp_path / "base")
+        opened.add(tmp_path / "adapter")
+        for number, found in opened.log_probabilities(chats):
+            with torch.no_grad():
+                logits = tuned(torch.tensor([chats[number].ids])).logits[0, chats[number].positions]
+            np.testing.assert_allclose(found, torch.log_softmax(logits, -1).numpy(), atol=1e-4)
+
+
 def test_a_model_that_does_not_fit_is_read_layer_by_layer(
     tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def adapted(base: Path, folder: Path, **options: Any) -> MergedModel:
     ("options", "expected"),
     [
         ({}, AdapterObstacle.NONE),
+        ({"rank_pattern": {"0.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 3}}, AdapterObstacle.NONE),
         ({"use_dora": True}, AdapterObstacle.MAGNITUDES),
         ({"modules_to_save": ["embed_tokens"]}, AdapterObstacle.WHOLE_WEIGHTS),
         ({"trainable_token_indices": [5]}, AdapterObstacle.WHOLE_WEIGHTS),
@@ -46,7 +47,7 @@ def adapted(base: Path, folder: Path, **options: Any) -> MergedModel:
         ({"init_lora_weights": "pissa"}, AdapterObstacle.INITIAL),
         ({"target_modules": ["q_proj"]}, AdapterObstacle.NO_PLAN),
     ],
-    ids=["LoRA", "DoRA", "saved", "tokens", "embedding", "PiSSA", "other matrices"],
+    ids=["LoRA", "patterns", "DoRA", "saved", "tokens", "embedding", "PiSSA", "other matrices"],
 )
 def test_obstacles(options: dict[str, Any], expected: AdapterObstacle, tiny_base: Path, tmp_path: Path) -> None:
     model = adapted(tiny_base, tmp_path, **options)

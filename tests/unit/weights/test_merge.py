@@ -319,6 +319,29 @@ def test_a_vocabulary_with_new_tokens(
         torch.testing.assert_close(merged(ids).logits, expected(ids).logits, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rows_of_new_tokens_without_the_others(is_tied: bool, tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    """The base has no such rows yet; some of them alone would leave others without values."""
+    tiny_model("llama", tmp_path / "base", tie_word_embeddings=is_tied)
+    modules = ["embed_tokens"] if is_tied else ["embed_tokens", "lm_head"]
+    for tokens in (list(range(96, 104)), [97, 103]):
+        folder = tmp_path / f"adapter of {len(tokens)}"
+        config = peft.LoraConfig(
+            r=4, lora_alpha=10, target_modules=["q_proj"], trainable_token_indices={name: tokens for name in modules}
+        )
+        adapted = peft.get_peft_model(resized(tmp_path / "base"), config)
+        change(adapted)
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+    merge_into(tmp_path / "adapter of 8", tmp_path / "base", tmp_path / "merged")
+    expected = peft.PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "adapter of 8").eval()
+    merged, ids = load(tmp_path / "merged"), torch.arange(104)[None]
+    assert merged.config.vocab_size == 104 == len(merged.get_output_embeddings().weight)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected(ids).logits, atol=TOLERANCE, rtol=0)
+    with pytest.raises(ArtifactError, match="some of the base model's new tokens only"):
+        MergedModel(tmp_path / "adapter of 2", tmp_path / "base", "fp32")
+
+
 def test_new_tokens_without_their_embeddings(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     """PEFT leaves the embeddings out when it can't find the base's config."""
     make_adapter(tmp_path, KINDS["plain"], tiny_model)
