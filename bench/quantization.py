@@ -1,6 +1,6 @@
 """What quantized files keep of a finished run: ggml without and with an importance matrix, and compensated.
 
-    python bench/quantization.py RUN PROSE [--quantizations Q4_K_M,Q3_K_M,Q5_K_M,IQ4_XS] [--seed N]
+    python bench/quantization.py RUN PROSE [--quantizations Q4_K_M,Q3_K_M,Q5_K_M,IQ4_XS] [--seed N] [--chats N]
 
 Three texts, none of which the files are calibrated on: the answers of the run's held-out chats, 60 chats made of
 docstrings, and some 20 kB of prose in the file PROSE. For each the mean KL divergence from the unquantized GGUF with
@@ -28,8 +28,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kolotune.foundation import config as configs
+from kolotune.foundation.quantization_budgets import read_budget
+from kolotune.foundation.quantization_types import canonical_name
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.gguf import conversion_source, convert, matrix_computation, quantize
+from kolotune.gguf.budgets import BudgetQuantizer, choice_basis
 from kolotune.gguf.run_compensation import Compensation
 from kolotune.llamacpp.evaluation import ExactGguf
 from kolotune.pipeline.context import open_context
@@ -39,7 +42,6 @@ from kolotune.run_folder.stage import Context
 Piece = tuple[list[int], list[int]]
 """Tokens, and the positions at which predictions are compared."""
 PIECE = 256
-_CHATS = 60
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def held_out(run: RunFolder) -> list[Piece]:
     return pieces
 
 
-def docstring_chats(run: RunFolder, seed: int) -> list[Piece]:
+def docstring_chats(run: RunFolder, count: int, seed: int) -> list[Piece]:
     """Return chats made of docstrings, compared at the answers."""
     from transformers import AutoTokenizer
 
@@ -76,7 +78,7 @@ def docstring_chats(run: RunFolder, seed: int) -> list[Piece]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "chats.jsonl")
         script = Path(__file__).with_name("docstring_chats.py")
-        subprocess.run([sys.executable, str(script), str(file), str(_CHATS), "--seed", str(seed)], check=True)
+        subprocess.run([sys.executable, str(script), str(file), str(count), "--seed", str(seed)], check=True)
         chats = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
     pieces = []
     for turns in chats:
@@ -157,12 +159,15 @@ def made(
     context: Context, name: str, way: str, matrix: Path, compensation: Compensation, folder: Path
 ) -> tuple[Path, float]:
     """Quantize the run's GGUF in one of three ways; return the file and the seconds."""
-    target, log = folder / f"{name}-{way}.gguf", folder / "log"
-    started = time.perf_counter()
-    quantize.quantize_file(
-        context.run.gguf, target, name, log, PlainReporter(),
-        matrix if way == "matrix" else None, compensation=compensation if way == "compensated" else None,
-    )  # fmt: skip
+    target, log, say = folder / f"{name}-{way}.gguf", folder / "log", PlainReporter()
+    started, source = time.perf_counter(), context.run.gguf
+    imatrix, compensates = matrix if way == "matrix" else None, compensation if way == "compensated" else None
+    if read_budget(name) is None:
+        quantize.quantize_file(source, target, name, log, say, imatrix, compensation=compensates)
+    else:
+        basis, kept = choice_basis(context, compensation.tensors), folder / f"sensitivity-{way}"
+        chosen = BudgetQuantizer(source, kept, basis, log, say, imatrix, compensates).make(name, target)
+        print(f"{name} {way}: predicted KL {chosen.predicted_kl:.4f}", file=sys.stderr)
     return target, time.perf_counter() - started
 
 
@@ -173,13 +178,14 @@ def main() -> None:
     parser.add_argument("prose", type=Path)
     parser.add_argument("--quantizations", default="Q4_K_M,Q3_K_M,Q5_K_M,IQ4_XS")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--chats", type=int, default=60, help="made of docstrings")
     options = parser.parse_args()
     run = RunFolder(options.run.absolute())
     saved = configs.resolve((configs.load_file(run.config), str(run.config), run.root))
     context = open_context(run, dataclasses.replace(saved, quantizer="compensated"))
     texts = {
         "held-out chats": held_out(run),
-        "docstring chats": docstring_chats(run, options.seed),
+        "docstring chats": docstring_chats(run, options.chats, options.seed),
         "prose": prose(run, options.prose),
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -201,7 +207,7 @@ def main() -> None:
             + " loss | gain kept |"
         )
         print("|---|---|---|---|" + "---|" * len(texts) + "---|---|", flush=True)
-        for number, name in enumerate(options.quantizations.split(",")):
+        for number, name in enumerate(map(canonical_name, options.quantizations.split(","))):
             for way in ("plain", "matrix", "compensated"):
                 gguf, seconds = made(context, name, way, folder / "matrix.gguf", compensation, folder)
                 found = [measured(references[text], gguf, pieces) for text, pieces in texts.items()]
