@@ -82,10 +82,10 @@ def _add(content: Content, part: object) -> None:
     text = part.get("text")
     if (kind in _TEXT_TYPES or (kind is None and len(part) == 1)) and isinstance(text, str):
         content.texts.append(text)
-    elif kind is None and part.get("thought") is True and isinstance(text, str):
+    elif isinstance(text, str) and (kind == "reasoning" or (kind is None and part.get("thought") is True)):
         content.thoughts.append(text)
-    elif kind == "thinking" and isinstance(part.get("thinking"), str):
-        content.thoughts.append(part["thinking"])
+    elif kind == "thinking" and (thought := _thought(part.get("thinking"))) is not None:
+        content.thoughts.append(thought)
     elif kind == "tool_use":
         content.calls += read_calls([part])
     elif kind == "tool_result":
@@ -98,6 +98,15 @@ def _add(content: Content, part: object) -> None:
         shown = quoted(kind, 30) if isinstance(kind, str) else kind_of(kind)
         cause = f"unsupported content of type {shown}; only text can be trained on"
         fail(FaultKind.UNSUPPORTED_CONTENT, cause, subject=shown)
+
+
+def _thought(value: object) -> str | None:
+    """Return a thought, which Mistral writes as a list of parts; None for what is none."""
+    if isinstance(value, list):
+        parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [text for text in parts if isinstance(text, str)]
+        return "".join(texts) if len(texts) == len(value) else None
+    return _text(value)
 
 
 def _text(value: object) -> str | None:

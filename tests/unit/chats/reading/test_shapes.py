@@ -269,6 +269,32 @@ def test_thoughts_under_every_key(key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "t"},
+        {"type": "thinking", "thinking": "t", "signature": "x"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "t"}]},
+        {"type": "reasoning", "text": "t"},
+    ],
+    ids=["Anthropic", "signed", "Magistral", "AI SDK"],
+)
+def test_thoughts_in_parts(part: Any) -> None:
+    answer = {"role": "assistant", "content": [part, {"type": "text", "text": "a"}]}
+    assert shown(read({"messages": [Q, answer]}).chat) == "U q · A(t) a"
+
+
+@pytest.mark.parametrize(("thinking", "kinds"), [("", []), ([], []), ([{"type": "image"}], ["unsupported-content"])])
+def test_parts_without_a_thought(thinking: Any, kinds: list[str]) -> None:
+    answer = {
+        "role": "assistant",
+        "content": [{"type": "thinking", "thinking": thinking}, {"type": "text", "text": "a"}],
+    }
+    result = read({"messages": [Q, answer]})
+    assert [problem.kind for problem in result.problems] == kinds
+    assert result.chat is None or shown(result.chat) == "U q · A a"
+
+
+@pytest.mark.parametrize(
     ("record", "shown_or_kind"),
     [
         ({"question": "q", "answer": "a", "reasoning": "t", "thinking": "u"}, "U q · A(t\n\nu) a"),
