@@ -29,7 +29,7 @@ class BaseFigures:
     """The figures of a base model.
 
     Attributes:
-        losses: of each chat, summed over its trained tokens.
+        losses: of each chat, summed over its trained tokens, by their weights.
         answers: the ids of the greedy answer to each prompt.
     """
 
@@ -50,7 +50,7 @@ def figures_file(
         longest: an answer's most tokens.
     """
     versions = [VERSION, *(importlib.metadata.version(name) for name in _PACKAGES)]
-    compared = [[chat.ids, chat.positions] for chat in chats]
+    compared = [[chat.ids, chat.positions, *([chat.weights] if chat.weights else [])] for chat in chats]
     subject = json.dumps([versions, base_sha256, compared, [list(ids) for ids in prompts], end, longest])
     return cache_folder("base_figures") / f"{hashlib.sha256(subject.encode()).hexdigest()[:32]}.json"
 

@@ -34,7 +34,7 @@ def compute_figures(
         array, chat = by_chat[number]
         stops += int(array[end].argmax()) == chat.ids[chat.positions[end] + 1]
     return Figures(
-        loss=sum(losses) / sum(reference.labels),
+        loss=sum(losses) / sum(reference.chat_weights),
         top1_agreement=apart.top1_agreement,
         kl_mean=apart.kl_mean,
         kl_p99=apart.kl_p99,

@@ -48,15 +48,15 @@ def gain_kept(reference: Reference, figures: Figures) -> GainKept | None:
         (base - file) - share * (base - tuned)
         for (base, tuned), file in zip(reference.chat_losses, figures.chat_losses, strict=True)
     ]
-    return GainKept(share, _error_of_sum(residuals) / (gain * sum(reference.labels)))
+    return GainKept(share, _error_of_sum(residuals) / (gain * sum(reference.chat_weights)))
 
 
 def _least_gain(reference: Reference) -> float:
     gains = [base - tuned for base, tuned in reference.chat_losses]
     if len(gains) < 2:
         return _NOTABLE_GAIN_OF_ONE_CHAT
-    mean = (reference.base_loss - reference.tuned_loss) * sum(reference.labels) / len(gains)
-    error = _error_of_sum([gain - mean for gain in gains]) / sum(reference.labels)
+    mean = (reference.base_loss - reference.tuned_loss) * sum(reference.chat_weights) / len(gains)
+    error = _error_of_sum([gain - mean for gain in gains]) / sum(reference.chat_weights)
     return max(_NOTABLE_GAIN, _STANDARD_ERRORS * error)
 
 

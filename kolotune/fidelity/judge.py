@@ -266,10 +266,10 @@ def _loss_tolerance(evidence: Evidence, losses: Sequence[float], recorded: float
     tolerance = (_LOSS_APART_4BIT if evidence.load_in_4bit else _LOSS_APART) * (1 + recorded)
     if evidence.reference.whole:
         return tolerance
-    labels = evidence.reference.labels
+    weights = evidence.reference.chat_weights
     if len(losses) < 2:
         return math.inf
-    mean = sum(losses) / sum(labels)
-    residuals = sum((loss - mean * count) ** 2 for loss, count in zip(losses, labels, strict=True))
-    error = math.sqrt(residuals * len(losses) / (len(losses) - 1)) / sum(labels)
+    mean = sum(losses) / sum(weights)
+    residuals = sum((loss - mean * weight) ** 2 for loss, weight in zip(losses, weights, strict=True))
+    error = math.sqrt(residuals * len(losses) / (len(losses) - 1)) / sum(weights)
     return tolerance + _STANDARD_ERRORS * error

@@ -49,8 +49,11 @@ def split(array: np.ndarray, chats: Sequence[ComparedChat]) -> Iterator[tuple[np
 
 
 def loss_of(array: np.ndarray, chat: ComparedChat) -> float:
-    """Return the loss of a chat, summed over its trained tokens."""
+    """Return the loss of a chat, summed over its trained tokens, by their weights."""
     import numpy as np
 
     targets = [chat.ids[position + 1] for position in chat.positions]
-    return -float(array[np.arange(len(targets)), targets].sum(dtype=np.float64))
+    found = array[np.arange(len(targets)), targets]
+    if chat.weights is not None:
+        found = found * np.asarray(chat.weights)
+    return -float(found.sum(dtype=np.float64))

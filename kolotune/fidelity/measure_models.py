@@ -88,14 +88,15 @@ def _measure_tuned(
     if prompts and tuned_answers[0] is None:
         notes.append(note(NoteKind.READ_BY_LAYER))
     answers = zip(prompts, expected, base_answers, tuned_answers, strict=True)
-    labels = [len(chat.positions) for chat in chats]
+    weights = [chat.weight for chat in chats]
     reference = Reference(
         chats=chats,
         prompts=selection.prompts,
         probes=selection.probes,
         answers=[_greedy_answer(trained, *answer) for answer in answers],
         chat_losses=[[base, tuned] for base, tuned in zip(base_losses, tuned_losses, strict=True)],
-        labels=labels,
+        labels=[len(chat.positions) for chat in chats],
+        weights=weights if any(chat.weights is not None for chat in chats) else [],
         stops=_stops(tuned, chats, trained.end_id),
         held_out=bool(task.chats_file),
         whole=selection.is_whole,
@@ -104,8 +105,8 @@ def _measure_tuned(
         prepared_defects=selection.defects,
         end_token=trained.end,
         pieces=vocabulary_by_id(trained.tokenizer),
-        base_loss=sum(base_losses) / sum(labels),
-        tuned_loss=sum(tuned_losses) / sum(labels),
+        base_loss=sum(base_losses) / sum(weights),
+        tuned_loss=sum(tuned_losses) / sum(weights),
         merged=None,
         notes=notes,
         battery=trained.battery(),

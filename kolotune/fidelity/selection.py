@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,8 +82,11 @@ def _add_chats(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
         if selection.chats and total > task.most_tokens:
             break
         start = len(selection.chats)
-        for ids, labels in map(tokens.sequence, numbers):
-            selection.chats.append(_compared_chat(ids.tolist(), (labels != IGNORED).tolist(), trained.end_id))
+        for ids, labels, weights in ((*tokens.sequence(each), tokens.sequence_weights(each)) for each in numbers):
+            chat = _compared_chat(ids.tolist(), (labels != IGNORED).tolist(), trained.end_id)
+            if weights is not None:
+                chat = dataclasses.replace(chat, weights=[float(weights[at + 1]) for at in chat.positions])
+            selection.chats.append(chat)
         selection.sequences.append(range(start, len(selection.chats)))
     if not selection.chats:
         raise ArtifactError(f"{task.tokens}: there is no chat to compare with", "Run `kolotune prepare` again.")

@@ -6,6 +6,7 @@ A `ModelsTask` covers everything that transformers computes: the base, the adapt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kolotune.chats.reading.reading_options import ReadingOptions
@@ -71,11 +72,18 @@ class ComparedChat:
         ids: its tokens, as prepared.
         positions: the index before each trained token; the prediction there is measured.
         ends: indices into `positions` where the end token has to follow.
+        weights: how much the loss at each of `positions` counts, from 0 to 1; None: in full.
     """
 
     ids: list[int]
     positions: list[int]
     ends: list[int]
+    weights: list[float] | None = None
+
+    @property
+    def weight(self) -> float:
+        """How much all its trained tokens count together."""
+        return len(self.positions) if self.weights is None else sum(self.weights)
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,9 @@ class Reference:
         probes: more prompts, for checking what is served.
         battery: a prompt for each trait of chats.
         bos: text of the tokenizer's BOS; "" for none.
-        chat_losses: losses of base and tuned model, summed over the trained tokens of each chat.
+        chat_losses: losses of base and tuned model, summed over the trained tokens of each chat, by their weights.
         labels: trained tokens of each chat.
+        weights: how much those of each chat count together; [] where each counts in full.
         stops: ends where the tuned model's most likely token is the end token, as (chat, index into its positions).
         held_out: False when training chats are compared.
         whole: all held-out chats are compared.
@@ -142,7 +151,7 @@ class Reference:
         prepared_defects: what is wrong with the prepared chats.
         end_token: its text.
         pieces: the vocabulary by token id; None where an entry can't be compared.
-        base_loss, tuned_loss: means over all trained tokens.
+        base_loss, tuned_loss: means over all trained tokens, by their weights.
         merged: figures of the merged model; None when there is none.
         notes: what was not compared.
     """
@@ -167,6 +176,12 @@ class Reference:
     notes: list[Note]
     battery: list[Prompt] = field(default_factory=list)
     bos: str = ""
+    weights: list[float] = field(default_factory=list)
+
+    @property
+    def chat_weights(self) -> Sequence[float]:
+        """How much the trained tokens of each chat count together: what a mean loss is divided by."""
+        return self.weights or self.labels
 
 
 @dataclass(frozen=True)

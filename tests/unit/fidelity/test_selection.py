@@ -8,12 +8,15 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.training import branching_chats, write_tokens
 
 from kolotune.chats.dataset.prepare import prepare_chats
 from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.tokens.encoded_chat import EncodedChat
+from kolotune.fidelity import base_figures
+from kolotune.fidelity.log_probabilities import loss_of
 from kolotune.fidelity.selection import _is_same, select
 from kolotune.fidelity.tasks import ComparedChat, ModelsTask
 from kolotune.fidelity.trained_format import TrainedFormat
@@ -76,3 +79,24 @@ def test_only_the_prompts_of_trained_answers_must_be_in_the_tokens(
     selection = select(task, TrainedFormat.load(tiny_base))
     assert selection.defects == [] and selection.reproduced == 1
     assert selection.expected == ["a", "b"]
+
+
+def test_weights_of_labels_weigh_the_compared_loss(tiny_base: Path, tmp_path: Path) -> None:
+    """So that it is the loss that training measured, which the gate holds it to."""
+    chats = [([5, 6, 7, 8], [0, 0.5, 1, 0.25]), ([5, 9, 7], [0, 1, 1])]
+    write_tokens(tmp_path / "tokens", chats)
+    first, second = select(task_of(tmp_path / "tokens", 9, 9000), TrainedFormat.load(tiny_base)).chats
+    assert (first.weights, first.weight, second.weights, second.weight) == ([0.5, 1, 0.25], 1.75, [1, 1], 2)
+    logs = np.log(np.random.default_rng(1).dirichlet(np.ones(16), 3)).astype(np.float32)
+    expected = -(0.5 * logs[0, 6] + logs[1, 7] + 0.25 * logs[2, 8])
+    assert loss_of(logs, first) == pytest.approx(float(expected), rel=1e-6)
+    plain = dataclasses.replace(first, weights=None)
+    assert loss_of(logs, plain) == pytest.approx(-float(logs[[0, 1, 2], [6, 7, 8]].sum()), rel=1e-6)
+    assert plain.weight == 3
+    assert base_figures.figures_file("", [plain], [], 0, 0) != base_figures.figures_file("", [first], [], 0, 0)
+
+
+def test_without_weights_each_label_counts_in_full(tiny_base: Path, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", [([5, 6, 7], [0, 1, 1])])
+    (chat,) = select(task_of(tmp_path / "tokens", 9, 9000), TrainedFormat.load(tiny_base)).chats
+    assert (chat.weights, chat.weight) == (None, 2)
