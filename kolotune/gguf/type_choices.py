@@ -196,8 +196,11 @@ class Sensitivity:
 
 
 def curve(path: Sequence[Mixture], header_size: int, points: int = 40) -> list[tuple[int, float]]:
-    """Return (bytes of the file, predicted KL) at some places of a path, smallest first."""
-    usable = sorted((mixture.size + header_size, mixture.kl) for mixture in path if mixture.kl <= _WORST)
+    """Return (bytes of the file, predicted KL) at some places of a path, smallest first, each better than the last."""
+    usable: list[tuple[int, float]] = []
+    for size, kl in sorted((mixture.size + header_size, mixture.kl) for mixture in path if mixture.kl <= _WORST):
+        if not usable or kl < usable[-1][1]:
+            usable.append((size, kl))
     if len(usable) <= points:
         return usable
     low, high = usable[0][0], usable[-1][0]

@@ -218,8 +218,8 @@ def _show_curve(mixtures: ChosenMixtures, reporter: Reporter) -> None:
 
 def _note_choice(name: str, chosen: ChosenTypes, reporter: Reporter) -> None:
     counts = Counter(chosen.types.values()).most_common()
-    listed = ", ".join(f"{count} matrices {kind}" for kind, count in counts)
-    reporter.note(f"{name}: {listed}; predicted mean KL {chosen.predicted_kl:.4f}")
+    listed = ", ".join(f"{kind} ({count})" for kind, count in counts)
+    reporter.note(f"{name}: matrices by type: {listed}; predicted mean KL {chosen.predicted_kl:.2e}")
 
 
 def _as_fact(file: QuantizedFile) -> dict[str, str]:

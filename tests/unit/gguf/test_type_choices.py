@@ -105,6 +105,7 @@ def test_the_knee_is_where_the_curve_bends() -> None:
     assert points[knee(points)][0] in (3, 4)
     shown = curve(measured({}).path, header_size=100)
     assert shown == sorted(shown) and shown[-1][1] == 0
+    assert [kl for _, kl in shown] == sorted((kl for _, kl in shown), reverse=True)
 
 
 def test_the_file_type_is_that_of_most_weights() -> None:
