@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kolotune import llamacpp
@@ -21,7 +21,7 @@ from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, is_made_with_matrix
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.gguf import base_grid, conversion_source, quantize, run_compensation, run_matrix
+from kolotune.gguf import base_grid, conversion_source, header, quantize, run_compensation, run_matrix
 from kolotune.gguf.budgets import BudgetQuantizer, ChosenMixtures, ChosenTypes, read_mixtures
 from kolotune.gguf.run_compensation import Compensation
 from kolotune.run_folder.records import read_record
@@ -186,8 +186,16 @@ def _budget_quantizer(
 
 
 def _chosen_before(context: Context) -> dict[str, ChosenTypes]:
+    """Return what was chosen for the files that are there, where their headers agree."""
     mixtures = read_mixtures(context.run)
-    return {} if mixtures is None else mixtures.chosen
+    chosen = {}
+    for name, choice in mixtures.chosen.items() if mixtures else ():
+        path = context.run.quantized(name)
+        with suppress(ArtifactError, OSError):
+            types = {tensor: info.type for tensor, info in header.read(path).tensors.items()}
+            if choice.types.items() <= types.items() and choice.size == path.stat().st_size:
+                chosen[name] = choice
+    return chosen
 
 
 def _keep_choices(

@@ -57,6 +57,9 @@ def test_a_file_within_a_size(
     run_pipeline(config, reporter)
     assert gguf.read_bytes() == written and run_copy.tensor_types.read_bytes() == chosen
     assert "measuring what each type costs" not in capsys.readouterr().out
+    run_copy.tensor_types.write_bytes(chosen.replace(b"Q8_0", b"Q4_0"))
+    run_pipeline(config, reporter)
+    assert gguf.read_bytes() == written and run_copy.tensor_types.read_bytes() == chosen
     run_pipeline(config_of(run_copy, "Q8_0"), reporter)
     assert not run_copy.tensor_types.exists() and not run_copy.sensitivity.exists()
 
