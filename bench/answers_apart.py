@@ -86,7 +86,9 @@ def tokens(encoder: Encoder, chats: list[Chat]) -> tuple[int, int]:
     for chat in chats:
         encoded = encoder.encode(chat)
         offsets = np.array([0, *(encoded.ends or (len(encoded),))])
-        computed += int(chat_lengths(np.array(encoded.ids), offsets, np.array([0, len(offsets) - 1]))[0])
+        computed += int(
+            chat_lengths(np.array(encoded.ids), np.array(encoded.labelled), offsets, np.array([0, len(offsets) - 1]))[0]
+        )
         trained += sum(encoded.labelled)
     return computed, trained
 

@@ -14,6 +14,7 @@ from .options import reporter, resolve_flags, with_options
 from .parameters import ConfigFile, Data, Json
 
 _SHOWN_PROBLEMS = 50
+_SHOWN_PIECES, _SHOWN_TOKENS = 3, 80  # of a packed sequence, and of each piece
 
 
 @with_options()
@@ -39,8 +40,13 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
     problems, prepared.problems = prepared.problems, []
     prepare.report_prepared(prepared, say)
     if first:
-        several = f", in {len(first)} sequences" if len(first) > 1 else ""
-        say.note(f"The first chat as it is trained on{several}; the loss covers what is between ⟦ and ⟧:")
+        if prepared.text is not None:
+            several = f", of {len(first)} pieces" if len(first) > 1 else ""
+            say.note(f"The first packed sequence{several}; the loss covers what is between ⟦ and ⟧:")
+            first = [(ids[:_SHOWN_TOKENS], labels[:_SHOWN_TOKENS]) for ids, labels in first[:_SHOWN_PIECES]]
+        else:
+            several = f", in {len(first)} sequences" if len(first) > 1 else ""
+            say.note(f"The first chat as it is trained on{several}; the loss covers what is between ⟦ and ⟧:")
         for number, (ids, labels) in enumerate(first):
             if rejected:
                 say.note("rejected:" if number < rejected else "preferred:")
@@ -51,11 +57,11 @@ def check(data: Data = None, config: ConfigFile = None, json: Json = False, **fl
         say.warning(line)
     if problems:
         hidden = len(lines) - _SHOWN_PROBLEMS
-        cause = f"{_count(len(problems), 'problem')} in the chats"
+        cause = f"{_count(len(problems), 'problem')} in the {prepared.noun}s"
         raise DataError(cause + (f" ({hidden} kinds not shown)" if hidden > 0 else ""), hint_against(prepared))
     if not prepared.train.chats:
         raise nothing_to_train_on(prepared)
-    say.success(f"No problems found in {_count(prepared.train.chats + prepared.held_out.chats, 'chat')}")
+    say.success(f"No problems found in {_count(prepared.train.chats + prepared.held_out.chats, prepared.noun)}")
     return 0
 
 

@@ -9,6 +9,7 @@ import typer
 
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.formatting import format_duration, format_size
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.reporter import Reporter
 from kolotune.planning.gaps import describe_gap
 from kolotune.planning.network import LARGEST_SHARE, Traffic
@@ -87,24 +88,30 @@ def _workload_rows(planned: RunPlan) -> list[tuple[str, str, str]]:
     ]
     if isinstance(bad := facts.get("bad"), list) and bad:
         left_out.append(f"{len(bad)} bad")
-    batch_origin = "chosen from the lengths and number of the chats" if config.batch_size is None else "as given"
+    is_text = OBJECTIVES[config.objective].learns_from is LearnsFrom.TEXT
+    units = "packed sequences" if is_text else "chats"
+    batch_origin = f"chosen from the lengths and number of the {units}" if config.batch_size is None else "as given"
     shortened = f"{facts['shortened']} shortened" if facts.get("shortened") else ""
     conversion = {True: "yes", False: "no", None: "not asked"}[planned.converts]
     lengths = f"lengths {facts['shortest']} to {facts['longest']}, median {facts['median']}"
     answers = f"{100 * workload.labelled / max(1, workload.tokens):.0f}%"
     asked = "llama.cpp was asked with this model's shapes" if planned.converts is not None else ""
+    held_out = f"{facts.get('held_out_chats', 0)} more are held out"
     rows = [
-        ("chats", f"{workload.chats}", f"{facts.get('held_out_chats', 0)} more are held out"),
+        ("documents" if is_text else "chats", f"{facts['chats']}", held_out),
         ("left out", ", ".join(left_out) or "none", shortened),
         ("tokens", f"{workload.tokens}", lengths),
-        ("trained share", answers, "of the tokens carry loss: the answers"),
+        ("trained share", answers, "of the tokens carry loss" + ("" if is_text else ": the answers")),
         ("batch size", f"{workload.batch_size}", batch_origin),
         ("steps", f"{workload.steps}", f"{workload.steps_in_epoch} in each of {config.epochs} epochs"),
         ("warmup", f"{workload.warmup}", "steps in which the learning rate rises"),
         ("dtype", config.dtype, "of the frozen weights; the adapter is fp32"),
         ("conversion", conversion, asked),
     ]
-    if workload.sequences > workload.chats:
+    if is_text:
+        packed = f"each with up to {config.max_seq_length} tokens, in {workload.sequences} pieces"
+        rows.insert(1, ("packed sequences", f"{workload.chats}", packed))
+    elif workload.sequences > workload.chats:
         rows.insert(1, ("sequences", f"{workload.sequences}", "each answer behind the prompt that it is served with"))
     if planned.needs.recomputes:
         offloaded = planned.needs.gpu.offloaded if planned.needs.gpu is not None else 0

@@ -91,7 +91,7 @@ class PreparedTokens:
         if len(numbers) == 1:
             return self.sequence_length(numbers[0])
         offsets = self.offsets[numbers[0] : numbers[-1] + 2].numpy()
-        return int(chat_lengths(self.ids.numpy(), offsets, np.array([0, len(numbers)]))[0])
+        return int(chat_lengths(self.ids.numpy(), self.labelled.numpy(), offsets, np.array([0, len(numbers)]))[0])
 
     def unshared_length(self, chat: int) -> int:
         """Count the tokens of one chat's sequences, each by itself."""
@@ -101,7 +101,8 @@ class PreparedTokens:
         """Count the tokens of all chats, int64 ``[chats]``, as `chat_length` does."""
         if self.chats is None:
             return self.offsets[1:] - self.offsets[:-1]
-        return torch.from_numpy(chat_lengths(self.ids.numpy(), self.offsets.numpy(), self.chats.numpy()))
+        ids, labelled = self.ids.numpy(), self.labelled.numpy()
+        return torch.from_numpy(chat_lengths(ids, labelled, self.offsets.numpy(), self.chats.numpy()))
 
     def label_count(self, chat: int) -> int:
         """Count the labels of one chat, without the first token of a sequence, which nothing could predict."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.foundation.errors import TrainingError
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 
 # Matrix products of fewer tokens than `_BUSY_TOKENS` leave a processor idle; in fewer than `_FEWEST_STEPS` steps an
 # adapter learns less.
@@ -56,8 +57,11 @@ def count_chats(path: Path) -> tuple[int, int]:
         raise TrainingError(f"{path}: can't be read: {error}", "Run `kolotune prepare` again.") from None
 
 
-def automatic_batch_size(path: Path) -> int:
+def automatic_batch_size(path: Path, objective: str) -> int:
     """Choose the batch size for a file of prepared tokens: 4, or more while an epoch keeps a hundred steps.
+
+    Packed sequences of plain text keep the processor busy one at a time: 1, or up to 4 while an epoch keeps as many
+    steps.
 
     More short chats keep the processor busy. The choice depends on the prepared chats alone, so that a resumed or
     repeated run makes the same one.
@@ -66,5 +70,7 @@ def automatic_batch_size(path: Path) -> int:
         TrainingError: the file can't be read.
     """
     chats, tokens = count_chats(path)
+    if OBJECTIVES[objective].learns_from is LearnsFrom.TEXT:
+        return max(1, min(_SMALLEST_BATCH, chats // _FEWEST_STEPS))
     busy = _BUSY_TOKENS * chats // max(1, tokens)
     return max(_SMALLEST_BATCH, min(busy, chats // _FEWEST_STEPS))

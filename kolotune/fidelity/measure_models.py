@@ -28,7 +28,8 @@ from .figures import compute_figures
 from .log_probabilities import loss_of, split
 from .prompt_proof import Prompt, ask
 from .reference_model import LayeredModel, MissingWeightsError, WholeModel, open_model
-from .selection import Selection, select
+from .selection import select
+from .selection_result import Selection
 from .tasks import (
     CHANGES_FILE,
     MERGED_FILE,

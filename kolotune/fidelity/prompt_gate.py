@@ -24,6 +24,7 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import TemplateError
 from kolotune.foundation.files import remove
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.reporter import Reporter
 from kolotune.gguf import conversion_source, convert
 from kolotune.gguf.model_skeleton import ModelSkeleton
@@ -84,7 +85,11 @@ def check_prompts(
     else:
         used = [result for result in wrong if result.name in traits]
     if not used and is_prepared:
-        used = [result for result in subject.ask(_held_out_prompts(context.run)) if result.outcome in _WRONG]
+        used = [
+            result
+            for result in subject.ask(_held_out_prompts(context.run, context.config.objective))
+            if result.outcome in _WRONG
+        ]
         wrong += used
     if used and context.config.compare:
         raise _error(used)
@@ -181,13 +186,17 @@ def _find_proof(subject: _Subject, reporter: Reporter) -> PromptProof:
     return proof
 
 
-def _held_out_prompts(run: RunFolder) -> Callable[[TrainedFormat], list[Prompt]]:
-    """Return what gives the prompts of the last answers of some held-out chats."""
+def _held_out_prompts(run: RunFolder, objective: str) -> Callable[[TrainedFormat], list[Prompt]]:
+    """Return what gives the prompts of the last answers of some held-out chats, or the beginnings of documents."""
 
     def prompts(trained: TrainedFormat) -> list[Prompt]:
         file = run.prepared / HELD_OUT_CHATS
         if not file.is_file() or not file.stat().st_size:
             return []
+        if OBJECTIVES[objective].learns_from is LearnsFrom.TEXT:
+            from .text_prompts import held_out_beginnings
+
+            return held_out_beginnings(file, trained, _HELD_OUT)
         with opened(file) as (_, records):
             chats = [read_chat(file, record).chat for record in itertools.islice(records, _HELD_OUT)]
         return [trained.trained_prompt(chat, "") for chat in chats if chat is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from kolotune.chats import Chat
@@ -16,41 +15,16 @@ from kolotune.chats.templates.thoughts import empty_thought
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.engines.prepared_tokens import IGNORED, PreparedTokens
 from kolotune.foundation.errors import ArtifactError, KolotuneError
+from kolotune.foundation.objectives import LearnsFrom
 
-from .defects import Defect, DefectKind, Note, NoteKind, defect, note
-from .prompt_proof import Prompt
+from .defects import DefectKind, NoteKind, defect, note
+from .selection_result import Selection, compared_chat
 from .tasks import ComparedChat, ModelsTask
+from .text_selection import select_documents
 from .trained_format import TrainedFormat
 
 # Training chats that are read for each one compared: some of them are held out or were dropped.
 _SEARCHED = 4
-
-
-@dataclass
-class Selection:
-    """The compared chats and the prompts in them.
-
-    Attributes:
-        chats: the sequences of the first prepared chats within the task's limits, at least one chat. Most chats are one
-            sequence; in some each answer is one.
-        sequences: for each chat, which of `chats` are its sequences.
-        prompts: the prompt before each of their answers.
-        expected: the answer to each prompt.
-        probes: more prompts, for checking what is served.
-        with_text: chats whose text is available; reproduced: those of them that get the prepared tokens again.
-        is_whole: all prepared chats are in the selection.
-    """
-
-    chats: list[ComparedChat] = field(default_factory=list)
-    sequences: list[range] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
-    expected: list[str] = field(default_factory=list)
-    probes: list[Prompt] = field(default_factory=list)
-    with_text: int = 0
-    reproduced: int = 0
-    is_whole: bool = False
-    defects: list[Defect] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
 
 
 def select(task: ModelsTask, trained: TrainedFormat) -> Selection:
@@ -59,6 +33,8 @@ def select(task: ModelsTask, trained: TrainedFormat) -> Selection:
     Raises:
         TrainingError, ArtifactError: the prepared chats can't be read, or there are none.
     """
+    if task.tokens and task.reading.learns_from is LearnsFrom.TEXT:
+        return select_documents(task, trained)
     selection = Selection()
     samples = [] if task.tokens else _add_samples(selection, task, trained)
     if task.tokens:
@@ -83,7 +59,7 @@ def _add_chats(selection: Selection, task: ModelsTask, trained: TrainedFormat) -
             break
         start = len(selection.chats)
         for ids, labels, weights in ((*tokens.sequence(each), tokens.sequence_weights(each)) for each in numbers):
-            chat = _compared_chat(ids.tolist(), (labels != IGNORED).tolist(), trained.end_id)
+            chat = compared_chat(ids.tolist(), (labels != IGNORED).tolist(), trained.end_id)
             if weights is not None:
                 chat = dataclasses.replace(chat, weights=[float(weights[at + 1]) for at in chat.positions])
             selection.chats.append(chat)
@@ -104,7 +80,7 @@ def _add_samples(selection: Selection, task: ModelsTask, trained: TrainedFormat)
         start, at = len(selection.chats), 0
         for length in encoded.lengths:
             ids, labels = encoded.ids[at : at + length], encoded.labelled[at : at + length]
-            selection.chats.append(_compared_chat(ids, labels, trained.end_id))
+            selection.chats.append(compared_chat(ids, labels, trained.end_id))
             at += length
         selection.sequences.append(range(start, len(selection.chats)))
         taken.append(chat)
@@ -115,12 +91,6 @@ def _add_samples(selection: Selection, task: ModelsTask, trained: TrainedFormat)
             "the model's template writes none of the chats to compare with", "Skip the comparison with --no-compare."
         )
     return taken
-
-
-def _compared_chat(ids: list[int], labelled: list[bool], end: int) -> ComparedChat:
-    positions = [index - 1 for index in range(1, len(ids)) if labelled[index]]
-    last = [number for number, at in enumerate(positions) if at + 2 >= len(ids) or not labelled[at + 2]]
-    return ComparedChat(ids, positions, [number for number in last if ids[positions[number] + 1] == end])
 
 
 def _add_probes(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> None:

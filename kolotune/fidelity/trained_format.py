@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats import Chat
+from kolotune.chats.templates.plain_text import is_plain_text
 from kolotune.chats.templates.rendering import has_thought
 from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.templates.template import ChatTemplate
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import chat_template, load_tokenizer, special_tokens, template_text
+from kolotune.chats.traits import ChatTrait
 from kolotune.foundation.errors import DataError, TemplateError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.ollama.template_derivation import NotDerivable, derive
@@ -26,6 +28,11 @@ from .prompt_proof import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_OF_PLAIN_TEXT = frozenset(
+    (ChatTrait.QUESTION, ChatTrait.SPACES, ChatTrait.COMBINING_MARKS, ChatTrait.COMPATIBILITY_FORMS)
+)
+"""Traits that a prompt can have which is a text and nothing else."""
 
 
 @dataclass
@@ -144,7 +151,10 @@ class TrainedFormat:
     def battery(self) -> list[Prompt]:
         """Return the prompts of the battery, and both sides of them where the template has switches."""
         sides = (False, True) if self.template.switches else (False,)
-        return [self.trained_prompt(chat, trait) for thinks in sides for trait, chat in battery(thinks).items()]
+        prompts = [self.trained_prompt(chat, trait) for thinks in sides for trait, chat in battery(thinks).items()]
+        if is_plain_text(self.template.jinja):
+            return [prompt for prompt in prompts if prompt.name in _OF_PLAIN_TEXT]
+        return prompts
 
     def decode(self, ids: list[int] | None) -> str | None:
         """Return the text of an answer without special tokens; None for no answer."""

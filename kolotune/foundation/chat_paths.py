@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 CHAT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".xls", ".ods")
+TEXT_SUFFIXES = (".txt", ".md")
+"""Files that are a document each, for the objective `text`."""
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Packed files of one of these formats are read too: chats.jsonl.gz."""
 _HUB_CACHE = re.compile(r"/datasets--(.+?)--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$")
@@ -23,14 +26,14 @@ def is_chat_file(path: Path) -> bool:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """Return the files of chats in a folder, or in its folder ``data``, by name.
+    """Return the files of chats in a folder, or in its folder ``data``, by name; where it has none, plain texts.
 
     Returns:
         The path itself if it is no folder, has no such files, or has files that are kept for testing: which of them to
         train on is for the user to say.
     """
     for folder in (path, path / "data"):
-        files = chat_files_in(folder)
+        files = chat_files_in(folder) or text_files_in(folder)
         if files:
             return (path,) if any(map(is_other_split, files)) else files
     return (path,)
@@ -44,8 +47,17 @@ def hub_source(path: Path) -> str | None:
 
 def chat_files_in(folder: Path) -> tuple[Path, ...]:
     """Return the files of chats in a folder, by name; none if it can't be read."""
+    return _files_in(folder, is_chat_file)
+
+
+def text_files_in(folder: Path) -> tuple[Path, ...]:
+    """Return the plain texts in a folder, by name; none if it can't be read."""
+    return _files_in(folder, lambda path: path.suffix.lower() in TEXT_SUFFIXES and not path.name.startswith("."))
+
+
+def _files_in(folder: Path, belongs: Callable[[Path], bool]) -> tuple[Path, ...]:
     try:
-        return tuple(sorted(file for file in folder.iterdir() if is_chat_file(file) and file.is_file()))
+        return tuple(sorted(file for file in folder.iterdir() if belongs(file) and file.is_file()))
     except (OSError, ValueError):
         return ()
 

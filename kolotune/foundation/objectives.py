@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-ObjectiveName: TypeAlias = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto"]
+ObjectiveName: TypeAlias = Literal["sft", "text", "dpo", "ipo", "simpo", "orpo", "kto"]
 
 
 class LearnsFrom(StrEnum):
     """What a record of the training data is."""
 
     CHATS = "chats"
+    TEXT = "text"
+    """A document, every token of which counts."""
     PAIRS = "pairs"
     """Two answers to one prompt, of which one is preferred."""
     RATED = "rated"
@@ -43,9 +45,15 @@ class Objective:
     has_reference: bool = False
     estimates_divergence: bool = False
 
+    @property
+    def has_preferences(self) -> bool:
+        """Whether it learns from answers that somebody compared or rated."""
+        return self.learns_from in (LearnsFrom.PAIRS, LearnsFrom.RATED)
+
 
 OBJECTIVES: Mapping[str, Objective] = {
     "sft": Objective("the answers of chats", LearnsFrom.CHATS, loss_options=()),
+    "text": Objective("all of plain texts", LearnsFrom.TEXT, loss_options=()),
     "dpo": Objective("preferred answers over rejected ones", LearnsFrom.PAIRS, 0.1, has_reference=True),
     "ipo": Objective("the same, by a fixed margin", LearnsFrom.PAIRS, 0.1, has_reference=True),
     "simpo": Objective(

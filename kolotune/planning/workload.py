@@ -19,6 +19,7 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.config import Config, option_names, plain_values
 from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.files import size_of
+from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import HELD_OUT_TOKENS, TRAIN_TOKENS
 from kolotune.runners import child_process, local
@@ -96,7 +97,7 @@ def _compute(prepared: Path, config: Config) -> Workload:
 
     files = [file for file in (prepared / TRAIN_TOKENS, prepared / HELD_OUT_TOKENS) if file.is_file()]
     tokens, *held_out = map(PreparedTokens.load, files)
-    batch_size = config.batch_size or automatic_batch_size(prepared / TRAIN_TOKENS)
+    batch_size = config.batch_size or automatic_batch_size(prepared / TRAIN_TOKENS, config.objective)
     length = TrainingLength.of(
         len(tokens), batch_size, config.gradient_accumulation, config.epochs, config.warmup_steps
     )
@@ -118,10 +119,12 @@ def _compute(prepared: Path, config: Config) -> Workload:
 def describe_workload(workload: Workload, config: Config) -> str:
     """Return the workload as a sentence."""
     share = 100 * workload.labelled / max(1, workload.tokens)
+    is_text = OBJECTIVES[config.objective].learns_from is LearnsFrom.TEXT
+    noun, labels = ("packed sequences", "predicted") if is_text else ("chats", "answers")
     accumulation = f" of {config.gradient_accumulation} batches" if config.gradient_accumulation > 1 else ""
     return (
-        f"{workload.steps} steps{accumulation} in {config.epochs} epochs: {workload.chats} chats, "
-        f"{workload.tokens} tokens, {share:.0f}% of them answers, in batches of {workload.batch_size}; "
+        f"{workload.steps} steps{accumulation} in {config.epochs} epochs: {workload.chats} {noun}, "
+        f"{workload.tokens} tokens, {share:.0f}% of them {labels}, in batches of {workload.batch_size}; "
         f"warmup: {workload.warmup} steps"
     )
 

@@ -8,6 +8,7 @@ from kolotune.base_models import catalog
 from kolotune.foundation.formatting import format_size
 from kolotune.run_folder.manifest import Manifest
 from kolotune.run_folder.records import FileHash
+from kolotune.stages.prepare import noun_of
 
 ResultKind = Literal["adapter", "merged", "gguf"]
 # For each kind: the library that loads it, its relation to the base model, and a description.
@@ -48,10 +49,11 @@ def make_model_card(manifest: Manifest, repository: str, kind: ResultKind, files
 def _title(manifest: Manifest, repository: str, kind: ResultKind) -> str:
     base = catalog.hub_id(manifest.base.name)
     base_link = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
+    texts = "plain text" if manifest.config.get("objective") == "text" else "chats"
     version = manifest.versions.get("kolotune", "")
     return (
         f"# {repository.partition('/')[2]}\n\n"
-        f"{_KINDS[kind][2]}. The base model is {base_link}, fine-tuned on chats with kolotune {version}.\n"
+        f"{_KINDS[kind][2]}. The base model is {base_link}, fine-tuned on {texts} with kolotune {version}.\n"
     )
 
 
@@ -60,11 +62,12 @@ def _training(manifest: Manifest) -> str:
     facts = manifest.facts_of("train")
     if not facts:
         return "## Training\n\nThe adapter was trained elsewhere.\n"
+    where = "are in answers and " if noun_of(counts) == "chat" else ""
     rows = [
-        ("chats", f"{counts.get('chats')}, and {counts.get('held_out_chats')} held out"),
+        (f"{noun_of(counts)}s", f"{counts.get('chats')}, and {counts.get('held_out_chats')} held out"),
         (
             "tokens",
-            f"{counts.get('tokens')}, of which {counts.get('labelled_tokens')} are in answers and count in the loss",
+            f"{counts.get('tokens')}, of which {counts.get('labelled_tokens')} {where}count in the loss",
         ),
         ("epochs, steps", f"{config.get('epochs')}, {facts.get('steps')}"),
         (

@@ -17,7 +17,7 @@ from kolotune.run_folder.manifest import PATH_OPTIONS, Manifest, read_manifest
 from kolotune.run_folder.marks import MarkState, read_mark
 from kolotune.run_folder.records import read_record
 from kolotune.stages import compare
-from kolotune.stages.prepare import CHANGED_CHATS
+from kolotune.stages.prepare import CHANGED_CHATS, CHANGED_DOCUMENTS, noun_of
 
 from .change_kept import ChangeKept, changes_kept
 from .prepared_chats import ChatLengths, read_lengths, read_sample_chat
@@ -128,11 +128,11 @@ def _read_comparison(folder: RunFolder, manifest: Manifest) -> Comparison | None
 def _left_out(facts: JsonObject) -> list[tuple[int, str]]:
     sentences = [
         (count, sentence.format(**facts))
-        for name, sentence in CHANGED_CHATS.items()
+        for name, sentence in (CHANGED_CHATS if noun_of(facts) == "chat" else CHANGED_DOCUMENTS).items()
         if isinstance(count := facts.get(name), int) and count
     ]
     if isinstance(bad := facts.get("bad"), list) and bad:
-        sentences.append((len(bad), "bad chats were left out"))
+        sentences.append((len(bad), f"bad {noun_of(facts)}s were left out"))
     return sentences
 
 

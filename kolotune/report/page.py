@@ -14,6 +14,7 @@ from kolotune.foundation.files import write_text
 from kolotune.foundation.formatting import format_duration, format_size
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import RunFolder
+from kolotune.stages.prepare import noun_of
 
 from . import charts
 from .facts import EN_DASH, ReportFacts, gather_facts
@@ -61,6 +62,7 @@ def render(facts: ReportFacts) -> str:
         _TEMPLATE,
         sheet,
         facts=facts,
+        noun=noun_of(facts.manifest.data.counts),
         manifest=facts.manifest,
         charts=chart_markup,
         results=_results(facts),

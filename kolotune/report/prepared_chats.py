@@ -35,8 +35,9 @@ def read_lengths(folder: RunFolder) -> list[ChatLengths]:
                 offsets = tensors.get_tensor("offsets")
                 chats = tensors.get_tensor("chats") if "chats" in tensors.keys() else np.arange(len(offsets))  # noqa: SIM118 - it is no dict
                 if len(chats) > 1:
-                    answers = np.add.reduceat(tensors.get_tensor("labelled"), offsets[chats[:-1]], dtype=np.int64)
-                    parts.append(ChatLengths(name, chat_lengths(tensors.get_tensor("ids"), offsets, chats), answers))
+                    ids, labelled = tensors.get_tensor("ids"), tensors.get_tensor("labelled")
+                    answers = np.add.reduceat(labelled, offsets[chats[:-1]], dtype=np.int64)
+                    parts.append(ChatLengths(name, chat_lengths(ids, labelled, offsets, chats), answers))
     return parts
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kolotune.chats.templates.plain_text import is_plain_text
 from kolotune.chats.templates.reply_format import end_token
 from kolotune.chats.tokens.tokenizer import (
     TOKENIZER_FILES,
@@ -210,6 +211,19 @@ def preflight(context: Context, reporter: Reporter) -> None:
     render_modelfile(Modelfile("./Merged.gguf", system=context.config.system, parameters=_parameters(context.config)))
 
 
+def _report_plain_text(context: Context, jinja: str, reporter: Reporter) -> None:
+    """Say how a model that was trained on plain text is served."""
+    if is_plain_text(jinja):
+        reporter.note(
+            "the base has no chat template: servers hand a prompt to the model as it is, and the model continues it"
+        )
+    elif context.source is None and context.config.objective == "text":
+        reporter.note(
+            "what is served is the base's chat template, which plain text did not train: to train on chats next, "
+            f"kolotune run chats.jsonl --start-from {context.run.root}"
+        )
+
+
 def _parameters(config: Config) -> parameters.Parameters:
     """Return the user's parameters, without a penalty for repetition unless they set one."""
     pairs = [(name.strip(), value) for name, _, value in (text.partition("=") for text in config.parameter)]
@@ -221,6 +235,7 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     """Write the Modelfiles; `render` has proved that each is read back unchanged."""
     folder = _trained_tokenizer(context)
     serving = derive_format(folder, template_text(folder), _architecture(context))
+    _report_plain_text(context, template_text(folder), reporter)
     if serving.template is None:
         reporter.warning(f"no TEMPLATE is written, because {serving.reason}; Ollama uses the one in the GGUF")
     where = "in Ollama"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,12 @@ CHANGED_CHATS = {
     "and can't be served with the same ids",
     "reduced_tools": "chats have tool definitions that say more than Ollama hands to a template (default, minimum, "
     "additionalProperties and others); they are trained without that",
+}
+# The same of documents.
+CHANGED_DOCUMENTS = {
+    "duplicates": "exact copies of other documents were left out",
+    "in_both_parts": "held-out documents are also in the training data and were left out of the held-out ones",
+    "cut_documents": "documents longer than a sequence became {pieces} pieces; no token was left out",
 }
 # How answers are trained behind the prompts that they are served with, where that is not obvious.
 _APART = "chats are trained with a sequence for each answer: "
@@ -107,10 +113,28 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     return prepared.summary()
 
 
+def noun_of(facts: Mapping[str, object]) -> str:
+    """Return what a record of a run is, by the facts of this stage: "chat" or "document"."""
+    return "document" if "packed_sequences" in facts else "chat"
+
+
 def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
     """Report what was read, what is trained on, and every chat that was changed or left out."""
-    from kolotune.chats.dataset.prepared import AffectedChats
+    from kolotune.chats.dataset.text_report import report_documents
     from kolotune.chats.reading.problem_report import affected_records, problem_lines
+
+    if prepared.text is not None:
+        report_documents(prepared, reporter)
+    else:
+        _report_chats(prepared, reporter)
+    if prepared.problems:
+        reporter.warning(f"{affected_records(prepared.problems)} bad {prepared.noun}s were left out:")
+        for line in problem_lines(prepared.problems):
+            reporter.note(line)
+
+
+def _report_chats(prepared: Prepared, reporter: Reporter) -> None:
+    from kolotune.chats.dataset.prepared import AffectedChats
 
     for name, shape in prepared.shapes.items():
         reporter.note(f"{name}: {shape}")
@@ -150,10 +174,6 @@ def report_prepared(prepared: Prepared, reporter: Reporter) -> None:
         reporter.note(
             f"{prepared.not_compared} chats were not searched for near-duplicates; `kolotune check` searches all"
         )
-    if prepared.problems:
-        reporter.warning(f"{affected_records(prepared.problems)} bad chats were left out:")
-        for line in problem_lines(prepared.problems):
-            reporter.note(line)
 
 
 def _report_reading(prepared: Prepared, reporter: Reporter) -> None:

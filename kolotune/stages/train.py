@@ -20,7 +20,7 @@ from kolotune.foundation import hardware
 from kolotune.foundation.config import Config, option_names, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, ConfigError, TrainingError
 from kolotune.foundation.installation import install_command
-from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom, beta_of
+from kolotune.foundation.objectives import OBJECTIVES, beta_of
 from kolotune.foundation.reporter import Progress, Reporter
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
@@ -107,7 +107,7 @@ def make_job(context: Context) -> TrainJob:
     if config.target_parameters in (("auto",), ("none",)):
         chosen["target_parameters"] = []
     if config.batch_size is None:
-        chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS)
+        chosen["batch_size"] = automatic_batch_size(run.prepared / TRAIN_TOKENS, config.objective)
     return TrainJob(
         base_model=str(context.base),
         base_name=canonical_name(config.base_model),
@@ -140,7 +140,7 @@ def _new_tokens(context: Context) -> list[int]:
 
 def _preference(options: dict[str, object]) -> PreferenceSettings | None:
     objective, beta = str(options["objective"]), options["beta"]
-    if OBJECTIVES[objective].learns_from is LearnsFrom.CHATS:
+    if not OBJECTIVES[objective].has_preferences:
         return None
     return PreferenceSettings(**{**options, "beta": beta_of(objective, beta)})  # type: ignore[arg-type]  # as in Config
 
@@ -160,7 +160,8 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     job = make_job(context)
     job = dataclasses.replace(job, halvings=read_memory_backoff(context.run, job.identity()))
     if context.config.batch_size is None:
-        reporter.note(f"batches of {job.batch_size} chats (--batch-size)")
+        noun = "packed sequences" if context.config.objective == "text" else "chats"
+        reporter.note(f"batches of {job.batch_size} {noun} (--batch-size)")
     if job.sharded:
         reporter.note(f"the base model is sharded over {job.processes} processes (--sharding)")
     facts: JsonObject = {}

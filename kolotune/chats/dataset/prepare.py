@@ -28,15 +28,17 @@ from ..reading.faults import Problem
 from ..reading.files import describe_shapes, no_chats, opened, require_file
 from ..reading.reading_options import ReadingOptions
 from ..tokens.encoder import Encoder
+from ..tokens.text_encoder import TextEncoder
 from ..tokens.tokenizer import chat_template, load_tokenizer, special_tokens
 from ..tokens.trained_template import trained_template
 from .chunks import Chunk, ChunkEncoder, ChunkResult, chunks
 from .copies import find_copies
 from .holdout import final_split
 from .near_duplicates import COMPARED, SimilarityReport
-from .prepared import AffectedChats, Prepared, SplitCounts
+from .prepared import AffectedChats, Prepared, SplitCounts, TextCounts
 from .row_store import RowStore
 from .rows import APART, HELD_OUT, REDUCED, SPECIAL, TOO_LONG, UNDECIDED, USED
+from .text_chunks import TextChunkEncoder
 
 _SHOWN_LOCATIONS = 20
 _LOADED = (ChunkEncoder.__module__, "numpy", "tokenizers")  # by workers, before they get work
@@ -74,14 +76,21 @@ def prepare_chats(
             tokenizer = load_tokenizer(base)
             jinja = trained_template(config, base, special_tokens(tokenizer))
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
-            encode = Encoder(prepared.template, tokenizer, config.empty_thoughts == "learn")
-            encoder = ChunkEncoder(encode, config.max_seq_length, ReadingOptions.of(config))
+            encoder = _chunk_encoder(config, prepared)
             collector = _Collector(prepared, paths, store)
             for result in pool.map(encoder, collector.chunks(config, compared)):
                 collector.add(result)
         collector.finish()
         _split(collector, config, folder)
     return prepared
+
+
+def _chunk_encoder(config: Config, prepared: Prepared) -> Callable[[Chunk], ChunkResult]:
+    reading = ReadingOptions.of(config)
+    if reading.learns_from is LearnsFrom.TEXT:
+        return TextChunkEncoder(TextEncoder(prepared.tokenizer), config.max_seq_length, reading)
+    encode = Encoder(prepared.template, prepared.tokenizer, config.empty_thoughts == "learn")
+    return ChunkEncoder(encode, config.max_seq_length, reading)
 
 
 class _Collector:
@@ -181,7 +190,7 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     prepared.pairs = int(np.count_nonzero((rejected > 0) & (rejected < sequences)))
     prepared.undesirable = int(np.count_nonzero(rejected == sequences))
     learns_from = OBJECTIVES[config.objective].learns_from
-    prepared.has_preferences = learns_from is not LearnsFrom.CHATS
+    prepared.has_preferences = OBJECTIVES[config.objective].has_preferences
     prepared.rated_alike = (
         learns_from is LearnsFrom.RATED and not prepared.pairs and prepared.undesirable in (0, len(rejected))
     )
@@ -193,7 +202,16 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
         prepared.apart[reason] = int(np.count_nonzero(used & (rows["flags"] & flag > 0)))
     prepared.masked_thoughts = int(rows["masked"][used].sum(dtype=np.int64))
     prepared.dropped_thoughts = int(rows["dropped"][used].sum(dtype=np.int64))
-    _write(prepared, store, rows, used, held_out, folder)
+    if learns_from is LearnsFrom.TEXT:
+        cut = used & (rows["sequences"] > 1)
+        packed = _write_packed(prepared, store, rows, used, held_out, folder, config.max_seq_length)
+        prepared.text = TextCounts(
+            int(np.count_nonzero(cut)),
+            int(rows["sequences"][cut].sum(dtype=np.int64)),
+            *packed,
+        )
+    else:
+        _write(prepared, store, rows, used, held_out, folder)
 
 
 def _affected(indices: Sequence[int], describe: Callable[[int], str]) -> AffectedChats:
@@ -219,3 +237,27 @@ def _write(
         prepared.lengths = int(lengths.min()), int(np.median(lengths)), int(lengths.max())
     prepared.findings = similarity.findings()
     prepared.not_compared = int(np.count_nonzero(used & (rows["features"] == 0)))
+
+
+def _write_packed(
+    prepared: Prepared,
+    store: RowStore,
+    rows: np.ndarray,
+    used: np.ndarray,
+    held_out: np.ndarray,
+    folder: Path,
+    longest: int,
+) -> list[int]:
+    """Write documents; return the number of packed sequences that are trained on, and of those held out."""
+    parts, packed = [], []
+    for name, chosen in ((TRAIN_TOKENS, used & ~held_out), (HELD_OUT_TOKENS, used & held_out)):
+        count, tokens = int(np.count_nonzero(chosen)), int(rows["tokens"][chosen].sum(dtype=np.int64))
+        packed.append(store.write_packed(rows, chosen, folder / name, longest) if count else 0)
+        # The loss falls on all tokens but the first of each piece.
+        parts.append(SplitCounts(count, tokens, tokens - int(rows["sequences"][chosen].sum(dtype=np.int64))))
+    prepared.train, prepared.held_out = parts
+    store.write_records(rows, used & held_out, folder / HELD_OUT_CHATS)
+    lengths = store.sequence_lengths(rows, used & ~held_out)
+    if len(lengths):
+        prepared.lengths = int(lengths.min()), int(np.median(lengths)), int(lengths.max())
+    return packed

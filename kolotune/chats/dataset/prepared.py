@@ -49,6 +49,23 @@ class AffectedChats:
     locations: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class TextCounts:
+    """Documents in numbers.
+
+    Attributes:
+        cut: How many are longer than a sequence, and became several pieces.
+        pieces: The number of these pieces.
+        sequences: The packed sequences that are trained on.
+        held_out_sequences: Those that are held out.
+    """
+
+    cut: int
+    pieces: int
+    sequences: int
+    held_out_sequences: int
+
+
 @dataclass
 class Prepared:
     """Everything that preparing found out.
@@ -87,6 +104,7 @@ class Prepared:
         not_compared: The number of chats that the findings do not cover, since there are many.
         traits: What the chats have that servers may write in another way.
         thinking: The number of answers with a thought (True) and without (False), if the template has a switch.
+        text: Of documents; None for chats.
     """
 
     template: ChatTemplate
@@ -124,6 +142,12 @@ class Prepared:
     not_compared: int = 0
     traits: set[ChatTrait] = field(default_factory=set)
     thinking: Counter[bool] = field(default_factory=Counter)
+    text: TextCounts | None = None
+
+    @property
+    def noun(self) -> str:
+        """What a record is: "chat" or "document"."""
+        return "chat" if self.text is None else "document"
 
     def summary(self) -> JsonObject:
         """Return the counts, as they are kept in the record."""
@@ -165,6 +189,17 @@ class Prepared:
             "not_compared": self.not_compared,
             TRAITS: sorted(self.traits),
             **{f"answers_{name}": self.thinking[has] for has, name in _THOUGHTS.items() if self.template.switches},
+            **self._text_summary(),
+        }
+
+    def _text_summary(self) -> JsonObject:
+        if self.text is None:
+            return {}
+        return {
+            "cut_documents": self.text.cut,
+            "pieces": self.text.pieces,
+            "packed_sequences": self.text.sequences,
+            "held_out_packed_sequences": self.text.held_out_sequences,
         }
 
 
@@ -181,7 +216,7 @@ def require_good(prepared: Prepared, skip_bad: bool) -> None:
         if len(lines) > _SHOWN_PROBLEMS:
             shown.append(f"… and {len(lines) - _SHOWN_PROBLEMS} more kinds")
         raise DataError(
-            f"{count:,} problem{'s' if count > 1 else ''} in the chats:\n" + "\n".join(shown),
+            f"{count:,} problem{'s' if count > 1 else ''} in the {prepared.noun}s:\n" + "\n".join(shown),
             hint_against(prepared),
         )
     if not prepared.train.chats:
@@ -193,8 +228,11 @@ def hint_against(prepared: Prepared) -> str:
     helps = what_helps(prepared.problems)
     if prepared.train.chats:
         bad = affected_records(prepared.problems)
-        skip = f"Fix them, or skip {'that chat' if bad == 1 else f'those {bad:,} chats'} with --skip-bad."
+        which = f"that {prepared.noun}" if bad == 1 else f"those {bad:,} {prepared.noun}s"
+        skip = f"Fix them, or skip {which} with --skip-bad."
         return f"{helps} {skip}".strip()
+    if prepared.text is not None:
+        return helps or "Fix the documents."
     return f"{helps} `kolotune init FOLDER` writes a few valid chats to compare with.".strip()
 
 
@@ -209,7 +247,9 @@ def nothing_to_train_on(prepared: Prepared) -> DataError:
             "Change these, or give --ignore-keys.",
         ),
         (prepared.undecided.count, "have the same answer twice", "A pair is a better and a worse answer."),
-        (bad, "are bad", what_helps(prepared.problems) or "Fix the chats."),
+        (bad, "are bad", what_helps(prepared.problems) or f"Fix the {prepared.noun}s."),
     ]
     count, reason, hint = max(reasons, key=lambda each: each[0])
-    return DataError(f"no chat is left to train on: {f'{count} {reason}' if count else 'none could be used'}", hint)
+    return DataError(
+        f"no {prepared.noun} is left to train on: {f'{count} {reason}' if count else 'none could be used'}", hint
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .chunks import ChunkResult
+from .packing import pack_pieces
 from .rows import WEIGHTED, row_type
 from .shingles import ChatFeatures
 
@@ -105,18 +106,8 @@ class RowStore:
         total, labelled = int(offsets[-1]), 0
         weighted = (rows["flags"] & WEIGHTED) > 0
         has_weights = bool(np.any(weighted & chosen))
-        header, end = {}, 0
-        # The widest first, so that each starts at a multiple of its width and can be mapped.
-        for name, kind, shape, width in (
-            *((name, "I64", len(table), 8) for name, table in tables.items()),
-            ("ids", "I32", total, 4), *[("weights", "F32", total, 4)] * has_weights, ("labelled", "U8", total, 1),
-        ):  # fmt: skip
-            header[name] = {"dtype": kind, "shape": [shape], "data_offsets": [end, end + shape * width]}
-            end += shape * width
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(_header(tables, total, has_weights=has_weights))
             for table in tables.values():
                 file.write(table.tobytes())
             for part in self._tokens("ids", _IDS, rows["tokens"], chosen):
@@ -127,6 +118,34 @@ class RowStore:
                 file.write(part.tobytes())
                 labelled += int(part.sum(dtype=np.int64))
         return labelled
+
+    def write_packed(self, rows: np.ndarray, chosen: np.ndarray, path: Path, longest: int) -> int:
+        """Write the pieces of the chosen documents as `write_tokens` writes chats: a packed sequence is a chat.
+
+        Args:
+            rows, chosen: The documents.
+            path: The file.
+            longest: The most tokens of a packed sequence.
+
+        Returns:
+            The number of packed sequences.
+        """
+        lengths = self.sequence_lengths(rows, np.ones(len(rows), bool)).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        pieces = np.flatnonzero(np.repeat(chosen, rows["sequences"]))
+        packed = pack_pieces(lengths[pieces], longest)
+        order = pieces[[piece for sequence in packed for piece in sequence]]
+        tables = {"offsets": _sums(lengths[order]), "chats": _sums(np.array(list(map(len, packed))))}
+        columns = (("ids", _IDS), ("labelled", _LABELLED))
+        with path.open("wb") as file:
+            file.write(_header(tables, int(lengths[order].sum()), has_weights=False))
+            for table in tables.values():
+                file.write(table.tobytes())
+            for name, kind in columns:
+                stored = np.memmap(self._folder / name, kind, "r")
+                for piece in order.tolist():
+                    file.write(stored[starts[piece] : starts[piece] + lengths[piece]].tobytes())
+        return len(packed)
 
     def sequence_lengths(self, rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Return the tokens of each sequence of the chosen chats."""
@@ -158,6 +177,21 @@ class RowStore:
                 counts = lengths[start : start + _CHATS_AT_ONCE]
                 values = np.fromfile(file, dtype=kind, count=int(counts.sum(dtype=np.int64)))
                 yield values[np.repeat(chosen[start : start + _CHATS_AT_ONCE], counts)]
+
+
+def _header(tables: Mapping[str, np.ndarray], tokens: int, *, has_weights: bool) -> bytes:
+    """Return what a safetensors file begins with, for tables of int64 and the columns of tokens."""
+    header, end = {}, 0
+    # The widest first, so that each starts at a multiple of its width and can be mapped.
+    for name, kind, shape, width in (
+        *((name, "I64", len(table), 8) for name, table in tables.items()),
+        ("ids", "I32", tokens, 4), *[("weights", "F32", tokens, 4)] * has_weights, ("labelled", "U8", tokens, 1),
+    ):  # fmt: skip
+        header[name] = {"dtype": kind, "shape": [shape], "data_offsets": [end, end + shape * width]}
+        end += shape * width
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _sums(counts: np.ndarray) -> np.ndarray:

@@ -39,6 +39,7 @@ class FaultKind(StrEnum):
     BAD_HISTORY = "bad-history"
     BAD_TOOLS = "bad-tools"
     NO_PREFERENCE = "no-preference"
+    NO_TEXT = "no-text"
     DIFFERENT_PROMPTS = "different-prompts"
     # One turn
     BAD_MESSAGE = "bad-message"

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from kolotune.foundation.chat_paths import CHAT_SUFFIXES, PACKED_SUFFIXES, chat_files_in, is_other_split
+from kolotune.foundation.chat_paths import CHAT_SUFFIXES, PACKED_SUFFIXES, TEXT_SUFFIXES, chat_files_in, is_other_split
 from kolotune.foundation.errors import DataError
+from kolotune.foundation.objectives import LearnsFrom
 
 from ..chat import Chat
 from ..served_form import in_served_form
 from .csv_files import read_csv
+from .documents import read_text_file
 from .faults import Problem
 from .json_files import read_json
 from .jsonl_files import is_array, read_jsonl
@@ -35,7 +37,8 @@ _KNOWN = f"{', '.join(CHAT_SUFFIXES)}, also packed ({', '.join(PACKED_SUFFIXES)}
 _JSONL = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 _A_LINE = f"Chats have questions and answers. Write one chat on each line of a .jsonl file: {_JSONL}"
 _OTHER_FORMATS = {
-    **dict.fromkeys((".txt", ".md", ".log"), _A_LINE),
+    **dict.fromkeys(TEXT_SUFFIXES, f"--objective text trains on plain texts. {_A_LINE}"),
+    ".log": _A_LINE,
     **dict.fromkeys((".docx", ".doc", ".pdf", ".odt", ".html"), f"Documents are no chats. {_A_LINE}"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "Unpack it, and give the files of chats inside it."),
     ".arrow": "Save it as Parquet or JSON Lines: Dataset.to_parquet, Dataset.to_json.",
@@ -187,6 +190,8 @@ def _shown(path: Path) -> str:
 
 def _open(path: Path, options: ReadingOptions, given: Path) -> tuple[str, Records]:
     suffix = path.suffix.lower()
+    if options.learns_from is LearnsFrom.TEXT and suffix in TEXT_SUFFIXES:
+        return "Text", read_text_file(path)
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and is_array(path)):
         return read_json(path)
     if suffix in (".jsonl", ".ndjson"):

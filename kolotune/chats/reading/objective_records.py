@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kolotune.foundation.objectives import LearnsFrom
 
+from .documents import document_columns_fault
 from .faults import Fault
 from .preferences import preference_columns_fault, read_preference
 from .reading_options import DEFAULT, ReadingOptions
@@ -19,6 +20,8 @@ def read_objective_record(record: object, options: ReadingOptions = DEFAULT) -> 
 
 def objective_columns_fault(columns: Sequence[str], options: ReadingOptions = DEFAULT) -> Fault | None:
     """Return the fault of a table's columns that fit no record that the objective learns from."""
+    if options.learns_from is LearnsFrom.TEXT:
+        return document_columns_fault(columns, options)
     return columns_fault(columns, options) if _wants_chats(options) else preference_columns_fault(columns, options)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import DataError, ToolchainError
 
+from .documents import text_keys
 from .faults import Fault, FaultKind
 from .json_values import is_filled
 from .objective_records import objective_columns_fault
@@ -45,7 +46,7 @@ def read_parquet(path: Path, options: ReadingOptions) -> Iterator[ParsedRecord]:
             if fault is not None:
                 yield ParsedRecord(1, fault=fault)
                 return
-            mapped = {key for key, _ in options.parts}
+            mapped = {key for key, _ in options.parts} | text_keys(options)
             read = {name for name in columns if canonical(name) in READ_KEYS | mapped}
             kept = [name for name in columns if name in read or canonical(name) not in options.ignored]
             yield from _records(file, kept, read)

@@ -25,6 +25,7 @@ class RecordPart(StrEnum):
     CHOSEN = "chosen"
     REJECTED = "rejected"
     LABEL = "label"
+    TEXT = "text"
 
 
 TURN_LISTS = (

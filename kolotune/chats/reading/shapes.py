@@ -43,7 +43,10 @@ _NO_CHATS = (
         "preferences: --objective dpo trains on such pairs",
     ),
     (frozenset({"message_id", "parent_id"}), "one turn of a tree: make chats of its branches first"),
-    (frozenset({_TEXT}), "a text without marks of turns; chats have questions and answers"),
+    (
+        frozenset({_TEXT}),
+        "a text without marks of turns: --objective text trains on it; chats have questions and answers",
+    ),
 )
 """Keys of records that are no chats, and what to do; the first that are all there count."""
 

@@ -94,7 +94,7 @@ def template_text(folder: Path) -> str:
     if not source:
         raise TemplateError(
             f"{folder}: the base model has no chat template",
-            "Use an instruction-tuned model, or put a chat_template.jinja into its folder.",
+            "Use an instruction-tuned model, or give a template with --chat-template; --objective text needs none.",
         )
     for_tools = named.get(_FOR_TOOLS)
     if not for_tools or for_tools == source:
@@ -102,6 +102,15 @@ def template_text(folder: Path) -> str:
     # A line break behind a tag, and the last one of a template, are not written.
     for_tools, source = (text.removesuffix("\n") for text in (for_tools, source))
     return f"{{% if tools %}}\n{for_tools}{{% else %}}\n{source}{{% endif %}}"
+
+
+def has_template(folder: Path) -> bool:
+    """Whether the folder has a chat template.
+
+    Raises:
+        ModelError: A file of the tokenizer can't be read.
+    """
+    return bool(_named_templates(folder).get("default"))
 
 
 def _named_templates(folder: Path) -> dict[str, str]:

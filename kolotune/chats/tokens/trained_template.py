@@ -11,12 +11,16 @@ from kolotune.foundation.errors import ArtifactError, ConfigError
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.source import read_source
 
+from ..templates.plain_text import plain_text_template
 from ..templates.template_binding import bind
-from .tokenizer import TOKENIZER_FILES, template_text
+from .text_encoder import begin_tokens
+from .tokenizer import TOKENIZER_FILES, has_template, load_tokenizer, template_text
 
 
 def trained_template(config: Config, base: Path, tokens: Mapping[str, object]) -> str:
     """Return the Jinja source that a run trains with, stores and serves.
+
+    A base without a chat template that is trained on plain text gets one that writes texts alone.
 
     Args:
         config: The resolved config; without a date, today's is used.
@@ -29,6 +33,8 @@ def trained_template(config: Config, base: Path, tokens: Mapping[str, object]) -
         ModelError: A file of the tokenizer can't be read.
     """
     own = config.chat_template
+    if own is None and config.objective == "text" and not has_template(base):
+        return plain_text_template(begins=bool(begin_tokens(load_tokenizer(base))))
     day = date.fromisoformat(config.template_date) if config.template_date else date.today()
     return bind(template_text(base) if own is None else _read(own), day, tokens, config.template_switch)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kolotune.foundation import hardware
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, TrainingError
-from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
+from kolotune.foundation.objectives import OBJECTIVES
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners import child_process, local
 from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, ModelShape, read_shape
@@ -59,7 +59,7 @@ class NativeEngine:
         if config.load_in_4bit and has_blocks(base):
             self._check_blocks(config, base)
         check_variant(config, base, is_sharded=self.is_sharded(config, base))
-        if OBJECTIVES[config.objective].learns_from is not LearnsFrom.CHATS:
+        if OBJECTIVES[config.objective].has_preferences:
             self._check_preferences(config, base)
 
     def _check_blocks(self, config: Config, base: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError, TrainingError
-from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
+from kolotune.foundation.objectives import OBJECTIVES
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.weights.model_shape import ModelShape
 from kolotune.weights.stored_blocks import has_blocks
@@ -37,7 +37,7 @@ class TorchtuneEngine:
         return "torch", "transformers"
 
     def check(self, config: Config, base: Path) -> None:
-        if OBJECTIVES[config.objective].learns_from is not LearnsFrom.CHATS:
+        if OBJECTIVES[config.objective].has_preferences:
             raise ConfigError(
                 f"objective {config.objective}: torchtune's recipe for chats has no preferences",
                 "Train with --engine native, or on the preferred answers with --objective sft.",

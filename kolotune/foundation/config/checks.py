@@ -17,6 +17,19 @@ from .normalize import exists
 from .option import Kind
 from .options import OPTIONS, RECORD_PARTS, Config, option_names
 
+_NOT_FOR_TEXT = {
+    "train_on": "a plain text has no answers, and all of it is trained on",
+    "split_thoughts": "a plain text has no thoughts",
+    "empty_thoughts": "a plain text has no thoughts",
+    "fix_turns": "a plain text has no turns",
+    "template_switch": "a plain text is written without a chat template",
+    "chat_template": "a plain text is written without a chat template; give it to the run on chats that starts from "
+    "this one",
+    "system": "a model of plain text is trained without a system prompt; give it to the run on chats that starts from "
+    "this one",
+}
+"""Options that make no sense for plain texts, and why."""
+
 
 def find_problems(config: Config | None, values: Mapping[str, object]) -> Iterator[str]:
     """Return what is wrong with options, a line each.
@@ -72,7 +85,16 @@ def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
 def _objective_conflicts(config: Config) -> Iterator[str]:
     """Return the options that the objective has not, or that leave it nothing to learn."""
     objective = OBJECTIVES[config.objective]
-    if objective.learns_from is not LearnsFrom.CHATS:
+    if objective.learns_from is LearnsFrom.TEXT:
+        for name, reason in _NOT_FOR_TEXT.items():
+            if getattr(config, name) != OPTIONS[name].default:
+                yield f"{_flag(name)}: {reason}; leave it out, or train with objective sft"
+    parts = {str(entry).partition("=")[0].strip().lower() for entry in config.map}
+    if "text" in parts and objective.learns_from is not LearnsFrom.TEXT:
+        yield "map: only objective text reads a text"
+    elif parts - {"text"} and objective.learns_from is LearnsFrom.TEXT:
+        yield "map: objective text reads nothing but a text; name its key as text=key"
+    if objective.has_preferences:
         if config.train_on != "all":
             yield "train-on: preferences train what follows the prompt; leave it out, or train with objective sft"
         if config.split_thoughts:

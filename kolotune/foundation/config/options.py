@@ -19,7 +19,7 @@ DEFAULT_OUTPUT_DIR = Path("outputs")
 DEFAULT_TEMPERATURE, DEFAULT_MAX_TOKENS, DEFAULT_SEED = 0.7, 512, 0
 RECORD_PARTS = (
     "messages", "question", "answer", "context", "system", "reasoning", "tools", "history", "choices", "documents",
-    "chosen", "rejected", "label",
+    "chosen", "rejected", "label", "text",
 )  # fmt: skip
 """Parts of a chat that a key of a record may have; what `map` names."""
 DEFAULT_HOST, DEFAULT_PORT, DEFAULT_PARALLEL = "127.0.0.1", 8080, 4

@@ -25,15 +25,15 @@ def test_warmup_is_a_tenth_of_the_steps_unless_requested(steps: int, requested: 
 )
 def test_the_batch_size_depends_on_the_chats(chats: int, length: int, expected: int, tmp_path: Path) -> None:
     write_tokens(tmp_path / "train.safetensors", [([1] * length, [1] * length)] * chats)
-    assert automatic_batch_size(tmp_path / "train.safetensors") == expected
+    assert automatic_batch_size(tmp_path / "train.safetensors", "sft") == expected
 
 
 def test_the_batch_size_counts_chats_not_their_sequences(tmp_path: Path) -> None:
     write_tokens(tmp_path / "train.safetensors", [[([1] * 10, [1] * 10)] * 2] * 1000)
-    assert automatic_batch_size(tmp_path / "train.safetensors") == 10
+    assert automatic_batch_size(tmp_path / "train.safetensors", "sft") == 10
 
 
 def test_a_damaged_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "train.safetensors").write_bytes(b"none")
     with pytest.raises(TrainingError, match=r"train\.safetensors"):
-        automatic_batch_size(tmp_path / "train.safetensors")
+        automatic_batch_size(tmp_path / "train.safetensors", "sft")

@@ -477,6 +477,12 @@ def test_automatic_values_become_those_of_the_new_engine() -> None:
         ({"objective": "kto", "desirable_weight": 0.0, "undesirable_weight": 0.0}, "nothing would be learned"),
         ({"objective": "dpo", "split_thoughts": True}, "split-thoughts: preferences"),
         ({"objective": "kto", "train_on": "last"}, "train-on: preferences"),
+        ({"objective": "text", "train_on": "last"}, "train-on: a plain text has no answers"),
+        ({"objective": "text", "fix_turns": True}, "fix-turns: a plain text has no turns"),
+        ({"objective": "text", "system": "Be brief."}, "system: a model of plain text"),
+        ({"objective": "text", "beta": 0.1}, "beta: objective text has no such number"),
+        ({"objective": "text", "map": "question=title"}, "map: objective text reads nothing but a text"),
+        ({"map": "text=body"}, "map: only objective text"),
     ],
 )
 def test_options_that_an_objective_has_not_are_refused(given: dict[str, Any], said: str) -> None:
