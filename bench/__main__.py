@@ -18,6 +18,7 @@ from measuring import ROOT, Figure, Result, figures_table, machine, read_result
 SCRIPTS = (
     "answering",
     "training_speed",
+    "preferences",
     "families",
     "matrix_rate",
     "gpu",

@@ -87,8 +87,9 @@ def test_a_base_without_a_template_continues_texts_and_chats_follow(
     assert comparison.recorded_tuned_loss == pytest.approx(comparison.tuned_loss, abs=1e-4)
     assert comparison.tuned_loss is not None and comparison.base_loss is not None
     assert comparison.tuned_loss < comparison.base_loss - 0.1
-    served = [check for check in comparison.checked if check.prompt_ids_equal is not None]
-    assert served and all(check.prompt_ids_equal.good == check.prompt_ids_equal.of > 0 for check in served)
+    asked = {check.name: check.prompt_ids_equal for check in comparison.checked if check.prompt_ids_equal is not None}
+    assert all(count.good == count.of for count in asked.values())
+    assert asked["f16 GGUF"].of > 0 and asked["served Q4_K_M"].of > 0
     assert comparison.answers[0].expected and comparison.answers[0].prompt in (tmp_path / "texts.jsonl").read_text()
     assert is_plain_text((text.tokenizer / "chat_template.jinja").read_text(encoding="utf-8"))
     template = parse_modelfile(text.modelfile("Q4_K_M").read_text(encoding="utf-8")).template
