@@ -6,17 +6,21 @@ import contextlib
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kolotune.foundation.config import DEFAULT_MAX_TOKENS, DEFAULT_OUTPUT_DIR, DEFAULT_SEED, DEFAULT_TEMPERATURE
 from kolotune.foundation.errors import ConfigError, Terminated
-from kolotune.foundation.reporter import print_pieces
+from kolotune.foundation.reporter import Reporter, print_pieces
 from kolotune.run_folder.layout import RunFolder
 
 from .options import reporter
 from .parameters import Quantization, Run
+
+if TYPE_CHECKING:
+    from kolotune.ollama.chat import OllamaChat
+    from kolotune.serving.terminal_chat import TerminalChat
 
 
 def chat(
@@ -42,6 +46,10 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=0, help=f"Sampling seed. [default: {DEFAULT_SEED}; in Ollama the model's]")
     ] = None,
+    ratings: Annotated[
+        Path | None,
+        typer.Option(help="Keep what you type about answers in this file: /good, /bad, or /better and the answer."),
+    ] = None,
 ) -> int:
     """Chat with the result, through llama.cpp or in Ollama."""
     say = reporter()
@@ -49,7 +57,9 @@ def chat(
         if ollama:
             if base or quantization:
                 raise ConfigError("chat: --ollama cannot be combined with --base or --quantization")
-            ask = _in_ollama(run, name, system, temperature, max_tokens, seed)
+            talk: OllamaChat | TerminalChat
+            talk = _in_ollama(run, name, system)
+            ask = partial(talk.ask, temperature=temperature, max_tokens=max_tokens, seed=seed)
         elif name is not None:
             raise ConfigError(f"chat: {name!r} can only be a name in Ollama", "Add --ollama.")
         else:
@@ -66,12 +76,37 @@ def chat(
             print_pieces(ask(prompt))
         else:
             say.note("Type a message; an empty line or Ctrl-D ends the chat, Ctrl-C an answer.")
-            _converse(ask)
+            if ratings is not None:
+                say.note(
+                    f"/good or /bad rates an answer, /better and a text gives a better one; kept in {ratings}, for "
+                    "--objective kto, or dpo where all are better ones"
+                )
+            else:
+                say.note("--ratings FILE keeps ratings of answers, and better ones, to learn from.")
+            _converse(ask, partial(_rated, ratings, talk, say))
     return 0
 
 
-def _converse(ask: Callable[[str], Generator[str]]) -> None:
-    """Answer each line, until an empty one or the end of the input."""
+def _rated(ratings: Path | None, talk: OllamaChat | TerminalChat, say: Reporter, text: str) -> bool:
+    """Keep what a line says about the last answer; return whether it says anything."""
+    from kolotune.serving.ratings import keep, line_of
+
+    if ratings is None:
+        return False
+    try:
+        record = line_of(text, talk.turns)
+        if record is not None:
+            keep(ratings, record)
+    except ConfigError as error:
+        say.warning(f"{error.cause}. {error.hint or ''}".strip())
+        return True
+    if record is not None:
+        say.note(f"kept in {ratings}")
+    return record is not None
+
+
+def _converse(ask: Callable[[str], Generator[str]], rate: Callable[[str], bool]) -> None:
+    """Answer each line that does not rate an answer, until an empty one or the end of the input."""
     while True:
         try:
             text = input("> ")
@@ -79,6 +114,8 @@ def _converse(ask: Callable[[str], Generator[str]]) -> None:
             return
         if not text.strip():
             return
+        if rate(text):
+            continue
         try:
             with contextlib.closing(ask(text)) as answer:
                 print_pieces(answer)
@@ -88,13 +125,10 @@ def _converse(ask: Callable[[str], Generator[str]]) -> None:
             print_pieces(())
 
 
-def _in_ollama(
-    run: Path, name: str | None, system: str | None, temperature: float | None, max_tokens: int | None, seed: int | None
-) -> Callable[[str], Generator[str]]:
+def _in_ollama(run: Path, name: str | None, system: str | None) -> OllamaChat:
     from kolotune.ollama.chat import OllamaChat
     from kolotune.ollama.install import installed_name
 
     if name is None:  # `chat --ollama NAME`: the first argument is the name
         name = installed_name(RunFolder(run.absolute())) if run.is_dir() or run == DEFAULT_OUTPUT_DIR else str(run)
-    talk = OllamaChat(name, system)
-    return partial(talk.ask, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    return OllamaChat(name, system)

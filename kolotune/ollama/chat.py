@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from kolotune.foundation.typed_storage import JsonObject
+
 from .client import OllamaClient
 from .model_name import check_name
 from .parameters import Options
@@ -21,6 +23,11 @@ class OllamaChat:
     def __init__(self, name: str, system: str | None = None, client: OllamaClient | None = None) -> None:
         self._name, self._client = check_name(name), client or OllamaClient()
         self._messages = [{"role": "system", "content": system}] if system is not None else []
+
+    @property
+    def turns(self) -> list[JsonObject]:
+        """The turns so far; the model's own system prompt is not among them."""
+        return [dict(turn) for turn in self._messages]
 
     def ask(
         self, text: str, *, temperature: float | None = None, max_tokens: int | None = None, seed: int | None = None

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
+from kolotune.chats.templates.plain_text import is_plain_text
 from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.chats.tokens.trained_template import trained_folder
 from kolotune.foundation import typed_storage
@@ -60,6 +61,13 @@ class TerminalChat(Closing):
         """Begin another conversation."""
         self._messages = []
 
+    @property
+    def turns(self) -> list[JsonObject]:
+        """The turns so far, behind the system prompt if there is one."""
+        text = self._defaults.description.system
+        system: list[JsonObject] = [{"role": "system", "content": text}] if text else []
+        return [*system, *self._messages]
+
     def ask(self, text: str, *, temperature: float, max_tokens: int, seed: int) -> Generator[str]:
         """Yield the answer to `text` in pieces, a thought in tags before it; one that is interrupted is forgotten.
 
@@ -112,6 +120,8 @@ def open_chat(
     name = choose_quantization(config, quantization)
     path = base_gguf(run, config, name, reporter) if base else verified_gguf(run, name)[0]
     template, stops = template_of(trained_folder(run)), modelfile.recorded_stops(run)
+    if is_plain_text(template.jinja):
+        reporter.note("the model has no chat template: it continues what you type")
     description = ModelDescription(
         path.name,
         system=config.system if system is None else system,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -54,3 +55,18 @@ def test_an_answer_can_be_interrupted(last: signal.Signals | None, finished: Con
         terminal.process.send_signal(last)
     terminal.process.communicate(timeout=30)
     assert terminal.process.returncode == (0 if last is None else 130)
+
+
+def test_a_rating_is_kept(finished: Config, tmp_path: Path) -> None:
+    file = tmp_path / "ratings.jsonl"
+    argv = [
+        sys.executable, "-P", "-m", "kolotune", "chat", str(finished.output_dir), "--max-tokens", "8", "--seed", "3",
+        "--ratings", str(file),
+    ]  # fmt: skip
+    typed = "/good\nhi\n/good\n/better Hello.\n"
+    done = subprocess.run(argv, input=typed, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "there is no answer to rate yet" in done.stdout + done.stderr
+    rated, pair = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    assert rated["label"] is True and rated["messages"][-2:-1] == [{"role": "user", "content": "hi"}]
+    assert pair["rejected"] == rated["messages"][-1:] and pair["chosen"][0]["content"] == "Hello."
+    assert pair["prompt"] == rated["messages"][:-1]
