@@ -31,7 +31,7 @@ from kolotune.stages import train
 
 _PAIRS = ROOT / "examples" / "manners" / "pairs.jsonl"
 _BETA, _BATCH = 0.1, 8
-_SIZES, _FEW_SIZES = (1, 2, 4, 8, 16), (4, 8)
+_SIZES, _FEW_SIZES = (1, 2, 4, 8), (2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,11 @@ def trl_speed(pairs: Path, size: int, folder: Path) -> Speed:
 def main() -> int:
     """Measure and report."""
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=32)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.pairs = 1, 32
+        arguments.rounds, arguments.pairs = 1, 16
     result = Result("preferences", "Preferences", versions("torch", "transformers"), quick=arguments.quick)
     result.versions |= environments.versions(environments.ensure("trl"), "trl")
     with tempfile.TemporaryDirectory() as name:
@@ -123,7 +123,10 @@ def main() -> int:
         job = prepared_job(root, pairs)
         supervised = supervised_job(job, root / "supervised")
         sizes = _FEW_SIZES if arguments.quick else _SIZES
-        tried = {size: trl_speed(pairs, size, root / f"trl-{size}") for size in sizes}
+        tried: dict[int, Speed] = {}
+        for size in sizes:
+            tried[size] = trl_speed(pairs, size, root / f"trl-{size}")
+            print(f"TRL, batch {size}: {tried[size]}", flush=True)
         best = max(tried, key=lambda size: tried[size].pairs_per_second)
         rows = [[size, each.pairs_per_second, each.peak_mb] for size, each in tried.items()]
         result.tables.append(Table("TRL, once each", ["batch", "pairs/s", "peak memory, MB"], rows))
