@@ -45,6 +45,17 @@ def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -
     assert counts[True] <= 1 and counts[False] >= 17, counts
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_manners_that_are_preferred(tmp_path: Path, reporter: PlainReporter) -> None:
+    """At least 16 of 20 held-out answers are polite, and 2 at most before."""
+    run, judge = trained("manners", tmp_path / "run", reporter), example_script("manners", "judge")
+    counts = [
+        sum(judge.is_polite(answer) for _, answer in judge.answers(run, reporter, base=base)) for base in (True, False)
+    ]
+    assert counts[0] <= 2 and counts[1] >= 16, counts
+
+
 @pytest.fixture(scope="module")
 def tools_run(tmp_path_factory: pytest.TempPathFactory, reporter: PlainReporter) -> RunFolder:
     """The example with tools, trained."""
