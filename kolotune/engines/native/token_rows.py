@@ -46,14 +46,14 @@ class NewTokenRows:
 
     def look_up(self, ids: Tensor, x: Tensor) -> None:
         """Fill in the rows of new tokens among embedded ``ids [tokens]``, in ``x [tokens, width]``."""
-        places, rows = self._places(ids, x.device)
-        x[places] = self.trainable_tokens_delta.detach()[rows].to(x.dtype)
+        is_new, rows = self._found(ids, x.device)
+        x.copy_(torch.where(is_new, self.trainable_tokens_delta.detach().to(x.dtype)[rows], x))
 
     def look_up_backward(self, ids: Tensor, d_x: Tensor, factor: float) -> None:
         """Add to the rows' gradient, given that of the embedded ids and the factor of embeddings."""
-        places, rows = self._places(ids, d_x.device)
+        is_new, rows = self._found(ids, d_x.device)
         assert self.trainable_tokens_delta.grad is not None
-        self.trainable_tokens_delta.grad.index_add_(0, rows, d_x[places].float(), alpha=factor)
+        self.trainable_tokens_delta.grad.index_add_(0, rows, d_x.float().mul_(is_new), alpha=factor)
 
     def add_logits(self, x: Tensor, logits: Tensor) -> None:
         """Fill in the logits of the new tokens: ``x [tokens, width]``, ``logits [tokens, vocabulary]``."""
@@ -68,11 +68,14 @@ class NewTokenRows:
         assert self.trainable_tokens_delta.grad is not None
         self.trainable_tokens_delta.grad += (d_logits.t() @ x).float()
 
-    def _places(self, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return where new tokens are among ids, and their rows."""
-        columns = self.columns()
-        places = ((ids >= columns.start) & (ids < columns.stop)).nonzero().squeeze(1)
-        return places.to(device), (ids[places] - self.first).to(device)
+    def _found(self, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return which ids are new tokens, ``[tokens, 1]``, and the row of each, any for others.
+
+        All tokens are computed, since to know which are new a host would wait for its GPU.
+        """
+        rows = ids - self.first
+        is_new = (rows >= 0) & (rows < len(self.trainable_tokens_delta))
+        return is_new[:, None].to(device), rows.clamp(0, len(self.trainable_tokens_delta) - 1).to(device)
 
 
 @dataclass(frozen=True)
