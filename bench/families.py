@@ -29,7 +29,7 @@ from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.engines.process_environment import ENVIRONMENT
 
 _VOCABULARY, _LAYERS = 32_768, 2
-_BATCH, _SYSTEM, _SHORTEST, _LONGEST = 4, 40, 60, 300
+_BATCH, _SYSTEM, _SHORTEST, _LONGEST = 4, 20, 30, 150
 _TARGET = 2.0
 
 
@@ -63,7 +63,15 @@ class Model:
         )  # fmt: skip
         torch.manual_seed(0)
         auto: Any = transformers.AutoModelForCausalLM
-        auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=torch.bfloat16)
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        drawn = torch.randn(1 << 20).mul_(0.02).bfloat16()  # drawing all of them would take longer than measuring
+        for weight in model.parameters():
+            values = drawn.repeat(-(-weight.numel() // len(drawn)))[: weight.numel()]
+            weight.data = values.view_as(weight) if weight.dim() > 1 else torch.ones_like(weight)
+        model.save_pretrained(folder)
 
 
 MODELS = (
