@@ -15,6 +15,7 @@ from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.context import open_context
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
+from kolotune.runs.rebuild import rebuild
 from kolotune.stages import merge
 from kolotune.weights.merge import tokenizer_folder
 
@@ -64,3 +65,5 @@ def test_a_run_with_new_tokens(
     written = run.metrics.stat().st_mtime_ns
     run_pipeline(config, reporter)
     assert run.metrics.stat().st_mtime_ns == written
+    rebuilt = rebuild(run.manifest, tmp_path / "rebuilt", reporter)
+    assert rebuilt.same and not rebuilt.different
