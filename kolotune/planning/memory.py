@@ -19,7 +19,7 @@ from kolotune.weights.model_shape import DTYPE_BYTES, FP32_BYTES, ModelShape
 from .workload import Workload
 
 # Measured on SmolLM2-135M with 40 short chats: the peak of each process, less the tensors that the formulas count.
-MAIN_PROCESS = Memory(320_000_000, 60_000_000)
+MAIN_PROCESS = Memory(200_000_000, 45_000_000)  # 150 MB of it seen; tokenizers of twice the vocabulary need more
 _QUANTIZER = Memory(30_000_000, 30_000_000)
 _QUANTIZER_CORE = 10_000_000  # pieces that a core works on, and those that wait to be written
 _COMPENSATION = Memory(300_000_000, 150_000_000)  # PyTorch and transformers: a guess, not measured

@@ -7,7 +7,8 @@ Notable decisions:
 - No padding: chats are packed end to end, and a shared prefix is computed once.
 - One matrix product where transformers has three (queries, keys, values) or two (gate, up), adapters included.
 - Logits only where a label is next, some at a time; the last layer computes its MLP only there.
-- Norms return their fp32 factor, so that the backward pass does not recompute them.
+- Norms return their fp32 factor. What they write is computed again for the backward pass: that is quick, and kept it
+  would be an eighth of all that is kept.
 - Families differ in what layers have (`Layer`), `AttentionSetting`, `Activation` and `Factors`, not in the passes.
 - Activations are kept, or recomputed layer by layer with the same random numbers when memory is short.
 """
@@ -346,8 +347,9 @@ class _SequencePass:
                 kept.attention, kept.mlp = attention_kept, saved_mlp or SavedMlp()
                 kept.masks = {name: each for name, each in masks.items() if each}
                 kept.tensors = head_kept | out_kept | down_kept | {
-                    "normed": normed, "factor": factor, "mixed": mixed, "attended": attended, "middle": middle,
-                    "mlp_normed": mlp_normed, "mlp_factor": mlp_factor,
+                    "low": normed[:, layer.qkv.inputs :].clone(), "factor": factor, "mixed": mixed,
+                    "attended": attended, "middle": middle, "mlp_low": mlp_normed[:, layer.mlp.inputs :].clone(),
+                    "mlp_factor": mlp_factor,
                 }  # fmt: skip
         return result, middle
 
@@ -365,7 +367,8 @@ class _SequencePass:
         """Return the gradient of the layer's input; None for the first layer, whose input is frozen."""
         saved, masks = kept.tensors, kept.masks
         d_down = self._added_backward(layer.mlp_norm_after, d_out, saved, "down")
-        d_normed = layer.mlp.backward(d_down, saved["mlp_normed"], kept.mlp)
+        mlp_normed = self._normed_again(layer.mlp_norm, saved["middle"], saved["mlp_low"], layer.mlp)
+        d_normed = layer.mlp.backward(d_down, mlp_normed, kept.mlp)
         d_middle = self._normed_backward(layer.mlp_norm, d_normed, saved["middle"], saved["mlp_factor"], d_out)
         d_attention = self._added_backward(layer.attention_norm_after, d_middle, saved, "out")
         d_mixed = layer.out.backward(d_attention, saved["attended"], masks.get("out"))
@@ -373,11 +376,12 @@ class _SequencePass:
             d_mixed, d_middle = replace(d_mixed, whole=self._spread(d_mixed.whole)), self._spread(d_middle)
         d_headed = self.attentions[layer.setting].backward(d_mixed, saved["mixed"], kept.attention)
         d_qkv = self._normed_heads_backward(layer, d_headed, saved)
-        if first:
-            layer.qkv.backward_of_frozen(d_qkv, saved["normed"], masks.get("qkv"))
-            return None
-        d_normed = layer.qkv.backward(d_qkv, saved["normed"], masks.get("qkv"))
         assert kept.x is not None
+        normed = self._normed_again(layer.attention_norm, kept.x, saved["low"], layer.qkv)
+        if first:
+            layer.qkv.backward_of_frozen(d_qkv, normed, masks.get("qkv"))
+            return None
+        d_normed = layer.qkv.backward(d_qkv, normed, masks.get("qkv"))
         return self._normed_backward(layer.attention_norm, d_normed, kept.x, saved["factor"], d_middle)
 
     def _spread(self, labelled: Tensor) -> Tensor:
@@ -391,6 +395,13 @@ class _SequencePass:
         total = x if added is None else x.add_(added)
         into.copy_(total)
         return total, total.new_empty(0)
+
+    def _normed_again(self, norm: Norm | None, x: Tensor, low: Tensor, linear: FusedLinear | Mlp) -> Tensor:
+        """Return the input of a linear layer as `forward` made it from ``x``, with the product of its adapters."""
+        whole = linear.new_input(len(x))
+        self._normed(norm, x, None, whole[:, : linear.inputs])
+        whole[:, linear.inputs :] = low
+        return whole
 
     def _normed_backward(
         self, norm: Norm | None, d_out: InputGradient, x: Tensor, factor: Tensor, added: Tensor

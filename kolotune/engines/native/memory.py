@@ -37,9 +37,9 @@ SHARDED_PROCESS = Memory(420_000_000, 100_000_000)
 """The engine's process with transformers and FSDP loaded, without tensors."""
 _GPU_CONTEXT = 500_000_000  # what the driver and PyTorch's libraries take of a GPU: a guess, not measured
 _STEP_SHARE = 0.9  # of a GPU's free memory that a step may fill; fragments take the rest: a guess, not measured
-# What transformers keeps of a layer, relative to the packed decoder, by bytes per number: measured on Llamas of widths
-# 512 and 576, with 128 and 1,024 tokens (1.18 to 1.20; 1.33 to 1.46). It keeps norms in fp32, and copies of queries
-# and keys.
+# What transformers keeps of a layer, relative to the same tensors of the packed decoder, by bytes per number: measured
+# on Llamas of widths 512 and 576, with 128 and 1,024 tokens (1.18 to 1.20; 1.33 to 1.46). It keeps norms in fp32, and
+# copies of queries and keys.
 _TRANSFORMERS_KEEPS = {4: 1.2, 2: 1.4}
 
 
@@ -54,8 +54,9 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
     """
     attention = shape.attention_heads * shape.head_size
     ranks = sum(adapter.rank_of(linear.name) for linear in shape.first_layer if linear.name in adapter.adapted)
-    # The layer's input, the inputs of both norms, the sum between them, attention's output, gate, up and their product.
-    per_token = 4 * shape.hidden_size + attention + 3 * shape.mlp_size + ranks
+    # The layer's input, the sum between attention and MLP, attention's output, gate and up. What the norms write and
+    # the product of gate and up are computed again.
+    per_token = 2 * shape.hidden_size + attention + 2 * shape.mlp_size + ranks
     per_token += adapter.scaled_outputs(shape)  # as they are before they are scaled
     expert_ranks = sum(adapter.rank_of(each.name) for each in shape.experts[:2]) or 2 * adapter.rank
     # Each expert of a token has its input and output, gate, up and their product.
@@ -75,6 +76,7 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
 def transformers_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int) -> int:
     """Return the bytes that all layers keep of a padded batch when transformers computes them."""
     layer = layer_activation_bytes(shape, adapter, batch, dtype_bytes)
+    layer += batch.tokens * dtype_bytes * (2 * shape.hidden_size + shape.mlp_size)  # what the packed one computes again
     return int(shape.layers * _TRANSFORMERS_KEEPS[dtype_bytes] * layer)
 
 

@@ -35,8 +35,9 @@ from .token_rows import NewTokenRows
 from .transfers import sum_dtype, to_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Numbers that a layer keeps per token for the backward pass, in multiples of the hidden size (measured on SmolLM2).
-_ACTIVATIONS_KEPT = 19
+# Numbers that a layer keeps per token for the backward pass, in multiples of the hidden size (measured on SmolLM2, less
+# what is computed again since).
+_ACTIVATIONS_KEPT = 15
 
 
 class TrainingModel(Protocol):
