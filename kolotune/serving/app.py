@@ -23,9 +23,9 @@ from kolotune.llamacpp.model_server import ModelServer
 from .requests import PATHS, BadRequest
 from .responses import as_openais, error_body, renamed, renamed_in
 from .served_model import ServedModel
+from .upstream import Upstream
 
 if TYPE_CHECKING:
-    import httpx
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -132,13 +132,8 @@ class _Endpoints:
     """One method for each kind of request."""
 
     def __init__(self, models: Sequence[ServedModel], only_here: bool, reporter: Reporter) -> None:
-        import httpx
-
         self._models, self._only_here, self._reporter = {model.name: model for model in models}, only_here, reporter
         self._noted: set[str] = set()
-        # llama.cpp's server closes connections after a stream: none is used twice.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(trust_env=False, timeout=None, limits=limits)
 
     async def health(self, request: Request) -> Response:
         self._check_host(request)
@@ -194,35 +189,31 @@ class _Endpoints:
 
     async def _answer(self, model: ServedModel, server: ModelServer, path: str, fields: JsonObject) -> Response:
         """Ask a server; a crash is an answer, too."""
-        import httpx
         from starlette.responses import Response
 
-        headers = {**server.headers, "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        body = json.dumps(fields).encode()
-        try:
-            asked = self._client.build_request("POST", server.address + path, content=body, headers=headers)
-            answer = await self._client.send(asked, stream=True)
-            kind = answer.headers.get("content-type", "")
-            if kind.startswith(_EVENTS) and answer.is_success:
-                return _streaming_response(renamed(self._events(answer, server), model.alias, model.name))
-            async with contextlib.aclosing(answer):
-                whole = renamed_in(await answer.aread(), model.alias, model.name)
-        except httpx.HTTPError:
-            return _json(await self._crash(server), 503)
-        if answer.is_error:
-            return _json(as_openais(whole), answer.status_code)
-        return Response(whole, answer.status_code, media_type=kind)
-
-    async def _events(self, answer: httpx.Response, server: ModelServer) -> AsyncGenerator[bytes, None]:
-        """The bytes of a stream; its reader may leave it at any time, which ends the computation."""
-        import httpx
-
-        async with contextlib.aclosing(answer):
+        headers = {**server.headers, "Content-Type": "application/json"}
+        with contextlib.ExitStack() as opened:
+            body = json.dumps(fields).encode()
+            upstream = opened.enter_context(Upstream(server.address, path, headers, body))
             try:
-                async for piece in answer.aiter_raw():
-                    yield piece
-            except httpx.HTTPError:
-                yield f"data: {json.dumps(await self._crash(server))}\n\n".encode()
+                await upstream.begin()
+                if upstream.media_type.startswith(_EVENTS) and upstream.status == 200:
+                    events = renamed(self._events(upstream, server), model.alias, model.name)
+                    return _streaming_response(events, opened.pop_all())
+                whole = renamed_in(await upstream.whole(), model.alias, model.name)
+            except OSError:
+                return _json(await self._crash(server), 503)
+        if upstream.status != 200:
+            return _json(as_openais(whole), upstream.status)
+        return Response(whole, upstream.status, media_type=upstream.media_type)
+
+    async def _events(self, upstream: Upstream, server: ModelServer) -> AsyncGenerator[bytes, None]:
+        """The bytes of a stream; its reader may leave it at any time, which ends the computation."""
+        try:
+            async for piece in upstream.pieces():
+                yield piece
+        except OSError:
+            yield f"data: {json.dumps(await self._crash(server))}\n\n".encode()
 
     async def _crash(self, server: ModelServer) -> JsonObject:
         from starlette.concurrency import run_in_threadpool
@@ -262,13 +253,14 @@ async def _unless_disconnected(request: Request, ask: Callable[[], Awaitable[Res
     return response
 
 
-def _streaming_response(events: AsyncGenerator[bytes, None]) -> Response:
-    """A response of server-sent events that ends the computation when its reader disconnects."""
+def _streaming_response(events: AsyncGenerator[bytes, None], opened: contextlib.ExitStack) -> Response:
+    """A response of server-sent events; when it ends, or its reader disconnects, what is open for it is closed."""
     from starlette.responses import StreamingResponse
 
     class Streaming(StreamingResponse):
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            async with contextlib.aclosing(events):
-                await super().__call__(scope, receive, send)
+            with opened:
+                async with contextlib.aclosing(events):
+                    await super().__call__(scope, receive, send)
 
     return Streaming(events, media_type=_EVENTS, headers={"Cache-Control": "no-cache"})
