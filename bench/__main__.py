@@ -25,6 +25,7 @@ SCRIPTS = (
     "busy_core",
     "whole_job",
     "merge_convert",
+    "quantizer",
     "preparing",
     "answers_apart",
     "serving",
