@@ -16,7 +16,7 @@ from kolotune.foundation.reporter import Reporter, print_pieces
 from kolotune.run_folder.layout import RunFolder
 
 from .options import reporter
-from .parameters import Quantization, Run
+from .parameters import FileRole, Quantization, Run
 
 if TYPE_CHECKING:
     from kolotune.ollama.chat import OllamaChat
@@ -49,6 +49,7 @@ def chat(
     ratings: Annotated[
         Path | None,
         typer.Option(help="Keep what you type about answers in this file: /good, /bad, or /better and the answer."),
+        FileRole.WRITTEN_HERE,
     ] = None,
 ) -> int:
     """Chat with the result, through llama.cpp or in Ollama."""

@@ -99,6 +99,13 @@ class VerbCall:
             for name in self._parameters
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
+        for name in self.given:
+            if self._roles.get(name) is FileRole.WRITTEN_HERE:
+                flag = self._parameters[name].opts[0]
+                raise ConfigError(
+                    f"{self.verb} {flag}: what runs in a container writes no file of this machine meanwhile",
+                    f"Leave out {flag}, or --container.",
+                )
         self._keep_pipes()
         self.config = self._resolve()
 

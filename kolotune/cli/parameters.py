@@ -23,6 +23,7 @@ class FileRole(Enum):
     NEW_FOLDER = "a folder to make"
     CONFIG_FILE = "a YAML file of options"
     NOT_SENT = "a file that is read on this machine"
+    WRITTEN_HERE = "a file of this machine that is written while the verb runs"
 
 
 ConfigFile = Annotated[

@@ -114,6 +114,11 @@ def test_every_path_of_every_verb_has_a_role() -> None:
     assert not [(verb, name) for verb, name in paths if name not in roles[verb]]
 
 
+def test_a_file_that_is_written_while_the_verb_runs_is_refused(here: Path) -> None:
+    with pytest.raises(ConfigError, match="chat --ratings: what runs in a container writes no file"):
+        call_inside("chat", "--ratings", "ratings.jsonl")
+
+
 def test_inputs_run_folder_and_values(here: Path) -> None:
     (here / "held.jsonl").write_text("")
     (here / "base").mkdir()
