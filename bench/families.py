@@ -67,9 +67,9 @@ class Model:
             model = auto.from_config(config, dtype=torch.bfloat16)
         model.to_empty(device="cpu")
         model.tie_weights()
-        drawn = torch.randn(1 << 20).mul_(0.02).bfloat16()  # drawing all of them would take longer than measuring
+        sampled = torch.randn(1 << 20).mul_(0.02).bfloat16()  # sampling them all would take longer than measuring
         for weight in model.parameters():
-            values = drawn.repeat(-(-weight.numel() // len(drawn)))[: weight.numel()]
+            values = sampled.repeat(-(-weight.numel() // len(sampled)))[: weight.numel()]
             weight.data = values.view_as(weight) if weight.dim() > 1 else torch.ones_like(weight)
         model.save_pretrained(folder)
 
