@@ -29,14 +29,17 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """Return the files of chats in a folder, or in its folder ``data``, by name; where it has none, plain texts.
 
     Returns:
-        The path itself if it is no folder, has no such files, or has files that are kept for testing: which of them to
+        The path itself if it is no folder, has no such files, or has chats that are kept for testing: which of them to
         train on is for the user to say.
     """
-    for folder in (path, path / "data"):
-        files = chat_files_in(folder) or text_files_in(folder)
-        if files:
-            return (path,) if any(map(is_other_split, files)) else files
-    return (path,)
+    inner = path / "data"
+    chats = chat_files_in(path) or chat_files_in(inner)
+    if chats:
+        return (path,) if any(map(is_other_split, chats)) else chats
+    texts, inner_texts = text_files_in(path), text_files_in(inner)
+    if inner_texts and all(file.stem.lower() == "readme" for file in texts):  # it describes the data set
+        texts = inner_texts
+    return texts or (path,)
 
 
 def hub_source(path: Path) -> str | None:

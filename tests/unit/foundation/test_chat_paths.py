@@ -26,6 +26,9 @@ def folder(tmp_path: Path, *names: str) -> Path:
         (["b.jsonl", "a.jsonl.gz", "README.md", "dataset_info.json", ".hidden.jsonl"], ["a.jsonl.gz", "b.jsonl"]),
         (["data/train-00001-of-00002.parquet", "data/train-00000-of-00002.parquet", "README.md"],
          ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
+        (["notes.txt", "test.md", ".hidden.md"], ["notes.txt", "test.md"]),
+        (["README.md", "data/b.txt", "data/a.md"], ["data/a.md", "data/b.txt"]),
+        (["README.md", "page.md", "data/a.md"], ["README.md", "page.md"]),
     ],
 )  # fmt: skip
 def test_files_of_a_folder(names: list[str], read: list[str], tmp_path: Path) -> None:
@@ -40,7 +43,7 @@ def test_files_of_a_folder(names: list[str], read: list[str], tmp_path: Path) ->
     [
         (["train.jsonl", "test.jsonl"], "to train on: train.jsonl; kept for testing: test.jsonl"),
         (["data/train-0.parquet", "data/validation-0.parquet"], "--eval-data"),
-        (["notes.txt"], "no files of chats"),
+        (["notes.docx"], "no files of chats"),
     ],
 )
 def test_a_folder_that_leaves_a_choice_is_an_error(names: list[str], hint: str, tmp_path: Path) -> None:

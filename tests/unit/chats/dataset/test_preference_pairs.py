@@ -62,7 +62,8 @@ def test_the_rejected_answer_comes_first_and_both_share_the_prompt(prepare: Prep
         start = int((labels < 0).int().argmin())
         assert rejected[:start].tolist() == chosen[:start].tolist()
         assert list(tokens.preferred_sequences(chat)) == [2 * chat + 1]
-        assert tokens.chat_length(chat) == len(rejected) + len(chosen) - start, "the prompt counts once"
+        shared = start - 1  # all of the prompt but its last token, which predicts the first of both answers
+        assert tokens.chat_length(chat) == len(rejected) + len(chosen) - shared, "the prompt counts once"
     file = folder / TRAIN_TOKENS
     assert (len(first_encoded(file)), first_rejected(file)) == (2, 1)
 
