@@ -18,7 +18,7 @@ class Selection:
             sequence; in some each answer is one.
         sequences: for each chat, which of `chats` are its sequences.
         prompts: the prompt before each of their answers.
-        expected: the answer to each prompt.
+        expected: the answer to each prompt in the data; None where the data have none.
         probes: more prompts, for checking what is served.
         with_text: chats whose text is available; reproduced: those of them that get the prepared tokens again.
         is_whole: all prepared chats are in the selection.
@@ -27,7 +27,7 @@ class Selection:
     chats: list[ComparedChat] = field(default_factory=list)
     sequences: list[range] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
-    expected: list[str] = field(default_factory=list)
+    expected: list[str | None] = field(default_factory=list)
     probes: list[Prompt] = field(default_factory=list)
     with_text: int = 0
     reproduced: int = 0

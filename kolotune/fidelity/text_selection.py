@@ -105,7 +105,7 @@ def _add_questions(selection: Selection, trained: TrainedFormat) -> None:
         except KolotuneError:
             continue  # such as a system turn, where the template has no place for one
         selection.prompts.append(prompt)
-        selection.expected.append(chat.messages[first].content)
+        selection.expected.append(None)
 
 
 def _texts(task: ModelsTask) -> Iterator[str]:

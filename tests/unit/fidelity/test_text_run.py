@@ -117,4 +117,5 @@ def test_a_base_with_a_template_keeps_it(
     comparison = Comparison.read(trained.comparison)
     assert comparison.passed and not comparison.held_out
     assert comparison.answers and "puncture" in comparison.answers[0].prompt
+    assert all(answer.expected is None for answer in comparison.answers), "the documents answer no question"
     assert "<|im_start|>" in (trained.tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
