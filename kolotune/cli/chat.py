@@ -76,16 +76,21 @@ def chat(
         if prompt is not None:
             print_pieces(ask(prompt))
         else:
-            say.note("Type a message; an empty line or Ctrl-D ends the chat, Ctrl-C an answer.")
-            if ratings is not None:
-                say.note(
-                    f"/good or /bad rates an answer, /better and a text gives a better one; kept in {ratings}, for "
-                    "--objective kto, or dpo where all are better ones"
-                )
-            else:
-                say.note("--ratings FILE keeps ratings of answers, and better ones, to learn from.")
+            _explain(ratings, say)
             _converse(ask, partial(_rated, ratings, talk, say))
     return 0
+
+
+def _explain(ratings: Path | None, say: Reporter) -> None:
+    """Say what can be typed."""
+    say.note("Type a message; an empty line or Ctrl-D ends the chat, Ctrl-C an answer.")
+    if ratings is None:
+        say.note("--ratings FILE keeps ratings of answers, and better ones, to learn from.")
+        return
+    say.note(
+        f"/good or /bad rates an answer, /better and a text gives a better one; kept in {ratings}, for "
+        "--objective kto, or dpo where all are better ones"
+    )
 
 
 def _rated(ratings: Path | None, talk: OllamaChat | TerminalChat, say: Reporter, text: str) -> bool:

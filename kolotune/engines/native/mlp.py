@@ -55,8 +55,8 @@ class Mlp(Protocol):
 class DenseMlp:
     """Gate and up as one product, and down.
 
-    The input of `down` is computed again for the backward pass: it takes a hundredth of the step, and kept it would be
-    a fifth of all that is kept.
+    The input of `down` is computed again for the backward pass: with what norms write that takes a fiftieth of a step
+    (measured on SmolLM2), and kept it would be a fifth of all that is kept.
 
     Args:
         operations: computes the activation.

@@ -15,10 +15,13 @@ from kolotune.chats import Chat, Message
 from kolotune.chats.tokens.encoded_chat import EncodedChat
 from kolotune.chats.tokens.encoder import Encoder
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, chat_template, load_tokenizer, template_text
+from kolotune.fidelity import measure_gguf, measure_models
 from kolotune.foundation import config as configs
 from kolotune.foundation.config import Config
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
+from kolotune.run_folder.layout import RunFolder
+from kolotune.stages import compare
 
 _COLOURS = ("red", "blue", "green", "black", "white", "brown")
 _THINGS = ("boat", "house", "lamp", "door", "hat", "cup", "coat", "road")
@@ -107,3 +110,14 @@ def learned_run(
     config = configs.resolve((options, "test", folder))
     run_pipeline(config, reporter)
     return config
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in this process, which has loaded PyTorch already."""
+
+    def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
+        del run, reporter
+        (measure_models if kind == "models" else measure_gguf).measure(file)
+
+    monkeypatch.setattr(compare, "_run_task", measure)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support import faults
 
-from kolotune.fidelity import judge, measure_gguf, measure_models
+from kolotune.fidelity import judge
 from kolotune.fidelity.comparison import Comparison, Count
 from kolotune.fidelity.defects import DefectKind
 from kolotune.fidelity.evidence import Evidence
@@ -32,14 +32,7 @@ from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.reasons import find_reasons
 from kolotune.stages import compare
 
-
-@pytest.fixture(autouse=True)
-def measured_here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
-        del run, reporter
-        (measure_models if kind == "models" else measure_gguf).measure(file)
-
-    monkeypatch.setattr(compare, "_run_task", measure)
+pytestmark = pytest.mark.usefixtures("measured_here", "one_thread")
 
 
 @pytest.fixture

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kolotune.fidelity import measure_gguf, measure_models
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
-from kolotune.stages import compare
 
 from .conftest import chats
 
@@ -27,14 +24,9 @@ def test_a_preference_run_passes_the_gate(
     learned_bases: tuple[Path, Path],
     tmp_path: Path,
     reporter: PlainReporter,
-    monkeypatch: pytest.MonkeyPatch,
+    measured_here: None,
     one_thread: None,
 ) -> None:
-    def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
-        del run, reporter
-        (measure_models if kind == "models" else measure_gguf).measure(file)
-
-    monkeypatch.setattr(compare, "_run_task", measure)
     pairs = [{"chosen": tuned, "rejected": base} for tuned, base in zip(chats(True), chats(False), strict=True)]
     if objective == "kto":
         pairs = [

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from kolotune.chats.templates.plain_text import is_plain_text
-from kolotune.fidelity import measure_gguf, measure_models
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import TemplateError
@@ -20,7 +19,6 @@ from kolotune.pipeline.run import run_pipeline
 from kolotune.report.page import write as write_page
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.records import read_record
-from kolotune.stages import compare
 
 from .conftest import chats
 
@@ -33,17 +31,6 @@ _OPTIONS: dict[str, Any] = {
     "compile": "off",
     "compare_answers": 1,
 }
-
-
-@pytest.fixture
-def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure in this process, which has loaded PyTorch already."""
-
-    def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
-        del run, reporter
-        (measure_models if kind == "models" else measure_gguf).measure(file)
-
-    monkeypatch.setattr(compare, "_run_task", measure)
 
 
 def without_template(base: Path, folder: Path) -> Path:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kolotune.fidelity import measure_gguf, measure_models
 from kolotune.fidelity.comparison import Comparison
 from kolotune.foundation import config as configs
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
-from kolotune.stages import compare
 
 from .conftest import chats
 
@@ -24,14 +21,9 @@ def test_a_weighted_run_passes_the_gate(
     learned_bases: tuple[Path, Path],
     tmp_path: Path,
     reporter: PlainReporter,
-    monkeypatch: pytest.MonkeyPatch,
+    measured_here: None,
     one_thread: None,
 ) -> None:
-    def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
-        del run, reporter
-        (measure_models if kind == "models" else measure_gguf).measure(file)
-
-    monkeypatch.setattr(compare, "_run_task", measure)
     records = [{"messages": chat, "weight": (0.05, 1)[at % 2]} for at, chat in enumerate(chats(True))]
     # What counts little is what the model has not learned, so that a mean without weights is another one.
     for record in records[:6:2]:

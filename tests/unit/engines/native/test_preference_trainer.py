@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.killed_training import kill_after
 from support.training import Preference, TrainingFolder, random_chats, random_pairs, rated_answers
 
-from kolotune.engines.events import StepDone, event_in
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import lora, training
 from kolotune.engines.native import trainer as trainer_module
@@ -316,18 +313,7 @@ def test_killed_twice_gives_the_same_bits(objective: str, make_training: MakeTra
     whole, broken = (folder.preference_job(objective, name, **JOB) for name in ("whole", "broken"))
     training.train(whole)
     for step in (4, 11):
-        path = Path(broken.metrics).with_name("job.json")
-        dataclasses.replace(broken, resume=True).write(path)
-        argv = [sys.executable, "-m", "kolotune.engines.native", str(path)]
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert child.stdout is not None
-        for line in child.stdout:
-            event = event_in(line)
-            if isinstance(event, StepDone) and event.step >= step:
-                child.kill()
-                break
-        child.stdout.close()
-        assert child.wait(60) == -signal.SIGKILL
+        kill_after(dataclasses.replace(broken, resume=True), step)
     training.train(dataclasses.replace(broken, resume=True))
     one, other = adapter_of(broken), adapter_of(whole)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.killed_training import kill_after
 from support.reference_training import held_out_loss, plain_loop
 from support.training import VOCABULARY, LabelledIds
 
-from kolotune.engines.events import StepDone, event_in
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native import training
 from kolotune.run_folder.metrics import read_metrics
@@ -67,18 +64,7 @@ def test_killed_twice_gives_the_same_bits(make_training: MakeTraining) -> None:
     whole, broken = (folder.job(name, **OPTIONS) for name in ("whole", "broken"))
     training.train(whole)
     for step in (4, 11):
-        path = Path(broken.metrics).with_name("job.json")
-        dataclasses.replace(broken, resume=True).write(path)
-        argv = [sys.executable, "-m", "kolotune.engines.native", str(path)]
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert child.stdout is not None
-        for line in child.stdout:
-            event = event_in(line)
-            if isinstance(event, StepDone) and event.step >= step:
-                child.kill()
-                break
-        child.stdout.close()
-        assert child.wait(60) == -signal.SIGKILL
+        kill_after(dataclasses.replace(broken, resume=True), step)
     training.train(dataclasses.replace(broken, resume=True))
     one, other = (load_file(Path(job.adapter) / "adapter_model.safetensors") for job in (broken, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

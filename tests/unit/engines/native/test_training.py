@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.killed_training import kill_after, start
 from support.reference_training import plain_loop
 
 from kolotune.engines import events
@@ -136,27 +134,12 @@ def test_interrupted_at_any_step_gives_the_same_bits(
         assert list(losses(broken, "held_out_loss")) == [0, 5, 10, 15]
 
 
-def start(job: TrainJob) -> subprocess.Popen[str]:
-    path = Path(job.metrics).with_name("job.json")
-    job.write(path)
-    argv = [sys.executable, "-m", "kolotune.engines.native", str(path)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
 def test_killed_twice_gives_the_same_bits(make_training: MakeTraining) -> None:
     folder = make_training(**CHATS)
     whole, broken = folder.job("whole", **JOB), folder.job("broken", **JOB)
     training.train(whole)
     for step in (4, 11):
-        child = start(dataclasses.replace(broken, resume=True))
-        assert child.stdout is not None
-        for line in child.stdout:
-            event = event_in(line)
-            if isinstance(event, StepDone) and event.step >= step:
-                child.kill()
-                break
-        child.stdout.close()
-        assert child.wait(60) == -signal.SIGKILL
+        kill_after(dataclasses.replace(broken, resume=True), step)
     last = start(dataclasses.replace(broken, resume=True))
     output, _ = last.communicate(timeout=120)
     assert last.returncode == 0
