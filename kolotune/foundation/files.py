@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ArtifactError, SpaceError
+from .formatting import format_size
 
 _FEW_INODES = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -127,3 +128,28 @@ def files_of(path: Path) -> list[Path]:
 def size_of(path: Path) -> int:
     """Return the bytes in a file or a folder."""
     return sum(each.stat().st_size for each in files_of(path))
+
+
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk on which a folder is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Check before work begins that a disk has room for its result.
+
+    Args:
+        folder: is on the disk; need not exist yet.
+        needed: bytes.
+
+    Raises:
+        SpaceError: they are not free.
+    """
+    free = free_space(folder.absolute())
+    if needed > free:
+        raise SpaceError(
+            f"{folder}: about {format_size(needed)} are needed there, but only {format_size(free)} are free",
+            f"Free {format_size(needed - free)}, or choose a folder on another disk.",
+        )

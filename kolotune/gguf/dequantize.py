@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ArtifactError, ModelError
+from kolotune.foundation.files import require_space
 from kolotune.foundation.reporter import Reporter
 from kolotune.weights import model_config, stored_blocks
 from kolotune.weights.composite_models import is_composite
@@ -66,6 +67,7 @@ def dequantize(gguf: Path, base: Path, target: Path, log: Path, reporter: Report
         ArtifactError: the GGUF is damaged, or belongs to another model.
         ModelError: weights of such a model can't be found in a GGUF.
         ToolchainError: ggml can't read a type.
+        SpaceError: the disk has no room for the folder.
     """
     plans = _plans(base, log, reporter)
     tensors = MappedTensors(weight_files(base))
@@ -73,8 +75,9 @@ def dequantize(gguf: Path, base: Path, target: Path, log: Path, reporter: Report
     with StoredValues(gguf) as values:
         _check_tensors(gguf, values, plans, tensors.entries)
         reader = _Reader(gguf, values, plans, tensors)
-        write_shards(target, split_into_shards(entries), reader.blocks)
         matrices = list(reader.matrices(entries))
+        require_space(target.parent, sum(entry.size for entry in [*entries, *(each.entry for each in matrices)]))
+        write_shards(target, split_into_shards(entries), reader.blocks)
         _write_blocks(target / stored_blocks.FILE, matrices, reader)
     (target / model_config.FILE).write_text(MergedModel(None, base, "fp32").config_text(), encoding="utf-8", newline="")
     for name, source in companion_files(base, base).items():

@@ -5,13 +5,13 @@ Everything is estimated from shapes and headers; no weight is read.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kolotune.engines.memory import GpuMemory, Memory
 from kolotune.foundation import hardware
+from kolotune.foundation.files import free_space
 from kolotune.run_folder.stage import Context
 from kolotune.weights.model_shape import read_shape
 
@@ -81,14 +81,8 @@ def estimate_needs(context: Context, stages: Collection[str], log: Path, workloa
         peak,
         end,
         free,
-        shutil.disk_usage(_existing_parent(context.run.root)).free,
+        free_space(context.run.root),
         training.recomputes and "train" in stages,
         gaps if "train" in stages else [],
         training.gpu if "train" in stages else None,
     )
-
-
-def _existing_parent(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -123,3 +123,11 @@ def test_sizes_and_files_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     assert files.size_of(tmp_path) == 6
     assert [path.relative_to(tmp_path).as_posix() for path in files.files_of(tmp_path)] == [".hidden", "a", "b/2"]
+
+
+def test_space_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
+    assert files.free_space(tmp_path / "not" / "yet") == pytest.approx(files.free_space(tmp_path), rel=0.1)
+    files.require_space(tmp_path / "new", 1)
+    with pytest.raises(SpaceError, match=r"needed there, but only .* are free") as caught:
+        files.require_space(tmp_path / "new", 2**60)
+    assert "on another disk" in caught.value.hint

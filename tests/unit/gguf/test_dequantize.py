@@ -14,7 +14,8 @@ import torch
 from support.tiny import tiny_llama, tiny_model
 
 from kolotune.engines.native.ggml_blocks import dequantize as values_of
-from kolotune.foundation.errors import ArtifactError, ModelError
+from kolotune.foundation import files
+from kolotune.foundation.errors import ArtifactError, ModelError, SpaceError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.gguf import convert
 from kolotune.gguf.dequantize import dequantize
@@ -95,6 +96,16 @@ def test_damaged_blocks_are_found(made: Path, tmp_path: Path) -> None:
     (tmp_path / stored_blocks.FILE).write_bytes(content[:-1])
     with pytest.raises(ModelError, match="is not whole"):
         stored_blocks.read_matrices(tmp_path)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    made: Path, tmp_path: Path, reporter: PlainReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum((made / "out" / name).stat().st_size for name in ("model.safetensors", stored_blocks.FILE))
+    monkeypatch.setattr(files, "free_space", lambda _: int(0.97 * needed))
+    with pytest.raises(SpaceError, match="are needed there, but only"):
+        dequantize(made / "quantized.gguf", made / "base", _new(tmp_path / "out"), tmp_path / "log", reporter)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def _new(folder: Path) -> Path:
