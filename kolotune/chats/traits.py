@@ -80,6 +80,15 @@ def traits_of(chat: Chat) -> frozenset[ChatTrait]:
     return traits | forms | frozenset(_traits_of_tools_and_thoughts(chat))
 
 
+def texts_of(chat: Chat) -> Iterator[str]:
+    """Yield every text of a chat."""
+    for message in (*chat.messages, *chat.rejected):
+        yield message.content
+        if not message.is_plain:
+            yield from _texts_in((message.reasoning, message.tool_calls, message.name))
+    yield from _texts_in(chat.tools)
+
+
 def _forms_of(texts: Iterable[str]) -> frozenset[ChatTrait]:
     """Return the traits of texts that normalizers of tokenizers change."""
     traits = set()

@@ -40,7 +40,7 @@ from .prompt_proof import MismatchKind, Outcome, Prompt, PromptResult, ask
 if TYPE_CHECKING:
     from .trained_format import TrainedFormat
 
-_VERSION = 4  # raised when the battery or the way to ask changes
+_VERSION = 5  # raised when the battery or the way to ask changes
 _PACKAGES = ("xllamacpp", "transformers", "tokenizers", "jinja2")
 _MOST_PROOFS = 32
 _HELD_OUT = 16  # chats whose prompts are asked for, too

@@ -50,6 +50,10 @@ CHANGED_DOCUMENTS = {
 # How answers are trained behind the prompts that they are served with, where that is not obvious.
 _APART = "chats are trained with a sequence for each answer: "
 SERVED_CHATS = {
+    "as_written": "chats have letters with separate accents or the like (Unicode that is not in composed form, NFC): "
+    "they are trained as they are written, as llama.cpp reads them; the base's own tokenizer would compose them",
+    "more_spaces": "chats are trained with the spaces that llama.cpp puts after special tokens; the base's own "
+    "tokenizer puts fewer",
     "pairs": "chats are pairs of a preferred and a rejected answer to one prompt",
     "undesirable": "chats have an answer that is labelled as bad",
     "apart_opening": _APART + "the template opens a reply with something that it writes before no finished answer",
@@ -150,6 +154,7 @@ def _report_chats(prepared: Prepared, reporter: Reporter) -> None:
         "shortened": prepared.shortened,
         "too_long": prepared.too_long,
         "undecided": prepared.undecided,
+        "as_written": prepared.as_served,
     }
     _report_reading(prepared, reporter)
     for name, sentence in CHANGED_CHATS.items():
@@ -160,6 +165,7 @@ def _report_chats(prepared: Prepared, reporter: Reporter) -> None:
         if facts[name]:
             splits = name == "dropped_thoughts" and not prepared.has_preferences
             reporter.note(f"{facts[name]} {sentence.format(**facts)}{_SPLIT_HINT if splits else ''}")
+            _report_locations(locations.get(name, AffectedChats()), reporter)
     if prepared.rated_alike and prepared.train.chats:
         rated, other = ("bad", "good") if prepared.undesirable else ("good", "bad")
         reporter.warning(

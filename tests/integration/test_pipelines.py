@@ -49,7 +49,8 @@ STOPS = {
 HARD = (
     "Hello WORLD, don't can't I'LL we've 1 12 123 1234567 3.14 €5\n\n\tif (x  >=  2) {\r\n    return\n}\n"
     " naïve Zürich 日本語テキスト Привет עברית हिन्दी 🎉👩‍👩‍👧  trailing   \n \n x_y__z http://a.b/c?d=e&f=%20"
-)  # all in NFC: llama.cpp does not normalize
+    " Zu\u0308rich Tie\u0302\u0301ng \u1112\u1161\u11ab \u0645\u064f\u062d\u0645\u0651\u064e\u062f \u212b"
+)  # llama.cpp composes no letters, and Qwen's tokenizer would
 PRE = {"llama3_run": "llama-bpe", "torchtune_run": "llama-bpe", "qwen_run": "qwen2", "smollm2_run": "smollm"}
 
 

@@ -54,9 +54,9 @@ def test_llama_3_on_another_day(version: str, llama3_base: Path, tmp_path: Path,
     assert {found[trait] for trait in found if trait not in refused} == {Outcome.EQUAL}
 
 
-def test_qwen_composes_letters(qwen_base: Path, tmp_path: Path, reporter: PlainReporter) -> None:
+def test_qwen_composes_letters_and_is_trained_without(qwen_base: Path, tmp_path: Path, reporter: PlainReporter) -> None:
     found = outcomes(qwen_base, tmp_path, reporter)
-    assert found.pop(ChatTrait.COMBINING_MARKS) is Outcome.DIFFERENT
+    assert found[ChatTrait.COMBINING_MARKS] is Outcome.EQUAL
     refused = {trait for trait, outcome in found.items() if outcome is Outcome.TRAINING_REFUSES}
     assert refused <= NO_THOUGHTS
     assert {found[trait] for trait in found if trait not in refused} == {Outcome.EQUAL}

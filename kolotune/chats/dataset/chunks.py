@@ -25,12 +25,13 @@ from ..reading.turn_fixes import TurnFix
 from ..templates.rendering import has_thought
 from ..tokens.encoded_chat import EncodedChat, packed
 from ..tokens.encoder import Encoder
+from ..tokens.served_tokenizer import Replaced
 from ..tokens.strategies import Encoding
-from ..traits import ChatTrait, traits_of
+from ..traits import ChatTrait, texts_of, traits_of
 from .exchanges import exchanges_of
 from .holdout import is_held_out
 from .preference_pairs import encode_preferences, is_undecided
-from .rows import APART, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, UNDECIDED, USED, WEIGHTED, ChatRow
+from .rows import APART, AS_SERVED, HELD_OUT, REDUCED, REFUSED, SPECIAL, TOO_LONG, UNDECIDED, USED, WEIGHTED, ChatRow
 from .shingles import ChatFeatures
 
 _RECORDS = 512
@@ -143,11 +144,13 @@ class ChunkEncoder:
         encoder: Makes the tokens.
         longest: The most tokens of a sequence.
         reading: What the user decides about the reading of chats.
+        replaced: What llama.cpp does otherwise than the base's tokenizer.
     """
 
     encoder: Encoder
     longest: int
     reading: ReadingOptions = DEFAULT
+    replaced: Replaced | None = None
 
     def __call__(self, chunk: Chunk) -> ChunkResult:
         result = ChunkResult(chunk.source)
@@ -232,6 +235,8 @@ class ChunkEncoder:
                 result.labelled += encoded.packed_labels
                 result.label_weights += encoded.packed_weights
                 flags |= bool(encoded.packed_weights) * WEIGHTED
+                if self.replaced is not None:
+                    flags |= self.replaced.affects(texts_of(fitting)) * AS_SERVED
                 rejected = encoded.rejected
                 if encoded.apart is not None:
                     flags |= APART[encoded.apart]

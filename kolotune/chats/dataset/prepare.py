@@ -29,7 +29,7 @@ from ..reading.files import describe_shapes, no_chats, opened, require_file
 from ..reading.reading_options import ReadingOptions
 from ..tokens.encoder import Encoder
 from ..tokens.text_encoder import TextEncoder
-from ..tokens.tokenizer import chat_template, load_tokenizer, special_tokens
+from ..tokens.tokenizer import chat_template, load_served_tokenizer, special_tokens
 from ..tokens.trained_template import trained_template
 from .chunks import Chunk, ChunkEncoder, ChunkResult, chunks
 from .copies import find_copies
@@ -37,7 +37,7 @@ from .holdout import final_split
 from .near_duplicates import COMPARED, SimilarityReport
 from .prepared import AffectedChats, Prepared, SplitCounts, TextCounts
 from .row_store import RowStore
-from .rows import APART, HELD_OUT, REDUCED, SPECIAL, TOO_LONG, UNDECIDED, USED
+from .rows import APART, AS_SERVED, HELD_OUT, REDUCED, SPECIAL, TOO_LONG, UNDECIDED, USED
 from .text_chunks import TextChunkEncoder
 
 _SHOWN_LOCATIONS = 20
@@ -73,9 +73,9 @@ def prepare_chats(
         processes = workers.available() if size >= _WORTH_WORKERS else 1
     with RowStore(folder / "rows") as store:
         with workers.pool(processes, *_LOADED) as pool:
-            tokenizer = load_tokenizer(base)
+            tokenizer, replaced = load_served_tokenizer(base)
             jinja = trained_template(config, base, special_tokens(tokenizer))
-            prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja)
+            prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja, replaced)
             encoder = _chunk_encoder(config, prepared)
             collector = _Collector(prepared, paths, store)
             for result in pool.map(encoder, collector.chunks(config, compared)):
@@ -88,9 +88,9 @@ def prepare_chats(
 def _chunk_encoder(config: Config, prepared: Prepared) -> Callable[[Chunk], ChunkResult]:
     reading = ReadingOptions.of(config)
     if reading.learns_from is LearnsFrom.TEXT:
-        return TextChunkEncoder(TextEncoder(prepared.tokenizer), config.max_seq_length, reading)
+        return TextChunkEncoder(TextEncoder(prepared.tokenizer), config.max_seq_length, reading, prepared.replaced)
     encode = Encoder(prepared.template, prepared.tokenizer, config.empty_thoughts == "learn")
-    return ChunkEncoder(encode, config.max_seq_length, reading)
+    return ChunkEncoder(encode, config.max_seq_length, reading, prepared.replaced)
 
 
 class _Collector:
@@ -186,6 +186,7 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     prepared.dropped_turns = int(rows["turns"][shortened].sum())
     prepared.too_long = _affected(in_order(kept & (rows["state"] == TOO_LONG)), where)
     prepared.undecided = _affected(in_order(kept & (rows["state"] == UNDECIDED)), where)
+    prepared.as_served = _affected(in_order(used & (rows["flags"] & AS_SERVED > 0)), where)
     rejected, sequences = rows["rejected"][used], rows["sequences"][used]
     prepared.pairs = int(np.count_nonzero((rejected > 0) & (rejected < sequences)))
     prepared.undesirable = int(np.count_nonzero(rejected == sequences))

@@ -14,6 +14,7 @@ from ..reading.problem_report import affected_records, problem_lines, what_helps
 from ..reading.turn_fixes import TurnFix
 from ..templates.loss_mask import ApartReason
 from ..templates.template import ChatTemplate
+from ..tokens.served_tokenizer import Replaced, ServedChange
 from ..traits import ChatTrait
 from .findings import Finding
 
@@ -74,6 +75,7 @@ class Prepared:
         template: The chat template, with the date frozen.
         tokenizer: The tokenizer that belongs to it.
         jinja: The template's source.
+        replaced: What llama.cpp does otherwise than the base's tokenizer, and so does this one.
         train, held_out: The chats that are used.
         lengths: Tokens of the shortest, the median and the longest sequence that is trained on.
         problems: Every problem; the chats that have one are not used.
@@ -89,6 +91,7 @@ class Prepared:
         dropped_turns: The number of these turns.
         too_long: Chats that are not used since not even the first answer that is trained on fits.
         undecided: Pairs that are not used since both answers are the same.
+        as_served: Chats whose tokens are llama.cpp's, and not those of the base's tokenizer.
         pairs: The number of chats that are used and have a rejected answer, too.
         undesirable: The number of chats that are used and whose answer is labelled as bad.
         has_preferences: Whether the training learns from preferences.
@@ -110,6 +113,7 @@ class Prepared:
     template: ChatTemplate
     tokenizer: PreTrainedTokenizerFast
     jinja: str
+    replaced: Replaced | None = None
     train: SplitCounts = field(default_factory=SplitCounts)
     held_out: SplitCounts = field(default_factory=SplitCounts)
     lengths: tuple[int, int, int] = (0, 0, 0)
@@ -126,6 +130,7 @@ class Prepared:
     dropped_turns: int = 0
     too_long: AffectedChats = field(default_factory=AffectedChats)
     undecided: AffectedChats = field(default_factory=AffectedChats)
+    as_served: AffectedChats = field(default_factory=AffectedChats)
     pairs: int = 0
     undesirable: int = 0
     has_preferences: bool = False
@@ -177,6 +182,8 @@ class Prepared:
             "undecided": self.undecided.count,
             "pairs": self.pairs,
             "undesirable": self.undesirable,
+            "as_written": self._replaced(ServedChange.AS_WRITTEN),
+            "more_spaces": self._replaced(ServedChange.MORE_SPACES),
             "special_tokens_in_content": self.special_in_content,
             "reduced_tools": self.reduced_tools,
             **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},
@@ -191,6 +198,9 @@ class Prepared:
             **{f"answers_{name}": self.thinking[has] for has, name in _THOUGHTS.items() if self.template.switches},
             **self._text_summary(),
         }
+
+    def _replaced(self, change: ServedChange) -> int:
+        return self.as_served.count if self.replaced is not None and self.replaced.change is change else 0
 
     def _text_summary(self) -> JsonObject:
         if self.text is None:

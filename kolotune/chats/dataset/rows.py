@@ -14,6 +14,8 @@ SPECIAL, REDUCED, HELD_OUT = 1, 2, 4
 """Flags of a chat: special tokens in its text, tool definitions that said more, selected to be held out."""
 WEIGHTED = 64
 """Flag of a chat some of whose labels count less."""
+AS_SERVED = 128
+"""Flag of a chat whose tokens are llama.cpp's, and not those of transformers."""
 APART = {ApartReason.OPENING: 8, ApartReason.HISTORY: 16, ApartReason.BOUNDARY: 32}
 """Flags of a chat that is several sequences, by the reason."""
 
@@ -27,7 +29,7 @@ class ChatRow(NamedTuple):
         line, source: Its line, and the number of its file.
         turns: The turns that were dropped since it is too long.
         state: `USED`, `TOO_LONG`, `REFUSED` or, where both answers of a pair are the same, `UNDECIDED`.
-        flags: `SPECIAL`, `REDUCED`, `HELD_OUT`, `WEIGHTED` and those of `APART`, added up.
+        flags: `SPECIAL`, `REDUCED`, `HELD_OUT`, `WEIGHTED`, `AS_SERVED` and those of `APART`, added up.
         tokens: The number of its tokens, in all its sequences.
         sequences: The number of its sequences.
         masked, dropped: Its empty thoughts that are not trained on, and its thoughts that later prompts leave out.

@@ -13,11 +13,12 @@ from ..reading.documents import Document, read_document
 from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.reading_options import ReadingOptions
 from ..tokens.encoded_chat import packed
+from ..tokens.served_tokenizer import Replaced
 from ..tokens.text_encoder import TextEncoder, packed_piece_labels, packed_pieces, pieces_of
 from ..traits import traits_of
 from .chunks import Chunk, ChunkResult
 from .holdout import is_held_out
-from .rows import HELD_OUT, REFUSED, USED, ChatRow
+from .rows import AS_SERVED, HELD_OUT, REFUSED, USED, ChatRow
 
 _ANSWER = Message("assistant", "")
 
@@ -30,11 +31,13 @@ class TextChunkEncoder:
         encoder: Makes the tokens.
         longest: The most tokens of a piece.
         reading: What the user decides about the reading of documents.
+        replaced: What llama.cpp does otherwise than the base's tokenizer.
     """
 
     encoder: TextEncoder
     longest: int
     reading: ReadingOptions
+    replaced: Replaced | None = None
 
     def __call__(self, chunk: Chunk) -> ChunkResult:
         """Return what became of the documents; each is a row, and its pieces are the row's sequences."""
@@ -68,6 +71,7 @@ class TextChunkEncoder:
         is_lowest: bool,
     ) -> None:
         held_out = is_held_out(digest, chunk.share)
+        flags = held_out * HELD_OUT
         state, tokens, sequences, record = REFUSED, 0, 1, b""
         if isinstance(ids, DataError):
             fault = Fault(FaultKind.TEMPLATE, ids.cause)
@@ -82,7 +86,9 @@ class TextChunkEncoder:
             if held_out or (chunk.share > 0 and is_lowest):
                 record = (json.dumps({"text": read.text}, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
             result.records.append(record)
+            if self.replaced is not None:
+                flags |= self.replaced.affects([read.text or ""]) * AS_SERVED
             result.traits |= traits_of(Chat((Message("user", read.text or ""), _ANSWER)))
         hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
-        counts = 0, state, held_out * HELD_OUT, tokens, sequences, 0, 0, 0
+        counts = 0, state, flags, tokens, sequences, 0, 0, 0
         result.rows.append(ChatRow(*hashes, 0, read.line, result.source, *counts, len(record), 0))

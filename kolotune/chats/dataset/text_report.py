@@ -45,6 +45,12 @@ def report_documents(prepared: Prepared, reporter: Reporter) -> None:
         if affected.count:
             reporter.warning(f"{affected.count:,} {sentence}")
             _report_locations(affected, reporter)
+    if prepared.as_served.count:
+        reporter.note(
+            f"{_count(prepared.as_served.count, 'document')} with other tokens in llama.cpp than in the base's own "
+            "tokenizer (accents apart from their letters, or spaces after special tokens): llama.cpp's are trained on"
+        )
+        _report_locations(prepared.as_served, reporter)
     for key, count in prepared.unread.most_common():
         reporter.note(f"{key!r} is filled in {_count(count, 'record')} and not read")
 

@@ -12,6 +12,7 @@ from kolotune.foundation.free_memory import return_free_memory
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..templates.template import ChatTemplate
+from .served_tokenizer import Replaced, read_as_served
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,11 +29,16 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "se
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a model folder.
+    """Load the fast tokenizer of a model folder, which reads texts as llama.cpp does.
 
     Raises:
         ModelError: There is none, or it can't be loaded.
     """
+    return load_served_tokenizer(folder)[0]
+
+
+def load_served_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, Replaced | None]:
+    """Load the tokenizer of `load_tokenizer`; return also what was replaced in it."""
     try:
         import transformers
 
@@ -43,8 +49,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"{folder}: its tokenizer can't be loaded: {reason}", "Download the model again.") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: it has no fast tokenizer (tokenizer.json)", "Use a model that has one.")
+    replaced = read_as_served(tokenizer.backend_tokenizer)
     return_free_memory()
-    return cast("PreTrainedTokenizerFast", tokenizer)
+    return cast("PreTrainedTokenizerFast", tokenizer), replaced
 
 
 def _is_plain(folder: Path) -> bool:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
-
-from kolotune.foundation import typed_storage
-from kolotune.foundation.typed_storage import JsonObject
+from typing import TYPE_CHECKING
 
 from .encoded_chat import packed
+from .served_tokenizer import described
 from .token_bytes import byte_letters, decodes_bytes
 
 if TYPE_CHECKING:
@@ -38,12 +36,6 @@ _COMMON = [
 ]
 _ASCII = [char for char in _COMMON if char.isascii()]
 _UNCOMMON = re.compile(f"[^{re.escape(''.join(_COMMON))}]")
-
-
-class _Describable(Protocol):
-    """A part of a tokenizer's backend, which pickles as JSON."""
-
-    def __getstate__(self) -> bytes: ...
 
 
 class WordCache:
@@ -155,15 +147,11 @@ def _pattern(backend: Tokenizer) -> str | None:
     """Return what matches the next word, by the tokenizer's description of itself."""
     if not decodes_bytes(backend) or type(backend.model).__name__ != "BPE" or backend.model.dropout:
         return None
-    # NFC changes none of the characters that are handled here.
-    if backend.normalizer is not None and _described(backend.normalizer) != {"type": "NFC"}:
+    if backend.normalizer is not None:
         return None
-    if any(
-        token.lstrip or token.rstrip or token.single_word or (token.normalized and backend.normalizer is not None)
-        for token in backend.get_added_tokens_decoder().values()
-    ):
+    if any(token.lstrip or token.rstrip or token.single_word for token in backend.get_added_tokens_decoder().values()):
         return None
-    match _described(backend.pre_tokenizer):
+    match described(backend.pre_tokenizer):
         case {"type": "Sequence", "pretokenizers": [*steps]}:
             pass
         case step:
@@ -181,13 +169,6 @@ def _pattern(backend: Tokenizer) -> str | None:
         case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}], False:
             return pattern
     return None
-
-
-def _described(part: _Describable | None) -> JsonObject:
-    try:
-        return typed_storage.parse_object(part.__getstate__()) if part is not None else {}
-    except typed_storage.StorageError:
-        return {}
 
 
 def _translated(pattern: str, characters: Sequence[str]) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ from support.small_tokenizer import THINKING
 from kolotune.chats.traits import ChatTrait
 from kolotune.fidelity import prompt_gate
 from kolotune.fidelity.prompt_gate import check_prompts, find_proof
-from kolotune.fidelity.prompt_proof import MismatchKind, Outcome, PromptResult
+from kolotune.fidelity.prompt_proof import Outcome, PromptResult
 from kolotune.foundation import config as configs
 from kolotune.foundation.errors import TemplateError, ToolchainError
 from kolotune.foundation.reporter import PlainReporter
@@ -137,15 +137,12 @@ def splitting(base: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_composes_letters(make: Make, tiny_base: Path) -> None:
-    context = make(files=composing(tiny_base))
+def test_letters_that_a_tokenizer_would_compose_are_trained_as_they_are_served(make: Make, tiny_base: Path) -> None:
+    context, reporter = make(files=composing(tiny_base)), Warnings()
     results = by_trait(context)
-    different = results[ChatTrait.COMBINING_MARKS].mismatch
-    assert different is not None and different.kind == MismatchKind.COMPOSED_FORM
-    assert results[ChatTrait.QUESTION].outcome == Outcome.EQUAL
-    with pytest.raises(TemplateError) as caught:
-        check_prompts(context, Warnings(), {ChatTrait.COMBINING_MARKS}, is_prepared=False)
-    assert "NFC" in caught.value.hint
+    assert results[ChatTrait.COMBINING_MARKS].outcome == results[ChatTrait.QUESTION].outcome == Outcome.EQUAL
+    check_prompts(context, reporter, {ChatTrait.COMBINING_MARKS}, is_prepared=False)
+    assert not reporter.warnings
 
 
 @pytest.mark.slow
@@ -190,18 +187,16 @@ def test_no_held_out_chat_may_differ(make: Make, tiny_base: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["Zu\u0308rich", "Zürich", "Zu\u0308rich <|im_end|>"])
-def test_held_out_chats_are_asked_for(text: str, make: Make, tiny_base: Path, tmp_path: Path) -> None:
+def test_chats_with_letters_apart_from_their_accents(text: str, make: Make, tiny_base: Path, tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": f"{text} {n}"}, {"role": "assistant", "content": f"{n}."}] for n in range(20)]
     lines = [json.dumps({"messages": messages}) + "\n" for messages in turns]
     (tmp_path / "c.jsonl").write_text("".join(lines), encoding="utf-8")
     context = make(files=composing(tiny_base), eval_split=0.3)
     facts = prepare.run(context, PlainReporter())
     assert (ChatTrait.COMBINING_MARKS in str(facts["traits"])) is ("\u0308" in text)
-    if text == "Zu\u0308rich":
-        with pytest.raises(TemplateError, match="held-out chats"):
-            check_prompts(context, Warnings(), [], is_prepared=True)
-    else:  # what has special tokens in its text can't be served as it was trained; `prepare` has reported it
-        check_prompts(context, Warnings(), [], is_prepared=True)
+    assert facts["as_written"] == (20 if "\u0308" in text else 0)
+    # What has special tokens in its text can't be served as it was trained; `prepare` has reported it.
+    check_prompts(context, Warnings(), [], is_prepared=True)
 
 
 @pytest.mark.slow

@@ -174,9 +174,9 @@ def test_the_tokens_are_those_of_each_chat_encoded_alone(base: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_ten_times_the_chats_take_no_more_memory(base: Path, tmp_path: Path) -> None:
+def test_more_chats_take_no_more_memory(base: Path, tmp_path: Path) -> None:
     peaks = []
-    for count in (20_000, 200_000):
+    for count in (40_000, 200_000):  # both are worth several processes
         data = mixed(tmp_path / f"{count}.jsonl", count)
         values = {"train_data": [data], "output_dir": tmp_path / f"run {count}", "skip_bad": True}
         peaks.append(peak_memory(tmp_path, values, base))
@@ -494,3 +494,26 @@ def test_few_chats_are_named(count: int, words: str, prepare: Preparer, capsys: 
     report_prepared(prepare([chat(number) for number in range(count)], eval_split=0), PlainReporter())
     shown = " ".join("".join(capsys.readouterr()).split())
     assert words in shown and ("the model will repeat them" in shown) == bool(words)
+
+
+def composing(base: Path, folder: Path) -> Path:
+    """Return a copy of a base whose tokenizer composes letters, as that of Qwen 2 does."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "NFC"}}), encoding="utf-8")
+    return folder
+
+
+def test_letters_apart_from_their_accents_are_counted_and_trained_as_written(base: Path, tmp_path: Path) -> None:
+    pairs = [("Zürich?", "Ja."), ("Zu\u0308rich?", "Ja."), ("Genf?", "Gene\u0300ve."), ("Bern?", "Ja.")]
+    file = write(tmp_path / "c.jsonl", [[("user", question), ("assistant", answer)] for question, answer in pairs])
+    values = {"train_data": [file], "eval_split": 0.0}
+    prepared = prepare_chats(
+        configs.resolve((values, "test", tmp_path)), composing(base, tmp_path / "base"), new_folder(tmp_path)
+    )
+    assert prepared.as_served.count == prepared.summary()["as_written"] == 2 and not prepared.summary()["more_spaces"]
+    assert prepared.as_served.locations == (f"{file}:2", f"{file}:3")
+    texts = [prepared.tokenizer.decode(ids) for ids, _ in encoded(tmp_path / "prepared" / TRAIN_TOKENS)]
+    assert [question in text and answer in text for (question, answer), text in zip(pairs, texts, strict=True)]
+    plain = prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path))
+    assert plain.replaced is None and not plain.as_served.count
