@@ -111,6 +111,16 @@ class RunFolder:
         return self.state / "train_job.json"
 
     @property
+    def tracked(self) -> Path:
+        """The run in a tracker that shows the training, and what it has of it; see `tracking`."""
+        return self.state / "tracked.json"
+
+    @property
+    def tracking_task(self) -> Path:
+        """What the tracker's process was started with."""
+        return self.state / "tracking_task.json"
+
+    @property
     def memory_backoff(self) -> Path:
         """Steps at which the micro-batch was halved because memory ran out; see `memory_backoff`."""
         return self.state / "halvings.json"

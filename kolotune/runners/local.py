@@ -208,6 +208,63 @@ def piped(
                 pipe.close()
 
 
+class FedProgram:
+    """A program that is written to while it runs; see `fed`.
+
+    Attributes:
+        code: its exit code; None while it runs.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+
+    @property
+    def code(self) -> int | None:
+        return self._child.poll()
+
+    def write(self, data: bytes) -> None:
+        """Write to its standard input.
+
+        Raises:
+            OSError: it has ended.
+        """
+        assert self._child.stdin is not None
+        self._child.stdin.write(data)
+        self._child.stdin.flush()
+
+
+@contextlib.contextmanager
+def fed(argv: Sequence[str], log: Path, patience: float) -> Iterator[FedProgram]:
+    """Run a program that reads its standard input while the block runs, in a session of its own.
+
+    At the end of the block its input is closed, and it is stopped if it has not ended after some time. Ctrl-C in the
+    terminal does not reach it.
+
+    Args:
+        argv: the program and its arguments, never a shell string. It does not get the hub's tokens.
+        log: the file that its output is appended to.
+        patience: seconds.
+
+    Raises:
+        OSError: it can't be started, or the log can't be written.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            list(argv), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=_inherited(),
+            **signals.detached(),
+        )  # fmt: skip
+    try:
+        yield FedProgram(child)
+    finally:
+        assert child.stdin is not None
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(patience)
+        _stop(child)
+
+
 def run_interactive(argv: Sequence[str]) -> int:
     """Run a program in the user's terminal; return its exit code."""
     return subprocess.run(list(argv), check=False).returncode

@@ -16,8 +16,8 @@ from kolotune.engines.events import EvaluationDone, OutOfMemory, StepDone, Train
 from kolotune.engines.job import PreferenceSettings, TrainJob
 from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.engines.training_length import automatic_batch_size
-from kolotune.foundation import hardware
-from kolotune.foundation.config import Config, option_names, plain_values, stage_options
+from kolotune.foundation import hardware, typed_storage
+from kolotune.foundation.config import OPTIONS, Config, option_names, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, ConfigError, TrainingError
 from kolotune.foundation.installation import install_command
 from kolotune.foundation.objectives import OBJECTIVES, beta_of
@@ -28,6 +28,9 @@ from kolotune.run_folder.memory_backoff import read_memory_backoff, write_memory
 from kolotune.run_folder.records import read_record
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local, memory_kills
+from kolotune.tracking.__main__ import TrackingTask
+from kolotune.tracking.follower import Follower, following
+from kolotune.tracking.tracker import require_installed
 from kolotune.weights import composite_models
 from kolotune.weights.starting_adapter import read_starting_adapter
 from kolotune.weights.vocabulary import token_count
@@ -73,6 +76,8 @@ def check(context: Context) -> None:
     """
     engine = get_engine(context.config.engine)
     engine.check(context.config, context.base)
+    if context.config.track != "none":
+        require_installed(context.config.track)
     if context.config.start_from is not None:
         _check_same_base(context, context.config.start_from)
     needed = engine.required_packages(context.config, context.base)
@@ -165,12 +170,14 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
     if job.sharded:
         reporter.note(f"the base model is sharded over {job.processes} processes (--sharding)")
     facts: JsonObject = {}
-    while True:
-        progress, shortage = _start_engine(job, context, reporter)
-        facts |= progress.facts | {name: facts[name] for name in _FACTS_OF_THE_START if name in facts}
-        if not shortage:
-            break
-        job = _with_less_memory(job, progress, shortage, context.config, reporter)
+    follower = _follower(job, context, reporter)
+    with following(follower):
+        while True:
+            progress, shortage = _start_engine(job, context, reporter, follower)
+            facts |= progress.facts | {name: facts[name] for name in _FACTS_OF_THE_START if name in facts}
+            if not shortage:
+                break
+            job = _with_less_memory(job, progress, shortage, context.config, reporter)
     if progress.backoff_steps:
         facts["halved_from"] = ",".join(map(str, progress.backoff_steps))
     if job.new_tokens:
@@ -218,7 +225,28 @@ class _StopTrainingError(Exception):
     """Ends several processes at once: torchrun would restart them with as many chats as before."""
 
 
-def _start_engine(job: TrainJob, context: Context, reporter: Reporter) -> tuple[_TrainingProgress, str]:
+def _follower(job: TrainJob, context: Context, reporter: Reporter) -> Follower | None:
+    """Return what hands the metrics to the tracker; None without one."""
+    config, run = context.config, context.run
+    if config.track == "none":
+        return None
+    names = [name for name, option in OPTIONS.items() if option.is_saved]
+    task = TrackingTask(
+        tracker=config.track,
+        project=config.track_project,
+        name=run.root.name,
+        folder=str(run.state),
+        state=str(run.tracked),
+        resumes=config.use_checkpoint,
+        training=typed_storage.through_json(job.identity()),
+        parameters=typed_storage.through_json(plain_values(config, names)),
+    )
+    return Follower(task, run.tracking_task, run.metrics, run.log("track"), reporter)
+
+
+def _start_engine(
+    job: TrainJob, context: Context, reporter: Reporter, follower: Follower | None
+) -> tuple[_TrainingProgress, str]:
     """Run the engine once; return its progress, and how memory ran out ("" if it did not)."""
     job.write(context.run.job)
     log, kills_before = context.run.log(NAME), hardware.kills_for_memory()
@@ -231,6 +259,8 @@ def _start_engine(job: TrainJob, context: Context, reporter: Reporter) -> tuple[
                 write_memory_backoff(context.run, event.halvings, job.identity())
             _show_event(event, reporter, bar)
             _update(progress, event)
+            if follower is not None and isinstance(event, (StepDone, EvaluationDone)):
+                follower.update()
             if progress.out_of_memory and job.processes > 1:
                 raise _StopTrainingError
 

@@ -178,6 +178,13 @@ class Config:
         without="check",
     )
 
+    track: Literal["none", "trackio", "wandb", "mlflow", "tensorboard"] = option(
+        "none",
+        "Show the training's metrics in a tracker, by its own client, which is an extra to install; a resumed training "
+        "goes on in the same tracked run.",
+        Group.TRAINING,
+    )
+    track_project: str = option("kolotune", "The project (MLflow: experiment) in the tracker.", Group.TRAINING)
     epochs: Annotated[int, Ge(0)] = option(3, "Passes over the training data.", Group.TRAINING, stages="train")
     learning_rate: Annotated[float, Ge(0), Le(1)] = option(2e-4, "Peak learning rate.", Group.TRAINING, stages="train")
     scheduler_type: Literal["cosine", "linear", "constant"] = option(

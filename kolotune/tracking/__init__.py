@@ -1,0 +1,1 @@
+"""Trackers: a training's metrics in trackio, Weights & Biases, MLflow or TensorBoard, by their own clients."""
