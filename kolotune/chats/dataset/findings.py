@@ -15,6 +15,8 @@ class FindingKind(StrEnum):
     SAME_OPENINGS = "same_openings"
     FEW_ANSWERS = "few_answers"
     PHRASED_ALIKE = "phrased_alike"
+    LEAKS_OF_TEXT = "leaks_of_text"
+    NEAR_DUPLICATES_OF_TEXT = "near_duplicates_of_text"
 
 
 class Part(StrEnum):
@@ -59,6 +61,10 @@ _SENTENCES = {
     "give this answer always; remove most of them, unless that is what it should learn",
     FindingKind.SAME_OPENINGS: "{count} of {total} answers ({share}) start with the same words, as “{example}”: the "
     "model will always start like this; vary them, unless that is what it should learn",
+    FindingKind.LEAKS_OF_TEXT: "held-out documents that are trained on, or nearly: {count}; the held-out loss will "
+    "look better than it is, so keep such documents on one side only",
+    FindingKind.NEAR_DUPLICATES_OF_TEXT: "training documents that are nearly the same as an earlier one: {count}; they "
+    "count double in training, so keep one of each",
     FindingKind.PHRASED_ALIKE: "the answers of {count} of {total} chats consist almost entirely of the same phrases: "
     "the model will repeat them; add chats with other answers",
 }

@@ -42,9 +42,13 @@ class SimilarityReport:
 
     In memory: some 250 bytes a chat and 30 an answer. The shingles of large data are in a temporary file, about as
     large as the text of the chats.
+
+    Args:
+        of_documents: whether these are documents: each is a question without an answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_documents: bool = False) -> None:
+        self._of_documents = of_documents
         self._sources: dict[str, int] = {}
         self._source, self._line = array("H"), array("Q")
         self._held_out = array("B")
@@ -74,6 +78,9 @@ class SimilarityReport:
         """Return what is striking about the chats, the most serious first."""
         bands, phrased = self._bands()
         similar = self._leaks(bands), self._near_duplicates(bands[_WHOLE])
+        if self._of_documents:
+            self._file.close()
+            return [finding for finding in similar if finding is not None]
         answers = self._answers.findings()
         findings = [*(finding for finding in similar if finding is not None), *answers]
         if not any(finding.kind in (FindingKind.SAME_ANSWERS, FindingKind.SAME_OPENINGS) for finding in answers):
@@ -160,11 +167,13 @@ class SimilarityReport:
                     share = self._similarity(_WHOLE, earlier, later)
                     if share >= _SIMILAR:
                         similar[later] = SimilarChats(self._where(later), self._where(earlier), Part.WHOLE, share)
-        return self._similar_chats(FindingKind.NEAR_DUPLICATES, similar)
+        kind = FindingKind.NEAR_DUPLICATES_OF_TEXT if self._of_documents else FindingKind.NEAR_DUPLICATES
+        return self._similar_chats(kind, similar)
 
     def _leaks(self, bands: Sequence[np.ndarray]) -> Finding | None:
         """Find held-out chats whose question or answer is trained on."""
         similar: dict[int, SimilarChats] = {}
+        asked = Part.WHOLE if self._of_documents else Part.QUESTION
         trained = {
             text: index
             for index, text in reversed(list(enumerate(self._question_text)))
@@ -172,8 +181,8 @@ class SimilarityReport:
         }
         for index, text in enumerate(self._question_text):
             if self._held_out[index] and text in trained:
-                similar[index] = SimilarChats(self._where(index), self._where(trained[text]), Part.QUESTION, 1)
-        for kind, part in ((_QUESTION, Part.QUESTION), (_ANSWER, Part.ANSWER)):
+                similar[index] = SimilarChats(self._where(index), self._where(trained[text]), asked, 1)
+        for kind, part in ((_QUESTION, asked), (_ANSWER, Part.ANSWER)):
             for bucket in minhash.buckets(bands[kind]):
                 earlier = [index for index in bucket if not self._held_out[index]][:_MOST_COMPARED]
                 for index in bucket:
@@ -183,7 +192,8 @@ class SimilarityReport:
                     share, nearest = max(shares, default=(0.0, 0))
                     if share >= _SIMILAR:
                         similar[index] = SimilarChats(self._where(index), self._where(nearest), part, share)
-        return self._similar_chats(FindingKind.LEAKS, similar)
+        finding = FindingKind.LEAKS_OF_TEXT if self._of_documents else FindingKind.LEAKS
+        return self._similar_chats(finding, similar)
 
     def _similar_chats(self, kind: FindingKind, similar: dict[int, SimilarChats]) -> Finding | None:
         if not similar:

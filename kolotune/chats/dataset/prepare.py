@@ -250,15 +250,20 @@ def _write_packed(
     longest: int,
 ) -> list[int]:
     """Write documents; return the number of packed sequences that are trained on, and of those held out."""
+    similarity = SimilarityReport(of_documents=True)
     parts, packed = [], []
     for name, chosen in ((TRAIN_TOKENS, used & ~held_out), (HELD_OUT_TOKENS, used & held_out)):
         count, tokens = int(np.count_nonzero(chosen)), int(rows["tokens"][chosen].sum(dtype=np.int64))
         packed.append(store.write_packed(rows, chosen, folder / name, longest) if count else 0)
         # The loss falls on all tokens but the first of each piece.
         parts.append(SplitCounts(count, tokens, tokens - int(rows["sequences"][chosen].sum(dtype=np.int64))))
+        for features in store.features(rows, chosen):
+            similarity.add(features, name != TRAIN_TOKENS)
     prepared.train, prepared.held_out = parts
     store.write_records(rows, used & held_out, folder / HELD_OUT_CHATS)
     lengths = store.sequence_lengths(rows, used & ~held_out)
     if len(lengths):
         prepared.lengths = int(lengths.min()), int(np.median(lengths)), int(lengths.max())
+    prepared.findings = similarity.findings()
+    prepared.not_compared = int(np.count_nonzero(used & (rows["features"] == 0)))
     return packed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from dataclasses import dataclass
 
 from kolotune.foundation.errors import DataError
@@ -19,6 +20,7 @@ from ..traits import traits_of
 from .chunks import Chunk, ChunkResult
 from .holdout import is_held_out
 from .rows import AS_SERVED, HELD_OUT, REFUSED, USED, ChatRow
+from .shingles import ChatFeatures
 
 _ANSWER = Message("assistant", "")
 
@@ -54,10 +56,11 @@ class TextChunkEncoder:
         digests = [hashlib.sha256((read.text or "").encode("utf-8", "surrogatepass")).digest() for read in documents]
         encoded = self.encoder.encode_all([read.text or "" for read in documents])
         lowest = min(digests, default=b"")
-        for read, digest, ids in zip(documents, digests, encoded, strict=True):
+        for number, (read, digest, ids) in enumerate(zip(documents, digests, encoded, strict=True)):
             if digest == lowest and result.lowest is None:
                 result.lowest = digest, len(result.rows)
-            self._add(result, chunk, read, digest, ids, is_lowest=digest == lowest)
+            is_compared = number < chunk.compared
+            self._add(result, chunk, read, digest, ids, is_lowest=digest == lowest, is_compared=is_compared)
         return result
 
     def _add(
@@ -69,10 +72,11 @@ class TextChunkEncoder:
         ids: list[int] | DataError,
         *,
         is_lowest: bool,
+        is_compared: bool,
     ) -> None:
         held_out = is_held_out(digest, chunk.share)
         flags = held_out * HELD_OUT
-        state, tokens, sequences, record = REFUSED, 0, 1, b""
+        state, tokens, sequences, record, features = REFUSED, 0, 1, b"", b""
         if isinstance(ids, DataError):
             fault = Fault(FaultKind.TEMPLATE, ids.cause)
             result.refused[len(result.rows)] = Problem(chunk.path, read.line, fault)
@@ -88,7 +92,11 @@ class TextChunkEncoder:
             result.records.append(record)
             if self.replaced is not None:
                 flags |= self.replaced.affects([read.text or ""]) * AS_SERVED
-            result.traits |= traits_of(Chat((Message("user", read.text or ""), _ANSWER)))
+            as_chat = Chat((Message("user", read.text or ""), _ANSWER), chunk.path, read.line)
+            if is_compared:
+                features = pickle.dumps(ChatFeatures.of(as_chat), pickle.HIGHEST_PROTOCOL)
+            result.features.append(features)
+            result.traits |= traits_of(as_chat)
         hashes = int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
         counts = 0, state, flags, tokens, sequences, 0, 0, 0
-        result.rows.append(ChatRow(*hashes, 0, read.line, result.source, *counts, len(record), 0))
+        result.rows.append(ChatRow(*hashes, 0, read.line, result.source, *counts, len(record), len(features)))

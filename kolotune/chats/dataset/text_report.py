@@ -8,7 +8,7 @@ from kolotune.foundation.reporter import Reporter
 
 from .prepared import AffectedChats, Prepared
 
-_FEW_SEQUENCES = 20
+_FEW_SEQUENCES, _SHOWN_LOCATIONS = 20, 20
 
 
 def report_documents(prepared: Prepared, reporter: Reporter) -> None:
@@ -51,6 +51,14 @@ def report_documents(prepared: Prepared, reporter: Reporter) -> None:
             "tokenizer (accents apart from their letters, or spaces after special tokens): llama.cpp's are trained on"
         )
         _report_locations(prepared.as_served, reporter)
+    for finding in prepared.findings:
+        reporter.warning(finding.text)
+        where = finding.locations
+        _report_locations(AffectedChats(len(where), where[:_SHOWN_LOCATIONS]), reporter)
+    if prepared.not_compared:
+        reporter.note(
+            f"{prepared.not_compared:,} documents were not searched for near-duplicates; `kolotune check` searches all"
+        )
     for key, count in prepared.unread.most_common():
         reporter.note(f"{key!r} is filled in {_count(count, 'record')} and not read")
 

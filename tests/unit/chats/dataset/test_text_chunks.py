@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from kolotune.base_models import packaged_model
 from kolotune.chats.dataset.prepare import prepare_chats
 from kolotune.chats.dataset.prepared import Prepared, require_good
+from kolotune.chats.dataset.text_report import report_documents
 from kolotune.chats.tokens.text_encoder import TextEncoder
 from kolotune.chats.tokens.tokenizer import load_tokenizer
 from kolotune.foundation import config as configs
@@ -97,3 +98,21 @@ def test_the_files_are_the_same_with_any_number_of_processes(tmp_path: Path, rep
         prepare_chats(config, base, folder, processes=processes)
         contents.append([(folder / name).read_bytes() for name in (TRAIN_TOKENS, HELD_OUT_TOKENS, HELD_OUT_CHATS)])
     assert contents[0] == contents[1]
+
+
+def test_near_duplicates_are_reported_and_stay(
+    prepare_records: Preparer, reporter: PlainReporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [" ".join(f"w{(number * 37 + at) % 997}" for at in range(60)) for number in range(0, 900, 100)]
+    texts.append(texts[2].replace("w440", "other"))
+    nearly = texts[4].rpartition(" ")[0] + " end"
+    prepared, _ = prepare_records(
+        [{"text": text} for text in texts], [{"text": nearly}], objective="text", max_seq_length=64
+    )
+    assert (prepared.train.chats, prepared.held_out.chats, prepared.not_compared) == (10, 1, 0)
+    kinds = {finding.kind.value: finding for finding in prepared.findings}
+    assert set(kinds) == {"near_duplicates_of_text", "leaks_of_text"}
+    assert "chats.jsonl:10 is nearly" in kinds["near_duplicates_of_text"].locations[0]
+    assert "held_out.jsonl:1 is nearly" in kinds["leaks_of_text"].locations[0]
+    report_documents(prepared, reporter)
+    assert "training documents that are nearly the same as an earlier one: 1" in capsys.readouterr().out
