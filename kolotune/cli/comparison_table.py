@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kolotune.fidelity.comparison import Comparison, PathCheck, QuantizationFigures, StageCheck
+from kolotune.fidelity.general_figures import GeneralFigures
 from kolotune.foundation.errors import FidelityError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
@@ -41,6 +42,8 @@ def show(comparison: Comparison, reporter: Reporter) -> None:
         )
     if comparison.base_loss is not None and comparison.tuned_loss is not None:
         reporter.note(f"loss of the base model {comparison.base_loss:.4f}, tuned {comparison.tuned_loss:.4f}")
+    if comparison.general is not None:
+        show_general(comparison.general, reporter)
     if len(comparison.quantizations) > 1:
         cells = [_quantization_cells(figures) for figures in comparison.quantizations]
         reporter.table("Quantizations, smallest first", _QUANTIZATIONS, cells)
@@ -61,6 +64,20 @@ def show(comparison: Comparison, reporter: Reporter) -> None:
     if comparison.answers:
         answers = [(answer.prompt, answer.base or "-", answer.tuned or "-") for answer in comparison.answers]
         reporter.table("Answers, always the most likely token", ("prompt", "base", "tuned"), answers)
+
+
+def show_general(general: GeneralFigures, reporter: Reporter) -> None:
+    """Show what training took from the model on texts that have nothing to do with the chats."""
+    change = general.tuned_loss - general.base_loss
+    error = "" if general.error is None else f" ± {general.error:.4f}"
+    reporter.note(
+        f"loss on {general.tokens} tokens of general prose: base {general.base_loss:.4f}, tuned "
+        f"{general.tuned_loss:.4f} ({change:+.4f}{error})"
+    )
+    if general.answers:
+        counts = [(kind, *general.right(kind)) for kind in (*general.kinds, "")]
+        rows = [(kind or "all", f"{base}/{of}", f"{tuned}/{of}") for kind, base, tuned, of in counts]
+        reporter.table("General questions answered rightly", ("kind", "base", "tuned"), rows)
 
 
 def _check_cells(check: StageCheck) -> tuple[str, ...]:

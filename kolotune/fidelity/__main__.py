@@ -1,4 +1,4 @@
-"""``python -m kolotune.fidelity models|gguf|computation TASK``: measure in a child process.
+"""``python -m kolotune.fidelity models|gguf|computation|general TASK``: measure in a child process.
 
 Its memory is given back when it ends, and llama.cpp may end it.
 """
@@ -32,6 +32,10 @@ def _measure(kind: str, file: Path) -> None:
         from . import computation_proof
 
         computation_proof.measure(file)
+    elif kind == "general":
+        from . import general_chats
+
+        general_chats.write_general_chats(file)
     else:
         from . import measure_gguf
 

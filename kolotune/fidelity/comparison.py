@@ -14,6 +14,8 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError
 from kolotune.foundation.typed_storage import JsonObject
 
+from .general_figures import GeneralFigures
+
 VERSION = 1
 _RENDERERS = {"jinja": "llama.cpp, from the GGUF's template", "template": "Ollama, from TEMPLATE"}
 
@@ -204,6 +206,7 @@ class Comparison:
         paths: how each way to write prompts writes them; () in comparisons of earlier versions.
         version: of this schema.
         samples: sample chats were compared, since the model was trained elsewhere.
+        general: what training took from the model on the general set; None: not measured.
     """
 
     chats: int
@@ -224,6 +227,7 @@ class Comparison:
     paths: tuple[PathCheck, ...] = ()
     version: int = VERSION
     samples: bool = False
+    general: GeneralFigures | None = None
 
     @property
     def passed(self) -> bool:

@@ -73,6 +73,7 @@ def judge(evidence: Evidence) -> Comparison:
         recommended=recommendation.quantization.name if recommendation else "",
         recommended_because=describe_recommendation(recommendation) if recommendation else "",
         failure=None if failure is None else _describe_failure(failure),
+        general=reference.general,
         paths=tuple(check for measured in evidence.ggufs for check in _path_checks(measured)),
     )
 

@@ -26,6 +26,7 @@ from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
 from .log_probabilities import loss_of, split
+from .measure_general import GeneralMeasurement
 from .prompt_proof import Prompt, ask
 from .reference_model import LayeredModel, MissingWeightsError, WholeModel, open_model
 from .selection import select
@@ -72,9 +73,13 @@ def _measure_tuned(
     chats = selection.chats
     prompts, expected = _prompts_to_answer(task, trained, selection)
     prompt_ids = [prompt.ids for prompt in prompts]
+    general = GeneralMeasurement(task, trained)
     base_losses, base_answers, recorder = None, None, None
     if task.adapter:
         base_losses, base_answers = _base_figures(model, task, chats, prompt_ids, trained.end_id)
+        if general.is_wanted:
+            emit("doing", text="what the base model can do in general")
+        general.measure_base(model)
         model.add(Path(task.adapter))
         adapter = read_adapter(Path(task.adapter))
         recorder = ChangeRecorder(model, adapter)
@@ -112,6 +117,7 @@ def _measure_tuned(
         notes=notes,
         battery=trained.battery(),
         bos=special_tokens(trained.tokenizer).get("bos_token", ""),
+        general=general.measure_tuned(model),
     )
     return reference, tuned
 

@@ -225,19 +225,27 @@ class WholeModel(_AdaptedModel):
         layers = transformers.DynamicCache(config=self.model.config).layers
         return bool(layers) and all(type(layer) is transformers.cache_utils.DynamicLayer for layer in layers)
 
-    @torch.no_grad()
     def answers(self, prompts: Sequence[Sequence[int]], end: int, longest: int) -> list[list[int] | None]:
         """Return the ids of greedy answers; an answer that ends has the end token last."""
+        return list(self._generate(prompts, end, longest, do_sample=False))
+
+    def sampled_answers(self, prompts: Sequence[Sequence[int]], end: int, longest: int, seed: int) -> list[list[int]]:
+        """Return the ids of answers whose tokens are sampled from the model's distribution, by a seed."""
+        torch.manual_seed(seed)
+        return self._generate(prompts, end, longest, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Sequence[int]], end: int, longest: int, **how: float) -> list[list[int]]:
         if not prompts:
             return []
-        size = max(map(len, prompts))
-        ids = torch.tensor([[end] * (size - len(prompt)) + list(prompt) for prompt in prompts])
-        attention_mask = torch.tensor([[0] * (size - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        # The model's own settings may sample or penalize repetition; the most likely token is what counts here.
-        self.model.generation_config = _library.GenerationConfig()
-        settings = _library.GenerationConfig(
-            do_sample=False, max_new_tokens=longest, eos_token_id=end, pad_token_id=end
+        size, device = max(map(len, prompts)), self.model.device
+        ids = torch.tensor([[end] * (size - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        attention_mask = torch.tensor(
+            [[0] * (size - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
         )
+        # The model's own settings may sample in another way or penalize repetition.
+        self.model.generation_config = _library.GenerationConfig()
+        settings = _library.GenerationConfig(max_new_tokens=longest, eos_token_id=end, pad_token_id=end, **how)
         generated = self.model.generate(input_ids=ids, attention_mask=attention_mask, generation_config=settings)
         return [_until(end, row[size:].tolist()) for row in generated]
 

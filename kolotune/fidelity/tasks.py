@@ -16,6 +16,7 @@ from kolotune.foundation.typed_storage import JsonObject
 from .adapter_place import GgufPlace
 from .comparison import MatrixSurvival
 from .defects import Defect, Note
+from .general_figures import GeneralFigures
 from .prompt_proof import Prompt, PromptResult
 
 REFERENCE_FILE, TUNED_FILE, MERGED_FILE = "reference.json", "tuned.npy", "merged.npy"
@@ -42,6 +43,8 @@ class ModelsTask:
         scratch: folder for the files that are left.
         learns_empty_thoughts: whether the loss of the prepared tokens falls on empty thoughts.
         places: where the GGUF has the base's weights, by their stored names; empty where that is not known.
+        general_tokens: how many tokens of the general set's prose are measured; 0 for none.
+        general_answers: whether the general set's questions are asked.
     """
 
     base: str
@@ -62,6 +65,8 @@ class ModelsTask:
     learns_empty_thoughts: bool
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     places: dict[str, GgufPlace] = field(default_factory=dict)
+    general_tokens: int = 0
+    general_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ class Reference:
         base_loss, tuned_loss: means over all trained tokens, by their weights.
         merged: figures of the merged model; None when there is none.
         notes: what was not compared.
+        general: what base and tuned model can do in general; None where that was not measured.
     """
 
     chats: list[ComparedChat]
@@ -177,6 +183,7 @@ class Reference:
     battery: list[Prompt] = field(default_factory=list)
     bos: str = ""
     weights: list[float] = field(default_factory=list)
+    general: GeneralFigures | None = None
 
     @property
     def chat_weights(self) -> Sequence[float]:

@@ -10,6 +10,8 @@ from kolotune.foundation.errors import RunFolderError
 # Files in the folder of the prepared chats, which is also a job's data on another machine. `HELD_OUT_TOKENS` is
 # missing when no chats are held out.
 TRAIN_TOKENS, HELD_OUT_TOKENS, HELD_OUT_CHATS = "train.safetensors", "held_out.safetensors", "held_out.jsonl"
+GENERAL_CHATS = "general.jsonl"
+"""Chats that the base answered, which are mixed into the training; see `fidelity.general_chats`."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ NAME = "compare"
 _CONVERT = "convert"  # the stage whose record holds the type of the unquantized GGUF
 DOING = "comparing what was made with what was trained"
 _LONGEST_ANSWER = 96  # tokens
+_GENERAL_TOKENS = {"off": 0, "loss": 1024, "full": 1 << 20}  # of the general set's prose, by what is asked for
 _LARGER = ("Q6_K", "Q8_0")  # tried where a quantization loses what training gained
 
 
@@ -269,6 +270,8 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         longest_answer=_LONGEST_ANSWER,
         scratch=str(scratch),
         places={source: GgufPlace(plan.name, plan.order) for source, plan in plans.items()},
+        general_tokens=_GENERAL_TOKENS[config.general] if adapter else 0,
+        general_answers=config.general == "full",
     )
     typed_storage.write(scratch / "models.json", task)
     _run_task(run, "models", scratch / "models.json", reporter)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kolotune.chats.tokens.tokenizer import TOKENIZER_FILES, trained_tokenizer, writes_bos
+from kolotune.fidelity.general_chats import GeneralChatsTask, make_general_chats, prompts_sha256
 from kolotune.foundation.config import Config, stage_options
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.files import replacing
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
+from kolotune.run_folder.layout import GENERAL_CHATS
 from kolotune.run_folder.stage import Context
 from kolotune.weights.model_config import read_model_config
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "prepare"
 DOING = "reading, checking and encoding the chats"
+BASE_INPUT = "the base model"  # whose answers are mixed in
 TEMPLATE_INPUT = "the chat template"  # that the user gives in place of the base's
 _SHOWN_LOCATIONS = 20
 _FEW = 20
@@ -64,13 +69,15 @@ SERVED_CHATS = {
     "dropped_thoughts": "thoughts are left out of later prompts by the template; each is trained on before its answer, "
     "if that is trained on",
     "renamed_calls": "chats got short ids of tool calls, the same in call and result: the template refuses theirs",
+    "general_chats": "chats are the base model's own answers to general prompts (--keep-general)",
     "split_chats": "chats became {split_exchanges}, one of each exchange (--split-thoughts)",
 }
 _SPLIT_HINT = "; --split-thoughts makes one chat of each exchange"
 
 
 def options(config: Config) -> JsonObject:
-    return stage_options(config, NAME)
+    general: JsonObject = {"general_prompts": prompts_sha256()} if config.keep_general else {}
+    return stage_options(config, NAME) | general
 
 
 def inputs(context: Context) -> dict[str, Path]:
@@ -79,6 +86,8 @@ def inputs(context: Context) -> dict[str, Path]:
     files |= {f"held-out data {number} ({path.name})": path for number, path in enumerate(context.config.eval_data, 1)}
     if context.config.chat_template is not None:
         files[TEMPLATE_INPUT] = context.config.chat_template
+    if context.config.keep_general:
+        files[BASE_INPUT] = context.base
     return files | {f"the base model's {name}": context.base / name for name in TOKENIZER_FILES}
 
 
@@ -110,11 +119,29 @@ def run(context: Context, reporter: Reporter) -> JsonObject:
 
     with replacing(context.run.prepared) as partial:
         partial.mkdir(parents=True)
-        prepared = prepare_chats(context.config, context.base, partial)
+        keep = context.config.keep_general
+        mix = functools.partial(_write_general, context, partial, reporter) if keep else None
+        prepared = prepare_chats(context.config, context.base, partial, write_general=mix)
         require_good(prepared, context.config.skip_bad)
         report_prepared(prepared, reporter)
-        _write_tokenizer(prepared, context.base, partial / "tokenizer")
+        if not mix:
+            _write_tokenizer(prepared, context.base, partial / "tokenizer")
     return prepared.summary()
+
+
+def _write_general(context: Context, folder: Path, reporter: Reporter, prepared: Prepared, to_train: int) -> None:
+    """Have the base answer general prompts, with the tokenizer that is trained; see `prepare_chats`."""
+    tokenizer = folder / "tokenizer"
+    _write_tokenizer(prepared, context.base, tokenizer)
+    task = GeneralChatsTask(
+        base=str(context.base),
+        base_sha256=context.hasher.of(context.base),
+        tokenizer=str(tokenizer),
+        tokenizer_sha256=context.hasher.of(tokenizer),
+        count=math.ceil(to_train * context.config.keep_general / 100),
+        file=str(folder / GENERAL_CHATS),
+    )
+    make_general_chats(task, context.run.log(NAME), reporter)
 
 
 def noun_of(facts: Mapping[str, object]) -> str:
@@ -184,9 +211,9 @@ def _report_chats(prepared: Prepared, reporter: Reporter) -> None:
 
 def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
     """Report each key that is filled and not read, each change to the order of turns, and a small number of chats."""
-    if 0 < prepared.train.chats < _FEW:
-        chats = "chat is" if prepared.train.chats == 1 else "chats are"
-        reporter.warning(f"{prepared.train.chats} {chats} few: {_FEW_HINT}")
+    own = prepared.train.chats - prepared.general
+    if 0 < own < _FEW:
+        reporter.warning(f"{own} {'chat is' if own == 1 else 'chats are'} few: {_FEW_HINT}")
     for key, count in prepared.unread.most_common():
         _report_unread(key, count, reporter, has_preferences=prepared.has_preferences)
     for fix, count in prepared.fixes.items():

@@ -21,7 +21,7 @@ import numpy as np
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import DataError
 from kolotune.foundation.objectives import OBJECTIVES, LearnsFrom
-from kolotune.run_folder.layout import HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS
+from kolotune.run_folder.layout import GENERAL_CHATS, HELD_OUT_CHATS, HELD_OUT_TOKENS, TRAIN_TOKENS
 from kolotune.runners import workers
 
 from ..reading.faults import Problem
@@ -47,7 +47,12 @@ _WORTH_WORKERS = 4 << 20
 
 
 def prepare_chats(
-    config: Config, base: Path, folder: Path, compared: int | None = COMPARED, processes: int | None = None
+    config: Config,
+    base: Path,
+    folder: Path,
+    compared: int | None = COMPARED,
+    processes: int | None = None,
+    write_general: Callable[[Prepared, int], None] | None = None,
 ) -> Prepared:
     """Read, check, split and encode the chats of a config.
 
@@ -60,6 +65,8 @@ def prepare_chats(
         compared: The number of records of each part, the first ones, that are searched for near-duplicates; None for
             all.
         processes: The number of processes to use; None for as many as the machine has, if the data is worth it.
+        write_general: Writes `GENERAL_CHATS` into the folder, given the number of chats to train on. They are trained
+            on, too, and never held out.
 
     Raises:
         DataError: A file can't be read at all.
@@ -76,17 +83,21 @@ def prepare_chats(
             tokenizer, replaced = load_served_tokenizer(base)
             jinja = trained_template(config, base, special_tokens(tokenizer))
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja, replaced)
-            encoder = _chunk_encoder(config, prepared)
-            collector = _Collector(prepared, paths, store)
+            encoder = _chunk_encoder(config, prepared, ReadingOptions.of(config))
+            collector = _Collector(prepared, paths, len(config.train_data), store)
             for result in pool.map(encoder, collector.chunks(config, compared)):
                 collector.add(result)
+            if write_general is not None and collector.to_train:
+                write_general(prepared, collector.to_train)
+                encoder = _chunk_encoder(config, prepared, ReadingOptions())
+                for result in pool.map(encoder, collector.general_chunks(folder / GENERAL_CHATS)):
+                    collector.add(result)
         collector.finish()
         _split(collector, config, folder)
     return prepared
 
 
-def _chunk_encoder(config: Config, prepared: Prepared) -> Callable[[Chunk], ChunkResult]:
-    reading = ReadingOptions.of(config)
+def _chunk_encoder(config: Config, prepared: Prepared, reading: ReadingOptions) -> Callable[[Chunk], ChunkResult]:
     if reading.learns_from is LearnsFrom.TEXT:
         return TextChunkEncoder(TextEncoder(prepared.tokenizer), config.max_seq_length, reading, prepared.replaced)
     encode = Encoder(prepared.template, prepared.tokenizer, config.empty_thoughts == "learn")
@@ -96,8 +107,9 @@ def _chunk_encoder(config: Config, prepared: Prepared) -> Callable[[Chunk], Chun
 class _Collector:
     """Collects the results of all chunks, except what is in the row store."""
 
-    def __init__(self, prepared: Prepared, paths: Sequence[Path], store: RowStore) -> None:
+    def __init__(self, prepared: Prepared, paths: Sequence[Path], training: int, store: RowStore) -> None:
         self.prepared, self.paths, self.store = prepared, paths, store
+        self._training = training  # the first paths; the others have chats to hold out
         self.lowest: tuple[bytes, int] = b"\xff" * 33, -1
         self.refused: list[tuple[int, Problem]] = []
         self._formats = [""] * len(paths)
@@ -105,6 +117,7 @@ class _Collector:
         self._problems: list[list[Problem]] = [[] for _ in paths]
         self._chats = 0
         self._reading = ReadingOptions()
+        self.to_train = 0  # chats, as far as their own hashes decide
 
     def chunks(self, config: Config, compared: int | None) -> Iterator[Chunk]:
         """Yield the records of all files."""
@@ -123,10 +136,16 @@ class _Collector:
             if empty:
                 raise no_chats(path)
 
+    def general_chunks(self, path: Path) -> Iterator[Chunk]:
+        """Yield the chats that the base answered."""
+        with opened(path, ReadingOptions()) as (_, records):
+            yield from chunks(len(self.paths), path, 0, records, 0)
+
     def add(self, result: ChunkResult) -> None:
         """Add the result of the next chunk."""
-        self._shapes[result.source] += result.shapes
-        self._problems[result.source] += result.problems
+        if result.source < len(self.paths):
+            self._shapes[result.source] += result.shapes
+            self._problems[result.source] += result.problems
         self.prepared.unread += result.unread
         self.prepared.fixes += result.fixes
         self.prepared.excluded += result.excluded
@@ -136,7 +155,9 @@ class _Collector:
         self.prepared.split += result.split
         self.prepared.exchanges += result.exchanges
         self.refused += [(self._chats + number, problem) for number, problem in result.refused.items()]
-        if result.lowest and result.lowest[0] < self.lowest[0]:
+        if result.source < self._training:
+            self.to_train += sum(row.state == USED and not row.flags & HELD_OUT for row in result.rows)
+        if result.lowest and result.source < len(self.paths) and result.lowest[0] < self.lowest[0]:
             self.lowest = result.lowest[0], self._chats + result.lowest[1]
         self._chats += len(result.rows)
         self.prepared.traits |= result.traits
@@ -157,14 +178,16 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     """Decide, once all chats are known, which are copies, trained on or held out, and write the files."""
     prepared, store = collector.prepared, collector.store
     rows = store.rows()
-    from_eval = rows["source"] >= len(config.train_data)
+    is_own = rows["source"] < len(collector.paths)
+    from_eval = (rows["source"] >= len(config.train_data)) & is_own
     first, in_both = find_copies(rows, from_eval)
     copied = first != np.arange(len(rows))
     held_out = from_eval
     if not config.eval_data and len(rows):
         held_out = (rows["flags"] & HELD_OUT) > 0
         lowest = int(np.count_nonzero(~copied[: collector.lowest[1]]))
-        held_out[~copied] = final_split(held_out[~copied], lowest, config.eval_split)
+        chosen = is_own & ~copied
+        held_out[chosen] = final_split(held_out[chosen], lowest, config.eval_split)
         if held_out[collector.lowest[1]]:  # with its other exchanges
             of_lowest = rows[["source", "line"]] == rows[["source", "line"]][collector.lowest[1]]
             held_out |= of_lowest
@@ -172,7 +195,8 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     used = kept & (rows["state"] == USED)
 
     def where(index: int) -> str:
-        return f"{collector.paths[rows['source'][index]]}:{rows['line'][index]}"
+        path = collector.paths[rows["source"][index]] if is_own[index] else Path(GENERAL_CHATS)
+        return f"{path}:{rows['line'][index]}"
 
     def in_order(chosen: np.ndarray) -> list[int]:
         return [int(index) for part in (chosen & ~held_out, chosen & held_out) for index in np.flatnonzero(part)]
@@ -197,6 +221,7 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     )
     refused = [(bool(held_out[index]), index, problem) for index, problem in collector.refused if kept[index]]
     prepared.problems += [problem for _, _, problem in sorted(refused, key=lambda entry: entry[:2])]
+    prepared.general = int(np.count_nonzero(used & ~is_own))
     prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))
     prepared.reduced_tools = int(np.count_nonzero(used & (rows["flags"] & REDUCED > 0)))
     for reason, flag in APART.items():
@@ -213,6 +238,7 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
         )
     else:
         _write(prepared, store, rows, used, held_out, folder)
+        prepared.not_compared -= prepared.general
 
 
 def _affected(indices: Sequence[int], describe: Callable[[int], str]) -> AffectedChats:

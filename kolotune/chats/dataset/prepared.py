@@ -108,6 +108,7 @@ class Prepared:
         traits: What the chats have that servers may write in another way.
         thinking: The number of answers with a thought (True) and without (False), if the template has a switch.
         text: Of documents; None for chats.
+        general: The number of chats that are trained on and that the base model answered; they are not the user's.
     """
 
     template: ChatTemplate
@@ -148,6 +149,7 @@ class Prepared:
     traits: set[ChatTrait] = field(default_factory=set)
     thinking: Counter[bool] = field(default_factory=Counter)
     text: TextCounts | None = None
+    general: int = 0
 
     @property
     def noun(self) -> str:
@@ -190,6 +192,7 @@ class Prepared:
             "masked_thoughts": self.masked_thoughts,
             "dropped_thoughts": self.dropped_thoughts,
             "renamed_calls": self.renamed_calls,
+            "general_chats": self.general,
             "split_chats": self.split,
             "split_exchanges": self.exchanges,
             "findings": {finding.kind.value: finding.count for finding in self.findings},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.name_patterns import read_patterns
-from kolotune.foundation.objectives import LOSS_OPTIONS, OBJECTIVES, LearnsFrom
+from kolotune.foundation.objectives import LOSS_OPTIONS, OBJECTIVES, LearnsFrom, Objective
 from kolotune.foundation.quantization_types import NEEDS_IMPORTANCE_MATRIX, NONE, find_problem
 
 from .normalize import exists
@@ -94,11 +94,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         yield "map: only objective text reads a text"
     elif parts - {"text"} and objective.learns_from is LearnsFrom.TEXT:
         yield "map: objective text reads nothing but a text; name its key as text=key"
-    if objective.has_preferences:
-        if config.train_on != "all":
-            yield "train-on: preferences train what follows the prompt; leave it out, or train with objective sft"
-        if config.split_thoughts:
-            yield "split-thoughts: preferences are not split; leave it out, or train with objective sft"
+    if objective.learns_from is not LearnsFrom.CHATS:
+        yield from _answer_conflicts(config, objective)
     for name in LOSS_OPTIONS:
         if name not in objective.loss_options and getattr(config, name) != OPTIONS[name].default:
             owners = [other for other, each in OBJECTIVES.items() if name in each.loss_options]
@@ -108,6 +105,19 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             )
     if "desirable_weight" in objective.loss_options and not config.desirable_weight + config.undesirable_weight:
         yield "desirable-weight and undesirable-weight: both are 0, so nothing would be learned; give one of them more"
+
+
+def _answer_conflicts(config: Config, objective: Objective) -> Iterator[str]:
+    """Return the options that are about answers of chats, for an objective that learns from something else."""
+    if config.keep_general:
+        yield (
+            f"keep-general: objective {config.objective} has no place for answers of the base; leave it out, or train "
+            "with objective sft"
+        )
+    if objective.has_preferences and config.train_on != "all":
+        yield "train-on: preferences train what follows the prompt; leave it out, or train with objective sft"
+    if objective.has_preferences and config.split_thoughts:
+        yield "split-thoughts: preferences are not split; leave it out, or train with objective sft"
 
 
 def _pattern_problems(values: Mapping[str, object]) -> Iterator[str]:

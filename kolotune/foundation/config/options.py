@@ -92,6 +92,15 @@ class Config:
         stages="prepare",
         is_default_recorded=False,
     )
+    keep_general: Annotated[float, Ge(0), Le(100)] = option(
+        0.0,
+        "Percent: for each 100 chats to train on, mix in that many with the base's own answers to general prompts, so "
+        "that it forgets less.",
+        Group.DATA,
+        stages="prepare",
+        without="check",
+        is_default_recorded=False,
+    )
     max_seq_length: Annotated[int, Ge(8)] = option(
         2048,
         "Longest chat in tokens. Longer chats lose whole turns; the number is reported.",
@@ -411,6 +420,14 @@ class Config:
         Group.COMPARISON,
         kind=Kind.TEXTS,
         stages="compare",
+    )
+    general: Literal["off", "loss", "full"] = option(
+        "loss",
+        "What is measured of forgetting, on texts that have nothing to do with the chats: off; loss, on some prose; "
+        "full, on more of it, and answers to 60 short questions.",
+        Group.COMPARISON,
+        stages="compare",
+        is_default_recorded=False,
     )
     compare_quantization: tuple[str, ...] = option(
         (),

@@ -18,6 +18,7 @@ from kolotune.fidelity.comparison import (
     QuantizationFigures,
     StageCheck,
 )
+from kolotune.fidelity.general_figures import GeneralAnswer, GeneralFigures
 from kolotune.run_folder.layout import RunFolder
 
 HOSTILE = (
@@ -46,6 +47,7 @@ def comparison(text: str) -> Comparison:
             ),
         ),
         recommended="Q8_0", recommended_because=text, failure=Failure("quantize", text, text),
+        general=GeneralFigures(4000, 3.25, 3.375, 0.0625, (GeneralAnswer(text, text, text, text, True, False),)),
     )  # fmt: skip
 
 

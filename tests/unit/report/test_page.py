@@ -133,7 +133,14 @@ def test_the_comparison(passed: bool, hostile_run: RunFolder) -> None:
     text = " ".join(Elements(page.render(facts.gather_facts(hostile_run))).text.split())
     assert ("every stage is within its bounds" in text) == passed
     assert ("The first stage that fails is quantize" in text) == (not passed)
-    for fact in ("8.0e-07", "50.0 %", "8/9", "Q8_0 (with an importance matrix) recommended"):
+    for fact in (
+        "8.0e-07",
+        "50.0 %",
+        "8/9",
+        "Q8_0 (with an importance matrix) recommended",
+        "prose 3.250 3.375",
+        "all 1/1 0/1",
+    ):
         assert fact in text, fact
     sides = re.findall(
         r"<h4>(.*?)</h4><div class=\"text\" dir=\"auto\">(.*?)</div>", page.render(facts.gather_facts(hostile_run))
