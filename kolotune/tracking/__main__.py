@@ -44,7 +44,7 @@ class TrackingTask:
 
 @dataclass(frozen=True)
 class TrackingState:
-    """What was logged, so that a resumed training goes on in the same tracked run and logs nothing twice.
+    """What was logged, so that a resumed training continues the same tracked run and logs nothing twice.
 
     Attributes:
         tracker, project: where.

@@ -28,7 +28,7 @@ class Follower:
         file: for the task.
         metrics: the file that is followed.
         log: what the tracker's client prints.
-        reporter: is told once if tracking fails, which does not stop the training.
+        reporter: gets a warning if tracking fails, which does not stop the training.
     """
 
     def __init__(self, task: TrackingTask, file: Path, metrics: Path, log: Path, reporter: Reporter) -> None:

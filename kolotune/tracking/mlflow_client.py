@@ -11,7 +11,7 @@ from .tracker import TrackedRun
 _LONGEST = 500  # characters of a parameter
 
 
-class TRACKER:
+class MlflowTracker:
     """A run in MLflow, which gives it its id."""
 
     def start(self, run: TrackedRun) -> str:

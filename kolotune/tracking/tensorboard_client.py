@@ -9,7 +9,7 @@ from typing import Any
 from .tracker import TrackedRun
 
 
-class TRACKER:
+class TensorboardTracker:
     """Event files of a run; a resumed training adds another file, which TensorBoard joins with the first."""
 
     def start(self, run: TrackedRun) -> str:

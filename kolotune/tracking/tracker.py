@@ -1,6 +1,6 @@
 """What a tracker is: the protocol that each client follows here, and the table of them.
 
-A tracker is a sibling module with a class ``TRACKER``. Clients are imported in a child process only (`follower`), which
+Clients are imported in a child process only (`follower`), which
 a slow network or a failing server can hold up without holding up the training.
 """
 
@@ -53,17 +53,18 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackerEntry:
-    """A tracker: the module of this package, and the package of its client, which is also the name of the extra."""
+    """A tracker: the module of this package and its class, and the package of its client."""
 
     module: str
+    class_name: str
     package: str
 
 
 TRACKERS = {
-    "trackio": TrackerEntry("trackio_client", "trackio"),
-    "wandb": TrackerEntry("wandb_client", "wandb"),
-    "mlflow": TrackerEntry("mlflow_client", "mlflow"),
-    "tensorboard": TrackerEntry("tensorboard_client", "tensorboard"),
+    "trackio": TrackerEntry("trackio_client", "TrackioTracker", "trackio"),
+    "wandb": TrackerEntry("wandb_client", "WandbTracker", "wandb"),
+    "mlflow": TrackerEntry("mlflow_client", "MlflowTracker", "mlflow"),
+    "tensorboard": TrackerEntry("tensorboard_client", "TensorboardTracker", "tensorboard"),
 }
 
 
@@ -83,6 +84,6 @@ def require_installed(name: str) -> None:
 
 def make_tracker(name: str) -> Tracker:
     """Return a tracker's client, which imports its package."""
-    module = importlib.import_module(f"{__package__}.{TRACKERS[name].module}")
-    tracker: Tracker = module.TRACKER()
+    entry = TRACKERS[name]
+    tracker: Tracker = getattr(importlib.import_module(f"{__package__}.{entry.module}"), entry.class_name)()
     return tracker

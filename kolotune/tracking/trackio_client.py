@@ -8,7 +8,7 @@ from typing import Any
 from .tracker import TrackedRun
 
 
-class TRACKER:
+class TrackioTracker:
     """A run in trackio, which knows runs by name: it is the run's name and the id."""
 
     def start(self, run: TrackedRun) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from .tracker import TrackedRun
 
 
-class TRACKER:
+class WandbTracker:
     """A run in Weights & Biases."""
 
     def start(self, run: TrackedRun) -> str:

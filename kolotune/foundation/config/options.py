@@ -190,7 +190,7 @@ class Config:
     track: Literal["none", "trackio", "wandb", "mlflow", "tensorboard"] = option(
         "none",
         "Show the training's metrics in a tracker, by its own client, which is an extra to install; a resumed training "
-        "goes on in the same tracked run.",
+        "continues the same tracked run.",
         Group.TRAINING,
     )
     track_project: str = option("kolotune", "The project (MLflow: experiment) in the tracker.", Group.TRAINING)

@@ -17,7 +17,7 @@ from kolotune.tracking.follower import Follower, following
 
 pytestmark = pytest.mark.slow
 
-_PACKAGES = ("trackio>=0.30", "tensorboard>=2.16", "wandb>=0.19")
+_PACKAGES = ("trackio>=0.30", "tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=2.20")
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,18 @@ def test_wandb_offline(track: object, tmp_path: Path, capsys: pytest.CaptureFixt
     track("wandb", range(1, 4), False)
     assert "no longer tracks" not in " ".join(capsys.readouterr())
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def test_mlflow(
+    track: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder: the client alone has no database."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert callable(track)
+    track("mlflow", range(1, 4), False)
+    track("mlflow", range(4, 6), True)
+    assert "no longer tracks" not in " ".join(capsys.readouterr())
+    (losses,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    assert [int(line.split()[-1]) for line in losses.read_text("utf-8").splitlines()] == [1, 2, 3, 4, 5]
+    assert (losses.parents[1] / "params" / "epochs").read_text("utf-8") == "3"
