@@ -28,6 +28,8 @@ def save_adapter(
     has_magnitudes: bool = False,
     parameters: Sequence[str] = (),
     new_tokens: Sequence[int] = (),
+    modules_to_save: Sequence[str] = (),
+    tied_ends: tuple[str, str] | None = None,
     language_model: str = "",
 ) -> None:
     """Write a PEFT adapter folder: weights and ``adapter_config.json``; whole or not at all.
@@ -42,15 +44,21 @@ def save_adapter(
         has_magnitudes: whether ``lora_magnitude_vector`` is among the tensors (DoRA).
         parameters: PEFT's ``target_parameters``: the weights with updates of their own that are no module's only one.
         new_tokens: ids of the tokens whose rows are among the tensors.
+        modules_to_save: ends of the names of modules that were trained whole and are among the tensors.
+        tied_ends: names of embedding and head, if the embedding is among these and stays tied; PEFT reads both.
         language_model: the module inside of which they are, in a composite model; its other parts may have modules of
             the same names.
     """
     from safetensors.torch import save_file
 
+    if tied_ends is not None:
+        embedding, head = (f"base_model.model.{name}.weight" for name in tied_ends)
+        tensors = {**tensors, head: tensors[embedding].clone()}
     wrapped = {"base_layer", *(name.split(".")[-2] for name in parameters)}
     modules = sorted({name.split(".")[-3] for name in tensors if name.endswith(".lora_A.weight")} - wrapped)
     inside = f"{re.escape(language_model)}\\..+\\.({'|'.join(map(re.escape, modules))})"
     config = {
+        **({"ensure_weight_tying": True} if tied_ends else {}),
         "alpha_pattern": {name: _plain(number) for name, number in (alphas or {}).items()},
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -60,7 +68,7 @@ def save_adapter(
         "lora_alpha": _plain(alpha),
         # PEFT refuses to load updates of parameters with dropout, which acts in training only.
         "lora_dropout": 0.0 if parameters else dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {name: int(number) for name, number in (ranks or {}).items()},

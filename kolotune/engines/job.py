@@ -32,6 +32,7 @@ _YOUNGER: JsonObject = {
     "rank_pattern": [],
     "alpha_pattern": [],
     "new_tokens": [],
+    "modules_to_save": [],
 }
 
 
@@ -119,6 +120,7 @@ class TrainJob:
     rank_pattern: list[str] = field(default_factory=list)
     alpha_pattern: list[str] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
 
     @property
     def processes(self) -> int:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -224,6 +224,19 @@ class AdapterOptions(Protocol):
     def init_lora_weights(self) -> str: ...
     @property
     def rank_pattern(self) -> Sequence[str]: ...
+    @property
+    def modules_to_save(self) -> Sequence[str]: ...
+
+
+def saved_module(weight: str) -> str:
+    """Return the last part of the name of a weight's module, as `modules_to_save` has it."""
+    return weight.rpartition(".")[0].rpartition(".")[2]
+
+
+def _is_saved(weight: str, shape: ModelShape, options: AdapterOptions) -> bool:
+    """Whether a weight is trained whole: a tied embedding also if the head is named."""
+    is_embedding = shape.tied and saved_module(weight) in ("embed_tokens", "wte", "embed_in")
+    return saved_module(weight) in options.modules_to_save or (is_embedding and "lm_head" in options.modules_to_save)
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ class AdapterShape:
     @classmethod
     def of_options(cls, shape: ModelShape, options: AdapterOptions) -> AdapterShape:
         """Return the shape of the adapter that a training with these options has."""
-        return cls.of(
+        adapter = cls.of(
             shape,
             options.lora_rank,
             options.target_modules,
@@ -260,6 +273,8 @@ class AdapterShape:
             keeps_start=options.init_lora_weights != "default",
             rank_patterns=read_patterns(options.rank_pattern),
         )
+        whole = [math.prod(entry.shape) for entry in shape.entries if _is_saved(entry.name, shape, options)]
+        return replace(adapter, weight_count=adapter.weight_count + sum(whole), matrices=adapter.matrices + len(whole))
 
     @classmethod
     def of(

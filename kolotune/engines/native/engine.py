@@ -161,6 +161,7 @@ class NativeEngine:
     ) -> TrainingMemory:
         device, sharded = hardware.best_device(), self.is_sharded(config, base)
         reason = "" if sharded else supported_models.reason_unsupported(base, batch.longest)
+        reason = reason or ("modules are trained whole" if config.modules_to_save else "")
         if config.load_in_4bit and reason:
             return TrainingMemory(None, gap=MemoryGap.FOUR_BIT)
         if device != "cpu" and (sharded or reason):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from kolotune.weights.composite_models import language_module
 from kolotune.weights.initial_matrices import Initial
 
 from .dora import adapted_lengths, row_squares
+from .saved_modules import BIAS, WEIGHT, SavedModule
 from .starting_matrices import start
 from .token_rows import ROWS, NewTokenRows
 
@@ -35,9 +36,13 @@ class Adapter(Protocol):
     lora_B: nn.Parameter
 
 
-def parts_of(adapter: Adapter | NewTokenRows) -> tuple[str, ...]:
+Trained: TypeAlias = "Adapter | NewTokenRows | SavedModule"
+"""What a training changes: adapters, rows of new tokens, and modules that are trained whole."""
+
+
+def parts_of(adapter: Trained) -> tuple[str, ...]:
     """Return the names of an adapter's trained tensors: its matrices, and the magnitudes if it has some (DoRA)."""
-    if isinstance(adapter, NewTokenRows):
+    if isinstance(adapter, (NewTokenRows, SavedModule)):
         return adapter.parts
     return (A, B) if getattr(adapter, MAGNITUDE, None) is None else (A, B, MAGNITUDE)
 
@@ -263,7 +268,7 @@ class FlatAdapters:
         parameter: fp32 ``[weights]``; its gradient is allocated at once.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter | NewTokenRows], order: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, adapters: Mapping[str, Trained], order: Sequence[tuple[str, str]]) -> None:
         matrices = {f"{name}.{part}": getattr(adapters[name], part) for name, part in order}
         flat = torch.cat([each.detach().flatten() for each in matrices.values()])
         self.parameter = nn.Parameter(flat)
@@ -283,7 +288,7 @@ class FlatAdapters:
         return {name: flat[start : start + shape.numel()].view(shape) for name, (start, shape) in self._offsets.items()}
 
 
-def adapter_tensors(adapters: Mapping[str, Adapter | NewTokenRows]) -> dict[str, Tensor]:
+def adapter_tensors(adapters: Mapping[str, Trained]) -> dict[str, Tensor]:
     """Return the adapters' weights under PEFT's names and in its form, fp32, on the CPU.
 
     Of a linear layer these are A ``[rank, in]`` and B ``[out, rank]``; of a weight of all experts, A ``[experts * rank,
@@ -302,10 +307,10 @@ def adapter_tensors(adapters: Mapping[str, Adapter | NewTokenRows]) -> dict[str,
 
 def _stored_name(adapter: str, part: str) -> str:
     """Return the name of an adapter's tensor in PEFT's files."""
-    return f"base_model.model.{adapter}.{part}{'' if part in (MAGNITUDE, ROWS) else '.weight'}"
+    return f"base_model.model.{adapter}.{part}{'' if part in (MAGNITUDE, ROWS, WEIGHT, BIAS) else '.weight'}"
 
 
-def load_tensors(adapters: Mapping[str, Adapter | NewTokenRows], tensors: dict[str, Tensor]) -> None:
+def load_tensors(adapters: Mapping[str, Trained], tensors: dict[str, Tensor]) -> None:
     """Load weights that `adapter_tensors` returned."""
     with torch.no_grad():
         for name, adapter in adapters.items():

@@ -7,7 +7,8 @@ from pathlib import Path
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ConfigError
 from kolotune.foundation.name_patterns import fits, read_patterns
-from kolotune.weights.model_shape import AdapterShape, ModelShape, read_shape
+from kolotune.foundation.objectives import OBJECTIVES
+from kolotune.weights.model_shape import AdapterShape, ModelShape, read_shape, saved_module
 from kolotune.weights.stored_blocks import has_blocks
 
 from . import supported_models
@@ -39,6 +40,7 @@ def check_variant(config: Config, base: Path, *, is_sharded: bool) -> None:
                     f"Leave out --target-parameters, or --{option}.",
                 )
     _check_patterns(config, base)
+    _check_saved_modules(config, base, is_sharded)
     if config.new_token or config.new_special_token:
         reason = "a sharded base" if is_sharded else supported_models.reason_unsupported(base, 0)
         if reason:
@@ -90,6 +92,33 @@ def _check_patterns(config: Config, base: Path) -> None:
                     f"{option} {pattern}: no layer with an adapter has this name",
                     f"Names of layers end with {', '.join(leaves)}.",
                 )
+
+
+def _check_saved_modules(config: Config, base: Path, is_sharded: bool) -> None:
+    """Refuse modules that can't be trained whole, or not as configured."""
+    if not config.modules_to_save:
+        return
+    reasons = {
+        "a base that is sharded has them on no process": is_sharded,
+        "load-in-4bit keeps their weights in no dtype that can be trained": config.load_in_4bit,
+        "new tokens are trained by the packed step, which keeps modules frozen": config.new_token
+        or config.new_special_token,
+        "preferences are trained by the packed step, which keeps modules frozen": OBJECTIVES[
+            config.objective
+        ].has_preferences,
+    }
+    for reason, is_so in reasons.items():
+        if is_so:
+            raise ConfigError(f"modules-to-save: {reason}", "Leave out one of the two.")
+    shape = read_shape(base)
+    adapted = {name.rpartition(".")[2] for name in AdapterShape.of_options(shape, config).adapted}
+    modules = {saved_module(entry.name) for entry in shape.entries} | ({"lm_head"} if shape.tied else set())
+    for name in config.modules_to_save:
+        if name not in modules or name in adapted:
+            raise ConfigError(
+                f"modules-to-save {name}: {'it gets an adapter' if name in adapted else 'the base has no such module'}",
+                f"Modules without an adapter: {', '.join(sorted(modules - adapted))}.",
+            )
 
 
 def _check_whole_weights(option: str, need: str, config: Config, base: Path, is_sharded: bool) -> None:

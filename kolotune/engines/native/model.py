@@ -20,7 +20,7 @@ from kolotune.weights.model_shape import DTYPE_BYTES, AdapterShape, read_shape
 from ..job import TrainJob
 from ..memory import BatchShape
 from ..prepared_tokens import IGNORED, PreparedTokens
-from . import expert_lora, llama, lora, sharding, supported_models
+from . import expert_lora, llama, lora, saved_modules, sharding, supported_models
 from .device_operations import DeviceOperations
 from .embedding_noise import PaddedNoise
 from .kernels import build
@@ -47,8 +47,9 @@ class TrainingModel(Protocol):
     """How many times memory ran out; each time halves the number of chats that are computed at once."""
 
     @property
-    def adapters(self) -> Mapping[str, lora.Adapter | NewTokenRows]:
-        """Adapters by the full names of their layers, in the model's order; then those of experts, and token rows."""
+    def adapters(self) -> Mapping[str, lora.Trained]:
+        """Adapters by the full names of their layers, in the model's order; then experts', token rows, and modules
+        that are trained whole."""
 
     @property
     def flat(self) -> lora.FlatAdapters:
@@ -57,6 +58,14 @@ class TrainingModel(Protocol):
     @property
     def language_model(self) -> str:
         """The name of the module that is trained, in a composite model; "" where it is the whole model."""
+
+    @property
+    def saved_names(self) -> Sequence[str]:
+        """The names by which PEFT finds the modules that are trained whole."""
+
+    @property
+    def tied_ends(self) -> tuple[str, str] | None:
+        """The full names of embedding and head if both are trained whole, as one."""
 
     @property
     def reason_slow(self) -> str:
@@ -103,6 +112,8 @@ def open_model(job: TrainJob, device: str, longest: int) -> TrainingModel:
     if job.sharded:
         return TransformersModel(job, device)
     reason = supported_models.reason_unsupported(Path(job.base_model), longest)
+    if job.modules_to_save:
+        reason = "modules are trained whole (--modules-to-save)"
     return TransformersModel(job, device, reason) if reason else PackedModel(job, device)
 
 
@@ -117,6 +128,8 @@ class PackedModel:
 
     reason_slow = ""
     language_model = ""
+    saved_names: Sequence[str] = ()
+    tied_ends: tuple[str, str] | None = None
 
     def __init__(self, job: TrainJob, device: str = "cpu", operations: Operations | None = None) -> None:
         torch.manual_seed(job.seed)
@@ -269,10 +282,13 @@ class TransformersModel:
         self.language_model = language_module(self.model)[0]
         torch.manual_seed(job.seed)
         settings = LoraSettings.of(job)
-        self.adapters: dict[str, lora.Adapter | NewTokenRows] = {
+        self.adapters: dict[str, lora.Trained] = {
             **lora.add_adapters(self.model, settings, job.target_modules),
             **expert_lora.add_expert_adapters(self.model, settings, job.target_parameters),
+            **saved_modules.train_whole(self.model, job.modules_to_save),
         }
+        self.saved_names = saved_modules.peft_names(self.model, self.adapters)
+        self.tied_ends = saved_modules.tied_ends(self.model) if job.modules_to_save else None
         if is_sharded:
             trained: list[nn.Parameter] = [
                 getattr(adapter, part) for adapter in self.adapters.values() for part in lora.parts_of(adapter)

@@ -10,15 +10,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .lora import A, Adapter, FlatAdapters, parts_of
-from .token_rows import ROWS, NewTokenRows
+from .lora import A, FlatAdapters, Trained, parts_of
+from .saved_modules import BIAS, WEIGHT
+from .token_rows import ROWS
+
+_RATE_OF_A = (A, ROWS, WEIGHT, BIAS)
 
 
 class AdapterOptimizer:
     """The optimizer, and its state as a checkpoint stores it.
 
     Magnitudes (DoRA) have the rate of B, as with PEFT's LoRA+. With one rate for all, AdamW is one operation on the
-    flat tensor; with two, one on each matrix, which is a view of it. A checkpoint has the same tensors either way.
+    flat tensor; with several, one on each matrix, which is a view of it. A checkpoint has the same tensors either way.
 
     Args:
         adapters: all of them.
@@ -30,7 +33,7 @@ class AdapterOptimizer:
 
     def __init__(
         self,
-        adapters: Mapping[str, Adapter | NewTokenRows],
+        adapters: Mapping[str, Trained],
         flat: FlatAdapters,
         weight_decay: float,
         ratio: float,
@@ -39,18 +42,25 @@ class AdapterOptimizer:
         self._flat = flat
         self._parameters: dict[str, nn.Parameter] = {"": flat.parameter}
         groups: list[dict[str, object]] = [{"params": [flat.parameter], "ratio": 1.0}]
-        if ratio != 1:
-            named = {
-                (name, part): getattr(adapter, part) for name, adapter in adapters.items() for part in parts_of(adapter)
-            }
+        named = {
+            (name, part): getattr(adapter, part) for name, adapter in adapters.items() for part in parts_of(adapter)
+        }
+        # Norms and biases that are trained whole do not shrink.
+        fixed = [tensor for (_, part), tensor in named.items() if part in (WEIGHT, BIAS) and tensor.ndim == 1]
+        if ratio != 1 or fixed:
             self._parameters = {f"{name}.{part}": tensor for (name, part), tensor in named.items()}
+            rest = [(part in _RATE_OF_A, tensor) for (_, part), tensor in named.items()]
+            kept = {id(tensor) for tensor in fixed}
             groups = [
                 {
-                    "params": [tensor for (_, part), tensor in named.items() if (part in (A, ROWS)) is is_first],
+                    "params": [
+                        each for has_rate_of_a, each in rest if has_rate_of_a is is_first and id(each) not in kept
+                    ],
                     "ratio": factor,
                 }
                 for is_first, factor in ((True, 1.0), (False, ratio))
             ]
+            groups += [{"params": fixed, "ratio": 1.0, "weight_decay": 0.0}] if fixed else []
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
 
     def zero_grad(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kolotune.weights.initial_matrices import Initial, starting_matrices
 
+from .saved_modules import SavedModule
 from .token_rows import NewTokenRows
 
 _START = "start"  # the attribute of an adapter: A and B as they were
@@ -62,6 +63,10 @@ def as_base(flat: Tensor, adapters: Mapping[str, Any]) -> None:
         if isinstance(adapter, NewTokenRows):
             adapter.trainable_tokens_delta.copy_(adapter.start)
             continue
+        if isinstance(adapter, SavedModule):
+            for name, value in adapter.start.items():
+                adapter.get_parameter(name).copy_(value)
+            continue
         for part, value in zip((adapter.lora_A, adapter.lora_B), getattr(adapter, _START, ()), strict=False):
             part.copy_(value)
 
@@ -83,4 +88,4 @@ def added_to_base(tensors: Mapping[str, Tensor], adapters: Mapping[str, Any]) ->
 
 
 def _matrices(adapters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: each for name, each in adapters.items() if not isinstance(each, NewTokenRows)}
+    return {name: each for name, each in adapters.items() if not isinstance(each, (NewTokenRows, SavedModule))}

@@ -146,6 +146,8 @@ def _save(trainer: Trainer) -> None:
         language_model=trainer.model.language_model,
         parameters=expert_lora.target_parameters(trainer.adapters),
         new_tokens=job.new_tokens,
+        modules_to_save=trainer.model.saved_names,
+        tied_ends=trainer.model.tied_ends,
     )
 
 

@@ -44,6 +44,8 @@ class TorchtuneEngine:
             )
         if config.new_token or config.new_special_token:
             raise ConfigError("new-token: torchtune's recipes train adapters only", "Train with --engine native.")
+        if config.modules_to_save:
+            raise ConfigError("modules-to-save: torchtune's recipes train adapters only", "Train with --engine native.")
         if config.start_from is not None:
             raise ConfigError("start-from: torchtune trains new adapters here", "Train with --engine native.")
         if config.load_in_4bit and has_blocks(base):

@@ -68,6 +68,8 @@ def _conflicts(config: Config, values: Mapping[str, object]) -> Iterator[str]:
         yield "init-lora-weights: the adapter of start-from has its weights already; leave one of them out"
     if (config.new_token or config.new_special_token) and config.start_from is not None:
         yield "new-token: the adapter of start-from was trained without these tokens; leave one of them out"
+    if config.modules_to_save and config.start_from is not None:
+        yield "modules-to-save: the adapter of start-from has no such modules; leave one of them out"
     if config.use_dora and config.lora_dropout:
         yield (
             "use-dora and lora-dropout exclude each other: each layer would need a second product with the base's "

@@ -300,6 +300,15 @@ class Config:
         stages="train",
         is_default_recorded=False,
     )
+    modules_to_save: tuple[str, ...] = option(
+        (),
+        "Names of modules to train whole and save with the adapter, such as embed_tokens,norm; transformers then "
+        "computes the training, which takes longer.",
+        Group.TRAINING,
+        kind=Kind.NAMES,
+        stages="train",
+        is_default_recorded=False,
+    )
     beta: Annotated[float, Gt(0)] | None = option(
         None,
         "How strongly preferences count beside the model as it was (orpo: beside the answers' own loss); default: "

@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA, DoRA": {"init_lora_weights": "pissa", "use_dora": True},
     "ranks and alphas by pattern": {"rank_pattern": ["q_proj=2", "mlp.*=6"], "alpha_pattern": ["(v|k)_proj=3"]},
     "new tokens": {"new_tokens": [40, 41, 42]},
+    "modules trained whole": {"modules_to_save": ["norm", "input_layernorm", "lm_head"], "weight_decay": 0.0},
 }
 ROWS = {
     cells[0]: [float(cell) for cell in cells[1:]]
