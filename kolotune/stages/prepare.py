@@ -221,7 +221,7 @@ def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
 
 
 def _report_unread(key: str, count: int, reporter: Reporter, *, has_preferences: bool) -> None:
-    from kolotune.chats.reading.record_keys import LABELS, METADATA, PREFERRED, canonical
+    from kolotune.chats.reading.record_keys import LABELS, METADATA, PREFERRED, REJECTED_BESIDE, canonical
     from kolotune.chats.reading.shapes import TURN_PREFIX
 
     name = key.removeprefix(TURN_PREFIX)
@@ -229,7 +229,7 @@ def _report_unread(key: str, count: int, reporter: Reporter, *, has_preferences:
     sentence = f"{name!r} is filled in {records} and not read"
     if canonical(name) in METADATA:
         reporter.note(f"{sentence}; it seems to describe the record")
-    elif canonical(name) in (*PREFERRED, *PREFERRED.values(), *LABELS) and not has_preferences:
+    elif canonical(name) in (*PREFERRED, *PREFERRED.values(), *REJECTED_BESIDE, *LABELS) and not has_preferences:
         reporter.warning(f"{sentence}; --objective dpo or kto learns from it, --ignore-keys {name} confirms that")
     elif name != key:
         reporter.warning(f"{sentence}; --ignore-keys {name} confirms that")

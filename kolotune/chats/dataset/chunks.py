@@ -80,7 +80,7 @@ class ChunkResult:
         renamed_calls: The number of chats whose calls got other ids, since the template refuses theirs.
         split, exchanges: The number of chats of which each exchange became a chat, and the number of these.
         refused: Problems of chats, by the number of the chat's row in the chunk.
-        lowest: The lowest hash, and the number of its chat's row in the chunk; None without chats.
+        lowest: The lowest hash, and which rows in the chunk are its chat's; None without chats.
         traits: Those of all used chats.
         thinking: The answers of all used chats, by whether they have a thought; only if the template has a switch.
     """
@@ -104,7 +104,7 @@ class ChunkResult:
     split: int = 0
     exchanges: int = 0
     refused: dict[int, Problem] = field(default_factory=dict)
-    lowest: tuple[bytes, int] | None = None
+    lowest: tuple[bytes, range] | None = None
     traits: set[ChatTrait] = field(default_factory=set)
     thinking: Counter[bool] = field(default_factory=Counter)
 
@@ -183,14 +183,15 @@ class ChunkEncoder:
         encodings = encode_preferences(self.encoder, chats)
         for number, (chat, digest, encoding) in enumerate(zip(chats, digests, encodings, strict=True)):
             held_out = is_held_out(digest, chunk.share)
-            if digest == lowest and result.lowest is None:
-                result.lowest = digest, len(result.rows)
+            first = len(result.rows)
             may_be_held_out = held_out or (chunk.share > 0 and digest == lowest)
             for part, (exchange, encoded) in enumerate(self._exchanges(result, chat, encoding)):
                 own = hashlib.sha256(digest + bytes([part % 256, part // 256])).digest() if part else digest
                 at = len(result.rows)
                 entry = _ChatEntry(exchange, at, own, unread[number], held_out, may_be_held_out, number < compared)
                 self._add(result, entry, encoded)
+            if digest == lowest and result.lowest is None:
+                result.lowest = digest, range(first, len(result.rows))
         return result
 
     def _exchanges(self, result: ChunkResult, chat: Chat, encoding: Encoding) -> list[tuple[Chat, Encoding]]:

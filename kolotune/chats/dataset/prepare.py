@@ -110,7 +110,7 @@ class _Collector:
     def __init__(self, prepared: Prepared, paths: Sequence[Path], training: int, store: RowStore) -> None:
         self.prepared, self.paths, self.store = prepared, paths, store
         self._training = training  # the first paths; the others have chats to hold out
-        self.lowest: tuple[bytes, int] = b"\xff" * 33, -1
+        self.lowest: tuple[bytes, range] = b"\xff" * 33, range(0)
         self.refused: list[tuple[int, Problem]] = []
         self._formats = [""] * len(paths)
         self._shapes: list[Counter[str]] = [Counter() for _ in paths]
@@ -158,7 +158,8 @@ class _Collector:
         if result.source < self._training:
             self.to_train += sum(row.state == USED and not row.flags & HELD_OUT for row in result.rows)
         if result.lowest and result.source < len(self.paths) and result.lowest[0] < self.lowest[0]:
-            self.lowest = result.lowest[0], self._chats + result.lowest[1]
+            rows = result.lowest[1]
+            self.lowest = result.lowest[0], range(self._chats + rows.start, self._chats + rows.stop)
         self._chats += len(result.rows)
         self.prepared.traits |= result.traits
         self.prepared.thinking += result.thinking
@@ -185,12 +186,12 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     held_out = from_eval
     if not config.eval_data and len(rows):
         held_out = (rows["flags"] & HELD_OUT) > 0
-        lowest = int(np.count_nonzero(~copied[: collector.lowest[1]]))
+        exchanges = collector.lowest[1]
+        lowest = int(np.count_nonzero(~copied[: exchanges.start]))
         chosen = is_own & ~copied
         held_out[chosen] = final_split(held_out[chosen], lowest, config.eval_split)
-        if held_out[collector.lowest[1]]:  # with its other exchanges
-            of_lowest = rows[["source", "line"]] == rows[["source", "line"]][collector.lowest[1]]
-            held_out |= of_lowest
+        if held_out[exchanges.start]:  # with its other exchanges
+            held_out[exchanges.start : exchanges.stop] = True
     kept = ~copied & ~in_both
     used = kept & (rows["state"] == USED)
 

@@ -260,6 +260,11 @@ def nothing_to_train_on(prepared: Prepared) -> DataError:
             "Change these, or give --ignore-keys.",
         ),
         (prepared.undecided.count, "have the same answer twice", "A pair is a better and a worse answer."),
+        (
+            0 if prepared.train.chats else prepared.held_out.chats,
+            "are held out",
+            f"Add {prepared.noun}s, or hold out fewer with --eval-split.",
+        ),
         (bad, "are bad", what_helps(prepared.problems) or f"Fix the {prepared.noun}s."),
     ]
     count, reason, hint = max(reasons, key=lambda each: each[0])

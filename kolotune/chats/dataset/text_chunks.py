@@ -58,7 +58,7 @@ class TextChunkEncoder:
         lowest = min(digests, default=b"")
         for number, (read, digest, ids) in enumerate(zip(documents, digests, encoded, strict=True)):
             if digest == lowest and result.lowest is None:
-                result.lowest = digest, len(result.rows)
+                result.lowest = digest, range(len(result.rows), len(result.rows) + 1)
             is_compared = number < chunk.compared
             self._add(result, chunk, read, digest, ids, is_lowest=digest == lowest, is_compared=is_compared)
         return result

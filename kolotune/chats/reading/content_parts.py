@@ -44,6 +44,8 @@ def read_content(raw: object, role: str) -> Content | None:
         return None
     if isinstance(raw, dict) and isinstance(raw.get("parts"), list):
         raw = raw["parts"]
+    elif isinstance(raw, dict) and role != "tool" and isinstance(raw.get("text"), str):
+        raw = [raw]
     if isinstance(raw, list):
         content = Content()
         for part in raw:
@@ -78,6 +80,7 @@ def as_json(value: object) -> str:
 def _add(content: Content, part: object) -> None:
     if not isinstance(part, dict):
         fail(FaultKind.UNSUPPORTED_CONTENT, f"a content part is {kind_of(part)}; it must be an object")
+    part = {key: value for key, value in part.items() if value is not None}  # Parquet's structs have every key
     kind = part.get("type")
     text = part.get("text")
     if (kind in _TEXT_TYPES or (kind is None and len(part) == 1)) and isinstance(text, str):

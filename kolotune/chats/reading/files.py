@@ -22,6 +22,7 @@ from .documents import read_text_file
 from .faults import Problem
 from .json_files import read_json
 from .jsonl_files import is_array, read_jsonl
+from .misnamed_files import require_as_named
 from .objective_records import read_objective_record
 from .packed_files import unpacked
 from .parquet_files import read_parquet
@@ -190,6 +191,7 @@ def _shown(path: Path) -> str:
 
 def _open(path: Path, options: ReadingOptions, given: Path) -> tuple[str, Records]:
     suffix = path.suffix.lower()
+    require_as_named(path, given)
     if options.learns_from is LearnsFrom.TEXT and suffix in TEXT_SUFFIXES:
         return "Text", read_text_file(path)
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and is_array(path)):

@@ -14,11 +14,12 @@ from kolotune.foundation.objectives import LearnsFrom
 
 from ..chat import Message
 from .faults import Fault, FaultKind, RecordError, fail
-from .json_values import json_or_value, kind_of
+from .json_values import is_filled, json_or_value, kind_of
+from .judged_answers import judged_answers, judged_columns
 from .printable import printable, quoted
 from .reading_options import ReadingOptions
 from .record_fields import RecordFields
-from .record_keys import LABELS, PREFERRED, PROMPTS, TURN_LISTS, RecordPart, canonical
+from .record_keys import LABELS, PREFERRED, PROMPTS, REJECTED_BESIDE, TURN_LISTS, RecordPart, canonical
 from .shapes import TURN_PREFIX, RecordShape, ShapedRecord, columns_fault, read_record, read_shaped
 from .transcripts import turns_of_text
 from .turns_as_text import first_role, turns_as_text
@@ -42,7 +43,10 @@ def read_preference(record: object, options: ReadingOptions) -> ShapedRecord:
     if not isinstance(record, dict):
         fault = Fault(FaultKind.NOT_AN_OBJECT, f"the record is {kind_of(record)}, not an object")
         return ShapedRecord("", faults=(fault,))
-    record = _with_flat_input(record)
+    try:
+        record = judged_answers(record) or _with_turns_before(_with_flat_input(record))
+    except RecordError as error:
+        return ShapedRecord("", faults=(error.fault,))
     fields = RecordFields(record, options)
     pair = _pair_of(fields) or _pair_of(fields, set(fields.values))
     if pair is not None and _is_labelled_row(fields, pair, options):
@@ -62,6 +66,8 @@ def preference_columns_fault(columns: Sequence[str], options: ReadingOptions) ->
     """Return the fault of a table's columns in which no record can be a preference."""
     fields = RecordFields(dict.fromkeys(columns), options)
     rated = options.learns_from is LearnsFrom.RATED and _label_key(fields, set(fields.values))
+    if judged_columns(columns):
+        return None
     if _pair_of(fields, set(fields.values)) is None and not rated:
         fault = _no_preference(columns, bool(_label_key(fields, set(fields.values))), options)
         return dataclasses.replace(fault, detail=f"{fault.detail}; no record was read")
@@ -78,6 +84,19 @@ def _with_flat_input(record: dict[str, object]) -> dict[str, object]:
     return record
 
 
+def _with_turns_before(record: dict[str, object]) -> dict[str, object]:
+    """Return a record with a rejected answer beside a whole chat (ms-swift) with what is before the last turn apart."""
+    names = {canonical(name): name for name in record}
+    rejected = record.get(names.get("rejected_response", ""))
+    name = next((names[key] for key in TURN_LISTS if key in names and is_filled(record[names[key]])), "")
+    if not is_filled(rejected) or not name or not {"prompt", "chosen_response"}.isdisjoint(names):
+        return record
+    turns = record[name] if isinstance(record[name], list) else turns_as_text(record[name])
+    if not isinstance(turns, list) or len(turns) < 2:
+        return record
+    return {**record, "prompt": turns[:-1], name: turns[-1:]}
+
+
 def _pair_of(fields: RecordFields, keys: set[str] | None = None) -> _PairKeys | None:
     """Return the keys of a record's pair, of those that are filled; None if there is none."""
     keys = fields.filled if keys is None else keys
@@ -90,7 +109,9 @@ def _pair_of(fields: RecordFields, keys: set[str] | None = None) -> _PairKeys | 
     for key, other in PREFERRED.items():
         if key in keys and other in keys:
             return _PairKeys(key, other)
-    return None
+    rejected_key = next((key for key in REJECTED_BESIDE if key in keys), "")
+    beside = next((key for key in (*TURN_LISTS, "response", "output", "answer") if key in keys), "")
+    return _PairKeys(beside, rejected_key) if rejected_key and beside else None
 
 
 def _is_labelled_row(fields: RecordFields, pair: _PairKeys, options: ReadingOptions) -> bool:

@@ -22,6 +22,9 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
         RecordError: A value is not what its key should have.
     """
     question, answer = fields.read(question_key), fields.read(answer_key)
+    if (records := _columns(question, answer)) > 1:
+        cause = f"{question_key} and {answer_key} have {records:,} texts each, as columns of a table"
+        fail(FaultKind.BAD_CONTENT, f"{cause}; write one record for each (pandas: to_json(orient='records'))")
     turns = turns_as_text(question)
     if turns and first_role(turns) in ("system", "user"):
         question = turns
@@ -52,6 +55,15 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
     return turns
 
 
+def _columns(question: object, answer: object) -> int:
+    """Return the number of records where questions and answers are columns: lists, or texts by the number of a row."""
+    if isinstance(question, dict) and isinstance(answer, dict) and question.keys() == answer.keys():
+        question, answer = list(question.values()), list(answer.values())
+    if not isinstance(question, list) or not isinstance(answer, list) or len(question) != len(answer):
+        return 0
+    return len(question) if all([isinstance(text, str) for text in (*question, *answer)]) else 0
+
+
 def _joined_thoughts(values: list[object]) -> object:
     """Return different thoughts as one text; or the first value that is no text, which is reported where it is read."""
     texts = [value for value in values if isinstance(value, str) and value]
@@ -75,6 +87,8 @@ def _answers(key: str, answer: object) -> list[object]:
         if len(set(answer)) > 1:
             fail(FaultKind.BAD_CONTENT, f"{key} has {len(answer)} different texts; keep the one to train on")
         return list(plain_turns([("assistant", answer[0])]))
+    if answer and first_role(answer) is None and all([isinstance(item, dict) and "text" in item for item in answer]):
+        fail(FaultKind.BAD_CONTENT, f"{key} is a list of objects; keep the text of one of them")
     return answer
 
 

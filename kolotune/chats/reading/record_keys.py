@@ -30,6 +30,7 @@ class RecordPart(StrEnum):
 
 TURN_LISTS = (
     "messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "contents", "items", "data",
+    "chat_messages",
 )  # fmt: skip
 """Keys of a list of turns, or of a text with turns; the first that is filled is read."""
 
@@ -54,7 +55,7 @@ PAIRS = {
 COMPANIONS = {
     RecordPart.SYSTEM: (
         "system", "system_prompt", "system_message", "system_instruction", "systeminstruction", "systemprompt",
-        "sys_prompt",
+        "sys_prompt", "meta_instruction",
     ),
     RecordPart.CONTEXT: ("input", "context"),
     RecordPart.REASONING: (
@@ -76,9 +77,12 @@ PREFERRED = {
 
 PROMPTS = (
     "prompt", "instruction", "question", "query", "problem", "input", "user", "messages", "conversations",
-    "conversation",
+    "conversation", "trajectory",
 )  # fmt: skip
 """Keys of the prompt beside two answers, as a text or as turns; the first that is filled is read."""
+
+REJECTED_BESIDE = ("rejected_response", "rejected_messages")
+"""Keys of a rejected answer, or chat, beside a chat with the preferred one."""
 
 LABELS = ("label", "kto_tag", "desirable")
 """Keys that say whether an answer is good."""
@@ -130,6 +134,6 @@ def canonical(key: str) -> str:
 READ_KEYS = frozenset({
     *TURN_LISTS, *PAIRS, *(answer for answers in PAIRS.values() for answer in answers),
     *(key for keys in COMPANIONS.values() for key in keys), *LOSS_KEYS, *MEDIA, *PREFERRED,
-    *PREFERRED.values(), *LABELS,
+    *PREFERRED.values(), *REJECTED_BESIDE, *LABELS,
 })  # fmt: skip
 """Keys of a record that may be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from .faults import Fault, FaultKind, RecordError, fail
 from .json_values import is_filled, json_or_value, kind_of
 from .loss_flags import AnswerWeights, RecordFlags, record_flags
 from .messages import Turns, plain_messages, read_turns
+from .numbered_turns import are_numbered, numbered_turns
 from .printable import quoted
 from .questions import question_and_answer
 from .reading_options import DEFAULT, ReadingOptions
@@ -42,6 +43,11 @@ _NO_CHATS = (
         frozenset({"preferred_output", "non_preferred_output"}),
         "preferences: --objective dpo trains on such pairs",
     ),
+    *(
+        (frozenset(keys), "two answers to one prompt: --objective dpo trains on such pairs")
+        for keys in (("response_0", "response_1"), ("response_a", "response_b"), ("human_ref_a", "human_ref_b"))
+    ),
+    (frozenset({"mapping"}), "a tree of turns, as ChatGPT exports them: make chats of its branches first"),
     (frozenset({"message_id", "parent_id"}), "one turn of a tree: make chats of its branches first"),
     (
         frozenset({_TEXT}),
@@ -88,16 +94,37 @@ def read_record(record: object, options: ReadingOptions = DEFAULT) -> ShapedReco
     if isinstance(record, list) and record and isinstance(record[0], dict):
         record = {"messages": record}
     if not isinstance(record, dict):
-        fault = Fault(FaultKind.NOT_AN_OBJECT, f"the record is {kind_of(record)}, not an object")
-        return ShapedRecord("", faults=(fault,))
+        cause = f"the record is {kind_of(record)}, not an object"
+        if isinstance(record, list) and record and isinstance(record[0], list):
+            cause = "the record is a list of lists; write one chat a record, without a list around several"
+        return ShapedRecord("", faults=(Fault(FaultKind.NOT_AN_OBJECT, cause),))
     fields = RecordFields(record, options)
     shape = _recognise(fields)
+    if shape is None and (unwrapped := _unwrapped(record, options)) is not None:
+        return read_record(unwrapped, options)
     if shape is None:
         return ShapedRecord("", faults=(unknown_shape(list(record)),))
     try:
         return read_shaped(fields, shape, options)
     except RecordError as error:
         return ShapedRecord(shape.name, faults=(error.fault,))
+
+
+def _unwrapped(record: Mapping[str, object], options: ReadingOptions) -> dict[str, object] | None:
+    """Return a record whose chat is in an object under one of its keys, with the keys of that object beside its own."""
+    names = {canonical(name) for name in record}
+    if any([known <= names for known, _ in _NO_CHATS]):
+        return None
+    inner = [
+        (name, value)
+        for name, value in record.items()
+        if isinstance(value, dict) and _recognise(RecordFields(value, options)) is not None
+    ]
+    if len(inner) != 1:
+        return None
+    ((name, value),) = inner
+    rest = {key: each for key, each in record.items() if key != name}
+    return None if {*map(canonical, rest)} & {*map(canonical, value)} else {**value, **rest}
 
 
 def _plain_record(record: dict[str, object], options: ReadingOptions) -> ShapedRecord | None:
@@ -185,6 +212,8 @@ def _shape_of(fields: RecordFields, keys: set[str]) -> RecordShape | None:
 
 def _may_be_turns(value: object) -> bool:
     """Whether the value of a key that is also used for other things is a list of turns, or a text with turns."""
+    if are_numbered(value):
+        return True
     if isinstance(value, str):
         return value.lstrip().startswith("[{") or turns_of_text(value) is not None
     return value is None or (isinstance(value, list) and all([isinstance(turn, dict | str | list) for turn in value]))
@@ -241,6 +270,8 @@ def _names(unread: list[tuple[str, object]]) -> tuple[str, ...]:
 
 def _turn_list(key: str, value: object) -> object:
     """Return the turns in a list, which may be JSON text, or in a text with marks."""
+    if isinstance(value, Mapping) and are_numbered(value):
+        return numbered_turns(value)
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")) and (turns := turns_of_text(value)):
         return turns
     if (written := turns_as_text(value)) is not None:

@@ -30,6 +30,8 @@ _CALL_MARKS = (
     "<|python_tag|>",
     "```tool_code",
 )
+# ToolBench, and agents in the manner of ReAct.
+_ACTION = re.compile(r"^[ \t]*Action:.*\s+^[ \t]*Action Input:", re.MULTILINE)
 # Glaive quotes the arguments, which are JSON themselves, with single quotes.
 _QUOTED_ARGUMENTS = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\})', re.DOTALL)
 
@@ -136,7 +138,7 @@ def separate_calls(text: str) -> tuple[str, tuple[JsonObject, ...]] | None:
 
 def writes_call(text: str) -> bool:
     """Whether a text contains a tool call, as text."""
-    return any(mark in text for mark in _CALL_MARKS)
+    return any(mark in text for mark in _CALL_MARKS) or ("Action" in text and _ACTION.search(text) is not None)
 
 
 def _loose_json(text: str) -> object:

@@ -153,6 +153,13 @@ KINDS = {
     "a router under another name": Kind(
         "granitemoe", {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]}, EXPERTS, is_slow=False
     ),
+    "a router of OLMoE": Kind("olmoe", {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}, EXPERTS),
+    "a router of Qwen 2": Kind(
+        "qwen2_moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}, EXPERTS
+    ),
+    "routers of DeepSeek V3": Kind(
+        "deepseek_v3", {"target_modules": ["q_b_proj"], "target_parameters": ["gate.weight"]}, EXPERTS | DEEPSEEK
+    ),
     "layers stored in one weight": Kind(
         "hrm_text", {"target_modules": "all-linear", "rank_pattern": {"k_proj": 2}}, RECURRENT, is_slow=False
     ),

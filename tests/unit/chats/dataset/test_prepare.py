@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from kolotune.base_models import packaged_model
 from kolotune.chats.dataset.prepare import prepare_chats
-from kolotune.chats.dataset.prepared import AffectedChats, Prepared, require_good
+from kolotune.chats.dataset.prepared import AffectedChats, Prepared, SplitCounts, nothing_to_train_on, require_good
 from kolotune.chats.dataset.row_store import first_encoded
 from kolotune.chats.reading.files import read_chats
 from kolotune.chats.tokens.encoder import Encoder
@@ -517,3 +517,22 @@ def test_letters_apart_from_their_accents_are_counted_and_trained_as_written(bas
     assert [question in text and answer in text for (question, answer), text in zip(pairs, texts, strict=True)]
     plain = prepare_chats(configs.resolve((values, "test", tmp_path)), base, new_folder(tmp_path))
     assert plain.replaced is None and not plain.as_served.count
+
+
+def test_records_on_one_line_are_chats_of_their_own(base: Path, tmp_path: Path) -> None:
+    """A JSON array without line breaks, as json.dump writes it: all of its records have one line."""
+    lines = write(tmp_path / "c.jsonl", [chat(number) for number in range(40)]).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "c.json").write_text(f"[{', '.join(lines)}]", encoding="utf-8")
+    counts = []
+    for name in ("c.jsonl", "c.json"):
+        config = configs.resolve(({"train_data": [tmp_path / name], "eval_split": 0.1}, "test", tmp_path))
+        prepared = prepare_chats(config, base, new_folder(tmp_path))
+        counts.append((prepared.train, prepared.held_out))
+    assert counts[0] == counts[1] and counts[0][1].chats < 10
+
+
+def test_chats_that_are_all_held_out_are_called_that(prepare: Preparer) -> None:
+    prepared = prepare([chat(number) for number in range(20)])
+    prepared.train, prepared.held_out = SplitCounts(), SplitCounts(chats=20)
+    error = nothing_to_train_on(prepared)
+    assert "20 are held out" in error.cause and "--eval-split" in error.hint

@@ -87,7 +87,7 @@ BAD_LINES: list[tuple[bytes, str]] = [
     (messages(U, turn("assistant", None)), "missing-content"),
     (messages(U, turn("assistant", None, tool_calls=[])), "missing-content"),
     (messages(turn("user", 42), A), "bad-content"),
-    (messages(turn("user", {"text": "x"}), A), "bad-content"),
+    (messages(turn("user", {"image": "x"}), A), "bad-content"),
     (messages(turn("user", [{"type": "image_url", "image_url": {}}]), A), "unsupported-content"),
     (messages(turn("user", ["x"]), A), "unsupported-content"),
     (messages(turn("user", [{"type": "text"}]), A), "unsupported-content"),

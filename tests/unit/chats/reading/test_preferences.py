@@ -11,6 +11,7 @@ from support.documented_chats import rows, shown, turns_shown
 
 from kolotune.chats.reading.faults import FaultKind
 from kolotune.chats.reading.files import ReadChat, opened, read_chat, read_chats
+from kolotune.chats.reading.preferences import read_preference
 from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.reading.record_keys import RecordPart
 from kolotune.chats.reading.records import parsed_record
@@ -255,3 +256,14 @@ def test_both_answers_and_the_label_are_in_the_hash() -> None:
         assert chat is not None
         hashes.add(chat.content_hash())
     assert len(hashes) == 5
+
+
+@pytest.mark.parametrize(("winner", "chosen"), [("model_a", "a"), ("model_b", "b"), ("tie (bothbad)", None), ("", "")])
+def test_a_verdict_says_which_answer_is_preferred(winner: str, chosen: str | None) -> None:
+    read = read_preference({"prompt": "q", "response_a": "a", "response_b": "b", "winner": winner}, PAIRS)
+    if chosen == "":
+        assert [fault.kind for fault in read.faults] == [FaultKind.NO_PREFERENCE] and "model_a" in read.faults[0].detail
+    elif chosen is None:
+        assert read.messages == read.rejected, "counted as a pair that decides nothing"
+    else:
+        assert (read.messages[-1].content, read.rejected[-1].content) == (chosen, {"a": "b", "b": "a"}[chosen])

@@ -10,10 +10,12 @@ import pytest
 from support.documented_chats import rows, shown
 
 from kolotune.chats.chat import trained_answers
+from kolotune.chats.reading.faults import FaultKind
 from kolotune.chats.reading.files import ReadChat, read_chat
 from kolotune.chats.reading.reading_options import ReadingOptions
 from kolotune.chats.reading.record_keys import RecordPart
 from kolotune.chats.reading.records import parsed_record
+from kolotune.chats.reading.shapes import read_record
 
 OPTIONS = ReadingOptions()
 TRAIN_ON = ("`all`", "`last`", "`flagged`")
@@ -360,3 +362,60 @@ def test_roles_in_any_case(user: str, assistant: str) -> None:
 def test_results_of_tools(role: str) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     assert shown(read({"messages": [Q, call, {"role": role, "content": "r"}, A]}).chat) == "U q · A f{} · T r · A a"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"question": ["q", "r"], "answer": ["a", "b"]}, "2 texts each, as columns"),
+        ({"Prompt": {"0": "q", "1": "r"}, "Completion": {"0": "a", "1": "b"}}, "2 texts each, as columns"),
+        (
+            {"question": "q", "answers": [{"text": "a", "votes": 1}, {"text": "b", "votes": 2}]},
+            "keep the text of one of them",
+        ),
+        ({"question": "q", "answer": ["a", "b"]}, "keep the one to train on"),
+        ({"title": "t", "mapping": {}}, "ChatGPT"),
+        ([[{"role": "user", "content": "q"}], [{"role": "user", "content": "q"}]], "list of lists"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b"}, "--objective dpo"),
+    ],
+)
+def test_records_that_are_no_chat_are_called_what_they_are(record: Any, words: str) -> None:
+    (fault,) = read_record(record).faults
+    assert words in fault.detail
+
+
+def test_exports_of_claude() -> None:
+    said = [{"uuid": "1", "sender": "human", "text": "q"}, {"uuid": "2", "sender": "assistant", "text": "a"}]
+    shaped = read_record({"uuid": "x", "name": "n", "chat_messages": said})
+    assert [(message.role, message.content) for message in shaped.messages] == [("user", "q"), ("assistant", "a")]
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"data": {"messages": TURNS}},
+        {"row_idx": 3, "row": {"messages": TURNS}, "truncated_cells": []},
+        {"conversation": {"messages": TURNS, "language": "en"}, "score": 0.5},
+        {"body": {"question": "q", "answer": "a"}},
+        {"messages": [{"role": each["role"], "content": {"text": each["content"], "image": None}} for each in TURNS]},
+    ],
+)
+def test_a_chat_in_an_object_of_its_own(record: dict[str, Any]) -> None:
+    shaped = read_record(record)
+    assert not shaped.faults
+    assert [(message.role, message.content) for message in shaped.messages] == [("user", "q"), ("assistant", "a")]
+    assert {"score"} & set(record) <= set(shaped.unread), "what is beside it is named"
+
+
+def test_two_objects_with_chats_are_refused() -> None:
+    (fault,) = read_record({"a": {"messages": TURNS}, "b": {"messages": TURNS}}).faults
+    assert fault.kind is FaultKind.UNKNOWN_SHAPE
+
+
+def test_a_content_with_an_image_is_refused() -> None:
+    first = {"role": "user", "content": {"text": "q", "image": "x.png"}}
+    (fault,) = read_record({"messages": [first, TURNS[1]]}).faults
+    assert fault.kind is FaultKind.UNSUPPORTED_CONTENT
