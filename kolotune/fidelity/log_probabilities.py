@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kolotune.foundation.free_memory import release_mapped
+
 from .tasks import ComparedChat
 
 if TYPE_CHECKING:
@@ -26,10 +28,17 @@ def write(path: Path, chats: Sequence[ComparedChat], by_chat: Iterable[tuple[int
     for number, array in by_chat:
         if written is None:
             written = np.lib.format.open_memmap(path, "w+", np.float32, (ends[-1], array.shape[1]))
-        written[ends[number] - len(array) : ends[number]] = array
+        part = written[ends[number] - len(array) : ends[number]]
+        part[:] = array
+        release(part)
         count += len(array)
     assert written is not None and count == ends[-1]
     return written
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of an array's memory until it is read again from its file."""
+    release_mapped(array.ctypes.data, array.nbytes)
 
 
 def load(path: Path) -> np.ndarray:

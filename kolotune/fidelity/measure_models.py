@@ -119,6 +119,7 @@ def _measure_tuned(
         bos=special_tokens(trained.tokenizer).get("bos_token", ""),
         general=general.measure_tuned(model),
     )
+    log_probabilities.release(tuned)
     return reference, tuned
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kolotune.foundation.errors import ArtifactError, SpaceError
 from kolotune.foundation.formatting import format_size
+from kolotune.foundation.free_memory import release_mapped
 from kolotune.weights.adapter import LoraAdapter, read_adapter
 from kolotune.weights.composite_models import language_module, model_class
 from kolotune.weights.lora_delta import Delta
@@ -129,13 +130,15 @@ class WholeModel(_AdaptedModel):
     def __init__(self, folder: Path) -> None:
         try:
             config = _library.AutoConfig.from_pretrained(folder, local_files_only=True)
-            model, loading = model_class(config).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+            model, missing = _filled(folder, config), []
+            if model is None:
+                model, loading = model_class(config).from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
+                missing = sorted(map(str, loading["missing_keys"]))
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
             raise ArtifactError(f"{folder.name}: can't be loaded: {str(error).splitlines()[0]}") from error
         self.model = few_rows.speed_up(model.eval())
-        missing = sorted(map(str, loading["missing_keys"]))
         if missing:
             raise MissingWeightsError(f"{folder.name}: its weights lack {missing[0]}, which its config requires")
         self._folder = folder
@@ -160,7 +163,9 @@ class WholeModel(_AdaptedModel):
         files = TensorFiles(weight_files(folder))
         for name, stored in names.items():
             assert stored is not None
-            parameters[name].copy_(files.read(stored))
+            tensor = files.read(stored)
+            parameters[name].copy_(tensor)
+            release_mapped(tensor.data_ptr(), tensor.nbytes)
         return True
 
     def add(self, folder: Path) -> None:
@@ -261,11 +266,8 @@ class LayeredModel(_AdaptedModel):
     """
 
     def __init__(self, folder: Path) -> None:
-        from accelerate import init_empty_weights
-
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
-            model = model_class(config).from_config(config, dtype=torch.float32)
+        model = _without_weights(config)
         self.model = model.eval()
         self._files = TensorFiles(weight_files(folder))
         self._adapter: LoraAdapter | None = None
@@ -365,6 +367,43 @@ class LayeredModel(_AdaptedModel):
             self._set(self._head, self.model.get_input_embeddings().weight)
         else:
             self._set(self._head, self._weight(self._head, self._stored_name(self._embedding) if tied else None))
+
+
+def _filled(folder: Path, config: Any) -> Any:
+    """Load a model weight by weight, so that its files are not in memory beside it.
+
+    Returns:
+        None where transformers does more than that: the files have other names, other shapes, or other tensors.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    model = _without_weights(config)
+    entries, files = MappedTensors(weight_files(folder)).entries, TensorFiles(weight_files(folder))
+    owners = {
+        f"{path}.{leaf}" if path else leaf: (module, leaf, parameter.shape)
+        for path, module in model.named_modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    is_tied = bool(config.get_text_config().tie_word_embeddings) and f"{head}.weight" not in entries
+    if is_tied:
+        owners.pop(f"{head}.weight", None)
+    if set(owners) != set(entries) or any(shape != entries[name].shape for name, (*_, shape) in owners.items()):
+        return None
+    for name, (module, leaf, _) in owners.items():
+        module._parameters[leaf] = nn.Parameter(files.copy(name, torch.float32), requires_grad=False)
+    if is_tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
+
+
+def _without_weights(config: Any) -> Any:
+    """Return a model of transformers whose weights have shapes only."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return model_class(config).from_config(config, dtype=torch.float32)
 
 
 def open_model(folder: Path) -> WholeModel | LayeredModel:

@@ -1,8 +1,9 @@
-"""Hand memory that was freed back to the system."""
+"""Hand memory that is no longer needed back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 
 
@@ -17,3 +18,17 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
     if trim is not None:
         trim(0)
+
+
+def release_mapped(address: int, size: int) -> None:
+    """Let go of the pages of a part of a mapped file, which were read and are not needed soon (Linux).
+
+    Otherwise they count as this process's memory as long as the file is mapped. Whoever reads them again gets them from
+    the system's cache. Of memory that is no file this would take the content: never call it for that.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolotune.foundation.errors import ArtifactError
+from kolotune.foundation.free_memory import release_mapped
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -41,4 +43,15 @@ class TensorFiles:
         if name not in self._handles:
             raise ArtifactError(f"the model has no tensor {name}", "Download the model again.")
         tensor: Tensor = self._handles[name].get_tensor(name)
+        return tensor
+
+    def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """Return a copy of a tensor, in another dtype or on another device if given; the file takes no memory then.
+
+        Raises:
+            ArtifactError: there is none of that name.
+        """
+        stored = self.read(name)
+        tensor = stored.to(device, dtype or stored.dtype, copy=True)
+        release_mapped(stored.data_ptr(), stored.nbytes)
         return tensor

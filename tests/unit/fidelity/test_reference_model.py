@@ -190,3 +190,34 @@ def test_weights_of_another_model_are_not_read(tiny_model: Callable[..., Any], t
     before = dict(model.log_probabilities(CHATS))
     assert not any(model.read(tmp_path / folder) for folder in ("deeper", "less", "more"))
     assert all((actual == before[number]).all() for number, actual in model.log_probabilities(CHATS))
+
+
+@pytest.mark.parametrize(("kind", "more"), [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gemma2", {})])
+def test_a_model_is_loaded_weight_by_weight_as_transformers_loads_it(
+    kind: str, more: dict[str, Any], tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    tiny_model(kind, tmp_path, **more)
+    filled = reference_model._filled(tmp_path, transformers.AutoConfig.from_pretrained(tmp_path))
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert filled is not None and filled.state_dict().keys() == wanted.state_dict().keys()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(filled.eval()(ids).logits, wanted(ids).logits)
+
+
+def test_a_model_that_its_files_name_otherwise_is_loaded_by_transformers(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.extra.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert reference_model._filled(tmp_path, transformers.AutoConfig.from_pretrained(tmp_path)) is None
+    reference_model.WholeModel(tmp_path)

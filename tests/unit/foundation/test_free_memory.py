@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,30 @@ print(before - resident())
 def test_freed_memory_goes_back() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) > 80_000_000
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+import numpy as np
+from kolotune.foundation.free_memory import release_mapped
+
+def of_files():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+mapped = np.memmap(sys.argv[1], dtype=np.uint8, mode="r")
+first = int(mapped.sum())
+before = of_files()
+release_mapped(mapped.ctypes.data + 100, mapped.nbytes - 100)
+print(before - of_files(), int(mapped.sum()) == first)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the pages")
+def test_pages_of_a_mapped_file_are_let_go_and_can_be_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 40_000)
+    done = subprocess.run([sys.executable, "-c", MAPPED, file], stdout=subprocess.PIPE, text=True, check=True)
+    kilobytes, is_same = done.stdout.split()
+    assert int(kilobytes) > 9_000 and is_same == "True"
