@@ -1,8 +1,9 @@
 """The share of the machine's measured matrix rate that a training step reaches.
 
-    python bench/matrix_rate.py [--rounds N] [--steps N] [--quick] [--json FILE]
+    python bench/matrix_rate.py [--rounds N] [--steps N] [--dtype bf16|fp32] [--quick] [--json FILE]
 
-`operations.py` says what is counted and how the rate is measured. Steps and probes take turns in one process.
+The dtype is the one that a training has on this processor. `operations.py` says what is counted and how the rate is
+measured. Steps and probes take turns in one process.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from training_speed import prepared_job
 from kolotune.engines.native.trainer import Trainer
 from kolotune.engines.prepared_tokens import epoch_steps
 from kolotune.engines.process_environment import ENVIRONMENT
+from kolotune.foundation.hardware import best_dtype
 
-_TARGET_PERCENT = 75
+_TARGET_PERCENT = 85
 
 
 def main() -> int:
@@ -32,6 +34,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="steps in each round")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=best_dtype())
     arguments = parser.parse_args()
     if not ENVIRONMENT.items() <= os.environ.items():  # libraries read it when they are loaded, so start again with it
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
@@ -40,6 +43,7 @@ def main() -> int:
     result = Result("matrix_rate", "Share of the matrix rate", versions("torch"), quick=arguments.quick)
     with tempfile.TemporaryDirectory() as name:
         job = dataclasses.replace(prepared_job(Path(name), 40 if arguments.quick else 160), checkpoint_steps=0)
+        job = dataclasses.replace(job, dtype=arguments.dtype)
         trainer = Trainer(job)
         tokens, size = trainer.tokens, job.batch_size
         shape = Shape.read(Path(job.base_model), job.lora_rank, material.TARGETS)
