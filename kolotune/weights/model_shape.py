@@ -121,6 +121,16 @@ class ModelShape:
         return sum(linear.weight_count for linear in self.linears if not _ONE_EXPERT.fullmatch(f"{linear.name}.weight"))
 
     @property
+    def bf16_weight_count(self) -> int:
+        """Weights stored in bf16: of the dense linear layers, and of the embedding if it is also the head."""
+        counted = {
+            f"{linear.name}.weight" for linear in self.linears if not _ONE_EXPERT.fullmatch(f"{linear.name}.weight")
+        }
+        if self.tied:
+            counted |= {entry.name for entry in self.entries if entry.name.endswith("embed_tokens.weight")}
+        return sum(math.prod(entry.shape) for entry in self.entries if entry.dtype == "BF16" and entry.name in counted)
+
+    @property
     def first_layer(self) -> tuple[Linear, ...]:
         """The linear layers of the first decoder layer."""
         return self.linears[: len(self.linears) // max(1, self.layers)]

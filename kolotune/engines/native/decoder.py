@@ -113,7 +113,8 @@ class Decoder:
         settings: of the layers' attention.
         layers: in order.
         factors: see `Factors`.
-        embedding: ``[vocabulary, width]``; on the host if its memory on the device is needed for more.
+        embedding: ``[vocabulary, width]``; on the host if its memory on the device is needed for more, and in the dtype
+            of `head`'s matrix if it is that.
         head: computes the logits.
         norm: in front of the head.
         operations: computes the elementwise parts.
@@ -232,7 +233,7 @@ class Decoder:
         return torch.zeros((), dtype=sum_dtype(device), device=device)
 
     def _embed(self, packed: PackedSequence) -> Tensor:
-        x = to_device(self.embedding[packed.ids], packed.positions.device)
+        x = to_device(self.embedding[packed.ids], packed.positions.device).to(self.norm.weight.dtype)
         if self.rows is not None:
             self.rows.embedding.look_up(packed.ids, x)
         return x if self.factors.embeddings == 1.0 else x.mul_(self.factors.embeddings)
@@ -307,7 +308,7 @@ class _SequencePass:
 
     def _attention(self, packed: PackedSequence, decoder: Decoder, setting: AttentionSetting) -> Attention:
         rotary = Rotary.of(
-            packed.positions, setting.frequencies, decoder.embedding.dtype, setting.scale, setting.rotary_factor
+            packed.positions, setting.frequencies, decoder.norm.weight.dtype, setting.scale, setting.rotary_factor
         )
         return self.operations.attention(packed, decoder.heads, rotary, setting.limits)
 

@@ -186,9 +186,9 @@ class NativeEngine:
             return TrainingMemory(None, gap=MemoryGap.TRANSFORMERS, detail=reason)
         else:
             activations = shape.layers * memory.layer_activation_bytes(shape, adapter, batch, dtype_bytes)
-            without = memory.packed_training(
-                shape, adapter, SMALLEST_BATCH, dtype_bytes, recompute=False, in_4bit=config.load_in_4bit
-            ).own
+            widens = config.dtype == "fp32" and config.compile != "off" and build.multiplies()
+            stored = {"in_4bit": config.load_in_4bit, "widens": widens}
+            without = memory.packed_training(shape, adapter, SMALLEST_BATCH, dtype_bytes, recompute=False, **stored).own
             recompute = activations > max(0, free // config.nproc - without) // 2
             process = memory.packed_training(
                 shape,
@@ -197,7 +197,7 @@ class NativeEngine:
                 dtype_bytes,
                 recompute=recompute,
                 keeps_best=keeps_best,
-                in_4bit=config.load_in_4bit,
+                **stored,
             )
         return TrainingMemory(Memory(process.own * config.nproc, process.mapped * config.nproc), recompute)
 

@@ -25,6 +25,7 @@ from .expert_lora import LoraExpertWeight
 from .experts import DOWN, GATE_UP, Experts
 from .families import Norms
 from .fused_linear import FusedLinear
+from .kernels.compiled_operations import CompiledProduct
 from .lora import LoraPair
 from .lora_settings import LoraSettings
 from .matrix_product import Product
@@ -167,7 +168,7 @@ class _Parts:
 
     def read(self, name: str, device: torch.device | None = None) -> Tensor:
         """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
-        return self.files.read(name).to(device or self.device, self.dtype, copy=True)
+        return self.files.copy(name, self.dtype, device or self.device)
 
     def decoder(self, layers: list[Layer], new_tokens: Sequence[int]) -> tuple[Decoder, dict[str, NewTokenRows]]:
         """Read what is around the layers; return also the rows of new tokens, by PEFT's names."""
@@ -175,20 +176,25 @@ class _Parts:
         is_tied = "lm_head.weight" not in self.files
         # A GPU that needs 4 bits has better use for the memory than some rows of a table that the host can look up.
         at_host = self.in_4bit and not is_tied
-        embedding = self.read("model.embed_tokens.weight", _CPU if at_host else self.device)
+        name, device = "model.embed_tokens.weight", _CPU if at_host else self.device
+        is_narrow = is_tied and self.operations.widens and self.files.read(name).dtype == torch.bfloat16
+        embedding = self.files.copy(name, torch.bfloat16 if is_narrow else self.dtype, device)
         head = embedding if is_tied else self.read("lm_head.weight")
         rows: dict[str, NewTokenRows] = {}
         if new_tokens:
             rows[_EMBEDDING_ROWS] = NewTokenRows(embedding, new_tokens[0], len(new_tokens))
             if not is_tied:
                 rows[_HEAD_ROWS] = NewTokenRows(head, new_tokens[0], len(new_tokens))
+        head_product = self.operations.product(head, head.shape[1])
+        if is_tied and isinstance(head_product, CompiledProduct):
+            embedding = head_product.frozen
         decoder = Decoder(
             heads=Heads(architecture.queries, architecture.keys, architecture.head_width),
             settings=[_setting(architecture, pattern, self.device) for pattern in architecture.patterns],
             layers=layers,
             factors=_factors(architecture, self.dtype),
             embedding=embedding,
-            head=self.operations.product(head, head.shape[1]),
+            head=head_product,
             norm=self.norm("model.norm"),
             operations=self.operations,
             rows=VocabularyRows(rows[_EMBEDDING_ROWS], rows.get(_HEAD_ROWS, rows[_EMBEDDING_ROWS])) if rows else None,

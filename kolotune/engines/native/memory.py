@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kolotune.weights.model_shape import FP32_BYTES, AdapterShape, ModelShape
+from kolotune.weights.model_shape import DTYPE_BYTES, FP32_BYTES, AdapterShape, ModelShape
 
 from ..memory import BatchShape, GpuMemory, Memory
 
@@ -89,6 +89,7 @@ def packed_training(
     recompute: bool,
     keeps_best: bool = False,
     in_4bit: bool = False,
+    widens: bool = False,
 ) -> Memory:
     """Return the peak memory of a process that trains with the packed decoder on a CPU.
 
@@ -97,17 +98,19 @@ def packed_training(
         recompute: whether activations are recomputed in the backward pass.
         keeps_best: whether the best adapter is kept in memory.
         in_4bit: whether the layers' frozen matrices are kept in 4 bits.
+        widens: whether matrices that are stored in bf16 stay so, and are widened to fp32 when they are multiplied.
     """
     frozen = _frozen_bytes(shape, adapter, dtype_bytes, in_4bit)
+    if widens and not in_4bit:
+        frozen -= (dtype_bytes - DTYPE_BYTES["bf16"]) * shape.bf16_weight_count
     optimizer = _optimizer_bytes(adapter, keeps_best)
     # Between steps, a checkpoint is assembled and serialized.
     temporary = max(
         _packed_step_bytes(shape, adapter, batch, dtype_bytes, recompute, in_4bit),
         2 * adapter.checkpoint_bytes(keeps_best),
     )
-    # The model's file is mapped only while it is loaded; afterwards the step uses that memory.
-    loading = max(0, shape.stored_bytes - optimizer - temporary)
-    return Memory(PROCESS.own + frozen + optimizer + temporary, PROCESS.mapped + loading)
+    # What was read of the model's file is let go of at once.
+    return Memory(PROCESS.own + frozen + optimizer + temporary, PROCESS.mapped)
 
 
 def packed_on_gpu(

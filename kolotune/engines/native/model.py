@@ -248,7 +248,7 @@ class PackedModel:
             batch = packed.batch_shape(bool(self.kernels))
             needed = layers * layer_activation_bytes(self._shape, self._adapter, batch, DTYPE_BYTES[self._dtype])
             return needed > psutil.virtual_memory().available // 2
-        width = self.decoder.embedding.shape[1] * self.decoder.embedding.element_size()
+        width = self._shape.hidden_size * DTYPE_BYTES[self._dtype]
         needed = tokens * width * _ACTIVATIONS_KEPT * layers
         needed += tokens * layers * self._adapter.scaled_outputs(self._shape) * DTYPE_BYTES[self._dtype]
         return needed > psutil.virtual_memory().available // 2

@@ -69,7 +69,13 @@ class Norm:
 
 
 class Operations(Protocol):
-    """What a decoder's step needs besides matrix products. Rows of a tensor need not be contiguous."""
+    """What a decoder's step needs besides matrix products. Rows of a tensor need not be contiguous.
+
+    Attributes:
+        widens: whether `product` also takes bf16 matrices for fp32 numbers.
+    """
+
+    widens: bool
 
     def product(self, weight: Tensor, changing: int) -> Product:
         """Prepare products with ``weight [outputs, inputs]``, whose columns from `changing` on will be replaced."""
@@ -115,6 +121,8 @@ class Operations(Protocol):
 
 class PlainOperations:
     """`Operations` by PyTorch."""
+
+    widens = False
 
     def product(self, weight: Tensor, changing: int) -> Product:
         del changing

@@ -7,8 +7,8 @@
 
 namespace {
 
-// Tiles of these have no more rows than most adapters' ranks divide by.
-constexpr int THIN = 8;
+// Tiles of these have no more rows than most adapters' ranks divide by, and no more sums than there are registers.
+constexpr int THIN = TILE < 8 ? 4 : 8;
 
 // out[tokens][rank] = x[tokens][width] · down[rank][width]ᵀ; the width is a whole number of words.
 template <class T>
@@ -52,7 +52,7 @@ template <class T>
 void add_product(const Side<T> *thin_side, const Side<T> *wide_side, int64_t tokens, float *gradient, float factor,
                  int64_t transposed) {
     typedef typename Word<T>::type word;
-    constexpr int64_t WIDE = 3 * COLUMNS, AT_ONCE = 32 * Word<T>::NUMBERS;  // a panel stays in the nearest cache
+    constexpr int64_t WIDE = 6 * COLUMNS, AT_ONCE = 32 * Word<T>::NUMBERS;  // a panel stays in the nearest cache
     const Side<T> thin = *thin_side, wide = *wide_side;
     const int64_t steps = up(tokens, Word<T>::NUMBERS), height = up(thin.width, THIN) * THIN;
     Buffer<word> left(steps * height);

@@ -12,7 +12,7 @@ from pathlib import Path
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ToolchainError
 from kolotune.foundation.files import replacing
-from kolotune.foundation.hardware import best_device
+from kolotune.foundation.hardware import best_device, has_avx512, lacks_avx2
 from kolotune.runners import local
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -32,6 +32,11 @@ def reason_unavailable() -> str:
     if _compiler() is None:
         return "there is no C++ compiler"
     return "" if _openmp() else "PyTorch's OpenMP library is not found"
+
+
+def multiplies() -> bool:
+    """Return whether the kernels multiply fp32 matrices themselves: on x86-64 with AVX2 and nothing wider."""
+    return not reason_unavailable() and not has_avx512() and not lacks_avx2() and platform.machine() == "x86_64"
 
 
 def can_compile() -> bool:

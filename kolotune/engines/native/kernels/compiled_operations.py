@@ -42,6 +42,10 @@ _ARGUMENTS = {
     "scaled_cross_entropy": [_POINTER] * 3 + [_COUNT] * 2 + [_REAL] * 3,
     "place": [_POINTER] * 4 + [_COUNT] * 2,
 }
+_PRODUCTS = ("product_forward", "product_backward")
+"""With fp32 numbers, and matrices stored in a dtype; only for processors where PyTorch's products are slower."""
+_STORED = {torch.float32: "of_fp32", torch.bfloat16: "of_bf16"}
+_ROWS_AT_ONCE = 4096
 _NORMS = {0: "norm", 1: "norm_less_one"}
 _GATED = {Activation.SILU: "swiglu", Activation.TANH_GELU: "geglu"}
 
@@ -90,6 +94,14 @@ class _Split(ctypes.Structure):
         return cls(whole.data_ptr(), down_address, gradient.width, 0 if down is None else len(down), whole.stride(0))
 
 
+class _Matrix(ctypes.Structure):
+    """`Matrix` of matrices.h."""
+
+    _fields_ = (
+        ("frozen", _POINTER), ("changing", _POINTER), ("outputs", _COUNT), ("inputs", _COUNT), ("rank", _COUNT),
+    )  # fmt: skip
+
+
 class CompiledOperations:
     """`Operations` by the compiled kernels.
 
@@ -110,9 +122,16 @@ class CompiledOperations:
             function: Any = getattr(loaded, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
             self.functions[name] = function
+        self.widens = not self._packs and hasattr(loaded, f"{_PRODUCTS[0]}_of_fp32")
+        for name in (f"{name}_{stored}" for name in _PRODUCTS for stored in _STORED.values() if self.widens):
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = [_POINTER, _POINTER, _COUNT, _POINTER, _COUNT], None
+            self.functions[name] = function
 
     def product(self, weight: Tensor, changing: int) -> Product:
-        return packed_or_plain(weight, changing, self.functions["place"]) if self._packs else PlainProduct(weight)
+        if self._packs:
+            return packed_or_plain(weight, changing, self.functions["place"])
+        return CompiledProduct(weight, changing, self.functions) if self.widens else PlainProduct(weight)
 
     def lower(self, x: Tensor, down: Tensor, into: Tensor) -> None:
         tokens, width = x.shape
@@ -180,6 +199,57 @@ class CompiledOperations:
             self.functions["scale_logits"](logits.data_ptr(), *logits.shape, scaling.factor, scaling.cap)
             self.functions["scaled_cross_entropy"](*arguments, scaling.factor, scaling.cap)
         return losses, logits
+
+
+class CompiledProduct:
+    """A `Product` by the compiled kernels, fp32.
+
+    Weights are mostly published in bf16, which is half as much to keep and to read; they are widened on the way.
+
+    Args:
+        weight: ``[outputs, inputs]``, fp32 or bf16.
+        changing: the first of these columns.
+        functions: of the library.
+
+    Attributes:
+        frozen: the other columns, in bf16 if that holds them exactly.
+    """
+
+    def __init__(self, weight: Tensor, changing: int, functions: dict[str, Callable[..., None]]) -> None:
+        self.frozen = _in_bf16_if_exact(weight[:, :changing])
+        self._changing = weight[:, changing:].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        addresses = self.frozen.data_ptr(), self._changing.data_ptr()
+        self._matrix = _Matrix(*addresses, len(weight), changing, self._changing.shape[1])
+        stored = _STORED[self.frozen.dtype]
+        self._forward, self._backward = (functions[f"{name}_{stored}"] for name in _PRODUCTS)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = self._computed(self._forward, x, self._matrix.outputs)
+        return out if bias is None else out.add_(bias)
+
+    def backward(self, d_out: Tensor) -> Tensor:
+        return self._computed(self._backward, d_out, self._matrix.inputs + self._matrix.rank)
+
+    def replace(self, rows: slice, columns: slice, values: Tensor) -> None:
+        inputs = self._matrix.inputs
+        self._changing[rows, columns.start - inputs : columns.stop - inputs] = values
+
+    def _computed(self, function: Callable[..., None], x: Tensor, width: int) -> Tensor:
+        assert x.stride(1) == 1
+        out = x.new_empty(len(x), width)
+        function(ctypes.byref(self._matrix), x.data_ptr(), x.stride(0), out.data_ptr(), len(x))
+        return out
+
+
+def _in_bf16_if_exact(weight: Tensor) -> Tensor:
+    """Return fp32 weights in bf16 if that holds all of them exactly, else as they are; contiguous."""
+    if weight.dtype == torch.bfloat16:
+        return weight.contiguous()
+    narrow = torch.empty(weight.shape, dtype=torch.bfloat16)
+    for rows, part in zip(*(torch.split(each, _ROWS_AT_ONCE) for each in (narrow, weight)), strict=True):
+        if not torch.equal(rows.copy_(part).float(), part):
+            return weight.contiguous()
+    return narrow
 
 
 class CompiledAttention:

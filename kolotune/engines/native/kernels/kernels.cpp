@@ -7,6 +7,7 @@
 #include "adapters.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "matrices.h"
 
 #define FOR_TYPE(T, suffix)                                                                                           \
     extern "C" void norm_forward_##suffix(const T *x, const T *added, T *sum, const T *weight, T *out,                \
@@ -79,3 +80,18 @@
 
 FOR_TYPE(float, fp32)
 FOR_TYPE(bf16, bf16)
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define FOR_STORED(T, suffix)                                                                                         \
+    extern "C" void product_forward_##suffix(const Matrix<T> *matrix, const float *x, int64_t x_stride, float *out,   \
+                                             int64_t tokens) {                                                        \
+        product_forward(matrix, x, x_stride, out, tokens);                                                            \
+    }                                                                                                                 \
+    extern "C" void product_backward_##suffix(const Matrix<T> *matrix, const float *d_out, int64_t d_out_stride,      \
+                                              float *out, int64_t tokens) {                                           \
+        product_backward(matrix, d_out, d_out_stride, out, tokens);                                                   \
+    }
+
+FOR_STORED(float, of_fp32)
+FOR_STORED(bf16, of_bf16)
+#endif

@@ -9,8 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -81,9 +82,17 @@ struct Word<bf16> {
     }
 };
 
+// Memory that begins with a line of the cache: a register that is read across two lines takes twice as long.
+constexpr std::align_val_t LINE{64};
+
+struct Free {
+    void operator()(void *memory) const { ::operator delete(memory, LINE); }
+};
+
 template <class N>
-struct Buffer : std::unique_ptr<N[]> {
-    explicit Buffer(int64_t count) : std::unique_ptr<N[]>(new N[static_cast<size_t>(count)]) {}
+struct Buffer : std::unique_ptr<N[], Free> {
+    explicit Buffer(int64_t count)
+        : std::unique_ptr<N[], Free>(static_cast<N *>(::operator new(static_cast<size_t>(count) * sizeof(N), LINE))) {}
 };
 
 // How many of a size hold a count.
@@ -116,37 +125,106 @@ __attribute__((noinline)) void tile(const typename Word<T>::type *const *left, i
     }
 }
 
+constexpr int TURNED = 8;
+
+// A number as a word of a panel: a word itself, or fp32 of a bf16.
+inline float as_word(float word) { return word; }
+inline uint32_t as_word(uint32_t word) { return word; }
+inline float as_word(bf16 number) { return get(&number); }
+
+#ifdef __AVX2__
+inline __m256 eight_words(const float *at) { return _mm256_loadu_ps(at); }
+inline __m256 eight_words(const uint32_t *at) { return _mm256_loadu_ps(reinterpret_cast<const float *>(at)); }
+inline __m256 eight_words(const bf16 *at) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+#endif
+
+// A square of TURNED words of as many columns, from `step` on, row by row into a panel.
+template <class N, class W>
+void turn_square(const N *const *columns, int64_t step, W *to) {
+#ifdef __AVX2__
+    __m256 in[TURNED], pairs[TURNED], fours[TURNED];
+#pragma GCC unroll 8
+    for (int i = 0; i < TURNED; ++i) in[i] = eight_words(columns[i] + step);
+#pragma GCC unroll 4
+    for (int i = 0; i < TURNED; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < TURNED; i += 4) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < TURNED / 2; ++i) {
+        float *low = reinterpret_cast<float *>(to + i * COLUMNS), *high = low + TURNED / 2 * COLUMNS;
+        _mm256_storeu_ps(low, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+        _mm256_storeu_ps(high, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+    }
+#else
+    for (int j = 0; j < TURNED; ++j) {
+        for (int i = 0; i < TURNED; ++i) to[i * COLUMNS + j] = as_word(columns[j][step + i]);
+    }
+#endif
+}
+
+// One panel of `count` columns, at most COLUMNS. A few words of each column at a time, so that what is read and written
+// stays in the nearest cache.
+template <class N, class W>
+void turn_panel(const N *const *columns, int64_t count, int64_t steps, W *panel) {
+    for (int64_t step = 0; step < steps; step += TURNED) {
+        const int64_t some = steps - step < TURNED ? steps - step : TURNED;
+        int64_t j = 0;
+        if (some == TURNED) {
+            for (; j + TURNED <= count; j += TURNED) turn_square(columns + j, step, panel + step * COLUMNS + j);
+        }
+        for (; j < count; ++j) {
+            for (int64_t i = step; i < step + some; ++i) panel[i * COLUMNS + j] = as_word(columns[j][i]);
+        }
+        for (; j < COLUMNS; ++j) {
+            for (int64_t i = step; i < step + some; ++i) panel[i * COLUMNS + j] = 0;
+        }
+    }
+}
+
 // Panels of a right matrix whose columns are given: `width` numbers each, along which the sum runs. Space for
 // ``up(count, COLUMNS) * COLUMNS * up(width, NUMBERS)`` words; 0 beyond the last column.
 template <class T, class Column>
 void pack_columns(int64_t count, int64_t width, Column column, typename Word<T>::type *panels) {
     const int64_t steps = width / Word<T>::NUMBERS;
     for (int64_t from = 0; from < count; from += COLUMNS, panels += steps * COLUMNS) {
-        for (int64_t j = 0; j < COLUMNS; ++j) {
-            if (from + j >= count) {
-                for (int64_t step = 0; step < steps; ++step) panels[step * COLUMNS + j] = 0;
-                continue;
-            }
-            const T *own = column(from + j);
-            for (int64_t step = 0; step < steps; ++step)
-                panels[step * COLUMNS + j] = Word<T>::of(own + step * Word<T>::NUMBERS, 1);
-        }
+        const typename Word<T>::type *own[COLUMNS];
+        const int64_t here = count - from < COLUMNS ? count - from : COLUMNS;
+        for (int64_t j = 0; j < here; ++j)
+            own[j] = reinterpret_cast<const typename Word<T>::type *>(column(from + j));
+        turn_panel(own, here, steps, panels);
     }
 }
 
 // Panels of a right matrix whose rows are given: `width` numbers each, the sum runs from row to row. Space for
-// ``up(width, COLUMNS) * COLUMNS * up(count, NUMBERS)`` words; 0 beyond the last row and column.
+// ``up(width, COLUMNS) * COLUMNS * up(count, NUMBERS)`` words; 0 beyond the last row and column. Rows that will be read
+// are fetched ahead: they lie apart, so the processor doesn't foresee them.
 template <class T, class Row>
 void pack_rows(int64_t count, int64_t width, Row row, typename Word<T>::type *panels) {
-    const int64_t steps = up(count, Word<T>::NUMBERS);
+    constexpr int64_t NUMBERS = Word<T>::NUMBERS, AHEAD = 12 * NUMBERS;
+    const int64_t steps = up(count, NUMBERS);
     for (int64_t step = 0; step < steps; ++step) {
-        const int64_t at = step * Word<T>::NUMBERS, last = at + Word<T>::NUMBERS - 1;
-        const T *first = row(at);
+        const int64_t at = step * NUMBERS, last = at + NUMBERS - 1;
+        const T *first = row(at), *ahead = at + AHEAD < count ? row(at + AHEAD) : first;
         const int64_t apart = last < count ? row(last) - first : 0;
-        for (int64_t from = 0; from < width; from += COLUMNS) {
-            typename Word<T>::type *to = panels + (from * steps + step * COLUMNS);
+        typename Word<T>::type *to = panels + step * COLUMNS;
+        for (int64_t from = 0; from < width; from += COLUMNS, to += steps * COLUMNS) {
             const int64_t here = width - from < COLUMNS ? width - from : COLUMNS;
-            if (last < count) {
+            for (int64_t j = 0; j < here; j += 16) __builtin_prefetch(ahead + from + j);
+            if (last < count && here == COLUMNS) {  // the compiler knows the number of columns
+                EACH (int64_t j = 0; j < COLUMNS; ++j) to[j] = Word<T>::of(first + from + j, apart);
+            } else if (last < count) {
                 EACH (int64_t j = 0; j < here; ++j) to[j] = Word<T>::of(first + from + j, apart);
             } else {
                 EACH (int64_t j = 0; j < here; ++j) to[j] = Word<T>::alone(first + from + j);

@@ -10,8 +10,12 @@ from kolotune.engines.native.architecture import Activation
 from kolotune.engines.native.attention import Heads
 from kolotune.engines.native.attention_limits import Limits
 from kolotune.engines.native.kernels import build
-from kolotune.engines.native.kernels.compiled_operations import CompiledAttention, CompiledOperations
-from kolotune.engines.native.matrix_product import InputGradient
+from kolotune.engines.native.kernels.compiled_operations import (
+    CompiledAttention,
+    CompiledOperations,
+    CompiledProduct,
+)
+from kolotune.engines.native.matrix_product import InputGradient, PlainProduct
 from kolotune.engines.native.operations import LogitScaling, Norm, PlainOperations
 from kolotune.engines.native.rotary import Rotary
 from kolotune.engines.native.sequence_packing import PackedSequence
@@ -201,3 +205,47 @@ def test_the_number_of_threads_changes_no_bit(compiled: CompiledOperations, dtyp
         results.append(compiled.norm_backward(norm, d_out, x, factor, None))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.fixture
+def multiplying() -> CompiledOperations:
+    operations = CompiledOperations(build.ensure(), torch.float32)
+    if not isinstance(operations.product(torch.zeros(1, 1), 1), CompiledProduct):
+        pytest.skip("the products of this processor are PyTorch's")
+    torch.manual_seed(0)
+    return operations
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(31, 45), (130, 17), (96, 700), (40, 5000), (5000, 40), (1, 1)])
+def test_product(multiplying: CompiledOperations, outputs: int, inputs: int, stored: torch.dtype) -> None:
+    """Of matrices whose sums are taken in several parts, too, of some whose numbers are all bf16, of rows far apart."""
+    weight, bias, changing = torch.randn(outputs, inputs).to(stored).float(), torch.randn(outputs), inputs * 3 // 4
+    product, plain = multiplying.product(weight.clone(), changing), PlainProduct(weight)
+    assert isinstance(product, CompiledProduct) and product.frozen.dtype == (stored if changing else torch.bfloat16)
+    values = torch.randn(outputs, 1)
+    for each in (product, plain):
+        each.replace(slice(0, outputs), slice(inputs - 1, inputs), values)
+    for tokens in (0, 1, 6, 37):
+        x, d_out = torch.randn(tokens, inputs + 3)[:, 2:-1], torch.randn(tokens, outputs)
+        torch.testing.assert_close(product.forward(x, bias), plain.forward(x, bias), rtol=1e-5, atol=2e-4)
+        torch.testing.assert_close(product.forward(x, None), plain.forward(x, None), rtol=1e-5, atol=2e-4)
+        torch.testing.assert_close(product.backward(d_out), plain.backward(d_out), rtol=1e-5, atol=2e-4)
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_product(multiplying: CompiledOperations) -> None:
+    product, x = multiplying.product(torch.randn(300, 900), 900), torch.randn(20, 900)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        out = product.forward(x, None)
+        results.append(torch.cat([out, product.backward(out)], 1))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_nan_goes_through_a_product(multiplying: CompiledOperations) -> None:
+    x = torch.ones(7, 20)
+    x[3, 4] = float("nan")
+    out = multiplying.product(torch.ones(9, 20), 20).forward(x, None)
+    assert out[3].isnan().all() and not out[[0, 1, 2, 4, 5, 6]].isnan().any()
