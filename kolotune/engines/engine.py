@@ -119,8 +119,12 @@ class Engine(Protocol):
     def record_options(self, options: JsonObject) -> JsonObject:
         """Return the options as they enter the train stage's record, with what else the engine's result depends on."""
 
-    def can_compile(self) -> bool:
-        """Return whether compiled parts of the step work here and would be used; compile them to find out."""
+    def can_compile(self, dtype: str) -> bool:
+        """Return whether compiled parts of the step work here and would be used; compile them to find out.
+
+        Args:
+            dtype: in which the model is trained, "bf16" or "fp32".
+        """
 
     def is_sharded(self, config: Config, base: Path) -> bool:
         """Return whether the base model is sharded over the processes."""

@@ -56,9 +56,9 @@ def choose(config: Config, folder: RunFolder, names: Collection[str] = STAGE_NAM
         choices = dataclasses.replace(choices, template_date=now()[:10])
     if choices.dtype is None and config.dtype == "auto":
         choices = dataclasses.replace(choices, dtype=hardware.best_dtype())
-    engine = get_engine(config.engine)
+    engine, dtype = get_engine(config.engine), (choices.dtype or "") if config.dtype == "auto" else config.dtype
     if choices.compile is None and config.compile == "auto" and train.NAME in names and engine.has_compiled_step:
-        choices = dataclasses.replace(choices, compile="on" if engine.can_compile() else "off")
+        choices = dataclasses.replace(choices, compile="on" if engine.can_compile(dtype) else "off")
     if config.template_date is None:
         config = dataclasses.replace(config, template_date=choices.template_date)
     if config.dtype == "auto":

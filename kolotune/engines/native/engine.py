@@ -98,8 +98,8 @@ class NativeEngine:
     def record_options(self, options: JsonObject) -> JsonObject:
         return options
 
-    def can_compile(self) -> bool:
-        return build.can_compile()
+    def can_compile(self, dtype: str) -> bool:
+        return build.can_compile(dtype)
 
     def is_sharded(self, config: Config, base: Path) -> bool:
         """Return whether to shard: as configured, or where a copy in each process would not fit."""

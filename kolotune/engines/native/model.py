@@ -135,7 +135,7 @@ class PackedModel:
         torch.manual_seed(job.seed)
         self.backoffs, self._size, self._device = 0, job.batch_size, torch.device(device)
         self._dtype, self._in_4bit, dtype = job.dtype, job.load_in_4bit, _DTYPES[job.dtype]
-        library = build.ensure() if job.compile and device == "cpu" and operations is None else None
+        library = build.ensure(job.dtype) if job.compile and device == "cpu" and operations is None else None
         self.kernels = library.stem if library else ""
         if operations is None:
             operations = _operations(library, dtype) if device == "cpu" else DeviceOperations()

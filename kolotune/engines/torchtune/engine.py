@@ -67,7 +67,7 @@ class TorchtuneEngine:
         adapted = {name: value for name, value in options.items() if name != "compile"}
         return {**adapted, "torchtune_environment": environment.fingerprint()}
 
-    def can_compile(self) -> bool:
+    def can_compile(self, dtype: str) -> bool:
         return False
 
     def is_sharded(self, config: Config, base: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` for this machine's processor, once, into the cache."""
+"""Compiles `kernels.cpp` for this machine's processor and one dtype, once, into the cache."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def multiplies() -> bool:
     return not reason_unavailable() and not has_avx512() and not lacks_avx2() and platform.machine() == "x86_64"
 
 
-def can_compile() -> bool:
-    """Compile the kernels; return whether that works and they would be used."""
+def can_compile(dtype: str) -> bool:
+    """Compile the kernels for a dtype; return whether that works and they would be used."""
     if best_device() != "cpu":
         return False
     try:
-        ensure()
+        ensure(dtype)
     except ToolchainError:
         return False
     return True
 
 
-def ensure() -> Path:
-    """Return the compiled library; compile it when it is missing.
+def ensure(dtype: str) -> Path:
+    """Return the library compiled for "bf16" or "fp32"; compile it when it is missing.
 
     Raises:
         ToolchainError: it can't be compiled.
@@ -59,7 +59,7 @@ def ensure() -> Path:
     reason, compiler, openmp = reason_unavailable(), _compiler(), _openmp()
     if reason or compiler is None or openmp is None:
         raise ToolchainError(f"the training step can't be compiled: {reason}", "Train with --compile off.")
-    library = cache_folder("kernels") / f"{_digest(compiler, openmp)}.so"
+    library = cache_folder("kernels") / f"{_digest(compiler, openmp, dtype)}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def ensure() -> Path:
         partial_object = partial.with_suffix(".o")
         # Link PyTorch's own OpenMP: two of them in one process would compete for the cores.
         commands = (
-            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(partial_object)],
+            [compiler, *_FLAGS, f"-DONLY_{dtype.upper()}", "-c", str(_SOURCE), "-o", str(partial_object)],
             [compiler, "-shared", str(partial_object), str(openmp), "-o", str(partial)],
         )
         for argv in commands:
@@ -99,11 +99,11 @@ def _openmp() -> Path | None:
     return None
 
 
-def _digest(compiler: str, openmp: Path) -> str:
+def _digest(compiler: str, openmp: Path, dtype: str) -> str:
     """Return a name for the library that depends on all that its machine code does."""
     about_processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     kept = [line for line in about_processor.splitlines() if line.startswith(("model name", "flags", "Features"))]
     version = Path(compiler).resolve().name, str(Path(compiler).stat().st_mtime_ns), str(openmp)
     sources = (each.read_text(encoding="utf-8") for each in _SOURCES)
-    parts = (*sources, " ".join(_FLAGS), *version, *sorted(set(kept)))
+    parts = (*sources, " ".join(_FLAGS), dtype, *version, *sorted(set(kept)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

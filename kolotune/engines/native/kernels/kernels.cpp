@@ -78,8 +78,13 @@
         place(values, row_places, column_places, memory, rows, columns);                                              \
     }
 
-FOR_TYPE(float, fp32)
+// A training has one dtype, and compiling for both would take twice as long.
+#ifdef ONLY_BF16
 FOR_TYPE(bf16, bf16)
+#endif
+
+#ifdef ONLY_FP32
+FOR_TYPE(float, fp32)
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define FOR_STORED(T, suffix)                                                                                         \
@@ -94,4 +99,5 @@ FOR_TYPE(bf16, bf16)
 
 FOR_STORED(float, of_fp32)
 FOR_STORED(bf16, of_bf16)
+#endif
 #endif

@@ -80,7 +80,7 @@ def _operations(name: str) -> Operations:
     if name == "compiled":
         if build.reason_unavailable():
             pytest.skip(f"can't be compiled: {build.reason_unavailable()}")
-        library = build.ensure()
+        library = build.ensure("fp32")
         assert library is not None
         return CompiledOperations(library, torch.float32)
     return PlainOperations() if name == "plain" else DeviceOperations()

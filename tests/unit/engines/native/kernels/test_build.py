@@ -19,17 +19,17 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_compiler_the_kernels_are_not_chosen(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
-    assert build.reason_unavailable() == "there is no C++ compiler" and not build.can_compile()
+    assert build.reason_unavailable() == "there is no C++ compiler" and not build.can_compile("fp32")
     with pytest.raises(ToolchainError, match="no C\\+\\+ compiler"):
-        build.ensure()
+        build.ensure("fp32")
 
 
 @pytest.mark.skipif(bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}")
 def test_the_kernels_are_compiled_once(empty_cache: Path) -> None:
-    library = build.ensure()
+    library = build.ensure("fp32")
     assert sorted(empty_cache.iterdir()) == [library]
     written = library.stat().st_mtime_ns
-    assert build.ensure() == library and library.stat().st_mtime_ns == written
+    assert build.ensure("fp32") == library and library.stat().st_mtime_ns == written
 
 
 @pytest.mark.skipif(bool(build.reason_unavailable()), reason=f"can't be compiled: {build.reason_unavailable()}")
@@ -40,7 +40,7 @@ def test_a_failing_compiler_leaves_only_its_log(
     broken.write_text("#!/bin/sh\necho no space for objects\nexit 3\n", encoding="utf-8")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert not build.can_compile()
+    assert not build.can_compile("fp32")
     with pytest.raises(ToolchainError, match="no space for objects"):
-        build.ensure()
+        build.ensure("fp32")
     assert [each.suffix for each in empty_cache.iterdir()] == [".log"]

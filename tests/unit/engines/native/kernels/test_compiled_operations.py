@@ -37,7 +37,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def compiled(dtype: torch.dtype) -> CompiledOperations:
-    return CompiledOperations(build.ensure(), dtype)
+    return CompiledOperations(build.ensure("fp32" if dtype == torch.float32 else "bf16"), dtype)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -209,7 +209,7 @@ def test_the_number_of_threads_changes_no_bit(compiled: CompiledOperations, dtyp
 
 @pytest.fixture
 def multiplying() -> CompiledOperations:
-    operations = CompiledOperations(build.ensure(), torch.float32)
+    operations = CompiledOperations(build.ensure("fp32"), torch.float32)
     if not isinstance(operations.product(torch.zeros(1, 1), 1), CompiledProduct):
         pytest.skip("the products of this processor are PyTorch's")
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ SHAPES = [(960, 624), (72, 48), (31, 45), (130, 17)]
 @pytest.fixture
 def operations() -> CompiledOperations:
     torch.manual_seed(0)
-    return CompiledOperations(build.ensure(), torch.bfloat16)
+    return CompiledOperations(build.ensure("bf16"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
