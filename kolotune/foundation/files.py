@@ -138,7 +138,7 @@ def free_space(folder: Path) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check before work begins that a disk has room for its result.
+    """Check before work begins that a disk has space for its result.
 
     Args:
         folder: is on the disk; need not exist yet.

@@ -67,7 +67,7 @@ def dequantize(gguf: Path, base: Path, target: Path, log: Path, reporter: Report
         ArtifactError: the GGUF is damaged, or belongs to another model.
         ModelError: weights of such a model can't be found in a GGUF.
         ToolchainError: ggml can't read a type.
-        SpaceError: the disk has no room for the folder.
+        SpaceError: the disk has no space for the folder.
     """
     plans = _plans(base, log, reporter)
     tensors = MappedTensors(weight_files(base))
