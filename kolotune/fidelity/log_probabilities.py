@@ -32,6 +32,7 @@ def write(path: Path, chats: Sequence[ComparedChat], by_chat: Iterable[tuple[int
         part[:] = array
         release(part)
         count += len(array)
+        del array, part  # before the next ones are computed
     assert written is not None and count == ends[-1]
     return written
 
@@ -55,6 +56,15 @@ def split(array: np.ndarray, chats: Sequence[ComparedChat]) -> Iterator[tuple[np
     for chat in chats:
         yield array[start : start + len(chat.positions)], chat
         start += len(chat.positions)
+
+
+def losses_of(chats: Sequence[ComparedChat], by_chat: Iterable[tuple[int, np.ndarray]]) -> list[float]:
+    """Return the loss of each chat, given the log-probabilities of each as they come with its index."""
+    losses = [0.0] * len(chats)
+    for number, array in by_chat:
+        losses[number] = loss_of(array, chats[number])
+        del array  # before the next ones are computed
+    return losses
 
 
 def loss_of(array: np.ndarray, chat: ComparedChat) -> float:

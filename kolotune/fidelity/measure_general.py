@@ -14,7 +14,7 @@ from kolotune.foundation.typed_storage import JsonObject
 from . import base_figures
 from .general_figures import GeneralAnswer, GeneralFigures
 from .general_set import GeneralQuestion, general_prose, general_questions
-from .log_probabilities import loss_of
+from .log_probabilities import losses_of
 from .tasks import ComparedChat, ModelsTask
 from .trained_format import TrainedFormat
 
@@ -75,9 +75,7 @@ class GeneralMeasurement:
         )
 
     def _measure(self, model: WholeModel | LayeredModel) -> tuple[list[float], Sequence[list[int] | None]]:
-        by_piece = {
-            number: loss_of(array, self._pieces[number]) for number, array in model.log_probabilities(self._pieces)
-        }
+        losses = losses_of(self._pieces, model.log_probabilities(self._pieces))
         answers: list[list[int] | None] = [None] * len(self._prompts)
         # Prompts of like length together: they are padded to the longest.
         order = sorted(range(len(self._prompts)), key=lambda number: len(self._prompts[number]))
@@ -88,7 +86,7 @@ class GeneralMeasurement:
                 group, model.answers(prompts, self._trained.end_id, _LONGEST_ANSWER), strict=True
             ):
                 answers[number] = answer
-        return [by_piece[number] for number in range(len(self._pieces))], answers
+        return losses, answers
 
     def _judged(self, base: Sequence[list[int] | None], tuned: Sequence[list[int] | None]) -> Iterator[GeneralAnswer]:
         for question, *both in zip(self._questions, base, tuned, strict=True):

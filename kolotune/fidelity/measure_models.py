@@ -25,7 +25,7 @@ from .adapter_place import GgufPlace
 from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
-from .log_probabilities import loss_of, split
+from .log_probabilities import loss_of, losses_of, split
 from .measure_general import GeneralMeasurement
 from .prompt_proof import Prompt, ask
 from .reference_model import LayeredModel, MissingWeightsError, WholeModel, open_model
@@ -142,8 +142,7 @@ def _base_figures(
     file = base_figures.figures_file(task.base_sha256, chats, prompts, end, task.longest_answer)
     if known := base_figures.read(file):
         return known.losses, known.answers
-    by_chat = {number: loss_of(array, chats[number]) for number, array in model.log_probabilities(chats)}
-    losses = [by_chat[number] for number in range(len(chats))]
+    losses = losses_of(chats, model.log_probabilities(chats))
     answers = model.answers(prompts, end, task.longest_answer)
     base_figures.keep(file, losses, answers)
     return losses, answers

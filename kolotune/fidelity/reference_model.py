@@ -31,6 +31,7 @@ from .tasks import ComparedChat
 _library: Any = transformers  # most of its functions are not typed
 _BYTES = 4
 _WHOLE_TOKENS, _LAYERED_TOKENS = 512, 4096  # of chats that are read together
+_POSITIONS_AT_ONCE = 32
 _PADDING = 1.1  # tokens, padding included, for each of the chats' own
 _MEMORY_FACTOR = 1.2  # for what is needed besides the weights: activations, logits, the libraries
 
@@ -209,8 +210,9 @@ class WholeModel(_AdaptedModel):
             start = 0
             for number in group:
                 end = start + len(chats[number].positions)
-                yield number, torch.log_softmax(logits[start:end].float(), dim=-1).numpy()
+                yield number, _log_softmax(logits[start:end]).numpy()
                 start = end
+            del output, logits  # before the next ones are computed
 
     def _read_beginning(self, chats: Sequence[ComparedChat], group: Sequence[int]) -> tuple[int, Any]:
         """Read what all chats of a group begin with; return its length, and keys and values for each chat, or None."""
@@ -396,6 +398,14 @@ def _filled(folder: Path, config: Any) -> Any:
     if is_tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Return the log-probabilities of ``logits [positions, vocabulary]``, fp32, in their memory if they are that."""
+    result = logits.float()
+    for rows in torch.split(result, _POSITIONS_AT_ONCE):
+        rows.copy_(torch.log_softmax(rows, dim=-1))
+    return result
 
 
 def _without_weights(config: Any) -> Any:
