@@ -1,9 +1,10 @@
 """Fill the blocks of a quantized GGUF again, with error feedback: ``python -m … JOB``; see `error_feedback`.
 
 The GGUF was quantized by ggml; types, header and everything outside of the layers' matrices stay. Calibration tokens go
-through the model layer by layer, as transformers computes it. When they reach a matrix, its inputs are those that the
-rounded weights before it give; it is rounded, written into the file, and computed with what was written. One layer's
-weights are in memory at a time, and the inputs of one matrix. Finished matrices are kept in a journal: after a kill the
+through the model layer by layer, as transformers computes it, once with its exact weights and once with what is
+written. When they reach a matrix, its inputs are those that the rounded weights before it give; it is rounded so that
+its outputs come close to the exact ones, written into the file, and computed with what was written. One layer's weights
+are in memory at a time, and the inputs of its matrices. Finished matrices are kept in a journal: after a kill the
 next process resumes behind them, and computes the layers before with what was written.
 """
 
@@ -21,6 +22,7 @@ from kolotune.runners import child_process
 
 from .compensation_journal import CompensationJournal
 from .conversion_plan import TensorPlan
+from .exact_inputs import ExactInputs
 from .layered_model import UnloadedModel
 from .stored_values import StoredValues, dequantized
 
@@ -91,6 +93,14 @@ def compensate(job: CompensationJob) -> None:
     child_process.emit("compensated", tensors=sorted(compensated.written))
 
 
+class _Reached(Exception):
+    """The first layer was reached, with these hidden states ``[rows, tokens, width]``."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
 class _LayerByLayer:
     """Gives the decoder layers of a model their weights, rounds and computes them, one after another.
 
@@ -104,6 +114,7 @@ class _LayerByLayer:
         self._target, self._source, self._quantized = Path(job.target), source, quantized
         self._model = UnloadedModel(Path(job.config), job.tensors)
         self._ids = torch.tensor(job.rows)
+        self._exact: ExactInputs | None = None
         self._statistics: tuple[Tensor, InputStatistics] | None = None
         self._hooks: dict[str, Any] = {}
         types = [(name, tensor.type) for name, tensor in quantized.tensors.items()]
@@ -115,24 +126,47 @@ class _LayerByLayer:
         """Round all layers."""
         model = self._model
         in_layers = set(model.names_in(model.layers))
-        for name in model.names_in(model.decoder):
-            if name not in in_layers:
-                self._model.load(name, self._quantized)
+        outside = [name for name in model.names_in(model.decoder) if name not in in_layers]
+        self._exact = ExactInputs(self._into_the_first_layer(outside))
+        for name in outside:
+            model.load(name, self._quantized)
         for number, layer in enumerate(model.layers):
-            layer.register_forward_pre_hook(self._before_layer(number))
+            layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
             layer.register_forward_hook(self._after_layer)
         model.decoder(input_ids=self._ids, use_cache=False)
         child_process.emit("layer", done=len(model.layers), of=len(model.layers))
 
+    def _into_the_first_layer(self, outside: list[str]) -> Tensor:
+        """Return the hidden states that the exact weights outside of the layers make of the tokens."""
+        for name in outside:
+            self._model.load(name, self._source)
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            raise _Reached(arguments[0])
+
+        handle = self._model.layers[0].register_forward_pre_hook(stop)
+        try:
+            self._model.decoder(input_ids=self._ids, use_cache=False)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise AssertionError("a decoder calls its first layer")
+
     def _before_layer(self, number: int) -> Any:
-        def load(layer: nn.Module, _: object) -> None:
+        def load(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            assert self._exact is not None
             child_process.emit("layer", done=number, of=len(self._model.layers))
-            for name in self._model.names_in(layer):
-                rounded = self._is_rounded(name)
-                self._model.load(name, self._source if rounded else self._quantized)
-                if rounded:
-                    module = self._model.owner_of(name)
-                    self._hooks[name] = module.register_forward_pre_hook(self._round(name))
+            names = self._model.names_in(layer)
+            rounded = {name: self._model.owner_of(name) for name in names if self._is_rounded(name)}
+            for name in names:
+                self._model.load(name, self._source)
+            self._exact.run(layer, rounded, arguments[1:], named)
+            for name in names:
+                if name not in rounded:
+                    self._model.load(name, self._quantized)
+            for name, module in rounded.items():
+                self._hooks[name] = module.register_forward_pre_hook(self._round(name))
 
         return load
 
@@ -161,7 +195,9 @@ class _LayerByLayer:
 
         from .error_feedback import input_statistics, round_with_feedback
 
+        assert self._exact is not None
         self._hooks.pop(name).remove()  # experts may be called more than once
+        exact = self._exact.take(name, inputs)
         plan = self._model.plan_of(name)
         order = None if plan.order is None else torch.tensor(plan.order)
         kind = self._quantized.tensors[plan.name].type
@@ -176,7 +212,7 @@ class _LayerByLayer:
             return
         if self._statistics is None or self._statistics[0] is not inputs:
             self._statistics = None  # frees the memory of the last ones
-            self._statistics = (inputs, input_statistics(rows))
+            self._statistics = (inputs, input_statistics(rows, None if exact is None else exact.reshape(rows.shape)))
         weight = module.weight
         rounded, values = round_with_feedback(weight if order is None else weight[order], kind, self._statistics[1])
         self._journal.add(plan.name, rounded.tobytes())

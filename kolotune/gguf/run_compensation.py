@@ -23,7 +23,7 @@ from .calibration import calibration_rows
 from .compensation import CompensationJob
 from .conversion_plan import TensorPlan
 
-_VERSION = 1  # raised when the same calibration gives other blocks
+_VERSION = 2  # raised when the same calibration gives other blocks
 
 
 @dataclass(frozen=True)

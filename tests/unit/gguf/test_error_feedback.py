@@ -70,3 +70,34 @@ def test_inputs_without_full_rank_still_give_finite_values(inputs: str) -> None:
     given = {"zeros": real * 0, "few": real[:3], "alike": real[:1].expand(50, -1)}[inputs]
     _, values = round_with_feedback(weights, "Q4_0", input_statistics(given))
     assert float((values - weights).abs().max()) < 1.0
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_what_the_inputs_have_lost_is_made_good(kind: str) -> None:
+    """A matrix whose inputs lack a part that can be told from the rest comes closer to the exact outputs."""
+    import torch
+
+    weights, exact = matrix_and_inputs(64)
+    inputs = exact @ (torch.eye(64) + 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
+
+    def error(values: Any) -> float:
+        return float((inputs @ values.T - exact @ weights.T).square().mean())
+
+    _, unaware = round_with_feedback(weights, kind, input_statistics(inputs))
+    _, aware = round_with_feedback(weights, kind, input_statistics(inputs, exact))
+    assert error(aware) < 0.3 * error(unaware)
+
+
+def test_inputs_that_have_lost_nothing_change_nothing() -> None:
+    weights, inputs = matrix_and_inputs(64)
+    blocks, _ = round_with_feedback(weights, "Q4_0", input_statistics(inputs))
+    same, _ = round_with_feedback(weights, "Q4_0", input_statistics(inputs, inputs.clone()))
+    np.testing.assert_array_equal(same, blocks)
+
+
+@pytest.mark.parametrize("inputs", ["zeros", "few"])
+def test_what_was_lost_is_finite_without_full_rank(inputs: str) -> None:
+    weights, real = matrix_and_inputs(64)
+    given = {"zeros": real * 0, "few": real[:3]}[inputs]
+    _, values = round_with_feedback(weights, "Q4_0", input_statistics(given, given * 1.1))
+    assert float((values - weights).abs().max()) < 1.0

@@ -1,0 +1,50 @@
+"""The exact model's inputs: kept for each matrix of a layer, handed out once, and only for the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kolotune.gguf.exact_inputs import ExactInputs
+
+
+class Layer(nn.Module):
+    """Two matrices, one behind the other; returns a tuple as older layers do, if it is to."""
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden: torch.Tensor, shift: float, *, scale: float) -> Any:
+        output = hidden + scale * self.second(self.first(hidden)) + shift
+        return (output, None) if self.returns_tuple else output
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+def test_each_layer_gets_what_the_exact_one_before_it_gives(returns_tuple: bool) -> None:
+    hidden = torch.randn(2, 3, 4)
+    layers = [Layer(returns_tuple), Layer(returns_tuple)]
+    exact, expected = ExactInputs(hidden), hidden
+    for layer in layers:
+        matrices: dict[str, nn.Module] = {"first": layer.first, "second": layer.second}
+        exact.run(layer, matrices, (0.5,), {"scale": 2.0})
+        torch.testing.assert_close(exact.take("first", hidden), expected)
+        torch.testing.assert_close(exact.take("second", torch.empty(2, 3, 6)), layer.first(expected))
+        assert exact.take("first", hidden) is None, "what was taken is forgotten"
+        assert not layer.first._forward_pre_hooks
+        output = layer(expected, 0.5, scale=2.0)
+        expected = output[0] if returns_tuple else output
+
+
+def test_tokens_of_an_expert_may_be_others() -> None:
+    hidden, layer = torch.randn(2, 3, 4), Layer(False)
+    exact = ExactInputs(hidden)
+    exact.run(layer, {"first": layer.first}, (0.0,), {"scale": 1.0})
+    assert exact.take("first", torch.empty(5, 4)) is None
+    exact.run(layer, {"first": layer.first}, (0.0,), {"scale": 1.0})
+    exact._inputs["first"] = torch.empty(5, 4)
+    assert exact.take("first", torch.empty(5, 4)) is None, "as many, but not all"
