@@ -388,7 +388,10 @@ def _filled(folder: Path, config: Any) -> Any:
         if parameter is not None
     }
     head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), None)
-    is_tied = bool(config.get_text_config().tie_word_embeddings) and f"{head}.weight" not in entries
+    # The text's part of a composite config may not have the setting; then it is that of the whole.
+    settings = (config.get_text_config(), config)
+    ties = next((part.tie_word_embeddings for part in settings if hasattr(part, "tie_word_embeddings")), False)
+    is_tied = bool(ties) and f"{head}.weight" not in entries
     if is_tied:
         owners.pop(f"{head}.weight", None)
     if set(owners) != set(entries) or any(shape != entries[name].shape for name, (*_, shape) in owners.items()):

@@ -28,6 +28,7 @@ _DOWNLOADING = (
     "foundation/cache.py",
     "foundation/errors.py",
     "foundation/files.py",
+    "foundation/formatting.py",
     "foundation/hashing.py",
     "foundation/installation.py",
     "foundation/locks.py",

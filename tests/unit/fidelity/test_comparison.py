@@ -109,7 +109,7 @@ def test_the_fields_of_the_file(tmp_path: Path) -> None:
     assert list(content) == [
         "chats", "positions", "held_out", "base_loss", "tuned_loss", "recorded_base_loss", "recorded_tuned_loss",
         "checked", "answers", "not_kept", "notes", "quantizations", "recommended", "recommended_because", "failure",
-        "paths", "version", "samples", "passed",
+        "paths", "version", "samples", "general", "passed",
     ]  # fmt: skip
     assert list(content["checked"][0]) == [
         "name", "stage", "file", "size_bytes", "against", "prompt_ids_equal", "top1_agreement", "kl_mean", "kl_p99",

@@ -74,7 +74,7 @@ def test_inputs_without_full_rank_still_give_finite_values(inputs: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_what_the_inputs_have_lost_is_made_good(kind: str) -> None:
-    """A matrix whose inputs lack a part that can be told from the rest comes closer to the exact outputs."""
+    """A matrix whose inputs lack a part that follows from the rest comes closer to the exact outputs."""
     import torch
 
     weights, exact = matrix_and_inputs(64)

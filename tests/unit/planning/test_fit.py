@@ -220,7 +220,7 @@ def test_memory_advice_names_the_option_that_makes_it_fit(
 def test_on_a_cpu_4_bits_are_advised_where_nothing_else_makes_it_fit(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = _huge_base(tmp_path / "huge", tiny_base, 2)
+    base = _huge_base(tmp_path / "huge", tiny_base, 8)
     values = {"base_model": str(base), "output_dir": tmp_path / "run", "dtype": hardware.best_dtype(), "lora_rank": 8}
     names, log = {"train"}, tmp_path / "log"
     contexts = [

@@ -94,7 +94,7 @@ class _Split(ctypes.Structure):
         return cls(whole.data_ptr(), down_address, gradient.width, 0 if down is None else len(down), whole.stride(0))
 
 
-class _Matrix(ctypes.Structure):
+class _FrozenMatrix(ctypes.Structure):
     """`Matrix` of matrices.h."""
 
     _fields_ = (
@@ -219,7 +219,7 @@ class CompiledProduct:
         self.frozen = _in_bf16_if_exact(weight[:, :changing])
         self._changing = weight[:, changing:].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         addresses = self.frozen.data_ptr(), self._changing.data_ptr()
-        self._matrix = _Matrix(*addresses, len(weight), changing, self._changing.shape[1])
+        self._matrix = _FrozenMatrix(*addresses, len(weight), changing, self._changing.shape[1])
         stored = _STORED[self.frozen.dtype]
         self._forward, self._backward = (functions[f"{name}_{stored}"] for name in _PRODUCTS)
 
