@@ -61,9 +61,8 @@ def trained(request: pytest.FixtureRequest) -> Any:
 
 def on(*names: str) -> Any:
     """Run the test on these runs; `name` is the fixture of each."""
-    return pytest.mark.parametrize(
-        ("trained", "name"), [(name, name) for name in names], indirect=["trained"], ids=names
-    )
+    runs = [pytest.param(name, name, marks=[pytest.mark.slow] * (name == "torchtune_run"), id=name) for name in names]
+    return pytest.mark.parametrize(("trained", "name"), runs, indirect=["trained"])
 
 
 def encoded(run: RunFolder, part: str) -> list[tuple[list[int], list[bool]]]:
@@ -388,6 +387,7 @@ def test_fewer_bits_lose_less_by_the_training_chats(kind: str, smollm2_run: Any,
     assert apart["with"].kl_mean < apart["without"].kl_mean
 
 
+@pytest.mark.slow
 def test_torchtune_has_the_defaults_of_the_original_scripts(torchtune_run: Any) -> None:
     """In the options that the run does not set."""
     config = torchtune_run.config
@@ -399,6 +399,7 @@ def test_torchtune_has_the_defaults_of_the_original_scripts(torchtune_run: Any) 
     assert adapter["base_model_name_or_path"] == str(torchtune_run.base)
 
 
+@pytest.mark.slow
 def test_torchtunes_held_out_loss_is_the_one_that_peft_finds(torchtune_run: Any) -> None:
     run = torchtune_run.run
     _, (_, after) = held_out_losses(read_metrics(run.metrics))

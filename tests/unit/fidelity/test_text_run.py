@@ -56,6 +56,7 @@ def write_texts(tmp_path: Path) -> Path:
     return tmp_path / "texts.jsonl"
 
 
+@pytest.mark.slow
 def test_a_base_without_a_template_continues_texts_and_chats_follow(
     learned_bases: tuple[Path, Path],
     tmp_path: Path,

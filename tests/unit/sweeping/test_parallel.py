@@ -148,6 +148,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(no_ssh()), reason=no_ssh())
 def test_on_two_machines_by_ssh(
     kolotune: Call, config: Config, server: Server, tmp_path: Path, tiny_base: Path, one_thread: None

@@ -125,6 +125,7 @@ def test_it_resumes_bit_for_bit(make_training: MakeTraining) -> None:
     assert same(adapter(cut), adapter(whole)) and Path(cut.metrics).read_text(encoding="utf-8") == before
 
 
+@pytest.mark.slow
 def test_halved_micro_batches_give_the_same_steps_and_repeat_bit_for_bit(
     make_training: MakeTraining, capfd: pytest.CaptureFixture[str]
 ) -> None:
