@@ -33,7 +33,8 @@ class Cause(Enum):
     FIRST_SPACE = "llama.cpp puts SentencePiece's space in front of texts where the trained tokenizer puts none"
     TOKENIZER = "llama.cpp does not split texts as the trained tokenizer does"
     DAMAGED_OR_TOO_COARSE = (
-        "a tensor of the file is damaged, or the quantization is too coarse for this model (Q8_0 keeps more)"
+        "a tensor of the file is damaged, or the quantization is too coarse for this model (Q8_0 keeps more, and so "
+        "does `--quantizer compensated` at the same size)"
     )
     ROUNDED_BACK = (
         "rounding takes the training's changes back, because the base model's weights lie on the grid that they are "
