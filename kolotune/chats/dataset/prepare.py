@@ -223,12 +223,7 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     refused = [(bool(held_out[index]), index, problem) for index, problem in collector.refused if kept[index]]
     prepared.problems += [problem for _, _, problem in sorted(refused, key=lambda entry: entry[:2])]
     prepared.general = int(np.count_nonzero(used & ~is_own))
-    prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))
-    prepared.reduced_tools = int(np.count_nonzero(used & (rows["flags"] & REDUCED > 0)))
-    for reason, flag in APART.items():
-        prepared.apart[reason] = int(np.count_nonzero(used & (rows["flags"] & flag > 0)))
-    prepared.masked_thoughts = int(rows["masked"][used].sum(dtype=np.int64))
-    prepared.dropped_thoughts = int(rows["dropped"][used].sum(dtype=np.int64))
+    _count_peculiarities(prepared, rows, used)
     if learns_from is LearnsFrom.TEXT:
         cut = used & (rows["sequences"] > 1)
         packed = _write_packed(prepared, store, rows, used, held_out, folder, config.max_seq_length)
@@ -240,6 +235,16 @@ def _split(collector: _Collector, config: Config, folder: Path) -> None:
     else:
         _write(prepared, store, rows, used, held_out, folder)
         prepared.not_compared -= prepared.general
+
+
+def _count_peculiarities(prepared: Prepared, rows: np.ndarray, used: np.ndarray) -> None:
+    """Count what is worth knowing of the chats that are used."""
+    prepared.special_in_content = int(np.count_nonzero(used & (rows["flags"] & SPECIAL > 0)))
+    prepared.reduced_tools = int(np.count_nonzero(used & (rows["flags"] & REDUCED > 0)))
+    for reason, flag in APART.items():
+        prepared.apart[reason] = int(np.count_nonzero(used & (rows["flags"] & flag > 0)))
+    prepared.masked_thoughts = int(rows["masked"][used].sum(dtype=np.int64))
+    prepared.dropped_thoughts = int(rows["dropped"][used].sum(dtype=np.int64))
 
 
 def _affected(indices: Sequence[int], describe: Callable[[int], str]) -> AffectedChats:
