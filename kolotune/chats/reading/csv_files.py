@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from .printable import printable
 from .reading_options import ReadingOptions
 from .records import ParsedRecord
 from .value_checks import value_fault
+
+_NAMED_DELIMITER = re.compile(rb'"?sep=([,;\t|])"?\r?\n?')
 
 
 class _TextLines:
@@ -50,7 +53,8 @@ class _TextLines:
 def read_csv(path: Path, options: ReadingOptions) -> Iterator[ParsedRecord]:
     """Yield the records of a CSV or TSV file. After a broken quote nothing more is read, and the fault says so.
 
-    The suffix ``.tsv`` means tabs; in other files a semicolon is recognised by the header.
+    The suffix ``.tsv`` means tabs; in other files the separator is recognised by the header, or named in a line such as
+    ``sep=;`` before it, as Excel writes it.
 
     Raises:
         OSError: The file can't be read.
@@ -69,9 +73,11 @@ def _delimiter(path: Path) -> str:
     if path.suffix.lower() == ".tsv":
         return "\t"
     with path.open("rb") as stream:
-        header = stream.readline(4096)
+        first = stream.readline(4096).removeprefix(BOM)
+    if named := _NAMED_DELIMITER.fullmatch(first):
+        return named[1].decode()
     # Spreadsheets write semicolons where the comma is the decimal sign.
-    return next((mark for mark in ",;\t" if mark.encode() in header), ",")
+    return next((mark for mark in ",;\t|" if mark.encode() in first), ",")
 
 
 def _records(lines: _TextLines, delimiter: str, options: ReadingOptions) -> Iterator[ParsedRecord]:
@@ -88,6 +94,8 @@ def _records(lines: _TextLines, delimiter: str, options: ReadingOptions) -> Iter
             return
         fault = lines.pop_fault(start, reader.line_num)
         if fault is None and not cells:
+            continue
+        if not columns and _NAMED_DELIMITER.fullmatch(delimiter.join(cells).encode()):
             continue
         if not columns:
             columns = [cell.strip() for cell in cells]

@@ -23,6 +23,7 @@ class FaultKind(StrEnum):
     BAD_JSON = "bad-json"
     BAD_CSV = "bad-csv"
     FIELD_COUNT = "field-count"
+    NO_HEADER = "no-header"
     CUT = "cut"
     TOO_LONG = "too-long"
     TOO_DEEP = "too-deep"
