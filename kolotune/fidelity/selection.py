@@ -94,8 +94,13 @@ def _add_samples(selection: Selection, task: ModelsTask, trained: TrainedFormat)
 
 
 def _add_probes(selection: Selection, task: ModelsTask, trained: TrainedFormat) -> None:
-    """Add a prompt with a system turn, which serving must not lose, where the template supports one."""
-    if trained.turns is None or trained.turns.refuses_system or not selection.prompts:
+    """Add a prompt with a system turn, which serving must not lose, where the template supports one.
+
+    What a template leaves out is in no chat that is trained on; llama.cpp's server writes it into the first question.
+    """
+    if trained.turns is None or trained.turns.refuses_system or trained.turns.system_style == "ignored":
+        return
+    if not selection.prompts:
         return
     turns = [turn for turn in selection.prompts[0].messages if turn["role"] != "system"]
     try:

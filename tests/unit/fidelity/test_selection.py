@@ -81,6 +81,33 @@ def test_only_the_prompts_of_trained_answers_must_be_in_the_tokens(
     assert selection.expected == ["a", "b"]
 
 
+IGNORES_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, IGNORES_SYSTEM])
+def test_a_system_turn_is_asked_for_where_the_template_writes_it(
+    template: str | None, tiny_base: Path, tmp_path: Path
+) -> None:
+    """llama.cpp's server writes it into the first question otherwise, which no chat was trained with."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    file, values = tmp_path / "chats.jsonl", {"eval_split": 0.0}
+    file.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    if template is not None:
+        (tmp_path / "own.jinja").write_text(template, encoding="utf-8")
+        values["chat_template"] = tmp_path / "own.jinja"
+    config = configs.resolve(({"train_data": [file], **values}, "test", tmp_path))
+    prepare_chats(config, tiny_base, tmp_path, processes=1)
+    task = dataclasses.replace(
+        task_of(tmp_path / TRAIN_TOKENS, 9, 9000), train_data=[str(file)], reading=ReadingOptions.of(config)
+    )
+    selection = select(task, TrainedFormat.load(tiny_base, template or ""))
+    assert len(selection.prompts) == 1
+    assert len(selection.probes) == (template is None)
+
+
 def test_weights_of_labels_weigh_the_compared_loss(tiny_base: Path, tmp_path: Path) -> None:
     """So that it is the loss that training measured, which the gate holds it to."""
     chats = [([5, 6, 7, 8], [0, 0.5, 1, 0.25]), ([5, 9, 7], [0, 1, 1])]
