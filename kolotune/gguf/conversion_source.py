@@ -102,7 +102,7 @@ def expected_skeleton(context: Context, *, is_prepared: bool = True) -> tuple[Mo
     if context.source is not None and folder == context.source:
         return read_skeleton(folder), exact_type(MappedTensors(weight_files(folder)).entries)
     model = MergedModel(context.source, context.base, context.config.merge_dtype)
-    companions: dict[str, Path | str]
+    companions: dict[str, Path | str | bytes]
     if context.source is not None:
         companions = {**companion_files(context.base, _tokenizer(context))}
     elif is_prepared and context.run.tokenizer.is_dir():
@@ -175,7 +175,7 @@ def check_budgets(context: Context, names: Sequence[str], log: Path, reporter: R
     check_possible(context, names, plans, content, log)
 
 
-def _expected_tokenizer(context: Context) -> dict[str, Path | str]:
+def _expected_tokenizer(context: Context) -> dict[str, Path | str | bytes]:
     """Return the files that prepare will write; {} if it can't, which it reports itself."""
     try:
         tokens = named_tokens(context.base)

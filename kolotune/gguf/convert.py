@@ -148,7 +148,7 @@ def plan_without_adapter(
     return plan_cache.find_plan(skeleton, gguf_type, llamacpp.ensure(reporter), log).plan
 
 
-def merged_skeleton(model: MergedModel, companions: Mapping[str, Path | str], name: str) -> ModelSkeleton:
+def merged_skeleton(model: MergedModel, companions: Mapping[str, Path | str | bytes], name: str) -> ModelSkeleton:
     """Return the skeleton of the merged folder that exists, or would."""
     shards = split_into_shards(model.entries)
     files = {**companions, model_config.FILE: model.config_text(), **index_file(shards)}

@@ -24,23 +24,30 @@ class ModelSkeleton:
 
     Attributes:
         name: the folder's name, which the converter may write into the GGUF.
-        files: all files but the weights, by name: a file on disk, or its text.
+        files: all files but the weights, by name: a file on disk, or its content.
         shards: names and headers of the weight files.
     """
 
     name: str
-    files: Mapping[str, Path | str]
+    files: Mapping[str, Path | str | bytes]
     shards: tuple[Shard, ...]
 
     def text(self, name: str) -> str:
         """Return the text of one of the `files`."""
         content = self.files[name]
-        return content.read_text(encoding="utf-8") if isinstance(content, Path) else content
+        if isinstance(content, Path):
+            return content.read_text(encoding="utf-8")
+        return content.decode() if isinstance(content, bytes) else content
 
     def file_digest(self, name: str) -> str:
         """Return the SHA-256 of one of the `files`."""
         content = self.files[name]
-        return hash_file(content) if isinstance(content, Path) else hashlib.sha256(content.encode()).hexdigest()
+        return hash_file(content) if isinstance(content, Path) else hashlib.sha256(_bytes(content)).hexdigest()
+
+    def file_size(self, name: str) -> int:
+        """Return the bytes of one of the `files`."""
+        content = self.files[name]
+        return content.stat().st_size if isinstance(content, Path) else len(_bytes(content))
 
     def digest(self) -> str:
         """Return a hash of everything that the converter's result depends on."""
@@ -65,12 +72,16 @@ class ModelSkeleton:
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             else:
-                (folder / name).write_text(content, encoding="utf-8", newline="")
+                (folder / name).write_bytes(_bytes(content))
         for shard in self.shards:
             (folder / shard.name).write_bytes(shard.header)
             if zeros:
                 os.truncate(folder / shard.name, shard.size)
         return folder
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.encode()
 
 
 def read_skeleton(folder: Path) -> ModelSkeleton:
@@ -83,7 +94,7 @@ def read_skeleton(folder: Path) -> ModelSkeleton:
     for path in weight_files(folder):
         header = read_header(path)
         shards.append(Shard(path.name, header.content, tuple(header.entries)))
-    files: dict[str, Path | str] = {
+    files: dict[str, Path | str | bytes] = {
         path.name: path
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.stat().st_size < _LARGEST_FILE

@@ -40,7 +40,7 @@ def measure_exports(context: Context, log: Path) -> ExportSizes:
     """
     skeleton, gguf_type = expected_skeleton(context)
     merged = sum(shard.size for shard in skeleton.shards)
-    merged += sum(_text_bytes(content) for content in skeleton.files.values())
+    merged += sum(skeleton.file_size(name) for name in skeleton.files)
     names = kept_models(context.config).quantized
     toolchain = llamacpp.find()
     plan = None if toolchain is None else plan_cache.find_plan(skeleton, gguf_type, toolchain, log).plan
@@ -52,7 +52,3 @@ def measure_exports(context: Context, log: Path) -> ExportSizes:
     known = quantized_sizes(plan, names, with_matrix(context, names), cache, log)
     bounds = {name: QuantizedSize(plan.size, 0.0) for name in names if name not in known}
     return ExportSizes(merged, plan.size, {**known, **bounds}, is_exact=not bounds)
-
-
-def _text_bytes(content: Path | str) -> int:
-    return content.stat().st_size if isinstance(content, Path) else len(content.encode())

@@ -59,6 +59,8 @@ SERVED_CHATS = {
     "they are trained as they are written, as llama.cpp reads them; the base's own tokenizer would compose them",
     "more_spaces": "chats are trained with the spaces that llama.cpp puts after special tokens; the base's own "
     "tokenizer puts fewer",
+    "scored_merges": "chats are trained with the merges of tokenizer.model, by their scores, as llama.cpp reads it; "
+    "transformers merges in another order where a base has no tokenizer.json",
     "pairs": "chats are pairs of a preferred and a rejected answer to one prompt",
     "undesirable": "chats have an answer that is labelled as bad",
     "apart_opening": _APART + "the template opens a reply with something that it writes before no finished answer",
@@ -263,4 +265,4 @@ def _write_tokenizer(prepared: Prepared, base: Path, folder: Path) -> None:
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
         else:
-            (folder / name).write_text(content, encoding="utf-8", newline="")
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())

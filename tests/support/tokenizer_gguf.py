@@ -40,6 +40,27 @@ def sentencepiece_gguf_of(tokenizer: PreTrainedTokenizerFast, path: Path) -> byt
     return _write(tokenizer, path, add)
 
 
+def scored_gguf_of(file: Path, path: Path) -> bytes:
+    """Write a GGUF without weights for a tokenizer.model of SentencePiece's; return its bytes."""
+    import gguf
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    model.ParseFromString(file.read_bytes())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece.piece for piece in model.pieces])
+    writer.add_token_scores([piece.score for piece in model.pieces])
+    writer.add_token_types([piece.type for piece in model.pieces])  # both number the types alike
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
 def _write(tokenizer: PreTrainedTokenizerFast, path: Path, add: Callable[[Any], None]) -> bytes:
     import gguf
 

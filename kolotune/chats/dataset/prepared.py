@@ -186,6 +186,7 @@ class Prepared:
             "undesirable": self.undesirable,
             "as_written": self._replaced(ServedChange.AS_WRITTEN),
             "more_spaces": self._replaced(ServedChange.MORE_SPACES),
+            "scored_merges": self._replaced(ServedChange.SCORED_MERGES),
             "special_tokens_in_content": self.special_in_content,
             "reduced_tools": self.reduced_tools,
             **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},

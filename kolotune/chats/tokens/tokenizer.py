@@ -12,16 +12,18 @@ from kolotune.foundation.free_memory import return_free_memory
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..templates.template import ChatTemplate
+from .sentencepiece_model import SENTENCEPIECE_FILE, sentencepiece_model
 from .served_tokenizer import Replaced, read_as_served
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATE_FILE = "chat_template.jinja"
+_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _FOR_TOOLS, _MORE_TEMPLATES = "tool_use", "additional_chat_templates"
 TOKENIZER_FILES = (
-    "tokenizer.json", _CONFIG_FILE, "tokenizer.model", TEMPLATE_FILE, "special_tokens_map.json",
+    _FILE, _CONFIG_FILE, SENTENCEPIECE_FILE, TEMPLATE_FILE, "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -49,7 +51,7 @@ def load_served_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, Replac
         raise ModelError(f"{folder}: its tokenizer can't be loaded: {reason}", "Download the model again.") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: it has no fast tokenizer (tokenizer.json)", "Use a model that has one.")
-    replaced = read_as_served(tokenizer.backend_tokenizer)
+    replaced = read_as_served(tokenizer.backend_tokenizer, folder / SENTENCEPIECE_FILE)
     return_free_memory()
     return cast("PreTrainedTokenizerFast", tokenizer), replaced
 
@@ -62,7 +64,7 @@ def _is_plain(folder: Path) -> bool:
     """
     settings, config = _object_or_empty(folder / _CONFIG_FILE), _object_or_empty(folder / "config.json")
     return (
-        (folder / "tokenizer.json").is_file()
+        (folder / _FILE).is_file()
         and settings.get("tokenizer_class") in _PLAIN_CLASSES
         and "auto_map" not in settings
         and config.get("model_type") in (None, "llama")
@@ -176,10 +178,11 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, jinja: str) -> ChatTemplat
     return ChatTemplate(jinja, special_tokens(tokenizer))
 
 
-def trained_tokenizer(base: Path, jinja: str, *, adds_bos: bool) -> dict[str, Path | str]:
+def trained_tokenizer(base: Path, jinja: str, *, adds_bos: bool) -> dict[str, Path | str | bytes]:
     """Return the tokenizer as it is trained: the base's files by name, with this template.
 
-    The base's own files, not what a library would save of them: the dry conversion checks exactly these.
+    The base's own files, not what a library would save of them: the dry conversion checks exactly these. A vocabulary
+    of SentencePiece's whose own file is missing gets one, since llama.cpp's converter reads the scores there.
 
     Args:
         base: The folder of the base model.
@@ -187,9 +190,11 @@ def trained_tokenizer(base: Path, jinja: str, *, adds_bos: bool) -> dict[str, Pa
         adds_bos: Whether a server has to add a BOS token, since the template writes one.
 
     Returns:
-        For each name the file to copy, or the text to write.
+        For each name the file to copy, or the content to write.
     """
-    files: dict[str, Path | str] = {name: base / name for name in TOKENIZER_FILES if (base / name).is_file()}
+    files: dict[str, Path | str | bytes] = {name: base / name for name in TOKENIZER_FILES if (base / name).is_file()}
+    if SENTENCEPIECE_FILE not in files and (content := sentencepiece_model(base / _FILE)) is not None:
+        files[SENTENCEPIECE_FILE] = content
     config = _read_object(base / _CONFIG_FILE)
     config.pop("chat_template", None)
     # A server adds a BOS exactly if this says so: it must be what the training chats had.

@@ -18,6 +18,7 @@ from kolotune.chats.tokens.tokenizer import load_served_tokenizer
 from kolotune.llamacpp.prompt_server import PromptServer
 from kolotune.llamacpp.tokenizer_model import tokenizer_model
 
+NO_FILE = Path()
 DECOMPOSED = [
     "Zu\u0308rich",
     unicodedata.normalize("NFD", "Tiếng Việt có dấu"),
@@ -69,7 +70,7 @@ def spaces_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptSe
 def test_letters_are_read_as_they_are_written(form: str, text: str, bytes_server: PromptServer) -> None:
     own = getattr(normalizers, form)()
     backend = copied(byte_level(CHATML_SPECIAL).backend_tokenizer, normalizers.Sequence([own]))
-    before, replaced = backend.encode(text, add_special_tokens=False).ids, read_as_served(backend)
+    before, replaced = backend.encode(text, add_special_tokens=False).ids, read_as_served(backend, NO_FILE)
     assert replaced is not None and replaced.change is ServedChange.AS_WRITTEN
     after = backend.encode(text, add_special_tokens=False).ids
     assert after == bytes_server.tokens(text)
@@ -81,7 +82,7 @@ def test_letters_are_read_as_they_are_written(form: str, text: str, bytes_server
 @pytest.mark.parametrize("text", SPACED)
 def test_spaces_are_those_of_llama_cpp(scheme: str, text: str, spaces_server: PromptServer) -> None:
     backend = copied(metaspace(CHATML_SPECIAL, scheme=scheme).backend_tokenizer)
-    replaced = read_as_served(backend)
+    replaced = read_as_served(backend, NO_FILE)
     assert replaced is not None and replaced.change is ServedChange.MORE_SPACES and replaced.affects([text])
     turns = f"<|im_start|>{text}<|im_end|>{text}"
     assert backend.encode(turns, add_special_tokens=False).ids == spaces_server.tokens(turns)
@@ -99,12 +100,12 @@ def test_nothing_is_changed_that_is_not_known() -> None:
         copied(letters), copied(letters, lower), copied(never), copied(spaces, normalizers.NFKC()), words, split,
     ):  # fmt: skip
         described = backend.to_str()
-        assert read_as_served(backend) is None
+        assert read_as_served(backend, NO_FILE) is None
         assert backend.to_str() == described
 
 
 def test_plain_texts_are_not_affected() -> None:
-    replaced = read_as_served(copied(byte_level(CHATML_SPECIAL).backend_tokenizer, normalizers.NFC()))
+    replaced = read_as_served(copied(byte_level(CHATML_SPECIAL).backend_tokenizer, normalizers.NFC()), NO_FILE)
     assert replaced is not None and not replaced.affects(["Hello", "Zürich", "日本語", "안녕"])
 
 
