@@ -12,11 +12,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import TypedDict
 
 from kolotune.foundation.errors import Terminated
 
+_AGAIN_SECONDS = 0.05  # for Python to leave the code that can't raise
 _CONTROL_C_EXIT = 0xC000013A  # what Windows says of a process that Ctrl-C ended
 
 
@@ -28,8 +31,15 @@ class Detached(TypedDict, total=False):
 
 
 def interrupt_on_termination() -> None:
-    """Handle a request to stop like Ctrl-C, so that child processes end and the state is recorded."""
+    """Handle a request to stop like Ctrl-C, so that child processes end and the state is recorded.
+
+    Where Python calls code that can't raise, such as a callback of its import locks, or `__del__`, it drops what the
+    handler raises, and the process would go on. There the signal is raised again.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
+    if sys.unraisablehook is not _raise_again:
+        _report.append(sys.unraisablehook)
+        sys.unraisablehook = _raise_again
 
 
 def ignore_ctrl_c() -> None:
@@ -74,3 +84,24 @@ def detached() -> Detached:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Terminated
+
+
+_report: list[Callable[[sys.UnraisableHookArgs], object]] = []
+"""The hook before ours, which prints."""
+
+
+def _signal_main_thread(number: signal.Signals) -> None:
+    if sys.platform == "win32":
+        _thread.interrupt_main(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
+        timer = threading.Timer(_AGAIN_SECONDS, _signal_main_thread, (number,))
+        timer.daemon = True
+        timer.start()
+    else:
+        _report[-1](dropped)

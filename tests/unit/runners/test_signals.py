@@ -112,3 +112,48 @@ def test_a_detached_process_on_windows_has_no_console(on_windows: None, monkeypa
     before = os.getsid(0)
     signals.leave_terminal()
     assert os.getsid(0) == before
+
+
+DROPS = """
+import os, signal, sys, time, weakref
+from kolotune.runners import signals
+
+class Thing:
+    def __del__(self):
+        if sys.argv[1] == "del":
+            stop()
+
+def stop(*_):
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    for _ in range(1000):
+        pass  # here the handler runs
+
+signals.interrupt_on_termination()
+thing = Thing()
+watched = weakref.ref(thing, stop if sys.argv[1] == "callback" else None)
+try:
+    del thing
+    time.sleep(30)
+except KeyboardInterrupt as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its signals end a process")
+@pytest.mark.parametrize("place", ["callback", "del"])
+@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", "Terminated"), ("SIGINT", "KeyboardInterrupt")])
+def test_a_request_to_stop_is_never_dropped(place: str, number: str, expected: str) -> None:
+    """Python drops exceptions in callbacks, such as those of its import locks."""
+    ended = subprocess.run(
+        [sys.executable, "-c", DROPS, place, number], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert (ended.stdout.strip(), ended.stderr) == (expected, "")
+
+
+def test_other_dropped_errors_are_reported() -> None:
+    code = (
+        "from kolotune.runners import signals; signals.interrupt_on_termination()\n"
+        "class Thing:\n    def __del__(self): raise ValueError('seen')\nThing()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    assert "ValueError: seen" in ended.stderr
