@@ -11,7 +11,7 @@ from kolotune.foundation.errors import TrainingError
 from kolotune.foundation.hardware import best_device
 
 from .. import events
-from ..adapter_folder import save_adapter
+from ..adapter_folder import AdapterContent, save_adapter
 from ..events import EvaluationDone, StepDone, TrainingBegins, TrainingEvent, TrainingNote, TrainingResult
 from ..job import TrainJob
 from ..metrics import MetricsWriter
@@ -132,8 +132,7 @@ def _save(trainer: Trainer) -> None:
     tensors, settings = best or lora.adapter_tensors(trainer.adapters), LoraSettings.of(job)
     if settings.initial is not None:
         tensors, settings = added_to_base(tensors, trainer.adapters), settings.of_twice_the_rank()
-    save_adapter(
-        Path(job.adapter),
+    content = AdapterContent(
         tensors,
         base_name=job.base_name,
         rank=settings.rank,
@@ -149,6 +148,7 @@ def _save(trainer: Trainer) -> None:
         modules_to_save=trainer.model.saved_names,
         tied_ends=trainer.model.tied_ends,
     )
+    save_adapter(Path(job.adapter), content)
 
 
 def _has_stopped(trainer: Trainer) -> bool:

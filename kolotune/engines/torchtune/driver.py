@@ -12,7 +12,7 @@ from kolotune.runners import child_process, local, memory_kills
 from kolotune.weights.weight_files import weight_files
 
 from .. import events, torchrun
-from ..adapter_folder import save_adapter
+from ..adapter_folder import AdapterContent, save_adapter
 from ..events import EvaluationDone, StepDone, TrainingBegins, TrainingNote, TrainingResult
 from ..job import TrainJob
 from ..metrics import keep_metrics
@@ -58,14 +58,14 @@ def train(job: TrainJob) -> None:
         checkpoint = recipe_checkpoints.newest(job)
     if checkpoint is None or checkpoint.epoch != job.epochs:
         raise TrainingError("torchtune ended without the checkpoint of the last epoch", f"See {_log(job)}.")
-    save_adapter(
-        Path(job.adapter),
+    content = AdapterContent(
         checkpoint.adapter(),
         base_name=job.base_name,
         rank=job.lora_rank,
         alpha=job.lora_alpha,
         dropout=job.lora_dropout,
     )
+    save_adapter(Path(job.adapter), content)
     started = listener.started
     device, processes = (started.device, started.processes) if started else (None, None)
     events.emit(TrainingResult(checkpoint.step, stopped_early=False, device=device, processes=processes))

@@ -16,7 +16,7 @@ from support.packed_models import chats_of, check_recomputing, compare, gradient
 from support.reference_training import weights_of
 from support.training import TrainingFolder, random_pairs
 
-from kolotune.engines.adapter_folder import save_adapter
+from kolotune.engines.adapter_folder import AdapterContent, save_adapter
 from kolotune.engines.native import dora, lora, training
 from kolotune.engines.native.device_operations import DeviceOperations
 from kolotune.engines.native.lora import LoraLinear
@@ -98,10 +98,10 @@ def test_losses_and_gradients_equal_those_of_peft(kind: str, make_training: Make
             for pair in model.adapters.values():
                 pair.lora_B.normal_(std=0.05)
                 pair.lora_magnitude_vector.mul_(torch.rand(len(pair.lora_B)) + 0.5)
-    save_adapter(
-        tmp_path / "adapter", lora.adapter_tensors(model.adapters), base_name="tiny", rank=4, alpha=8, dropout=0.0,
-        has_magnitudes=True,
-    )  # fmt: skip
+    content = AdapterContent(
+        lora.adapter_tensors(model.adapters), base_name="tiny", rank=4, alpha=8, dropout=0.0, has_magnitudes=True
+    )
+    save_adapter(tmp_path / "adapter", content)
     tokens = PreparedTokens.load(folder.root / "data" / "train.safetensors")
     loss, found = gradients(model, tokens, range(len(tokens)), 0.1)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder.root / "base", dtype=torch.float32)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from kolotune.engines.adapter_folder import save_adapter
+from kolotune.engines.adapter_folder import AdapterContent, save_adapter
 from kolotune.engines.native import lora
 from kolotune.engines.native.lora_settings import LoraSettings
 from kolotune.foundation.errors import ConfigError
@@ -96,7 +96,7 @@ def test_peft_gets_the_same_results_from_the_saved_adapter(
     model = tiny_model(kind)
     adapters = _random_adapters(model, targets)
     tensors = lora.adapter_tensors(adapters)
-    save_adapter(tmp_path / "adapter", tensors, base_name="tiny", rank=4, alpha=6.0, dropout=0.1)
+    save_adapter(tmp_path / "adapter", AdapterContent(tensors, base_name="tiny", rank=4, alpha=6.0, dropout=0.1))
     reference = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.randint(0, 96, (2, 30))
     with torch.no_grad():
@@ -115,7 +115,9 @@ def test_config_names_the_base_and_the_scale(
     tiny_model: Callable[..., Any], tmp_path: Path, alpha: float, written: float
 ) -> None:
     tensors = lora.adapter_tensors(_random_adapters(tiny_model("llama"), ["q_proj"], alpha=alpha))
-    save_adapter(tmp_path / "adapter", tensors, base_name="owner/name", rank=4, alpha=alpha, dropout=0.1)
+    save_adapter(
+        tmp_path / "adapter", AdapterContent(tensors, base_name="owner/name", rank=4, alpha=alpha, dropout=0.1)
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "owner/name"
     assert config["lora_alpha"] == written and config["r"] == 4 and config["target_modules"] == ["q_proj"]
