@@ -8,7 +8,6 @@ other program would ask them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -21,7 +20,6 @@ from typing import Any
 
 from kolotune.chats.tokens.tokenizer import template_of
 from kolotune.chats.tokens.trained_template import trained_folder
-from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.reporter import Reporter, make_reporter
 from kolotune.llamacpp.model_server import ModelServer, ServerSettings
 from kolotune.ollama.client import OllamaClient
@@ -29,6 +27,9 @@ from kolotune.ollama.install import installed_name
 from kolotune.run_folder.layout import RunFolder
 from kolotune.run_folder.results import choose_quantization, saved_config, verified_gguf
 from kolotune.serving.base_gguf import base_gguf
+
+sys.path.append(str(Path(__file__).parents[1]))
+import judging  # beside the examples
 
 FOLDER = Path(__file__).parent
 CONTEXT = 2048  # the longest question, with its functions, has some 600 tokens
@@ -166,8 +167,7 @@ def counts(verdicts: list[Verdict]) -> dict[str, int]:
 
 def main() -> int:
     """Print each question with what both models made of it, and the counts."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser = judging.parser(__doc__)
     parser.add_argument("--ollama", action="store_true", help="ask the tuned model where it was installed, in Ollama")
     arguments = parser.parse_args()
     run, reporter = RunFolder(arguments.run.absolute()), make_reporter()
@@ -188,8 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KolotuneError as error:
-        make_reporter().failure(error.cause, error.hint)
-        sys.exit(error.exit_code)
+    judging.run_script(main)

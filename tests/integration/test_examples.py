@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,20 +28,11 @@ def trained(name: str, folder: Path, reporter: PlainReporter) -> RunFolder:
 @pytest.mark.timeout(1500)
 def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -> None:
     """At least 17 of 20 held-out answers are in the lighthouse keeper's manner, and 1 at most before."""
-    from kolotune.serving.terminal_chat import open_chat
-
     run, judge = trained("lighthouse", tmp_path / "run", reporter), example_script("lighthouse", "judge")
-    lines = (EXAMPLES / "lighthouse" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    counts = {}
-    for base in (True, False):
-        counts[base] = 0
-        with open_chat(run, reporter, base=base) as talk:
-            for line in lines:
-                pieces = talk.ask(json.loads(line)["question"], temperature=0.0, max_tokens=120, seed=0)
-                counts[base] += judge.has_manner("".join(pieces))
-                talk.forget()
-    assert len(lines) == 20
-    assert counts[True] <= 1 and counts[False] >= 17, counts
+    base, tuned = (judge.answers(run, reporter, each) for each in (True, False))
+    counts = [sum(judge.has_manner(answer) for _, answer in each) for each in (base, tuned)]
+    assert len(tuned) == 20
+    assert counts[0] <= 1 and counts[1] >= 17, counts
 
 
 @pytest.mark.slow
