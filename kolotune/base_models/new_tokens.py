@@ -16,7 +16,8 @@ from kolotune.chats.tokens.new_tokens import ExtendedTokenizer, NewToken, extend
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ModelError
-from kolotune.foundation.files import replacing
+from kolotune.foundation.files import replacing, require_space, size_of
+from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.weights.adapter import LoraAdapter
 from kolotune.weights.adapter_config import AdapterConfig
@@ -69,13 +70,18 @@ def with_new_tokens(base: Path, tokens: Sequence[NewToken], reporter: Reporter) 
     Raises:
         ConfigError: a token can't be added.
         ModelError: the base's embedding is stored in a form that can't be extended.
+        SpaceError: the cache's disk has no space for the copy.
     """
     if not tokens:
         return base
     target = _copy(base, tokens)
     if not target.is_dir():
         extended = extend_tokenizer(base, tokens)
-        reporter.doing(f"copying the base model with {len(tokens)} new tokens, once")
+        size = size_of(base)
+        require_space(target.parent, size)
+        noun = "token" if len(tokens) == 1 else "tokens"
+        size_text = f"{format_size(size)} in kolotune's cache"
+        reporter.doing(f"copying the base model with {len(tokens)} new {noun}, once ({size_text})")
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
             partial.mkdir()

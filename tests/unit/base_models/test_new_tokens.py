@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kolotune.base_models.new_tokens import with_new_tokens
 from kolotune.chats.tokens.new_tokens import NewToken
-from kolotune.foundation.errors import ConfigError
+from kolotune.foundation import files
+from kolotune.foundation.errors import ConfigError, SpaceError
 from kolotune.foundation.reporter import PlainReporter
 
 TOKENS = [NewToken("<tool>", False), NewToken("<|note|>", True)]
@@ -56,6 +57,16 @@ def test_the_copy_is_made_once(extended: Path, tiny_base: Path, reporter: PlainR
     assert with_new_tokens(tiny_base, TOKENS, reporter) == extended
     assert (extended / "model.safetensors").stat().st_mtime_ns == written
     assert with_new_tokens(tiny_base, TOKENS[:1], reporter) != extended
+
+
+def test_a_disk_without_space_is_refused_before_anything_is_written(
+    tiny_base: Path, reporter: PlainReporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOLOTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "free_space", lambda _: 1000)
+    with pytest.raises(SpaceError, match="needed there"):
+        with_new_tokens(tiny_base, TOKENS, reporter)
+    assert not (tmp_path / "cache" / "extended_models").exists()
 
 
 @pytest.mark.parametrize(
