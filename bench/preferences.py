@@ -2,10 +2,11 @@
 
     python bench/preferences.py [--rounds N] [--pairs N] [--quick] [--json FILE]
 
-All train on the same pairs of the manners sample, in bf16, with the same adapters, on SmolLM2. Both compute the
-reference before the first step, which does not count, nor does the first step. The supervised step has the same tokens
-and labels as ours of DPO: both answers of each pair, as answers to learn. TRL is tried once with each batch size; the
-fastest is measured in the rounds. Memory is the peak of the whole process, the reference and the loading included.
+All train on the same pairs of the manners sample, in the dtype that a training has on this processor, with the same
+adapters, on SmolLM2. Both compute the reference before the first step, which does not count, nor does the first step.
+The supervised step has the same tokens and labels as ours of DPO: both answers of each pair, as answers to learn. TRL
+is tried once with each batch size; the fastest is measured in the rounds. Memory is the peak of the whole process, the
+reference and the loading included.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kolotune.engines.native.kernels import build
 from kolotune.engines.process_environment import ENVIRONMENT
 from kolotune.foundation import config as configs
 from kolotune.foundation import typed_storage
+from kolotune.foundation.hardware import best_dtype
 from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.stage import Context
 from kolotune.runners import local
@@ -53,7 +55,7 @@ def prepared_job(folder: Path, pairs: Path) -> TrainJob:
     run = RunFolder(folder / "run")
     own = {
         "batch_size": _BATCH, "train_data": [pairs], "output_dir": run.root, "objective": "dpo",
-        "compile": "off" if build.reason_unavailable() else "on",
+        "compile": "off" if build.reason_unavailable() else "on", "dtype": best_dtype(),
     }  # fmt: skip
     argv = [
         *KOLOTUNE, "prepare", pairs, "--objective", "dpo", "--eval-split", "0", "--max-seq-length",
@@ -96,7 +98,7 @@ def trl_speed(pairs: Path, size: int, folder: Path) -> Speed:
     task = {
         "base": str(material.base()), "pairs": str(pairs), "beta": _BETA, "seed": material.SEED, "rank": material.RANK,
         "alpha": material.ALPHA, "targets": list(material.TARGETS), "learning_rate": material.LEARNING_RATE,
-        "max_length": material.MAX_SEQUENCE, "batch_size": size,
+        "max_length": material.MAX_SEQUENCE, "batch_size": size, "dtype": best_dtype(),
     }  # fmt: skip
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
     python = environments.ensure("trl") / "python"

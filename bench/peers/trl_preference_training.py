@@ -3,8 +3,8 @@
     python trl_preference_training.py TASK.json RESULT.json
 
 The task has base, pairs (JSON Lines with prompt, chosen and rejected), beta, seed, rank, alpha, targets, learning_rate,
-max_length and batch_size. The reference is computed before the training, as TRL advises for speed, and its time does
-not count. The result has the pairs per second after the first step.
+max_length, batch_size and dtype (bf16 or fp32). The reference is computed before the training, as TRL advises for
+speed, and its time does not count. The result has the pairs per second after the first step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def main(task_file: Path, result_file: Path) -> int:
     rows = [json.loads(line) for line in Path(task["pairs"]).read_text(encoding="utf-8").splitlines()]
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     data = [{name: [{"role": role, "content": row[name]}] for name, role in roles.items()} for row in rows]
+    is_bf16 = task["dtype"] == "bf16"
     config = DPOConfig(
-        output_dir=str(result_file.parent / "trl"), num_train_epochs=1, seed=task["seed"], bf16=True, use_cpu=True,
+        output_dir=str(result_file.parent / "trl"), num_train_epochs=1, seed=task["seed"], bf16=is_bf16, use_cpu=True,
         per_device_train_batch_size=task["batch_size"], gradient_checkpointing=False, beta=task["beta"],
         learning_rate=task["learning_rate"], lr_scheduler_type="cosine", warmup_steps=2, weight_decay=0.01,
         max_length=task["max_length"], precompute_ref_log_probs=True, save_strategy="no", report_to=[],
@@ -49,7 +50,8 @@ def main(task_file: Path, result_file: Path) -> int:
     lora = LoraConfig(
         r=task["rank"], lora_alpha=task["alpha"], target_modules=task["targets"], task_type="CAUSAL_LM"
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16, attn_implementation="sdpa")
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype, attn_implementation="sdpa")
     times = StepTimes()
     trainer = DPOTrainer(
         model, args=config, train_dataset=Dataset.from_list(data), peft_config=lora, callbacks=[times],
