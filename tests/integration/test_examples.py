@@ -17,9 +17,9 @@ from kolotune.pipeline.run import run_pipeline
 from kolotune.run_folder.layout import RunFolder
 
 
-def trained(name: str, folder: Path, reporter: PlainReporter) -> RunFolder:
-    """Run an example with its own config."""
-    file = EXAMPLES / name / "kolotune.yaml"
+def trained(name: str, folder: Path, reporter: PlainReporter, config: str = "kolotune.yaml") -> RunFolder:
+    """Run an example with a config of its own."""
+    file = EXAMPLES / name / config
     values = {**configs.load_file(file), "output_dir": folder}
     return run_pipeline(configs.resolve((values, str(file), file.parent)), reporter)
 
@@ -37,9 +37,10 @@ def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_manners_that_are_preferred(tmp_path: Path, reporter: PlainReporter) -> None:
+@pytest.mark.parametrize("config", ["kolotune.yaml", "dpo.yaml"])
+def test_the_manners_that_are_preferred(config: str, tmp_path: Path, reporter: PlainReporter) -> None:
     """At least 16 of 20 held-out answers are polite, and 2 at most before."""
-    run, judge = trained("manners", tmp_path / "run", reporter), example_script("manners", "judge")
+    run, judge = trained("manners", tmp_path / "run", reporter, config), example_script("manners", "judge")
     counts = [
         sum(judge.is_polite(answer) for _, answer in judge.answers(run, reporter, base=base)) for base in (True, False)
     ]
