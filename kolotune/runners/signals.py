@@ -34,7 +34,7 @@ def interrupt_on_termination() -> None:
     """Handle a request to stop like Ctrl-C, so that child processes end and the state is recorded.
 
     Where Python calls code that can't raise, such as a callback of its import locks, or `__del__`, it drops what the
-    handler raises, and the process would go on. There the signal is raised again.
+    handler raises, and the process would continue. There the signal is raised again.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     if sys.unraisablehook is not _raise_again:

@@ -23,7 +23,7 @@ _HINTS = {
     FaultKind.DIFFERENT_PROMPTS: "A pair is two answers to one prompt.",
     FaultKind.FIELD_COUNT: "Save the table again with a program that quotes fields.",
     FaultKind.NO_HEADER: "Put a line of names before it, such as prompt,completion; if it does name the columns, "
-    "--map question=NAME,answer=NAME tells which is which.",
+    "--map question=NAME,answer=NAME says which is which.",
     FaultKind.BAD_UTF_8: "Save the file as UTF-8.",
     FaultKind.ENCODING: "Save the file as UTF-8.",
     FaultKind.CUT: "Get the whole file again.",

@@ -225,7 +225,7 @@ def test_separators_of_spreadsheets(separator: str, named: str | None, tmp_path:
     assert result.chats[0].line == (3 if named else 2)
 
 
-@pytest.mark.parametrize("first", ["How are you?,Fine", "Tell me.,No.", "a name that has six words,b", "x!;y"])
+@pytest.mark.parametrize("first", ["How are you?,Fine", "Say it.,No.", "a name that has six words,b", "x!;y"])
 def test_a_table_without_names(first: str, tmp_path: Path) -> None:
     result = read(tmp_path, "chats.csv", f"{first}\n{first}\n")
     assert [(problem.line, problem.kind) for problem in result.problems] == [(1, "no-header")]
