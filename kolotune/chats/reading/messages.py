@@ -17,7 +17,8 @@ from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
 from .record_keys import COMPANIONS, CONTENT_KEYS, LOSS_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
 from .roles import CALL_ROLES, ROLE_NAMES, THOUGHT_ROLES, role_of
-from .tool_calls import calls_of_text, read_calls, read_tools
+from .tool_calls import calls_of_text, read_calls
+from .tool_definitions import read_tools
 
 _REASONING_KEYS = COMPANIONS[RecordPart.REASONING]
 _OTHER_ROLES = ("human", "gpt", "function_call", "observation")

@@ -22,7 +22,8 @@ from .questions import question_and_answer
 from .reading_options import DEFAULT, ReadingOptions
 from .record_fields import RecordFields, keys_beside_turns, not_said, unread_hash
 from .record_keys import LOSS_KEYS, MEDIA, PAIRS, TURN_LISTS, RecordPart, canonical
-from .tool_calls import read_tools, separate_calls, writes_call
+from .tool_calls import separate_calls, writes_call
+from .tool_definitions import read_tools
 from .transcripts import turns_of_text
 from .turn_fixes import TurnFix, fix_order
 from .turn_order import is_orderly, order_faults

@@ -1,4 +1,4 @@
-"""Read tool definitions and tool calls, in every form that data sets have them."""
+"""Read tool calls, in every form that data sets have them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ from .strict_json import parse_text
 _NAME_KEYS = ("name", "tool_name", "function_name")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "tool_input")
 _ID_KEYS = ("id", "tool_call_id", "call_id")
-_JSON_TYPES = {
-    "str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number",
-    "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array",
-    "set": "array", "dict": "object", "object": "object",
-}  # fmt: skip
 _CALL_IN_TEXT = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _CALL_MARKS = (
     "<tool_call>",
@@ -34,64 +29,6 @@ _CALL_MARKS = (
 _ACTION = re.compile(r"^[ \t]*Action:.*\s+^[ \t]*Action Input:", re.MULTILINE)
 # Glaive quotes the arguments, which are JSON themselves, with single quotes.
 _QUOTED_ARGUMENTS = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\})', re.DOTALL)
-
-
-def read_tools(value: object) -> tuple[JsonObject, ...]:
-    """Read the tool definitions of a record: a list of objects, the same as JSON text, or nothing.
-
-    Definitions in the forms of Anthropic, Google and plain Python signatures get OpenAI's.
-
-    Raises:
-        RecordError: The value is something else.
-    """
-    try:
-        tools = json_or_value(value)
-        tools = [json_or_value(tool) for tool in tools] if isinstance(tools, list) else tools
-    except RecordError as error:
-        raise error.within(FaultKind.BAD_TOOLS, "tools") from None
-    if tools is None or tools == "" or tools == []:
-        return ()
-    if isinstance(tools, dict) and any(key in tools for key in ("name", "function", "functionDeclarations")):
-        tools = [tools]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        fail(FaultKind.BAD_TOOLS, "tools must be a list of objects")
-    declared: list[JsonObject] = []
-    for tool in tools:
-        inner = tool.get("functionDeclarations", tool.get("function_declarations"))
-        declared += [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else [tool]
-    return tuple(map(_definition, declared))
-
-
-def _definition(tool: JsonObject) -> JsonObject:
-    function = tool.get("function")
-    if isinstance(function, dict):
-        parameters = function.get("parameters")
-        return tool if _is_schema(parameters) else {**tool, "function": {**function, "parameters": _schema(parameters)}}
-    if "input_schema" in tool:
-        kept = {key: value for key, value in tool.items() if key in ("name", "description")}
-        return {**kept, "parameters": tool["input_schema"]}
-    return tool if _is_schema(tool.get("parameters")) else {**tool, "parameters": _schema(tool["parameters"])}
-
-
-def _is_schema(parameters: object) -> bool:
-    """Whether parameters are a JSON schema, or nothing that could be made one."""
-    if not isinstance(parameters, dict) or not parameters or "properties" in parameters or "$ref" in parameters:
-        return True
-    return not all(isinstance(value, dict) and isinstance(value.get("type"), str) for value in parameters.values())
-
-
-def _schema(parameters: object) -> JsonObject:
-    """Return the JSON schema of parameters by name, as xLAM has them: ``{"a": {"type": "int, optional"}}``."""
-    properties: JsonObject = {}
-    required = []
-    for name, parameter in (parameters if isinstance(parameters, dict) else {}).items():
-        kind, _, more = str(parameter["type"]).partition(",")
-        known = _JSON_TYPES.get(kind.split("[")[0].strip().lower())
-        properties[name] = {**parameter, "type": known or kind}
-        if "optional" not in more and "default" not in parameter:
-            required.append(name)
-    schema: JsonObject = {"type": "object", "properties": properties}
-    return {**schema, "required": required} if required else schema
 
 
 def read_calls(calls: object) -> tuple[JsonObject, ...]:
