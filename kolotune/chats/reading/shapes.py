@@ -21,7 +21,8 @@ from .printable import quoted
 from .questions import question_and_answer
 from .reading_options import DEFAULT, ReadingOptions
 from .record_fields import RecordFields, keys_beside_turns, not_said, unread_hash
-from .record_keys import LOSS_KEYS, MEDIA, PAIRS, TURN_LISTS, RecordPart, canonical
+from .record_keys import LOSS_KEYS, MEDIA, PAIRS, ROLE_KEYS, TURN_LISTS, RecordPart, canonical
+from .roles import ROLE_NAMES
 from .tool_calls import separate_calls, writes_call
 from .tool_definitions import read_tools
 from .transcripts import turns_of_text
@@ -31,6 +32,7 @@ from .turns_as_text import turns_as_text
 
 _TEXT = "text"
 _SYSTEM_MARK = "SYSTEM: "  # of Glaive
+_NOT_OF_TEXTS = ("turns", "contents", "items")  # such texts may all be the user's, as in MT-Bench, or no turns at all
 TURN_PREFIX = "turns: "
 """Before the names of unread keys of turns."""
 _KNOWN = "messages, conversations, instruction+output, prompt+completion, prompt+response, question+answer and others"
@@ -160,7 +162,10 @@ def unknown_shape(keys: Sequence[str]) -> Fault:
     """Return the fault of a record, or of a table's columns, that fit no shape."""
     shown = ", ".join(quoted(str(key), 20) for key in keys[:8]) + (", …" if len(keys) > 8 else "")
     names = {canonical(str(key)) for key in keys}
-    advice = next((text for known, text in _NO_CHATS if known <= names), f"known: {_KNOWN}")
+    advice = next((text for known, text in _NO_CHATS if known <= names), "")
+    if not advice and (key := next((name for name in _NOT_OF_TEXTS if name in names), None)):
+        advice = f"{key} must be objects with a role; --map messages={key} reads texts as question and answer in turn"
+    advice = advice or f"known: {_KNOWN}"
     cause = f"no shape recognised in the keys {shown or '(none)'}; {advice}"
     return Fault(FaultKind.UNKNOWN_SHAPE, cause, subject=shown)
 
@@ -199,22 +204,47 @@ def _shape_of(fields: RecordFields, keys: set[str]) -> RecordShape | None:
         answer = next((key for key in answers or known_answers if key in keys and key != question), "")
         return RecordShape(question=question, answer=answer) if question and answer else None
     keys = keys - fields.given
+    pair = _pair_of(keys)
     for name in TURN_LISTS:
-        if name in keys and (name in TURN_LISTS[:2] or _may_be_turns(fields.values[name])):
+        if name not in keys or not (name in TURN_LISTS[:2] or _may_be_turns(name, fields.values[name])):
+            continue
+        if pair is None or _name_their_roles(fields.values[name], fields.values[pair.question]):
             return RecordShape(name)
-    for question in PAIRS:
-        if question in keys:
-            for answer in PAIRS[question]:
-                if answer in keys:
-                    return RecordShape(question=question, answer=answer)
+    if pair is not None:
+        return pair
     text = fields.values.get(_TEXT)
     return RecordShape(_TEXT) if isinstance(text, str) and turns_of_text(text) else None
 
 
-def _may_be_turns(value: object) -> bool:
+def _pair_of(keys: set[str]) -> RecordShape | None:
+    pairs = ((question, answer) for question, answers in PAIRS.items() if question in keys for answer in answers)
+    return next((RecordShape(question=pair[0], answer=pair[1]) for pair in pairs if pair[1] in keys), None)
+
+
+def _name_their_roles(value: object, question: object) -> bool:
+    """Whether turns beside a question and its answer say who speaks, or begin with that question.
+
+    Else they may be anything that the question is about: a list of things, rows of a table, a dialogue.
+    """
+    if isinstance(value, str) and not value.lstrip().startswith(("[{", "{")):
+        turns: object = turns_of_text(value)
+        first = turns[0] if isinstance(turns, list) and turns else None
+        return isinstance(first, dict) and first["content"] == question
+    if not isinstance(value, list) or not value:
+        return True
+    if isinstance(value[0], dict):
+        names = {canonical(str(name)) for turn in value if isinstance(turn, dict) for name in turn}
+        return not names.isdisjoint({*ROLE_KEYS, *ROLE_NAMES, "input", "question", "type"})
+    first = value[0][0] if isinstance(value[0], list) and value[0] else value[0]
+    return bool(first == question)
+
+
+def _may_be_turns(key: str, value: object) -> bool:
     """Whether the value of a key that is also used for other things is a list of turns, or a text with turns."""
     if are_numbered(value):
         return True
+    if key in _NOT_OF_TEXTS and isinstance(value, list) and any([isinstance(turn, str) for turn in value]):
+        return False
     if isinstance(value, str):
         return value.lstrip().startswith("[{") or turns_of_text(value) is not None
     return value is None or (isinstance(value, list) and all([isinstance(turn, dict | str | list) for turn in value]))
