@@ -17,6 +17,7 @@ from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
 from .record_keys import COMPANIONS, CONTENT_KEYS, LOSS_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
 from .roles import CALL_ROLES, ROLE_NAMES, THOUGHT_ROLES, role_of
+from .thoughts import add_thoughts, different
 from .tool_calls import calls_of_text, read_calls
 from .tool_definitions import read_tools
 
@@ -190,7 +191,8 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
     if turns.thoughts:
         if role != "assistant":
             fail(FaultKind.BAD_REASONING, f"the turn before is a thought, and no {role} turn can follow it")
-        content.thoughts[:0], turns.thoughts = turns.thoughts, []
+        add_thoughts(before := Content(content.texts), turns.thoughts)
+        content.thoughts, turns.thoughts = different([*before.thoughts, *content.thoughts]), []
     for message in _messages(turn, role, content, number, weights):
         previous = turns.messages[-1] if turns.messages else None
         joins = is_call and message.reasoning is None and previous is not None and previous.role == "assistant"
@@ -251,7 +253,7 @@ def _content(turn: Mapping[str, object], role: str, is_call: bool) -> Content:
         fail(FaultKind.MISSING_CONTENT, f"the {role}'s content is missing or null")
     content = content or Content()
     content.calls += calls
-    content.thoughts += _reasoning(turn, role)
+    add_thoughts(content, _reasoning(turn, role))
     if content.thoughts and role != "assistant":
         fail(FaultKind.BAD_REASONING, f"a {role} turn has reasoning; only an assistant turn may")
     if content.calls and role != "assistant":
@@ -294,7 +296,7 @@ def _reasoning(turn: Mapping[str, object], role: str) -> list[str]:
         if role != "assistant":
             fail(FaultKind.BAD_REASONING, f"a {role} turn has reasoning; only an assistant turn may")
         thoughts.append(value)
-    return list(dict.fromkeys(thoughts))  # some tools write one thought under two keys
+    return different(thoughts)  # some tools write one thought under two keys
 
 
 def _text_or_none(turn: Mapping[str, object], key: str) -> str | None:

@@ -8,6 +8,7 @@ from .json_values import is_filled, json_or_value, kind_of
 from .messages import plain_turns
 from .record_fields import RecordFields
 from .record_keys import RecordPart
+from .thoughts import different
 from .turns_as_text import first_role, turns_as_text
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -69,7 +70,7 @@ def _joined_thoughts(values: list[object]) -> object:
     texts = [value for value in values if isinstance(value, str) and value]
     return next(
         (value for value in values if is_filled(value) and not isinstance(value, str)),
-        "\n\n".join(dict.fromkeys(texts)),
+        "\n\n".join(different(texts)),
     )
 
 
