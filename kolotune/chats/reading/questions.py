@@ -6,12 +6,11 @@ from .content_parts import plain_text
 from .faults import FaultKind, RecordError, fail
 from .json_values import is_filled, json_or_value, kind_of
 from .messages import plain_turns
+from .multiple_choice import chosen, listed, read_choices
 from .record_fields import RecordFields
 from .record_keys import RecordPart
 from .thoughts import different
 from .turns_as_text import first_role, turns_as_text
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def question_and_answer(fields: RecordFields, question_key: str, answer_key: str) -> list[object]:
@@ -34,12 +33,10 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
         answer = turns
     history = [turn for _, value in fields.read_all(RecordPart.HISTORY) for turn in _history(value)]
     more = [_text(key, value) for key, value in fields.read_all(RecordPart.CONTEXT)]
-    choices: list[tuple[str, str]] = []
-    for key, value in fields.read_all(RecordPart.CHOICES):
-        choices += _choices(key, value)
+    choices = [choice for key, value in fields.read_all(RecordPart.CHOICES) for choice in read_choices(key, value)]
     if choices:
-        more.append("\n".join(f"{letter}. {text}" for letter, text in choices))
-        answer = _chosen(answer, choices)
+        more.append(listed(choices, question))
+        answer = chosen(answer_key, answer, choices)
     more += [_documents(key, value) for key, value in fields.read_all(RecordPart.DOCUMENTS)]
     answers = _answers(answer_key, answer)
     if isinstance(question, list):
@@ -109,31 +106,6 @@ def _history(value: object) -> list[object]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         fail(FaultKind.BAD_HISTORY, "history must be a list of [question, answer] pairs")
     return list(plain_turns([turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]))
-
-
-def _choices(key: str, value: object) -> list[tuple[str, str]]:
-    """Return choices with their letters: a list of texts, texts by letter, or ``{"text": […], "label": […]}``."""
-    value = _parsed(value)
-    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
-        pairs = list(zip(value["label"], value["text"], strict=False))
-    elif isinstance(value, dict):
-        pairs = list(value.items())
-    elif isinstance(value, list) and len(value) <= len(_LETTERS):
-        pairs = list(zip(_LETTERS, value, strict=False))
-    else:
-        pairs = [("", value)]
-    if not all([isinstance(text, str | int | float) and letter for letter, text in pairs]):
-        fail(FaultKind.BAD_CONTENT, f"{key} is {kind_of(value)}; it must be a list of texts")
-    return [(str(letter), str(text)) for letter, text in pairs]
-
-
-def _chosen(answer: object, choices: list[tuple[str, str]]) -> object:
-    """Return the letter and text of the choice that an answer names by its number or letter; others stay."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        letter, text = choices[answer]
-        return f"{letter}. {text}"
-    named = answer.strip().rstrip(".)").lower() if isinstance(answer, str) else None
-    return next((f"{letter}. {text}" for letter, text in choices if letter.lower() == named), answer)
 
 
 def _documents(key: str, value: object) -> str:
