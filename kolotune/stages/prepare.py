@@ -218,6 +218,8 @@ def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
         reporter.warning(f"{own} {'chat is' if own == 1 else 'chats are'} few: {_FEW_HINT}")
     for key, count in prepared.unread.most_common():
         _report_unread(key, count, reporter, has_preferences=prepared.has_preferences)
+    for key in prepared.absent_keys:
+        reporter.warning(f"ignore-keys: no record has the key {key!r}")
     for fix, count in prepared.fixes.items():
         reporter.warning(f"{count} {fix}")
 

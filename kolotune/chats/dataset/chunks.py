@@ -65,6 +65,7 @@ class ChunkResult:
         source: The number of its file.
         shapes: The number of records of each shape.
         unread: The number of records with each key that is filled and not read.
+        named: The keys that the user names and a record has; None if no record could be parsed.
         fixes: The number of chats with each change to the order of turns.
         excluded: The number of records that their author excludes from training.
         untrained_turns: The number of answers that their author excludes, in the other chats.
@@ -88,6 +89,7 @@ class ChunkResult:
     source: int
     shapes: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    named: frozenset[str] | None = None
     fixes: Counter[TurnFix] = field(default_factory=Counter)
     excluded: int = 0
     untrained_turns: int = 0
@@ -161,6 +163,8 @@ class ChunkEncoder:
             read = read_chat(chunk.path, record, self.reading)
             result.shapes[read.shape] += bool(read.shape)
             result.problems += read.problems
+            if read.named is not None and read.named != result.named:
+                result.named = read.named | (result.named or frozenset())
             if read.chat is not None:
                 chats.append(read.chat)
                 unread.append(read.unread_hash)

@@ -26,7 +26,9 @@ from kolotune.runners import workers
 
 from ..reading.faults import Problem
 from ..reading.files import describe_shapes, no_chats, opened, require_file
+from ..reading.printable import printable
 from ..reading.reading_options import ReadingOptions
+from ..reading.record_keys import canonical
 from ..tokens.encoder import Encoder
 from ..tokens.text_encoder import TextEncoder
 from ..tokens.tokenizer import chat_template, load_served_tokenizer, special_tokens
@@ -69,7 +71,7 @@ def prepare_chats(
             on, too, and never held out.
 
     Raises:
-        DataError: A file can't be read at all.
+        DataError: A file can't be read at all, or no record has a key that the user gave a part of a chat.
         ModelError, TemplateError: The base model has no tokenizer or no usable chat template.
     """
     paths = [*config.train_data, *config.eval_data]
@@ -87,6 +89,7 @@ def prepare_chats(
             collector = _Collector(prepared, paths, len(config.train_data), store)
             for result in pool.map(encoder, collector.chunks(config, compared)):
                 collector.add(result)
+            prepared.absent_keys = _absent_keys(config, collector.named)
             if write_general is not None and collector.to_train:
                 write_general(prepared, collector.to_train)
                 encoder = _chunk_encoder(config, prepared, ReadingOptions())
@@ -104,6 +107,22 @@ def _chunk_encoder(config: Config, prepared: Prepared, reading: ReadingOptions) 
     return ChunkEncoder(encode, config.max_seq_length, reading, prepared.replaced)
 
 
+def _absent_keys(config: Config, named: frozenset[str] | None) -> tuple[str, ...]:
+    """Return the keys to be ignored that no record has.
+
+    Raises:
+        DataError: No record has a key that the user gave a part of a chat.
+    """
+    if named is None:
+        return ()
+    for entry in config.map:
+        key = entry.split("=", 1)[1]
+        if canonical(key) not in named:
+            shown = printable(key, 40)
+            raise DataError(f"map: no record has the key {shown}", f"Correct or remove {printable(entry, 60)}.")
+    return tuple([key for key in config.ignore_keys if canonical(key) not in named])
+
+
 class _Collector:
     """Collects the results of all chunks, except what is in the row store."""
 
@@ -117,6 +136,7 @@ class _Collector:
         self._problems: list[list[Problem]] = [[] for _ in paths]
         self._chats = 0
         self._reading = ReadingOptions()
+        self.named: frozenset[str] | None = None
         self.to_train = 0  # chats, as far as their own hashes decide
 
     def chunks(self, config: Config, compared: int | None) -> Iterator[Chunk]:
@@ -146,6 +166,8 @@ class _Collector:
         if result.source < len(self.paths):
             self._shapes[result.source] += result.shapes
             self._problems[result.source] += result.problems
+        if result.named is not None:
+            self.named = result.named | (self.named or frozenset())
         self.prepared.unread += result.unread
         self.prepared.fixes += result.fixes
         self.prepared.excluded += result.excluded

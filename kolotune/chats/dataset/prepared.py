@@ -81,6 +81,7 @@ class Prepared:
         problems: Every problem; the chats that have one are not used.
         shapes: For each file its format and the shapes of its records.
         unread: The number of chats whose record has each key that is filled and not read.
+        absent_keys: The keys to be ignored that no record has.
         fixes: The number of chats with each change to the order of turns.
         excluded: The number of records without an answer that is trained on, as their author and `train_on` decide.
         untrained_turns: The number of answers that are not trained on for the same reasons, in the other chats.
@@ -121,6 +122,7 @@ class Prepared:
     problems: list[Problem] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
+    absent_keys: tuple[str, ...] = ()
     fixes: Counter[TurnFix] = field(default_factory=Counter)
     excluded: int = 0
     untrained_turns: int = 0

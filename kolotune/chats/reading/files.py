@@ -23,6 +23,7 @@ from .faults import Problem
 from .json_files import read_json
 from .jsonl_files import is_array, read_jsonl
 from .misnamed_files import require_as_named
+from .named_keys import named_keys
 from .objective_records import read_objective_record
 from .packed_files import unpacked
 from .parquet_files import read_parquet
@@ -57,6 +58,7 @@ class ReadChat(NamedTuple):
         chat: Its chat; None if there are problems, or if its author excludes it from training.
         problems: What is wrong with it.
         unread, unread_hash, fixes: As in `ShapedRecord`.
+        named: The keys that the user names and the record has; None if it is damaged.
     """
 
     shape: str
@@ -65,6 +67,7 @@ class ReadChat(NamedTuple):
     unread: tuple[str, ...] = ()
     unread_hash: int = 0
     fixes: tuple[TurnFix, ...] = ()
+    named: frozenset[str] | None = None
 
 
 @contextmanager
@@ -88,13 +91,14 @@ def read_chat(path: Path, record: AnyRecord, options: ReadingOptions = DEFAULT) 
     """Read a record."""
     parsed = record.parse() if isinstance(record, RawRecord) else record
     fault = parsed.fault
+    named = None if fault else named_keys(parsed.value, options)
     shaped = ShapedRecord("", faults=(fault,)) if fault else read_objective_record(parsed.value, options)
     if shaped.faults:
         faults = shaped.faults[:MAX_PROBLEMS_PER_RECORD]
         problems = tuple([Problem(path, parsed.line + fault.line_offset, fault) for fault in faults])
-        return ReadChat(shaped.shape, None, problems)
+        return ReadChat(shaped.shape, None, problems, named=named)
     if shaped.excluded:
-        return ReadChat(shaped.shape, None)
+        return ReadChat(shaped.shape, None, named=named)
     chat = Chat(
         shaped.messages,
         path,
@@ -103,7 +107,7 @@ def read_chat(path: Path, record: AnyRecord, options: ReadingOptions = DEFAULT) 
         rejected=shaped.rejected,
         is_desirable=shaped.is_desirable,
     )
-    return ReadChat(shaped.shape, in_served_form(chat), (), shaped.unread, shaped.unread_hash, shaped.fixes)
+    return ReadChat(shaped.shape, in_served_form(chat), (), shaped.unread, shaped.unread_hash, shaped.fixes, named)
 
 
 def no_chats(path: Path) -> DataError:

@@ -1,0 +1,35 @@
+"""A key that the user names and no record has is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kolotune.chats.dataset.prepared import Prepared
+from kolotune.foundation.errors import DataError
+from kolotune.foundation.reporter import PlainReporter
+
+Prepare = Callable[..., tuple[Prepared, Any]]
+RECORDS = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(20)]
+
+
+@pytest.mark.parametrize("entry", ["question=Frage", "context=tabel"])
+def test_a_key_of_a_part(entry: str, prepare_records: Prepare) -> None:
+    with pytest.raises(DataError, match="no record has the key"):
+        prepare_records(RECORDS, eval_split=0, map=entry)
+
+
+def test_one_record_with_the_key_is_enough(prepare_records: Prepare) -> None:
+    records = [*RECORDS, {"Frage": "q", "answer": "a", "note": "x"}]
+    prepared, _ = prepare_records(records, eval_split=0, map="question=Frage", ignore_keys="note")
+    assert (prepared.train.chats, prepared.absent_keys) == (21, ())
+
+
+def test_a_key_to_be_ignored(prepare_records: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    from kolotune.stages.prepare import report_prepared
+
+    prepared, _ = prepare_records(RECORDS, eval_split=0, ignore_keys="gewicht")
+    report_prepared(prepared, PlainReporter())
+    assert "no record has the key 'gewicht'" in " ".join("".join(capsys.readouterr()).split())
