@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from kolotune.foundation.typed_storage import JsonObject
 
 from ..chat import ROLES, Message
-from .content_parts import Content, read_content
+from .content_parts import Content, plain_text, read_content
 from .faults import Fault, FaultKind, RecordError, fail
 from .json_values import is_filled, kind_of
 from .loss_flags import ALL_ANSWERS, AnswerWeights
 from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
-from .record_keys import COMPANIONS, CONTENT_KEYS, LOSS_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
-from .roles import CALL_ROLES, ROLE_NAMES, THOUGHT_ROLES, role_of
+from .record_keys import CALL_KEYS, COMPANIONS, CONTENT_KEYS, LOSS_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
+from .roles import CALL_ROLES, CHANNELS, ROLE_NAMES, THOUGHT_CHANNEL, THOUGHT_ROLES, role_of
 from .thoughts import add_thoughts, different
 from .tool_calls import calls_of_text, read_calls
 from .tool_definitions import read_tools
@@ -38,6 +38,7 @@ class Turns:
         tools: Tool definitions that stand in a system turn.
         unread: Keys of turns that say something and are not read, with their values.
         thoughts: Of turns that are a thought, until the answer that they belong to.
+        channels: The channels of Harmony's turns, by the number of the turn.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Turns:
     tools: tuple[JsonObject, ...] = ()
     unread: list[tuple[str, object]] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
+    channels: dict[int, str] = field(default_factory=dict)
 
     def weigh(self, weight: float) -> None:
         """Let the loss on each answer count less, by this factor."""
@@ -183,6 +185,8 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
     name = _role_name(turn)
     role = str(role_of(name))
     turns.unread += _unread(turn, role)
+    if role == "assistant" and isinstance(channel := turn.get("channel"), str):
+        turns.channels[number] = channel
     if role == "system":
         for key in _TOOLS_KEYS:
             turns.tools += tuple([tool for tool in read_tools(turn.get(key)) if tool not in turns.tools])
@@ -206,9 +210,14 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
 def _thought_of(turn: Mapping[str, object], weights: AnswerWeights) -> str | None:
     """Return the text of a turn that is a thought; None for other turns."""
     name = _first_of(turn, *ROLE_KEYS)
-    if not isinstance(name, str) or canonical(name) not in THOUGHT_ROLES:
+    if not isinstance(name, str):
+        return None
+    in_channel = turn.get("channel") == THOUGHT_CHANNEL and role_of(name) == "assistant"
+    if canonical(name) not in THOUGHT_ROLES and (not in_channel or any([turn.get(key) for key in CALL_KEYS])):
         return None
     text = _first_of(turn, *CONTENT_KEYS)
+    if isinstance(text, list):
+        text = plain_text(text, "the thought")
     if not isinstance(text, str):
         fail(FaultKind.BAD_REASONING, f"the thought is {kind_of(text)}; it must be a text")
     if weights.turns is not None or any([turn.get(key) is not None for key in LOSS_KEYS]):
@@ -219,6 +228,8 @@ def _thought_of(turn: Mapping[str, object], weights: AnswerWeights) -> str | Non
 def _unread(turn: Mapping[str, object], role: str) -> list[tuple[str, object]]:
     """Return the filled keys of a turn that are not read, with their values."""
     also_read = ("name",) if role == "tool" else _TOOLS_KEYS if role == "system" else ()
+    if role == "assistant" and str(turn.get("channel")) in CHANNELS:
+        also_read = ("channel",)
     unread = [(key, turn[key]) for key in turn if key not in TURN_KEYS and key not in also_read]
     for keys in (ROLE_KEYS, CONTENT_KEYS):
         given = [key for key in keys if key in turn]

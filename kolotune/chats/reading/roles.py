@@ -11,6 +11,11 @@ CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls", "functioncal
 THOUGHT_ROLES = frozenset({"reasoning", "thinking", "thought"})
 """Roles of turns that are a thought, which belongs to the next answer."""
 
+CHANNELS = frozenset({"analysis", "commentary", "final"})
+"""What OpenAI's Harmony calls the parts of an answer: its thought, what is said between, and the answer itself."""
+
+THOUGHT_CHANNEL = "analysis"
+
 ROLE_NAMES = {
     **{role: role for role in ROLES}, "developer": "system", "human": "user", "prompter": "user",
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",

@@ -38,7 +38,8 @@ def fix_order(turns: Turns) -> tuple[TurnFix, ...]:
     joined: list[tuple[Message, int]] = []
     for message, number in spoken:
         previous = joined[-1][0] if joined else None
-        if previous is None or not _can_join(previous, message):
+        in_one_channel = bool(joined) and turns.channels.get(joined[-1][1]) == turns.channels.get(number)
+        if previous is None or not in_one_channel or not _can_join(previous, message):
             joined.append((message, number))
             continue
         joined[-1] = (_join(previous, message), joined[-1][1])
