@@ -38,7 +38,7 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
         more.append(listed(choices, question))
         answer = chosen(answer_key, answer, choices)
     more += [_documents(key, value) for key, value in fields.read_all(RecordPart.DOCUMENTS)]
-    answers = _answers(answer_key, answer)
+    answers = answer_turns(answer_key, answer)
     if isinstance(question, list):
         more = [text for text in more if text.strip()]
         added = plain_turns([("user", "\n\n".join(more))]) if more else []
@@ -71,14 +71,21 @@ def _joined_thoughts(values: list[object]) -> object:
     )
 
 
-def _answers(key: str, answer: object) -> list[object]:
-    """Return the turns of an answer: a text, turns, tool calls (xLAM), or texts of which there is one (SQuAD)."""
+def answer_turns(key: str, answer: object) -> list[object]:
+    """Return the turns of an answer: a text, turns, tool calls (xLAM), or texts of which there is one (SQuAD).
+
+    Whole numbers are texts, as they are in a table.
+
+    Raises:
+        RecordError: There are several answers.
+    """
     if isinstance(answer, str) and key == "answers" and answer.lstrip().startswith(("[", "{")):
         answer = _parsed(answer)
     if isinstance(answer, dict) and isinstance(answer.get("text"), list):
         answer = answer["text"]
     if not isinstance(answer, list):
-        return list(plain_turns([("assistant", answer)]))
+        return list(plain_turns([("assistant", _number_as_text(answer))]))
+    answer = [_number_as_text(item) for item in answer]
     if answer and all([isinstance(item, dict) and "name" in item and "role" not in item for item in answer]):
         return [{"role": "assistant", "content": "", "tool_calls": answer}]
     if answer and all([isinstance(item, str) for item in answer]):
@@ -88,6 +95,10 @@ def _answers(key: str, answer: object) -> list[object]:
     if answer and first_role(answer) is None and all([isinstance(item, dict) and "text" in item for item in answer]):
         fail(FaultKind.BAD_CONTENT, f"{key} is a list of objects; keep the text of one of them")
     return answer
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
 
 
 def _text(key: str, value: object) -> str:

@@ -18,20 +18,21 @@ from .loss_flags import AnswerWeights, RecordFlags, record_flags
 from .messages import Turns, plain_messages, read_turns
 from .numbered_turns import are_numbered, numbered_turns
 from .printable import quoted
-from .questions import question_and_answer
+from .questions import answer_turns, question_and_answer
 from .reading_options import DEFAULT, ReadingOptions
 from .record_fields import RecordFields, keys_beside_turns, not_said, unread_hash
-from .record_keys import LOSS_KEYS, MEDIA, PAIRS, ROLE_KEYS, TURN_LISTS, RecordPart, canonical
+from .record_keys import LOSS_KEYS, MEDIA, METADATA, PAIRS, ROLE_KEYS, TURN_LISTS, RecordPart, canonical
 from .roles import ROLE_NAMES
 from .tool_calls import separate_calls, writes_call
 from .tool_definitions import read_tools
 from .transcripts import turns_of_text
 from .turn_fixes import TurnFix, fix_order
 from .turn_order import is_orderly, order_faults
-from .turns_as_text import turns_as_text
+from .turns_as_text import first_role, turns_as_text
 
 _TEXT = "text"
 _SYSTEM_MARK = "SYSTEM: "  # of Glaive
+_ANSWERS_BESIDE = PAIRS["prompt"]  # of turns that end with a question
 _NOT_OF_TEXTS = ("turns", "contents", "items")  # such texts may all be the user's, as in MT-Bench, or no turns at all
 TURN_PREFIX = "turns: "
 """Before the names of unread keys of turns."""
@@ -127,7 +128,11 @@ def _unwrapped(record: Mapping[str, object], options: ReadingOptions) -> dict[st
         return None
     ((name, value),) = inner
     rest = {key: each for key, each in record.items() if key != name}
-    return None if {*map(canonical, rest)} & {*map(canonical, value)} else {**value, **rest}
+    outer = {canonical(key): each for key, each in rest.items()}
+    twins = [(canonical(key), each) for key, each in value.items() if canonical(key) in outer]
+    if any([key not in METADATA and each != outer[key] for key, each in twins]):
+        return None
+    return {**value, **rest}
 
 
 def _plain_record(record: dict[str, object], options: ReadingOptions) -> ShapedRecord | None:
@@ -260,7 +265,7 @@ def read_shaped(fields: RecordFields, shape: RecordShape, options: ReadingOption
         cause = f"{key} is filled; only text can be trained on"
         fail(FaultKind.UNSUPPORTED_CONTENT, f"{cause}, or the text alone with --ignore-keys {key}", subject=key)
     if shape.turns:
-        raw: object = _turn_list(shape.turns, fields.read(shape.turns))
+        raw: object = _with_answer(fields, _turn_list(shape.turns, fields.read(shape.turns)))
     else:
         raw = question_and_answer(fields, shape.question, shape.answer)
     flags = record_flags({key: fields.read(key) for key in sorted(fields.filled & LOSS_KEYS.keys())})
@@ -311,6 +316,14 @@ def _turn_list(key: str, value: object) -> object:
         return json_or_value(value)
     except RecordError as error:
         raise error.within(field=f"in {key}") from None
+
+
+def _with_answer(fields: RecordFields, raw: object) -> object:
+    """Return turns that end with a question, with the answer that their record has under a key beside them."""
+    keys = [key for key in fields.mapped(RecordPart.ANSWER) or _ANSWERS_BESIDE if key in fields.filled]
+    if not keys or not isinstance(raw, list) or first_role(raw[-1:]) != "user":
+        return raw
+    return [*raw, *answer_turns(keys[0], fields.read(keys[0]))]
 
 
 def _answer_weights(raw: object, flags: RecordFlags, options: ReadingOptions) -> AnswerWeights:

@@ -131,7 +131,7 @@ BAD_LINES: list[tuple[bytes, str]] = [
     (b'{"instruction": "q", "output": null}', "missing-content"),
     (b'{"instruction": 1, "output": "a"}', "bad-content"),
     (b'{"instruction": "q", "output": "a", "history": [["x"]]}', "bad-history"),
-    (b'{"prompt": "q", "completion": 1}', "bad-content"),
+    (b'{"prompt": "q", "completion": true}', "bad-content"),
     (b'{"prompt": [], "completion": []}', "no-messages"),
 ]
 
