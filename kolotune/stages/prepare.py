@@ -231,7 +231,7 @@ def _report_unread(key: str, count: int, reporter: Reporter, *, has_preferences:
     name = key.removeprefix(TURN_PREFIX)
     records = f"{'turns of ' if name != key else ''}{count:,} record{'' if count == 1 else 's'}"
     sentence = f"{name!r} is filled in {records} and not read"
-    if canonical(name) in METADATA:
+    if canonical(name) in METADATA and key != f"{TURN_PREFIX}name":  # who speaks is more than a description
         reporter.note(f"{sentence}; it seems to describe the record")
     elif canonical(name) in (*PREFERRED, *PREFERRED.values(), *REJECTED_BESIDE, *LABELS) and not has_preferences:
         reporter.warning(f"{sentence}; --objective dpo or kto learns from it, --ignore-keys {name} confirms that")

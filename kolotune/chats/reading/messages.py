@@ -233,8 +233,21 @@ def _unread(turn: Mapping[str, object], role: str) -> list[tuple[str, object]]:
     unread = [(key, turn[key]) for key in turn if key not in TURN_KEYS and key not in also_read]
     for keys in (ROLE_KEYS, CONTENT_KEYS):
         given = [key for key in keys if key in turn]
-        unread += [(key, turn[key]) for key in given[1:] if turn[key] != turn[given[0]]]
+        unread += [(key, turn[key]) for key in given[1:] if not _is_same(turn[key], turn[given[0]])]
     return [(key, value) for key, value in unread if is_filled(value)]
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values are equal, or the same text, once in parts: Claude's exports have it twice."""
+    return one == other or (_text_of(one) is not None and _text_of(one) == _text_of(other))
+
+
+def _text_of(value: object) -> str | None:
+    """Return a text, or that of parts, without white space; None for what is neither."""
+    parts = [{"text": value}] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all([isinstance(part, dict) for part in parts]):
+        return None
+    return "".join("".join([text for part in parts if isinstance(text := part.get("text"), str)]).split())
 
 
 def _first_of(turn: Mapping[str, object], *keys: str) -> object:
