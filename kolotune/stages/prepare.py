@@ -220,6 +220,9 @@ def _report_reading(prepared: Prepared, reporter: Reporter) -> None:
         _report_unread(key, count, reporter, has_preferences=prepared.has_preferences)
     for key in prepared.absent_keys:
         reporter.warning(f"ignore-keys: no record has the key {key!r}")
+    for text, count in prepared.marked_answers.items():
+        answers = "1 answer is" if count == 1 else f"{count:,} answers are"
+        reporter.warning(f"{answers} {text!r}, as programs write for an empty cell; leave those chats out if so")
     for fix, count in prepared.fixes.items():
         reporter.warning(f"{count} {fix}")
 

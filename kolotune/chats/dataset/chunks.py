@@ -19,6 +19,7 @@ from kolotune.foundation.typed_storage import JsonObject
 from ..chat import Chat, trained_answers
 from ..reading.faults import Fault, FaultKind, Problem
 from ..reading.files import read_chat
+from ..reading.markers import marked_answers
 from ..reading.reading_options import DEFAULT, ReadingOptions
 from ..reading.records import AnyRecord, RawRecord
 from ..reading.turn_fixes import TurnFix
@@ -70,6 +71,7 @@ class ChunkResult:
         excluded: The number of records that their author excludes from training.
         untrained_turns: The number of answers that their author excludes, in the other chats.
         weights: The number of answers of the other chats with each weight between 0 and 1.
+        marked_answers: The number of answers that are each marker of an empty cell.
         problems: Problems of records that are not chats.
         rows: One for each chat.
         ids: The tokens of all used chats, as int32 in memory.
@@ -94,6 +96,7 @@ class ChunkResult:
     excluded: int = 0
     untrained_turns: int = 0
     weights: Counter[float] = field(default_factory=Counter)
+    marked_answers: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     rows: list[ChatRow] = field(default_factory=list)
     ids: bytearray = field(default_factory=bytearray)
@@ -169,6 +172,7 @@ class ChunkEncoder:
                 chats.append(read.chat)
                 unread.append(read.unread_hash)
                 compared += number < chunk.compared
+                result.marked_answers.update(marked_answers(read.chat.messages))
                 if not read.chat.is_plain and self.reading.learns_from is LearnsFrom.CHATS:
                     lighter = [turn.weight for turn in read.chat.messages if turn.weight < 1]
                     result.untrained_turns += lighter.count(0)

@@ -173,6 +173,8 @@ class _Collector:
         self.prepared.excluded += result.excluded
         self.prepared.untrained_turns += result.untrained_turns
         self.prepared.weights += result.weights
+        if result.source < len(self.paths):
+            self.prepared.marked_answers += result.marked_answers
         self.prepared.renamed_calls += result.renamed_calls
         self.prepared.split += result.split
         self.prepared.exchanges += result.exchanges

@@ -86,6 +86,7 @@ class Prepared:
         excluded: The number of records without an answer that is trained on, as their author and `train_on` decide.
         untrained_turns: The number of answers that are not trained on for the same reasons, in the other chats.
         weights: The number of answers of these chats with each weight between 0 and 1.
+        marked_answers: The number of answers that are each marker of an empty cell.
         duplicates: Copies of earlier chats, which are not used.
         in_both: Held-out chats that are not used since they are trained on.
         shortened: Chats that were too long and lost turns.
@@ -127,6 +128,7 @@ class Prepared:
     excluded: int = 0
     untrained_turns: int = 0
     weights: Counter[float] = field(default_factory=Counter)
+    marked_answers: Counter[str] = field(default_factory=Counter)
     duplicates: AffectedChats = field(default_factory=AffectedChats)
     in_both: AffectedChats = field(default_factory=AffectedChats)
     shortened: AffectedChats = field(default_factory=AffectedChats)
@@ -177,6 +179,7 @@ class Prepared:
             "weighted_turns": self.weights.total(),
             "lowest_weight": min(self.weights, default=1.0),
             "highest_weight": max(self.weights, default=1.0),
+            "marked_answers": self.marked_answers.total(),
             "turn_fixes": {fix.name.lower(): count for fix, count in self.fixes.items()},
             "duplicates": self.duplicates.count,
             "in_both_parts": self.in_both.count,

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .json_values import is_filled
+from .markers import is_marker
 from .printable import printable
 from .reading_options import ReadingOptions
 from .record_keys import COMPANIONS, METADATA, READ_KEYS, RecordPart, canonical
@@ -67,8 +68,8 @@ class RecordFields:
         return self.values.get(key)
 
     def read_all(self, part: RecordPart) -> list[tuple[str, object]]:
-        """Return the values of a part with their keys, and remember that they were read."""
-        return [(key, self.read(key)) for key in self.companions(part)]
+        """Return the values of a part with their keys, and remember that they were read; without empty cells."""
+        return [(key, value) for key in self.companions(part) if not is_marker(value := self.read(key))]
 
     def unread(self, said: Iterable[str]) -> list[tuple[str, object]]:
         """Return the filled keys that were not read, as they are spelled, with their values.

@@ -1,4 +1,4 @@
-"""A key that the user names and no record has is reported."""
+"""What the reading of chats found that the user should look at: misspelled keys, markers of empty cells."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def test_a_key_to_be_ignored(prepare_records: Prepare, capsys: pytest.CaptureFix
     prepared, _ = prepare_records(RECORDS, eval_split=0, ignore_keys="gewicht")
     report_prepared(prepared, PlainReporter())
     assert "no record has the key 'gewicht'" in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_markers_of_empty_cells(prepare_records: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    from kolotune.stages.prepare import report_prepared
+
+    empty = [{"question": f"r{number}", "answer": "#N/A"} for number in range(3)]
+    prepared, _ = prepare_records([*RECORDS, *empty], eval_split=0)
+    report_prepared(prepared, PlainReporter())
+    assert "3 answers are '#N/A'" in " ".join("".join(capsys.readouterr()).split())
