@@ -12,6 +12,8 @@ from typing import BinaryIO
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import DataError
 
+_HEAD_BYTES = 4096
+_BOM = b"\xef\xbb\xbf"
 _PIPE = re.compile(r"/dev/(?:fd|stdin)\b|/proc/self/fd/")
 # The first bytes of files whose format is not JSON Lines.
 _FORMATS = (
@@ -45,14 +47,21 @@ def _saved(stream: BinaryIO) -> Path:
     try:
         with partial.open("wb") as out:
             while data := stream.read(1 << 20):
-                head = head or data[:4]
+                head = head or data[:_HEAD_BYTES]
                 digest.update(data)
                 out.write(data)
         if not head:
             raise DataError("no chats came from standard input", "Pipe a file: cat chats.jsonl | kolotune run -")
-        suffix = next((suffix for start, suffix in _FORMATS if head.startswith(start)), ".jsonl")
+        suffix = next((suffix for start, suffix in _FORMATS if head.startswith(start)), None)
+        suffix = suffix or (".csv" if _is_table(head) else ".jsonl")
         path = folder / f"{digest.hexdigest()[:16]}{suffix}"
         partial.replace(path)
         return path
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_table(head: bytes) -> bool:
+    """Whether the first line has columns, and nothing of JSON."""
+    first = next(iter(head.removeprefix(_BOM).split(b"\n")))
+    return not re.match(rb"\s*[\[{]", first) and b"{" not in first and re.search(rb"[,;\t|]", first) is not None

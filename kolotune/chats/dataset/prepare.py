@@ -85,6 +85,7 @@ def prepare_chats(
             tokenizer, replaced = load_served_tokenizer(base)
             jinja = trained_template(config, base, special_tokens(tokenizer))
             prepared = Prepared(chat_template(tokenizer, jinja), tokenizer, jinja, replaced)
+            prepared.fixes_turns = config.fix_turns
             encoder = _chunk_encoder(config, prepared, ReadingOptions.of(config))
             collector = _Collector(prepared, paths, len(config.train_data), store)
             for result in pool.map(encoder, collector.chunks(config, compared)):

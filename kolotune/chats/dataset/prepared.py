@@ -82,6 +82,7 @@ class Prepared:
         shapes: For each file its format and the shapes of its records.
         unread: The number of chats whose record has each key that is filled and not read.
         absent_keys: The keys to be ignored that no record has.
+        fixes_turns: Whether the order of turns is fixed.
         fixes: The number of chats with each change to the order of turns.
         excluded: The number of records without an answer that is trained on, as their author and `train_on` decide.
         untrained_turns: The number of answers that are not trained on for the same reasons, in the other chats.
@@ -124,6 +125,7 @@ class Prepared:
     shapes: dict[str, str] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
     absent_keys: tuple[str, ...] = ()
+    fixes_turns: bool = False
     fixes: Counter[TurnFix] = field(default_factory=Counter)
     excluded: int = 0
     untrained_turns: int = 0
@@ -244,7 +246,7 @@ def require_good(prepared: Prepared, skip_bad: bool) -> None:
 
 def hint_against(prepared: Prepared) -> str:
     """Return what helps against the problems of the chats."""
-    helps = what_helps(prepared.problems)
+    helps = what_helps(prepared.problems, prepared.fixes_turns)
     if prepared.train.chats:
         bad = affected_records(prepared.problems)
         which = f"that {prepared.noun}" if bad == 1 else f"those {bad:,} {prepared.noun}s"
@@ -271,7 +273,7 @@ def nothing_to_train_on(prepared: Prepared) -> DataError:
             "are held out",
             f"Add {prepared.noun}s, or hold out fewer with --eval-split.",
         ),
-        (bad, "are bad", what_helps(prepared.problems) or f"Fix the {prepared.noun}s."),
+        (bad, "are bad", what_helps(prepared.problems, prepared.fixes_turns) or f"Fix the {prepared.noun}s."),
     ]
     count, reason, hint = max(reasons, key=lambda each: each[0])
     return DataError(

@@ -13,6 +13,7 @@ _ORDER = frozenset({
     FaultKind.NO_ANSWER,
 })  # fmt: skip
 _SWAPPED = frozenset({FaultKind.ASSISTANT_FIRST, FaultKind.NO_ANSWER})
+_NOT_FIXED = "--fix-turns joins no answers whose weights or channels differ, nor a text with the call before it."
 _HINTS = {
     **dict.fromkeys(_ORDER, "--fix-turns drops or joins such turns, and counts them."),
     FaultKind.UNKNOWN_ROLE: "Rename such roles, or leave those chats out.",
@@ -44,9 +45,15 @@ def affected_records(problems: Sequence[Problem]) -> int:
     return len({(problem.source, problem.line) for problem in problems})
 
 
-def what_helps(problems: Sequence[Problem]) -> str:
-    """Return what helps against problems of these kinds, apart from leaving the chats out; "" if only a look does."""
-    hints = dict.fromkeys(_HINTS[problem.kind] for problem in problems if problem.kind in _HINTS)
+def what_helps(problems: Sequence[Problem], fixes_turns: bool = False) -> str:
+    """Return what helps against problems of these kinds, apart from leaving the chats out; "" if only a look does.
+
+    Args:
+        problems: The problems.
+        fixes_turns: They are left although the order of turns is fixed.
+    """
+    known = {**_HINTS, **dict.fromkeys(_ORDER, _NOT_FIXED)} if fixes_turns else _HINTS
+    hints = dict.fromkeys(known[problem.kind] for problem in problems if problem.kind in known)
     kinds: dict[tuple[Path, int], set[FaultKind]] = {}
     for problem in problems:
         kinds.setdefault((problem.source, problem.line), set()).add(problem.kind)

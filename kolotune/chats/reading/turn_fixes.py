@@ -50,7 +50,9 @@ def fix_order(turns: Turns) -> tuple[TurnFix, ...]:
 
 
 def _can_join(first: Message, second: Message) -> bool:
-    is_answer = first.role == "assistant" and first.weight == second.weight
+    # Templates write an answer's text before its calls; behind them it would move.
+    keeps_order = not first.tool_calls or not second.content.strip()
+    is_answer = first.role == "assistant" and first.weight == second.weight and keeps_order
     return first.role == second.role and (first.role == "user" or is_answer)
 
 

@@ -35,6 +35,11 @@ def pipe(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         (bz2.compress(b"{}"), ".jsonl.bz2"),
         (lzma.compress(b"{}"), ".jsonl.xz"),
         (b"PK\x03\x04", ".xlsx"),
+        (b"question,answer\nq,a\n", ".csv"),
+        (b'\xef\xbb\xbf"Frage";"Antwort"\nq;a\n', ".csv"),
+        (b"question\tanswer\nq\ta\n", ".csv"),
+        (b'\n{"question": "q", "answer": "a"}\n', ".jsonl"),
+        (b'"question": "q", {}\n', ".jsonl"),
     ],
 )
 def test_the_same_content_is_the_same_file(data: bytes, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,3 +83,9 @@ def test_swapped_roles_are_guessed() -> None:
     swapped = [each for line in range(9) for each in read([answer, question], line)]
     assert "In 9 records the assistant speaks first and the user last: are the roles swapped?" in what_helps(swapped)
     assert "swapped" not in what_helps([each for line in range(9) for each in read([question, answer, question], line)])
+
+
+def test_fixing_turns_is_not_advised_where_it_is_on() -> None:
+    for kind in (FaultKind.TWO_ASSISTANTS, FaultKind.NO_ANSWER):
+        assert "drops or joins" in what_helps([problem(kind, 1)])
+        assert "drops or joins" not in what_helps([problem(kind, 1)], fixes_turns=True)

@@ -35,3 +35,10 @@ def test_turns_of_different_channels_are_not_joined() -> None:
 
 def test_another_channel_is_reported() -> None:
     assert read({"channel": "email", "content": "a"}).unread == ("turns: channel",)
+
+
+def test_a_text_is_not_joined_with_the_call_before_it() -> None:
+    call, text = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, {"content": "b"}
+    assert [fault.kind for fault in read(call, text).faults] == ["two-assistants"]
+    assert read(text, call).messages[1].content == "b"
+    assert len(read(call, {**call, "content": None}).messages[1].tool_calls) == 2
