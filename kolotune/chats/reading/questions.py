@@ -10,6 +10,7 @@ from .multiple_choice import chosen, listed, read_choices
 from .record_fields import RecordFields
 from .record_keys import RecordPart
 from .thoughts import different
+from .transcripts import turns_of_prompt, without_end
 from .turns_as_text import first_role, turns_as_text
 
 
@@ -22,15 +23,11 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
         RecordError: A value is not what its key should have.
     """
     question, answer = fields.read(question_key), fields.read(answer_key)
+    has_reasoning = not isinstance(question, list)  # beside turns, Nemotron has a switch of that name
     if (records := _columns(question, answer)) > 1:
         cause = f"{question_key} and {answer_key} have {records:,} texts each, as columns of a table"
         fail(FaultKind.BAD_CONTENT, f"{cause}; write one record for each (pandas: to_json(orient='records'))")
-    turns = turns_as_text(question)
-    if turns and first_role(turns) in ("system", "user"):
-        question = turns
-    turns = turns_as_text(answer)
-    if turns and first_role(turns) == "assistant":
-        answer = turns
+    question, answer = _parsed_sides(question, answer)
     history = [turn for _, value in fields.read_all(RecordPart.HISTORY) for turn in _history(value)]
     more = [_text(key, value) for key, value in fields.read_all(RecordPart.CONTEXT)]
     choices = [choice for key, value in fields.read_all(RecordPart.CHOICES) for choice in read_choices(key, value)]
@@ -41,16 +38,29 @@ def question_and_answer(fields: RecordFields, question_key: str, answer_key: str
     answers = answer_turns(answer_key, answer)
     if isinstance(question, list):
         more = [text for text in more if text.strip()]
-        added = plain_turns([("user", "\n\n".join(more))]) if more else []
-        return [*history, *question, *added, *answers]
-    if question is not None and not isinstance(question, str):
+        asked = [*question, *(plain_turns([("user", "\n\n".join(more))]) if more else [])]
+    elif question is not None and not isinstance(question, str):
         fail(FaultKind.BAD_CONTENT, f"{question_key} is {kind_of(question)}; it must be a text")
-    text = "\n\n".join(text for text in [question or "", *more] if text.strip())
-    turns = [*history, *plain_turns([("user", text)]), *answers]
-    reasoning = [thought for _, thought in fields.read_all(RecordPart.REASONING)]
+    else:
+        asked = plain_turns([("user", "\n\n".join(text for text in [question or "", *more] if text.strip()))])
+    turns = [*history, *asked, *answers]
+    reasoning = [thought for _, thought in fields.read_all(RecordPart.REASONING)] if has_reasoning else []
     if reasoning and isinstance(turns[-1], dict):
         turns[-1] = {**turns[-1], "reasoning": _joined_thoughts([*reasoning, turns[-1].get("reasoning")])}
     return turns
+
+
+def _parsed_sides(question: object, answer: object) -> tuple[object, object]:
+    """Return a question and an answer; as turns where they are written as such, or the question as a whole prompt."""
+    turns = turns_as_text(question)
+    if turns and first_role(turns) in ("system", "user"):
+        question = turns
+    turns = turns_as_text(answer)
+    if turns and first_role(turns) == "assistant":
+        return question, turns
+    if isinstance(question, str) and isinstance(answer, str) and (prompt := turns_of_prompt(question)):
+        return prompt, without_end(answer)
+    return question, answer
 
 
 def _columns(question: object, answer: object) -> int:

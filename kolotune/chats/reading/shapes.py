@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .turns_as_text import first_role, turns_as_text
 
 _TEXT = "text"
 _SYSTEM_MARK = "SYSTEM: "  # of Glaive
+_JSON = re.compile(r"\s*(?:\{|\[\s*[\[\]{\"'])")  # and not [INST]
 _ANSWERS_BESIDE = PAIRS["prompt"]  # of turns that end with a question
 _NOT_OF_TEXTS = ("turns", "contents", "items")  # such texts may all be the user's, as in MT-Bench, or no turns at all
 TURN_PREFIX = "turns: "
@@ -308,7 +310,7 @@ def _turn_list(key: str, value: object) -> object:
     """Return the turns in a list, which may be JSON text, or in a text with marks."""
     if isinstance(value, Mapping) and are_numbered(value):
         return numbered_turns(value)
-    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")) and (turns := turns_of_text(value)):
+    if isinstance(value, str) and not _JSON.match(value) and (turns := turns_of_text(value)):
         return turns
     if (written := turns_as_text(value)) is not None:
         return written

@@ -1,7 +1,7 @@
 """Read chats that are written as one text, with marks before what each side says.
 
-Known are the marks of ChatML (``<|im_start|>user``), of Llama 2 (``[INST] … [/INST]``), Llama 3, Gemma, and Zephyr and
-Phi (``<|user|>``), ``### Human:`` or ``Human:`` with ``### Assistant:`` or ``Assistant:``, Alpaca's
+Known are the marks of ChatML (``<|im_start|>user``), of Llama 2 (``[INST] … [/INST]``), Llama 3, Gemma, and Zephyr,
+Phi and Open Assistant (``<|user|>``), ``### Human:`` or ``Human:`` with ``### Assistant:`` or ``Assistant:``, Alpaca's
 ``### Instruction:`` and ``### Response:``, and Glaive's ``USER:``, ``ASSISTANT:`` and ``FUNCTION RESPONSE:``.
 """
 
@@ -11,6 +11,9 @@ import re
 
 from kolotune.foundation.typed_storage import JsonObject
 
+from .roles import role_of
+
+_USER = "user|human|prompter"
 # Where a mark is in a text, the pattern finds the role and what it says.
 _BY_TOKENS = (
     ("<|im_start|>", re.compile(r"<\|im_start\|>\s*(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)),
@@ -22,7 +25,8 @@ _BY_TOKENS = (
     (
         "<|assistant|>",
         re.compile(
-            r"<\|(system|user|assistant)\|>(.*?)(?:</s>|<\|end\|>|<\|endoftext\|>|(?=<\|(?:user|assistant)\|>)|\Z)",
+            rf"<\|(system|{_USER}|assistant)\|>(.*?)"
+            rf"(?:</s>|<\|end\|>|<\|endoftext\|>|(?=<\|(?:{_USER}|assistant)\|>)|\Z)",
             re.DOTALL,
         ),
     ),
@@ -39,6 +43,11 @@ _MARK = re.compile(
     re.MULTILINE,
 )
 _ENDS = ("<|endoftext|>", "</s>", "<s>")
+_ANSWER_MARKS = (
+    "[/INST]", "<|im_start|>assistant", "<|end_header_id|>", "<start_of_turn>model", "<|assistant|>", "Assistant:",
+    "ASSISTANT:", "Response:",
+)  # fmt: skip
+_ANSWER_ENDS = (*_ENDS, "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 
 def turns_of_text(text: str) -> list[JsonObject] | None:
@@ -49,6 +58,26 @@ def turns_of_text(text: str) -> list[JsonObject] | None:
     if "[INST]" in text:
         return _llama_2(text)
     return _marked(text)
+
+
+def turns_of_prompt(text: str) -> list[JsonObject] | None:
+    """Return the turns of a prompt with marks whose last is that of the answer to come; None for other texts."""
+    text = text.rstrip()
+    if not text.endswith(_ANSWER_MARKS):
+        return None
+    turns = turns_of_text(f"{text}\n") or []
+    roles = [role_of(str(turn["role"])) for turn in turns]
+    if turns and roles[-1] == "assistant" and not turns[-1]["content"]:
+        turns, roles = turns[:-1], roles[:-1]
+    return turns if turns and roles[-1] != "assistant" and "user" in roles else None
+
+
+def without_end(answer: str) -> str:
+    """Return the answer to a prompt with marks, without the mark of its end."""
+    answer = answer.strip()
+    for end in _ANSWER_ENDS:
+        answer = answer.removesuffix(end).rstrip()
+    return answer
 
 
 def _llama_2(text: str) -> list[JsonObject]:
