@@ -15,7 +15,17 @@ from .json_values import is_filled, kind_of
 from .loss_flags import ALL_ANSWERS, AnswerWeights
 from .printable import quoted
 from .reading_options import DEFAULT, ReadingOptions
-from .record_keys import CALL_KEYS, COMPANIONS, CONTENT_KEYS, LOSS_KEYS, ROLE_KEYS, TURN_KEYS, RecordPart, canonical
+from .record_keys import (
+    CALL_KEYS,
+    COMPANIONS,
+    CONTENT_KEYS,
+    LOSS_KEYS,
+    PAIRS,
+    ROLE_KEYS,
+    TURN_KEYS,
+    RecordPart,
+    canonical,
+)
 from .roles import CALL_ROLES, CHANNELS, ROLE_NAMES, THOUGHT_CHANNEL, THOUGHT_ROLES, role_of
 from .thoughts import add_thoughts, different
 from .tool_calls import calls_of_text, read_calls
@@ -24,6 +34,8 @@ from .tool_definitions import read_tools
 _REASONING_KEYS = COMPANIONS[RecordPart.REASONING]
 _OTHER_ROLES = ("human", "gpt", "function_call", "observation")
 _TOOLS_KEYS = COMPANIONS[RecordPart.TOOLS]
+_NAMED_ROLES = {**ROLE_NAMES, "input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
+_OTHER_NAMES = {"output_with_loss": "loss"}  # of xtuner
 _TYPES_OF_TURNS = ("human", "ai", "system", "tool", "function")
 
 
@@ -136,8 +148,8 @@ def _as_objects(raw: list[object]) -> list[object]:
     for turn in raw:
         if isinstance(turn, list) and len(turn) == 2 and all([isinstance(text, str) for text in turn]):
             turns += plain_turns(list(zip(("user", "assistant"), turn, strict=True)))
-        elif isinstance(turn, dict) and turn and (pairs := _named_by_role(turn)):
-            turns += plain_turns(pairs)
+        elif isinstance(turn, dict) and turn and (named := _named_by_role(turn)):
+            turns += named
         elif (
             isinstance(turn, dict)
             and turn.get("type") in _TYPES_OF_TURNS
@@ -161,13 +173,31 @@ def _with_role(turn: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _named_by_role(turn: Mapping[str, object]) -> list[tuple[str, object]]:
-    """Return the role and text of each key, if all keys are roles, or a question and its answer."""
-    known = {**ROLE_NAMES, "input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
-    roles = [(known.get(canonical(key)), value) for key, value in turn.items()]
+def _named_by_role(turn: Mapping[str, object]) -> list[JsonObject]:
+    """Return the turns of an object whose keys are roles, or a question and its answer; none of other objects."""
+    if "role" in turn or "from" in turn:  # as most have
+        return []
+    if turns := _pair_in(turn):
+        return turns
+    roles = [(_NAMED_ROLES.get(canonical(key)), value) for key, value in turn.items()]
     if all([role is not None and isinstance(value, str) for role, value in roles]):
-        return [(str(role), value) for role, value in roles]
+        return plain_turns([(str(role), value) for role, value in roles])
     return []
+
+
+def _pair_in(turn: Mapping[str, object]) -> list[JsonObject]:
+    """Return the turns of a question and its answer in one object, as xtuner has them; other keys are the answer's."""
+    said = {_OTHER_NAMES.get(name := canonical(key), name): value for key, value in turn.items()}
+    pair = next(((key, answer) for key in PAIRS if key in said for answer in PAIRS[key] if answer in said), None)
+    rest = {key: value for key, value in said.items() if key not in (*(pair or ()), "system")}
+    if pair is None or not {*ROLE_KEYS, *CONTENT_KEYS}.isdisjoint(rest):
+        return []
+    system, question, answer = said.get("system") or "", *map(said.get, pair)
+    is_text = all([isinstance(text, str) for text in (system, question, answer)])
+    if not is_text or any([role_of(key) == "tool" for key in rest]):
+        return []
+    turns = plain_turns([("system", system), ("user", question)])
+    return [*turns[0 if system else 1 :], {**rest, "role": "assistant", "content": answer}]
 
 
 def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, options: ReadingOptions) -> None:
