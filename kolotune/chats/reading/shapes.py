@@ -321,9 +321,12 @@ def _turn_list(key: str, value: object) -> object:
 
 
 def _with_answer(fields: RecordFields, raw: object) -> object:
-    """Return turns that end with a question, with the answer that their record has under a key beside them."""
+    """Return turns that end with a question, with the answer that their record has under a key beside them.
+
+    Not beside choices: it may be the number of one of them.
+    """
     keys = [key for key in fields.mapped(RecordPart.ANSWER) or _ANSWERS_BESIDE if key in fields.filled]
-    if not keys or not isinstance(raw, list) or first_role(raw[-1:]) != "user":
+    if not keys or fields.companions(RecordPart.CHOICES) or not isinstance(raw, list) or first_role(raw[-1:]) != "user":
         return raw
     return [*raw, *answer_turns(keys[0], fields.read(keys[0]))]
 

@@ -33,6 +33,8 @@ _BY_TOKENS = (
 )
 _INST = re.compile(r"\[INST\]\s*(.*?)\s*\[/INST\]\s*(.*?)\s*(?=</s>|<s>|\[INST\]|\Z)", re.DOTALL)
 _INST_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
+_MISTRAL_SYSTEM = re.compile(r"\[SYSTEM_PROMPT\](.*)\[/SYSTEM_PROMPT\]", re.DOTALL)
+_START = re.compile(r"\A\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<\|endoftext\|>)")
 _SIDES = {
     "system": "system", "human": "user", "user": "user", "instruction": "user", "assistant": "assistant",
     "gpt": "assistant", "response": "assistant", "function response": "tool", "input": "input",
@@ -54,7 +56,8 @@ def turns_of_text(text: str) -> list[JsonObject] | None:
     """Return the turns of a chat that is written as one text; None if it has no known marks."""
     for mark, pattern in _BY_TOKENS:
         if mark in text:
-            return [_turn(side, said) for side, said in pattern.findall(text)] or None
+            found = list(pattern.finditer(text))
+            return [*_before(text, found[0]), *[_turn(match[1], match[2]) for match in found]] if found else None
     if "[INST]" in text:
         return _llama_2(text)
     return _marked(text)
@@ -81,8 +84,9 @@ def without_end(answer: str) -> str:
 
 
 def _llama_2(text: str) -> list[JsonObject]:
-    turns = []
-    for question, answer in _INST.findall(text):
+    found = list(_INST.finditer(text))
+    turns = _before(text, found[0]) if found else []
+    for question, answer in (match.groups() for match in found):
         if match := _INST_SYSTEM.match(question):
             turns.append(_turn("system", match[1]))
             question = question[match.end() :]
@@ -90,6 +94,13 @@ def _llama_2(text: str) -> list[JsonObject]:
         if answer:
             turns.append(_turn("assistant", answer))
     return turns
+
+
+def _before(text: str, first: re.Match[str]) -> list[JsonObject]:
+    """Return what is said before the first mark as a system turn."""
+    said = _START.sub("", text[: first.start()]).strip()
+    system = _MISTRAL_SYSTEM.fullmatch(said)
+    return [_turn("system", system[1] if system else said)] if said else []
 
 
 def _marked(text: str) -> list[JsonObject] | None:

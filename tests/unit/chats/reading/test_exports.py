@@ -46,6 +46,7 @@ def test_an_answer_beside_turns_that_end_with_a_question(turns: str, key: str) -
     assert turns_shown(read_record({turns: [Q], key: "a"}).messages) == "U q · A a"
     several = {turns: [Q, A, Q], key: [{"role": "assistant", "content": "b"}]}
     assert turns_shown(read_record(several).messages) == "U q · A a · U q · A b"
+    assert read_record({turns: [Q], "choices": ["x", "y"], key: 1}).faults
     answered = read_record({turns: [Q, A], key: "b"})
     assert turns_shown(answered.messages) == "U q · A a" and answered.unread == (key,)
 

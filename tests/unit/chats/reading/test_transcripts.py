@@ -53,3 +53,17 @@ def test_other_prompts_are_texts(text: str) -> None:
 def test_chats_as_text(text: str) -> None:
     for key in ("text", "messages", "conversation"):
         assert turns_shown(read_record({key: text}).messages) == "U q · A a"
+
+
+@pytest.mark.parametrize(
+    ("text", "chat"),
+    [
+        ("s\n[INST] q [/INST] a", "S s · U q · A a"),
+        ("<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]a</s>", "S s · U q · A a"),
+        ("s\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>", "S s · U q · A a"),
+        ("<|endoftext|><|user|>q<|end|><|assistant|>a<|end|>", "U q · A a"),
+        ("<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>", "U q · A a"),
+    ],
+)
+def test_what_is_before_the_first_mark_is_a_system_turn(text: str, chat: str) -> None:
+    assert turns_shown(read_record({"text": text}).messages) == chat
