@@ -93,7 +93,7 @@ def _records(lines: _TextLines, delimiter: str, options: ReadingOptions) -> Iter
             yield ParsedRecord(start, fault=_syntax_fault(error))
             return
         fault = lines.pop_fault(start, reader.line_num)
-        if fault is None and not cells:
+        if fault is None and not any(map(str.strip, cells)):  # spreadsheets leave rows of separators alone
             continue
         if not columns and _NAMED_DELIMITER.fullmatch(delimiter.join(cells).encode()):
             continue
