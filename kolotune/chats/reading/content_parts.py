@@ -24,12 +24,14 @@ class Content:
         thoughts: Its thoughts.
         calls: Its tool calls.
         results: The results of tools in it: the call's id, the tool's name, and the text.
+        unread: Keys of its parts that say something and are not read, with their values.
     """
 
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     calls: list[JsonObject] = field(default_factory=list)
     results: list[tuple[str | None, str | None, str]] = field(default_factory=list)
+    unread: list[tuple[str, object]] = field(default_factory=list)
 
 
 def read_content(raw: object, role: str) -> Content | None:
@@ -84,6 +86,9 @@ def _add(content: Content, part: object) -> None:
     kind = part.get("type")
     text = part.get("text")
     if (kind in _TEXT_TYPES or (kind is None and len(part) == 1)) and isinstance(text, str):
+        if content.calls and text.strip():
+            cause = "a text follows the tool call in one content, but templates write it before the call"
+            fail(FaultKind.BAD_TOOL_CALL, f"{cause}; move it there, or into a turn after the result")
         content.texts.append(text)
     elif isinstance(text, str) and (kind == "reasoning" or (kind is None and part.get("thought") is True)):
         content.thoughts.append(text)
@@ -93,6 +98,8 @@ def _add(content: Content, part: object) -> None:
         content.calls += read_calls([part])
     elif kind == "tool_result":
         content.results.append((_text(part.get("tool_use_id")), None, _result(part.get("content"))))
+        if part.get("is_error"):
+            content.unread.append(("is_error", part["is_error"]))
     elif kind is None and isinstance(call := part.get("functionCall", part.get("function_call")), dict):
         content.calls += read_calls([call])
     elif kind is None and isinstance(answer := part.get("functionResponse", part.get("function_response")), dict):

@@ -222,6 +222,7 @@ def _add_turn(turns: Turns, raw: object, number: int, weights: AnswerWeights, op
             turns.tools += tuple([tool for tool in read_tools(turn.get(key)) if tool not in turns.tools])
     is_call = canonical(name) in CALL_ROLES
     content = _content(turn, role, is_call)
+    turns.unread += content.unread
     if turns.thoughts:
         if role != "assistant":
             fail(FaultKind.BAD_REASONING, f"the turn before is a thought, and no {role} turn can follow it")

@@ -205,7 +205,7 @@ FILES: list[tuple[str, bytes, list[tuple[int, str]], list[int]]] = [
     ("a.csv", b'prompt,completion\nq,a\n"p,a\nx,y\n', [(3, "cut")], [2]),
     ("a.csv", b'prompt,completion\nq,a\n"p"x,a\nx,y\n', [(3, "bad-csv")], [2]),
     ("a.csv", b"prompt,completion\rq,a\r", [(1, "bad-csv")], []),
-    ("a.csv", b"prompt,completion\nq,a\n,\n , \n,,,,\n\"\",\np,a\n", [], [2, 7]),
+    ("a.csv", b'prompt,completion\nq,a\n,\n , \n,,,,\n"",\np,a\n', [], [2, 7]),
     ("a.csv", b",\nprompt,completion\nq,a\n", [], [3]),
     ("a.csv", b"prompt,completion\n,a\nq,\n", [(2, "empty-user"), (3, "empty-answer")], []),
     ("a.csv", b'messages\n"[{"\n', [(2, "bad-json")], []),
