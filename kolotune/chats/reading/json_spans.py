@@ -113,7 +113,9 @@ class JsonText:
         """Yield a fault if there is text between a closing bracket and the end."""
         first = skip_blank(self.data, end)
         if first < stop:
-            cause = f"not valid JSON: more text after {after}, none of it was read; is a comma missing?"
+            several = self.data[first : first + 1] == b"{"
+            hint = "write each record on one line (`jq -c .` does)" if several else "is a comma missing?"
+            cause = f"not valid JSON: more text after {after}, none of it was read; {hint}"
             yield ParsedRecord(self.line_at(first), fault=Fault(FaultKind.BAD_JSON, cause))
 
     def unclosed(self) -> ParsedRecord:

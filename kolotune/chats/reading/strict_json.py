@@ -27,6 +27,9 @@ _HINTS = {
 }
 
 
+ON_ONE_LINE = "the record goes over several lines; write each on one line (`jq -c .` does)"
+"""What to do about indented objects in JSON Lines."""
+
 _BOM = b"\xef\xbb\xbf"
 _SUSPICIOUS_ESCAPE = re.compile("\\\\u(?:0000|[dD][89a-fA-F])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -140,6 +143,10 @@ def _syntax_error(error: json.JSONDecodeError, at_end: bool, first_column: int) 
     hint = next((hint for start, hint in _HINTS.items() if error.msg.startswith(start)), "")
     if error.doc[error.pos : error.pos + 1] == "'":
         hint = "JSON has double quotes only"
+    elif error.doc.strip() == "{":
+        hint = ON_ONE_LINE
+    elif error.doc[error.pos :].strip() == ",":
+        hint = "remove the comma behind the record; lines have none between them"
     cause = error.msg.removesuffix(" at").removesuffix(" starting")
     message = f"not valid JSON at column {column}: {printable(cause)}"
     return RecordError(Fault(FaultKind.BAD_JSON, f"{message}; {hint}" if hint else message, error.lineno - 1))
