@@ -275,7 +275,7 @@ def _send_chats(path: Path, sender: InputSender) -> list[str]:
     for file in files:
         if file.is_dir():
             raise DataError(
-                f"{file}: is a folder without files of chats, or with some that are kept for testing",
+                f"{file}: is a folder without files of chats, or with some that are kept for testing or in data",
                 "Name the files to train on.",
             )
     return [str(sender.send(file)) for file in files]

@@ -29,12 +29,14 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """Return the files of chats in a folder, or in its folder ``data``, by name; where it has none, plain texts.
 
     Returns:
-        The path itself if it is no folder, has no such files, or has chats that are kept for testing: which of them to
-        train on is for the user to say.
+        The path itself if it is no folder, has no such files, has chats that are kept for testing, or chats in both
+        folders: which of them to train on is for the user to say.
     """
     inner = path / "data"
-    chats = chat_files_in(path) or chat_files_in(inner)
-    if chats:
+    chats, inner_chats = chat_files_in(path), chat_files_in(inner)
+    if chats and inner_chats:
+        return (path,)
+    if chats := chats or inner_chats:
         return (path,) if any(map(is_other_split, chats)) else chats
     texts, inner_texts = text_files_in(path), text_files_in(inner)
     if inner_texts and all(file.stem.lower() == "readme" for file in texts):  # it describes the data set

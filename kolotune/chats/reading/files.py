@@ -214,8 +214,11 @@ def _open(path: Path, options: ReadingOptions, given: Path) -> tuple[str, Record
 
 def _files_in(folder: Path) -> str:
     """Return what to give in place of a folder."""
-    files = chat_files_in(folder) or chat_files_in(folder / "data")
-    if not files:
+    files, inner = chat_files_in(folder), chat_files_in(folder / "data")
+    if files and inner:
+        shown = ", ".join(printable(str(file.relative_to(folder)), 40) for file in (files[0], inner[0]))
+        return f"It has files of chats, and others in its folder data ({shown}). Name those to train on."
+    if not (files := files or inner):
         return f"It has no files of chats ({_KNOWN})."
     tests = [printable(file.name, 40) for file in files if is_other_split(file)]
     rest = [printable(file.name, 40) for file in files if not is_other_split(file)]

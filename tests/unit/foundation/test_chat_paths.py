@@ -43,6 +43,7 @@ def test_files_of_a_folder(names: list[str], read: list[str], tmp_path: Path) ->
     [
         (["train.jsonl", "test.jsonl"], "to train on: train.jsonl; kept for testing: test.jsonl"),
         (["data/train-0.parquet", "data/validation-0.parquet"], "--eval-data"),
+        (["chats.jsonl", "data/train-0.parquet"], "others in its folder data (chats.jsonl, data/train-0.parquet)"),
         (["notes.docx"], "no files of chats"),
     ],
 )
