@@ -50,7 +50,7 @@ class AnswerWeights:
         Raises:
             RecordError: A value is no weight from 0 to 1.
         """
-        said = [_weight(key, turn[key]) for key in LOSS_KEYS if turn.get(key) is not None]
+        said = [_weight(key, turn[key]) for key in LOSS_KEYS if turn.get(key) not in (None, "")]
         if self.turns is not None and number <= len(self.turns):
             said.append(self.turns[number - 1])
         return min(said, default=self.unflagged)

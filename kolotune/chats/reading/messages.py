@@ -251,7 +251,7 @@ def _thought_of(turn: Mapping[str, object], weights: AnswerWeights) -> str | Non
         text = plain_text(text, "the thought")
     if not isinstance(text, str):
         fail(FaultKind.BAD_REASONING, f"the thought is {kind_of(text)}; it must be a text")
-    if weights.turns is not None or any([turn.get(key) is not None for key in LOSS_KEYS]):
+    if weights.turns is not None or any([turn.get(key) not in (None, "") for key in LOSS_KEYS]):
         fail(FaultKind.NOT_SUPPORTED, "a thought in a turn of its own has no weight; put it into the answer's turn")
     return text.strip().removeprefix("<think>").removesuffix("</think>").strip()
 
@@ -263,7 +263,7 @@ def _unread(turn: Mapping[str, object], role: str) -> list[tuple[str, object]]:
         also_read = ("channel",)
     unread = [(key, turn[key]) for key in turn if key not in TURN_KEYS and key not in also_read]
     for keys in (ROLE_KEYS, CONTENT_KEYS):
-        given = [key for key in keys if key in turn]
+        given = sorted([key for key in keys if key in turn], key=lambda key: not is_filled(turn[key]))
         unread += [(key, turn[key]) for key in given[1:] if not _is_same(turn[key], turn[given[0]])]
     return [(key, value) for key, value in unread if is_filled(value)]
 
@@ -282,7 +282,9 @@ def _text_of(value: object) -> str | None:
 
 
 def _first_of(turn: Mapping[str, object], *keys: str) -> object:
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+    """Return the first value that says something, or else the first that is there."""
+    given = [turn[key] for key in keys if turn.get(key) is not None]
+    return next(filter(is_filled, given), given[0] if given else None)
 
 
 def _role_name(turn: Mapping[str, object]) -> str:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from .faults import FaultKind, RecordError, fail
-from .json_values import json_or_value, kind_of
+from .json_values import kind_of, list_or_value
 from .printable import quoted
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -35,7 +35,7 @@ def read_choices(key: str, value: object) -> list[AnswerChoice]:
         RecordError: The value is something else.
     """
     with suppress(RecordError):  # a text that is no list is refused below
-        value = json_or_value(value)
+        value = list_or_value(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
         pairs = list(zip(value["label"], value["text"], strict=False))
     elif isinstance(value, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .content_parts import plain_text
 from .faults import FaultKind, RecordError, fail
-from .json_values import is_filled, json_or_value, kind_of
+from .json_values import is_filled, kind_of, list_or_value
 from .messages import plain_turns
 from .multiple_choice import chosen, listed, read_choices
 from .record_fields import RecordFields
@@ -119,7 +119,7 @@ def _text(key: str, value: object) -> str:
 
 def _history(value: object) -> list[object]:
     try:
-        history = json_or_value(value)
+        history = list_or_value(value)
     except RecordError as error:
         raise error.within(FaultKind.BAD_HISTORY, "history") from None
     if isinstance(history, list) and all([isinstance(turn, dict) for turn in history]):
@@ -146,6 +146,6 @@ def _document(key: str, document: object) -> str:
 
 def _parsed(value: object) -> object:
     try:
-        return json_or_value(value)
+        return list_or_value(value)
     except RecordError:
         return value

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from kolotune.foundation.typed_storage import JsonObject
 
 from .faults import FaultKind, RecordError, fail
-from .json_values import json_or_value, kind_of
+from .json_values import json_or_value, kind_of, list_or_value
 from .strict_json import parse_text
 
 _NAME_KEYS = ("name", "tool_name", "function_name")
@@ -38,11 +38,13 @@ def read_calls(calls: object) -> tuple[JsonObject, ...]:
         RecordError: The value is something else.
     """
     try:
-        calls = json_or_value(calls)
+        calls = list_or_value(calls)
     except RecordError as error:
         raise error.within(FaultKind.BAD_TOOL_CALL, "tool_calls") from None
     if calls is None or calls == [] or calls == "":
         return ()
+    if isinstance(calls, dict) and calls:
+        calls = [calls]
     if not isinstance(calls, list):
         fail(FaultKind.BAD_TOOL_CALL, f"tool_calls is {kind_of(calls)}; it must be a list")
     return tuple([_call(call) for call in calls])

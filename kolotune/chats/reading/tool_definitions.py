@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kolotune.foundation.typed_storage import JsonObject
 
 from .faults import FaultKind, RecordError, fail
-from .json_values import json_or_value, kind_of
+from .json_values import json_or_value, kind_of, list_or_value
 from .printable import quoted
 
 _SCHEMA_KEYS = (
@@ -37,8 +37,8 @@ def read_tools(value: object) -> tuple[JsonObject, ...]:
         RecordError: The value is something else.
     """
     try:
-        tools = json_or_value(value)
-        tools = [json_or_value(tool) for tool in tools] if isinstance(tools, list) else tools
+        tools = list_or_value(value)
+        tools = [list_or_value(tool) for tool in tools] if isinstance(tools, list) else tools
     except RecordError as error:
         raise error.within(FaultKind.BAD_TOOLS, "tools") from None
     if tools is None or tools == "" or tools == []:
