@@ -70,7 +70,7 @@ class Chat:
         source: The file.
         line: The line in the file, starting at 1; in a Parquet file, the number of the record.
         tools: Definitions of the tools that the model is offered, in the OpenAI format.
-        tools_reduced: Whether their definitions said more than Ollama hands on; see `served_form`.
+        lost_tool_keys: The keys of their definitions that Ollama does not hand on, by name; see `served_form`.
         rejected: Of a pair, the turns of the chat that is not preferred; they begin with the same prompt.
         is_desirable: Whether the answer is good, where answers are rated.
     """
@@ -79,7 +79,7 @@ class Chat:
     source: Path = field(default=Path("-"), compare=False)
     line: int = field(default=0, compare=False)
     tools: tuple[JsonObject, ...] = ()
-    tools_reduced: bool = field(default=False, compare=False)
+    lost_tool_keys: tuple[str, ...] = field(default=(), compare=False)
     rejected: tuple[Message, ...] = ()
     is_desirable: bool = True
 

@@ -32,8 +32,8 @@ def in_served_form(chat: Chat) -> Chat:
     messages, rejected = chat.messages, chat.rejected
     if calls:
         messages, rejected = tuple(map(_message, messages)), tuple(map(_message, rejected))
-    loses = any(map(_loses, chat.tools, tools))
-    return dataclasses.replace(chat, messages=messages, rejected=rejected, tools=tools, tools_reduced=loses)
+    lost = tuple(sorted(set().union(*map(_lost_keys, chat.tools, tools))))
+    return dataclasses.replace(chat, messages=messages, rejected=rejected, tools=tools, lost_tool_keys=lost)
 
 
 def tool_as_served(tool: Mapping[str, object]) -> JsonObject:
@@ -166,9 +166,34 @@ def _tool(tool: JsonObject) -> JsonObject:
         return tool
 
 
-def _loses(tool: JsonObject, served: JsonObject) -> bool:
-    """Whether something in a definition is not handed on."""
-    return not set(_leaves(called_function(tool))) <= set(_leaves(called_function(served)))
+def _lost_keys(tool: JsonObject, served: JsonObject) -> set[str]:
+    """Return the keys of a definition that are not handed on, or not as they are."""
+    kept = set(_leaves(called_function(served)))
+    lost = set(_leaves(called_function(tool))) - kept
+    if not lost:
+        return set()
+    known = set(_locations(called_function(served)))
+    return {
+        next((parent for parent in _parents(place) if parent not in known), place).rpartition("/")[2]
+        for place, _ in lost
+    }
+
+
+def _locations(value: object, place: str = "") -> Iterator[str]:
+    """Yield the location of every key in a definition."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield f"{place}/{name}"
+            yield from _locations(item, f"{place}/{name}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _locations(item, place)
+
+
+def _parents(place: str) -> list[str]:
+    """Return a location and those around it, from the outside."""
+    names = place.split("/")
+    return ["/".join(names[:end]) for end in range(2, len(names) + 1)]
 
 
 def _leaves(value: object, place: str = "") -> Iterator[tuple[str, str]]:

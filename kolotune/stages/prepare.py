@@ -28,6 +28,7 @@ DOING = "reading, checking and encoding the chats"
 BASE_INPUT = "the base model"  # whose answers are mixed in
 TEMPLATE_INPUT = "the chat template"  # that the user gives in place of the base's
 _SHOWN_LOCATIONS = 20
+_SHOWN_KEYS = 8
 _FEW = 20
 _FEW_HINT = "the model will repeat them; a style takes about 50, a task some hundreds"
 # What happened to chats that are not trained on as they are, as a sentence after their number; by the fact's name.
@@ -43,8 +44,8 @@ CHANGED_CHATS = {
     "{highest_weight:g}",
     "special_tokens_in_content": "chats have special tokens in their text; they are trained as plain text, "
     "and can't be served with the same ids",
-    "reduced_tools": "chats have tool definitions that say more than Ollama hands to a template (default, minimum, "
-    "additionalProperties and others); they are trained without that",
+    "reduced_tools": "chats have tool definitions that say more than Ollama hands to a template "
+    "({lost}); they are trained without that",
 }
 # The same of documents.
 CHANGED_DOCUMENTS = {
@@ -188,7 +189,7 @@ def _report_chats(prepared: Prepared, reporter: Reporter) -> None:
     _report_reading(prepared, reporter)
     for name, sentence in CHANGED_CHATS.items():
         if facts[name]:
-            reporter.warning(f"{facts[name]} {sentence.format(**facts)}")
+            reporter.warning(f"{facts[name]} {sentence.format(**facts, lost=_lost_keys(prepared))}")
             _report_locations(locations.get(name, AffectedChats()), reporter)
     for name, sentence in SERVED_CHATS.items():
         if facts[name]:
@@ -209,6 +210,14 @@ def _report_chats(prepared: Prepared, reporter: Reporter) -> None:
         reporter.note(
             f"{prepared.not_compared} chats were not searched for near-duplicates; `kolotune check` searches all"
         )
+
+
+def _lost_keys(prepared: Prepared) -> str:
+    from kolotune.chats.reading.printable import printable
+
+    keys = sorted(prepared.lost_tool_keys)
+    shown = ", ".join([printable(key, 30) for key in keys[:_SHOWN_KEYS]])
+    return f"{shown} and {len(keys) - _SHOWN_KEYS} others" if len(keys) > _SHOWN_KEYS else shown
 
 
 def _report_reading(prepared: Prepared, reporter: Reporter) -> None:

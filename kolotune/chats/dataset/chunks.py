@@ -71,6 +71,7 @@ class ChunkResult:
         excluded: The number of records that their author excludes from training.
         untrained_turns: The number of answers that their author excludes, in the other chats.
         weights: The number of answers of the other chats with each weight between 0 and 1.
+        lost_tool_keys: The keys of tool definitions that Ollama does not hand on.
         marked_answers: The number of answers that are each marker of an empty cell.
         problems: Problems of records that are not chats.
         rows: One for each chat.
@@ -96,6 +97,7 @@ class ChunkResult:
     excluded: int = 0
     untrained_turns: int = 0
     weights: Counter[float] = field(default_factory=Counter)
+    lost_tool_keys: set[str] = field(default_factory=set)
     marked_answers: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     rows: list[ChatRow] = field(default_factory=list)
@@ -238,7 +240,8 @@ class ChunkEncoder:
                 result.refused[entry.number] = Problem(chat.source, chat.line, fault)
             else:
                 state, turns, tokens = USED, len(chat.messages) - len(fitting.messages), len(encoded)
-                flags |= encoded.special_in_content * SPECIAL | chat.tools_reduced * REDUCED
+                flags |= encoded.special_in_content * SPECIAL | bool(chat.lost_tool_keys) * REDUCED
+                result.lost_tool_keys.update(chat.lost_tool_keys)
                 masked, dropped = encoded.masked_thoughts, encoded.dropped_thoughts
                 result.ids += encoded.packed_ids
                 result.labelled += encoded.packed_labels

@@ -187,6 +187,7 @@ class _Collector:
             self.lowest = result.lowest[0], range(self._chats + rows.start, self._chats + rows.stop)
         self._chats += len(result.rows)
         self.prepared.traits |= result.traits
+        self.prepared.lost_tool_keys |= result.lost_tool_keys
         self.prepared.thinking += result.thinking
         self.store.add(result)
 

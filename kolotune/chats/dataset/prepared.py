@@ -101,6 +101,7 @@ class Prepared:
         rated_alike: Whether answers are rated, and all of them alike.
         special_in_content: The number of chats with special tokens in their text.
         reduced_tools: The number of chats whose tool definitions said more than Ollama hands on.
+        lost_tool_keys: The keys of these definitions that it does not hand on.
         apart: The number of chats with a sequence for each answer, by the reason.
         masked_thoughts: The number of empty thoughts that are not trained on.
         dropped_thoughts: The number of thoughts that the template leaves out of later prompts.
@@ -144,6 +145,7 @@ class Prepared:
     rated_alike: bool = False
     special_in_content: int = 0
     reduced_tools: int = 0
+    lost_tool_keys: set[str] = field(default_factory=set)
     apart: dict[ApartReason, int] = field(default_factory=dict)
     masked_thoughts: int = 0
     dropped_thoughts: int = 0
@@ -196,6 +198,7 @@ class Prepared:
             "scored_merges": self._replaced(ServedChange.SCORED_MERGES),
             "special_tokens_in_content": self.special_in_content,
             "reduced_tools": self.reduced_tools,
+            "lost_tool_keys": sorted(self.lost_tool_keys),
             **{f"apart_{reason.name.lower()}": self.apart.get(reason, 0) for reason in ApartReason},
             "masked_thoughts": self.masked_thoughts,
             "dropped_thoughts": self.dropped_thoughts,

@@ -98,11 +98,11 @@ def test_chats_are_read_in_this_form(tmp_path: Path) -> None:
     assert json.dumps(read.messages[1].tool_calls[0]["function"]) == (
         '{"name": "f", "arguments": {"b": {"y": 1, "z": 2}, "a": 1.5}}'
     )
-    assert not read.tools_reduced and in_served_form(read) == read
+    assert not read.lost_tool_keys and in_served_form(read) == read
 
 
 def test_calls_have_the_order_of_the_server() -> None:
-    call = {"id": "1", "function": {"name": "f", "arguments": {}}}
+    call: dict[str, Any] = {"id": "1", "function": {"name": "f", "arguments": {}}}
     read = in_served_form(chat(Message("assistant", "", tool_calls=(call,))))
     expected = '{"type": "function", "function": {"name": "f", "arguments": {}}, "id": "1"}'
     assert json.dumps(read.messages[1].tool_calls[0]) == expected
@@ -110,17 +110,28 @@ def test_calls_have_the_order_of_the_server() -> None:
 
 def test_what_says_more_is_noted() -> None:
     plain = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": ["string"]}}}}}
-    assert not in_served_form(chat(tools=(plain,))).tools_reduced
-    for schema in ({"default": 1}, {"minimum": 0}, {"properties": {"b": {"pattern": "x"}}}):
+    assert not in_served_form(chat(tools=(plain,))).lost_tool_keys
+    schemas: dict[str, dict[str, Any]] = {
+        "default": {"default": 1},
+        "minimum": {"minimum": 0},
+        "pattern": {"properties": {"b": {"pattern": "x"}}},
+    }
+    for lost, schema in schemas.items():
         properties = {"a": {"type": "string", **schema}}
         tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
-        assert in_served_form(chat(tools=(plain, tool))).tools_reduced, schema
+        assert in_served_form(chat(tools=(plain, tool))).lost_tool_keys == (lost,)
+
+
+def test_a_lost_object_is_named_itself() -> None:
+    function = {"name": "f", "parameters": {"properties": {}, "additionalProperties": False}}
+    tool = {"function": {**function, "returns": {"type": "string"}}}
+    assert in_served_form(chat(tools=(tool,))).lost_tool_keys == ("additionalProperties", "returns")
 
 
 def test_a_definition_that_is_refused_stays() -> None:
     odd = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": 1}}}}
     read = in_served_form(chat(tools=(odd,)))
-    assert read.tools == (odd,) and not read.tools_reduced
+    assert read.tools == (odd,) and not read.lost_tool_keys
 
 
 def test_a_chat_without_tools_is_the_same_object() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +43,25 @@ def test_markers_of_empty_cells(prepare_records: Prepare, capsys: pytest.Capture
     prepared, _ = prepare_records([*RECORDS, *empty], eval_split=0)
     report_prepared(prepared, PlainReporter())
     assert "3 answers are '#N/A'" in " ".join("".join(capsys.readouterr()).split())
+
+
+TEMPLATE = """{%- if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_keys_of_tools_that_are_not_handed_on(
+    prepare_records: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kolotune.stages.prepare import report_prepared
+
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string", "default": "y"}}}}
+    template = tmp_path / "tools.jinja"
+    template.write_text(TEMPLATE)
+    records = [{**RECORDS[0], "tools": [tool]}]
+    prepared, _ = prepare_records(records, eval_split=0, chat_template=str(template), eval_data=[])
+    report_prepared(prepared, PlainReporter())
+    assert "hands to a template (default);" in " ".join("".join(capsys.readouterr()).split())
