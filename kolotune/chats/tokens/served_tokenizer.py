@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.typed_storage import JsonObject
@@ -107,7 +107,7 @@ def _puts_more_spaces(backend: Tokenizer) -> bool:
 def _merges_by_score(backend: Tokenizer, sentencepiece: Path) -> bool:
     """Make a tokenizer merge in the order of the scores in a file; return whether it did not before."""
     model = backend.model
-    merges = merges_by_score(sentencepiece, lambda: json.loads(model.__getstate__())["merges"])
+    merges = merges_by_score(sentencepiece, lambda: cast("list[list[str]]", described(model)["merges"]))
     if merges is None:
         return False
     model.__setstate__(json.dumps({**described(model), "merges": merges}).encode())
