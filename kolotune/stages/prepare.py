@@ -61,7 +61,7 @@ SERVED_CHATS = {
     "more_spaces": "chats are trained with the spaces that llama.cpp puts after special tokens; the base's own "
     "tokenizer puts fewer",
     "scored_merges": "chats are trained with the merges of tokenizer.model, by their scores, as llama.cpp reads it; "
-    "transformers merges in another order where a base has no tokenizer.json",
+    "transformers 5 makes them in another order",
     "pairs": "chats are pairs of a preferred and a rejected answer to one prompt",
     "undesirable": "chats have an answer that is labelled as bad",
     "apart_opening": _APART + "the template opens a reply with something that it writes before no finished answer",
