@@ -1,14 +1,20 @@
-"""Training speed of each model family: kolotune's own step, and transformers with autograd, as before it had one.
+"""Training speed of each model family: kolotune's own step, and what there was before.
+
+That is transformers with autograd; for experts also transformers with PEFT, which users have without kolotune. Each
+contender has the dtype in which PyTorch's products are fastest here, and transformers the implementation of experts
+with which its first step is.
 
     python bench/families.py [--rounds N] [--only FAMILY ...] [--models FOLDER] [--quick] [--json FILE]
 
 Weights are random, in the shapes of published models, with fewer layers, tokens and experts, or narrower, where the
-whole would take long. With --models they are written into that folder, and read from there the next time. Both steps
+whole would take long. With --models they are written into that folder, and read from there the next time. All steps
 compute the same losses and gradients, in turns, in one process, of random chats behind a system prompt.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import random
 import sys
@@ -19,18 +25,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from family_contenders import EXPERTS, KOLOTUNE, MODULE, Contender, Setting, product_rates, settings_of
 from measuring import Result, Table, median, options, versions
 
 from kolotune.engines.job import TrainJob
 from kolotune.engines.native.kernels import build
-from kolotune.engines.native.model import PackedModel, TrainingModel, TransformersModel
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.engines.process_environment import ENVIRONMENT
 
 _VOCABULARY, _LAYERS = 32_768, 2
 _BATCH, _SYSTEM, _SHORTEST, _LONGEST = 4, 20, 30, 150
 _TARGET = 2.0
+_SAME = 0.02  # of a loss; bf16 rounds
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,17 @@ class Model:
     layers: int = _LAYERS
     vocabulary: int = _VOCABULARY
     more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert; 0 without experts."""
+        hidden, inner, *_ = self.sizes
+        return 3 * hidden * self.more.get("moe_intermediate_size", inner) if self.chosen else 0
+
+    @property
+    def chosen(self) -> int:
+        """How many experts compute a token."""
+        return int(self.more.get("num_experts_per_tok", 0))
 
     def write(self, folder: Path) -> None:
         """Write the model with random weights."""
@@ -110,61 +129,112 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=[model.kind for model in MODELS], metavar="FAMILY")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="keep the models there")
+    parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=EXPERTS, help="transformers' ways to try")
     arguments = parser.parse_args()
     if not ENVIRONMENT.items() <= os.environ.items():  # libraries read it when they are loaded, so start again with it
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     rounds = 1 if arguments.quick else arguments.rounds
-    result = Result("families", "Model families", versions("torch", "transformers"), quick=arguments.quick)
+    result = Result("families", "Model families", versions("torch", "transformers", "peft"), quick=arguments.quick)
     rows: list[list[object]] = []
+    tried: list[list[object]] = []
+    rates = product_rates()
+    dtype = min(rates, key=lambda dtype: sum(1 / rate for rate in rates[dtype]))
     for model in MODELS:
         if arguments.only and model.kind not in arguments.only:
             continue
-        before, after = _measure(model, rounds, arguments.models)
-        rows.append([model.name, model.layers, before, after, after / before])
-        print(*rows[-1], flush=True)
-        if model.kind != "llama":  # it had its own step from the start
-            result.at_least(f"{model.name}, tokens/s relative to transformers", after / before, _TARGET)
-    columns = ["model", "layers", "transformers tokens/s", "kolotune tokens/s", "x"]
-    result.tables.append(Table(f"bf16, {torch.get_num_threads()} threads, {_BATCH} chats a step", columns, rows))
+        speeds = _measure(model, dtype, arguments.experts, rounds, arguments.models, tried)
+        own = next(setting for setting in speeds if setting.contender == KOLOTUNE)
+        after = speeds.pop(own)
+        for setting, before in speeds.items():
+            rows.append(
+                [model.name, model.layers, setting.contender, str(setting), before, str(own), after, after / before]
+            )
+            print(*rows[-1], flush=True)
+            if model.kind != "llama" and setting.contender != MODULE:  # Llama had its own step from the start
+                result.at_least(f"{model.name}, tokens/s relative to {setting.contender}", after / before, _TARGET)
+    columns = ["model", "layers", "before", "its setting", "tokens/s", "kolotune's setting", "kolotune tokens/s", "x"]
+    result.tables.append(Table(f"{torch.get_num_threads()} threads, {_BATCH} chats a step", columns, rows))
+    products = [[name, *rates_of] for name, rates_of in rates.items()]
+    columns = ["dtype", "forward", "of the input", "of the weight"]
+    result.tables.append(Table("GFLOP/s of PyTorch's products and their gradients, 100 tokens", columns, products))
+    columns = ["model", "contender", "setting", "tokens/s"]
+    result.tables.append(Table("First steps, of one chat", columns, tried))
     result.notes.append(
         f"Random weights. A vocabulary of {_VOCABULARY:,} tokens, but all of Gemma 3 270M's. Chats of {_SHORTEST} to "
         f"{_LONGEST} random tokens behind a prompt of {_SYSTEM} that all share; the loss covers the second half of "
-        "each. Adapters of rank 16 on all linear layers and experts. Without the optimizer."
+        "each. Adapters of rank 16 on all linear layers and experts. Without the optimizer. Tokens are those of the "
+        "chats, padding not counted, the shared prompt once a chat."
     )
     result.finish(arguments.json)
     return 0
 
 
-def _measure(model: Model, rounds: int, kept: Path | None) -> tuple[float, float]:
-    """Return tokens/s of transformers and of kolotune, medians over rounds."""
+def _measure(
+    model: Model,
+    dtype: str,
+    experts: Sequence[str],
+    rounds: int,
+    kept: Path | None,
+    tried: list[list[object]],
+) -> dict[Setting, float]:
+    """Return the tokens/s of each contender in its best setting, medians over rounds; add to the first steps."""
     with tempfile.TemporaryDirectory() as name:
         base = (kept or Path(name)) / model.kind
         if not (base / "config.json").is_file():
             model.write(base)
         job = _job(base)
-        contenders: tuple[TrainingModel, ...] = (TransformersModel(job, "cpu"), PackedModel(job))
         steps = [_chats(number) for number in range(rounds + 1)]
-        times: list[list[float]] = [[], []]
+        by_contender = settings_of(dtype, experts, has_experts=bool(model.expert_weights))
+        best = [_best(model, job, settings, len(steps[0].ids), tried) for settings in by_contender.values()]
+        contenders = [(setting, setting.open(job)) for setting in best]
+        speeds: dict[Setting, list[float]] = {setting: [] for setting in best}
         for tokens in steps:
-            for contender, seconds in zip(contenders, times, strict=True):
-                started = time.perf_counter()
-                for group in contender.groups(tokens, range(_BATCH)):
-                    contender.backward(tokens, group, 1.0)
-                seconds.append(time.perf_counter() - started)
-        counts = [len(tokens.ids) for tokens in steps]
-        before, after = (
-            median(count / second for count, second in zip(counts[1:], seconds[1:], strict=True)) for seconds in times
-        )
-        return before, after
+            losses = []
+            for setting, contender in contenders:
+                speed, loss = _step(contender, tokens)
+                speeds[setting].append(speed)
+                losses.append(loss)
+            if not all(math.isclose(loss, losses[-1], rel_tol=_SAME) for loss in losses):
+                raise RuntimeError(f"{model.name}: the contenders' losses differ: {losses}")
+        return {setting: median(each[1:]) for setting, each in speeds.items()}
 
 
-def _chats(seed: int) -> PreparedTokens:
+def _best(
+    model: Model, job: TrainJob, settings: Sequence[Setting], step_tokens: int, tried: list[list[object]]
+) -> Setting:
+    """Return the setting in which a contender's first step, of one chat, is fastest."""
+    if len(settings) == 1:
+        return settings[0]
+    speeds: dict[Setting, float] = {}
+    for setting in settings:
+        row = [model.name, setting.contender, str(setting)]
+        gathered = setting.gathered_bytes(model.expert_weights, step_tokens * model.chosen)
+        if gathered > psutil.virtual_memory().available:
+            tried.append([*row, f"a step needs {gathered / 1e9:.0f} GB"])
+            continue
+        contender = setting.open(job)
+        speeds[setting], _ = _step(contender, _chats(0, 1))
+        del contender
+        gc.collect()
+        tried.append([*row, speeds[setting]])
+        print(*tried[-1], flush=True)
+    return max(speeds, key=speeds.__getitem__)
+
+
+def _step(contender: Contender, tokens: PreparedTokens) -> tuple[float, float]:
+    """Return the tokens/s of a step, and its loss."""
+    started = time.perf_counter()
+    loss = sum(float(contender.backward(tokens, group, 1.0)) for group in contender.groups(tokens, range(len(tokens))))
+    return len(tokens.ids) / (time.perf_counter() - started), loss
+
+
+def _chats(seed: int, count: int = _BATCH) -> PreparedTokens:
     dice = random.Random(seed)
     system = [dice.randrange(_VOCABULARY) for _ in range(_SYSTEM)]
-    lengths = [dice.randint(_SHORTEST, _LONGEST) for _ in range(_BATCH)]
+    lengths = [dice.randint(_SHORTEST, _LONGEST) for _ in range(count)]
     ids = [token for length in lengths for token in (*system, *(dice.randrange(_VOCABULARY) for _ in range(length)))]
     labelled = [flag for length in lengths for flag in _second_half(length)]
-    offsets = torch.tensor([0, *lengths]).cumsum(0) + _SYSTEM * torch.arange(_BATCH + 1)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) + _SYSTEM * torch.arange(count + 1)
     return PreparedTokens(torch.tensor(ids, dtype=torch.int32), torch.tensor(labelled, dtype=torch.bool), offsets)
 
 

@@ -2,7 +2,8 @@
 
 uv installs, since it is fast and knows PyTorch's own index; pip does where uv can't be had or fails. uv does not read
 pip's configuration, so it is passed on. PyTorch's build for Linux on PyPI contains CUDA. Without an NVIDIA device it is
-only taken if no other one can be had.
+only taken if no other one can be had. Where there is no C++ compiler, one is installed as a package: the training step
+on a CPU is compiled.
 """
 
 from __future__ import annotations
@@ -90,6 +91,13 @@ class Environment:
         if not self._uv.exists() or self._run_uv(what).returncode != 0:
             self._run_pip([each for each in what if each != _COMPILE]).check_returncode()
 
+    def install_if_possible(self, what: Sequence[str], otherwise: str) -> None:
+        """Install packages that kolotune can do without; where they can't be had, say so."""
+        try:
+            self.install("--no-deps", *what)
+        except subprocess.CalledProcessError:
+            say(otherwise)
+
     def downloads_cuda(self) -> bool:
         """Whether the lock's packages bring NVIDIA's, which are not there yet."""
         asked = ["--dry-run", "-r", str(LOCK)]
@@ -121,6 +129,15 @@ def pinned(package: str) -> str:
     return next(line for line in LOCK.read_text(encoding="utf-8").splitlines() if line.startswith(f"{package}=="))
 
 
+def extra(name: str) -> list[str]:
+    """Return the packages of one of the project's extras."""
+    import tomllib  # older Pythons get a message
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages: list[str] = project.get("optional-dependencies", {}).get(name, [])
+    return packages
+
+
 def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
@@ -130,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
     if sys.version_info < _OLDEST_PYTHON:
         say(f"this is Python {sys.version.split()[0]}, and kolotune needs 3.11 or newer")
         return 1
-    from kolotune.foundation import hardware
+    from kolotune.foundation import compilers, hardware
 
     environment = Environment(Path(arguments[0] if arguments else ".venv").absolute())
     try:
@@ -140,6 +157,9 @@ def main(arguments: Sequence[str]) -> int:
             if environment.downloads_cuda() and not environment.install_cpu_build():
                 say(_CUDA_BUILD)
         environment.install(_COMPILE, "-r", str(LOCK))
+        # Elsewhere the training step is not compiled.
+        if sys.platform == "linux" and compilers.system_compiler() is None and not hardware.has_nvidia_device():
+            environment.install_if_possible(extra("compiler"), "there is no C++ compiler: training takes longer")
         environment.install("--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
         say(f"ready: {environment.python.with_name('kolotune')}")
     except subprocess.CalledProcessError as error:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from kolotune.foundation import hardware, installation
+from kolotune.foundation import compilers, hardware, installation
 from kolotune.foundation.engine_registry import ENGINES
 from kolotune.foundation.errors import KolotuneError
 from kolotune.foundation.formatting import format_size
@@ -43,10 +43,12 @@ def doctor(
         _torch(),
         *map(_package, _PACKAGES),
         _library(),
+        _server(),
         _converter(),
         *_engine_environments(),
         _default_model(),
         _device(),
+        *_compiler(),
         ("hub token", _OK if os.environ.get(HUB_TOKEN) else _NONE, "only for gated models (HF_TOKEN)"),
         _ollama(),
         ("disk", _OK, f"{format_size(shutil.disk_usage(Path.cwd()).free)} free here"),
@@ -90,10 +92,17 @@ def _library() -> Row:
     from kolotune.foundation import shared_libraries
 
     try:
-        parts = [shared_libraries.find().origin, shared_libraries.faster_one()]
+        parts = [shared_libraries.find().origin, "" if shared_libraries.is_own() else shared_libraries.faster_one()]
         return "llama.cpp library", _OK, "; ".join(filter(None, parts))
     except KolotuneError as error:
         return "llama.cpp library", _MISSING, f"{error.cause}. {error.hint}"
+
+
+def _server() -> Row:
+    from kolotune.foundation.shared_libraries import PACKAGE
+    from kolotune.llamacpp import server_program
+
+    return "llama.cpp server", _OK, str(server_program.find() or f"in {PACKAGE}")
 
 
 def _converter() -> Row:
@@ -144,6 +153,19 @@ def _default_model() -> Row:
     if folder.is_dir():
         return packaged_model.NAME, _OK, str(folder)
     return packaged_model.NAME, _NONE, "downloaded on first use"
+
+
+def _compiler() -> Iterator[Row]:
+    """Yield the row of the C++ compiler, where the training step would be compiled."""
+    if sys.platform != "linux" or hardware.has_nvidia_device():
+        return
+    name = "C++ compiler"
+    if compilers.system_compiler() is not None:
+        yield name, _OK, str(compilers.system_compiler())
+    elif importlib.util.find_spec(compilers.PACKAGE) is not None:
+        yield name, _OK, f"the package {compilers.PACKAGE}"
+    else:
+        yield name, _NONE, "training on a CPU takes longer; 400 MB bring one: pip install '.[compiler]'"
 
 
 def _device() -> Row:

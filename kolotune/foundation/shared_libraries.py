@@ -62,14 +62,19 @@ def own_file(*names: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def own_program(name: str) -> Path | None:
+    """Return a program of the user's own llama.cpp, such as "llama-server"; None where it has none."""
+    return own_file(f"{name}.exe", name)
+
+
 def is_own() -> bool:
     """Whether the user's own llama.cpp has libraries, which are then used."""
     return _own() is not None
 
 
 def faster_one() -> str:
-    """Return what to do for a llama.cpp that uses more of this processor; "" where there is nothing to gain."""
-    if is_own() or not hardware.has_avx512():
+    """Return what to do for a llama.cpp that uses more of this processor than the package's; "" if there is none."""
+    if not hardware.has_avx512():
         return ""
     return (
         f"it uses AVX2 alone; one that is built for this processor, which has AVX-512, reads prompts up to twice as "
@@ -179,8 +184,7 @@ def require_processor() -> None:
     if hardware.lacks_avx2():
         raise ToolchainError(
             f"the prebuilt llama.cpp of {PACKAGE} needs a processor with AVX2, and this one has none",
-            f"Build llama.cpp {BUILD} on this machine with -DBUILD_SHARED_LIBS=ON, and set {_VARIABLE} to its folder; "
-            "serve and chat need AVX2.",
+            f"Build llama.cpp {BUILD} on this machine with -DBUILD_SHARED_LIBS=ON, and set {_VARIABLE} to its folder.",
         )
 
 

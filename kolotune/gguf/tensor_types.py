@@ -3,7 +3,7 @@
 A file type such as Q4_K_M is a mixture. Most tensors get its base type; those that quality depends on get a wider one,
 by their role, their layer, and a few traits of the model. The first of the `_RULES` for the role that fits a tensor
 decides. The rules are those of ``llama-quant.cpp`` in the llama.cpp of llama-cpp-python 0.3.36; slow tests compare the
-choices and the files with that version's own quantizer. See docs/architecture.md, "How a GGUF is quantized".
+choices and the files with that version's own quantizer. See docs/quantizer.md.
 """
 
 from __future__ import annotations

@@ -122,10 +122,9 @@ class ModelShape:
 
     @property
     def bf16_weight_count(self) -> int:
-        """Weights stored in bf16: of the dense linear layers, and of the embedding if it is also the head."""
-        counted = {
-            f"{linear.name}.weight" for linear in self.linears if not _ONE_EXPERT.fullmatch(f"{linear.name}.weight")
-        }
+        """Weights stored in bf16: of linear layers and experts, and of the embedding if it is also the head."""
+        counted = {f"{linear.name}.weight" for linear in self.linears}
+        counted |= {entry.name for entry in self.entries if len(entry.shape) == 3 and _ALL_IN_ONE.fullmatch(entry.name)}
         if self.tied:
             counted |= {entry.name for entry in self.entries if entry.name.endswith("embed_tokens.weight")}
         return sum(math.prod(entry.shape) for entry in self.entries if entry.dtype == "BF16" and entry.name in counted)

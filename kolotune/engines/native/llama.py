@@ -125,9 +125,11 @@ def _expert_adapters(
     expert_lora.check_targets(targets, {f"{name}.{leaf}" for name, mlp in modules.items() for leaf in mlp.weights})
     adapters: dict[str, LoraExpertWeight] = {}
     for name, experts in modules.items():
-        weights = {leaf: weight.to("meta") for leaf, weight in experts.weights.items()}
-        experts.updates = expert_lora.new_updates(name, weights, settings, targets)
-        adapters |= expert_lora.named_as_saved(name, experts.updates)
+        weights = {leaf: each.weight.to("meta") for leaf, each in experts.weights.items()}
+        updates = expert_lora.new_updates(name, weights, settings, targets)
+        for leaf, update in updates.items():
+            experts.weights[leaf].update = update
+        adapters |= expert_lora.named_as_saved(name, updates)
     return adapters
 
 
@@ -169,6 +171,11 @@ class _Parts:
     def read(self, name: str, device: torch.device | None = None) -> Tensor:
         """Read a tensor as a copy: a mapped tensor would keep the whole file in memory."""
         return self.files.copy(name, self.dtype, device or self.device)
+
+    def read_narrow(self, name: str) -> Tensor:
+        """Read a frozen matrix, in bf16 if it is stored so and widened when it is multiplied."""
+        is_narrow = self.operations.widens and self.files.read(name).dtype == torch.bfloat16
+        return self.files.copy(name, torch.bfloat16 if is_narrow else self.dtype, self.device)
 
     def decoder(self, layers: list[Layer], new_tokens: Sequence[int]) -> tuple[Decoder, dict[str, NewTokenRows]]:
         """Read what is around the layers; return also the rows of new tokens, by PEFT's names."""
@@ -241,10 +248,10 @@ class _Parts:
         weights = {}
         for leaf, names in ((GATE_UP, (files.gate, files.up)), (DOWN, (files.down,))):
             if f"{experts}.{leaf}" in self.files:
-                weights[leaf] = self.read(f"{experts}.{leaf}")
+                weights[leaf] = self.read_narrow(f"{experts}.{leaf}")
                 continue
             matrices = [
-                torch.cat([self.read(f"{experts}.{expert}.{name}.weight") for name in names])
+                torch.cat([self.read_narrow(f"{experts}.{expert}.{name}.weight") for name in names])
                 for expert in range(len(router))
             ]
             weights[leaf] = torch.stack(matrices)

@@ -59,8 +59,8 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
     per_token = 2 * shape.hidden_size + attention + 2 * shape.mlp_size + ranks
     per_token += adapter.scaled_outputs(shape)  # as they are before they are scaled
     expert_ranks = sum(adapter.rank_of(each.name) for each in shape.experts[:2]) or 2 * adapter.rank
-    # Each expert of a token has its input and output, gate, up and their product.
-    per_token += shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.mlp_size + expert_ranks)
+    # Each expert of a token has gate and up. Its input is the token's; what it computes of them is computed again.
+    per_token += shape.experts_per_token * (2 * shape.mlp_size + expert_ranks)
     heads = shape.attention_heads + 2 * shape.key_value_heads
     # What some families normalize besides: the outputs of attention and MLP; queries and keys, beside the values.
     per_token += 2 * shape.hidden_size * shape.norms_outputs + heads * shape.head_size * shape.norms_heads
@@ -76,7 +76,9 @@ def layer_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: Batc
 def transformers_activation_bytes(shape: ModelShape, adapter: AdapterShape, batch: BatchShape, dtype_bytes: int) -> int:
     """Return the bytes that all layers keep of a padded batch when transformers computes them."""
     layer = layer_activation_bytes(shape, adapter, batch, dtype_bytes)
-    layer += batch.tokens * dtype_bytes * (2 * shape.hidden_size + shape.mlp_size)  # what the packed one computes again
+    # What the packed one computes again.
+    layer += batch.tokens * dtype_bytes * (2 * shape.hidden_size + shape.mlp_size)
+    layer += batch.tokens * dtype_bytes * shape.experts_per_token * (2 * shape.hidden_size + shape.mlp_size)
     return int(shape.layers * _TRANSFORMERS_KEEPS[dtype_bytes] * layer)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .architecture import Activation
 from .attention import Attention, Heads, attention_for
 from .attention_limits import Limits, cap_scores
+from .expert_linear import ExpertLinear, PlainExpertLinear
 from .expert_products import CountedProducts, ExpertProducts
 from .matrix_product import InputGradient, PlainProduct, Product
 from .rotary import Rotary
@@ -89,6 +90,9 @@ class Operations(Protocol):
     def expert_products(self, router: Tensor) -> ExpertProducts:
         """Return what computes experts in a router's dtype, on its device."""
 
+    def expert_linear(self, weight: Tensor, products: ExpertProducts) -> ExpertLinear:
+        """Prepare products with ``weight [experts, outputs, inputs]``, by `products` or faster."""
+
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         """Return the attention for one packed sequence."""
 
@@ -136,6 +140,9 @@ class PlainOperations:
 
     def expert_products(self, router: Tensor) -> ExpertProducts:
         return CountedProducts()
+
+    def expert_linear(self, weight: Tensor, products: ExpertProducts) -> ExpertLinear:
+        return PlainExpertLinear(products, weight)
 
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         return attention_for(packed, heads, rotary, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def test_models_and_doctor(kolotune: Call, monkeypatch: Any) -> None:
     assert "needs a login and an approval" in output
     code, output = kolotune("doctor")
     assert code == 0
-    for part in ("python", "torch", "llama.cpp library", "llama.cpp converter", "torchtune", "hub token", "disk"):
+    for part in ("python", "torch", "llama.cpp library", "llama.cpp server", "torchtune", "hub token", "disk"):
         assert f"\n  {part} " in output
     assert TOKEN not in output
 
@@ -77,3 +78,19 @@ def test_doctor_on_torchtune(kolotune: Call, monkeypatch: Any, tmp_path: Path) -
     assert (name, state) == ("torchtune", "none") and "python -m kolotune.engines.torchtune.environment" in what
     monkeypatch.setenv("KOLOTUNE_TORCHTUNE", str(tmp_path / "nowhere"))
     assert [state for _, state, _ in _engine_environments()] == ["missing"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the training step is compiled on Linux alone")
+def test_doctor_says_what_compiles_the_training_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kolotune.cli import doctor
+    from kolotune.foundation import compilers, hardware
+
+    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
+    monkeypatch.setattr(compilers, "system_compiler", lambda: "/opt/c++")
+    assert list(doctor._compiler()) == [("C++ compiler", "ok", "/opt/c++")]
+    monkeypatch.setattr(compilers, "system_compiler", lambda: None)
+    monkeypatch.setattr(compilers, "PACKAGE", "pytest")  # one that is there
+    assert [row[1:] for row in doctor._compiler()] == [("ok", "the package pytest")]
+    monkeypatch.setattr(compilers, "PACKAGE", "no_such_package")
+    (row,) = doctor._compiler()
+    assert row[1] == "none" and ".[compiler]" in row[2]

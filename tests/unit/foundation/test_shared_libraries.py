@@ -62,7 +62,7 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = shared_libraries.find()
     assert found.files == tuple(built[:4]) and not found.has_backends
     assert str(tmp_path) in found.origin
-    assert shared_libraries.own_file("llama-quantize.exe", "llama-quantize") == built[4]
+    assert shared_libraries.own_program("llama-quantize") == built[4]
     released = files(tmp_path, "libggml-base.so", "libggml-cpu-haswell.so", "libggml.so", "libllama.so")
     found = shared_libraries.find()
     assert found.files == (released[0], released[2], released[3]) and found.has_backends
@@ -91,8 +91,6 @@ def test_what_is_faster_than_the_package(text: str, is_faster: bool, monkeypatch
     monkeypatch.setattr(hardware, "_cpu_text", lambda: text)
     assert bool(shared_libraries.faster_one()) == is_faster
     assert shared_libraries.find()
-    monkeypatch.setattr(shared_libraries, "is_own", lambda: True)
-    assert not shared_libraries.faster_one()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another library for threads")

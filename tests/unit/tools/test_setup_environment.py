@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kolotune.foundation import hardware
+from kolotune.foundation import compilers, hardware
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "setup_environment.py"
 UV = shutil.which("uv", path=sysconfig.get_path("scripts")) or shutil.which("uv")
@@ -62,6 +62,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "LOCK", lock)
     monkeypatch.setattr(hardware, "_DEVICES", devices)
+    monkeypatch.setattr(compilers, "system_compiler", lambda: "/usr/bin/c++")
     return module
 
 
@@ -151,6 +152,33 @@ def test_an_environment_keeps_what_it_has(set_up: Run, with_uv: Path, tmp_path: 
     (tmp_path / "wheels" / "torch-2.0.0+cpu-py3-none-any.whl").unlink()
     assert CUDA_HINT not in set_up(with_uv)
     assert "torch-2.0.0+cpu" in installed(with_uv)
+
+
+@pytest.fixture
+def with_extra(with_uv: Path, tmp_path: Path) -> Path:
+    """The same, for a project that has a package with a compiler among its extras."""
+    with (tmp_path / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write('[project.optional-dependencies]\ncompiler = ["compiles==1.0"]\n')
+    wheel(tmp_path / "wheels", "torch", "2.0.0+cpu")
+    return with_uv
+
+
+@needs_uv
+def test_a_compiler_is_installed_where_there_is_none(
+    set_up: Run, with_extra: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilers, "system_compiler", lambda: None)
+    assert "no C++ compiler: training takes longer" in set_up(with_extra), "it can't be had, and the rest is there"
+    wheel(tmp_path / "wheels", "compiles", "1.0")
+    set_up(with_extra)
+    assert "compiles-1.0" in installed(with_extra)
+
+
+@needs_uv
+def test_a_compiler_of_the_system_is_enough(set_up: Run, with_extra: Path, tmp_path: Path) -> None:
+    wheel(tmp_path / "wheels", "compiles", "1.0")
+    set_up(with_extra)
+    assert "compiles-1.0" not in installed(with_extra)
 
 
 def test_without_uv_pip_installs(set_up: Run, empty: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 
 #include "numbers.h"
 #include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -18,11 +19,10 @@ void lower(const T *x, int64_t x_stride, const T *down, T *out, int64_t out_stri
     const int64_t steps = width / Word<T>::NUMBERS, columns = up(rank, COLUMNS) * COLUMNS;
     Buffer<word> panels(steps * columns);
     pack_columns<T>(rank, width, [&](int64_t at) { return down + at * width; }, panels.get());
-#pragma omp parallel
-    {
+    in_threads([=, &panels] {
         Buffer<float> sums(TILE * columns);
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; token += TILE) {
+        const Share share(up(tokens, TILE));
+        for (int64_t token = share.first * TILE; token < tokens && token < share.last * TILE; token += TILE) {
             const word *left[TILE];
             for (int64_t i = 0; i < TILE; ++i) {
                 const int64_t own = token + i < tokens ? token + i : tokens - 1;
@@ -35,7 +35,7 @@ void lower(const T *x, int64_t x_stride, const T *down, T *out, int64_t out_stri
                 for (int64_t r = 0; r < rank; ++r) put(to + r, sums[i * columns + r]);
             }
         }
-    }
+    });
 }
 
 // A row of tokens' numbers, ``[tokens, width]``, and what of a gradient they are multiplied into.
@@ -64,12 +64,11 @@ void add_product(const Side<T> *thin_side, const Side<T> *wide_side, int64_t tok
             to[i] = alone ? Word<T>::alone(thin.row(token) + i) : Word<T>::of(thin.row(token) + i, thin.stride);
         for (int64_t i = thin.width; i < height; ++i) to[i] = 0;
     }
-#pragma omp parallel
-    {
+    in_threads([=, &left] {
         Buffer<word> panels(AT_ONCE / Word<T>::NUMBERS * WIDE);
         Buffer<float> sums(height * WIDE);
-#pragma omp for schedule(static)
-        for (int64_t column = 0; column < wide.width; column += WIDE) {
+        const Share share(up(wide.width, WIDE));
+        for (int64_t column = share.first * WIDE; column < wide.width && column < share.last * WIDE; column += WIDE) {
             const int64_t columns = wide.width - column < WIDE ? wide.width - column : WIDE;
             std::memset(sums.get(), 0, static_cast<size_t>(height * WIDE) * sizeof(float));
             for (int64_t token = 0; token < tokens; token += AT_ONCE) {
@@ -93,7 +92,7 @@ void add_product(const Side<T> *thin_side, const Side<T> *wide_side, int64_t tok
                 }
             }
         }
-    }
+    });
 }
 
 }  // namespace

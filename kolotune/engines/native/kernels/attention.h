@@ -11,6 +11,7 @@
 
 #include "numbers.h"
 #include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -60,8 +61,9 @@ template <class T>
 void turn(const Segments *segments, T *qkv, const float *cosine, const float *sine, int64_t rows) {
     const Segments c = *segments;
     const int64_t half = c.half;
-    ROWS(int64_t row = 0; row < rows; ++row)
+    for_rows(rows, [=](int64_t row) {
         turn_row(c, qkv + row * c.all(), c.queries + c.keys, cosine + row * half, sine + row * half, 1.0f);
+    });
 }
 
 constexpr int64_t STEP = std::lcm(COLUMNS, TILE);  // scores and their gradients are tiled by both
@@ -204,13 +206,12 @@ template <class T>
 void attention_forward(const Segments *segments, const T *qkv, T *out, int64_t stride, float *log_sums) {
     const Segments c = *segments;
     const int64_t most = c.most();
-#pragma omp parallel
-    {
+    Tasks tasks;
+    in_threads([=, &tasks] {
         Desk<T> desk(c, most);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < c.count * c.keys; ++task)
+        for (int64_t task; (task = tasks.take(c.count * c.keys)) >= 0;)
             attend(View<T>(c, qkv, task / c.keys, task % c.keys), desk, out, stride, log_sums);
-    }
+    });
 }
 
 // Space for one block of lines on the backward pass.
@@ -369,19 +370,18 @@ void attention_backward(const Segments *segments, const Backward<T> *given) {
     const Backward<T> b = *given;
     const int64_t most = c.most(), width = 2 * c.depth, by_head = c.row_starts[c.count] * width;
     Buffer<float> rows(c.keys * by_head);
-#pragma omp parallel
-    {
+    Tasks tasks;
+    in_threads([=, &tasks, &rows] {
         Desk<T> desk(c, most);
         Block<T> block(desk);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < c.count * c.keys; ++task) {
+        for (int64_t task; (task = tasks.take(c.count * c.keys)) >= 0;) {
             const int64_t segment = task / c.keys, head = task % c.keys;
             float *own = rows.get() + head * by_head + c.row_starts[segment] * width;
             attend_backward(View<T>(c, b.qkv, segment, head), b, desk, block, own, c.rows(segment));
         }
-    }
+    });
     // What all segments did to a shared key is summed in their order.
-    ROWS(int64_t at = 0; at < c.shared_count * c.keys; ++at) {
+    for_rows(c.shared_count * c.keys, [=, &rows](int64_t at) {
         const int64_t number = at / c.keys, head = at % c.keys;
         const int64_t *read = c.reads + c.read_starts[number], *end = c.reads + c.read_starts[number + 1];
         float *of_head = rows.get() + head * by_head, *sum = of_head + *read * width;
@@ -390,7 +390,7 @@ void attention_backward(const Segments *segments, const Backward<T> *given) {
             EACH (int64_t i = 0; i < width; ++i) sum[i] += own[i];
         }
         put_key(c, b, c.shared[number], head, sum, sum + c.depth);
-    }
+    });
 }
 
 }  // namespace

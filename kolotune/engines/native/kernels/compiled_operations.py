@@ -14,12 +14,15 @@ from torch import Tensor
 from ..architecture import Activation
 from ..attention import Attention, Heads
 from ..attention_limits import Limits
+from ..expert_linear import ExpertLinear, PlainExpertLinear
 from ..expert_products import CountedProducts, ExpertProducts
 from ..matrix_product import InputGradient, PlainProduct, Product
 from ..operations import LogitScaling, Norm
 from ..rotary import Rotary
 from ..sequence_packing import PackedSequence
+from . import compiled_experts
 from .onednn_layout import packed_or_plain
+from .stored_matrices import STORED, in_bf16_if_exact
 
 _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -42,10 +45,9 @@ _ARGUMENTS = {
     "scaled_cross_entropy": [_POINTER] * 3 + [_COUNT] * 2 + [_REAL] * 3,
     "place": [_POINTER] * 4 + [_COUNT] * 2,
 }
+_PRODUCT = [_POINTER, _POINTER, _COUNT, _POINTER, _COUNT]
 _PRODUCTS = ("product_forward", "product_backward")
 """With fp32 numbers, and matrices stored in a dtype; only for processors where PyTorch's products are slower."""
-_STORED = {torch.float32: "of_fp32", torch.bfloat16: "of_bf16"}
-_ROWS_AT_ONCE = 4096
 _NORMS = {0: "norm", 1: "norm_less_one"}
 _GATED = {Activation.SILU: "swiglu", Activation.TANH_GELU: "geglu"}
 
@@ -123,9 +125,10 @@ class CompiledOperations:
             function.argtypes, function.restype = arguments, None
             self.functions[name] = function
         self.widens = not self._packs and hasattr(loaded, f"{_PRODUCTS[0]}_of_fp32")
-        for name in (f"{name}_{stored}" for name in _PRODUCTS for stored in _STORED.values() if self.widens):
+        products = {f"{name}_{stored}": _PRODUCT for name in _PRODUCTS for stored in STORED.values()}
+        for name, arguments in {**products, **compiled_experts.ARGUMENTS}.items() if self.widens else ():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = [_POINTER, _POINTER, _COUNT, _POINTER, _COUNT], None
+            function.argtypes, function.restype = arguments, None
             self.functions[name] = function
 
     def product(self, weight: Tensor, changing: int) -> Product:
@@ -153,6 +156,11 @@ class CompiledOperations:
 
     def expert_products(self, router: Tensor) -> ExpertProducts:
         return CountedProducts()
+
+    def expert_linear(self, weight: Tensor, products: ExpertProducts) -> ExpertLinear:
+        if self.widens:
+            return compiled_experts.CompiledExpertLinear(weight, self.functions)
+        return PlainExpertLinear(products, weight)
 
     def attention(self, packed: PackedSequence, heads: Heads, rotary: Rotary, limits: Limits) -> Attention:
         return CompiledAttention(self.functions, packed, heads, rotary, limits)
@@ -216,11 +224,11 @@ class CompiledProduct:
     """
 
     def __init__(self, weight: Tensor, changing: int, functions: dict[str, Callable[..., None]]) -> None:
-        self.frozen = _in_bf16_if_exact(weight[:, :changing])
+        self.frozen = in_bf16_if_exact(weight[:, :changing])
         self._changing = weight[:, changing:].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         addresses = self.frozen.data_ptr(), self._changing.data_ptr()
         self._matrix = _FrozenMatrix(*addresses, len(weight), changing, self._changing.shape[1])
-        stored = _STORED[self.frozen.dtype]
+        stored = STORED[self.frozen.dtype]
         self._forward, self._backward = (functions[f"{name}_{stored}"] for name in _PRODUCTS)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -239,17 +247,6 @@ class CompiledProduct:
         out = x.new_empty(len(x), width)
         function(ctypes.byref(self._matrix), x.data_ptr(), x.stride(0), out.data_ptr(), len(x))
         return out
-
-
-def _in_bf16_if_exact(weight: Tensor) -> Tensor:
-    """Return fp32 weights in bf16 if that holds all of them exactly, else as they are; contiguous."""
-    if weight.dtype == torch.bfloat16:
-        return weight.contiguous()
-    narrow = torch.empty(weight.shape, dtype=torch.bfloat16)
-    for rows, part in zip(*(torch.split(each, _ROWS_AT_ONCE) for each in (narrow, weight)), strict=True):
-        if not torch.equal(rows.copy_(part).float(), part):
-            return weight.contiguous()
-    return narrow
 
 
 class CompiledAttention:

@@ -6,6 +6,7 @@
 
 #include "numbers.h"
 #include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -29,7 +30,7 @@ struct LessOne {
 template <class Weight, class T>
 void norm_forward(const T *x, const T *added, T *sum, const T *weight, T *out, float *factor, int64_t rows,
                   int64_t width, int64_t out_stride, float epsilon) {
-    ROWS(int64_t row = 0; row < rows; ++row) {
+    for_rows(rows, [=](int64_t row) {
         const T *own = x + row * width;
         if (added != nullptr) {
             const T *other = added + row * width;
@@ -43,7 +44,7 @@ void norm_forward(const T *x, const T *added, T *sum, const T *weight, T *out, f
         factor[row] = scale;
         T *result = out + row * out_stride;
         EACH (int64_t i = 0; i < width; ++i) put(result + i, get(own + i) * scale * Weight::of(weight + i));
-    }
+    });
 }
 
 // A gradient of linear layers' input in two parts: ``whole [rows, width]`` and, behind it in each row,
@@ -104,18 +105,17 @@ template <class T>
 void join(const Split<T> *given, T *out, int64_t rows) {
     const Tiles<T> tiles(*given);
     const int64_t width = given->width, stride = up(width, COLUMNS) * COLUMNS;
-#pragma omp parallel
-    {
+    in_threads([=, &tiles] {
         Buffer<float> buffer(TILE * stride);
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += TILE) {
+        const Share share(up(rows, TILE));
+        for (int64_t first = share.first * TILE; first < rows && first < share.last * TILE; first += TILE) {
             tiles.read(first, rows, 0, width, buffer.get(), stride);
             for (int64_t row = first; row < first + TILE && row < rows; ++row) {
                 const float *own = buffer.get() + (row - first) * stride;
                 EACH (int64_t i = 0; i < width; ++i) put(out + row * width + i, own[i]);
             }
         }
-    }
+    });
 }
 
 // The gradient of `norm_forward`'s sum, plus `added`.
@@ -124,11 +124,10 @@ void norm_backward(const Split<T> *d_out, const T *x, const T *weight, const flo
                    int64_t rows) {
     const Tiles<T> tiles(*d_out);
     const int64_t width = d_out->width, stride = up(width, COLUMNS) * COLUMNS;
-#pragma omp parallel
-    {
+    in_threads([=, &tiles] {
         Buffer<float> buffer(TILE * stride);
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += TILE) {
+        const Share share(up(rows, TILE));
+        for (int64_t first = share.first * TILE; first < rows && first < share.last * TILE; first += TILE) {
             tiles.read(first, rows, 0, width, buffer.get(), stride);
             for (int64_t row = first; row < first + TILE && row < rows; ++row) {
                 const float *d = buffer.get() + (row - first) * stride;
@@ -148,7 +147,7 @@ void norm_backward(const Split<T> *d_out, const T *x, const T *weight, const flo
                 }
             }
         }
-    }
+    });
 }
 
 // Activations are x · sigmoid(h(x)): h, and what x · h'(x) is.
@@ -167,14 +166,14 @@ struct Gelu {
 // out = activation(gate) * up, gate and up side by side.
 template <class Activation, class T>
 void gated_forward(const T *gate_up, T *out, int64_t rows, int64_t width, int64_t out_stride) {
-    ROWS(int64_t row = 0; row < rows; ++row) {
+    for_rows(rows, [=](int64_t row) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
         T *result = out + row * out_stride;
         EACH (int64_t i = 0; i < width; ++i) {
             float g = get(gate + i);
             put(result + i, g * sigmoid(Activation::inner(g)) * get(up + i));
         }
-    }
+    });
 }
 
 template <class Activation, class T>
@@ -182,7 +181,8 @@ void gated_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64
     const Tiles<T> tiles(*d_out);
     const int64_t width = d_out->width;
     constexpr int64_t AT_ONCE = 8 * COLUMNS;
-    ROWS(int64_t first = 0; first < rows; first += TILE) {
+    for_rows(up(rows, TILE), [=, &tiles](int64_t number) {
+        const int64_t first = number * TILE;
         float buffer[TILE * AT_ONCE];
         for (int64_t from = 0; from < width; from += AT_ONCE) {
             const int64_t count = width - from < AT_ONCE ? width - from : AT_ONCE;
@@ -198,13 +198,13 @@ void gated_backward(const Split<T> *d_out, const T *gate_up, T *d_gate_up, int64
                 }
             }
         }
-    }
+    });
 }
 
 // Each row's cross-entropy; logits become its gradient times `scale`.
 template <class T>
 void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t width, float scale) {
-    ROWS(int64_t row = 0; row < rows; ++row) {
+    for_rows(rows, [=](int64_t row) {
         T *own = logits + row * width;
         const float highest = highest_of(own, width);
         float sum = 0;
@@ -213,27 +213,27 @@ void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t row
         losses[row] = __builtin_logf(sum) + highest - target;
         EACH (int64_t i = 0; i < width; ++i) put(own + i, fast_exp(get(own + i) - highest) * share);
         put(own + targets[row], (fast_exp(target - highest) / sum - 1.0f) * scale);
-    }
+    });
 }
 
 // Logits are multiplied by `factor` and, unless `cap` is 0, capped.
 template <class T>
 void scale_logits(T *logits, int64_t rows, int64_t width, float factor, float cap) {
-    ROWS(int64_t row = 0; row < rows; ++row) {
+    for_rows(rows, [=](int64_t row) {
         T *own = logits + row * width;
         if (cap == 0) {
             EACH (int64_t i = 0; i < width; ++i) put(own + i, get(own + i) * factor);
         } else {
             EACH (int64_t i = 0; i < width; ++i) put(own + i, capped(get(own + i) * factor, cap));
         }
-    }
+    });
 }
 
 // As `cross_entropy`, of what `scale_logits` left: the gradient is that of its input.
 template <class T>
 void scaled_cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t width, float scale,
                           float factor, float cap) {
-    ROWS(int64_t row = 0; row < rows; ++row) {
+    for_rows(rows, [=](int64_t row) {
         T *own = logits + row * width;
         const float highest = highest_of(own, width);
         float sum = 0;
@@ -250,17 +250,17 @@ void scaled_cross_entropy(T *logits, const int64_t *targets, float *losses, int6
         }
         const float slope = cap == 0 ? factor : factor * slope_of_capped(target, cap);
         put(own + targets[row], (fast_exp(target - highest) / sum - 1.0f) * scale * slope);
-    }
+    });
 }
 
 // A small matrix into places of a larger one's memory; a number's place is the sum of its row's and its column's.
 template <class T>
 void place(const float *values, const int64_t *row_places, const int64_t *column_places, T *memory, int64_t rows,
            int64_t columns) {
-    ROWS(int64_t row = 0; row < rows; ++row) {
+    for_rows(rows, [=](int64_t row) {
         for (int64_t i = 0; i < columns; ++i)
             put(memory + row_places[row] + column_places[i], values[row * columns + i]);
-    }
+    });
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "adapters.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "matrices.h"
 
 #define FOR_TYPE(T, suffix)                                                                                           \
@@ -95,9 +96,22 @@ FOR_TYPE(float, fp32)
     extern "C" void product_backward_##suffix(const Matrix<T> *matrix, const float *d_out, int64_t d_out_stride,      \
                                               float *out, int64_t tokens) {                                           \
         product_backward(matrix, d_out, d_out_stride, out, tokens);                                                   \
+    }                                                                                                                 \
+    extern "C" void experts_forward_##suffix(const ExpertWeight<T> *weight, const int64_t *starts, const Rows *x,     \
+                                             float *low, float *out) {                                                \
+        experts_forward(weight, starts, x, low, out);                                                                 \
+    }                                                                                                                 \
+    extern "C" void experts_backward_##suffix(const ExpertWeight<T> *weight, const int64_t *starts,                   \
+                                              const Rows *d_out, float *d_low, float *d_x) {                          \
+        experts_backward(weight, starts, d_out, d_low, d_x);                                                          \
     }
 
 FOR_STORED(float, of_fp32)
 FOR_STORED(bf16, of_bf16)
+
+extern "C" void experts_gradient(const int64_t *starts, int64_t experts, const float *thin, int64_t rank,
+                                 const Rows *wide, int64_t width, float *gradient, int64_t transposed) {
+    experts_gradient_of(starts, experts, thin, rank, wide, width, gradient, transposed);
+}
 #endif
 #endif

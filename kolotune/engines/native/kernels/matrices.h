@@ -10,11 +10,8 @@
 
 #include <algorithm>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -22,61 +19,67 @@ namespace {
 // threads continue with the next ones, so that long rows of tokens are still in the last cache for each panel.
 constexpr int64_t STEPS_AT_ONCE = 640, STEPS_TOGETHER = 4096, MOST_PANELS = 6;
 
+// out[rows][count] (+)= left · panels, of which each has `steps` numbers; `left(row)` is where a row of the left matrix
+// is.
+template <class Left>
+void multiply_panels(Left left, int64_t rows, const float *panels, int64_t steps, int64_t count, bool adds, float *out,
+                     int64_t out_stride) {
+    float edge[TILE * COLUMNS];
+    for (int64_t row = 0; row < rows; row += TILE) {
+        const float *own[TILE];
+        for (int64_t i = 0; i < TILE; ++i) own[i] = left(std::min(row + i, rows - 1));
+        for (int64_t column = 0; column < count; column += COLUMNS) {
+            const float *panel = panels + column * steps;
+            float *to = out + row * out_stride + column;
+            if (row + TILE <= rows && column + COLUMNS <= count) {
+                for (int64_t i = 0; i < TILE; ++i) __builtin_prefetch(to + i * out_stride, 1);
+                if (adds)
+                    tile<float, true, TILE>(own, sizeof(float), panel, steps, to, out_stride);
+                else
+                    tile<float, false, TILE>(own, sizeof(float), panel, steps, to, out_stride);
+                continue;
+            }
+            tile<float, false, TILE>(own, sizeof(float), panel, steps, edge, COLUMNS);
+            const int64_t here = std::min<int64_t>(count - column, COLUMNS);
+            for (int64_t i = 0; i < TILE && row + i < rows; ++i) {
+                for (int64_t j = 0; j < here; ++j) {
+                    float *at = to + i * out_stride + j;
+                    *at = edge[i * COLUMNS + j] + (adds ? *at : 0.0f);
+                }
+            }
+        }
+    }
+}
+
 // out[tokens][columns] = x[tokens][width] · right. `pack(from, count, first, steps, panels)` packs `count` columns of the
 // right matrix from `from` on, and of their numbers `steps` from `first` on.
 template <class Pack>
 void multiply(const float *x, int64_t x_stride, float *out, int64_t out_stride, int64_t tokens, int64_t width,
               int64_t columns, Pack pack) {
     const int64_t panels = up(columns, COLUMNS);
-#ifdef _OPENMP
     const int64_t threads = omp_get_max_threads();
-#else
-    const int64_t threads = 1;
-#endif
     // Several tasks for each thread, so that one whose core is taken away does not hold up the others.
     const int64_t together = std::clamp<int64_t>(panels / (4 * threads), 1, MOST_PANELS);
     const int64_t at_once = up(width, up(width, STEPS_AT_ONCE));
-#pragma omp parallel
-    {
+    const int64_t parts = up(panels, together);
+    Tasks tasks;
+    in_threads([=, &tasks] {
         Buffer<float> packed(together * COLUMNS * at_once);
-        float edge[TILE * COLUMNS];
-        for (int64_t begin = 0; begin < width; begin += STEPS_TOGETHER) {
+        for (int64_t begin = 0, done = parts; begin < width; begin += STEPS_TOGETHER, done += parts) {
             const int64_t end = std::min(width, begin + STEPS_TOGETHER);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t panel = 0; panel < panels; panel += together) {
-                const int64_t from = panel * COLUMNS, count = std::min(columns - from, together * COLUMNS);
+            for (int64_t task; (task = tasks.take(done)) >= 0;) {
+                const int64_t from = task % parts * together * COLUMNS;
+                const int64_t count = std::min(columns - from, together * COLUMNS);
                 for (int64_t first = begin; first < end; first += at_once) {
                     const int64_t steps = std::min(end - first, at_once);
                     pack(from, count, first, steps, packed.get());
-                    for (int64_t token = 0; token < tokens; token += TILE) {
-                        const float *left[TILE];
-                        for (int64_t i = 0; i < TILE; ++i)
-                            left[i] = x + std::min(token + i, tokens - 1) * x_stride + first;
-                        for (int64_t column = 0; column < count; column += COLUMNS) {
-                            const float *own = packed.get() + column * steps;
-                            float *to = out + token * out_stride + from + column;
-                            if (token + TILE <= tokens && column + COLUMNS <= count) {
-                                for (int64_t i = 0; i < TILE; ++i) __builtin_prefetch(to + i * out_stride, 1);
-                                if (first)
-                                    tile<float, true, TILE>(left, sizeof(float), own, steps, to, out_stride);
-                                else
-                                    tile<float, false, TILE>(left, sizeof(float), own, steps, to, out_stride);
-                                continue;
-                            }
-                            tile<float, false, TILE>(left, sizeof(float), own, steps, edge, COLUMNS);
-                            const int64_t here = std::min<int64_t>(count - column, COLUMNS);
-                            for (int64_t i = 0; i < TILE && token + i < tokens; ++i) {
-                                for (int64_t j = 0; j < here; ++j) {
-                                    float *at = to + i * out_stride + j;
-                                    *at = edge[i * COLUMNS + j] + (first ? *at : 0.0f);
-                                }
-                            }
-                        }
-                    }
+                    multiply_panels([&](int64_t token) { return x + token * x_stride + first; }, tokens, packed.get(),
+                                    steps, count, first != 0, out + from, out_stride);
                 }
             }
+            GOMP_barrier();  // the next steps add to what all threads have written
         }
-    }
+    });
 }
 
 // A matrix ``[outputs, inputs + rank]``: frozen columns, in bf16 where that is exact, and the adapters', which change.

@@ -86,8 +86,11 @@ inline float highest_of(const T *numbers, int64_t count) {
     return best;
 }
 
-#define ROWS _Pragma("omp parallel for schedule(static)") for
 // Iterations don't depend on each other, which a compiler can't know of pointers.
+#ifdef __clang__
+#define EACH _Pragma("clang loop vectorize(assume_safety)") for
+#else
 #define EACH _Pragma("GCC ivdep") for
+#endif
 
 }  // namespace

@@ -7,9 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -82,21 +82,29 @@ struct Word<bf16> {
     }
 };
 
+// How many of a size hold a count.
+inline int64_t up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 // Memory that begins with a line of the cache: a register that is read across two lines takes twice as long.
-constexpr std::align_val_t LINE{64};
+constexpr int64_t LINE = 64;
+
+// From C's library, so that C++'s own need not be linked. Where there is no memory, the process ends: nobody could be
+// given an error from inside a thread.
+inline void *line_memory(int64_t bytes) {
+    void *memory = std::aligned_alloc(LINE, static_cast<size_t>(up(bytes > 0 ? bytes : 1, LINE) * LINE));
+    if (memory == nullptr) std::abort();
+    return memory;
+}
 
 struct Free {
-    void operator()(void *memory) const { ::operator delete(memory, LINE); }
+    void operator()(void *memory) const { std::free(memory); }
 };
 
 template <class N>
 struct Buffer : std::unique_ptr<N[], Free> {
     explicit Buffer(int64_t count)
-        : std::unique_ptr<N[], Free>(static_cast<N *>(::operator new(static_cast<size_t>(count) * sizeof(N), LINE))) {}
+        : std::unique_ptr<N[], Free>(static_cast<N *>(line_memory(count * static_cast<int64_t>(sizeof(N))))) {}
 };
-
-// How many of a size hold a count.
-inline int64_t up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // sums[HEIGHT][COLUMNS] (+)= left · panel. `left` are the rows' first words; a row's next word is `stride` bytes behind.
 // A function of its own, since inlined the compiler keeps some of the sums in memory.

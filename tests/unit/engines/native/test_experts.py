@@ -13,8 +13,9 @@ from support.packed_models import chats_of, check_recomputing, compare, pair_of
 from support.training import branching_chats
 
 from kolotune.engines.native.device_operations import DeviceOperations
-from kolotune.engines.native.experts import DOWN, GATE_UP
+from kolotune.engines.native.experts import DOWN, GATE_UP, Experts
 from kolotune.engines.native.families import FAMILIES
+from kolotune.engines.native.kernels import build
 from kolotune.engines.native.model import PackedModel, open_model
 from kolotune.engines.prepared_tokens import PreparedTokens
 from kolotune.foundation.errors import ConfigError
@@ -63,7 +64,7 @@ def test_files_with_all_experts_in_one(make_training: MakeTraining) -> None:
     tensors = {name: each for name, each in load_file(file).items() if ".experts." not in name}
     for index, layer in enumerate(apart.decoder.layers):
         for leaf in (GATE_UP, DOWN):
-            tensors[f"model.layers.{index}.mlp.experts.{leaf}"] = layer.mlp.weights[leaf]  # type: ignore[attr-defined]
+            tensors[f"model.layers.{index}.mlp.experts.{leaf}"] = layer.mlp.weights[leaf].weight  # type: ignore[attr-defined]
     save_file(tensors, file, {"format": "pt"})
     tokens = PreparedTokens.load(Path(folder.job().data) / "train.safetensors")
     assert PackedModel(folder.job()).loss(tokens, range(3)) == apart.loss(tokens, range(3))
@@ -119,3 +120,14 @@ def test_a_target_that_no_expert_has_is_refused(make_training: MakeTraining) -> 
         PackedModel(job)
     with pytest.raises(ConfigError, match="no linear layer gate_proj"):
         PackedModel(make_training("qwen3_moe", **QWEN).job(target_modules=["gate_proj"]))
+
+
+def test_experts_that_are_published_in_bf16_stay_so(make_training: MakeTraining) -> None:
+    """Where the kernels multiply fp32 numbers, they widen them on the way."""
+    if not build.multiplies():
+        pytest.skip("this processor's products are PyTorch's")
+    folder = make_training("qwen3_moe", dtype="bfloat16", **QWEN)
+    model = PackedModel(folder.job(compile=True))
+    for layer in model.decoder.layers:
+        assert isinstance(layer.mlp, Experts)
+        assert {each.weight.dtype for each in layer.mlp.weights.values()} == {torch.bfloat16}

@@ -99,7 +99,7 @@ def test_layer_activations_of_other_families_match_the_formula(
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_layer_activations_with_experts_stay_below_the_formula(make_training: MakeTraining, kind: str) -> None:
-    """It counts experts' inputs, which the step gathers again in the backward pass, and a dense MLP beside them."""
+    """It counts a dense MLP beside the experts, which only some layers have."""
     folder = make_training(
         kind, chats=random_chats(4, 1, 30, 90), hidden_size=128, intermediate_size=384, moe_intermediate_size=384,
         num_local_experts=4, num_experts=4, num_experts_per_tok=2,
