@@ -1,12 +1,14 @@
 """Tokens per second of `kolotune serve`, with one client and with four, beside llama.cpp's server alone.
 
-    python bench/serving.py [--rounds N] [--earlier PYTHON] [--earlier-avx2 PYTHON] [--json FILE] [--quick]
+    python bench/serving.py [--rounds N] [--llama-cpp FOLDER] [--earlier PYTHON] [--earlier-avx2 PYTHON]
+                            [--json FILE] [--quick]
 
 All serve SmolLM2 as Q4_K_M. Each client asks one question after another over OpenAI's API, streamed, for answers of at
 most 64 tokens, five in all from one client and eight from four; the tokens of all answers are divided by the time until
 the last one, prompts included. The programs take turns. With --earlier, the Python of an environment that has an
 earlier kolotune, that one's `serve` takes part. Its llama.cpp is compiled for the machine that compiles it, today's for
-AVX2; with --earlier-avx2, an environment whose llama.cpp is compiled for AVX2 too, that one takes part as well.
+AVX2; with --earlier-avx2, an environment whose llama.cpp is compiled for AVX2 too, that one takes part as well. With
+--llama-cpp, today's `serve` takes part once more, with that folder's `llama-server`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +35,7 @@ PARALLEL = 4
 CONTEXT = 4096
 LONGEST = 64
 OURS, ALONE = "kolotune serve", "llama.cpp's server"
+OWN = "kolotune serve, another llama-server"
 EARLIER, EARLIER_AVX2 = "an earlier kolotune serve", "an earlier kolotune serve, AVX2 only"
 
 
@@ -86,10 +89,22 @@ def rate(client: openai.OpenAI, clients: int) -> float:
     return tokens / (time.perf_counter() - began)
 
 
+def compare(rates: Mapping[tuple[str, int], list[float]], result: Result) -> None:
+    """Add the targets to a result: medians of the rounds' ratios."""
+    for count, target in zip(CLIENTS, (1.7, 2.7), strict=True):
+        for ours in (OURS, OWN):
+            for theirs, wanted in {ALONE: 0.95, EARLIER: target, EARLIER_AVX2: target}.items():
+                if (ours, count) in rates and (theirs, count) in rates:
+                    pairs = zip(rates[ours, count], rates[theirs, count], strict=True)
+                    ratio = median(one / other for one, other in pairs)
+                    result.at_least(f"{count} clients, {ours}, relative to {theirs}", ratio, wanted)
+
+
 def main() -> int:
     """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="a LLAMA_CPP_DIR with a llama-server")
     parser.add_argument("--earlier", type=Path, metavar="PYTHON", help="of an environment with an earlier kolotune")
     parser.add_argument("--earlier-avx2", type=Path, metavar="PYTHON", help="the same with llama.cpp for AVX2 only")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -112,6 +127,8 @@ def main() -> int:
             OURS: [*KOLOTUNE, "serve", str(run), "--port=0", f"--parallel={PARALLEL}", "--json"],
             ALONE: [sys.executable, __file__, "--alone", str(run / "MergedQ4_K_M.gguf")],
         }
+        if arguments.llama_cpp:
+            programs[OWN] = ["env", f"LLAMA_CPP_DIR={arguments.llama_cpp.absolute()}", *programs[OURS]]
         others = {EARLIER: arguments.earlier, EARLIER_AVX2: arguments.earlier_avx2}
         for program, python in others.items():
             if python:
@@ -127,13 +144,7 @@ def main() -> int:
                 print(f"{program}, {count} clients: {rates[program, count][-1]:.1f} tokens/s", flush=True)
     rows = [[program, count, median(seen), min(seen), max(seen)] for (program, count), seen in rates.items()]
     result.tables.append(Table(f"{rounds} rounds", ["", "clients", "tokens/s", "slowest", "fastest"], rows))
-    for count, target in zip(CLIENTS, (1.7, 2.7), strict=True):
-        for program, wanted in {ALONE: 0.95, EARLIER: target, EARLIER_AVX2: target}.items():
-            if program in programs:
-                pairs = zip(rates[OURS, count], rates[program, count], strict=True)
-                ratio = median(ours / theirs for ours, theirs in pairs)
-                alone = " alone" if program == ALONE else ""
-                result.at_least(f"{count} clients, relative to {program}{alone}", ratio, wanted)
+    compare(rates, result)
     result.finish(arguments.json)
     return 0
 

@@ -45,6 +45,8 @@ def serve(
     json: Json = False,
 ) -> int:
     """Serve the result on this machine through an OpenAI-compatible API."""
+    from kolotune.foundation import shared_libraries
+    from kolotune.llamacpp import server_program
     from kolotune.serving.app import serve as serve_models
     from kolotune.serving.served_model import ServedModel
     from kolotune.serving.shared_base import open_models
@@ -59,5 +61,9 @@ def serve(
             served = open_models(folders, quantization, parallel, say, models)
         else:
             served = [models.enter_context(ServedModel(folder, quantization, parallel)) for folder in folders]
+        if program := server_program.find():
+            say.note(f"llama.cpp: {program} answers")
+        elif faster := shared_libraries.faster_one():
+            say.note(f"llama.cpp: {faster}")
         serve_models(served, host, port, say)
     return 0

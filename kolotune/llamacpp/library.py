@@ -16,7 +16,7 @@ from kolotune.foundation import shared_libraries
 from kolotune.foundation.errors import ToolchainError
 
 _SPARE = 128  # bytes
-_TOKENS = 8  # of the batch by which its structure is proven
+_TOKENS = (8, 5, 11)  # of the batches by which their structure is proven: freed memory may look like one of them
 _Q4_K = 12  # ggml's number of a type whose traits are known
 _POINTER, _INT, _INT32, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_size_t
 _TEXT, _FLOAT, _BOOL, _UINT32 = ctypes.c_char_p, ctypes.c_float, ctypes.c_bool, ctypes.c_uint32
@@ -205,11 +205,13 @@ def prove(library: Any) -> None:
             value = getattr(parameters, name)
             if name != "spare" and (value or 0) != defaults.get(name, 0):
                 raise _unfit(f"has another layout of {parameters.C_NAME}: {name} is {value}")
-    batch = library.llama_batch_init(_TOKENS, 0, 1)
-    arrays = (batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits)
-    if batch.n_tokens or batch.embd or not all(arrays) or not _ends_after(batch.seq_id, _TOKENS):
-        raise _unfit(f"has another layout of {batch.C_NAME}")
-    library.llama_batch_free(batch)
+    batches = [library.llama_batch_init(tokens, 0, 1) for tokens in _TOKENS]
+    for tokens, batch in zip(_TOKENS, batches, strict=True):
+        arrays = (batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits)
+        if batch.n_tokens or batch.embd or not all(arrays) or not _ends_after(batch.seq_id, tokens):
+            raise _unfit(f"has another layout of {batch.C_NAME}")
+    for batch in batches:
+        library.llama_batch_free(batch)
     traits = library.ggml_get_type_traits(_Q4_K).contents
     found = (traits.type_name, traits.blck_size, traits.type_size, traits.is_quantized)
     if found != (b"q4_K", 256, 144, True) or not traits.to_float:

@@ -21,9 +21,15 @@ MessageHandler = Callable[[int, str], None]
 _PROBLEM_LEVELS = (3, 4)  # ggml's warnings and errors
 
 
+def show_problem(text: str) -> None:
+    """Write a message about a problem to standard error."""
+    sys.stderr.write(clean(text))  # it may repeat names from the file
+    sys.stderr.flush()
+
+
 def _print_problems(level: int, text: str) -> None:
     if level in _PROBLEM_LEVELS:
-        sys.stderr.write(clean(text))  # it may repeat names from the file
+        show_problem(text)
 
 
 _handlers: list[MessageHandler] = [_print_problems]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from kolotune.foundation import typed_storage
 
-from . import server_library
+from . import server_library, server_program
 from .model_server import ServerSettings
 
 _CACHE_MIB = 1024
@@ -38,6 +39,11 @@ def main() -> int:
 
 def _start(source: IO[bytes]) -> Any:
     task = typed_storage.parse(_ServerTask, source.readline().decode())
+    program = server_program.find()
+    return _started_library(task) if program is None else _started_program(program, task)
+
+
+def _started_library(task: _ServerTask) -> Any:
     library = server_library.load()
     parameters = server_library.local_parameters(task.path, task.key)
     parameters.model_alias = {task.name}
@@ -49,22 +55,49 @@ def _start(source: IO[bytes]) -> Any:
     parameters.n_threads_http = task.parallel + _WAITING
     parameters.n_batch = parameters.n_ubatch = task.batch
     parameters.n_gpu_layers = task.gpu_layers
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = task.threads or _threads()
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = _threads(task)
     parameters.lora_adapters = [library.CommonAdapterLoraInfo(path, 0.0) for path in task.adapters]
-    # The cache does not know which adapter a prompt was computed with.
-    caches = task.parallel > 1 and not task.adapters
-    parameters.cache_ram_mib = _CACHE_MIB if caches else 0
-    parameters.cache_idle_slots = caches
+    parameters.cache_ram_mib = _CACHE_MIB if _caches(task) else 0
+    parameters.cache_idle_slots = _caches(task)
     if task.embeds:
         parameters.embedding = True
         parameters.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     return library.Server(parameters)
 
 
-def _threads() -> int:
+def _started_program(program: Path, task: _ServerTask) -> server_program.ServerProgram:
+    """Start the same server as a program: each option is a parameter of `_started_library`, which says why."""
+    caches, threads = _caches(task), str(_threads(task))
+    options: dict[str, object] = {
+        "--model": task.path, "--alias": task.name,
+        "--ctx-size": task.context * task.parallel, "--kv-unified-per-slot": task.context,
+        "--parallel": task.parallel, "--threads-http": task.parallel + _WAITING,
+        "--batch-size": task.batch, "--ubatch-size": task.batch, "--gpu-layers": task.gpu_layers,
+        "--threads": threads, "--threads-batch": threads, "--cache-ram": _CACHE_MIB if caches else 0,
+    }  # fmt: skip
+    flags = ["--special", "--kv-unified", "--cache-idle-slots" if caches else "--no-cache-idle-slots"]
+    if task.template:
+        options["--chat-template"] = task.template
+    if task.embeds:
+        flags.append("--embeddings")
+        options["--pooling"] = "mean"
+    if task.adapters:
+        flags.append("--lora-init-without-apply")
+        options["--lora"] = server_program.listed(task.adapters)
+    return server_program.ServerProgram(program, options, flags, task.key)
+
+
+def _caches(task: _ServerTask) -> bool:
+    """Whether prompts are kept. What keeps them does not know which adapter a prompt was computed with."""
+    return task.parallel > 1 and not task.adapters
+
+
+def _threads(task: _ServerTask) -> int:
     """Return how many threads compute: not more than cores, of which some processors show two for each."""
     import psutil
 
+    if task.threads:
+        return task.threads
     if chosen := os.environ.get("OMP_NUM_THREADS"):
         return int(chosen)
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 The library that reads what it writes is another package's (`kolotune.foundation.shared_libraries`), of another version:
 `kolotune.gguf.load_proof` proves for each model that the two agree. With `LLAMA_CPP_DIR`, a user's own llama.cpp
-replaces what it has of converter, quantizer and library.
+replaces what it has of converter, quantizer, server and library.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def find() -> Toolchain | None:
         ToolchainError: LLAMA_CPP_DIR is set, but has nothing of llama.cpp.
     """
     own = shared_libraries.own_folder()
-    quantizer = shared_libraries.own_file("llama-quantize.exe", "llama-quantize")
+    quantizer, server = (shared_libraries.own_program(name) for name in ("llama-quantize", "llama-server"))
     if own is not None and (own / _CONVERTER).is_file():
         return Toolchain(own, "own", quantizer)
-    if own is not None and quantizer is None and not shared_libraries.is_own():
+    is_part = quantizer or server or shared_libraries.is_own()
+    if own is not None and not is_part:
         raise ToolchainError(
-            f"LLAMA_CPP_DIR={own}: has neither {_CONVERTER} nor llama.cpp's libraries",
+            f"LLAMA_CPP_DIR={own}: has neither {_CONVERTER} nor llama.cpp's libraries or programs",
             "Unset it, or set it to the folder of a llama.cpp.",
         )
     root = _pinned_root()

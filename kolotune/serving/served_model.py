@@ -19,6 +19,8 @@ from .requests import Defaults
 
 _LOADING = {"context": "num_ctx", "threads": "num_thread", "gpu_layers": "num_gpu", "batch": "num_batch"}
 """Settings of the server, and the parameters that set them."""
+_ALIAS = "model"
+"""For a run whose name would be several for llama.cpp's server, which separates them by commas."""
 
 
 class RunningServer:
@@ -90,7 +92,9 @@ class ServedModel(Closing):
         self.name, self.gguf = run.root.name, result.gguf
         defaults = _defaults(run, result)
         if shared is None:
-            self._running, self.alias = RunningServer(result.gguf, _settings(run, defaults, parallel)), ""
+            settings = _settings(run, defaults, parallel)
+            self._running = RunningServer(result.gguf, settings)
+            self.alias = "" if settings.name == self.name else settings.name
         else:
             self._running, self.alias = shared.running, shared.alias
             adapters = tuple(float(number == shared.number) for number in range(shared.count))
@@ -120,4 +124,6 @@ def _defaults(run: RunFolder, result: Result) -> Defaults:
 def _settings(run: RunFolder, defaults: Defaults, parallel: int) -> ServerSettings:
     numbers = {setting: defaults.number(name) for setting, name in _LOADING.items()}
     given: dict[str, Any] = {setting: int(number) for setting, number in numbers.items() if number is not None}
-    return replace(ServerSettings(run.root.name, parallel=parallel, embeds=True), **given)
+    name = run.root.name
+    is_one = "," not in name and name == name.strip()
+    return replace(ServerSettings(name if is_one else _ALIAS, parallel=parallel, embeds=True), **given)

@@ -32,6 +32,12 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert own is not None and own.quantizer == program
 
 
+def test_a_server_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    (tmp_path / "llama-server").write_text("", encoding="utf-8")
+    assert llamacpp.find() == toolchain, "the rest is the pinned one"
+
+
 @pytest.mark.parametrize("name", ["libllama.so", "libllama.dylib", "llama.dll"])
 def test_a_release_has_no_converter(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolchain: llamacpp.Toolchain

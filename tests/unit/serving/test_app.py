@@ -230,6 +230,15 @@ def test_a_request_names_one_of_several_runs(
     assert code == 2 and "several runs have the name 'run'" in output
 
 
+def test_a_run_with_a_comma_in_its_name(finished: Config, client_of: Client, tmp_path: Path) -> None:
+    """An option of llama.cpp's server would read two names."""
+    run = shutil.copytree(finished.output_dir, tmp_path / "one, two")
+    with ServedModel(RunFolder(run), "none") as model:
+        client = client_of(model)
+        assert [entry.id for entry in client.models.list()] == ["one, two"] == [whole(client).model]
+        assert {event.model for event in whole(client, stream=True)} == {"one, two"}
+
+
 def test_unusable_addresses(model: ServedModel, reporter: PlainReporter, tmp_path: Path) -> None:
     import socket
 
