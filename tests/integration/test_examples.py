@@ -37,7 +37,7 @@ def test_the_manner_of_the_lighthouse(tmp_path: Path, reporter: PlainReporter) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("config", ["kolotune.yaml", "dpo.yaml"])
+@pytest.mark.parametrize("config", ["kolotune.yaml", "dpo.yaml", "ipo.yaml", "simpo.yaml", "kto.yaml"])
 def test_the_manners_that_are_preferred(config: str, tmp_path: Path, reporter: PlainReporter) -> None:
     """At least 16 of 20 held-out answers are polite, and 2 at most before."""
     run, judge = trained("manners", tmp_path / "run", reporter, config), example_script("manners", "judge")
