@@ -157,6 +157,8 @@ class _LayerByLayer:
         def load(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             assert self._exact is not None
             child_process.emit("layer", done=number, of=len(self._model.layers))
+            if number == 0:
+                self._model.drop(self._model.embedding)
             names = self._model.names_in(layer)
             rounded = {name: self._model.owner_of(name) for name in names if self._is_rounded(name)}
             for name in names:
@@ -193,7 +195,7 @@ class _LayerByLayer:
         import numpy as np
         import torch
 
-        from .error_feedback import input_statistics, round_with_feedback
+        from .error_feedback import restored_weight, round_with_feedback
 
         assert self._exact is not None
         self._hooks.pop(name).remove()  # experts may be called more than once
@@ -210,13 +212,21 @@ class _LayerByLayer:
         if len(rows) < _FEWEST_INPUTS * rows.shape[1]:
             self._model.load(name, self._quantized)
             return
-        if self._statistics is None or self._statistics[0] is not inputs:
-            self._statistics = None  # frees the memory of the last ones
-            self._statistics = (inputs, input_statistics(rows, None if exact is None else exact.reshape(rows.shape)))
-        weight = module.weight
-        rounded, values = round_with_feedback(weight if order is None else weight[order], kind, self._statistics[1])
+        weight, statistics = module.weight, self._statistics_of(inputs, exact.inputs)
+        if exact.outputs is not None:
+            weight = restored_weight(weight, rows, exact.outputs, statistics)
+        rounded, values = round_with_feedback(weight if order is None else weight[order], kind, statistics)
         self._journal.add(plan.name, rounded.tobytes())
         self._write(name, rounded.tobytes(), values)
+
+    def _statistics_of(self, inputs: Tensor, exact: Tensor | None) -> InputStatistics:
+        """Return the statistics of inputs, which matrices that read the same ones share."""
+        from .error_feedback import input_statistics
+
+        if self._statistics is None or self._statistics[0] is not inputs:
+            self._statistics = None  # frees the memory of the last ones
+            self._statistics = (inputs, input_statistics(inputs.reshape(-1, inputs.shape[-1]), exact))
+        return self._statistics[1]
 
     def _write(self, name: str, data: bytes, values: Tensor) -> None:
         """Write a rounded matrix, and give its values, in the GGUF's order of rows, to the model."""

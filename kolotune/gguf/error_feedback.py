@@ -1,8 +1,10 @@
-"""Round a matrix into ggml's blocks column by column, with each column's error made good by the columns behind it.
+"""Round a matrix into ggml's blocks column by column, with each column's error made good by the columns still to come.
 
-The algorithm is GPTQ (Frantar et al. 2022, arXiv:2210.17323), for blocks that have scales: when a block's turn comes,
-ggml chooses its scales for the weights as they are compensated until then, weighed by the inputs; then its columns are
-rounded to the levels that these scales give.
+The algorithm is GPTQ (Frantar et al. 2022, arXiv:2210.17323), in the form that takes errors from one Cholesky factor of
+the inputs' Hessian, without its inverse, and begins at the last column (LDLQ in Chee et al. 2023, arXiv:2307.13304,
+where both are shown to be the same). For blocks that have scales: when a block's turn comes, ggml chooses its scales
+for the weights as they are compensated until then, weighed by the inputs; then its columns are rounded to the levels
+that these scales give.
 
 The inputs are those that the rounded matrices before it give. Where the exact ones are known too, what is rounded is
 the matrix that comes closest to the exact outputs from the inputs it gets, in the damped least squares' sense, so that
@@ -11,25 +13,30 @@ it also makes good what was lost before it (as in Li et al. 2025, "GPTAQ", arXiv
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kolotune.foundation.hardware import cores
 from kolotune.llamacpp import ggml
 
 from . import header
-from .block_layouts import BlockLayout, block_layouts
+from .block_layouts import block_layouts
 from .stored_values import dequantized
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal
-_RESTORATION_DAMPING = 0.05  # the same, where lost inputs are predicted: with 0.01 other texts gain less
+_DAMPING = 0.02  # of the mean of the Hessian's diagonal
+_RESTORATION_DAMPING = 0.1  # the same, where lost inputs are predicted: with less, other texts gain less
 _MORE_DAMPING = 10.0  # where that is not enough for a decomposition
 _LEAST_IMPORTANCE = 1e-4  # of the mean: a column without inputs still has to get some value
 MOST_IN_DOUBLE = 4096  # columns of a Hessian that is decomposed in fp64; larger ones take too much memory
-_COLUMNS = 32  # that are rounded before the columns behind them are compensated, all at once
+_COLUMNS = 32  # that are rounded before what their errors do to the others is computed, all at once
+_PANEL = 128  # the same, for the errors of several blocks
+_GROUPS = (32, 256)  # columns that are rounded together, since each type's blocks are as long
+_STRIPS = 4  # of a Hessian, each computed from the diagonal on: it is symmetric
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,17 @@ class InputStatistics:
     """What rounding has to know of the inputs of a matrix.
 
     Attributes:
-        factor: upper Cholesky factor of the inverse of the damped Hessian, fp32 ``[columns, columns]``.
+        hessian: mean products of the columns, fp64 or fp32 ``[columns, columns]``.
+        order: which columns are rounded, from last to first: column ``order[i]`` is the i-th, int64 ``[columns]``.
+        factor: lower Cholesky factor of the damped Hessian in this order, its columns divided by their diagonal, fp32
+            ``[columns, columns]``.
         importance: mean square of each column's inputs, fp32 ``[columns]``.
         restoration: predicts from the inputs what they have lost, by damped least squares, fp32
             ``[columns, columns]``; None where the exact ones are not known.
     """
 
+    hessian: Tensor
+    order: np.ndarray
     factor: Tensor
     importance: np.ndarray
     restoration: Tensor | None = None
@@ -60,31 +72,72 @@ def input_statistics(inputs: Tensor, exact: Tensor | None = None) -> InputStatis
     import numpy as np
     import torch
 
-    hessian = inputs.T @ inputs / len(inputs)
-    if len(hessian) <= MOST_IN_DOUBLE:
-        hessian = hessian.double()
-    diagonal = hessian.diagonal().clone()
+    hessian = _hessian(inputs)
+    diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
-    restoration = None if exact is None else _restoration(inputs, exact - inputs, hessian, mean)
     importance = diagonal.clamp(min=_LEAST_IMPORTANCE * mean).float().numpy()
-    damping = _DAMPING * mean
-    while True:
-        damped = hessian + torch.diag(torch.where(diagonal > 0, damping, mean))
+    restoration = None if exact is None else _restoring(hessian, inputs.T @ (exact - inputs) / len(inputs))
+    order = _order(importance)
+    damping, failed = _DAMPING * mean, True
+    while failed:
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(torch.where(diagonal[order] > 0, damping, mean))
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return InputStatistics(factor.float(), np.ascontiguousarray(importance), restoration)
         damping *= _MORE_DAMPING
+    lower /= lower.diagonal().clone()
+    return InputStatistics(hessian, order, lower.float(), np.ascontiguousarray(importance), restoration)
 
 
-def _restoration(inputs: Tensor, lost: Tensor, hessian: Tensor, mean: float) -> Tensor:
-    """Return what makes the lost part of inputs, ``[inputs, columns]``, from the inputs; `mean` is of the diagonal."""
+def _order(importance: np.ndarray) -> np.ndarray:
+    """Return the columns by importance, least first; whole superblocks, in them whole blocks, in them columns."""
+    import numpy as np
+
+    keys = [importance]  # the last one counts most
+    for size in _GROUPS:
+        if len(importance) % size == 0:
+            means = importance.reshape(-1, size).mean(axis=1)
+            keys += [np.repeat(np.arange(len(means)), size), np.repeat(means, size)]
+    return np.lexsort(keys)
+
+
+def restored_weight(weight: Tensor, inputs: Tensor, outputs: Tensor, statistics: InputStatistics) -> Tensor:
+    """Return the matrix that comes closest to the exact outputs; for few rows this is less work than a restoration.
+
+    Args:
+        weight: fp32 ``[rows, columns]``.
+        inputs: what goes into it, fp32 ``[inputs, columns]``.
+        outputs: what it gave, without a bias, if nothing before it were rounded, fp32 ``[inputs, rows]``.
+        statistics: of the inputs.
+    """
+    products = inputs.T @ outputs / len(inputs) - statistics.hessian.float() @ weight.T
+    return weight + _restoring(statistics.hessian, products).T
+
+
+def _hessian(inputs: Tensor) -> Tensor:
     import torch
 
-    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (_RESTORATION_DAMPING * mean)
-    products = (inputs.T @ lost / len(inputs)).to(hessian.dtype)
-    return torch.cholesky_solve(products, torch.linalg.cholesky(damped)).float()
+    columns = inputs.shape[1]
+    hessian = torch.empty(columns, columns)
+    for start in range(0, columns, step := -(-columns // _STRIPS)):
+        strip = slice(start, start + step)
+        hessian[strip, start:] = inputs[:, strip].T @ inputs[:, start:]
+        hessian[start:, strip] = hessian[strip, start:].T
+    hessian /= len(inputs)
+    return hessian.double() if columns <= MOST_IN_DOUBLE else hessian
+
+
+def _restoring(hessian: Tensor, products: Tensor) -> Tensor:
+    """Return what makes a lost part from the inputs by damped least squares, ``[columns, any]``.
+
+    Args:
+        hessian: mean products of the inputs' columns.
+        products: of the inputs' columns with the lost part, their means, fp32 ``[columns, any]``.
+    """
+    import torch
+
+    damped = hessian.clone()
+    damped.diagonal().add_(_RESTORATION_DAMPING * (float(hessian.diagonal().mean()) or 1.0))
+    return torch.cholesky_solve(products, torch.linalg.cholesky(damped).float())
 
 
 def is_compensable(kind: str) -> bool:
@@ -103,25 +156,30 @@ def round_with_feedback(weight: Tensor, kind: str, statistics: InputStatistics) 
     Returns:
         The blocks, uint8 ``[rows, bytes of a row]``, and their values, fp32 ``[rows, columns]``.
     """
+    import numpy as np
     import torch
 
-    layout, (width, size) = block_layouts()[kind], header.block_of(kind)
+    width, size = header.block_of(kind)
     rows, columns = weight.shape
-    rest = weight.T.contiguous()  # [columns, rows]: a column is one piece of memory
+    wanted = weight.T.contiguous()  # [columns, rows]: a column is one piece of memory
     if statistics.restoration is not None:
-        rest += statistics.restoration @ rest
-    values = torch.empty_like(rest)
-    blocks = []
-    for start in range(0, columns, width):
-        end = start + width
-        block = _Block(rest[start:end], kind, layout, statistics.importance[start:end])
-        errors = block.rounded(rest[start:end], statistics.factor[start:end, start:end])
-        rest[end:] -= statistics.factor[start:end, end:].T @ errors
-        values[start:end] = block.values
-        blocks.append(block.bytes())
-    import numpy as np
-
-    return np.concatenate(blocks, axis=1).reshape(rows, columns // width * size), values.T.contiguous()
+        wanted += statistics.restoration @ wanted
+    order, factor, panel = statistics.order, statistics.factor, max(width, _PANEL)
+    wanted = wanted[order]
+    errors, values = torch.empty_like(wanted), torch.empty_like(wanted)
+    blocks = np.empty((columns // width, rows, size), np.uint8)
+    for first in reversed(range(0, columns, panel)):
+        last = min(first + panel, columns)
+        compensated = wanted[first:last] + factor[last:, first:last].T @ errors[last:]
+        for start in reversed(range(first, last, width)):
+            here, end = slice(start, start + width), start + width
+            weights = compensated[start - first : end - first]
+            weights.addmm_(factor[end:last, here].T, errors[end:last])
+            columns_here = order[here]
+            block = _Block(weights, columns_here % width, kind, statistics.importance[columns_here])
+            block.round(weights, wanted[here], factor[here, here], errors[here])
+            values[columns_here], blocks[columns_here[0] // width] = block.values, block.bytes()
+    return blocks.transpose(1, 0, 2).reshape(rows, -1), values.T.contiguous()
 
 
 class _Block:
@@ -129,84 +187,102 @@ class _Block:
 
     Args:
         weights: fp32 ``[width, rows]``, as they are compensated so far.
+        order: which of the block's columns each of them is.
         kind: name of the type.
-        layout: of its quants.
-        importance: of the block's columns.
+        importance: of the same columns, fp32 ``[width]``.
 
     Attributes:
         values: what the rounded columns become, fp32 ``[width, rows]``.
     """
 
-    def __init__(self, weights: Tensor, kind: str, layout: BlockLayout, importance: np.ndarray) -> None:
+    def __init__(self, weights: Tensor, order: np.ndarray, kind: str, importance: np.ndarray) -> None:
         import numpy as np
         import torch
 
         width, rows = weights.shape
-        ordered = np.ascontiguousarray(weights.T.numpy())
-        importance = np.ascontiguousarray(importance)
-        self._kind, self._layout = kind, layout
-        self._blocks = np.empty((rows, header.size_of((width,), kind)), np.uint8)
-        ggml.library().ggml_quantize_chunk(
-            header.type_number(kind), ordered.ctypes.data, self._blocks.ctypes.data, 0, rows, width,
-            importance.ctypes.data,
-        )  # fmt: skip
-        self._quants = torch.zeros((width, rows), dtype=torch.uint8)
+        self._kind, self._layout, self._order, self._inverse_order = kind, block_layouts()[kind], order, order.argsort()
+        natural = np.ascontiguousarray(weights[self._inverse_order].T.numpy())
+        self._blocks = _by_ggml(natural, kind, np.ascontiguousarray(importance[self._inverse_order]))
+        self._quants = torch.empty((width, rows))
         self.values = torch.empty((width, rows))
-        last = layout.levels - 1
-        if layout.is_linear:
-            self._first = self._level(0)
-            self._step = (self._level(last) - self._first) / last
-            self._inverse = torch.where(self._step == 0, 0.0, 1 / self._step)
+        last = self._layout.levels - 1
+        if self._layout.is_linear:
+            lowest = self._level(0)
+            step = (self._level(last) - lowest) / last
+            inverse = torch.where(step == 0, 0.0, 1 / step)
+            self._of_columns = [each.unbind() for each in (-lowest * inverse, inverse, lowest, step)]
         else:
-            self._levels = torch.stack([self._level(quant) for quant in range(layout.levels)])
+            self._levels = torch.stack([self._level(quant) for quant in range(self._layout.levels)])
 
     def _level(self, quant: int) -> Tensor:
-        """The value of a quant in each place, ``[width, rows]``."""
+        """The value of a quant in each place, in the order of rounding, ``[width, rows]``."""
         import numpy as np
         import torch
 
         blocks = self._blocks.copy()
         self._layout.write(blocks, np.full((len(blocks), len(self._quants)), quant, np.uint8))
-        return torch.from_numpy(
-            np.ascontiguousarray(dequantized(blocks.reshape(-1), self._kind).reshape(len(blocks), -1).T)
-        )
+        return torch.from_numpy(dequantized(blocks.reshape(-1), self._kind).reshape(len(blocks), -1)).T[self._order]
 
-    def rounded(self, weights: Tensor, factor: Tensor) -> Tensor:
-        """Round the columns in order, each with the errors of those before it; return the errors, scaled.
+    def round(self, weights: Tensor, wanted: Tensor, factor: Tensor, errors: Tensor) -> None:
+        """Round the columns from the last to the first, each with the errors of those behind it.
 
         Args:
-            weights: fp32 ``[width, rows]``; changed in place.
+            weights: fp32 ``[width, rows]``, with the errors behind the block; changed in place.
+            wanted: the same without them.
             factor: of the block's columns; see `InputStatistics`.
+            errors: receives what is wanted but not reached.
         """
         import torch
 
         width = len(weights)
-        errors = torch.empty_like(weights)
-        for first in range(0, width, _COLUMNS):
+        by_column, errors_of_rows = factor.T.contiguous(), errors.T
+        columns = list(zip(*(each.unbind() for each in (weights, wanted, self.values, errors)), strict=True))
+        for first in reversed(range(0, width, _COLUMNS)):
             last = min(first + _COLUMNS, width)
-            for column in range(first, last):
-                self._round(column, weights[column])
-                errors[column] = (weights[column] - self.values[column]) / factor[column, column]
-                weights[column + 1 : last].addr_(factor[column, column + 1 : last], errors[column], alpha=-1)
-            weights[last:] -= factor[first:last, last:].T @ errors[first:last]
-        return errors
+            weights[first:last].addmm_(by_column[first:last, last:], errors[last:])
+            for column in reversed(range(first, last)):
+                compensated, exact, value, error = columns[column]
+                behind = slice(column + 1, last)
+                compensated.addmv_(errors_of_rows[:, behind], by_column[column, behind])
+                self._round(column, compensated, value)
+                torch.sub(exact, value, out=error)
 
-    def _round(self, column: int, weights: Tensor) -> None:
+    def _round(self, column: int, weights: Tensor, values: Tensor) -> None:
+        """Round a column to its levels; `values` receives them."""
         import torch
 
+        quants = self._quants[column]
         if self._layout.is_linear:
-            quants = (
-                ((weights - self._first[column]) * self._inverse[column]).round_().clamp_(0, self._layout.levels - 1)
-            )
-            torch.addcmul(self._first[column], quants, self._step[column], out=self.values[column])
+            shift, inverse, lowest, step = (each[column] for each in self._of_columns)
+            torch.addcmul(shift, weights, inverse, out=quants).round_().clamp_(0, self._layout.levels - 1)
+            torch.addcmul(lowest, quants, step, out=values)
         else:
-            quants = (self._levels[:, column] - weights).abs_().argmin(dim=0)
-            self.values[column] = self._levels[:, column].gather(0, quants[None])[0]
-        self._quants[column] = quants.to(torch.uint8)
+            nearest = (self._levels[:, column] - weights).abs_().argmin(dim=0)
+            values.copy_(self._levels[:, column].gather(0, nearest[None])[0])
+            quants.copy_(nearest)
 
     def bytes(self) -> np.ndarray:
         """Return the blocks with the rounded quants, ``[rows, bytes]``."""
         import numpy as np
 
-        self._layout.write(self._blocks, np.ascontiguousarray(self._quants.T.numpy()))
+        quants = self._quants[self._inverse_order].T.numpy().astype(np.uint8)
+        self._layout.write(self._blocks, np.ascontiguousarray(quants))
         return self._blocks
+
+
+def _by_ggml(weights: np.ndarray, kind: str, importance: np.ndarray) -> np.ndarray:
+    """Return the blocks that ggml makes of weights ``[rows, width]``, uint8 ``[rows, bytes]``, by all cores."""
+    import numpy as np
+
+    rows, width = weights.shape
+    blocks = np.empty((rows, header.size_of((width,), kind)), np.uint8)
+    quantize, number = ggml.library().ggml_quantize_chunk, header.type_number(kind)
+
+    def quantize_rows(first: int) -> None:
+        some, into = weights[first : first + step], blocks[first : first + step]
+        quantize(number, some.ctypes.data, into.ctypes.data, 0, len(some), width, importance.ctypes.data)
+
+    step = -(-rows // cores())
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(quantize_rows, range(0, rows, step)))
+    return blocks

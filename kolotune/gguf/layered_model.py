@@ -81,12 +81,9 @@ class UnloadedModel:
 
     def head_weight(self, values: StoredValues) -> Tensor:
         """Return the head's weight in a GGUF, fp32 ``[vocabulary, columns]``."""
-        import numpy as np
         import torch
 
-        name = self.head_plan.name
-        weight = np.concatenate([block for _, block in values.blocks(name)])
-        return torch.from_numpy(weight.reshape(values.tensors[name].shape[::-1]))
+        return torch.from_numpy(values.whole(self.head_plan.name))
 
     def scaled_logits(self, logits: Tensor) -> Tensor:
         """Return what the model makes of its head's outputs, by the settings of transformers that are about that."""
@@ -107,9 +104,9 @@ class UnloadedModel:
         import torch
 
         plan = self.plan_of(name)
-        weight = np.concatenate([block for _, block in values.blocks(plan.name)])
-        shape = values.tensors[plan.name].shape[::-1]
-        weight = weight.reshape(shape) - np.float32(plan.added)
+        weight = values.whole(plan.name)
+        if plan.added:
+            weight -= np.float32(plan.added)
         if plan.order is not None:
             ordered = np.empty_like(weight)
             ordered[np.array(plan.order)] = weight

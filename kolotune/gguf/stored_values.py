@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,16 @@ class StoredValues:
         for first in range(0, count, step):
             rows = slice(first, min(first + step, count))
             yield rows, self._widened(self._bytes[start + rows.start * row : start + rows.stop * row], tensor)
+
+    def whole(self, name: str) -> np.ndarray:
+        """Return a tensor, fp32, in the order of its dimensions in PyTorch."""
+        import numpy as np
+
+        shape = self.tensors[name].shape
+        values = np.empty((math.prod(shape[1:]), shape[0]), np.float32)
+        for rows, block in self.blocks(name):
+            values[rows] = block
+        return values.reshape(shape[::-1])
 
     def _widened(self, data: np.ndarray, tensor: GgufTensor) -> np.ndarray:
         return dequantized(data, tensor.type).reshape(-1, tensor.shape[0])

@@ -9,7 +9,7 @@ import pytest
 
 from kolotune.gguf import header
 from kolotune.gguf.block_layouts import block_layouts
-from kolotune.gguf.error_feedback import input_statistics, round_with_feedback
+from kolotune.gguf.error_feedback import input_statistics, restored_weight, round_with_feedback
 from kolotune.gguf.stored_values import dequantized
 from kolotune.llamacpp import ggml
 
@@ -86,6 +86,17 @@ def test_what_the_inputs_have_lost_is_made_good(kind: str) -> None:
     _, unaware = round_with_feedback(weights, kind, input_statistics(inputs))
     _, aware = round_with_feedback(weights, kind, input_statistics(inputs, exact))
     assert error(aware) < 0.3 * error(unaware)
+    statistics = input_statistics(inputs)
+    restored = restored_weight(weights, inputs, exact @ weights.T, statistics)
+    _, by_outputs = round_with_feedback(restored, kind, statistics)
+    torch.testing.assert_close(error(by_outputs), error(aware), rtol=0.05, atol=0)
+
+
+def test_the_hessian_is_that_of_the_inputs() -> None:
+    """It is computed in strips, the last of which is narrower."""
+    _, inputs = matrix_and_inputs(70)
+    hessian = input_statistics(inputs).hessian
+    np.testing.assert_allclose(hessian.numpy(), (inputs.T @ inputs / len(inputs)).numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_inputs_that_have_lost_nothing_change_nothing() -> None:
@@ -101,3 +112,14 @@ def test_what_was_lost_is_finite_without_full_rank(inputs: str) -> None:
     given = {"zeros": real * 0, "few": real[:3]}[inputs]
     _, values = round_with_feedback(weights, "Q4_0", input_statistics(given, given * 1.1))
     assert float((values - weights).abs().max()) < 1.0
+
+
+def test_columns_with_the_largest_inputs_come_first_by_whole_blocks() -> None:
+    _, inputs = matrix_and_inputs(512)
+    inputs[:, 70] *= 9  # the last column to be ordered, which is rounded first
+    statistics = input_statistics(inputs)
+    order = statistics.order
+    assert sorted(order) == list(range(512)) and order[-1] == 70
+    for size in (32, 256):
+        assert all(len(set(group // size)) == 1 for group in order.reshape(-1, size))
+    assert all((np.diff(statistics.importance[group]) >= 0).all() for group in order.reshape(-1, 32))

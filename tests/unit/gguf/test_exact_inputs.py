@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kolotune.gguf.exact_inputs import ExactInputs
+from kolotune.gguf.exact_inputs import Exact, ExactInputs
 
 
 class Layer(nn.Module):
@@ -30,21 +30,41 @@ def test_each_layer_gets_what_the_exact_one_before_it_gives(returns_tuple: bool)
     layers = [Layer(returns_tuple), Layer(returns_tuple)]
     exact, expected = ExactInputs(hidden), hidden
     for layer in layers:
-        matrices: dict[str, nn.Module] = {"first": layer.first, "second": layer.second}
-        exact.run(layer, matrices, (0.5,), {"scale": 2.0})
-        torch.testing.assert_close(exact.take("first", hidden), expected)
-        torch.testing.assert_close(exact.take("second", torch.empty(2, 3, 6)), layer.first(expected))
-        assert exact.take("first", hidden) is None, "what was taken is forgotten"
-        assert not layer.first._forward_pre_hooks
+        exact.run(layer, {"first": layer.first, "second": layer.second}, (0.5,), {"scale": 2.0})
+        first, second = exact.take("first", hidden), exact.take("second", torch.empty(2, 3, 6))
+        assert first.inputs is not None and first.outputs is None
+        torch.testing.assert_close(first.inputs, expected.reshape(6, 4))
+        assert second.outputs is not None and second.inputs is None, "it has fewer rows than columns"
+        without_bias = layer.first(expected) @ layer.second.weight.T
+        torch.testing.assert_close(second.outputs, without_bias.reshape(6, 4))
+        assert exact.take("first", hidden) == Exact(), "what was taken is forgotten"
+        assert not layer.first._forward_hooks
         output = layer(expected, 0.5, scale=2.0)
         expected = output[0] if returns_tuple else output
+
+
+def test_narrow_matrices_that_read_the_same_have_its_inputs_kept() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(4, 3), nn.Linear(4, 2, bias=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + self.query(hidden).sum() + self.key(hidden).sum()
+
+    hidden, layer = torch.randn(2, 3, 4), Heads()
+    exact = ExactInputs(hidden)
+    exact.run(layer, {"query": layer.query, "key": layer.key}, (), {})
+    assert [exact.take(name, hidden).outputs for name in ("query", "key")] == [None, None]
+    exact.run(layer, {"key": layer.key}, (), {})
+    assert exact.take("key", hidden).inputs is None
 
 
 def test_tokens_of_an_expert_may_be_others() -> None:
     hidden, layer = torch.randn(2, 3, 4), Layer(False)
     exact = ExactInputs(hidden)
     exact.run(layer, {"first": layer.first}, (0.0,), {"scale": 1.0})
-    assert exact.take("first", torch.empty(5, 4)) is None
+    assert exact.take("first", torch.empty(5, 4)) == Exact()
     exact.run(layer, {"first": layer.first}, (0.0,), {"scale": 1.0})
-    exact._inputs["first"] = torch.empty(5, 4)
-    assert exact.take("first", torch.empty(5, 4)) is None, "as many, but not all"
+    exact._kept["first"] = Exact(inputs=torch.empty(5, 4))
+    assert exact.take("first", torch.empty(5, 4)) == Exact(), "as many, but not all"
