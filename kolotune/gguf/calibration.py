@@ -1,7 +1,7 @@
-"""The tokens by which error-compensated quantization learns what goes into each matrix.
+"""The tokens by which quantization learns what goes into each matrix.
 
-About two thirds are the run's training chats, which the model is tuned for. The rest is a text of prose, dialogue and
-code that ships with kolotune, so that what the chats never ask keeps working, too.
+A part are the run's training chats, which the model is tuned for. The rest is a text of prose, dialogue and code that
+ships with kolotune, so that what the chats never ask keeps working, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from .importance_matrix import chosen_sequences
 ROW = 256
 """Tokens of a row; rows are read side by side."""
 _CHAT_ROWS, _TEXT_ROWS = 32, 18
-MOST_TOKENS = ROW * (_CHAT_ROWS + _TEXT_ROWS)
+_COMPENSATION_ROWS = 14, 10  # of those; see docs/quantization.md
+MOST_TOKENS = ROW * sum(_COMPENSATION_ROWS)
+"""Of error-compensated quantization."""
 _TEXT = "calibration_text.txt"
 
 
@@ -31,6 +33,17 @@ def calibration_rows(prepared: Path, tokenizer: Path) -> list[list[int]]:
     Raises:
         ArtifactError: the chats are missing.
     """
+    chats, text = _chats_and_text(prepared, tokenizer)
+    return [*chats, *text]
+
+
+def compensation_rows(prepared: Path, tokenizer: Path) -> list[list[int]]:
+    """Return some of the rows, at equal distances, which compensating takes; see `calibration_rows`."""
+    parts = zip(_chats_and_text(prepared, tokenizer), _COMPENSATION_ROWS, strict=True)
+    return [row for part, most in parts for row in _at_equal_distances(part, most)]
+
+
+def _chats_and_text(prepared: Path, tokenizer: Path) -> tuple[list[list[int]], list[list[int]]]:
     from safetensors import safe_open
     from tokenizers import Tokenizer
 
@@ -47,7 +60,12 @@ def calibration_rows(prepared: Path, tokenizer: Path) -> list[list[int]]:
     text = importlib.resources.files(__package__).joinpath(_TEXT).read_text(encoding="utf-8")
     encoded = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     stream = [token for chat in chats for token in chat]
-    return [*_rows(stream, _CHAT_ROWS), *_rows(encoded, _TEXT_ROWS)]
+    return _rows(stream, _CHAT_ROWS), _rows(encoded, _TEXT_ROWS)
+
+
+def _at_equal_distances(rows: list[list[int]], most: int) -> list[list[int]]:
+    count = min(most, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 def _rows(tokens: list[int], most: int) -> list[list[int]]:

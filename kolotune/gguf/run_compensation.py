@@ -19,11 +19,11 @@ from kolotune.foundation.typed_storage import JsonObject
 from kolotune.run_folder.stage import Context
 from kolotune.runners import child_process, local
 
-from .calibration import calibration_rows
+from .calibration import compensation_rows
 from .compensation import CompensationJob
 from .conversion_plan import TensorPlan
 
-_VERSION = 2  # raised when the same calibration gives other blocks
+_VERSION = 3  # raised when the same calibration gives other blocks
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run_compensation(context: Context, tensors: Sequence[TensorPlan]) -> Compens
     """
     if context.config.quantizer != "compensated":
         return None
-    rows = calibration_rows(context.run.prepared, context.run.tokenizer)
+    rows = compensation_rows(context.run.prepared, context.run.tokenizer)
     return Compensation(context.base, rows, tensors, context.run.compensated_blocks)
 
 

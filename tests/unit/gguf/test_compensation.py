@@ -14,7 +14,7 @@ from kolotune.foundation.config import Config
 from kolotune.foundation.errors import ArtifactError, ConfigError, ToolchainError
 from kolotune.foundation.reporter import PlainReporter
 from kolotune.gguf import compensation, error_feedback, header, run_compensation
-from kolotune.gguf.calibration import ROW, calibration_rows
+from kolotune.gguf.calibration import MOST_TOKENS, ROW, calibration_rows, compensation_rows
 from kolotune.gguf.conversion_source import find_compensation
 from kolotune.gguf.error_feedback import InputStatistics
 from kolotune.gguf.stored_values import StoredValues
@@ -72,6 +72,9 @@ def test_calibration_is_chats_and_the_text(run_copy: RunFolder) -> None:
     rows = calibration_rows(run_copy.prepared, run_copy.tokenizer)
     assert {len(row) for row in rows} == {ROW} and len(rows) > 18
     assert rows == calibration_rows(run_copy.prepared, run_copy.tokenizer)
+    some = compensation_rows(run_copy.prepared, run_copy.tokenizer)
+    assert len(some) <= MOST_TOKENS / ROW and len(some) < len(rows) and all(row in rows for row in some)
+    assert some[-1] in rows[-18:], "the text"
     with pytest.raises(ArtifactError, match="is missing"):
         calibration_rows(run_copy.root / "none", run_copy.tokenizer)
 
