@@ -17,7 +17,7 @@ from kolotune.foundation.quantization_types import FILE_TYPES
 from kolotune.gguf import header, importance_matrix, quantizer
 from kolotune.gguf.run_matrix import make_matrix
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the first one compiles llama.cpp
 Matrix = dict[str, np.ndarray]
 
 
