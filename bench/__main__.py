@@ -39,7 +39,8 @@ _HEAD = """# Measurements
 Made by `make bench`. The scripts beside this file define what is measured. Within a script the programs take turns, and
 their medians are compared: absolute figures vary from day to day, so look at the ratios. Memory is that of the whole
 process tree; see `measuring.py`. You need no account to repeat this: the chats are docstrings of the standard library,
-and the model comes from the package index."""
+and the model comes from the package index. Figures of a processor without AVX-512 are in
+[AVX2.md](AVX2.md)."""
 
 
 def main() -> int:
