@@ -128,6 +128,7 @@ class _LayerByLayer:
         in_layers = set(model.names_in(model.layers))
         outside = [name for name in model.names_in(model.decoder) if name not in in_layers]
         self._exact = ExactInputs(self._into_the_first_layer(outside))
+        model.drop(model.embedding)  # so that not both of its forms are in memory
         for name in outside:
             model.load(name, self._quantized)
         for number, layer in enumerate(model.layers):

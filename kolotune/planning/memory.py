@@ -70,14 +70,15 @@ def quantizer_memory() -> Memory:
 def compensation_memory(shape: ModelShape) -> Memory:
     """Return the memory of error-compensated quantization: one layer, the calibration's activations, one Hessian.
 
-    Of the activations, what goes into the layer's matrices is held twice: exact, and as rounded weights give it.
+    Of the activations, what goes into the layer's matrices is held twice: exact, and as rounded weights give it. The
+    embedding is dropped before the first layer.
     """
     widest = max((linear.inputs for linear in shape.linears), default=shape.hidden_size)
     layer = 2 * FP32_BYTES * sum(linear.weight_count for linear in shape.linears) // max(1, shape.layers)
     activations = FP32_BYTES * MOST_TOKENS * (8 * shape.hidden_size + 6 * widest)
     hessians = 6 * widest**2 * (2 * FP32_BYTES if widest <= MOST_IN_DOUBLE else FP32_BYTES)
     embedding = FP32_BYTES * shape.hidden_size * shape.vocabulary_size
-    return Memory(_COMPENSATION.own + layer + activations + hessians + embedding, _COMPENSATION.mapped)
+    return Memory(_COMPENSATION.own + max(layer + activations + hessians, embedding), _COMPENSATION.mapped)
 
 
 def sensitivity_memory(shape: ModelShape) -> Memory:

@@ -50,7 +50,8 @@ def test_narrow_matrices_that_read_the_same_have_its_inputs_kept() -> None:
             self.query, self.key = nn.Linear(4, 3), nn.Linear(4, 2, bias=False)
 
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return hidden + self.query(hidden).sum() + self.key(hidden).sum()
+            output: torch.Tensor = hidden + self.query(hidden).sum() + self.key(hidden).sum()
+            return output
 
     hidden, layer = torch.randn(2, 3, 4), Heads()
     exact = ExactInputs(hidden)
