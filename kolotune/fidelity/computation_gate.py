@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from kolotune import llamacpp
+from kolotune.engines.exact_model import reason_unsupported
 from kolotune.foundation import shared_libraries, typed_storage
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ModelError, ToolchainError
@@ -28,10 +29,11 @@ from kolotune.weights.shrunk_config import reach, shrink
 
 from .computation_proof import ComputationProof, ComputationTask, FailedSide
 
-_VERSION = 4  # raised when the way to compare changes
+_VERSION = 5  # raised when the way to compare changes
 _MOST_PROOFS = 64
 _EQUAL = 1e-5  # mean KL; equal models are below 1e-6
 _WRONG = 1e-3  # what `compare` refuses
+_SAME = 1e-7  # mean KL of two ways to compute in fp32
 _HINT = "Use a base model of another architecture. With --no-compare it is trained nevertheless."
 
 
@@ -110,6 +112,18 @@ def check_computation(context: Context, reporter: Reporter) -> None:
             reporter.warning(sentence)
         case Verdict.NOT_COMPARED:
             reporter.note(sentence)
+
+
+def proves_packed(context: Context, reporter: Reporter) -> bool:
+    """Return whether the packed passes compute the base as transformers does, on a small model of its settings."""
+    config = read_model_config(context.base)
+    if reason_unsupported(context.base, 0) or "text_config" in config.values:
+        return False
+    toolchain = llamacpp.ensure(reporter)
+    if toolchain.version == "own":
+        return False
+    packed = find_proof(config, toolchain, context.run.log("computation"), reporter).packed
+    return packed is not None and packed <= _SAME
 
 
 def find_proof(config: ModelConfig, toolchain: llamacpp.Toolchain, log: Path, reporter: Reporter) -> ComputationProof:

@@ -10,8 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kolotune.engines.exact_model import open_exact_model, reason_unsupported
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
@@ -20,6 +21,9 @@ from kolotune.weights.safetensors_header import read_header
 from kolotune.weights.shrunk_config import VOCABULARY, WINDOW
 from kolotune.weights.stored_names import StoredNames
 from kolotune.weights.weight_files import weight_files
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _TOKENS = 4 * WINDOW
 _FIRST_TOKEN = 3  # below are those that begin, end and pad
@@ -59,6 +63,7 @@ class ComputationProof:
             positions without dynamic scaling; None: not compared.
         divergence_median: median KL at all positions: where it is small and the mean is not, few positions differ, as
             when rounding lets a router choose another expert; None: not compared.
+        packed: mean KL of the packed passes at all positions, from transformers; None: they don't compute such a model.
         obstacle: what could not compute; None: both did.
         reason: the obstacle in its own words.
     """
@@ -66,6 +71,7 @@ class ComputationProof:
     divergence: float | None = None
     divergence_within: float | None = None
     divergence_median: float | None = None
+    packed: float | None = None
     obstacle: FailedSide | None = None
     reason: str = ""
 
@@ -123,7 +129,22 @@ def _prove(task: ComputationTask, folder: Path) -> ComputationProof:
         read.close()
     whole, within = divergence.between(before, after), divergence.between(before_within, after[:WINDOW])
     median = float(np.median((np.exp(before) * (before - after)).sum(axis=-1)))
-    return ComputationProof(whole.kl_mean, within.kl_mean, median)
+    return ComputationProof(whole.kl_mean, within.kl_mean, median, _packed_divergence(folder, ids, before))
+
+
+def _packed_divergence(folder: Path, ids: list[int], before: np.ndarray) -> float | None:
+    """Return how far the packed passes are from log-probabilities ``[positions, vocabulary]``; None: they can't."""
+    import torch
+
+    from . import divergence
+
+    if reason_unsupported(folder, len(ids)):
+        return None
+    try:
+        ((_, logits),) = open_exact_model(folder, {}).logits([ids], [range(len(ids))], False)
+    except (ArtifactError, RuntimeError):
+        return None
+    return divergence.between(before, torch.log_softmax(logits.double(), dim=-1).numpy()).kl_mean
 
 
 def _unstored_layer(model: Any, folder: Path) -> str | None:

@@ -14,12 +14,11 @@ from kolotune.foundation.typed_storage import JsonObject
 from . import base_figures
 from .general_figures import GeneralAnswer, GeneralFigures
 from .general_set import GeneralQuestion, general_prose, general_questions
-from .log_probabilities import losses_of
 from .tasks import ComparedChat, ModelsTask
 from .trained_format import TrainedFormat
 
 if TYPE_CHECKING:
-    from .reference_model import LayeredModel, WholeModel
+    from .measured_model import MeasuredModel
 
 _PIECE = 256  # tokens that are read as one text: the predictions of longer ones take much memory
 _LONGEST_ANSWER = 32  # tokens; what decides stands in front
@@ -48,7 +47,7 @@ class GeneralMeasurement:
         """Whether there is anything to measure."""
         return bool(self._pieces)
 
-    def measure_base(self, model: WholeModel | LayeredModel) -> None:
+    def measure_base(self, model: MeasuredModel) -> None:
         """Measure the base, unless an earlier comparison has left its figures in the cache."""
         if not self.is_wanted:
             return
@@ -60,7 +59,7 @@ class GeneralMeasurement:
         self._base = self._measure(model)
         base_figures.keep(file, *self._base)
 
-    def measure_tuned(self, model: WholeModel | LayeredModel) -> GeneralFigures | None:
+    def measure_tuned(self, model: MeasuredModel) -> GeneralFigures | None:
         """Measure the tuned model; return the figures of both, or None where nothing is to be measured."""
         if not self.is_wanted:
             return None
@@ -74,8 +73,8 @@ class GeneralMeasurement:
             answers=tuple(self._judged(base_answers, answers)),
         )
 
-    def _measure(self, model: WholeModel | LayeredModel) -> tuple[list[float], Sequence[list[int] | None]]:
-        losses = losses_of(self._pieces, model.log_probabilities(self._pieces))
+    def _measure(self, model: MeasuredModel) -> tuple[list[float], Sequence[list[int] | None]]:
+        losses = model.losses(self._pieces)
         answers: list[list[int] | None] = [None] * len(self._prompts)
         # Prompts of like length together: they are padded to the longest.
         order = sorted(range(len(self._prompts)), key=lambda number: len(self._prompts[number]))

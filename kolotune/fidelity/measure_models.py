@@ -25,10 +25,12 @@ from .adapter_place import GgufPlace
 from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
-from .log_probabilities import loss_of, losses_of, split
+from .log_probabilities import loss_of, split
 from .measure_general import GeneralMeasurement
+from .measured_model import MeasuredModel, open_by_transformers, open_measured
+from .missing_weights import MissingWeightsError
+from .packed_model import PackedModel
 from .prompt_proof import Prompt, ask
-from .reference_model import LayeredModel, MissingWeightsError, WholeModel, open_model
 from .selection import select
 from .selection_result import Selection
 from .tasks import (
@@ -57,7 +59,7 @@ def measure(file: Path) -> None:
     trained = TrainedFormat.load(Path(task.tokenizer), learns_empty_thoughts=task.learns_empty_thoughts)
     selection = select(task, trained)
     emit("doing", text="the base model, and the adapter on it" if task.adapter else "the model")
-    model = open_model(Path(task.base))
+    model = open_measured(task, selection.chats)
     reference, tuned = _measure_tuned(model, task, trained, selection)
     if task.merged:
         emit("doing", text="the merged model")
@@ -67,16 +69,18 @@ def measure(file: Path) -> None:
 
 
 def _measure_tuned(
-    model: WholeModel | LayeredModel, task: ModelsTask, trained: TrainedFormat, selection: Selection
+    model: MeasuredModel, task: ModelsTask, trained: TrainedFormat, selection: Selection
 ) -> tuple[Reference, np.ndarray]:
     """Measure the base and the adapter on it; return the reference and the log-probabilities of the tuned model."""
     chats = selection.chats
     prompts, expected = _prompts_to_answer(task, trained, selection)
     prompt_ids = [prompt.ids for prompt in prompts]
     general = GeneralMeasurement(task, trained)
-    base_losses, base_answers, recorder = None, None, None
+    base, recorder = None, None
+    base_answers: Sequence[list[int] | None]
+    tuned_answers: Sequence[list[int] | None]
     if task.adapter:
-        base_losses, base_answers = _base_figures(model, task, chats, prompt_ids, trained.end_id)
+        base = _BaseMeasurement(model, task, chats, prompt_ids, trained.end_id)
         if general.is_wanted:
             emit("doing", text="what the base model can do in general")
         general.measure_base(model)
@@ -87,9 +91,12 @@ def _measure_tuned(
         tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
     if recorder is not None:
         recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
-    tuned_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
     tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
-    base_losses, base_answers = base_losses or tuned_losses, base_answers or tuned_answers
+    if base is None:
+        base_losses = tuned_losses
+        base_answers = tuned_answers = model.answers(prompt_ids, trained.end_id, task.longest_answer)
+    else:
+        base_losses, (base_answers, tuned_answers) = base.losses, base.answers_of_both(model)
     notes = list(selection.notes)
     if prompts and tuned_answers[0] is None:
         notes.append(note(NoteKind.READ_BY_LAYER))
@@ -131,21 +138,43 @@ def _places(task: ModelsTask, adapter: LoraAdapter) -> dict[str, GgufPlace]:
     return {name: task.places[place] for name, place in stored.items() if place in task.places}
 
 
-def _base_figures(
-    model: WholeModel | LayeredModel,
-    task: ModelsTask,
-    chats: Sequence[ComparedChat],
-    prompts: Sequence[list[int]],
-    end: int,
-) -> tuple[list[float], Sequence[list[int] | None]]:
-    """Return the base's loss on each chat and its answers, from the cache where an earlier comparison has left them."""
-    file = base_figures.figures_file(task.base_sha256, chats, prompts, end, task.longest_answer)
-    if known := base_figures.read(file):
-        return known.losses, known.answers
-    losses = losses_of(chats, model.log_probabilities(chats))
-    answers = model.answers(prompts, end, task.longest_answer)
-    base_figures.keep(file, losses, answers)
-    return losses, answers
+class _BaseMeasurement:
+    """What the base does with the chats, from the cache where an earlier comparison has left it.
+
+    Its answers wait for those of the tuned model where both can grow together.
+
+    Attributes:
+        losses: on each chat.
+    """
+
+    def __init__(
+        self,
+        model: MeasuredModel,
+        task: ModelsTask,
+        chats: Sequence[ComparedChat],
+        prompts: Sequence[list[int]],
+        end: int,
+    ) -> None:
+        self._prompts, self._end, self._longest = prompts, end, task.longest_answer
+        self._file = base_figures.figures_file(task.base_sha256, chats, prompts, end, task.longest_answer)
+        self._answers: Sequence[list[int] | None] | None = None
+        if known := base_figures.read(self._file):
+            self.losses, self._answers = known.losses, known.answers
+            return
+        self.losses = model.losses(chats)
+        if not isinstance(model, PackedModel):
+            self._answers = model.answers(prompts, end, task.longest_answer)
+            base_figures.keep(self._file, self.losses, self._answers)
+
+    def answers_of_both(self, model: MeasuredModel) -> tuple[Sequence[list[int] | None], Sequence[list[int] | None]]:
+        """Return the greedy answers of the base, and of the tuned model, which `model` is by now."""
+        asked = self._prompts, self._end, self._longest
+        if self._answers is not None:
+            return self._answers, model.answers(*asked)
+        assert isinstance(model, PackedModel)
+        base, tuned = model.answers_of_both(*asked)
+        base_figures.keep(self._file, self.losses, base)
+        return base, tuned
 
 
 def _prompts_to_answer(
@@ -184,7 +213,7 @@ def _greedy_answer(
 
 
 def _measure_merged(
-    model: WholeModel | LayeredModel, folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path
+    model: MeasuredModel, folder: Path, reference: Reference, tuned: np.ndarray, scratch: Path
 ) -> Figures:
     """Measure the merged model, compared with the adapter on its base, whose `model` is used up."""
     prompts, defects = ComparedPrompts(of=len(reference.prompts)), list[Defect]()
@@ -195,9 +224,9 @@ def _measure_merged(
             defects.append(moved)
         if merged.end != reference.end_token:
             defects.append(defect(DefectKind.END_TOKEN_DIFFERS, token=merged.end, expected=reference.end_token))
-        if not (isinstance(model, WholeModel) and model.read(folder)):
+        if not model.read(folder):
             model.close()  # two do not have to fit
-            model = open_model(folder)
+            model = open_by_transformers(folder)
         by_chat = model.log_probabilities(reference.chats)
         after = log_probabilities.write(scratch / MERGED_FILE, reference.chats, by_chat)
     except SpaceError:

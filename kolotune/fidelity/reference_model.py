@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from kolotune.engines import few_rows
+from kolotune.engines.exact_model import Watch
 from kolotune.foundation.errors import ArtifactError, SpaceError
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.free_memory import release_mapped
@@ -20,36 +21,20 @@ from kolotune.weights.adapter import LoraAdapter, read_adapter
 from kolotune.weights.composite_models import language_module, model_class
 from kolotune.weights.lora_delta import Delta
 from kolotune.weights.mapped_tensors import MappedTensors
-from kolotune.weights.model_config import read_model_config
 from kolotune.weights.torch_tensors import TensorFiles
 from kolotune.weights.weight_files import weight_files
 
-from . import few_rows
 from .chat_groups import group_chats, padded, shared_beginning
+from .log_probabilities import losses_of
+from .memory_needed import MEMORY_FACTOR, fits_into_memory, fp32_bytes
+from .missing_weights import MissingWeightsError
+from .packed_model import have_equal_settings
 from .tasks import ComparedChat
 
 _library: Any = transformers  # most of its functions are not typed
-_BYTES = 4
 _WHOLE_TOKENS, _LAYERED_TOKENS = 512, 4096  # of chats that are read together
 _POSITIONS_AT_ONCE = 32
 _PADDING = 1.1  # tokens, padding included, for each of the chats' own
-_MEMORY_FACTOR = 1.2  # for what is needed besides the weights: activations, logits, the libraries
-
-
-class MissingWeightsError(ArtifactError):
-    """A model folder lacks weights that its config requires."""
-
-
-def fp32_bytes(folder: Path) -> int:
-    """Return the bytes that a model's weights take in fp32."""
-    return sum(math.prod(entry.shape) for entry in MappedTensors(weight_files(folder)).entries.values()) * _BYTES
-
-
-def fits_into_memory(folder: Path) -> bool:
-    """Return whether a model fits into free memory."""
-    import psutil
-
-    return fp32_bytes(folder) * _MEMORY_FACTOR < psutil.virtual_memory().available
 
 
 class _AdaptedModel:
@@ -63,10 +48,32 @@ class _AdaptedModel:
     model: Any
     repeats = 1
     _is_token: Tensor | None = None  # of the chats that are read together, [chats, longest]
+    _hooks: Sequence[Any] = ()
 
     def close(self) -> None:
         """Free the memory."""
         del self.model
+
+    def watch(self, watches: Mapping[str, Watch]) -> None:
+        """See `MeasuredModel.watch`."""
+        for hook in self._hooks:
+            hook.remove()
+        modules = {path: self._module(path) for path in watches}
+        self._hooks = [
+            module.register_forward_hook(self._shown_to(watches[path]))
+            for path, module in modules.items()
+            if isinstance(module, nn.Linear)
+        ]
+
+    def _shown_to(self, watch: Watch) -> Any:
+        def show(module: nn.Linear, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+            kept = self.real_inputs(inputs[0])
+            computed = outputs[kept].reshape(-1, outputs.shape[-1])
+            if module.bias is not None:
+                computed = computed - module.bias
+            watch(inputs[0][kept].reshape(-1, inputs[0].shape[-1]), computed, self.repeats)
+
+        return show
 
     def real_inputs(self, inputs: Tensor) -> Tensor | slice:
         """Return which inputs of a module, ``[..., in]``, belong to tokens of chats: others are padding."""
@@ -146,18 +153,11 @@ class WholeModel(_AdaptedModel):
 
     @torch.no_grad()
     def read(self, folder: Path) -> bool:
-        """Take over the weights in another folder, such as a merged model's, in place of this model's own.
-
-        Returns:
-            Whether this is possible: where settings or the names of weights differ, nothing is changed.
-
-        Raises:
-            ArtifactError: a file is damaged.
-        """
+        """See `MeasuredModel.read`."""
         entries = MappedTensors(weight_files(folder)).entries
         parameters = dict(self.model.named_parameters())
         names = {name: next((each for each in _spellings(name) if each in entries), None) for name in parameters}
-        if not _have_equal_settings(self._folder, folder) or len(entries) != len(parameters):
+        if not have_equal_settings(self._folder, folder) or len(entries) != len(parameters):
             return False
         if any(each is None or entries[each].shape != parameters[name].shape for name, each in names.items()):
             return False
@@ -213,6 +213,10 @@ class WholeModel(_AdaptedModel):
                 yield number, _log_softmax(logits[start:end]).numpy()
                 start = end
             del output, logits  # before the next ones are computed
+
+    def losses(self, chats: Sequence[ComparedChat]) -> list[float]:
+        """See `MeasuredModel.losses`."""
+        return losses_of(chats, self.log_probabilities(chats))
 
     def _read_beginning(self, chats: Sequence[ComparedChat], group: Sequence[int]) -> tuple[int, Any]:
         """Read what all chats of a group begin with; return its length, and keys and values for each chat, or None."""
@@ -283,7 +287,7 @@ class LayeredModel(_AdaptedModel):
         if layers is None or any(self._stored_name(name) is None for name in names):
             raise SpaceError(
                 f"{folder.name}: comparing computes in fp32, which takes "
-                f"{format_size(fp32_bytes(folder) * _MEMORY_FACTOR)}; less memory is free, and this model can't be "
+                f"{format_size(fp32_bytes(folder) * MEMORY_FACTOR)}; less memory is free, and this model can't be "
                 "read layer by layer",
                 "Free some memory, or skip the comparison with --no-compare.",
             )
@@ -324,6 +328,15 @@ class LayeredModel(_AdaptedModel):
             finally:
                 del decoder.forward
             yield number, torch.log_softmax(logits.float(), dim=-1).numpy()
+
+    def read(self, folder: Path) -> bool:
+        """Take over no weights: they are read when they are needed."""
+        del folder
+        return False
+
+    def losses(self, chats: Sequence[ComparedChat]) -> list[float]:
+        """See `MeasuredModel.losses`."""
+        return losses_of(chats, self.log_probabilities(chats))
 
     def answers(self, prompts: Sequence[Sequence[int]], end: int, longest: int) -> list[list[int] | None]:
         """Return no answers: every token of one would read the whole model."""
@@ -426,15 +439,6 @@ def open_model(folder: Path) -> WholeModel | LayeredModel:
         ArtifactError, SpaceError: see `WholeModel` and `LayeredModel`.
     """
     return WholeModel(folder) if fits_into_memory(folder) else LayeredModel(folder)
-
-
-def _have_equal_settings(one: Path, other: Path) -> bool:
-    """Whether two folders have the same settings of a model, whatever dtype its weights are stored in."""
-    values = [dict(read_model_config(folder).values) for folder in (one, other)]
-    for each in values:
-        for name in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
-            each.pop(name, None)
-    return values[0] == values[1] and "quantization_config" not in values[0]
 
 
 def _rows_needed(adapter: LoraAdapter, key: str) -> int:

@@ -45,6 +45,7 @@ class ModelsTask:
         places: where the GGUF has the base's weights, by their stored names; empty where that is not known.
         general_tokens: how many tokens of the general set's prose are measured; 0 for none.
         general_answers: whether the general set's questions are asked.
+        is_packed: whether the packed passes are proven to compute the base as transformers does.
     """
 
     base: str
@@ -67,6 +68,7 @@ class ModelsTask:
     places: dict[str, GgufPlace] = field(default_factory=dict)
     general_tokens: int = 0
     general_answers: bool = False
+    is_packed: bool = False
 
 
 @dataclass(frozen=True)

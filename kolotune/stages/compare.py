@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kolotune import llamacpp
 from kolotune.chats.reading.reading_options import ReadingOptions
-from kolotune.fidelity import gain, judge, tasks
+from kolotune.fidelity import computation_gate, gain, judge, tasks
 from kolotune.fidelity.adapter_place import GgufPlace
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, MODEL, Evidence, MeasuredFile, MeasuredGguf
@@ -272,6 +272,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         places={source: GgufPlace(plan.name, plan.order) for source, plan in plans.items()},
         general_tokens=_GENERAL_TOKENS[config.general] if adapter else 0,
         general_answers=config.general == "full",
+        is_packed=computation_gate.proves_packed(context, reporter),
     )
     typed_storage.write(scratch / "models.json", task)
     _run_task(run, "models", scratch / "models.json", reporter)

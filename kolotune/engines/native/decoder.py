@@ -15,7 +15,7 @@ Notable decisions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attention, Heads
-from .attention_limits import Limits
+from .attention_limits import Limits, cap_scores
 from .embedding_noise import packed_noise
 from .fused_linear import FusedLinear
 from .lora import FlatAdapters
@@ -179,6 +179,30 @@ class Decoder:
         return label_losses[0]
 
     @torch.no_grad()
+    def states(self, packed: PackedSequence, attentions: Sequence[Attention] | None = None) -> Tensor:
+        """Return what the head reads of each token, ``[tokens, width]``, without dropout.
+
+        Args:
+            packed: the tokens.
+            attentions: for each of `settings`, in place of those for one packed sequence.
+        """
+        sequence = _SequencePass(self, packed, attentions)
+        x, added = self._embed(packed), None
+        for layer in self.layers:
+            x, added = sequence.forward(layer, x, added, None, last=False)
+        normed = torch.empty_like(x)
+        self.operations.norm(self.norm, x, added, normed)
+        return normed
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits ``[tokens, vocabulary]`` of some of the `states`, scaled."""
+        logits = self.head.forward(states, None)
+        if self.factors.logits.factor != 1.0:
+            logits.mul_(self.factors.logits.factor)
+        cap_scores(logits, self.factors.logits.cap)
+        return logits
+
+    @torch.no_grad()
     def backward(
         self,
         packed: PackedSequence,
@@ -300,11 +324,11 @@ class _SavedActivations:
 class _SequencePass:
     """The passes of one packed sequence through the layers."""
 
-    def __init__(self, decoder: Decoder, packed: PackedSequence) -> None:
+    def __init__(self, decoder: Decoder, packed: PackedSequence, attentions: Sequence[Attention] | None = None) -> None:
         self.heads, self.operations = decoder.heads, decoder.operations
         self.added = decoder.factors.added
         self.tokens, self.labelled = len(packed.ids), packed.label_positions
-        self.attentions = [self._attention(packed, decoder, setting) for setting in decoder.settings]
+        self.attentions = attentions or [self._attention(packed, decoder, setting) for setting in decoder.settings]
 
     def _attention(self, packed: PackedSequence, decoder: Decoder, setting: AttentionSetting) -> Attention:
         rotary = Rotary.of(

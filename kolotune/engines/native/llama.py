@@ -88,11 +88,9 @@ def load(
     """
     config = read_model_config(folder)
     architecture = read_architecture(config)
-    linears = _FUSED_LINEARS if architecture.family.is_fused else _LINEARS
     files = TensorFiles(weight_files(folder))
-    prefixes = [f"model.layers.{index}" for index in range(len(architecture.layers))]
-    names = [name for part in linears.values() for name in part]
-    present = [name for name in names if any(f"{prefix}.{name}.weight" in files for prefix in prefixes)]
+    names = [name for part in _linears(architecture).values() for name in part]
+    present = [name for name in names if any(f"{at}.{name}.weight" in files for at in _prefixes(architecture))]
     chosen = lora.target_leaves({name.rpartition(".")[2] for name in present}, targets)
 
     def pair(name: str, outputs: int, inputs: int) -> LoraPair | None:
@@ -103,14 +101,42 @@ def load(
 
     blocks = BlockFiles(folder, device) if in_4bit and has_blocks(folder) else None
     parts = _Parts(files, device, dtype, operations, architecture, pair, in_4bit, blocks, settings.initial)
-    patterns = architecture.patterns
-    layers = [
-        parts.layer(prefix, linears, patterns.index(pattern))
-        for prefix, pattern in zip(prefixes, architecture.layers, strict=True)
-    ]
+    layers = parts.layers()
     of_experts = _expert_adapters(layers, settings, parameters)
     decoder, rows = parts.decoder(layers, new_tokens)
     return decoder, {**parts.adapters, **of_experts, **rows}
+
+
+def load_decoder(
+    folder: Path,
+    operations: Operations,
+    dtype: torch.dtype,
+    pair: Callable[[str, int, int], LoraPair | None],
+    linear: type[FusedLinear],
+) -> Decoder:
+    """Load a model's decoder on the CPU, with adapters that exist.
+
+    Args:
+        folder: a model without experts that `supported_models` supports.
+        operations: computes the elementwise parts.
+        dtype: of the weights and of the arithmetic.
+        pair: returns the adapter of a linear layer, by its full name and its numbers of outputs and inputs.
+        linear: what computes linear layers over one input.
+
+    Raises:
+        ArtifactError: a weight is missing or damaged.
+    """
+    files = TensorFiles(weight_files(folder))
+    parts = _Parts(files, _CPU, dtype, operations, read_architecture(read_model_config(folder)), pair, linear=linear)
+    return parts.decoder(parts.layers(), ())[0]
+
+
+def _linears(architecture: Architecture) -> Mapping[str, Sequence[str]]:
+    return _FUSED_LINEARS if architecture.family.is_fused else _LINEARS
+
+
+def _prefixes(architecture: Architecture) -> list[str]:
+    return [f"model.layers.{index}" for index in range(len(architecture.layers))]
 
 
 def _expert_adapters(
@@ -166,6 +192,7 @@ class _Parts:
     in_4bit: bool = False
     blocks: BlockFiles | None = None
     initial: Initial | None = None
+    linear: type[FusedLinear] = FusedLinear
     adapters: dict[str, LoraPair] = field(default_factory=dict)
 
     def read(self, name: str, device: torch.device | None = None) -> Tensor:
@@ -208,6 +235,15 @@ class _Parts:
         )
         return decoder, rows
 
+    def layers(self) -> list[Layer]:
+        """Read all layers."""
+        architecture = self.architecture
+        linears, patterns = _linears(architecture), architecture.patterns
+        return [
+            self.layer(prefix, linears, patterns.index(pattern))
+            for prefix, pattern in zip(_prefixes(architecture), architecture.layers, strict=True)
+        ]
+
     def norm(self, name: str) -> Norm:
         return Norm(self.read(f"{name}.weight"), self.architecture.epsilon, self.architecture.family.norms_stored_less)
 
@@ -222,7 +258,7 @@ class _Parts:
                 weights[at] = left.to(self.device, self.dtype)
         biases = [self.read(f"{name}.bias") if f"{name}.bias" in self.files else None for name in full]
         self.adapters |= {name: pair for name, pair in zip(full, pairs, strict=True) if pair is not None}
-        return FusedLinear(self.operations, weights, biases, pairs, self._compressed(full, weights))
+        return self.linear(self.operations, weights, biases, pairs, self._compressed(full, weights))
 
     def _compressed(self, names: Sequence[str], weights: Sequence[Tensor]) -> Callable[[Tensor, int], Product] | None:
         """Return how the product of linear layers is made where their weights are kept in fewer bits."""

@@ -102,6 +102,15 @@ def ensure(dtype: str) -> Path:
     return library
 
 
+def compiled(dtype: str) -> Path | None:
+    """Return the library for "bf16" or "fp32" if it is already compiled."""
+    compiler, openmp = find_compiler(), _openmp()
+    if reason_unavailable() or compiler is None or openmp is None:
+        return None
+    library = cache_folder("kernels") / f"{_digest(compiler, openmp, dtype)}.so"
+    return library if library.is_file() else None
+
+
 def find_compiler() -> Compiler | None:
     """Return the compiler that CXX names, the system's, or that of a Python package; None: there is none."""
     program = system_compiler()

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "few_rows.h"
 #include "products.h"
 #include "threads.h"
 
@@ -137,6 +138,7 @@ struct Matrix {
 template <class T>
 void product_forward(const Matrix<T> *matrix, const float *x, int64_t x_stride, float *out, int64_t tokens) {
     const Matrix<T> m = *matrix;
+    if (tokens <= FEW_ROWS) return multiply_few(m, x, x_stride, out, tokens);
     multiply(x, x_stride, out, m.outputs, tokens, m.width(), m.outputs,
              [&](auto... what) { m.pack_rows_as_columns(what...); });
 }

@@ -226,7 +226,7 @@ def test_product(multiplying: CompiledOperations, outputs: int, inputs: int, sto
     values = torch.randn(outputs, 1)
     for each in (product, plain):
         each.replace(slice(0, outputs), slice(inputs - 1, inputs), values)
-    for tokens in (0, 1, 6, 37):
+    for tokens in (0, 1, 3, 6, 8, 37):
         x, d_out = torch.randn(tokens, inputs + 3)[:, 2:-1], torch.randn(tokens, outputs)
         torch.testing.assert_close(product.forward(x, bias), plain.forward(x, bias), rtol=1e-5, atol=2e-4)
         torch.testing.assert_close(product.forward(x, None), plain.forward(x, None), rtol=1e-5, atol=2e-4)

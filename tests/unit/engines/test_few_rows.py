@@ -10,7 +10,7 @@ import pytest
 def test_same_products(shape: tuple[int, int], has_bias: bool) -> None:
     import torch
 
-    from kolotune.fidelity import few_rows
+    from kolotune.engines import few_rows
 
     torch.manual_seed(1)
     plain = torch.nn.Linear(24, 50, bias=has_bias)
