@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kolotune.chats.traits import ChatTrait
 from kolotune.foundation import typed_storage
@@ -25,6 +28,11 @@ from .prompt_proof import Outcome
 from .tasks import CHANGES_FILE, AskedPath, Figures, GgufMeasurement, GgufTask, Reference
 from .vocabulary import moved_entry
 
+if TYPE_CHECKING:
+    import numpy as np
+
+_SECONDS_BETWEEN_LOOKS = 0.02
+
 
 def measure(file: Path) -> None:
     """Carry out the `GgufTask` in a file. What is wrong with the GGUF or its Modelfile is in the measurement."""
@@ -38,18 +46,28 @@ def _measure(task: GgufTask, reference: Reference) -> GgufMeasurement:
     lengths += [len(prompt.ids) for prompt in reference.prompts] + [len(answer.ids) for answer in reference.answers]
     modelfile = _read_modelfile(task)
     template = modelfile.template if isinstance(modelfile, Modelfile) else None
+    ask = partial(ask_paths, Path(task.gguf), template, reference, Path(task.reference).parent)
     try:
-        paths = ask_paths(Path(task.gguf), template, reference, Path(task.reference).parent)
-        model = ExactGguf(Path(task.gguf), max(lengths) + task.longest_answer + 1)
+        paths = [] if task.unquantized else ask()
+        model = ExactGguf(Path(task.gguf), max(lengths) + task.longest_answer + 1, threads=task.threads)
     except (ArtifactError, ToolchainError) as error:
-        wrong = defect(DefectKind.NOT_MEASURABLE, reason=error.cause)
-        return GgufMeasurement(Figures(prompts=len(reference.prompts), defects=[wrong]))
+        return _not_measurable(reference, error)
     with contextlib.closing(model):
-        figures = _measure_file(model, task, reference, _compared(paths[0], task.traits))
+        after = _log_probabilities(model, task, reference)
+        try:
+            paths = paths or ask()  # the unquantized one has mostly asked the same by now
+        except (ArtifactError, ToolchainError) as error:
+            return _not_measurable(reference, error)
+        figures = _figures(model, task, reference, _compared(paths[0], task.traits), after)
         measurement = GgufMeasurement(figures, paths=paths, notes=list(_unused_notes(paths[0], task)))
         if isinstance(modelfile, Defect):
             return dataclasses.replace(measurement, served_defects=[modelfile])
         return measurement if modelfile is None else _measure_served(model, modelfile, task, reference, measurement)
+
+
+def _not_measurable(reference: Reference, error: KolotuneError) -> GgufMeasurement:
+    wrong = defect(DefectKind.NOT_MEASURABLE, reason=error.cause)
+    return GgufMeasurement(Figures(prompts=len(reference.prompts), defects=[wrong]))
 
 
 def _read_modelfile(task: GgufTask) -> Modelfile | Defect | None:
@@ -77,21 +95,41 @@ def _unused_notes(path: AskedPath, task: GgufTask) -> Iterator[Note]:
         yield note(NoteKind.TRAITS_DIFFER, traits="; ".join(unused))
 
 
-def _measure_file(model: ExactGguf, task: GgufTask, reference: Reference, prompts: ComparedPrompts) -> Figures:
-    """Measure the GGUF itself: its vocabulary and its weights; `prompts` is what its chat template writes."""
-    defects = []
-    if moved := moved_entry(reference.pieces, [model.piece(index) for index in range(model.vocabulary_size)]):
-        defects.append(moved)
+def _log_probabilities(model: ExactGguf, task: GgufTask, reference: Reference) -> np.ndarray | Defect:
+    """Compute and write the log-probabilities of the chats."""
     try:
         numbered = enumerate(reference.chats)
         by_chat = ((number, model.log_probabilities(chat.ids, chat.positions)) for number, chat in numbered)
-        after = log_probabilities.write(Path(task.after), reference.chats, by_chat)
+        unfinished = Path(task.after).with_suffix(".partial")
+        after = log_probabilities.write(unfinished, reference.chats, by_chat)
     except KolotuneError as error:
-        defects.append(defect(DefectKind.NOT_MEASURABLE, reason=error.cause))
+        return defect(DefectKind.NOT_MEASURABLE, reason=error.cause)
+    unfinished.replace(task.after)  # others wait for a whole file
+    return after
+
+
+def _figures(
+    model: ExactGguf, task: GgufTask, reference: Reference, prompts: ComparedPrompts, after: np.ndarray | Defect
+) -> Figures:
+    """Compute the figures of the GGUF itself: its vocabulary and its weights; `prompts` is what its template writes."""
+    moved = moved_entry(reference.pieces, [model.piece(index) for index in range(model.vocabulary_size)])
+    defects = [] if moved is None else [moved]
+    if isinstance(after, Defect):
+        defects.append(after)
         return Figures(prompts_equal=prompts.equal, prompts=prompts.of, defects=[*prompts.defects, *defects])
-    figures = compute_figures(reference, log_probabilities.load(Path(task.before)), after, prompts, defects)
+    figures = compute_figures(reference, log_probabilities.load(_before(task)), after, prompts, defects)
     changes = Path(task.reference).with_name(CHANGES_FILE)
     return dataclasses.replace(figures, survival=change_survival(Path(task.gguf), changes))
+
+
+def _before(task: GgufTask) -> Path:
+    """Return the log-probabilities to compare with, once they are known."""
+    if not task.unquantized:
+        return Path(task.before)
+    after, measured = Path(task.unquantized_after), Path(task.unquantized)
+    while not (after.is_file() or measured.is_file()):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return after if after.is_file() else Path(task.before)
 
 
 def _measure_served(

@@ -207,6 +207,10 @@ class GgufTask:
         longest_answer: in tokens.
         answer_file: file for the `GgufMeasurement`.
         traits: those of the run's chats; None where they are unknown.
+        threads: that compute; 0 for all cores.
+        unquantized: file of the measurement of the GGUF that is measured at the same time, which is waited for; "" for
+            none.
+        unquantized_after: its log-probabilities, which replace `before` if it could be measured.
     """
 
     gguf: str
@@ -218,6 +222,9 @@ class GgufTask:
     longest_answer: int
     answer_file: str
     traits: list[ChatTrait] | None = None
+    threads: int = 0
+    unquantized: str = ""
+    unquantized_after: str = ""
 
 
 @dataclass(frozen=True)

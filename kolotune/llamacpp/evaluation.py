@@ -35,13 +35,20 @@ class ExactGguf:
         path: the file.
         context: length of the longest sequence to read, in tokens.
         on_tensor: llama.cpp's evaluation callback: ``(address of a tensor, whether it is a question, None)``.
+        threads: that compute; 0 for all cores.
 
     Raises:
         ArtifactError: llama.cpp can't load it.
         ToolchainError: llama.cpp's library is missing or can't be used.
     """
 
-    def __init__(self, path: Path, context: int, on_tensor: Callable[[int, bool, object], bool] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        context: int,
+        on_tensor: Callable[[int, bool, object], bool] | None = None,
+        threads: int = 0,
+    ) -> None:
         self._library = library.load()
         print_only_problems()
         self._library.llama_backend_init()
@@ -54,7 +61,7 @@ class ExactGguf:
         context_parameters = self._library.llama_context_default_params()
         context_parameters.n_ctx = context
         context_parameters.n_batch = context_parameters.n_ubatch = BATCH
-        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         context_parameters.n_threads = context_parameters.n_threads_batch = threads
         context_parameters.type_k = context_parameters.type_v = library.F32
         context_parameters.flash_attn_type = library.NO_FLASH_ATTENTION

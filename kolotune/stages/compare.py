@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from kolotune import llamacpp
@@ -15,10 +17,11 @@ from kolotune.fidelity.adapter_place import GgufPlace
 from kolotune.fidelity.defects import DefectKind, defect
 from kolotune.fidelity.evidence import ADAPTER, F16, MERGED, MODEL, Evidence, MeasuredFile, MeasuredGguf
 from kolotune.fidelity.prompt_gate import recorded_traits
-from kolotune.foundation import typed_storage
+from kolotune.foundation import hardware, typed_storage
 from kolotune.foundation.config import Config, plain_values, stage_options
 from kolotune.foundation.errors import ArtifactError, FidelityError, ModelError
 from kolotune.foundation.files import remove, size_of
+from kolotune.foundation.ordered_tasks import results_in_order
 from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.foundation.quantization_types import NONE
 from kolotune.foundation.reporter import Reporter
@@ -38,6 +41,8 @@ _CONVERT = "convert"  # the stage whose record holds the type of the unquantized
 DOING = "comparing what was made with what was trained"
 _LONGEST_ANSWER = 96  # tokens
 _GENERAL_TOKENS = {"off": 0, "loss": 1024, "full": 1 << 20}  # of the general set's prose, by what is asked for
+_TOGETHER = 2  # GGUFs that are measured side by side
+_MEMORY_SHARE = 0.5  # of the free memory that their files may fill
 _LARGER = ("Q6_K", "Q8_0")  # tried where a quantization loses what training gained
 
 
@@ -141,22 +146,11 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         not_kept.append(MERGED)
     reference = _measure_reference(context, scratch, reporter)
     before = scratch / (tasks.MERGED_FILE if (scratch / tasks.MERGED_FILE).is_file() else tasks.TUNED_FILE)
-    measured = []
-    for name, gguf, modelfile in _ggufs(context):
-        if not gguf.is_file():
-            if name != F16:
-                raise ArtifactError(f"{gguf}: there is no such GGUF", "Run `kolotune quantize` first.")
-            not_kept.append(F16)
-            continue
-        reporter.doing(f"comparing the {name}")
-        after = scratch / f"{name}.npy"
-        measurement = _measure_gguf(context, scratch, name, gguf, modelfile, before, after)
-        if name == F16 and after.is_file():
-            before = after
-        else:
-            remove(after)
-        file = MeasuredFile(name, run.relative(gguf), gguf.stat().st_size)
-        measured.append(MeasuredGguf(file, run.relative(modelfile), measurement))
+    if not run.gguf.is_file():
+        not_kept.append(F16)
+    measured = list(_measure_ggufs(context, scratch, before, reporter))
+    if (scratch / f"{F16}.npy").is_file():
+        before = scratch / f"{F16}.npy"
     evidence = Evidence(
         reference=reference,
         merged=merged,
@@ -174,6 +168,35 @@ def _gather_evidence(context: Context, scratch: Path, reporter: Reporter) -> Evi
         is_export=context.source is not None,
     )
     return _with_keeping(context, scratch, before, reporter, evidence)
+
+
+def _measure_ggufs(context: Context, scratch: Path, before: Path, reporter: Reporter) -> Iterator[MeasuredGguf]:
+    """Measure the GGUFs of the run, the unquantized one first if it is kept; side by side where memory allows it.
+
+    One thread each is faster than all threads for one after another: they never wait for each other, and what a process
+    does alone, such as loading its file, takes no core away.
+    """
+    ggufs = [each for each in _ggufs(context) if each[1].is_file() or each[0] != F16]
+    for _, gguf, _ in ggufs:
+        if not gguf.is_file():
+            raise ArtifactError(f"{gguf}: there is no such GGUF", "Run `kolotune quantize` first.")
+    largest = sorted((gguf.stat().st_size for _, gguf, _ in ggufs), reverse=True)[:_TOGETHER]
+    together = _TOGETHER if sum(largest) < hardware.free_on("cpu") * _MEMORY_SHARE else 1
+    together = min(together, hardware.cores(), len(ggufs))
+    reporter.doing(f"comparing the {' and the '.join(name for name, *_ in ggufs)}")
+
+    def measure(name: str, gguf: Path, modelfile: Path) -> MeasuredGguf:
+        after = scratch / f"{name}.npy"
+        is_later = name != F16 and ggufs[0][0] == F16
+        threads = hardware.cores() // together if together > 1 else 0
+        measurement = _measure_gguf(context, scratch, name, gguf, modelfile, before, after, is_later, threads)
+        if name != F16:
+            remove(after)
+        file = MeasuredFile(name, context.run.relative(gguf), gguf.stat().st_size)
+        return MeasuredGguf(file, context.run.relative(modelfile), measurement)
+
+    with ThreadPoolExecutor(max(together, 1)) as threads:  # they wait for processes
+        yield from results_in_order(threads, (partial(measure, *each) for each in ggufs), together)
 
 
 def _has_adapter(context: Context) -> bool:
@@ -296,8 +319,17 @@ def _written_samples(scratch: Path) -> str:
 
 
 def _measure_gguf(
-    context: Context, scratch: Path, name: str, gguf: Path, modelfile: Path | None, before: Path, after: Path
+    context: Context,
+    scratch: Path,
+    name: str,
+    gguf: Path,
+    modelfile: Path | None,
+    before: Path,
+    after: Path,
+    waits: bool = False,
+    threads: int = 0,
 ) -> tasks.GgufMeasurement:
+    """Measure a GGUF in a child process; `waits`: compare with the unquantized one, which is measured too."""
     task = tasks.GgufTask(
         gguf=str(gguf),
         modelfile=str(modelfile or ""),
@@ -308,15 +340,22 @@ def _measure_gguf(
         longest_answer=_LONGEST_ANSWER,
         answer_file=str(scratch / f"{name}.answer.json"),
         traits=recorded_traits(context.run),
+        threads=threads,
+        unquantized=str(scratch / f"{F16}.answer.json") if waits else "",
+        unquantized_after=str(scratch / f"{F16}.npy") if waits else "",
     )
     typed_storage.write(scratch / f"{name}.json", task)
+    answer = Path(task.answer_file)
     try:
         _run_task(context.run, "gguf", scratch / f"{name}.json", None)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
         wrong = defect(DefectKind.NOT_MEASURABLE, reason=f"llama.cpp fails on the file: {died.cause}")
-        return tasks.GgufMeasurement(tasks.Figures(defects=[wrong]))
-    return typed_storage.read(tasks.GgufMeasurement, Path(task.answer_file))
+        typed_storage.write(answer, tasks.GgufMeasurement(tasks.Figures(defects=[wrong])))
+    except BaseException:
+        typed_storage.write(answer, tasks.GgufMeasurement(tasks.Figures()))  # others wait for it
+        raise
+    return typed_storage.read(tasks.GgufMeasurement, answer)
 
 
 class _ProcessDied(ArtifactError):

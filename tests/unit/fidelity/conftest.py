@@ -121,3 +121,4 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
         (measure_models if kind == "models" else measure_gguf).measure(file)
 
     monkeypatch.setattr(compare, "_run_task", measure)
+    monkeypatch.setattr(compare, "_TOGETHER", 1)  # llama.cpp initializes itself once in a process, in one thread
