@@ -28,7 +28,7 @@ _LOADED = (
     "kolotune.cli", "kolotune.pipeline.run", "kolotune.engines.native.training", "kolotune.engines.native.model",
     "kolotune.engines.native.llama", "kolotune.fidelity.measure_models", "kolotune.fidelity.measure_gguf",
     "kolotune.report.page", "kolotune.gguf.quantizer", "kolotune.gguf.conversion_plan",
-    "kolotune.gguf.convert", "kolotune.chats.dataset.prepare", "kolotune.ollama.template",
+    "kolotune.gguf.convert", "kolotune.chats.dataset.prepare", "kolotune.ollama.modelfile",
     "kolotune.fidelity.reference_model", "xllamacpp", "gguf", "pydantic", "transformers",
     "transformers.models.llama.modeling_llama", "safetensors.torch", "tokenizers", "jinja2",
     "matplotlib.figure", "filelock", "yaml", "rich.progress",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Container, Iterator
 from functools import cache
 from pathlib import Path
@@ -182,6 +183,33 @@ def test_only_modules_that_clean_text_print() -> None:
     assert not matching(lambda name, _: name in prints, "kolotune", except_in=PRINTING)
 
 
+def test_modules_that_are_named_in_strings_exist() -> None:
+    """Nothing else finds those that only a slow suite imports by name."""
+    folders = "|".join(path.name for path in (ROOT / "kolotune").iterdir() if path.is_dir())
+    named = re.compile(rf"kolotune\.(?:{folders})(?:\.\w+)*")
+    strings = [
+        (f"{path}:{node.lineno}", node.value)
+        for folder in FOLDERS
+        for path, tree in source(folder).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and named.fullmatch(node.value)
+    ]
+    assert len(strings) > 20
+    assert not [f"{place}: {name}" for place, name in strings if not _exists(name)]
+
+
+def _exists(name: str) -> bool:
+    """Whether it is a module's name, or that of something in one."""
+    *parents, last = name.split(".")
+    path, parent = ROOT.joinpath(*parents, last), ROOT.joinpath(*parents)
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    file = parent / "__init__.py" if parent.is_dir() else parent.with_suffix(".py")
+    if not file.is_file():
+        return _exists(".".join(parents))
+    return re.search(rf"\b{last}\b", file.read_text(encoding="utf-8")) is not None
+
+
 @pytest.mark.parametrize(
     ("text", "test"),
     [
@@ -198,6 +226,7 @@ def test_only_modules_that_clean_text_print() -> None:
         ("import os\nos.execv('a', [])", test_processes_start_in_one_module),
         ("tokenizer.apply_chat_template([])", test_untrusted_templates_run_in_one_module),
         ("print('a')", test_only_modules_that_clean_text_print),
+        ("'kolotune.ollama.absent'", test_modules_that_are_named_in_strings_exist),
     ],
 )
 def test_each_of_these_tests_can_fail(text: str, test: Callable[[], None]) -> None:
