@@ -29,7 +29,7 @@ from .log_probabilities import loss_of, split
 from .measure_general import GeneralMeasurement
 from .measured_model import MeasuredModel, open_by_transformers, open_measured
 from .missing_weights import MissingWeightsError
-from .packed_model import PackedModel
+from .packed_reference import PackedReference
 from .prompt_proof import Prompt, ask
 from .selection import select
 from .selection_result import Selection
@@ -162,7 +162,7 @@ class _BaseMeasurement:
             self.losses, self._answers = known.losses, known.answers
             return
         self.losses = model.losses(chats)
-        if not isinstance(model, PackedModel):
+        if not isinstance(model, PackedReference):
             self._answers = model.answers(prompts, end, task.longest_answer)
             base_figures.keep(self._file, self.losses, self._answers)
 
@@ -171,7 +171,7 @@ class _BaseMeasurement:
         asked = self._prompts, self._end, self._longest
         if self._answers is not None:
             return self._answers, model.answers(*asked)
-        assert isinstance(model, PackedModel)
+        assert isinstance(model, PackedReference)
         base, tuned = model.answers_of_both(*asked)
         base_figures.keep(self._file, self.losses, base)
         return base, tuned

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kolotune.engines.exact_model import Watch
 
-from .packed_model import open_packed_model
+from .packed_reference import open_packed_reference
 from .tasks import ComparedChat, ModelsTask
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def open_measured(task: ModelsTask, chats: Sequence[ComparedChat]) -> MeasuredMo
     from .memory_needed import fits_into_memory
 
     if task.is_packed and fits_into_memory(Path(task.base)):
-        packed = open_packed_model(Path(task.base), task.adapter, max(len(chat.ids) for chat in chats))
+        packed = open_packed_reference(Path(task.base), task.adapter, max(len(chat.ids) for chat in chats))
         if packed is not None:
             return packed
     return open_by_transformers(Path(task.base))

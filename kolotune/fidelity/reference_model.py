@@ -28,7 +28,7 @@ from .chat_groups import group_chats, padded, shared_beginning
 from .log_probabilities import losses_of
 from .memory_needed import MEMORY_FACTOR, fits_into_memory, fp32_bytes
 from .missing_weights import MissingWeightsError
-from .packed_model import have_equal_settings
+from .packed_reference import have_equal_settings
 from .tasks import ComparedChat
 
 _library: Any = transformers  # most of its functions are not typed

@@ -176,7 +176,7 @@ def _measure_ggufs(context: Context, scratch: Path, before: Path, reporter: Repo
     One thread each is faster than all threads for one after another: they never wait for each other, and what a process
     does alone, such as loading its file, takes no core away.
     """
-    ggufs = [each for each in _ggufs(context) if each[1].is_file() or each[0] != F16]
+    ggufs = [(name, gguf, modelfile) for name, gguf, modelfile in _ggufs(context) if gguf.is_file() or name != F16]
     for _, gguf, _ in ggufs:
         if not gguf.is_file():
             raise ArtifactError(f"{gguf}: there is no such GGUF", "Run `kolotune quantize` first.")

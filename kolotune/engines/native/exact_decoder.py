@@ -104,14 +104,14 @@ class PackedExactModel:
                 return None
             if (outputs, inputs) != (len(delta.b), delta.a.shape[1]):
                 raise ArtifactError(f"the adapter adds {delta.shape} to {name}, which is {(outputs, inputs)}")
-            made = LoraPair(inputs, outputs, len(delta.a), delta.scale, 0.0)
-            made.lora_A, made.lora_B = (nn.Parameter(torch.tensor(each), False) for each in (delta.a, delta.b))
-            pairs[name] = made
-            return made
+            adapted = LoraPair(inputs, outputs, len(delta.a), delta.scale, 0.0)
+            adapted.lora_A, adapted.lora_B = (nn.Parameter(torch.tensor(each), False) for each in (delta.a, delta.b))
+            pairs[name] = adapted
+            return adapted
 
         self._switch = _AdapterSwitch()
         self._decoder = llama.load_decoder(folder, _operations(), _DTYPE, pair, _SwitchedLinear)
-        names = {id(made): name for name, made in pairs.items()}
+        names = {id(adapted): name for name, adapted in pairs.items()}
         for layer in self._decoder.layers:
             for linear in layer.linears:
                 assert isinstance(linear, _SwitchedLinear)

@@ -12,7 +12,7 @@ from unit.fidelity.test_reference_model import BEGIN, CHATS, with_adapter
 
 from kolotune.engines.native.kernels import build
 from kolotune.fidelity.adapter_change import ChangeRecorder
-from kolotune.fidelity.packed_model import PackedModel, open_packed_model
+from kolotune.fidelity.packed_reference import PackedReference, open_packed_reference
 from kolotune.fidelity.reference_model import WholeModel
 from kolotune.weights.adapter import read_adapter
 
@@ -32,13 +32,13 @@ def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def opened(base: Path, adapter: Path) -> PackedModel:
-    model = open_packed_model(base, str(adapter), 64)
+def opened(base: Path, adapter: Path) -> PackedReference:
+    model = open_packed_reference(base, str(adapter), 64)
     assert model is not None
     return model
 
 
-def check_equal(packed: PackedModel, whole: WholeModel) -> None:
+def check_equal(packed: PackedReference, whole: WholeModel) -> None:
     expected = dict(whole.log_probabilities(CHATS))
     found = dict(packed.log_probabilities(CHATS))
     assert sorted(found) == list(range(len(CHATS)))
@@ -122,11 +122,11 @@ def test_others_are_left_to_transformers(
 ) -> None:
     base = tiny_model(kind, tmp_path / "base", **({"num_local_experts": 4} if kind == "mixtral" else {}))
     with_adapter(base, tmp_path / "adapter", targets, **options)
-    assert open_packed_model(tmp_path / "base", str(tmp_path / "adapter"), 64) is None
+    assert open_packed_reference(tmp_path / "base", str(tmp_path / "adapter"), 64) is None
 
 
 def test_an_adapter_for_another_model_is_left_to_transformers(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
     with_adapter(base, tmp_path / "adapter", ["q_proj"])
     tiny_model("llama", tmp_path / "fewer", num_hidden_layers=1)
-    assert open_packed_model(tmp_path / "fewer", str(tmp_path / "adapter"), 64) is None
+    assert open_packed_reference(tmp_path / "fewer", str(tmp_path / "adapter"), 64) is None

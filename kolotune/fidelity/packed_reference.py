@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _FILE_SETTINGS = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
-class PackedModel:
+class PackedReference:
     """A base with its adapter, later another model of the same settings.
 
     Args:
@@ -99,7 +99,7 @@ class PackedModel:
         self.model.watch(watches)
 
 
-def open_packed_model(folder: Path, adapter: str, longest: int) -> PackedModel | None:
+def open_packed_reference(folder: Path, adapter: str, longest: int) -> PackedReference | None:
     """Open a base with its adapter; None where transformers has to compute them.
 
     Args:
@@ -121,7 +121,7 @@ def open_packed_model(folder: Path, adapter: str, longest: int) -> PackedModel |
         linear = {name for name, shape in _shapes(folder).items() if ".layers." in name and len(shape) == 2}
         if set(deltas) - linear:
             return None
-    return PackedModel(folder, deltas)
+    return PackedReference(folder, deltas)
 
 
 def have_equal_settings(one: Path, other: Path) -> bool:
