@@ -66,7 +66,8 @@ def main() -> int:
         print(f"broken: {error}")
         return 1
     finally:
-        chosen.page.write_text(reliability.page(kept), encoding="utf-8")
+        before = chosen.page.read_text(encoding="utf-8") if chosen.page.exists() else ""
+        chosen.page.write_text(reliability.page(kept, before), encoding="utf-8")
     return 0
 
 

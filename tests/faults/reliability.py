@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,38 @@ Row = tuple[str, str, str]
 """A subject, its figure, and the command that shows it."""
 
 
-def page(folder: Path) -> str:
+_ROW = re.compile(r"^\| (.*) \| (.*) \| `(.*)` \|$", re.MULTILINE)
+_NOT_MEASURED = "not measured"
+_CALLS = "python tests/faults calls"
+
+
+def page(folder: Path, before: str = "") -> str:
     """Return the page.
 
     Args:
         folder: with the measurements.
+        before: the page as it was: what is not in the folder, since it was measured elsewhere, stays.
     """
     rows = [*_kills(Tally.read(folder / "kills.json")), *_calls(folder / "calls.json")]
     rows += [row for name in SUBJECTS for row in _loop(name, LoopTally.read(folder / f"loop-{name}.json"))]
     rows += _fuzzing(figures.read(folder / "fuzz.json"))
     rows += _container(containers.ClientTally.read(folder / "container.json"))
-    return f"{_HEAD}\n{_table(rows)}\n{_TESTED}\n{_table(_tested())}"
+    return f"{_HEAD}\n{_table(_with_earlier(rows, before))}\n{_TESTED}\n{_table(_tested())}"
+
+
+def _with_earlier(rows: Sequence[Row], before: str) -> list[Row]:
+    """Return rows, with those of an earlier page for what was not measured, and for stages that were not."""
+    earlier = [(what, figure, command) for what, figure, command in _ROW.findall(before.partition(_TESTED)[0])]
+    merged: dict[str, Row] = {}
+    for what, figure, command in rows:
+        old = {row[0]: row for row in earlier if row[2].startswith(command)}
+        if figure == _NOT_MEASURED:
+            merged |= old or {what: (what, figure, command)}
+            continue
+        if command == _CALLS:
+            merged |= {stage: row for stage, row in old.items() if stage not in merged}
+        merged[what] = what, figure, command
+    return list(merged.values())
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -55,7 +77,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _kills(tally: Tally) -> list[Row]:
     command = "python tests/faults kills"
     if not tally.kills:
-        return [("random kills", "not measured", command)]
+        return [("random kills", _NOT_MEASURED, command)]
     where = _counts(tally.by_stage)
     kinds = f"{tally.groups} of the whole process group, {tally.alone} of the main process alone, {tally.children} of "
     kinds += "its children (engine, quantizer, comparison)"
@@ -77,7 +99,7 @@ def _kills(tally: Tally) -> list[Row]:
 def _container(tally: containers.ClientTally) -> list[Row]:
     command = "python tests/faults container"
     if not tally.kills:
-        return [("clients killed while a verb ran in the container", "not measured", command)]
+        return [("clients killed while a verb ran in the container", _NOT_MEASURED, command)]
     mean = tally.total / tally.kills
     return [
         ("clients killed while a verb ran in the container", f"{tally.kills}: {_counts(tally.by_verb)}", command),
@@ -103,14 +125,13 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _calls(file: Path) -> list[Row]:
-    command = "python tests/faults calls"
     measured = figures.read(file)
     if not measured:
-        return [("kills at system calls that change the folder", "not measured", command)]
+        return [("kills at system calls that change the folder", _NOT_MEASURED, _CALLS)]
     rows = []
     for name, calls in measured.items():
         part = f", every {calls['every']}th of them" if calls["every"] > 1 else ""
-        rows.append((f"system calls of {name}", f"{calls['points']}{part}; killed at {calls['killed']}", command))
+        rows.append((f"system calls of {name}", f"{calls['points']}{part}; killed at {calls['killed']}", _CALLS))
     return rows
 
 
@@ -118,7 +139,7 @@ def _loop(name: str, tally: LoopTally) -> list[Row]:
     command = f"python tests/faults loop --subject {name}"
     what = f"`kolotune run` of the {name}, killed until it finishes"
     if not tally.times:
-        return [(what, "not measured", command)]
+        return [(what, _NOT_MEASURED, command)]
     figure = f"{tally.times} times, each with the undisturbed hashes and losses; {tally.kills} kills, at most "
     figure += (
         f"{tally.most_kills} in one run; {tally.again} of {tally.steps * tally.times} steps computed again, where "
@@ -130,7 +151,7 @@ def _loop(name: str, tally: LoopTally) -> list[Row]:
 
 def _fuzzing(measured: dict[str, Any]) -> list[Row]:
     if not measured:
-        return [("fuzzing", "not measured", "make fuzz")]
+        return [("fuzzing", _NOT_MEASURED, "make fuzz")]
     inputs, method = measured["inputs"], "guided by coverage" if measured["guided"] else "by mutation"
     command = f"make fuzz MINUTES={measured['minutes']:g}"
     figure = f"{sum(inputs.values())} inputs for {len(inputs)} parsers in {measured['minutes']:g} minutes, {method}; "
