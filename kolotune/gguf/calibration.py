@@ -1,6 +1,6 @@
 """The tokens by which quantization learns what goes into each matrix.
 
-A part are the run's training chats, which the model is tuned for. The rest is a text of prose, dialogue and code that
+Some are the run's training chats, which the model is tuned for. The rest is a text of prose, dialogue and code that
 ships with kolotune, so that what the chats never ask keeps working, too.
 """
 

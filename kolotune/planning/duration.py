@@ -33,8 +33,8 @@ _SAMPLE_BYTES = 64_000_000
 _QUANTIZER_START = 1.5
 # llama.cpp's time per token of an importance matrix in f16, relative to training. A guess, on the safe side.
 _READING_FACTOR = 1.0
-# Seconds of one core for a weight whose rounding error is compensated: 145 to 155 for the sample's 135 million, beside
-# other work. Not measured on a quiet machine.
+# Seconds of one core for a weight whose rounding error is compensated: 145 to 163 for the sample's 135 million, on
+# processors with AVX2.
 _COMPENSATION = 1.2e-6
 
 # The same to measure what each type costs it, and to measure the divergence of a file. Not measured on a quiet machine.
