@@ -130,7 +130,7 @@ def _calls(file: Path) -> list[Row]:
         return [("kills at system calls that change the folder", _NOT_MEASURED, _CALLS)]
     rows = []
     for name, calls in measured.items():
-        part = f", every {calls['every']}th of them" if calls["every"] > 1 else ""
+        part = f", one in {calls['every']} of all" if calls["every"] > 1 else ""
         rows.append((f"system calls of {name}", f"{calls['points']}{part}; killed at {calls['killed']}", _CALLS))
     return rows
 

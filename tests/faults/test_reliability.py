@@ -21,7 +21,7 @@ def test_what_is_not_measured_here_stays(tmp_path: Path) -> None:
 def test_a_measured_stage_replaces_its_row(tmp_path: Path) -> None:
     before = PAGE.read_text(encoding="utf-8")
     figures.write(tmp_path / "calls.json", {"merge": {"points": 12, "killed": 12, "every": 3}})
-    expected = re.sub(r"(system calls of merge \|) [^|]* ", r"\1 12, every 3th of them; killed at 12 ", before)
+    expected = re.sub(r"(system calls of merge \|) [^|]* ", r"\1 12, one in 3 of all; killed at 12 ", before)
     assert expected != before
     assert reliability.page(tmp_path, before) == expected
 

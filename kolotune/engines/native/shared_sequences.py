@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .sequence_packing import PackedSequence
 
-_TOKENS_AT_ONCE = 1536
+_TOKENS_AT_ONCE = 1536  # of sequences that are computed together
 _LEAST_SHARED = 8  # tokens; sharing fewer costs more than it saves
 
 
@@ -32,7 +32,7 @@ class SharedSequences:
 
 
 def group_sequences(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Yield groups of sequences, as indices, to compute together: a few thousand tokens, or one longer sequence."""
+    """Yield groups of sequences, as indices, to compute together: of `_TOKENS_AT_ONCE` at most, or one longer one."""
     group: list[int] = []
     tokens = 0
     for number, sequence in enumerate(sequences):
