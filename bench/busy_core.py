@@ -51,7 +51,9 @@ class Program:
 
     def __init__(self, argv: tuple[str, ...], chats: material.Chats, folder: Path) -> None:
         self._argv, self._run, self._log = argv, folder / "run", folder / "log"
-        settings = [*material.settings(), "--eval-data", str(chats.held_out), "--quantization", "Q4_K_M"]
+        settings = material.settings(
+            dtype="auto", eval_split=None, eval_data=chats.held_out, quantization="Q4_K_M"
+        )  # in which a processor is fast
         self._do("run", str(chats.train), *settings, "--output-dir", str(self._run), "--no-compare")
         self.training_speed()  # the first one finds nothing in a cache
 

@@ -56,6 +56,7 @@ def values() -> dict[str, object]:
     }  # fmt: skip
 
 
-def settings() -> list[str]:
-    """Return the settings as flags of kolotune."""
-    return [text for name, value in values().items() for text in (f"--{name.replace('_', '-')}", str(value))]
+def settings(**others: object) -> list[str]:
+    """Return the settings as flags of kolotune; some may be others, or left out with None."""
+    chosen = {name: value for name, value in (values() | others).items() if value is not None}
+    return [text for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", str(value))]

@@ -63,8 +63,8 @@ def _strict_loader() -> type[yaml.SafeLoader]:
 
 
 def _is_decided_otherwise(name: str, config: Config) -> bool:
-    if name == "eval_split":
-        return bool(config.eval_data)
+    if name == "eval_split":  # without one, it may be given beside the file
+        return bool(config.eval_data and config.eval_split)
     return name in ADAPTER_FORM and config.start_from is not None and name not in config.given
 
 

@@ -225,6 +225,13 @@ def test_eval_data_with_the_split_turned_off_is_fine() -> None:
     assert resolve(flags(eval_data="e.jsonl", eval_split=0)).eval_data == (HERE / "e.jsonl",)
 
 
+def test_a_split_that_was_turned_off_is_saved_beside_eval_data(tmp_path: Path) -> None:
+    config = resolve(flags(eval_data="e.jsonl", eval_split=0))
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump(config), encoding="utf-8")
+    assert resolve((load_file(saved), "saved", tmp_path)).eval_split == 0
+
+
 @pytest.mark.parametrize("token", ["hf_AbCdEfGhIjKlMnOp", "hf_" + "x" * 300, "", "hf_a\nb", "hf_a\0b"])
 @pytest.mark.parametrize("wrapped", [str, lambda token: [token]])
 def test_a_literal_token_is_refused_and_never_repeated(token: str, wrapped: Any, tmp_path: Path) -> None:
