@@ -54,6 +54,11 @@ def best_dtype() -> Literal["bf16", "fp32"]:
     return "bf16" if device == "cpu" and _cpu_has_bf16() else "fp32"
 
 
+def computes_slowly_in(dtype: str) -> bool:
+    """Whether training in a dtype takes long beside fp32: bf16 without instructions for it; only Linux says so."""
+    return dtype == "bf16" and bool(_cpu_words()) and not _cpu_has_bf16() and best_device() == "cpu"
+
+
 def machine() -> dict[str, str]:
     """Return what the last bits of a result may depend on besides inputs: versions, processor, cores, settings."""
     facts = {

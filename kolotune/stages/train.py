@@ -63,6 +63,11 @@ def packages() -> Sequence[str]:
 def preflight(context: Context, reporter: Reporter) -> None:
     """Check that the engine can train as configured, and install it where that is needed."""
     check(context)
+    if hardware.computes_slowly_in(context.config.dtype):
+        reporter.warning(
+            "this processor has no instructions for bf16, so that training takes many times as long as in fp32: "
+            "leave --dtype out"
+        )
     composite_models.check(context.base)
     get_engine(context.config.engine).install(reporter.doing)
 

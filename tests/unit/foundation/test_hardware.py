@@ -75,6 +75,8 @@ def test_a_processor_needs_instructions_for_bf16(monkeypatch: Any, flags: str, d
         Path, "read_text", lambda self, **more: flags if str(self) == "/proc/cpuinfo" else real(self, **more)
     )
     assert hardware.best_dtype() == dtype
+    assert hardware.computes_slowly_in("bf16") == (dtype == "fp32" and bool(flags))
+    assert not hardware.computes_slowly_in("fp32")
 
 
 def test_without_torch_and_on_other_systems_it_is_fp32(monkeypatch: Any) -> None:

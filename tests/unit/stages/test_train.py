@@ -14,6 +14,7 @@ from kolotune.engines.engine import get_engine
 from kolotune.engines.job import TrainJob
 from kolotune.engines.torchtune import environment
 from kolotune.foundation import config as configs
+from kolotune.foundation import hardware
 from kolotune.foundation.errors import ConfigError, ModelError
 from kolotune.run_folder.layout import TRAIN_TOKENS, RunFolder
 from kolotune.run_folder.stage import Context
@@ -71,6 +72,17 @@ def test_what_torchtune_cannot_do_is_refused_before_its_environment_is_made(
 def test_the_native_engine_does_not_need_torchtune(tmp_path: Path, reporter: Any) -> None:
     options = {"scheduler_type": "linear", "early_stopping": 1, "target_modules": "up_proj"}
     train.preflight(context_of(tmp_path, {**LLAMA, "attention_bias": True}, **options), reporter)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_dtype_that_the_processor_is_slow_in_is_warned_of(
+    dtype: str, tmp_path: Path, reporter: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(hardware, "_cpu_words", lambda: {"avx2"})
+    monkeypatch.setattr(hardware, "best_device", lambda: "cpu")
+    train.preflight(context_of(tmp_path, LLAMA | {"model_type": "llama"}, dtype=dtype), reporter)
+    printed = capsys.readouterr()
+    assert ("leave --dtype out" in printed.out + printed.err) == (dtype == "bf16")
 
 
 @pytest.mark.parametrize(
