@@ -13,15 +13,12 @@ it also makes good what was lost before it (as in Li et al. 2025, "GPTAQ", arXiv
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kolotune.foundation.hardware import cores
-from kolotune.llamacpp import ggml
-
 from . import header
 from .block_layouts import block_layouts
+from .block_rounding import RoundedMatrix, column_rounding
 from .stored_values import dequantized
 
 if TYPE_CHECKING:
@@ -33,8 +30,7 @@ _RESTORATION_DAMPING = 0.1  # the same, where lost inputs are predicted: with le
 _MORE_DAMPING = 10.0  # where that is not enough for a decomposition
 _LEAST_IMPORTANCE = 1e-4  # of the mean: a column without inputs still has to get some value
 MOST_IN_DOUBLE = 4096  # columns of a Hessian that is decomposed in fp64; larger ones take too much memory
-_COLUMNS = 32  # that are rounded before what their errors do to the others is computed, all at once
-_PANEL = 128  # the same, for the errors of several blocks
+_PANEL = 128  # columns that are rounded before what their errors do to the others is computed, all at once
 _GROUPS = (32, 256)  # columns that are rounded together, since each type's blocks are as long
 _STRIPS = 4  # of a Hessian, each computed from the diagonal on: it is symmetric
 
@@ -156,133 +152,22 @@ def round_with_feedback(weight: Tensor, kind: str, statistics: InputStatistics) 
     Returns:
         The blocks, uint8 ``[rows, bytes of a row]``, and their values, fp32 ``[rows, columns]``.
     """
-    import numpy as np
     import torch
 
-    width, size = header.block_of(kind)
+    width, _ = header.block_of(kind)
     rows, columns = weight.shape
     wanted = weight.T.contiguous()  # [columns, rows]: a column is one piece of memory
     if statistics.restoration is not None:
         wanted += statistics.restoration @ wanted
     order, factor, panel = statistics.order, statistics.factor, max(width, _PANEL)
     wanted = wanted[order]
-    errors, values = torch.empty_like(wanted), torch.empty_like(wanted)
-    blocks = np.empty((columns // width, rows, size), np.uint8)
+    errors = torch.empty_like(wanted)
+    matrix = RoundedMatrix.empty(rows, kind, statistics.importance)
+    rounding = column_rounding(matrix)
     for first in reversed(range(0, columns, panel)):
         last = min(first + panel, columns)
-        compensated = wanted[first:last] + factor[last:, first:last].T @ errors[last:]
-        for start in reversed(range(first, last, width)):
-            here, end = slice(start, start + width), start + width
-            weights = compensated[start - first : end - first]
-            weights.addmm_(factor[end:last, here].T, errors[end:last])
-            columns_here = order[here]
-            block = _Block(weights, columns_here % width, kind, statistics.importance[columns_here])
-            block.round(weights, wanted[here], factor[here, here], errors[here])
-            values[columns_here], blocks[columns_here[0] // width] = block.values, block.bytes()
-    return blocks.transpose(1, 0, 2).reshape(rows, -1), values.T.contiguous()
-
-
-class _Block:
-    """One block of each row: its scales by ggml, and its quants as they are rounded.
-
-    Args:
-        weights: fp32 ``[width, rows]``, as they are compensated so far.
-        order: which of the block's columns each of them is.
-        kind: name of the type.
-        importance: of the same columns, fp32 ``[width]``.
-
-    Attributes:
-        values: what the rounded columns become, fp32 ``[width, rows]``.
-    """
-
-    def __init__(self, weights: Tensor, order: np.ndarray, kind: str, importance: np.ndarray) -> None:
-        import numpy as np
-        import torch
-
-        width, rows = weights.shape
-        self._kind, self._layout, self._order, self._inverse_order = kind, block_layouts()[kind], order, order.argsort()
-        natural = np.ascontiguousarray(weights[self._inverse_order].T.numpy())
-        self._blocks = _by_ggml(natural, kind, np.ascontiguousarray(importance[self._inverse_order]))
-        self._quants = torch.empty((width, rows))
-        self.values = torch.empty((width, rows))
-        last = self._layout.levels - 1
-        if self._layout.is_linear:
-            lowest = self._level(0)
-            step = (self._level(last) - lowest) / last
-            inverse = torch.where(step == 0, 0.0, 1 / step)
-            self._of_columns = [each.unbind() for each in (-lowest * inverse, inverse, lowest, step)]
-        else:
-            self._levels = torch.stack([self._level(quant) for quant in range(self._layout.levels)])
-
-    def _level(self, quant: int) -> Tensor:
-        """The value of a quant in each place, in the order of rounding, ``[width, rows]``."""
-        import numpy as np
-        import torch
-
-        blocks = self._blocks.copy()
-        self._layout.write(blocks, np.full((len(blocks), len(self._quants)), quant, np.uint8))
-        return torch.from_numpy(dequantized(blocks.reshape(-1), self._kind).reshape(len(blocks), -1)).T[self._order]
-
-    def round(self, weights: Tensor, wanted: Tensor, factor: Tensor, errors: Tensor) -> None:
-        """Round the columns from the last to the first, each with the errors of those behind it.
-
-        Args:
-            weights: fp32 ``[width, rows]``, with the errors behind the block; changed in place.
-            wanted: the same without them.
-            factor: of the block's columns; see `InputStatistics`.
-            errors: receives what is wanted but not reached.
-        """
-        import torch
-
-        width = len(weights)
-        by_column, errors_of_rows = factor.T.contiguous(), errors.T
-        columns = list(zip(*(each.unbind() for each in (weights, wanted, self.values, errors)), strict=True))
-        for first in reversed(range(0, width, _COLUMNS)):
-            last = min(first + _COLUMNS, width)
-            weights[first:last].addmm_(by_column[first:last, last:], errors[last:])
-            for column in reversed(range(first, last)):
-                compensated, exact, value, error = columns[column]
-                behind = slice(column + 1, last)
-                compensated.addmv_(errors_of_rows[:, behind], by_column[column, behind])
-                self._round(column, compensated, value)
-                torch.sub(exact, value, out=error)
-
-    def _round(self, column: int, weights: Tensor, values: Tensor) -> None:
-        """Round a column to its levels; `values` receives them."""
-        import torch
-
-        quants = self._quants[column]
-        if self._layout.is_linear:
-            shift, inverse, lowest, step = (each[column] for each in self._of_columns)
-            torch.addcmul(shift, weights, inverse, out=quants).round_().clamp_(0, self._layout.levels - 1)
-            torch.addcmul(lowest, quants, step, out=values)
-        else:
-            nearest = (self._levels[:, column] - weights).abs_().argmin(dim=0)
-            values.copy_(self._levels[:, column].gather(0, nearest[None])[0])
-            quants.copy_(nearest)
-
-    def bytes(self) -> np.ndarray:
-        """Return the blocks with the rounded quants, ``[rows, bytes]``."""
-        import numpy as np
-
-        quants = self._quants[self._inverse_order].T.numpy().astype(np.uint8)
-        self._layout.write(self._blocks, np.ascontiguousarray(quants))
-        return self._blocks
-
-
-def _by_ggml(weights: np.ndarray, kind: str, importance: np.ndarray) -> np.ndarray:
-    """Return the blocks that ggml makes of weights ``[rows, width]``, uint8 ``[rows, bytes]``, by all cores."""
-    import numpy as np
-
-    rows, width = weights.shape
-    blocks = np.empty((rows, header.size_of((width,), kind)), np.uint8)
-    quantize, number = ggml.library().ggml_quantize_chunk, header.type_number(kind)
-
-    def quantize_rows(first: int) -> None:
-        some, into = weights[first : first + step], blocks[first : first + step]
-        quantize(number, some.ctypes.data, into.ctypes.data, 0, len(some), width, importance.ctypes.data)
-
-    step = -(-rows // cores())
-    with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(quantize_rows, range(0, rows, step)))
-    return blocks
+        here = slice(first, last)
+        compensated = wanted[here] + factor[last:, here].T @ errors[last:]
+        rounding.round(order[here], compensated, wanted[here], factor[here, here], errors[here])
+    blocks = matrix.finished()
+    return blocks, torch.from_numpy(dequantized(blocks.reshape(-1), kind).reshape(rows, columns))

@@ -23,7 +23,7 @@ from .calibration import compensation_rows
 from .compensation import CompensationJob
 from .conversion_plan import TensorPlan
 
-_VERSION = 3  # raised when the same calibration gives other blocks
+_VERSION = 4  # raised when the same calibration gives other blocks
 
 
 @dataclass(frozen=True)

@@ -276,3 +276,13 @@ def recorded_choices() -> dict[str, dict[str, dict[str, str]]]:
     """Return what llama.cpp of llama-cpp-python 0.3.36 chose for `MODELS`, as `chosen_types` does."""
     choices: dict[str, dict[str, dict[str, str]]] = json.loads(_CHOICES.read_text(encoding="utf-8"))
     return choices
+
+
+def matrix_and_inputs(columns: int = 256) -> tuple[Any, Any]:
+    """Return weights, and inputs whose columns depend on each other, as those of real layers do."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(48, columns, generator=generator) * 0.05
+    mixed = torch.randn(600, 32, generator=generator) @ torch.randn(32, columns, generator=generator) * 0.3
+    return weights, mixed + 0.3 * torch.randn(600, columns, generator=generator)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.quantizing import matrix_and_inputs
 
 from kolotune.gguf import header
 from kolotune.gguf.block_layouts import block_layouts
@@ -14,16 +15,6 @@ from kolotune.gguf.stored_values import dequantized
 from kolotune.llamacpp import ggml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def matrix_and_inputs(columns: int = 256) -> tuple[Any, Any]:
-    """Return weights, and inputs whose columns depend on each other, as those of real layers do."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(48, columns, generator=generator) * 0.05
-    mixed = torch.randn(600, 32, generator=generator) @ torch.randn(32, columns, generator=generator) * 0.3
-    return weights, mixed + 0.3 * torch.randn(600, columns, generator=generator)
 
 
 def by_ggml(weights: Any, kind: str, importance: np.ndarray) -> Any:

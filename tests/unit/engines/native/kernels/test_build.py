@@ -12,6 +12,7 @@ import pytest
 
 from kolotune.engines.native.kernels import build
 from kolotune.foundation.errors import ToolchainError
+from kolotune.runners import native_libraries
 
 ROOT = Path(__file__).parents[5]
 
@@ -25,7 +26,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_compiler_the_kernels_are_not_chosen(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(build, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(native_libraries, "PACKAGE", "no_such_package")
     assert build.reason_unavailable() == "there is no C++ compiler" and not build.can_compile("fp32")
     with pytest.raises(ToolchainError, match="no C\\+\\+ compiler"):
         build.ensure("fp32")
