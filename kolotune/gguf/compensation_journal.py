@@ -47,9 +47,9 @@ class CompensationJournal:
             return
         line = _line(name, blocks)
         with self._path.open("ab") as file:
-            file.write(line + blocks)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(
+                line + blocks
+            )  # not flushed to the disk: after a crash of the machine its hash says what is whole
         self._places[name] = (self._end + len(line), len(blocks))
         self._end += len(line) + len(blocks)
 

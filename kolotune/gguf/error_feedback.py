@@ -29,7 +29,6 @@ _DAMPING = 0.02  # of the mean of the Hessian's diagonal
 _RESTORATION_DAMPING = 0.1  # the same, where lost inputs are predicted: with less, other texts gain less
 _MORE_DAMPING = 10.0  # where that is not enough for a decomposition
 _LEAST_IMPORTANCE = 1e-4  # of the mean: a column without inputs still has to get some value
-MOST_IN_DOUBLE = 4096  # columns of a Hessian that is decomposed in fp64; larger ones take too much memory
 _PANEL = 128  # columns that are rounded before what their errors do to the others is computed, all at once
 _GROUPS = (32, 256)  # columns that are rounded together, since each type's blocks are as long
 _STRIPS = 4  # of a Hessian, each computed from the diagonal on: it is symmetric
@@ -40,7 +39,7 @@ class InputStatistics:
     """What rounding has to know of the inputs of a matrix.
 
     Attributes:
-        hessian: mean products of the columns, fp64 or fp32 ``[columns, columns]``.
+        hessian: mean products of the columns, fp32 ``[columns, columns]``.
         order: which columns are rounded, from last to first: column ``order[i]`` is the i-th, int64 ``[columns]``.
         factor: lower Cholesky factor of the damped Hessian in this order, its columns divided by their diagonal, fp32
             ``[columns, columns]``.
@@ -65,23 +64,26 @@ def input_statistics(inputs: Tensor, exact: Tensor | None = None) -> InputStatis
         inputs: what goes into it, fp32 ``[inputs, columns]``.
         exact: what would if nothing before it were rounded; None: not known.
     """
-    import numpy as np
     import torch
 
     hessian = _hessian(inputs)
     diagonal = hessian.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    importance = diagonal.clamp(min=_LEAST_IMPORTANCE * mean).float().numpy()
-    restoration = None if exact is None else _restoring(hessian, inputs.T @ (exact - inputs) / len(inputs))
+    importance = diagonal.clamp(min=_LEAST_IMPORTANCE * _mean(diagonal)).numpy()
+    restoration = None
+    if exact is not None:
+        lower, _ = _decomposed(hessian, _RESTORATION_DAMPING * _mean(diagonal))
+        restoration = torch.cholesky_solve(inputs.T @ (exact - inputs) / len(inputs), lower)
     order = _order(importance)
-    damping, failed = _DAMPING * mean, True
-    while failed:
-        damped = hessian[order][:, order]
-        damped.diagonal().add_(torch.where(diagonal[order] > 0, damping, mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        damping *= _MORE_DAMPING
+    columns = torch.from_numpy(order)
+    ordered = hessian[columns[:, None], columns]
+    lower, _ = _decomposed(ordered, _DAMPING * _mean(diagonal))
     lower /= lower.diagonal().clone()
-    return InputStatistics(hessian, order, lower.float(), np.ascontiguousarray(importance), restoration)
+    return InputStatistics(hessian, order, lower, importance, restoration)
+
+
+def _mean(diagonal: Tensor) -> float:
+    """Return the mean square of the inputs of a column that gets any; 1 where none does."""
+    return float(diagonal[diagonal > 0].mean()) if float(diagonal.max()) > 0 else 1.0
 
 
 def _order(importance: np.ndarray) -> np.ndarray:
@@ -100,13 +102,16 @@ def restored_weight(weight: Tensor, inputs: Tensor, outputs: Tensor, statistics:
     """Return the matrix that comes closest to the exact outputs; for few rows this is less work than a restoration.
 
     Args:
-        weight: fp32 ``[rows, columns]``.
+        weight: fp32 ``[rows, columns]``, from which it is kept by damping.
         inputs: what goes into it, fp32 ``[inputs, columns]``.
         outputs: what it gave, without a bias, if nothing before it were rounded, fp32 ``[inputs, rows]``.
         statistics: of the inputs.
     """
-    products = inputs.T @ outputs / len(inputs) - statistics.hessian.float() @ weight.T
-    return weight + _restoring(statistics.hessian, products).T
+    import torch
+
+    hessian = statistics.hessian
+    lower, damping = _decomposed(hessian, _RESTORATION_DAMPING * _mean(hessian.diagonal()))
+    return torch.cholesky_solve(inputs.T @ outputs / len(inputs) + damping * weight.T, lower).T
 
 
 def _hessian(inputs: Tensor) -> Tensor:
@@ -119,21 +124,23 @@ def _hessian(inputs: Tensor) -> Tensor:
         hessian[strip, start:] = inputs[:, strip].T @ inputs[:, start:]
         hessian[start:, strip] = hessian[strip, start:].T
     hessian /= len(inputs)
-    return hessian.double() if columns <= MOST_IN_DOUBLE else hessian
+    return hessian
 
 
-def _restoring(hessian: Tensor, products: Tensor) -> Tensor:
-    """Return what makes a lost part from the inputs by damped least squares, ``[columns, any]``.
-
-    Args:
-        hessian: mean products of the inputs' columns.
-        products: of the inputs' columns with the lost part, their means, fp32 ``[columns, any]``.
-    """
+def _decomposed(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return the lower Cholesky factor of a damped Hessian, and the damping: ten times more until there is a factor."""
     import torch
 
-    damped = hessian.clone()
-    damped.diagonal().add_(_RESTORATION_DAMPING * (float(hessian.diagonal().mean()) or 1.0))
-    return torch.cholesky_solve(products, torch.linalg.cholesky(damped).float())
+    diagonal = hessian.diagonal().clone()
+    try:
+        while True:
+            hessian.diagonal().copy_(diagonal + damping)
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed:
+                return lower, damping
+            damping *= _MORE_DAMPING
+    finally:
+        hessian.diagonal().copy_(diagonal)
 
 
 def is_compensable(kind: str) -> bool:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_ROWS = 4  # of tokens that are computed together: what is computed of them and not kept stays small
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -50,17 +52,24 @@ class ExactInputs:
             matrices: those whose inputs or outputs are wanted, by name.
             arguments, named: what the decoder gives the layer beside the hidden states.
         """
-        self._kept = {}
+        import torch
+
         seen: dict[str, Exact] = {}
+        pieces: dict[str, list[Exact]] = {name: [] for name in matrices}
         handles = [module.register_forward_hook(_keep(seen, name)) for name, module in matrices.items()]
-        output = layer.forward(self._hidden, *arguments, **named)
-        self._hidden = output[0] if isinstance(output, tuple) else output
+        count, hidden, outputs = len(self._hidden), self._hidden, []
+        for first in range(0, count, _ROWS):
+            rows = slice(first, first + _ROWS)
+            given = (_of_rows(value, rows, count) for value in arguments)
+            output = layer.forward(hidden[rows], *given, **{name: _of_rows(named[name], rows, count) for name in named})
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            for name in seen:
+                pieces[name].append(_smaller(name, seen, matrices))
+            seen.clear()
         for handle in handles:
             handle.remove()
-        for name, exact in seen.items():
-            sharing = [matrices[other].out_features for other in seen if seen[other].inputs is exact.inputs]
-            by_outputs = sum(sharing) < matrices[name].in_features
-            self._kept[name] = Exact(outputs=exact.outputs) if by_outputs else Exact(inputs=exact.inputs)
+        self._hidden = torch.cat(outputs)
+        self._kept = _joined(pieces)
 
     def take(self, name: str, inputs: Tensor) -> Exact:
         """Return what went into a matrix or came out of it, and forget it.
@@ -81,6 +90,41 @@ class ExactInputs:
             return tensor.reshape(tokens, -1) if tensor is not None and is_same else None
 
         return Exact(flat(exact.inputs), flat(exact.outputs))
+
+
+def _of_rows(value: Any, rows: slice, count: int) -> Any:
+    """Return what a layer is given for some of its rows; what all rows share is one, or not by rows."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_of_rows(each, rows, count) for each in value)
+    is_by_rows = hasattr(value, "shape") and value.ndim > 1 and value.shape[0] == count
+    return value[rows] if is_by_rows else value
+
+
+def _smaller(name: str, seen: Mapping[str, Exact], matrices: Mapping[str, Any]) -> Exact:
+    """Return the inputs or the outputs of a matrix, of which those take less memory that all its readers need."""
+    exact = seen[name]
+    readers = [matrices[other].out_features for other in seen if seen[other].inputs is exact.inputs]
+    by_outputs = sum(readers) < matrices[name].in_features
+    return Exact(outputs=exact.outputs) if by_outputs else Exact(inputs=exact.inputs)
+
+
+def _joined(pieces: Mapping[str, list[Exact]]) -> dict[str, Exact]:
+    """Join the pieces of each matrix; what several read is one tensor."""
+    import torch
+
+    whole: dict[tuple[int, ...], Tensor] = {}
+
+    def joined(tensors: list[Tensor]) -> Tensor | None:
+        key = tuple(map(id, tensors))
+        if tensors and key not in whole:
+            whole[key] = torch.cat(tensors)
+        return whole.get(key)
+
+    return {
+        name: Exact(*(joined([each for each in kind if each is not None]) for kind in zip(*some, strict=True)))
+        for name, pairs in pieces.items()
+        if (some := [(piece.inputs, piece.outputs) for piece in pairs])
+    }
 
 
 def _keep(seen: dict[str, Exact], name: str) -> Any:

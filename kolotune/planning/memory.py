@@ -8,7 +8,6 @@ from kolotune.foundation.hardware import cores
 from kolotune.foundation.quantization_budgets import read_budget
 from kolotune.gguf.budgets import SENSITIVITY_TOKENS
 from kolotune.gguf.calibration import MOST_TOKENS
-from kolotune.gguf.error_feedback import MOST_IN_DOUBLE
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.gguf.sensitivity import TOKENS, TOKENS_AT_ONCE
 from kolotune.llamacpp.evaluation import BATCH
@@ -76,7 +75,7 @@ def compensation_memory(shape: ModelShape) -> Memory:
     widest = max((linear.inputs for linear in shape.linears), default=shape.hidden_size)
     layer = 2 * FP32_BYTES * sum(linear.weight_count for linear in shape.linears) // max(1, shape.layers)
     activations = FP32_BYTES * MOST_TOKENS * (8 * shape.hidden_size + 6 * widest)
-    hessians = 6 * widest**2 * (2 * FP32_BYTES if widest <= MOST_IN_DOUBLE else FP32_BYTES)
+    hessians = 6 * widest**2 * FP32_BYTES
     embedding = FP32_BYTES * shape.hidden_size * shape.vocabulary_size
     return Memory(_COMPENSATION.own + max(layer + activations + hessians, embedding), _COMPENSATION.mapped)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kolotune.gguf import exact_inputs
 from kolotune.gguf.exact_inputs import Exact, ExactInputs
 
 
@@ -69,3 +70,32 @@ def test_tokens_of_an_expert_may_be_others() -> None:
     exact.run(layer, {"first": layer.first}, (0.0,), {"scale": 1.0})
     exact._kept["first"] = Exact(inputs=torch.empty(5, 4))
     assert exact.take("first", torch.empty(5, 4)) == Exact(), "as many, but not all"
+
+
+def test_some_rows_at_a_time_give_what_all_do() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.last = nn.Linear(4, 3), nn.Linear(4, 2), nn.Linear(5, 4)
+
+        def forward(self, hidden: torch.Tensor, mask: torch.Tensor, *, turns: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            mixed = torch.cat([self.query(hidden), self.key(hidden)], dim=-1) * mask
+            output: torch.Tensor = hidden + self.last(mixed) + turns[0]
+            return output
+
+    count = 2 * exact_inputs._ROWS + 1
+    hidden, mask, turn, layer = torch.randn(count, 3, 4), torch.rand(count, 3, 5), torch.randn(1, 3, 4), Masked()
+    exact = ExactInputs(hidden)
+    matrices = {"query": layer.query, "key": layer.key, "last": layer.last}
+    for _ in range(2):
+        expected = layer(hidden, mask, turns=(turn,))
+        exact.run(layer, matrices, (mask,), {"turns": (turn,)})
+        query, key, last = (
+            exact.take(name, torch.empty(count, 3, each.in_features)) for name, each in matrices.items()
+        )
+        assert query.inputs is not None and key.inputs is not None and last.outputs is not None
+        torch.testing.assert_close(query.inputs, hidden.reshape(-1, 4))
+        assert query.inputs.data_ptr() == key.inputs.data_ptr(), "they take memory once"
+        without_bias = expected - hidden - turn - layer.last.bias
+        torch.testing.assert_close(last.outputs, without_bias.reshape(-1, 4))
+        hidden = expected
