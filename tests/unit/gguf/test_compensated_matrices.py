@@ -67,7 +67,7 @@ def test_fused_matrices_are_compensated(
     tiny_model: Callable[..., Any], reporter: PlainReporter, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    tiny_model("phi3", folder, dtype="float16", pad_token_id=2)
+    tiny_model("phi3", folder, dtype="float16", pad_token_id=2, vocab_size=100)
     sentencepiece(folder)
     job = job_of(folder, tmp_path / "target.gguf", rows_of(8, 32), reporter)
     matrices = {f"blk.{layer}.{name}.weight" for layer in range(2) for name in FUSED}
@@ -88,7 +88,7 @@ def test_stacked_experts_are_refused_with_the_way_out(
 ) -> None:
     """Their converter stacks experts that are single matrices in the file, so there is no conversion plan."""
     folder = tmp_path / "model"
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 100}
     tiny_model("qwen2_moe", folder, dtype="bfloat16", shared_expert_intermediate_size=32, **experts)
     sentencepiece(folder)
     plans = convert.tensor_plans(read_skeleton(folder), "bf16", tmp_path / "log", reporter)
