@@ -37,19 +37,22 @@ class _Watched:
     def __init__(self, delta: Delta) -> None:
         self.a = torch.tensor(delta.a, dtype=torch.float32)
         self.b = torch.tensor(delta.b, dtype=torch.float32) * delta.scale
+        self._gram = self.b.double().T @ self.b.double()
         self.inputs = torch.zeros(self.a.shape[1], len(self.a))
         self.energy = self.base_part = 0.0
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor, repeats: Tensor | int) -> None:
-        """Add inputs ``[inputs, in]`` of the tuned module, and its outputs without a bias; see `Watch`."""
+        """Add inputs ``[inputs, in]`` of the tuned module, and its outputs without a bias; see `Watch`.
+
+        The change itself, as wide as the outputs, is not computed: its products are those of ``X Aᵀ``.
+        """
         narrow = inputs @ self.a.T
-        change = narrow @ self.b.T
-        weighted = change.double() * repeats
-        energy = float((weighted * change).sum())
-        self.inputs += inputs.T @ (narrow * repeats)
+        weighted = narrow * repeats
+        energy = float((narrow.double().T @ weighted.double() * self._gram).sum())
+        self.inputs += inputs.T @ weighted
         self.energy += energy
-        self.base_part += float((weighted * outputs).sum()) - energy
+        self.base_part += float((weighted.double() * (outputs @ self.b)).sum()) - energy
 
 
 class ChangeRecorder:

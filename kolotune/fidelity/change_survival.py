@@ -8,6 +8,8 @@ from kolotune.gguf.stored_values import StoredValues
 
 from .comparison import MatrixSurvival
 
+_WEIGHTS_AT_ONCE = 1 << 17  # they are still in the processor's cache when they are multiplied
+
 
 def change_survival(gguf: Path, changes: Path) -> list[MatrixSurvival]:
     """Return the share of the adapter's change that is left in each matrix, in the order of the file.
@@ -26,6 +28,7 @@ def change_survival(gguf: Path, changes: Path) -> list[MatrixSurvival]:
     if not changes.is_file():
         return []
     survivals = []
+    some = np.empty(_WEIGHTS_AT_ONCE, np.float32)
     with safe_open(changes, framework="numpy") as file, StoredValues(gguf) as values:
         recorded = set(file.keys())
         for name, tensor in values.tensors.items():
@@ -36,7 +39,7 @@ def change_survival(gguf: Path, changes: Path) -> list[MatrixSurvival]:
             if tensor.shape != (len(inputs), len(b)):
                 continue
             part = 0.0
-            for rows, block in values.blocks(name):
+            for rows, block in values.blocks(name, some):
                 part += float(np.sum((block @ inputs) * b[rows], dtype=np.float64))
             survivals.append(MatrixSurvival(name, tensor.type, (part - float(base_part)) / float(energy)))
     return survivals

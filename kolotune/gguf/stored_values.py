@@ -16,7 +16,6 @@ from kolotune.llamacpp import ggml
 from kolotune.llamacpp.gguf_metadata import DAMAGED, not_whole
 
 from . import header
-from .header import GgufTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,16 +73,23 @@ class StoredValues:
         start = self.position(name)
         return self._bytes[start : start + self.tensors[name].size].copy()
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield the rows of a tensor, some at a time, fp32 ``[rows, columns]``; those of all experts in order."""
+    def blocks(self, name: str, into: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the rows of a tensor, some at a time, fp32 ``[rows, columns]``; those of all experts in order.
+
+        Args:
+            name: of the tensor.
+            into: fp32; a block has as many rows as fit into it, but at least one, and may be overwritten by the next.
+                None: each block is an array of its own.
+        """
         tensor = self.tensors[name]
         columns = tensor.shape[0]
         row = header.size_of((columns,), tensor.type)
         start, count = self.position(name), tensor.size // row
-        step = max(1, _WEIGHTS_AT_ONCE // columns)
+        step = max(1, (_WEIGHTS_AT_ONCE if into is None else into.size) // columns)
         for first in range(0, count, step):
             rows = slice(first, min(first + step, count))
-            yield rows, self._widened(self._bytes[start + rows.start * row : start + rows.stop * row], tensor)
+            data = self._bytes[start + rows.start * row : start + rows.stop * row]
+            yield rows, dequantized(data, tensor.type, into).reshape(-1, columns)
 
     def whole(self, name: str) -> np.ndarray:
         """Return a tensor, fp32, in the order of its dimensions in PyTorch."""
@@ -95,16 +101,14 @@ class StoredValues:
             values[rows] = block
         return values.reshape(shape[::-1])
 
-    def _widened(self, data: np.ndarray, tensor: GgufTensor) -> np.ndarray:
-        return dequantized(data, tensor.type).reshape(-1, tensor.shape[0])
 
-
-def dequantized(data: np.ndarray, kind: str) -> np.ndarray:
+def dequantized(data: np.ndarray, kind: str, into: np.ndarray | None = None) -> np.ndarray:
     """Return the fp32 values of whole blocks of a type.
 
     Args:
         data: the blocks, uint8.
         kind: name of the type, such as "Q4_K".
+        into: fp32; values that fit into it may be written there. None: always a new array.
 
     Raises:
         ToolchainError: ggml can't widen this type.
@@ -117,6 +121,7 @@ def dequantized(data: np.ndarray, kind: str) -> np.ndarray:
     traits = ggml.library().ggml_get_type_traits(header.type_number(kind)).contents
     if not traits.to_float or (traits.blck_size, traits.type_size) != (block, size):
         raise ToolchainError(f"the installed llama.cpp can't read values of type {kind}")
-    values = np.empty(data.size // size * block, np.float32)
+    count = data.size // size * block
+    values = np.empty(count, np.float32) if into is None or into.size < count else into[:count]
     traits.to_float(ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(values.ctypes.data), values.size)
     return values
