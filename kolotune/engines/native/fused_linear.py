@@ -7,6 +7,7 @@ product yields the gradient of A x along with that of x.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +24,7 @@ class FusedLinear:
 
     Args:
         operations: computes the adapters' products.
-        weights: each layer's ``[out, in]``, in the dtype of the computation.
+        weights: each layer's ``[out, in]``, in the dtype of the computation, or in bf16 where `operations` widens them.
         biases: each layer's ``[out]``, or None.
         pairs: each layer's adapter, or None.
         product: as `Operations.product`, which None stands for.
@@ -40,12 +41,13 @@ class FusedLinear:
         self.inputs = weights[0].shape[1]
         self.outputs = sum(map(len, weights))
         self.rank = sum(len(pair.lora_A) for pair in pairs if pair is not None)
-        whole = weights[0].new_zeros(self.outputs, self.inputs + self.rank)
-        self.down = weights[0].new_zeros(self.rank, self.inputs)
+        kept = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
+        whole = weights[0].new_zeros(self.outputs, self.inputs + self.rank, dtype=kept)
+        self.down = whole.new_zeros(self.rank, self.inputs, dtype=torch.float32 if operations.widens else kept)
         self._a = self._a_gradient = self.down  # until `join`
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
-            parts = [weight.new_zeros(len(weight)) if bias is None else bias
+            parts = [self.down.new_zeros(len(weight)) if bias is None else bias
                      for weight, bias in zip(weights, biases, strict=True)]  # fmt: skip
             self.bias = torch.cat(parts)
         self.parts: list[tuple[LoraPair, slice, slice]] = []

@@ -250,8 +250,10 @@ class _Parts:
     def fused(self, prefix: str, names: Sequence[str]) -> FusedLinear:
         """Read several linear layers as one."""
         full = [f"{prefix}.{name}" for name in names]
-        weights = [self.read(f"{name}.weight") for name in full]
-        pairs = [self.pair(name, *weight.shape) for name, weight in zip(full, weights, strict=True)]
+        stored = [self.files.read(f"{name}.weight") for name in full]
+        pairs = [self.pair(name, *weight.shape) for name, weight in zip(full, stored, strict=True)]
+        is_plain = not self.in_4bit and all(pair is None or pair.lora_magnitude_vector is None for pair in pairs)
+        weights = [(self.read_narrow if is_plain else self.read)(f"{name}.weight") for name in full]
         for at, pair in enumerate(pairs):
             if pair is not None and self.initial is not None:
                 left = start(pair, self.initial, self.files.read(f"{full[at]}.weight"))
