@@ -93,11 +93,9 @@ def check_computation(context: Context, reporter: Reporter) -> None:
         ToolchainError: it computes something else.
         ModelError: what is trained can't be merged.
     """
-    config = read_model_config(context.base)
-    toolchain = llamacpp.ensure(reporter)
-    if not context.config.compare or toolchain.version == "own" or "text_config" in config.values:
+    config, proof = read_model_config(context.base), find_run_proof(context, reporter)
+    if proof is None:
         return
-    proof = find_proof(config, toolchain, context.run.log("computation"), reporter)
     sentence, length, most = describe(proof, config), reach(config.values), context.config.max_seq_length
     match judge(proof, config):
         case Verdict.DIFFERENT | Verdict.NOT_COMPUTED:
@@ -112,6 +110,17 @@ def check_computation(context: Context, reporter: Reporter) -> None:
             reporter.warning(sentence)
         case Verdict.NOT_COMPARED:
             reporter.note(sentence)
+
+
+def find_run_proof(context: Context, reporter: Reporter) -> ComputationProof | None:
+    """Return what `check_computation` judges, from the cache if nothing has changed; None where nothing is checked."""
+    config = read_model_config(context.base)
+    if not context.config.compare or "text_config" in config.values:
+        return None
+    toolchain = llamacpp.ensure(reporter)
+    if toolchain.version == "own":
+        return None
+    return find_proof(config, toolchain, context.run.log("computation"), reporter)
 
 
 def proves_packed(context: Context, reporter: Reporter) -> bool:

@@ -11,6 +11,8 @@ from kolotune.planning.workload import Workload, describe_workload, read_workloa
 from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import convert, modelfile, prepare, quantize, train
 
+from .first_start import proven_meanwhile
+
 
 def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) -> None:
     """Check that stages can run: each asks what it needs, and disk and memory must hold what they make.
@@ -20,8 +22,9 @@ def check_stages(stages: Sequence[Stage], context: Context, reporter: Reporter) 
     """
     if train in stages:
         check_capacity([train], context)  # takes no time, so it comes first
-    for stage in stages:
-        stage.preflight(context, reporter)
+    with proven_meanwhile(stages, context, reporter):
+        for stage in stages:
+            stage.preflight(context, reporter)
     if train in stages and (convert in stages or quantize in stages):
         computation_gate.check_computation(context, reporter)
     if prepare in stages:

@@ -27,6 +27,7 @@ from kolotune.run_folder.stage import Context, Stage
 from kolotune.stages import compare, train
 
 from .choices import choose, choose_experts, follow_start, write_choices
+from .first_start import fetched_meanwhile
 from .lock import locked
 from .preflight import check_stages, check_training
 from .reason_text import format_cleaned, format_reason
@@ -61,8 +62,10 @@ def run_pipeline(
     """
     folder = RunFolder(config.output_dir)
     with locked(folder), _traceback_kept(folder):
+        with fetched_meanwhile(config, folder, names, reporter):
+            base = resolve_base(config, reporter)
         config, choices = choose(config, folder, names)
-        context = Context(config, folder, resolve_base(config, reporter), source)
+        context = Context(config, folder, base, source)
         if train.NAME in names:
             context, choices = choose_experts(follow_start(context), choices, reporter)
             config = context.config

@@ -26,6 +26,8 @@ _PATIENCE_SECONDS = 10.0
 _FULL_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 16
 _ERROR_BYTES = 4000
+_children: dict[int, subprocess.Popen[str]] = {}
+"""What `run` runs, by threads."""
 
 
 def run(
@@ -71,6 +73,7 @@ def run(
             encoding="utf-8",
             errors="replace",
         )
+        _children[threading.get_ident()] = child
         try:
             assert child.stdout is not None
             for line in child.stdout:
@@ -79,6 +82,7 @@ def run(
                     output.flush()
             code = child.wait()
         finally:
+            del _children[threading.get_ident()]
             _stop(child)
             if child.stdin is not None:
                 child.stdin.close()
@@ -86,6 +90,13 @@ def run(
         # Each program words this differently; llama.cpp's quantizer says "iostream error".
         raise SpaceError(f"{log.parent}: the disk is full")
     return code
+
+
+def stop_child_of(thread: int) -> None:
+    """Stop the program that `run` runs in a thread, given by its identifier, if there is one."""
+    child = _children.get(thread)
+    if child is not None:
+        _stop(child)
 
 
 def _inherited() -> dict[str, str]:
