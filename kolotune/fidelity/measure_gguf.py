@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from .defects import Defect, DefectKind, Note, NoteKind, defect, note
 from .figures import compute_figures
 from .measure_prompts import ask_paths, ollama_path
 from .prompt_proof import Outcome
-from .tasks import CHANGES_FILE, AskedPath, Figures, GgufMeasurement, GgufTask, Reference
+from .tasks import CHANGES_FILE, AskedPath, Figures, GgufMeasurement, GgufTask, GreedyAnswer, Reference
 from .vocabulary import moved_entry
 
 if TYPE_CHECKING:
@@ -46,23 +47,24 @@ def _measure(task: GgufTask, reference: Reference) -> GgufMeasurement:
     lengths += [len(prompt.ids) for prompt in reference.prompts] + [len(answer.ids) for answer in reference.answers]
     modelfile = _read_modelfile(task)
     template = modelfile.template if isinstance(modelfile, Modelfile) else None
-    ask = partial(ask_paths, Path(task.gguf), template, reference, Path(task.reference).parent)
+    ask = partial(ask_paths, Path(task.gguf), template, reference.prompt_set, Path(task.reference).parent)
     try:
-        paths = [] if task.unquantized else ask()
+        # The GGUFs of a run mostly ask the same. The unquantized one computes the longest, so it asks last.
+        paths = ask() if task.unquantized else []
         model = ExactGguf(Path(task.gguf), max(lengths) + task.longest_answer + 1, threads=task.threads)
     except (ArtifactError, ToolchainError) as error:
         return _not_measurable(reference, error)
     with contextlib.closing(model):
-        after = _log_probabilities(model, task, reference)
+        computed = _compute(model, task, reference, modelfile)
         try:
-            paths = paths or ask()  # the unquantized one has mostly asked the same by now
+            paths = paths or ask()
         except (ArtifactError, ToolchainError) as error:
             return _not_measurable(reference, error)
-        figures = _figures(model, task, reference, _compared(paths[0], task.traits), after)
+        figures = _figures(model, task, reference, _compared(paths[0], task.traits), computed.after)
         measurement = GgufMeasurement(figures, paths=paths, notes=list(_unused_notes(paths[0], task)))
         if isinstance(modelfile, Defect):
             return dataclasses.replace(measurement, served_defects=[modelfile])
-        return measurement if modelfile is None else _measure_served(model, modelfile, task, reference, measurement)
+        return measurement if modelfile is None else _with_served(modelfile, task, reference, measurement, computed)
 
 
 def _not_measurable(reference: Reference, error: KolotuneError) -> GgufMeasurement:
@@ -95,12 +97,46 @@ def _unused_notes(path: AskedPath, task: GgufTask) -> Iterator[Note]:
         yield note(NoteKind.TRAITS_DIFFER, traits="; ".join(unused))
 
 
-def _log_probabilities(model: ExactGguf, task: GgufTask, reference: Reference) -> np.ndarray | Defect:
-    """Compute and write the log-probabilities of the chats."""
+@dataclass
+class _Computed:
+    """What llama.cpp computes with a GGUF.
+
+    Attributes:
+        after: log-probabilities of the chats, fp32 ``[positions, vocabulary]``.
+        ended: for each answer of the reference that ended, whether it ends as it is served.
+    """
+
+    after: np.ndarray | Defect
+    ended: list[bool]
+
+
+def _compute(model: ExactGguf, task: GgufTask, reference: Reference, modelfile: Modelfile | Defect | None) -> _Computed:
+    """Compute and write the log-probabilities of the chats; answer prompts, each behind a chat that begins with it."""
+    stops = tuple(modelfile.stops) if isinstance(modelfile, Modelfile) else ()
+    waiting = [answer for answer in reference.answers if answer.ended and isinstance(modelfile, Modelfile)]
+    ended: list[bool] = []
+
+    def answer(prompts: Sequence[GreedyAnswer]) -> None:
+        for prompt in prompts:
+            waiting.remove(prompt)
+            ended.append(model.answer(prompt.ids, stops, task.longest_answer, prompt.tuned_ids)[1])
+
+    def by_chat() -> Iterator[tuple[int, np.ndarray]]:
+        for number, chat in enumerate(reference.chats):
+            if task.others and all(Path(other).is_file() for other in task.others):
+                model.use_all_cores()
+            yield number, model.log_probabilities(chat.ids, chat.positions)
+            answer([prompt for prompt in waiting if chat.ids[: len(prompt.ids)] == prompt.ids])
+
+    after = _written(task, reference, by_chat())
+    answer(list(waiting))
+    return _Computed(after, ended)
+
+
+def _written(task: GgufTask, reference: Reference, by_chat: Iterable[tuple[int, np.ndarray]]) -> np.ndarray | Defect:
+    """Write the log-probabilities of the chats, as they are computed; return them all."""
+    unfinished = Path(task.after).with_suffix(".partial")
     try:
-        numbered = enumerate(reference.chats)
-        by_chat = ((number, model.log_probabilities(chat.ids, chat.positions)) for number, chat in numbered)
-        unfinished = Path(task.after).with_suffix(".partial")
         after = log_probabilities.write(unfinished, reference.chats, by_chat)
     except KolotuneError as error:
         return defect(DefectKind.NOT_MEASURABLE, reason=error.cause)
@@ -117,9 +153,9 @@ def _figures(
     if isinstance(after, Defect):
         defects.append(after)
         return Figures(prompts_equal=prompts.equal, prompts=prompts.of, defects=[*prompts.defects, *defects])
+    survival = change_survival(Path(task.gguf), Path(task.reference).with_name(CHANGES_FILE))
     figures = compute_figures(reference, log_probabilities.load(_before(task)), after, prompts, defects)
-    changes = Path(task.reference).with_name(CHANGES_FILE)
-    return dataclasses.replace(figures, survival=change_survival(Path(task.gguf), changes))
+    return dataclasses.replace(figures, survival=survival)
 
 
 def _before(task: GgufTask) -> Path:
@@ -132,24 +168,21 @@ def _before(task: GgufTask) -> Path:
     return after if after.is_file() else Path(task.before)
 
 
-def _measure_served(
-    model: ExactGguf, modelfile: Modelfile, task: GgufTask, reference: Reference, measurement: GgufMeasurement
+def _with_served(
+    modelfile: Modelfile, task: GgufTask, reference: Reference, measurement: GgufMeasurement, computed: _Computed
 ) -> GgufMeasurement:
-    """Measure what Ollama makes of the Modelfile: the tokens of prompts, and where answers stop."""
+    """Add what Ollama makes of the Modelfile: the tokens of prompts, and where answers stop."""
     taken = ollama_path(Path(task.gguf), modelfile)
     served = measurement.paths[-1]  # of TEMPLATE, which every Ollama may take, if there is one
     prompts = _compared(served, task.traits)
     not_servable = sum(not prompt.plain for prompt in reference.prompts)
     notes = [*measurement.notes, *_path_notes(taken, served.path, not_servable)]
-    ending = [answer for answer in reference.answers if answer.ended]
-    stops, longest = tuple(modelfile.stops), task.longest_answer
-    ended = sum(model.answer(answer.ids, stops, longest, answer.tuned_ids)[1] for answer in ending)
     return dataclasses.replace(
         measurement,
         served_equal=prompts.equal,
         served_prompts=prompts.of,
-        served_ended=ended,
-        served_answers=len(ending),
+        served_ended=sum(computed.ended),
+        served_answers=len(computed.ended),
         served_defects=[*_modelfile_defects(modelfile, task, reference), *prompts.defects],
         notes=notes,
         ollama_path=taken,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +15,24 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import KolotuneError, SpaceError
 from kolotune.foundation.typed_storage import JsonObject
 from kolotune.runners.child_process import emit
+from kolotune.runners.meanwhile import done_meanwhile
 from kolotune.weights.adapter import LoraAdapter, read_adapter
 from kolotune.weights.mapped_tensors import MappedTensors
 from kolotune.weights.stored_names import StoredNames
 from kolotune.weights.weight_files import weight_files
 
 from . import base_figures, log_probabilities
-from .adapter_change import ChangeRecorder
 from .adapter_place import GgufPlace
 from .compared_prompts import ComparedPrompts, compare_prompts
 from .defects import Defect, DefectKind, NoteKind, defect, note
 from .figures import compute_figures
 from .log_probabilities import loss_of, split
 from .measure_general import GeneralMeasurement
+from .measure_prompts import ask_ahead
 from .measured_model import MeasuredModel, open_by_transformers, open_measured
 from .missing_weights import MissingWeightsError
 from .packed_reference import PackedReference
-from .prompt_proof import Prompt, ask
+from .prompt_proof import Prompt, PromptSet, ask
 from .selection import select
 from .selection_result import Selection
 from .tasks import (
@@ -58,18 +60,27 @@ def measure(file: Path) -> None:
     task = typed_storage.read(ModelsTask, file)
     trained = TrainedFormat.load(Path(task.tokenizer), learns_empty_thoughts=task.learns_empty_thoughts)
     selection = select(task, trained)
+    prompts = PromptSet(
+        prompts=selection.prompts,
+        probes=selection.probes,
+        battery=trained.battery(),
+        pieces=vocabulary_by_id(trained.tokenizer),
+        bos=special_tokens(trained.tokenizer).get("bos_token", ""),
+    )
     emit("doing", text="the base model, and the adapter on it" if task.adapter else "the model")
-    model = open_measured(task, selection.chats)
-    reference, tuned = _measure_tuned(model, task, trained, selection)
-    if task.merged:
-        emit("doing", text="the merged model")
-        merged = _measure_merged(model, Path(task.merged), reference, tuned, Path(task.scratch))
-        reference = dataclasses.replace(reference, merged=merged)
+    # PyTorch takes one core to load.
+    with done_meanwhile([partial(ask_ahead, task.ggufs, prompts, Path(task.scratch))]):
+        model = open_measured(task, selection.chats)
+        reference, tuned = _measure_tuned(model, task, trained, selection, prompts)
+        if task.merged:
+            emit("doing", text="the merged model")
+            merged = _measure_merged(model, Path(task.merged), reference, tuned, Path(task.scratch))
+            reference = dataclasses.replace(reference, merged=merged)
     typed_storage.write(Path(task.scratch) / REFERENCE_FILE, reference)
 
 
 def _measure_tuned(
-    model: MeasuredModel, task: ModelsTask, trained: TrainedFormat, selection: Selection
+    model: MeasuredModel, task: ModelsTask, trained: TrainedFormat, selection: Selection, asked: PromptSet
 ) -> tuple[Reference, np.ndarray]:
     """Measure the base and the adapter on it; return the reference and the log-probabilities of the tuned model."""
     chats = selection.chats
@@ -86,6 +97,8 @@ def _measure_tuned(
         general.measure_base(model)
         model.add(Path(task.adapter))
         adapter = read_adapter(Path(task.adapter))
+        from .adapter_change import ChangeRecorder
+
         recorder = ChangeRecorder(model, adapter)
     with nullcontext() if recorder is None else recorder.recording():
         tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
@@ -117,13 +130,13 @@ def _measure_tuned(
         prepared_chats=selection.with_text,
         prepared_defects=selection.defects,
         end_token=trained.end,
-        pieces=vocabulary_by_id(trained.tokenizer),
+        pieces=list(asked.pieces),
         base_loss=sum(base_losses) / sum(weights),
         tuned_loss=sum(tuned_losses) / sum(weights),
         merged=None,
         notes=notes,
-        battery=trained.battery(),
-        bos=special_tokens(trained.tokenizer).get("bos_token", ""),
+        battery=list(asked.battery),
+        bos=asked.bos,
         general=general.measure_tuned(model),
     )
     log_probabilities.release(tuned)

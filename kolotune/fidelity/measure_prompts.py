@@ -6,22 +6,24 @@ TEMPLATE by itself, and leaves the tokens to the same server.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.foundation import typed_storage
-from kolotune.foundation.errors import ArtifactError, TemplateError
+from kolotune.foundation.errors import ArtifactError, KolotuneError, TemplateError
 from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
 from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
 from kolotune.ollama.go_template_renderer import render_go_template
 from kolotune.ollama.modelfile import Modelfile
+from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.ollama.prompt_path import PromptPath, TemplateSources, find_rule
 
-from .prompt_proof import Prompt, PromptResult, Server, ask
-from .tasks import AskedPath, Reference
+from .prompt_proof import Prompt, PromptResult, PromptSet, Server, ask
+from .tasks import AskedPath
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class _Asked:
     paths: list[AskedPath]
 
 
-def ask_paths(gguf: Path, template: str | None, reference: Reference, scratch: Path) -> list[AskedPath]:
-    """Ask for all prompts of the reference: rendered from the GGUF's own template, and from a TEMPLATE.
+def ask_paths(gguf: Path, template: str | None, prompts: PromptSet, scratch: Path) -> list[AskedPath]:
+    """Ask for all prompts: rendered from the GGUF's own template, and from a TEMPLATE.
 
     Args:
         gguf: the file; only its header is read.
         template: TEMPLATE of the Modelfile; None for none.
-        reference: the prompts as trained.
+        prompts: as trained.
         scratch: folder that keeps the answers, since the GGUFs of a run have the same header.
 
     Raises:
@@ -49,9 +51,20 @@ def ask_paths(gguf: Path, template: str | None, reference: Reference, scratch: P
     file = scratch / f"prompts-{key}.json"
     asked = typed_storage.read_or_none(_Asked, file)
     if asked is None:
-        asked = _Asked(list(_ask(model, template, reference)))
+        asked = _Asked(list(_ask(model, template, prompts)))
         typed_storage.write(file, asked)
     return asked.paths
+
+
+def ask_ahead(ggufs: Mapping[str, str], prompts: PromptSet, scratch: Path) -> None:
+    """Ask for the prompts of GGUFs whose files are given with their Modelfiles' ("" for none); see `ask_paths`.
+
+    What fails is left to the measurement of that GGUF.
+    """
+    for gguf, modelfile in ggufs.items():
+        with contextlib.suppress(KolotuneError, OSError, UnicodeDecodeError):
+            template = parse_modelfile(Path(modelfile).read_text(encoding="utf-8")).template if modelfile else None
+            ask_paths(Path(gguf), template, prompts, scratch)
 
 
 def ollama_path(gguf: Path, modelfile: Modelfile) -> str:
@@ -65,24 +78,24 @@ def ollama_path(gguf: Path, modelfile: Modelfile) -> str:
         return ""
 
 
-def _ask(model: SparseGguf, template: str | None, reference: Reference) -> Iterator[AskedPath]:
+def _ask(model: SparseGguf, template: str | None, prompts: PromptSet) -> Iterator[AskedPath]:
     try:
         server = PromptServer(model)
     except TemplateError as error:
-        yield _on_path(PromptPath.JINJA, _Refusing(error), reference)
+        yield _on_path(PromptPath.JINJA, _Refusing(error), prompts)
         return
     with server:
-        yield _on_path(PromptPath.JINJA, server, reference)
+        yield _on_path(PromptPath.JINJA, server, prompts)
         if template is not None:
-            yield _on_path(PromptPath.TEMPLATE, _GoTemplate(template, server), reference)
+            yield _on_path(PromptPath.TEMPLATE, _GoTemplate(template, server), prompts)
 
 
-def _on_path(path: PromptPath, server: Server, reference: Reference) -> AskedPath:
-    def results(prompts: Sequence[Prompt]) -> list[PromptResult]:
-        writable = [prompt for prompt in prompts if path is PromptPath.JINJA or prompt.plain]
-        return list(ask(writable, server, reference.pieces, reference.bos))
+def _on_path(path: PromptPath, server: Server, prompts: PromptSet) -> AskedPath:
+    def results(asked: Sequence[Prompt]) -> list[PromptResult]:
+        writable = [prompt for prompt in asked if path is PromptPath.JINJA or prompt.plain]
+        return list(ask(writable, server, prompts.pieces, prompts.bos))
 
-    return AskedPath(path, results([*reference.prompts, *reference.probes]), results(reference.battery))
+    return AskedPath(path, results([*prompts.prompts, *prompts.probes]), results(prompts.battery))
 
 
 @dataclass

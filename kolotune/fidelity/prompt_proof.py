@@ -86,6 +86,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class PromptSet:
+    """What a server is asked for.
+
+    Attributes:
+        prompts: of the compared chats.
+        probes: more prompts, for checking what is served.
+        battery: a prompt for each trait of chats.
+        pieces: the vocabulary by token id; None where an entry can't be compared.
+        bos: text of the tokenizer's BOS; "" for none.
+    """
+
+    prompts: Sequence[Prompt]
+    probes: Sequence[Prompt]
+    battery: Sequence[Prompt]
+    pieces: Sequence[str | None]
+    bos: str
+
+
+@dataclass(frozen=True)
 class Mismatch:
     """Where a served prompt first differs from the trained one: both texts, or both tokens, around that position."""
 

@@ -17,7 +17,7 @@ from .adapter_place import GgufPlace
 from .comparison import MatrixSurvival
 from .defects import Defect, Note
 from .general_figures import GeneralFigures
-from .prompt_proof import Prompt, PromptResult
+from .prompt_proof import Prompt, PromptResult, PromptSet
 
 REFERENCE_FILE, TUNED_FILE, MERGED_FILE = "reference.json", "tuned.npy", "merged.npy"
 CHANGES_FILE = "changes.safetensors"
@@ -46,6 +46,7 @@ class ModelsTask:
         general_tokens: how many tokens of the general set's prose are measured; 0 for none.
         general_answers: whether the general set's questions are asked.
         is_packed: whether the packed passes are proven to compute the base as transformers does.
+        ggufs: GGUFs whose prompts are asked for meanwhile, with their Modelfiles.
     """
 
     base: str
@@ -69,6 +70,7 @@ class ModelsTask:
     general_tokens: int = 0
     general_answers: bool = False
     is_packed: bool = False
+    ggufs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,11 @@ class Reference:
     general: GeneralFigures | None = None
 
     @property
+    def prompt_set(self) -> PromptSet:
+        """What servers are asked for."""
+        return PromptSet(self.prompts, self.probes, self.battery, self.pieces, self.bos)
+
+    @property
     def chat_weights(self) -> Sequence[float]:
         """How much the trained tokens of each chat count together: what a mean loss is divided by."""
         return self.weights or self.labels
@@ -208,6 +215,7 @@ class GgufTask:
         answer_file: file for the `GgufMeasurement`.
         traits: those of the run's chats; None where they are unknown.
         threads: that compute; 0 for all cores.
+        others: files of the other GGUFs' measurements; once all of them are there, all cores compute.
         unquantized: file of the measurement of the GGUF that is measured at the same time, which is waited for; "" for
             none.
         unquantized_after: its log-probabilities, which replace `before` if it could be measured.
@@ -223,6 +231,7 @@ class GgufTask:
     answer_file: str
     traits: list[ChatTrait] | None = None
     threads: int = 0
+    others: list[str] = field(default_factory=list)
     unquantized: str = ""
     unquantized_after: str = ""
 

@@ -26,6 +26,7 @@ BATCH = 256
 """Tokens that are computed together."""
 
 _LONGEST_PIECE = 4096
+_GUESSED_AGAIN = 6  # tokens; an answer that has left a guess may leave it again
 
 
 class ExactGguf:
@@ -61,8 +62,7 @@ class ExactGguf:
         context_parameters = self._library.llama_context_default_params()
         context_parameters.n_ctx = context
         context_parameters.n_batch = context_parameters.n_ubatch = BATCH
-        threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        context_parameters.n_threads = context_parameters.n_threads_batch = threads
+        context_parameters.n_threads = context_parameters.n_threads_batch = threads or _all_cores()
         context_parameters.type_k = context_parameters.type_v = library.F32
         context_parameters.flash_attn_type = library.NO_FLASH_ATTENTION
         if on_tensor is not None:
@@ -79,6 +79,10 @@ class ExactGguf:
         """Free the memory."""
         self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
+
+    def use_all_cores(self) -> None:
+        """Compute with all cores from now on, whatever number of threads was given."""
+        self._library.llama_set_n_threads(self._context, _all_cores(), _all_cores())
 
     @property
     def vocabulary_size(self) -> int:
@@ -148,13 +152,15 @@ class ExactGguf:
         import numpy as np
 
         result = np.empty((len(positions), self.vocabulary_size), np.float32)
+        exponentials = np.empty(self.vocabulary_size, np.float32)
         indexes = {position: index for index, position in enumerate(positions)}
-        for position, logits in self._compute(ids, indexes):
-            result[indexes[position]] = logits
-        if not np.isfinite(result).all():
-            raise ArtifactError(f"{self._path.name}: llama.cpp's results for it are not finite")
-        result -= result.max(axis=1, keepdims=True)
-        result -= np.log(np.exp(result).sum(axis=1, keepdims=True))
+        for position, logits in self._compute(ids, indexes):  # row by row: each stays in the processor's cache
+            row = result[indexes[position]]
+            np.subtract(logits, logits.max(), out=row)
+            total = np.exp(row, out=exponentials).sum()
+            if not (np.isfinite(total) and np.isfinite(row.min())):
+                raise ArtifactError(f"{self._path.name}: llama.cpp's results for it are not finite")
+            row -= np.log(total)
         return result
 
     def read(self, ids: Sequence[int]) -> None:
@@ -202,15 +208,16 @@ class ExactGguf:
                 yield token
                 ids.append(token)
                 if guess[number : number + 1] != [token]:
+                    guess = _guess_behind(token, guess[number:])
                     break
-            guess = []
 
     def _compute(self, ids: Sequence[int], needed: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Compute a sequence; yield the needed positions with their logits, which the next step overwrites.
 
-        What it begins with is not computed again where the last sequence began with the same.
+        What it begins with is not computed again where the last sequence began with the same, nor what follows the last
+        needed position at all.
         """
-        ids = list(ids)
+        ids = list(ids[: max(needed) + 1])
         begin = self._keep(ids[: min(needed)])
         for start in range(begin, len(ids), BATCH):
             part = ids[start : start + BATCH]
@@ -253,3 +260,13 @@ class ExactGguf:
     def _decode(self, batch: Any) -> None:
         if self._library.llama_decode(self._context, batch) != 0:
             raise ArtifactError(f"{self._path.name}: llama.cpp can't compute with it")
+
+
+def _guess_behind(token: int, guess: Sequence[int]) -> Sequence[int]:
+    """Return how an answer may continue behind a token in which it left the guess: as if others were left out."""
+    at = guess.index(token) if token in guess else 0
+    return list(guess[at + 1 : at + 1 + _GUESSED_AGAIN])
+
+
+def _all_cores() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)

@@ -144,6 +144,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result, then the arg
     "llama_context_default_params": (ContextParameters,),
     "llama_init_from_model": (_POINTER, _POINTER, ContextParameters),
     "llama_free": (None, _POINTER),
+    "llama_set_n_threads": (None, _POINTER, _INT32, _INT32),
     "llama_get_memory": (_POINTER, _POINTER),
     "llama_memory_clear": (None, _POINTER, _BOOL),
     "llama_memory_seq_rm": (_BOOL, _POINTER, _INT32, _INT32, _INT32),

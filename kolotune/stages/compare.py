@@ -43,6 +43,8 @@ _LONGEST_ANSWER = 96  # tokens
 _GENERAL_TOKENS = {"off": 0, "loss": 1024, "full": 1 << 20}  # of the general set's prose, by what is asked for
 _TOGETHER = 2  # GGUFs that are measured side by side
 _MEMORY_SHARE = 0.5  # of the free memory that their files may fill
+_ONE_NUMPY_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""For GGUFs, which are measured side by side: more threads would wait 8 ms for each other at products of 0.3 ms."""
 _LARGER = ("Q6_K", "Q8_0")  # tried where a quantization loses what training gained
 
 
@@ -189,7 +191,8 @@ def _measure_ggufs(context: Context, scratch: Path, before: Path, reporter: Repo
         after = scratch / f"{name}.npy"
         is_later = name != F16 and ggufs[0][0] == F16
         threads = hardware.cores() // together if together > 1 else 0
-        measurement = _measure_gguf(context, scratch, name, gguf, modelfile, before, after, is_later, threads)
+        others = [str(_answer_file(scratch, other)) for other, *_ in ggufs if other != name] if threads else []
+        measurement = _measure_gguf(context, scratch, name, gguf, modelfile, before, after, is_later, threads, others)
         if name != F16:
             remove(after)
         file = MeasuredFile(name, context.run.relative(gguf), gguf.stat().st_size)
@@ -296,6 +299,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         general_tokens=_GENERAL_TOKENS[config.general] if adapter else 0,
         general_answers=config.general == "full",
         is_packed=computation_gate.proves_packed(context, reporter),
+        ggufs={str(gguf): str(modelfile) for _, gguf, modelfile in _ggufs(context) if gguf.is_file()},
     )
     typed_storage.write(scratch / "models.json", task)
     _run_task(run, "models", scratch / "models.json", reporter)
@@ -318,6 +322,11 @@ def _written_samples(scratch: Path) -> str:
     return str(path)
 
 
+def _answer_file(scratch: Path, name: str) -> Path:
+    """Return the file for the measurement of a GGUF."""
+    return scratch / f"{name}.answer.json"
+
+
 def _measure_gguf(
     context: Context,
     scratch: Path,
@@ -328,6 +337,7 @@ def _measure_gguf(
     after: Path,
     waits: bool = False,
     threads: int = 0,
+    others: Sequence[str] = (),
 ) -> tasks.GgufMeasurement:
     """Measure a GGUF in a child process; `waits`: compare with the unquantized one, which is measured too."""
     task = tasks.GgufTask(
@@ -338,16 +348,17 @@ def _measure_gguf(
         after=str(after),
         system=context.config.system or "",
         longest_answer=_LONGEST_ANSWER,
-        answer_file=str(scratch / f"{name}.answer.json"),
+        answer_file=str(_answer_file(scratch, name)),
         traits=recorded_traits(context.run),
         threads=threads,
-        unquantized=str(scratch / f"{F16}.answer.json") if waits else "",
+        others=list(others),
+        unquantized=str(_answer_file(scratch, F16)) if waits else "",
         unquantized_after=str(scratch / f"{F16}.npy") if waits else "",
     )
     typed_storage.write(scratch / f"{name}.json", task)
     answer = Path(task.answer_file)
     try:
-        _run_task(context.run, "gguf", scratch / f"{name}.json", None)
+        _run_task(context.run, "gguf", scratch / f"{name}.json", None, **_ONE_NUMPY_THREAD)
     except _ProcessDied as died:
         # llama.cpp ends the process on files that it does not expect.
         wrong = defect(DefectKind.NOT_MEASURABLE, reason=f"llama.cpp fails on the file: {died.cause}")
@@ -362,8 +373,8 @@ class _ProcessDied(ArtifactError):
     """A measuring process ended without an answer."""
 
 
-def _run_task(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) -> None:
-    """Carry out a task in a child process.
+def _run_task(run: RunFolder, kind: str, file: Path, reporter: Reporter | None, **env: str) -> None:
+    """Carry out a task in a child process, which gets the variables `env`.
 
     Raises:
         KolotuneError: the error that the process reported.
@@ -382,7 +393,7 @@ def _run_task(run: RunFolder, kind: str, file: Path, reporter: Reporter | None) 
         log=log,
         otherwise=ArtifactError,
         on_event=on_event,
-        env={"TOKENIZERS_PARALLELISM": "false"},
+        env={"TOKENIZERS_PARALLELISM": "false", **env},
     )
     if code != 0:
         raise _ProcessDied(f"measuring ended with code {code}: {local.last_lines(log)}", f"The log is {log}.")

@@ -116,8 +116,8 @@ def learned_run(
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure in this process, which has loaded PyTorch already."""
 
-    def measure(run: RunFolder, kind: str, file: Path, reporter: Any) -> None:
-        del run, reporter
+    def measure(run: RunFolder, kind: str, file: Path, reporter: Any, **env: str) -> None:
+        del run, reporter, env
         (measure_models if kind == "models" else measure_gguf).measure(file)
 
     monkeypatch.setattr(compare, "_run_task", measure)
