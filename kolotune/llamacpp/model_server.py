@@ -15,9 +15,9 @@ from kolotune.foundation import typed_storage
 from kolotune.foundation.closing import Closing
 from kolotune.foundation.errors import ArtifactError, ConfigError, KolotuneError, ToolchainError
 from kolotune.foundation.typed_storage import JsonObject
+from kolotune.weights.gguf_metadata import read_metadata
 
 from .child_server import ChildServer
-from .gguf_metadata import read_metadata
 
 _PROCESS = "kolotune.llamacpp.model_server_process"
 _START_SECONDS = 3600.0  # a large model from a slow disk

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kolotune.foundation.errors import ArtifactError
+from kolotune.weights.gguf_metadata import DAMAGED, MetadataReader, not_whole
 
-from .gguf_metadata import DAMAGED, MetadataReader, not_whole
 from .prompt_server import SparseGguf
 
 _TEMPLATE, _TOKENS = "tokenizer.chat_template", "tokenizer.ggml.tokens"

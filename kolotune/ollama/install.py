@@ -10,10 +10,10 @@ from kolotune.foundation.errors import ArtifactError, ConfigError, ModelError, O
 from kolotune.foundation.formatting import format_size
 from kolotune.foundation.reporter import Reporter
 from kolotune.foundation.typed_storage import JsonObject
-from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.run_folder.installed import InstalledModel, read_installed, write_installed
 from kolotune.run_folder.layout import HELD_OUT_CHATS, RunFolder
 from kolotune.run_folder.results import Result, open_result
+from kolotune.weights.gguf_metadata import read_metadata
 
 from .client import OllamaClient
 from .compatibility import check_version

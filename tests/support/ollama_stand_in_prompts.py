@@ -8,11 +8,11 @@ from typing import Any
 
 from kolotune.chats.served_form import tool_as_read
 from kolotune.foundation.errors import TemplateError
-from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.llamacpp.prompt_server import PromptServer
 from kolotune.llamacpp.tokenizer_model import read_tokenizer_model
 from kolotune.ollama.compatibility import release_numbers
 from kolotune.ollama.prompt_path import PromptPath, PromptRule, TemplateSources, find_rule, own_rendering
+from kolotune.weights.gguf_metadata import read_metadata
 from support import llamacpp_messages
 from support.go_templates import Renderer
 from support.observed import GGUF_TEMPLATES, KNOWN_CHATML

@@ -9,8 +9,8 @@ from support.small_tokenizer import CHATML, small_gguf
 
 from kolotune.foundation.errors import ArtifactError
 from kolotune.gguf import header
-from kolotune.llamacpp.gguf_metadata import MetadataReader
 from kolotune.llamacpp.tokenizer_model import read_tokenizer_model, tokenizer_model
+from kolotune.weights.gguf_metadata import MetadataReader
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 from support.ollama_stand_in import OllamaStandIn
 
 from kolotune.foundation.errors import OllamaDownError, OllamaError
-from kolotune.llamacpp.gguf_metadata import read_metadata
 from kolotune.ollama.client import OllamaClient
 from kolotune.ollama.compatibility import release_numbers
 from kolotune.ollama.confirmation import Difference, SentModel, find_differences
 from kolotune.ollama.modelfile import ModelDescription
 from kolotune.ollama.modelfile_parser import parse_description
 from kolotune.ollama.parameters import as_options
+from kolotune.weights.gguf_metadata import read_metadata
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from support.ollama_stand_in import OllamaStandIn
 from support.ollama_texts import format_parameters, go_value
 from support.small_tokenizer import CHATML, small_gguf
 
-from kolotune.llamacpp.gguf_metadata import read_metadata
+from kolotune.weights.gguf_metadata import read_metadata
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from kolotune.foundation.errors import ArtifactError
 from kolotune.gguf import header
-from kolotune.llamacpp.gguf_metadata import read_metadata
+from kolotune.weights.gguf_metadata import read_metadata
 
 
 def test_the_same_as_the_whole_header(finished_gguf: tuple[Path, str]) -> None:
