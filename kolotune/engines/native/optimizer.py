@@ -5,7 +5,8 @@ Source: Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models"
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,48 @@ from .lora import A, FlatAdapters, Trained, parts_of
 from .saved_modules import BIAS, WEIGHT
 from .token_rows import ROWS
 
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim's
 _RATE_OF_A = (A, ROWS, WEIGHT, BIAS)
+
+
+class FusedAdamW:
+    """AdamW by PyTorch's fused operation, step by step as `torch.optim.AdamW` makes it with ``fused=True``.
+
+    The first optimizer of torch.optim loads PyTorch's compiler, which takes two seconds and 70 MB.
+
+    Args:
+        groups: of parameters, each a dictionary with ``params``, and ``weight_decay`` where it is another one.
+        weight_decay: of all others.
+
+    Attributes:
+        param_groups: the groups, with ``lr``, the learning rate, which is set before each step.
+        state: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter that has been changed.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, object]], weight_decay: float) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"weight_decay": weight_decay, **group} for group in groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change the parameters that have gradients."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            states = [self.state.get(parameter) or self._first(parameter) for parameter in parameters]
+            means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters, [parameter.grad for parameter in parameters], means, squares, [], steps, lr=group["lr"],
+                beta1=_BETAS[0], beta2=_BETAS[1], weight_decay=group["weight_decay"], eps=_EPSILON, amsgrad=False,
+                maximize=False,
+            )  # fmt: skip
+
+    def _first(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        self.state[parameter] = {"step": torch.zeros(()), **zeros}
+        return self.state[parameter]
 
 
 class AdapterOptimizer:
@@ -61,7 +103,7 @@ class AdapterOptimizer:
                 for is_first, factor in ((True, 1.0), (False, ratio))
             ]
             groups += [{"params": fixed, "ratio": 1.0, "weight_decay": 0.0}] if fixed else []
-        self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
+        self._adamw = (FusedAdamW if fused else torch.optim.AdamW)(groups, weight_decay=weight_decay)
 
     def zero_grad(self) -> None:
         """Set all gradients to 0, in place."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -9,7 +12,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from kolotune.engines.native.lora import FlatAdapters, LoraPair
-from kolotune.engines.native.optimizer import AdapterOptimizer
+from kolotune.engines.native.optimizer import AdapterOptimizer, FusedAdamW
 
 RATES = [1e-2, 3e-2, 2e-2, 1e-3, 5e-3]
 DECAY = 0.1
@@ -86,3 +89,44 @@ def test_the_state_survives_a_checkpoint(ratio: float) -> None:
         make_step(step, other, other_flat)
     assert torch.equal(flat.parameter, other_flat.parameter)
     assert float(kept["step."]) == 2, "a resumed training does not change what it was resumed from"
+
+
+def test_the_fused_step_is_that_of_pytorch() -> None:
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(2))]
+    theirs = [nn.Parameter(each.detach().clone()) for each in ours]
+
+    def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
+        return [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+
+    fused, reference = (
+        FusedAdamW(groups(ours), DECAY),
+        torch.optim.AdamW(groups(theirs), weight_decay=DECAY, fused=True),
+    )
+    for step, rate in enumerate(RATES):
+        for mine, other in zip(ours[: 2 + step % 2], theirs, strict=False):  # the last one not in all steps
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        if step % 2 == 0:
+            ours[2].grad = theirs[2].grad = None
+        for group in (*fused.param_groups, *reference.param_groups):
+            group["lr"] = rate
+        fused.step()
+        reference.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(value, reference.state[other][name]) for name, value in fused.state[mine].items())
+
+
+def test_it_loads_no_compiler() -> None:
+    script = """
+import sys, torch
+from kolotune.engines.native.optimizer import FusedAdamW
+parameter = torch.nn.Parameter(torch.ones(2))
+parameter.grad = torch.ones(2)
+optimizer = FusedAdamW([{"params": [parameter], "lr": 0.1}], 0.0)
+optimizer.step()
+print(float(parameter[0]) < 1, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
