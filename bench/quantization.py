@@ -6,7 +6,8 @@ Three texts, none of which the files are calibrated on: the answers of the run's
 docstrings, and some 20 kB of prose in the file PROSE. For each the mean KL divergence from the unquantized GGUF with
 its standard error over the chats (of prose: over pieces of 256 tokens), and for the held-out chats the share of
 training's gain that is kept. The matrix is computed from the text that the compensated files are calibrated with. The
-evaluator's own noise is that of the first plain file, read token by token and in batches.
+evaluator's own noise is that of the first plain file, read token by token and in batches. `model_variants.py` makes
+other models for it.
 """
 
 from __future__ import annotations

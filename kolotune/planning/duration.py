@@ -15,11 +15,13 @@ from kolotune.foundation.hardware import cores
 from kolotune.foundation.hashing import HashedFile, hash_file
 from kolotune.foundation.objectives import OBJECTIVES
 from kolotune.foundation.quantization_budgets import read_budget
+from kolotune.gguf.calibration import MOST_TOKENS
 from kolotune.gguf.importance_matrix import tokens_read
 from kolotune.gguf.run_matrix import with_matrix
 from kolotune.run_folder.stage import Context
 from kolotune.stages import train
 from kolotune.weights.merge import MergedModel
+from kolotune.weights.model_shape import ModelShape, read_shape
 
 from .disk import DiskUse, count_checkpoints
 from .export_sizes import ExportSizes
@@ -33,11 +35,13 @@ _SAMPLE_BYTES = 64_000_000
 _QUANTIZER_START = 1.5
 # llama.cpp's time per token of an importance matrix in f16, relative to training. A guess, on the safe side.
 _READING_FACTOR = 1.0
-# Seconds of one core for a weight whose rounding error is compensated: 145 to 163 for the sample's 135 million, on
-# processors with AVX2.
-_COMPENSATION = 1.2e-6
+# Compensated quantization on a processor with AVX2: operations of one core in a second in products and decompositions,
+# seconds of one core for each weight beside them, and seconds to start.
+_COMPENSATION_RATE, _COMPENSATION_WEIGHT, _COMPENSATION_START = 5e10, 3e-7, 10.0
+_HESSIANS = 3  # as wide as the hidden states: of what goes into attention, out of it, and into the MLP
 
-# The same to measure what each type costs it, and to measure the divergence of a file. Not measured on a quiet machine.
+# Seconds of one core for a weight, to measure what each type costs it, and to measure the divergence of a file. Not
+# measured on a quiet machine.
 _SENSITIVITY, _DIVERGENCE = 1.2e-6, 3e-7
 
 # Share of a step that its forward pass takes: the backward pass of adapters costs about twice as much.
@@ -128,8 +132,8 @@ def stage_seconds(
             for size in sizes.quantized.values()
         )
         if context.config.quantizer == "compensated":
-            weights = sizes.gguf / 2  # bytes of one in f16
-            seconds["quantize"] += len(sizes.quantized) * weights * _COMPENSATION / cores()
+            each = _COMPENSATION_START + compensation_work(read_shape(context.base)) / cores()
+            seconds["quantize"] += len(sizes.quantized) * each
         budgets = [budget for name in sizes.quantized if (budget := read_budget(name)) is not None]
         if budgets:
             again = sum(budget.kl is not None for budget in budgets)
@@ -139,6 +143,19 @@ def stage_seconds(
             read = tokens_read(workload.tokens, workload.chats)
             seconds["quantize"] += _READING_FACTOR * steps.calibration.per_token * read
     return seconds
+
+
+def compensation_work(shape: ModelShape) -> float:
+    """Return the seconds of one core that error-compensated quantization takes, without the start."""
+    weights = sum(linear.weight_count for linear in shape.linears)
+    widest = max((linear.inputs for linear in shape.linears), default=shape.hidden_size)
+    products = 4.0 * MOST_TOKENS * weights  # the tokens go through each layer twice
+    for columns, results in [(shape.hidden_size, shape.hidden_size)] * _HESSIANS + [(widest, shape.hidden_size)]:
+        statistics = MOST_TOKENS * columns * (1.25 * columns + 2 * results)  # half a Hessian, and what was lost
+        decompositions = 2 / 3 * columns**3 + 2 * columns**2 * results
+        products += shape.layers * (statistics + decompositions)
+    feedback = shape.hidden_size * (weights + 2 * weights)  # errors of the columns before, and what is restored
+    return (products + feedback) / _COMPENSATION_RATE + weights * _COMPENSATION_WEIGHT
 
 
 def _training_seconds(context: Context, workload: Workload, steps: MeasuredSteps) -> float:

@@ -21,7 +21,7 @@ from .workload import Workload
 MAIN_PROCESS = Memory(200_000_000, 45_000_000)  # 150 MB of it seen; tokenizers of twice the vocabulary need more
 _QUANTIZER = Memory(30_000_000, 30_000_000)
 _QUANTIZER_CORE = 10_000_000  # pieces that a core works on, and those that wait to be written
-_COMPENSATION = Memory(300_000_000, 150_000_000)  # PyTorch and transformers: a guess, not measured
+_COMPENSATION = Memory(900_000_000, 500_000_000)  # PyTorch, transformers, and gaps in the heap; files that are read
 _MATRIX_READER = Memory(100_000_000, 40_000_000)  # llama.cpp computing an importance matrix: a guess, not measured
 
 
@@ -67,17 +67,19 @@ def quantizer_memory() -> Memory:
 
 
 def compensation_memory(shape: ModelShape) -> Memory:
-    """Return the memory of error-compensated quantization: one layer, the calibration's activations, one Hessian.
+    """Return the memory of error-compensated quantization, whose peak is at the matrix with most columns.
 
-    Of the activations, what goes into the layer's matrices is held twice: exact, and as rounded weights give it. The
-    embedding is dropped before the first layer.
+    Its inputs are held, or a few tensors as large before it; and its Hessian with that in the order of rounding, the
+    factor, and what is decomposed. The embedding is dropped before the first layer.
     """
     widest = max((linear.inputs for linear in shape.linears), default=shape.hidden_size)
-    layer = 2 * FP32_BYTES * sum(linear.weight_count for linear in shape.linears) // max(1, shape.layers)
-    activations = FP32_BYTES * MOST_TOKENS * (8 * shape.hidden_size + 6 * widest)
-    hessians = 6 * widest**2 * FP32_BYTES
+    layer = 3 * FP32_BYTES * sum(linear.weight_count for linear in shape.linears) // (2 * max(1, shape.layers))
+    activations = FP32_BYTES * MOST_TOKENS * (8 * shape.hidden_size + widest)
+    at_the_widest = 4 * FP32_BYTES * widest**2
+    before_it = 3 * FP32_BYTES * MOST_TOKENS * widest
     embedding = FP32_BYTES * shape.hidden_size * shape.vocabulary_size
-    return Memory(_COMPENSATION.own + max(layer + activations + hessians, embedding), _COMPENSATION.mapped)
+    computing = layer + activations + max(at_the_widest, before_it)
+    return Memory(_COMPENSATION.own + max(computing, embedding), _COMPENSATION.mapped)
 
 
 def sensitivity_memory(shape: ModelShape) -> Memory:
