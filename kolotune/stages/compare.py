@@ -45,6 +45,8 @@ _TOGETHER = 2  # GGUFs that are measured side by side
 _MEMORY_SHARE = 0.5  # of the free memory that their files may fill
 _ONE_NUMPY_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 """For GGUFs, which are measured side by side: more threads would wait 8 ms for each other at products of 0.3 ms."""
+_KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""For the reference: glibc's allocator would return memory after each layer and get it back, zeroed, for the next."""
 _LARGER = ("Q6_K", "Q8_0")  # tried where a quantization loses what training gained
 
 
@@ -302,7 +304,7 @@ def _measure_reference(context: Context, scratch: Path, reporter: Reporter) -> t
         ggufs={str(gguf): str(modelfile) for _, gguf, modelfile in _ggufs(context) if gguf.is_file()},
     )
     typed_storage.write(scratch / "models.json", task)
-    _run_task(run, "models", scratch / "models.json", reporter)
+    _run_task(run, "models", scratch / "models.json", reporter, **_KEPT_MEMORY)
     return typed_storage.read(tasks.Reference, scratch / tasks.REFERENCE_FILE)
 
 
