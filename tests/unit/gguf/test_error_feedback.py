@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,20 @@ def test_a_dead_column_takes_no_error_and_keeps_a_value() -> None:
     _, values = round_with_feedback(weights, "Q8_0", statistics)
     step = weights[:, 32:].abs().max() / 127
     assert float((values[:, 40] - weights[:, 40]).abs().max()) <= float(step)
+
+
+@pytest.mark.parametrize("is_exact_known", [False, True])
+def test_dead_columns_change_nothing_for_the_others(is_exact_known: bool) -> None:
+    """Damping is a share of the mean over columns that get inputs: a widened model is rounded as it was."""
+    import torch
+
+    weights, inputs = matrix_and_inputs(64)
+    exact = inputs * 1.1 if is_exact_known else None
+    blocks, _ = round_with_feedback(weights, "Q4_0", input_statistics(inputs, exact))
+    pad = partial(torch.nn.functional.pad, pad=(0, 192))
+    statistics = input_statistics(pad(inputs), None if exact is None else pad(exact))
+    widened, values = round_with_feedback(pad(weights), "Q4_0", statistics)
+    assert (widened[:, : blocks.shape[1]] == blocks).all(axis=1).mean() > 0.9 and not values[:, 64:].any()
 
 
 @pytest.mark.parametrize("inputs", ["zeros", "few", "alike"])
