@@ -1,7 +1,7 @@
 """Contracts of every engine on every runner: the same results, correct records, resumable work.
 
 A new engine is one more entry of `ENGINES`, a new runner one of `RUNNERS`; the container needs a Docker engine
-(`make test-container`).
+(`make test-container`). What the pipeline's own tests show of this machine is slow here (`LONG_RUNNERS`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import pytest
 from support.runs import STAGES_WITHOUT_COMPARE, results
 
 ENGINES = ["native", pytest.param("torchtune", marks=pytest.mark.slow)]
-RUNNERS = ["local", pytest.param("container", marks=pytest.mark.container)]
+_CONTAINER = pytest.param("container", marks=pytest.mark.container)
+RUNNERS, LONG_RUNNERS = ["local", _CONTAINER], [pytest.param("local", marks=pytest.mark.slow), _CONTAINER]
 CHATS = 12
 
 
@@ -47,7 +48,7 @@ class Runner:
         return child.returncode, output
 
 
-@pytest.fixture(params=RUNNERS)
+@pytest.fixture
 def runner(request: pytest.FixtureRequest) -> Runner:
     return Runner(request.param, request)
 
@@ -101,6 +102,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> C
     return of
 
 
+@pytest.mark.parametrize("runner", LONG_RUNNERS, indirect=True)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_has_the_same_results_everywhere_and_a_second_one_does_nothing(
     engine: str, runner: Runner, folder: Path, small_base: Path, undisturbed: Callable[[str], dict[str, str]]
@@ -118,6 +120,7 @@ def test_a_run_has_the_same_results_everywhere_and_a_second_one_does_nothing(
     assert (folder / "outputs" / "MergedQ8_0.gguf").is_file()
 
 
+@pytest.mark.parametrize("runner", LONG_RUNNERS, indirect=True)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_interrupted_training_resumes_from_its_checkpoint(
     engine: str, runner: Runner, folder: Path, small_base: Path
@@ -150,6 +153,7 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(
     assert steps and steps[0] >= 20, steps
 
 
+@pytest.mark.parametrize("runner", RUNNERS, indirect=True)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("chats", "more", "expected"),
@@ -164,6 +168,7 @@ def test_errors_have_the_same_codes_everywhere(
     assert {3: "none.jsonl", 5: "nowhere", 2: "epochs"}[expected] in output
 
 
+@pytest.mark.parametrize("runner", LONG_RUNNERS, indirect=True)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_failed_training_leaves_its_log(engine: str, runner: Runner, folder: Path, small_base: Path) -> None:
     """One weight of the base model is NaN."""

@@ -78,14 +78,13 @@ def of_training(config: Config) -> tuple[dict[int, float], dict[str, Any]]:
 
 @pytest.mark.usefixtures("uncounted")
 def test_a_killed_training_resumes_with_half_the_batch(
-    config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, capsys: Any
+) -> None:
     # With a small learning rate: AdamW amplifies differences of the last bits at every step.
     whole, broken = (config_in(name, epochs=8, learning_rate=1e-4) for name in ("whole", "broken"))
     run_pipeline(whole, reporter, ["prepare", "train"])
     killed = killed_at(5)
-    run_pipeline(broken, reporter)
+    run_pipeline(broken, reporter, ["prepare", "train"])
     assert killed == [5]
     printed = capsys.readouterr().out
     assert "micro-batches of 2 chats instead of 4" in printed
@@ -97,7 +96,17 @@ def test_a_killed_training_resumes_with_half_the_batch(
     assert first >= 3  # the newest checkpoint; the engine may have been some steps ahead
     assert {step: loss for step, loss in curve.items() if step <= first} == dict(list(expected.items())[:first])
     assert curve == pytest.approx(expected, abs=1e-4)
-    # A rebuild uses the same micro-batches, and gets the same bits.
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncounted")
+def test_a_rebuild_uses_the_same_micro_batches_and_gets_the_same_bits(
+    config_in: Callable[..., Config], killed_at: Callable[..., list[int]], reporter: PlainReporter, tmp_path: Path
+) -> None:
+    broken = config_in("broken", epochs=8, learning_rate=1e-4)
+    killed_at(5)
+    run_pipeline(broken, reporter)
+    curve, facts = of_training(broken)
     assert rebuild(RunFolder(broken.output_dir).manifest, tmp_path / "again", reporter).different == []
     assert of_training(config_in("again"))[1]["halved_from"] == facts["halved_from"]
     assert losses(tmp_path / "again" / "metrics.jsonl") == curve
@@ -161,7 +170,7 @@ def wide_head(tiny_model: Callable[..., Any], reporter: PlainReporter, monkeypat
         run = RunFolder(tmp_path / name)
         write_tokens(run.prepared / "train.safetensors", chats)
         chosen = {
-            "base_model": str(tmp_path / "base"), "output_dir": run.root, "dtype": "fp32", "epochs": 2,
+            "base_model": str(tmp_path / "base"), "output_dir": run.root, "dtype": "fp32", "epochs": 1,
             "batch_size": 8, "lora_rank": 2, "compile": "off", **options,
         }  # fmt: skip
         context = Context(configs.resolve((chosen, "test", tmp_path)), run, tmp_path / "base")

@@ -89,6 +89,7 @@ def test_two_hosts_make_what_one_process_makes(hosts: tuple[Host, Host], make_tr
     assert all(torch.equal(first[name], second[name]) for name in first), "both hosts have the result"
 
 
+@pytest.mark.slow
 def test_a_sharded_base_sends_what_the_formula_says(
     hosts: tuple[Host, Host], make_training: Callable[..., Any]
 ) -> None:

@@ -56,6 +56,7 @@ def result_at(output: str) -> int:
     return match.start()
 
 
+@pytest.mark.slow
 def test_parallel_trials_have_the_result_of_sequential_ones(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,7 +79,8 @@ def assert_same_figures(job: TrainJob, alone: TrainJob) -> None:
     assert figures(alone)[0] - min(figures(alone)) > 0.3, "nothing was learnt, so the comparison proves nothing"
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_two_processes_give_the_steps_of_one_and_one_resumes_theirs(
     tied: bool, make_training: MakeTraining, capfd: Any
 ) -> None:
