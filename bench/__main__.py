@@ -1,9 +1,10 @@
-"""Run all measurements one after the other, and write the results to `bench/RESULTS.md`.
+"""Run all measurements one after the other, and write the results to `RESULTS.md` in the results folder.
 
     python bench [--quick] [--only NAME ...] [--results FOLDER]
 
 Each script writes a JSON file to the results folder. RESULTS.md is made from the files that exist, and says when and at
-which commit each was measured. With --quick it is only printed, because too little was measured.
+which commit each was measured. With --quick it is only printed, because too little was measured. The pages beside this
+file are kept by hand: they have figures of several machines and days, and what was found on the way.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ _HEAD = """# Measurements
 Made by `make bench`. The scripts beside this file define what is measured. Within a script the programs take turns, and
 their medians are compared: absolute figures vary from day to day, so look at the ratios. Memory is that of the whole
 process tree; see `measuring.py`. You need no account to repeat this: the chats are docstrings of the standard library,
-and the model comes from the package index. Figures of a processor without AVX-512 are in
-[AVX2.md](AVX2.md)."""
+and the model comes from the package index."""
 
 
 def main() -> int:
@@ -66,8 +66,9 @@ def main() -> int:
     if arguments.quick:
         print(text)
     else:
-        (_FOLDER / "RESULTS.md").write_text(text, encoding="utf-8")
-        print(f"written: {_FOLDER / 'RESULTS.md'}")
+        page = folder / "RESULTS.md"
+        page.write_text(text, encoding="utf-8")
+        print(f"written: {page}")
     if failed:
         print(f"these scripts failed: {', '.join(failed)}", file=sys.stderr)
     return len(failed)

@@ -82,7 +82,7 @@ def run(
                     output.flush()
             code = child.wait()
         finally:
-            del _children[threading.get_ident()]
+            _children.pop(threading.get_ident(), None)  # it may have run another meanwhile
             _stop(child)
             if child.stdin is not None:
                 child.stdin.close()
