@@ -28,7 +28,8 @@ def run(
         raise hints.no_chats("run")
     hints.require_files(resolved)
     folder = RunFolder(resolved.output_dir)
-    show_settings(choose(resolved, folder)[0], say, drop_unset(flags), verbose=verbose or json)
+    before_training = choose(resolved, folder, [])[0]  # whether the step can be compiled takes compiling to find out
+    show_settings(before_training, say, drop_unset(flags), verbose=verbose or json)
     with show_when_done(folder, say, enabled=resolved.compare), reporting(folder, say):
         run_pipeline(resolved, say)
     say.success(f"Done: {folder.root}")
