@@ -45,7 +45,8 @@ class JsonReporter:
             for name, value in fields.items()
         }
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        print(json.dumps({"event": kind, "time": now, **finite}, allow_nan=False), flush=True)
+        line = json.dumps({"event": kind, "time": now, **finite}, allow_nan=False)
+        print(f"{line}\n", end="", flush=True)  # in one piece: threads report, too
 
 
 class _JsonProgress:

@@ -65,7 +65,7 @@ class PlainReporter:
         yield _PlainProgress(self, title)
 
     def _line(self, text: str) -> None:
-        print(clean(text), flush=True)
+        print(f"{clean(text)}\n", end="", flush=True)  # in one piece: threads report, too
 
 
 class _PlainProgress:

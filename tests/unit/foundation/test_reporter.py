@@ -280,3 +280,21 @@ def test_no_color_is_respected(tmp_path: Any) -> None:
 
     codes = {code for found in re.findall(r"\x1b\[([0-9;]*)m", written) for code in found.split(";")}
     assert not {code for code in codes if code and int(code) >= 30}
+
+
+@pytest.mark.parametrize("kind", [PlainReporter, JsonReporter])
+def test_a_line_is_written_in_one_piece(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads report at the same time, and their lines must not mix."""
+    pieces: list[str] = []
+
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Pieces())
+    reporter = kind()
+    reporter.doing("this")
+    reporter.note("that")
+    written = [piece for piece in pieces if piece]
+    assert len(written) == 2 and all(piece.endswith("\n") for piece in written)
