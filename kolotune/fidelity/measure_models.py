@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def _measure_tuned(
     prompts, expected = _prompts_to_answer(task, trained, selection)
     prompt_ids = [prompt.ids for prompt in prompts]
     general = GeneralMeasurement(task, trained)
-    base, recorder = None, None
+    base = None
     base_answers: Sequence[list[int] | None]
     tuned_answers: Sequence[list[int] | None]
     if task.adapter:
@@ -96,14 +95,7 @@ def _measure_tuned(
             emit("doing", text="what the base model can do in general")
         general.measure_base(model)
         model.add(Path(task.adapter))
-        adapter = read_adapter(Path(task.adapter))
-        from .adapter_change import ChangeRecorder
-
-        recorder = ChangeRecorder(model, adapter)
-    with nullcontext() if recorder is None else recorder.recording():
-        tuned = log_probabilities.write(Path(task.scratch) / TUNED_FILE, chats, model.log_probabilities(chats))
-    if recorder is not None:
-        recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
+    tuned = _tuned_log_probabilities(model, task, chats)
     tuned_losses = [loss_of(array, chat) for array, chat in split(tuned, chats)]
     if base is None:
         base_losses = tuned_losses
@@ -141,6 +133,21 @@ def _measure_tuned(
     )
     log_probabilities.release(tuned)
     return reference, tuned
+
+
+def _tuned_log_probabilities(model: MeasuredModel, task: ModelsTask, chats: Sequence[ComparedChat]) -> np.ndarray:
+    """Compute and write the tuned model's log-probabilities of the chats; record what an adapter changes on the way."""
+    written = partial(log_probabilities.write, Path(task.scratch) / TUNED_FILE, chats)
+    if not task.adapter:
+        return written(model.log_probabilities(chats))
+    from .adapter_change import ChangeRecorder
+
+    adapter = read_adapter(Path(task.adapter))
+    recorder = ChangeRecorder(model, adapter)
+    with recorder.recording():
+        tuned = written(model.log_probabilities(chats))
+    recorder.write(Path(task.scratch) / CHANGES_FILE, _places(task, adapter))
+    return tuned
 
 
 def _places(task: ModelsTask, adapter: LoraAdapter) -> dict[str, GgufPlace]:
